@@ -1,0 +1,74 @@
+# `make run` and `make test` need Python >= 3.11 and set up .venv themselves, once.
+PYTHON ?= python3
+TASK   ?= digits
+ARGS   ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# Every install is held to the tested pins, and nothing is ever built from source but this project.
+PIP  := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install \
+        --quiet --no-build-isolation --only-binary=:all:
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup setup-dev run test lint types format docs bench chromium clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: setup  ## Train on TASK (default: digits with wrong labels), print the verdict, write the report
+	$(BIN)/poprisk compare $(TASK) $(ARGS)
+
+test: export OMP_NUM_THREADS := 1
+test: export MKL_NUM_THREADS := 1
+test: export OPENBLAS_NUM_THREADS := 1
+test: lint types  ## Lint, check types and run the tests; ARGS goes to pytest
+	$(BIN)/pytest -n 2 $(ARGS)
+
+lint: setup-dev  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup-dev  ## Check types
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+format: setup-dev  ## Fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup-dev  ## Write the API reference to site/
+	$(PIP) -e '.[docs]'
+	$(BIN)/pdoc --docformat google --math --output-directory site poprisk
+
+bench: setup  ## Measure step times and print them beside AdamW's
+	$(BIN)/poprisk bench $(ARGS)
+
+setup: $(VENV)/cli.stamp  ## Install what `make run` needs
+setup-dev: $(VENV)/dev.stamp  ## Install what `make test` needs
+
+chromium:  ## Install the browser of the browser tests (Debian, as root)
+	apt-get update
+	apt-get install --yes --no-install-recommends chromium
+
+clean:  ## Remove everything made here but runs/
+	rm -rf $(VENV) site build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: no later requirement then gets to choose another build of it.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "poprisk needs Python 3.11 or newer, and '$(PYTHON)' is not one:" \
+	       "run make PYTHON=/path/to/python3.11"; exit 1; } >&2
+	@echo "Setting up $(VENV), once; downloading torch may take a while"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) setuptools torch
+	@touch $@
+
+$(VENV)/cli.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) -e '.[cli]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) -e '.[cli,dev]'
+	@touch $@ $(VENV)/cli.stamp

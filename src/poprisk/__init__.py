@@ -1,0 +1,12 @@
+"""poprisk: train on population risk.
+
+The public names, in the order of the theory. See the README for a first run and
+``docs/theory.md`` for the table from equations to functions.
+"""
+
+from poprisk.optimizer import PopRiskAdamW
+from poprisk.stats import GateStats
+
+__version__ = "0.1.0"
+
+__all__ = ["GateStats", "PopRiskAdamW"]

@@ -1,0 +1,151 @@
+"""Input validation: every message that refuses an argument is written here.
+
+A message names the argument, says what was found and what to do instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    include_low: bool = True,
+    include_high: bool = True,
+) -> float:
+    """Return ``value`` as a float within the given bounds.
+
+    Raises:
+        TypeError: if ``value`` is not a real number (a one-element tensor counts as one).
+        ValueError: if it is NaN or outside the bounds.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, but got {value!r} ({type(value).__name__}).")
+    above = value >= low if include_low else value > low
+    below = value <= high if include_high else value < high
+    if not (above and below):
+        left = "[" if include_low and low > -math.inf else "("
+        right = "]" if include_high and high < math.inf else ")"
+        raise ValueError(f"{name} must lie in {left}{low}, {high}{right}, but got {value}.")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        options = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{name} must be one of {options}, but got {value!r}.")
+
+
+def check_betas(betas: Any) -> tuple[float, float]:
+    """Return ``betas`` as two floats in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair such as (0.9, 0.999), but got {betas!r}.")
+    beta1 = check_number("betas[0]", betas[0], low=0.0, high=1.0, include_high=False)
+    beta2 = check_number("betas[1]", betas[1], low=0.0, high=1.0, include_high=False)
+    return beta1, beta2
+
+
+def check_batch(batch_size: Any, dataset_size: Any) -> None:
+    """Check an effective batch size against the number of training examples.
+
+    Raises:
+        TypeError: if one of them is given and is not an integer.
+        ValueError: if one is not positive, the batch is missing although the data set is finite,
+            or the batch is not smaller than the data set.
+    """
+    for name, value in (("batch_size", batch_size), ("dataset_size", dataset_size)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                f"{name} must be an integer or None, but got {value!r} ({type(value).__name__})."
+            )
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, but got {value}.")
+    if dataset_size is None:
+        return
+    if batch_size is None:
+        raise ValueError(
+            f"dataset_size={dataset_size} was given without batch_size; pass the number of "
+            "examples behind one step (batch × accumulation steps × processes)."
+        )
+    if batch_size >= dataset_size:
+        raise ValueError(
+            f"batch_size={batch_size} must be smaller than dataset_size={dataset_size}: a "
+            "full batch has no sampling noise to estimate. Pass dataset_size=None to ignore the "
+            "finite size, or give alpha as a number."
+        )
+
+
+def check_gradients(grads: Iterable[Tensor]) -> None:
+    """Raise RuntimeError if a gradient is sparse."""
+    for grad in grads:
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                "PopRiskAdamW does not support sparse gradients: the variance estimate needs "
+                "every coordinate. Build the embedding with sparse=False."
+            )
+
+
+def check_closure_result(loss: Any) -> None:
+    """Raise ValueError if a closure forgot to return its loss."""
+    if loss is None:
+        raise ValueError(
+            "the closure passed to step() returned None; it must return the loss, as in "
+            "`def closure(): ...; loss.backward(); return loss`."
+        )
+
+
+def check_state_shapes(
+    index: int, param: Tensor, state: Mapping[str, Any], keys: Iterable[str]
+) -> None:
+    """Raise ValueError if a loaded per-parameter state does not fit its parameter."""
+    for key in keys:
+        value = state.get(key)
+        if value is not None and tuple(value.shape) != tuple(param.shape):
+            raise ValueError(
+                f"state_dict does not fit this optimizer: state {key!r} of parameter {index} has "
+                f"shape {tuple(value.shape)}, but the parameter has shape {tuple(param.shape)}. "
+                "Load the checkpoint of the same model, with the parameters in the same order."
+            )
+
+
+def check_alpha(alpha: Any, names: Collection[str], dataset_size: int | None) -> None:
+    """Raise unless ``alpha`` is a number ≥ 0 or one of ``names`` that can be resolved."""
+    if not isinstance(alpha, str):
+        check_number("alpha", alpha, low=0.0)
+        return
+    check_choice("alpha", alpha, names)
+    if alpha == "finite" and dataset_size is None:
+        raise ValueError('alpha="finite" is b/(n-b) and needs batch_size and dataset_size.')
+
+
+def check_second_moment(variance: str, beta1: float) -> None:
+    """Raise ValueError where the second-moment estimator is blind."""
+    if variance == "second-moment" and beta1 == 0:
+        raise ValueError(
+            'variance="second-moment" is v̂ - m̂² and needs betas[0] > 0, but got 0; use '
+            'variance="ema".'
+        )
+
+
+def check_unavailable(*, fused: bool | None, capturable: bool) -> None:
+    """Raise NotImplementedError for switches of AdamW that have no implementation yet."""
+    if fused:
+        raise NotImplementedError("fused=True is not available yet; use foreach=True (default).")
+    if capturable:
+        raise NotImplementedError(
+            "capturable=True is not available yet; step outside of CUDA graphs and torch.compile."
+        )

@@ -1,0 +1,253 @@
+r"""The gate: how much of an update the evidence for its sign supports.
+
+With ``mean`` the (bias-corrected) average gradient of a coordinate and ``var`` the variance of
+its batch mean, a step on that coordinate lowers the population risk, to first order, only if
+``mean² > alpha · var`` ([LG, Thm 6.5]). The three masks turn that comparison into a factor
+``q ∈ [0, 1]`` on the step; :func:`threshold` chooses ``alpha``.
+
+All functions here are pure. The masks take one tensor or a list of tensors; lists go through
+``torch._foreach_*``, so that the loop and the foreach path of an optimizer share one source of
+the maths.
+
+[LG]: E. Litman, G. Guo, *A Theory of Generalization in Deep Learning*, arXiv:2605.01172.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, overload
+
+import torch
+from torch import Tensor
+
+TensorList = list[Tensor]
+
+
+class Mask(Protocol):
+    """A function from squared mean and variance to the factor on the step."""
+
+    @overload
+    def __call__(self, mean_sq: Tensor, var: Tensor, **settings: float) -> Tensor: ...
+    @overload
+    def __call__(self, mean_sq: TensorList, var: TensorList, **settings: float) -> TensorList: ...
+    def __call__(self, mean_sq: Any, var: Any, **settings: float) -> Any: ...
+
+
+def _accept_tensors(mask: Callable[..., TensorList]) -> Mask:
+    """Let a mask written for lists of tensors take a single tensor too."""
+
+    @functools.wraps(mask)
+    def wrapper(mean_sq: Any, var: Any, **settings: float) -> Any:
+        if isinstance(mean_sq, Tensor):
+            return mask([mean_sq], [var], **settings)[0]
+        return mask(mean_sq, var, **settings) if mean_sq else []
+
+    return wrapper
+
+
+@_accept_tensors
+def hard(
+    mean_sq: TensorList,
+    var: TensorList,
+    *,
+    alpha: float,
+    softness: float = 0.0,
+    eps: float = 0.0,
+    var_scale: float = 1.0,
+) -> TensorList:
+    r"""Mask of the hard threshold, :math:`q = 1\{\hat m^2 > \alpha \hat s\}` [LG, Thm 6.5].
+
+    Args:
+        mean_sq: :math:`\hat m^2`, any shape, floating point; or a list of such tensors.
+        var: variance of the batch-mean gradient, same shape, units of gradient squared.
+        alpha: threshold, dimensionless.
+        softness: not used; here so that all masks share one signature.
+        eps: not used.
+        var_scale: factor on ``var``: :math:`\hat s` = ``var_scale · var``.
+
+    Returns:
+        The mask, zeros and ones, same shape and dtype. Equality up to rounding is closed: at the
+        first step of ``mode="paper"`` both sides are equal algebraically.
+
+    Example:
+        >>> hard(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 1.0]), alpha=2.0)
+        tensor([1., 0.])
+    """
+    tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps
+    q = torch._foreach_add(mean_sq, var, alpha=-alpha * var_scale * tie)
+    torch._foreach_sign_(q)
+    torch._foreach_clamp_min_(q, 0.0)
+    return list(q)
+
+
+@_accept_tensors
+def soft(
+    mean_sq: TensorList,
+    var: TensorList,
+    *,
+    alpha: float,
+    softness: float,
+    eps: float = 0.0,
+    var_scale: float = 1.0,
+) -> TensorList:
+    r"""Mask of Algorithm 1 of [LG].
+
+    .. math:: q = \frac{(\hat m^2 - \alpha \hat s)_+}{(\hat m^2 - \alpha \hat s)_+
+              + \lambda \hat s + \varepsilon}
+
+    Args:
+        mean_sq: :math:`\hat m^2`, any shape, floating point; or a list of such tensors.
+        var: variance of the batch-mean gradient, same shape, units of gradient squared.
+        alpha: threshold, dimensionless.
+        softness: :math:`\lambda`, dimensionless: how slowly the mask opens above the threshold.
+        eps: in units of ``mean_sq``; raised to the smallest normal number of the dtype, so that
+            0/0 is a closed gate.
+        var_scale: factor on ``var``: :math:`\hat s` = ``var_scale · var``.
+
+    Returns:
+        The mask in [0, 1], same shape and dtype.
+
+    Example:
+        >>> soft(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 1.0]), alpha=2.0, softness=2.0)
+        tensor([0.5000, 0.0000])
+    """
+    signal = torch._foreach_add(mean_sq, var, alpha=-alpha * var_scale)
+    torch._foreach_clamp_min_(signal, 0.0)
+    torch._foreach_div_(signal, _noisy(list(signal), var, softness * var_scale, eps))
+    return list(signal)
+
+
+@_accept_tensors
+def snr(
+    mean_sq: TensorList,
+    var: TensorList,
+    *,
+    alpha: float,
+    softness: float,
+    eps: float = 0.0,
+    var_scale: float = 1.0,
+) -> TensorList:
+    r"""Shrinkage by the signal-to-noise ratio, the default of the paper's authors.
+
+    .. math:: q = \frac{\hat m^2}{\hat m^2 + \lambda \alpha \hat s + \varepsilon}
+
+    The shape of M-SVAG's variance adaptation (Balles & Hennig 2018). Arguments and result as
+    for :func:`soft`.
+
+    Example:
+        >>> snr(torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]), alpha=2.0, softness=2.0)
+        tensor([0.5000, 0.0000])
+    """
+    total = _noisy(mean_sq, var, softness * alpha * var_scale, eps)
+    return list(torch._foreach_div(mean_sq, total))
+
+
+def _noisy(signal: TensorList, var: TensorList, weight: float, eps: float) -> TensorList:
+    """signal + weight·var + eps, never zero, so that 0/0 becomes 0."""
+    total = torch._foreach_add(signal, var, alpha=weight)
+    torch._foreach_add_(total, max(eps, torch.finfo(signal[0].dtype).tiny))
+    return list(total)
+
+
+MASKS: dict[str, Mask] = {"hard": hard, "soft": soft, "snr": snr}
+ALPHAS = ("auto", "fresh", "finite")
+
+
+def momentum_noise(t: int, beta1: float) -> float:
+    r"""Variance of the bias-corrected momentum over the variance of one batch mean.
+
+    .. math:: r_t = \frac{(1-\beta_1)(1+\beta_1^t)}{(1+\beta_1)(1-\beta_1^t)}
+
+    for i.i.d. batches; ``t ≥ 1`` counts the gradients averaged. Source: ours (geometric series).
+
+    Example:
+        >>> momentum_noise(1, 0.9), momentum_noise(7, 0.0)
+        (1.0, 1.0)
+    """
+    decay = beta1**t
+    return (1 - beta1) * (1 + decay) / ((1 + beta1) * (1 - decay))
+
+
+def finite_ratio(batch_size: int | None, dataset_size: int | None) -> float:
+    """Noise of a finite training set, b/(n-b); 0 for a stream (``dataset_size=None``)."""
+    if batch_size is None or dataset_size is None:
+        return 0.0
+    return batch_size / (dataset_size - batch_size)
+
+
+def threshold(
+    alpha: float | str,
+    *,
+    noise_ratio: float,
+    inflation: float,
+    z: float,
+    batch_size: int | None,
+    dataset_size: int | None,
+) -> float:
+    r"""Resolve ``alpha`` to the number that multiplies :math:`\hat s`.
+
+    ``"fresh"`` is 1 and ``"finite"`` is :math:`b/(n-b)` [LG]. ``"auto"`` (ours) compares like
+    with like: :math:`\hat m` keeps a fraction :math:`r_t` of the noise of one batch mean, the
+    training set itself is a sample with noise :math:`b/(n-b)` of it, and the estimator reports
+    ``inflation`` times the variance:
+
+    .. math:: \alpha_{auto} = z^2 \frac{r_t + b/(n-b)}{\text{inflation}}
+
+    Args:
+        alpha: a number ≥ 0, or one of the three names.
+        noise_ratio: :math:`r_t`, see :func:`momentum_noise`.
+        inflation: expected value of the variance estimate over the variance of the batch mean.
+        z: 1 makes :math:`\hat m^2 - \alpha\hat s` an unbiased estimate of the squared population
+            gradient; 2 lets about 5% of pure noise pass.
+        batch_size: effective batch b.
+        dataset_size: n, or None for a stream.
+
+    Example:
+        >>> threshold("finite", noise_ratio=1, inflation=1, z=1, batch_size=20, dataset_size=100)
+        0.25
+    """
+    if isinstance(alpha, str):
+        finite = finite_ratio(batch_size, dataset_size)
+        if alpha == "fresh":
+            return 1.0
+        if alpha == "finite":
+            return finite
+        return z * z * (noise_ratio + finite) / inflation
+    return float(alpha)
+
+
+class Gate(NamedTuple):
+    """A mask with its settings, ready to be evaluated on raw moment estimates."""
+
+    mask: Mask
+    alpha: float
+    softness: float = 0.1
+    eps: float = 0.0
+    q_min: float = 0.0
+    per_tensor: bool = False
+
+    def __call__(
+        self, mean: TensorList, var: TensorList, *, mean_scale: float = 1.0, var_scale: float = 1.0
+    ) -> TensorList:
+        r"""Masks for :math:`\hat m` = ``mean_scale·mean`` and :math:`\hat s` = ``var_scale·var``.
+
+        The scales (bias corrections) enter as numbers, which saves passes over memory: every mask
+        depends on :math:`\hat s/\hat m^2` alone. With ``per_tensor`` both are averaged over a
+        tensor first, and its mask is a 0-d tensor.
+        """
+        mean_sq = list(torch._foreach_mul(mean, mean))
+        if self.per_tensor:
+            mean_sq = [x.mean() for x in mean_sq]
+            var = [x.mean() for x in var]
+        q = self.mask(
+            mean_sq,
+            var,
+            alpha=self.alpha,
+            softness=self.softness,
+            eps=self.eps / mean_scale**2,
+            var_scale=var_scale / mean_scale**2,
+        )
+        if self.q_min > 0.0:
+            q = list(torch._foreach_clamp_min(q, self.q_min))
+        return q

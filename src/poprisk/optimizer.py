@@ -1,0 +1,406 @@
+"""PopRiskAdamW: AdamW with a population-risk gate on its update."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, cast, final, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from poprisk import checks
+from poprisk.gate import ALPHAS, MASKS, Gate, Mask, TensorList, momentum_noise, threshold
+from poprisk.stats import GateStats, TensorGate, module_stats
+from poprisk.update import AdamSettings, Slots, adam_denominator, cache_blocks, gated_adamw_, masks
+from poprisk.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
+
+MODES = ("auto", "paper")
+ADAM_KEYS = ("exp_avg", "exp_avg_sq")
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+NOT_LOADED = {"foreach", "fused", "capturable", "amsgrad", "differentiable", "decoupled_weight_decay"}
+"""Settings of a saved group that say how AdamW computed, not what."""
+
+
+class Bucket(NamedTuple):
+    """Parameters of one group that share dtype, device and counters, updated together."""
+
+    group: dict[str, Any]
+    params: TensorList
+    states: list[dict[str, Any]]
+    t: int
+    observations: int
+
+
+@final
+class PopRiskAdamW(Optimizer):
+    r"""AdamW whose update is masked where the batch gradients do not support it.
+
+    .. math:: w \leftarrow (1-\eta\lambda_{wd}) w
+              - \eta\, q \odot \frac{\hat m}{\sqrt{\hat v} + \varepsilon}
+
+    The mask q compares the squared average gradient with the variance of the batch mean
+    (:mod:`poprisk.gate`, :mod:`poprisk.variance`). Source: Algorithm 1 of [LG]; the
+    calibration of ``mode="auto"`` is ours. One state vector more than AdamW, none with
+    ``variance="second-moment"``.
+
+    Args:
+        params: parameters, named parameters, parameter groups, or a module (which gives names).
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled, not gated.
+        rho: decay of the variance estimate.
+        mask: ``"soft"``, ``"hard"``, ``"snr"``, or a function with the signature of
+            :func:`poprisk.gate.soft` (not saved by ``torch.save(..., weights_only=True)``).
+        alpha: threshold: ``"auto"``, ``"fresh"`` (1), ``"finite"`` (b/(n-b)) or a number;
+            see :func:`poprisk.gate.threshold`. In ``mode="paper"``, ``"auto"`` is the paper's
+            rule: finite if ``dataset_size`` is given, else fresh.
+        z: how many standard errors ``alpha="auto"`` asks for.
+        softness: :math:`\lambda` of the soft and snr masks.
+        batch_size: examples behind one step: batch × accumulation steps × processes.
+        dataset_size: number of training examples; None for a stream.
+        mode: ``"auto"`` centres the variance on the bias-corrected mean and leaves a step
+            ungated while there is no estimate; ``"paper"`` is Algorithm 1 to the letter, cold
+            start and absolute ``eps`` in the mask included.
+        variance: ``"ema"`` (:class:`poprisk.variance.Ema`) or ``"second-moment"``.
+        reduction: None, or ``"per_tensor"``: average over a tensor before the comparison.
+        q_min: floor of the mask, in [0, 1].
+        foreach: many tensors per kernel (None: yes) or one at a time.
+        fused: not available yet; must be None or False.
+        maximize: maximize the objective.
+        capturable: not available yet; must be False.
+        gate: False for a group that is to be plain AdamW.
+
+    A step whose gradients hold a NaN or Inf changes nothing; it is counted in
+    :attr:`skipped_steps` and reported once as a RuntimeWarning. State is kept in float32 for
+    float16 and bfloat16 parameters. Complex parameters are gated per real component, as AdamW
+    treats them.
+
+    Raises:
+        TypeError, ValueError: for a bad argument, before anything is changed.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> opt = PopRiskAdamW([w], lr=0.1, weight_decay=0.0)
+        >>> w.grad = torch.ones(1)
+        >>> opt.step()
+        >>> w.detach()
+        tensor([0.9000])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rho: float = 0.99,
+        mask: str | Mask = "soft",
+        alpha: float | str = "auto",
+        z: float = 1.5,
+        softness: float = 0.1,
+        batch_size: int | None = None,
+        dataset_size: int | None = None,
+        mode: str = "auto",
+        variance: str = "ema",
+        reduction: str | None = None,
+        q_min: float = 0.0,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        gate: bool = True,
+    ) -> None:
+        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        if isinstance(params, nn.Module):
+            params = params.named_parameters()
+        super().__init__(params, {**defaults, "skipped_steps": 0})
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite; saved in ``state_dict``."""
+        return self.param_groups[0]["skipped_steps"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its settings; missing ones come from the defaults."""
+        check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            checks.check_closure_result(loss)
+        with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        grads = [cast(Tensor, p.grad) for p in with_grad]
+        checks.check_gradients(grads)
+        if not all_finite(grads):
+            self._count_skip()
+            return loss
+        for bucket in self._buckets():
+            _update_bucket(bucket)
+        return loss
+
+    def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
+        """What the gate let through at the last step, per module (:class:`GateStats`).
+
+        Names come from ``model``, or from the named parameters or module given to the
+        constructor, else from the position. Groups with ``gate=False`` are left out. Computed
+        from the state when called, so that a step costs nothing extra.
+        """
+        names = {id(p): name for name, p in model.named_parameters()} if model else {}
+        return module_stats(self._tensor_gates(names))
+
+    @torch.no_grad()
+    def _tensor_gates(self, names: dict[int, str]) -> Iterator[TensorGate]:
+        for i, group in enumerate(self.param_groups):
+            own = group.get("param_names") or [f"groups[{i}].{j}" for j in range(len(group["params"]))]
+            for j, p in enumerate(group["params"]):
+                if p in self.state and group["gate"] and p.numel():
+                    yield _tensor_gate(names.get(id(p), own[j]), p, self.state[p], group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class, or of ``torch.optim.AdamW`` (the variance starts fresh).
+
+        Tensors keep their saved precision (float32 for low-precision parameters). Settings that
+        the saved groups lack keep their present values.
+
+        Raises:
+            ValueError: if groups or shapes do not match or the state is AMSGrad's; nothing is
+                changed then.
+        """
+        completed = _completed(state_dict, self.param_groups)
+        params = [p for g in self.param_groups for p in g["params"]]
+        indices = [i for g in completed["param_groups"] for i in g["params"]]
+        saved = {p: completed["state"].get(i, {}) for p, i in zip(params, indices, strict=True)}
+        for i, (p, state) in enumerate(saved.items()):
+            checks.check_state_shapes(i, p, state, (*ADAM_KEYS, "grad_mean_var"))
+        super().load_state_dict(completed)
+        for p, state in saved.items():
+            for key in (*ADAM_KEYS, "grad_mean_var"):
+                if key in state:
+                    self.state[p][key] = state[key].to(p.device, _state_dtype(p), copy=True)
+            if "step" in state:
+                self.state[p]["step"] = torch.tensor(float(state["step"]))
+
+    def _count_skip(self) -> None:
+        count = self.skipped_steps + 1
+        for group in self.param_groups:
+            group["skipped_steps"] = count
+        if count == 1:
+            warnings.warn(
+                "PopRiskAdamW skipped a step because a gradient holds NaN or Inf; weights and "
+                "state are unchanged. Further skips are only counted (optimizer.skipped_steps).",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _buckets(self) -> list[Bucket]:
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        for i, group in enumerate(self.param_groups):
+            estimator = _estimator(group)
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
+                _create_missing(p, state, estimator)
+            for p, state, t in zip(params, states, _count_step(states), strict=True):
+                observations = t - state["variance_start"] if estimator else 0
+                key = (i, p.device, p.dtype, t, observations)
+                if key not in buckets:
+                    buckets[key] = Bucket(group, [], [], t, observations)
+                buckets[key].params.append(p)
+                buckets[key].states.append(state)
+        return list(buckets.values())
+
+
+def check_settings(group: dict[str, Any]) -> None:
+    """Refuse bad hyperparameters of one group (TypeError, ValueError, NotImplementedError)."""
+    checks.check_number("lr", group["lr"], low=0.0)
+    beta1, _ = checks.check_betas(group["betas"])
+    checks.check_number("eps", group["eps"], low=0.0)
+    checks.check_number("weight_decay", group["weight_decay"], low=0.0)
+    checks.check_number("rho", group["rho"], low=0.0, high=1.0, include_high=False)
+    checks.check_number("z", group["z"], low=0.0)
+    checks.check_number("softness", group["softness"], low=0.0)
+    checks.check_number("q_min", group["q_min"], low=0.0, high=1.0)
+    if not callable(group["mask"]):
+        checks.check_choice("mask", group["mask"], MASKS)
+    checks.check_choice("mode", group["mode"], MODES)
+    checks.check_choice("variance", group["variance"], ESTIMATORS)
+    if group["reduction"] is not None:
+        checks.check_choice("reduction", group["reduction"], ("per_tensor",))
+    checks.check_alpha(group["alpha"], ALPHAS, group["dataset_size"])
+    checks.check_batch(group["batch_size"], group["dataset_size"])
+    checks.check_second_moment(group["variance"], beta1)
+    checks.check_unavailable(fused=group["fused"], capturable=group["capturable"])
+
+
+def all_finite(grads: Iterable[Tensor]) -> bool:
+    """Whether no gradient holds a NaN or Inf.
+
+    One sum per tensor decides almost always (a NaN or Inf never sums to a finite number); entry
+    by entry only if a sum is not finite, which finite numbers can reach by overflow.
+    """
+    sums: dict[tuple[torch.device, torch.dtype], TensorList] = defaultdict(list)
+    for g in grads:
+        total = g.sum(dtype=torch.float32) if g.dtype in LOW_PRECISION else g.sum()
+        sums[g.device, total.dtype].append(total)
+    sums_finite = all(bool(torch.stack(s).isfinite().all()) for s in sums.values())
+    return sums_finite or all(bool(g.isfinite().all()) for g in grads)
+
+
+def _state_dtype(p: Tensor) -> torch.dtype:
+    return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+
+
+def _create_missing(p: Tensor, state: dict[str, Any], estimator: VarianceEstimator | None) -> None:
+    """Create the state that the estimator and Adam need and ``state`` lacks."""
+    if "step" not in state:
+        state["step"] = torch.tensor(0.0)
+        for key in ADAM_KEYS:
+            state[key] = torch.zeros_like(p, dtype=_state_dtype(p))
+    if estimator is None or "variance_start" in state:
+        return
+    t = int(state["step"].item())
+    state["variance_start"] = t if estimator.observes(t + 1) else t + 1
+    for key in estimator.state_keys:
+        state[key] = torch.zeros_like(p, dtype=_state_dtype(p))
+
+
+def _count_step(states: list[dict[str, Any]]) -> list[int]:
+    """Advance the step counters by one and return them."""
+    steps = [state["step"] for state in states]
+    if not steps:
+        return []
+    torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+    return [int(t) for t in torch.stack(steps).tolist()]
+
+
+def _update_bucket(bucket: Bucket) -> None:
+    group, estimator = bucket.group, _estimator(bucket.group)
+    clock = Clock(bucket.t, bucket.observations, *group["betas"])
+    settings = AdamSettings(
+        float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]
+    )
+    gate = _gate(group, clock, estimator)
+    slots = _slots(bucket, estimator)
+
+    def update_(block: Slots) -> None:
+        gated_adamw_(block, settings=settings, clock=clock, estimator=estimator, gate=gate)
+
+    whole_tensors = group["reduction"] is not None or callable(group["mask"])
+    if group["foreach"] is False:
+        for i in range(len(slots.params)):
+            update_(slots.subset([i]))
+    elif slots.params[0].device.type != "cpu" or whole_tensors:
+        update_(slots)
+    else:
+        cache_blocks(slots, update_)
+    for p, w in zip(bucket.params, slots.params, strict=True):
+        if w.dtype != p.dtype:
+            p.copy_(w)
+
+
+def _slots(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
+    """Real float32 or float64 tensors of a bucket; parameters share memory unless low precision."""
+    params, states = bucket.params, bucket.states
+    keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
+    columns = [params, [cast(Tensor, p.grad) for p in params]]
+    columns += [[state[key] for state in states] for key in keys]
+    dtype = _state_dtype(params[0])
+    if dtype != params[0].dtype or any(g.dtype != dtype for g in columns[1]):
+        columns = [[x.to(dtype) for x in column] for column in columns]
+    if dtype.is_complex:
+        columns = [[torch.view_as_real(x) for x in column] for column in columns]
+    if bucket.group["maximize"]:
+        columns[1] = list(torch._foreach_neg(columns[1]))
+    return Slots(*columns, *([] for _ in range(5 - len(columns))))
+
+
+def _estimator(group: dict[str, Any]) -> VarianceEstimator | None:
+    if not group["gate"]:
+        return None
+    return make_estimator(group["variance"], rho=group["rho"], paper=group["mode"] == "paper")
+
+
+def _gate(
+    group: dict[str, Any], clock: Clock, estimator: VarianceEstimator | None
+) -> Gate | None:
+    """The gate of one step; None where the step is not gated."""
+    if estimator is None:
+        return None
+    alpha, paper = group["alpha"], group["mode"] == "paper"
+    inflation = estimator.inflation(clock)
+    if paper and alpha == "auto":
+        alpha = "fresh" if group["dataset_size"] is None else "finite"
+    elif not paper and inflation == 0:
+        return None
+    return Gate(
+        mask=group["mask"] if callable(group["mask"]) else MASKS[group["mask"]],
+        alpha=threshold(
+            alpha,
+            noise_ratio=momentum_noise(clock.t, clock.beta1),
+            inflation=inflation,
+            z=group["z"],
+            batch_size=group["batch_size"],
+            dataset_size=group["dataset_size"],
+        ),
+        softness=group["softness"],
+        eps=group["eps"] if paper else 0.0,
+        q_min=group["q_min"],
+        per_tensor=group["reduction"] == "per_tensor",
+    )
+
+
+def _tensor_gate(name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> TensorGate:
+    """Re-evaluate the gate of the last step from the state it left behind."""
+    estimator = cast(VarianceEstimator, _estimator(group))
+    t = int(state["step"].item())
+    observations = t - state["variance_start"]
+    clock = Clock(t, observations, *group["betas"])
+    gate = _gate(group, clock, estimator)
+    keys = (*ADAM_KEYS, *estimator.state_keys)
+    moments = [torch.view_as_real(x) if x.is_complex() else x for x in (state[k] for k in keys)]
+    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
+    m, v = moments[:2]
+    update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
+    if gate is None:
+        return TensorGate(name, torch.ones_like(m), torch.ones_like(m), update, v > 0)
+    q = masks(slots, clock, estimator, gate)[0].expand_as(m)
+    passed = masks(slots, clock, estimator, gate._replace(mask=MASKS["hard"], q_min=0.0))[0]
+    return TensorGate(name, q, passed.expand_as(m), update, v > 0)
+
+
+def _completed(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A shallow copy of ``state_dict`` whose groups have every setting."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state.")
+    saved = state_dict["param_groups"]
+    sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if sizes != own:
+        raise ValueError(
+            f"state_dict does not fit this optimizer: its groups hold {sizes} parameters, the "
+            f"optimizer's {own}."
+        )
+    if any(group.get("amsgrad") for group in saved):
+        raise ValueError(
+            "state_dict comes from AdamW(amsgrad=True), whose maximum of v̂ PopRiskAdamW does "
+            "not have; train on from a checkpoint without amsgrad, or start the state fresh."
+        )
+    filled = [
+        {**mine, **{k: v for k, v in theirs.items() if k not in NOT_LOADED}}
+        for mine, theirs in zip(groups, saved, strict=True)
+    ]
+    for group in filled:
+        check_settings(group)
+    return {"state": state_dict["state"], "param_groups": filled}

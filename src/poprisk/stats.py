@@ -1,0 +1,62 @@
+"""What the gate lets through, module by module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STARVED_BELOW = 0.02
+"""A module is starved when its gated update has less than this share of the ungated RMS."""
+
+
+class GateStats(NamedTuple):
+    """The gate on one module at the last step; coordinates without any gradient are left out.
+
+    Attributes:
+        pass_rate: share of coordinates above the threshold, :math:`\\hat m^2 > \\alpha\\hat s`.
+        mean_gate: mean of the mask q.
+        update_ratio: RMS of the gated update over the RMS of the ungated Adam update.
+        starved: ``update_ratio`` is below :data:`STARVED_BELOW`: the module practically stands
+            still, apart from weight decay.
+        coordinates: how many coordinates were counted.
+    """
+
+    pass_rate: float
+    mean_gate: float
+    update_ratio: float
+    starved: bool
+    coordinates: int
+
+
+class TensorGate(NamedTuple):
+    """Gate of one parameter tensor: mask, pass flags, ungated update, and which entries count."""
+
+    name: str
+    q: Tensor
+    passed: Tensor
+    update: Tensor
+    active: Tensor
+
+
+def module_stats(tensors: Iterable[TensorGate]) -> dict[str, GateStats]:
+    """Pool the tensors of each module (their name without its last part)."""
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
+    for t in tensors:
+        module = t.name.rpartition(".")[0] or t.name
+        active = t.active.double()
+        q, u = t.q.double() * active, t.update.double() * active
+        parts = (active, q, t.passed * active, (q * u).square(), u.square())
+        sums[module] += torch.stack([x.sum() for x in parts]).cpu()
+    return {name: _from_sums(row) for name, row in sums.items()}
+
+
+def _from_sums(row: Tensor) -> GateStats:
+    n, q, passed, gated, ungated = row.tolist()
+    if n == 0 or ungated == 0:
+        return GateStats(0.0, 0.0, 0.0, False, int(n))
+    ratio = (gated / ungated) ** 0.5
+    return GateStats(passed / n, q / n, ratio, ratio < STARVED_BELOW, int(n))

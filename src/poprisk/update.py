@@ -1,0 +1,134 @@
+r"""One gated AdamW update as a pure function of tensors.
+
+The loop path calls :func:`gated_adamw_` with one tensor at a time, the foreach path with many;
+nothing else differs. Elementwise work on the CPU goes chunk by chunk, so that the temporaries of
+one chunk stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from poprisk.gate import Gate, TensorList
+from poprisk.variance import Clock, VarianceEstimator
+
+CHUNK = 131_072
+"""Elements worked on at a time on the CPU: a few temporaries of this size fit a core's cache."""
+
+
+class AdamSettings(NamedTuple):
+    """What AdamW itself needs, as numbers."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class Slots(NamedTuple):
+    """Parallel lists of real tensors of one dtype on one device.
+
+    ``variances`` is empty for an estimator without state.
+    """
+
+    params: TensorList
+    grads: TensorList
+    exp_avgs: TensorList
+    exp_avg_sqs: TensorList
+    variances: TensorList
+
+    def subset(self, indices: list[int]) -> Slots:
+        """The slots at ``indices``."""
+        return Slots(*([column[i] for i in indices] if column else [] for column in self))
+
+
+def cache_blocks(slots: Slots, update_: Callable[[Slots], None]) -> None:
+    """Apply an elementwise update in blocks of at most :data:`CHUNK` elements.
+
+    A large tensor is cut into views if its memory layout has them; of the others, as many as fit
+    go together.
+    """
+    block: list[int] = []
+    size = 0
+    for i, numel in enumerate(w.numel() for w in slots.params):
+        if numel > CHUNK:
+            for piece in _pieces(slots.subset([i])):
+                update_(piece)
+            continue
+        if size + numel > CHUNK:
+            update_(slots.subset(block))
+            block, size = [], 0
+        block.append(i)
+        size += numel
+    if block:
+        update_(slots.subset(block))
+
+
+def _pieces(slots: Slots) -> list[Slots]:
+    """The one tensor of ``slots`` in views of at most :data:`CHUNK` elements."""
+    if not all(t.is_contiguous() for column in slots for t in column):
+        return [slots]
+    columns = [column[0].view(-1).split(CHUNK) if column else () for column in slots]
+    return [
+        Slots(*([column[j]] if column else [] for column in columns))
+        for j in range(len(columns[0]))
+    ]
+
+
+def gated_adamw_(
+    slots: Slots,
+    *,
+    settings: AdamSettings,
+    clock: Clock,
+    estimator: VarianceEstimator | None,
+    gate: Gate | None,
+) -> None:
+    r"""Update parameters and moments in place (Algorithm 1 of [LG], calibration ours).
+
+    .. math::
+        s &\leftarrow \text{estimator}(g, m), \quad
+        m \leftarrow \beta_1 m + (1-\beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1-\beta_2) g^2 \\
+        w &\leftarrow (1 - \eta\lambda) w - \eta\, q \odot \hat m / (\sqrt{\hat v} + \varepsilon)
+
+    The variance is updated before the mean, which must not contain the gradient it is compared
+    with. Weight decay is decoupled and not gated. With ``gate=None`` every operation, and its
+    order, is that of ``torch.optim.AdamW``; with ``estimator=None`` no variance is kept.
+    """
+    w, g, m, v, s = slots
+    if estimator is not None:
+        estimator.observe_(s, g, m, clock)
+    if settings.weight_decay != 0:
+        torch._foreach_mul_(w, 1 - settings.lr * settings.weight_decay)
+    torch._foreach_lerp_(m, g, 1 - settings.beta1)
+    torch._foreach_mul_(v, settings.beta2)
+    torch._foreach_addcmul_(v, g, g, 1 - settings.beta2)
+
+    step = m
+    if gate is not None and estimator is not None:
+        q = masks(slots, clock, estimator, gate)
+        if gate.per_tensor:
+            step = list(torch._foreach_mul(m, q))
+        else:
+            torch._foreach_mul_(q, m)
+            step = q
+    denom = adam_denominator(v, clock, settings.eps)
+    torch._foreach_addcdiv_(w, step, denom, -(settings.lr / (1 - clock.beta1**clock.t)))
+
+
+def masks(slots: Slots, clock: Clock, estimator: VarianceEstimator, gate: Gate) -> TensorList:
+    """The mask of each tensor; the moments contain the present gradients."""
+    raw, var_scale = estimator.read(slots.variances, slots.exp_avgs, slots.exp_avg_sqs, clock)
+    return gate(slots.exp_avgs, raw, mean_scale=clock.mean_scale, var_scale=var_scale)
+
+
+def adam_denominator(exp_avg_sqs: TensorList, clock: Clock, eps: float) -> TensorList:
+    r""":math:`\sqrt{\hat v} + \varepsilon`, newly allocated."""
+    denom = list(torch._foreach_sqrt(exp_avg_sqs))
+    torch._foreach_div_(denom, (1 - clock.beta2**clock.t) ** 0.5)
+    torch._foreach_add_(denom, eps)
+    return denom
