@@ -4,9 +4,11 @@ The public names, in the order of the theory. See the README for a first run and
 ``docs/theory.md`` for the table from equations to functions.
 """
 
+from poprisk.gated import gated
 from poprisk.optimizer import PopRiskAdamW
 from poprisk.stats import GateStats
+from poprisk.tasks import Metric, Task
 
 __version__ = "0.1.0"
 
-__all__ = ["GateStats", "PopRiskAdamW"]
+__all__ = ["GateStats", "Metric", "PopRiskAdamW", "Task", "gated"]

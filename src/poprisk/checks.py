@@ -149,3 +149,64 @@ def check_unavailable(*, fused: bool | None, capturable: bool) -> None:
         raise NotImplementedError(
             "capturable=True is not available yet; step outside of CUDA graphs and torch.compile."
         )
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless ``value`` is an integer above zero."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, but got {value!r} ({type(value).__name__}).")
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, but got {value}.")
+
+
+def check_rows(name: str, rows: list[Any]) -> None:
+    """Raise TypeError unless every row of a data set is an (input, target) pair."""
+    for i, row in enumerate(rows):
+        if not isinstance(row, (tuple, list)) or len(row) != 2:
+            raise TypeError(
+                f"{name}[{i}] must be a pair (input, target), but got {type(row).__name__}."
+            )
+
+
+def check_tensors(name: str, pair: Any) -> None:
+    """Raise unless ``pair`` holds inputs and targets: tensors of one positive length."""
+    for part, value in zip(("inputs", "targets"), pair, strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} {part} must be a tensor, but got {type(value).__name__}.")
+        if value.ndim == 0 or len(value) == 0:
+            raise ValueError(f"{name} {part} must not be empty, but got shape {tuple(value.shape)}.")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{name} {part} hold NaN or Inf; remove or impute those rows first.")
+    if len(pair[0]) != len(pair[1]):
+        raise ValueError(
+            f"{name} has {len(pair[0])} inputs but {len(pair[1])} targets; they must match."
+        )
+
+
+def check_task(task: Any) -> None:
+    """Raise unless the callables of a task work on its first examples and shapes fit."""
+    for name in ("model", "loss"):
+        if not callable(getattr(task, name)):
+            raise TypeError(f"{name} must be callable, but got {getattr(task, name)!r}.")
+    clean, targets = task.clean, task.train[1]
+    if clean is not None and (not isinstance(clean, Tensor) or clean.shape != targets.shape):
+        found = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+        raise ValueError(
+            f"clean must have the shape of the training targets, {tuple(targets.shape)}, but got "
+            f"{found}."
+        )
+    model = task.model()
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"model must be a function that returns a torch.nn.Module, but it returned "
+            f"{type(model).__name__}."
+        )
+    x, y = task.train
+    with torch.no_grad():
+        losses = task.loss(model.eval()(x[:2]), y[:2])
+    if not isinstance(losses, Tensor) or tuple(losses.shape) != (min(2, len(x)),):
+        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"loss must give one value per example, shape (2,) for two examples, but gave {found}; "
+            "pass reduction='none' and average over all dimensions but the first."
+        )

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
-from poprisk.gate import ALPHAS, MASKS, Gate, Mask, TensorList, momentum_noise, threshold
-from poprisk.stats import GateStats, TensorGate, module_stats
+from poprisk.gate import MASKS, Mask, TensorList
+from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
+from poprisk.stats import GateStats, gate_sums, module_stats
 from poprisk.update import AdamSettings, Slots, adam_denominator, cache_blocks, gated_adamw_, masks
-from poprisk.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
+from poprisk.variance import Clock, VarianceEstimator
 
-MODES = ("auto", "paper")
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 NOT_LOADED = {"foreach", "fused", "capturable", "amsgrad", "differentiable", "decoupled_weight_decay"}
@@ -125,7 +125,7 @@ class PopRiskAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its settings; missing ones come from the defaults."""
-        check_settings({**self.defaults, **param_group})
+        check_optimizer_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @overload
@@ -161,12 +161,12 @@ class PopRiskAdamW(Optimizer):
         return module_stats(self._tensor_gates(names))
 
     @torch.no_grad()
-    def _tensor_gates(self, names: dict[int, str]) -> Iterator[TensorGate]:
+    def _tensor_gates(self, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
         for i, group in enumerate(self.param_groups):
             own = group.get("param_names") or [f"groups[{i}].{j}" for j in range(len(group["params"]))]
             for j, p in enumerate(group["params"]):
                 if p in self.state and group["gate"] and p.numel():
-                    yield _tensor_gate(names.get(id(p), own[j]), p, self.state[p], group)
+                    yield names.get(id(p), own[j]), _tensor_gate(self.state[p], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.AdamW`` (the variance starts fresh).
@@ -196,18 +196,12 @@ class PopRiskAdamW(Optimizer):
         count = self.skipped_steps + 1
         for group in self.param_groups:
             group["skipped_steps"] = count
-        if count == 1:
-            warnings.warn(
-                "PopRiskAdamW skipped a step because a gradient holds NaN or Inf; weights and "
-                "state are unchanged. Further skips are only counted (optimizer.skipped_steps).",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+        warn_skipped("PopRiskAdamW", count)
 
     def _buckets(self) -> list[Bucket]:
         buckets: dict[tuple[Any, ...], Bucket] = {}
         for i, group in enumerate(self.param_groups):
-            estimator = _estimator(group)
+            estimator = estimator_of(group)
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             states = [self.state[p] for p in params]
             for p, state in zip(params, states, strict=True):
@@ -222,26 +216,15 @@ class PopRiskAdamW(Optimizer):
         return list(buckets.values())
 
 
-def check_settings(group: dict[str, Any]) -> None:
-    """Refuse bad hyperparameters of one group (TypeError, ValueError, NotImplementedError)."""
-    checks.check_number("lr", group["lr"], low=0.0)
-    beta1, _ = checks.check_betas(group["betas"])
-    checks.check_number("eps", group["eps"], low=0.0)
-    checks.check_number("weight_decay", group["weight_decay"], low=0.0)
-    checks.check_number("rho", group["rho"], low=0.0, high=1.0, include_high=False)
-    checks.check_number("z", group["z"], low=0.0)
-    checks.check_number("softness", group["softness"], low=0.0)
-    checks.check_number("q_min", group["q_min"], low=0.0, high=1.0)
-    if not callable(group["mask"]):
-        checks.check_choice("mask", group["mask"], MASKS)
-    checks.check_choice("mode", group["mode"], MODES)
-    checks.check_choice("variance", group["variance"], ESTIMATORS)
-    if group["reduction"] is not None:
-        checks.check_choice("reduction", group["reduction"], ("per_tensor",))
-    checks.check_alpha(group["alpha"], ALPHAS, group["dataset_size"])
-    checks.check_batch(group["batch_size"], group["dataset_size"])
-    checks.check_second_moment(group["variance"], beta1)
-    checks.check_unavailable(fused=group["fused"], capturable=group["capturable"])
+def warn_skipped(name: str, count: int) -> None:
+    """Say once that steps are being left out."""
+    if count == 1:
+        warnings.warn(
+            f"{name} skipped a step because a gradient holds NaN or Inf; weights and state are "
+            "unchanged. Further skips are only counted (optimizer.skipped_steps).",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def all_finite(grads: Iterable[Tensor]) -> bool:
@@ -286,12 +269,12 @@ def _count_step(states: list[dict[str, Any]]) -> list[int]:
 
 
 def _update_bucket(bucket: Bucket) -> None:
-    group, estimator = bucket.group, _estimator(bucket.group)
+    group, estimator = bucket.group, estimator_of(bucket.group)
     clock = Clock(bucket.t, bucket.observations, *group["betas"])
     settings = AdamSettings(
         float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]
     )
-    gate = _gate(group, clock, estimator)
+    gate = gate_of(group, clock, estimator)
     slots = _slots(bucket, estimator)
 
     def update_(block: Slots) -> None:
@@ -326,58 +309,22 @@ def _slots(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
     return Slots(*columns, *([] for _ in range(5 - len(columns))))
 
 
-def _estimator(group: dict[str, Any]) -> VarianceEstimator | None:
-    if not group["gate"]:
-        return None
-    return make_estimator(group["variance"], rho=group["rho"], paper=group["mode"] == "paper")
-
-
-def _gate(
-    group: dict[str, Any], clock: Clock, estimator: VarianceEstimator | None
-) -> Gate | None:
-    """The gate of one step; None where the step is not gated."""
-    if estimator is None:
-        return None
-    alpha, paper = group["alpha"], group["mode"] == "paper"
-    inflation = estimator.inflation(clock)
-    if paper and alpha == "auto":
-        alpha = "fresh" if group["dataset_size"] is None else "finite"
-    elif not paper and inflation == 0:
-        return None
-    return Gate(
-        mask=group["mask"] if callable(group["mask"]) else MASKS[group["mask"]],
-        alpha=threshold(
-            alpha,
-            noise_ratio=momentum_noise(clock.t, clock.beta1),
-            inflation=inflation,
-            z=group["z"],
-            batch_size=group["batch_size"],
-            dataset_size=group["dataset_size"],
-        ),
-        softness=group["softness"],
-        eps=group["eps"] if paper else 0.0,
-        q_min=group["q_min"],
-        per_tensor=group["reduction"] == "per_tensor",
-    )
-
-
-def _tensor_gate(name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> TensorGate:
+def _tensor_gate(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Re-evaluate the gate of the last step from the state it left behind."""
-    estimator = cast(VarianceEstimator, _estimator(group))
+    estimator = cast(VarianceEstimator, estimator_of(group))
     t = int(state["step"].item())
-    observations = t - state["variance_start"]
-    clock = Clock(t, observations, *group["betas"])
-    gate = _gate(group, clock, estimator)
+    clock = Clock(t, t - state["variance_start"], *group["betas"])
+    gate = gate_of(group, clock, estimator)
     keys = (*ADAM_KEYS, *estimator.state_keys)
     moments = [torch.view_as_real(x) if x.is_complex() else x for x in (state[k] for k in keys)]
     slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
     m, v = moments[:2]
     update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
     if gate is None:
-        return TensorGate(name, torch.ones_like(m), torch.ones_like(m), update, v > 0)
-    q = masks(slots, clock, estimator, gate)[0].expand_as(m)
+        return gate_sums(torch.ones_like(m), torch.ones_like(m), update, v > 0)
+    q = masks(slots, clock, estimator, gate)[0]
     passed = masks(slots, clock, estimator, gate._replace(mask=MASKS["hard"], q_min=0.0))[0]
-    return TensorGate(name, q, passed.expand_as(m), update, v > 0)
+    return gate_sums(q, passed, update, v > 0)
 
 
 def _completed(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -402,5 +349,5 @@ def _completed(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict
         for mine, theirs in zip(groups, saved, strict=True)
     ]
     for group in filled:
-        check_settings(group)
+        check_optimizer_settings(group)
     return {"state": state_dict["state"], "param_groups": filled}

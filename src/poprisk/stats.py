@@ -14,10 +14,10 @@ STARVED_BELOW = 0.02
 
 
 class GateStats(NamedTuple):
-    """The gate on one module at the last step; coordinates without any gradient are left out.
+    r"""The gate on one module at the last step; coordinates without any gradient are left out.
 
     Attributes:
-        pass_rate: share of coordinates above the threshold, :math:`\\hat m^2 > \\alpha\\hat s`.
+        pass_rate: share of coordinates above the threshold, :math:`\hat m^2 > \alpha\hat s`.
         mean_gate: mean of the mask q.
         update_ratio: RMS of the gated update over the RMS of the ungated Adam update.
         starved: ``update_ratio`` is below :data:`STARVED_BELOW`: the module practically stands
@@ -32,25 +32,26 @@ class GateStats(NamedTuple):
     coordinates: int
 
 
-class TensorGate(NamedTuple):
-    """Gate of one parameter tensor: mask, pass flags, ungated update, and which entries count."""
+def gate_sums(q: Tensor, passed: Tensor, update: Tensor, active: Tensor) -> Tensor:
+    """What one tensor adds to its module's statistics: five sums, float64.
 
-    name: str
-    q: Tensor
-    passed: Tensor
-    update: Tensor
-    active: Tensor
+    Args:
+        q: mask, any shape that broadcasts to ``update``.
+        passed: 1 where the threshold is passed, likewise.
+        update: ungated update.
+        active: True where the coordinate has received gradient.
+    """
+    n = active.double()
+    u = update.double() * n
+    parts = (n, q.double() * n, passed.double() * n, (q.double() * u).square(), u.square())
+    return torch.stack([x.sum() for x in parts])
 
 
-def module_stats(tensors: Iterable[TensorGate]) -> dict[str, GateStats]:
-    """Pool the tensors of each module (their name without its last part)."""
+def module_stats(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, GateStats]:
+    """Pool the :func:`gate_sums` of the tensors of each module (their name's first part)."""
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
-    for t in tensors:
-        module = t.name.rpartition(".")[0] or t.name
-        active = t.active.double()
-        q, u = t.q.double() * active, t.update.double() * active
-        parts = (active, q, t.passed * active, (q * u).square(), u.square())
-        sums[module] += torch.stack([x.sum() for x in parts]).cpu()
+    for name, row in tensors:
+        sums[name.rpartition(".")[0] or name] += row.cpu()
     return {name: _from_sums(row) for name, row in sums.items()}
 
 

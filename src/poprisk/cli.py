@@ -1,0 +1,157 @@
+"""The command line: compare, report, bench, tasks."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from poprisk.arms import default_arms
+from poprisk.compare import Comparison, TrainingError, compare, environment
+from poprisk.display import ProgressDisplay, verdict_table
+from poprisk.report import write_report
+from poprisk.rundir import RunDirectory, RunDirectoryError
+from poprisk.tasks import BUILT_IN, TaskError
+from poprisk.verdict import judge
+
+app = typer.Typer(
+    help="Train on population risk: a noise gate for AdamW, with its controls.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+DEFAULT_SEEDS = 3
+
+
+@app.command("compare")
+def compare_command(
+    task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = DEFAULT_SEEDS,
+    full: Annotated[bool, typer.Option("--full", help="All arms, not just the telling ones.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run directory [runs/TASK].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data [the task's].")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Argument of the task's function, as in noise=0.2."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
+    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+) -> None:
+    """Train every arm on every seed of TASK and say which generalizes; resumes when repeated."""
+    for name, value in (("--seeds", seeds), ("--epochs", epochs), ("--workers", workers)):
+        if value is not None and value < 1:
+            _fail(f"{name} must be at least 1, but got {value}.")
+    comparison = Comparison(
+        task=task,
+        arms=default_arms(full=full),
+        seeds=list(range(seeds)),
+        settings=dict(_parse_setting(text) for text in setting or []),
+        epochs=epochs,
+        full=full,
+        device=device,
+        workers=workers or _cores(),
+    )
+    try:
+        config = comparison.config()
+        directory = RunDirectory(out or Path("runs") / _default_name(comparison))
+        directory.create(config, environment(comparison.workers))
+        console.print(f"[bold]{config['task']['description'] or config['task']['name']}[/]")
+        console.print(
+            f"{len(comparison.arms)} arms, {seeds} seeds, {comparison.workers} workers; record in "
+            f"{directory.path} (stop at any time, repeat the command to go on)"
+        )
+        with ProgressDisplay(console, comparison, directory.read()) as display:
+            compare(comparison, directory, display)
+        _conclude(directory)
+    except (TaskError, RunDirectoryError, ValueError) as error:
+        _fail(str(error))
+    except TrainingError as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail("stopped; repeat the command to go on where it was.", code=130)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Write report.html of a run directory again and print its verdict."""
+    try:
+        _conclude(RunDirectory(run))
+    except RunDirectoryError as error:
+        _fail(str(error))
+
+
+@app.command()
+def tasks() -> None:
+    """List the built-in tasks."""
+    for name, function in BUILT_IN.items():
+        console.print(f"[bold]{name:18}[/] {(function.__doc__ or '').splitlines()[0]}")
+
+
+@app.command()
+def bench(
+    threads: Annotated[int, typer.Option(help="Threads torch may use.")] = 1,
+    steps: Annotated[int, typer.Option(help="Timed steps per optimizer.")] = 50,
+) -> None:
+    """Time one optimizer step beside torch's AdamW, in one run."""
+    from poprisk.bench import bench_steps, bench_table
+
+    if threads < 1 or steps < 1:
+        _fail("--threads and --steps must be at least 1.")
+    console.print(bench_table(bench_steps(threads=threads, steps=steps), threads=threads))
+
+
+def main() -> None:
+    """Entry point of the ``poprisk`` command."""
+    app()
+
+
+def _conclude(directory: RunDirectory) -> None:
+    data = directory.read()
+    verdict = judge(data)
+    path = directory.path / "report.html"
+    try:
+        write_report(data, verdict, path)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write {path}: {error.strerror or error}.") from error
+    console.print(verdict_table(verdict, data))
+    console.print(f"\n[bold]{verdict.headline}[/]", highlight=False)
+    for sentence in verdict.sentences:
+        console.print(f"- {sentence}", highlight=False)
+    console.print(f"\nReport: {path}", soft_wrap=True, highlight=False)
+
+
+def _fail(message: str, *, code: int = 2) -> NoReturn:
+    Console(stderr=True).print(f"poprisk: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        _fail(f"--set takes name=value, as in --set noise=0.2, but got {text!r}.")
+    for convert in (int, float):
+        try:
+            return name, convert(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def _default_name(comparison: Comparison) -> str:
+    """A directory name that differs wherever the configuration does."""
+    parts = [re.sub(r"[^A-Za-z0-9_.-]+", "-", comparison.task.removesuffix(".py")).strip("-.")]
+    parts += [f"{key}-{value}" for key, value in comparison.settings.items()]
+    parts += [f"{comparison.epochs}-epochs"] if comparison.epochs else []
+    parts += ["full"] if comparison.full else []
+    parts += [f"{len(comparison.seeds)}-seeds"] if len(comparison.seeds) != DEFAULT_SEEDS else []
+    return "-".join(parts)

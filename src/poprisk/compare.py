@@ -1,0 +1,246 @@
+"""Arms × seeds in worker processes, resumable, into a run directory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess, SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poprisk.arms import Arm
+from poprisk.checkpoint import load_checkpoint, save_checkpoint
+from poprisk.rundir import FORMAT, Key, RunDirectory
+from poprisk.tasks import Task, load_task
+from poprisk.training import Row, Run
+
+OnRow = Callable[[Row], None]
+
+
+class TrainingError(RuntimeError):
+    """A run that failed in a worker; the message names it and ends with its traceback."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare.
+
+    Args:
+        task: name of a built-in task, or ``path/to/file.py:function``.
+        arms: unique names; an arm comes after the one it follows.
+        seeds: of the task's data, the initial weights and the order of examples.
+        settings: arguments of the task's function.
+        epochs: in place of the task's own.
+        full: whether these are all arms.
+        device: where to train.
+        workers: processes, each with one thread.
+    """
+
+    task: str
+    arms: list[Arm]
+    seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
+    full: bool = False
+    device: str = "cpu"
+    workers: int = 1
+
+    def make_task(self, seed: int) -> Task:
+        """The task with the data of one seed."""
+        task = load_task(self.task, seed=seed, **self.settings)
+        if self.epochs is not None:
+            object.__setattr__(task, "epochs", self.epochs)
+        return task
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says; two runs with the same one are the same run."""
+        task = self.make_task(self.seeds[0])
+        return {
+            "format": FORMAT,
+            "poprisk": metadata.version("poprisk"),
+            "task": {
+                "name": task.name,
+                "source": self.task,
+                "settings": self.settings,
+                "description": task.description,
+                "metric": {
+                    "name": task.scored_by.name,
+                    "higher_is_better": task.scored_by.higher_is_better,
+                    "percent": task.scored_by.percent,
+                },
+                "classification": task.classification,
+                "epochs": task.epochs,
+                "batch_size": task.batch_size,
+                "train_examples": len(task.train[1]),
+                "test_examples": len(task.test[1]),
+                "parameters": sum(p.numel() for p in task.model().parameters()),
+                "noise_known": task.memorized(task.model()(task.train[0]).detach()) is not None,
+            },
+            "arms": [arm.as_json() for arm in self.arms],
+            "seeds": self.seeds,
+            "full": self.full,
+            "device": self.device,
+        }
+
+
+def environment(workers: int) -> dict[str, str | int]:
+    """What the numbers were computed with."""
+    packages = ("torch", "numpy", "scikit-learn", "pytorch-optimizer")
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count() or 1,
+        "workers": workers,
+        "threads per worker": 1,
+    }
+
+
+def compare(comparison: Comparison, directory: RunDirectory, on_row: OnRow) -> None:
+    """Train every arm on every seed that the run directory does not hold yet.
+
+    Rows go to the record, then to ``on_row``. Killed at any moment and called again, it goes on
+    where it stopped and ends with the same numbers.
+
+    Raises:
+        TrainingError: if a run fails; the others up to then are kept.
+    """
+    ended = set(directory.read().ends)
+    jobs = [
+        (arm, seed)
+        for seed in comparison.seeds
+        for arm in comparison.arms
+        if (arm.name, seed) not in ended or not _trace_kept(comparison, directory, arm, seed)
+    ]
+    if not jobs:
+        return
+    pool = _Pool(comparison, directory, min(comparison.workers, len(jobs)))
+    try:
+        pool.run(jobs, ended, on_row)
+    finally:
+        pool.close()
+
+
+def _trace_path(directory: RunDirectory, arm: str, seed: int) -> Path:
+    return directory.checkpoints / f"trace-{arm}-{seed}.safetensors"
+
+
+def _is_followed(comparison: Comparison, arm: Arm) -> bool:
+    return any(other.follows == arm.name for other in comparison.arms)
+
+
+def _trace_kept(comparison: Comparison, directory: RunDirectory, arm: Arm, seed: int) -> bool:
+    return not _is_followed(comparison, arm) or _trace_path(directory, arm.name, seed).exists()
+
+
+class _Pool:
+    """Worker processes, each with a pipe; a worker ends when its pipe does."""
+
+    def __init__(self, comparison: Comparison, directory: RunDirectory, size: int) -> None:
+        method = "spawn" if comparison.device != "cpu" else "forkserver"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(["poprisk.training"])
+        self.directory = directory
+        self.workers: dict[Connection, ForkServerProcess | SpawnProcess] = {}
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(theirs, comparison, directory.path), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.workers[ours] = process
+
+    def run(self, jobs: list[tuple[Arm, int]], ended: set[Key], on_row: OnRow) -> None:
+        """Hand out jobs as their dependencies end, and record what comes back."""
+        busy: set[Connection] = set()
+        while jobs or busy:
+            for pipe in self.workers.keys() - busy:
+                job = next((j for j in jobs if j[0].follows is None or (j[0].follows, j[1]) in ended), None)
+                if job is not None:
+                    jobs.remove(job)
+                    ended.discard((job[0].name, job[1]))
+                    pipe.send(job)
+                    busy.add(pipe)
+            for pipe in wait(list(busy)):
+                kind, content = self._receive(pipe)
+                if kind == "error":
+                    raise TrainingError(content)
+                if kind == "idle":
+                    busy.discard(pipe)
+                    continue
+                self.directory.append(content)
+                if content["event"] == "end":
+                    ended.add((content["arm"], content["seed"]))
+                on_row(content)
+
+    def _receive(self, pipe: Any) -> tuple[str, Any]:
+        try:
+            return pipe.recv()
+        except EOFError:
+            self.workers[pipe].join(timeout=5)
+            raise TrainingError(
+                f"a worker process died (exit code {self.workers[pipe].exitcode}; out of memory?)."
+            ) from None
+
+    def close(self) -> None:
+        """End the workers, working or not."""
+        for pipe, process in self.workers.items():
+            pipe.close()
+            process.terminate()
+            process.join()
+
+
+def _work(pipe: Connection, comparison: Comparison, path: Path) -> None:
+    """Body of a worker: train what comes through the pipe until it closes."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    directory = RunDirectory(path)
+    try:
+        while True:
+            arm, seed = pipe.recv()
+            try:
+                _train(pipe, comparison, directory, arm, seed)
+            except (BrokenPipeError, EOFError):
+                raise
+            except Exception:
+                last = traceback.format_exc().strip()
+                pipe.send(("error", f"arm {arm.name}, seed {seed} failed:\n{last}"))
+            pipe.send(("idle", None))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return  # the parent is gone or was interrupted
+
+
+def _train(
+    pipe: Connection, comparison: Comparison, directory: RunDirectory, arm: Arm, seed: int
+) -> None:
+    followed = _is_followed(comparison, arm)
+    trace = None
+    if arm.follows is not None:
+        trace = load_checkpoint(_trace_path(directory, arm.follows, seed))["rms"].tolist()
+    run = Run(
+        task=comparison.make_task(seed),
+        arm=arm,
+        seed=seed,
+        trace=trace,
+        record=followed,
+        checkpoint=directory.checkpoints / f"{arm.name}-{seed}.safetensors",
+        device=comparison.device,
+    )
+    run.resume()
+    start = {"event": "start", "arm": arm.name, "seed": seed, "epoch": run.progress.epoch}
+    pipe.send(("row", start))
+    for row in run.rows():
+        if row["event"] == "end" and followed:
+            rms = torch.tensor(run.progress.trace, dtype=torch.float64)
+            save_checkpoint(_trace_path(directory, arm.name, seed), {"rms": rms})
+        pipe.send(("row", row))

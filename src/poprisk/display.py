@@ -1,0 +1,147 @@
+"""What `poprisk compare` shows while it runs and when it is done."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from poprisk.compare import Comparison
+from poprisk.rundir import RunData
+from poprisk.training import Row as Record
+from poprisk.verdict import Verdict
+from poprisk.wording import Interval, Row, Scale, scale_of
+
+
+class ProgressDisplay:
+    """Live progress: what runs, its metric so far, time left. Plain lines where output is no tty."""
+
+    def __init__(self, console: Console, comparison: Comparison, data: RunData) -> None:
+        self.console = console
+        self.scale = scale_of(data.config)
+        self.epochs = data.config["task"]["epochs"]
+        self.labels = {arm.name: arm.label for arm in comparison.arms}
+        self.started = time.monotonic()
+        self.finals: dict[str, list[float]] = {}
+        for (arm, _), end in data.ends.items():
+            self.finals.setdefault(arm, []).append(end["final_metric"])
+        self.running: dict[tuple[str, int], Record] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} runs"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+        )
+        total = len(comparison.arms) * len(comparison.seeds)
+        name = data.config["task"]["name"]
+        self.bar = self.progress.add_task(f"training on {name}", total=total, completed=len(data.ends))
+        self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> ProgressDisplay:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.live:
+            self.live.update(self._picture())
+            self.live.stop()
+
+    def __call__(self, row: Record) -> None:
+        """Take one row of the record."""
+        key = (row["arm"], row["seed"])
+        before = self._share(key)
+        if row["event"] == "end":
+            self.running.pop(key, None)
+            self.finals.setdefault(row["arm"], []).append(row["final_metric"])
+            self.progress.advance(self.bar, 1 - before)
+            if self.live is None:
+                self._line(row)
+        else:
+            self.running[key] = row
+            self.progress.advance(self.bar, self._share(key) - before)
+        if self.live:
+            self.live.update(self._picture())
+
+    def _share(self, key: tuple[str, int]) -> float:
+        return self.running[key]["epoch"] / self.epochs if key in self.running else 0.0
+
+    def _line(self, row: Record) -> None:
+        done = sum(len(v) for v in self.finals.values())
+        total = int(self.progress.tasks[0].total or 0)
+        value = row["stopped_metric"] if row["stopped_metric"] is not None else row["final_metric"]
+        spent = time.monotonic() - self.started
+        self.console.print(
+            f"[{done:3}/{total}] {spent:4.0f} s  {self.labels[row['arm']]}, seed {row['seed']}: "
+            f"{self.scale.name} {self.scale.value(value)}",
+            markup=False,
+            highlight=False,
+        )
+
+    def _picture(self) -> Table:
+        grid = Table.grid()
+        grid.add_row(self.progress)
+        for (arm, seed), row in sorted(self.running.items()):
+            metric = row.get("test_metric")
+            so_far = f"{self.scale.name} {self.scale.value(metric)}" if metric is not None else ""
+            grid.add_row(
+                f"  [cyan]{self.labels[arm]}[/], seed {seed}, epoch {row['epoch']}/{self.epochs}  {so_far}"
+            )
+        return grid
+
+
+def verdict_table(verdict: Verdict, data: RunData) -> Table:
+    """The table of a verdict for the terminal."""
+    scale = scale_of(data.config)
+    table = Table(title=None, header_style="bold", pad_edge=False)
+    table.add_column("arm", min_width=24)
+    for name in (f"final {scale.name}", "best epoch", "noise fitted", "gain over best AdamW"):
+        table.add_column(name, justify="right")
+    for row in verdict.rows:
+        style = "bold green" if row.family == "poprisk" else ""
+        table.add_row(*table_cells(row, scale), style=style)
+    return table
+
+
+def table_cells(row: Row, scale: Scale) -> tuple[str, str, str, str, str]:
+    """The texts of one line."""
+    memorized = f"{row.memorized.mean:.1%}" if row.memorized else "-"
+    return (
+        row.label,
+        _with_half_width(row.final, scale),
+        scale.value(row.best.mean),
+        memorized,
+        _difference(row.difference, scale),
+    )
+
+
+def _with_half_width(interval: Interval, scale: Scale) -> str:
+    half = (interval.high - interval.low) / 2
+    if half != half:
+        return scale.value(interval.mean)
+    return f"{scale.value(interval.mean)} ± {100 * half:.1f}" if scale.percent else (
+        f"{scale.value(interval.mean)} ± {half:.2g}"
+    )
+
+
+def _difference(d: Interval | None, scale: Scale) -> str:
+    if d is None:
+        return "(reference)"
+    unit = 100.0 if scale.percent else 1.0
+    mean = scale.gain(d.mean) * unit
+    if d.low != d.low:
+        return f"{mean:+.3g}"
+    low, high = sorted((scale.gain(d.low) * unit, scale.gain(d.high) * unit))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if scale.percent else (
+        f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+    )

@@ -1,0 +1,167 @@
+"""A run directory: configuration, environment, an append-only record, checkpoints.
+
+``config.json`` and ``environment.json`` are written once; ``metrics.jsonl`` gets one JSON object
+a line, flushed, so that a killed run loses at most the line being written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMAT = 1
+EVENTS = {"start", "epoch", "end"}
+
+Key = tuple[str, int]
+
+
+class RunDirectoryError(ValueError):
+    """A run directory that cannot be used; the message says why and what to do."""
+
+
+class RunData(NamedTuple):
+    """What a run directory says.
+
+    Attributes:
+        config: contents of ``config.json``.
+        environment: contents of ``environment.json``.
+        epochs: the ``epoch`` rows; those that a resumed run repeated are there once.
+        ends: the ``end`` row of each finished run, by arm name and seed.
+    """
+
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    ends: dict[Key, dict[str, Any]]
+
+
+class RunDirectory:
+    """Reads and writes one run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+
+    def create(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Make the directory, or check that an existing one holds the same configuration.
+
+        Raises:
+            RunDirectoryError: if it cannot be written, is not a run directory, or holds another
+                configuration; nothing is changed then.
+        """
+        if (self.path / "config.json").exists():
+            self._check_same(config)
+            self._drop_torn_line()
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunDirectoryError(
+                f"{self.path} exists and is not a run directory (no config.json); choose another "
+                "with --out."
+            )
+        try:
+            self.checkpoints.mkdir(parents=True)
+            write_json(self.path / "environment.json", environment)
+            self.metrics.touch()
+            write_json(self.path / "config.json", config)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write the run directory {self.path}: {error.strerror or error}; choose "
+                "another with --out."
+            ) from error
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one row to the record and flush it."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read(self) -> RunData:
+        """Read everything back.
+
+        Raises:
+            RunDirectoryError: if the directory is missing or a file in it is damaged.
+        """
+        config = self._read_json("config.json")
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise RunDirectoryError(
+                f"{self.path / 'config.json'} is not of format {FORMAT}; it was written by another "
+                "version of poprisk or damaged."
+            )
+        epochs: dict[Key, list[dict[str, Any]]] = {}
+        ends: dict[Key, dict[str, Any]] = {}
+        for row in self._rows():
+            key = (row["arm"], row["seed"])
+            if row["event"] == "start":
+                epochs[key] = [r for r in epochs.get(key, []) if r["epoch"] <= row["epoch"]]
+                ends.pop(key, None)
+            elif row["event"] == "epoch":
+                epochs.setdefault(key, []).append(row)
+            else:
+                ends[key] = row
+        rows = [row for run in epochs.values() for row in run]
+        return RunData(config, self._read_json("environment.json"), rows, ends)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        try:
+            lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunDirectoryError(self._damaged("metrics.jsonl", str(error))) from error
+        rows = []
+        for number, line in enumerate(lines[:-1], start=1):  # the last piece was torn, or is empty
+            try:
+                row = json.loads(line)
+                valid = row["event"] in EVENTS and {"arm", "seed", "epoch"} <= row.keys()
+            except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
+                valid = False
+            if not valid:
+                found = f"line {number} is not a record: {line[:60]!r}"
+                raise RunDirectoryError(self._damaged("metrics.jsonl", found))
+            rows.append(row)
+        return rows
+
+    def _check_same(self, config: dict[str, Any]) -> None:
+        found = self.read().config
+        if json.dumps(found, sort_keys=True) == json.dumps(config, sort_keys=True):
+            return
+        keys = sorted(k for k in {*found, *config} if found.get(k) != config.get(k))
+        raise RunDirectoryError(
+            f"{self.path} holds a run with another configuration (it differs in "
+            f"{', '.join(keys)}); repeat that command to resume it, or choose another directory "
+            "with --out."
+        )
+
+    def _drop_torn_line(self) -> None:
+        """Cut off a last line without a newline: the process was killed while writing it."""
+        try:
+            with self.metrics.open("r+b") as file:
+                content = file.read()
+                file.truncate(content.rfind(b"\n") + 1)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write {self.metrics}: {error.strerror or error}."
+            ) from error
+
+    def _read_json(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunDirectoryError(
+                f"{self.path} is not a run directory: it has no {name}."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(self._damaged(name, str(error))) from error
+
+    def _damaged(self, name: str, found: str) -> str:
+        return (
+            f"{self.path / name} is damaged: {found}. Nothing was changed; mend the file, or start "
+            "anew in another directory with --out."
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: a reader sees the old file or the new one."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

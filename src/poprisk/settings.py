@@ -1,0 +1,75 @@
+"""From the settings of a parameter group to its variance estimator and gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from poprisk import checks
+from poprisk.gate import ALPHAS, MASKS, Gate, momentum_noise, threshold
+from poprisk.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
+
+MODES = ("auto", "paper")
+
+
+def check_gate_settings(group: Mapping[str, Any]) -> None:
+    """Refuse bad settings of the gate (TypeError, ValueError)."""
+    beta1, _ = checks.check_betas(group["betas"])
+    checks.check_number("rho", group["rho"], low=0.0, high=1.0, include_high=False)
+    checks.check_number("z", group["z"], low=0.0)
+    checks.check_number("softness", group["softness"], low=0.0)
+    checks.check_number("q_min", group["q_min"], low=0.0, high=1.0)
+    if not callable(group["mask"]):
+        checks.check_choice("mask", group["mask"], MASKS)
+    checks.check_choice("mode", group["mode"], MODES)
+    checks.check_choice("variance", group["variance"], ESTIMATORS)
+    if group["reduction"] is not None:
+        checks.check_choice("reduction", group["reduction"], ("per_tensor",))
+    checks.check_alpha(group["alpha"], ALPHAS, group["dataset_size"])
+    checks.check_batch(group["batch_size"], group["dataset_size"])
+    checks.check_second_moment(group["variance"], beta1)
+
+
+def check_optimizer_settings(group: Mapping[str, Any]) -> None:
+    """Refuse bad settings of AdamW or of the gate (TypeError, ValueError, NotImplementedError)."""
+    checks.check_number("lr", group["lr"], low=0.0)
+    checks.check_number("eps", group["eps"], low=0.0)
+    checks.check_number("weight_decay", group["weight_decay"], low=0.0)
+    check_gate_settings(group)
+    checks.check_unavailable(fused=group["fused"], capturable=group["capturable"])
+
+
+def estimator_of(group: Mapping[str, Any]) -> VarianceEstimator | None:
+    """The variance estimator of a group; None if the group is not gated."""
+    if not group["gate"]:
+        return None
+    return make_estimator(group["variance"], rho=group["rho"], paper=group["mode"] == "paper")
+
+
+def gate_of(
+    group: Mapping[str, Any], clock: Clock, estimator: VarianceEstimator | None
+) -> Gate | None:
+    """The gate of one step; None where the step is not gated."""
+    if estimator is None:
+        return None
+    alpha, paper = group["alpha"], group["mode"] == "paper"
+    inflation = estimator.inflation(clock)
+    if paper and alpha == "auto":
+        alpha = "fresh" if group["dataset_size"] is None else "finite"
+    elif not paper and inflation == 0:
+        return None
+    return Gate(
+        mask=group["mask"] if callable(group["mask"]) else MASKS[group["mask"]],
+        alpha=threshold(
+            alpha,
+            noise_ratio=momentum_noise(clock.t, clock.beta1),
+            inflation=inflation,
+            z=group["z"],
+            batch_size=group["batch_size"],
+            dataset_size=group["dataset_size"],
+        ),
+        softness=group["softness"],
+        eps=group["eps"] if paper else 0.0,
+        q_min=group["q_min"],
+        per_tensor=group["reduction"] == "per_tensor",
+    )

@@ -1,0 +1,83 @@
+"""Tasks: the built-in ones by name, and a user's own from a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from poprisk.tasks import digits as _digits
+from poprisk.tasks import regression as _regression
+from poprisk.tasks.task import METRICS, Metric, Task
+
+__all__ = ["BUILT_IN", "METRICS", "Metric", "Task", "TaskError", "load_task"]
+
+BUILT_IN: dict[str, Callable[..., Task]] = {
+    "digits": _digits.digits,
+    "digits-cnn": _digits.digits_cnn,
+    "digits-clean": _digits.digits_clean,
+    "sparse-regression": _regression.sparse_regression,
+    "dense-regression": _regression.dense_regression,
+    "diabetes": _regression.diabetes,
+}
+
+
+class TaskError(ValueError):
+    """A task that cannot be found or made; the message says why and what to do."""
+
+
+def load_task(name: str, *, seed: int, **settings: Any) -> Task:
+    """Make the task called ``name``: a built-in one, or ``path/to/file.py:function``.
+
+    A function that takes ``seed`` gets it (for its split and its noise); ``settings`` are
+    passed on to it.
+
+    Raises:
+        TaskError: if there is no such task, file or function, or it does not return a Task.
+    """
+    function = _find(name)
+    parameters = inspect.signature(function).parameters
+    unknown = set(settings) - set(parameters)
+    if unknown:
+        raise TaskError(
+            f"task {name} has no setting {sorted(unknown)[0]!r}; it takes "
+            f"{', '.join(p for p in parameters if p != 'seed') or 'none'}."
+        )
+    try:
+        task = function(**({"seed": seed} if "seed" in parameters else {}), **settings)
+    except Exception as error:
+        raise TaskError(f"task {name} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task):
+        raise TaskError(f"{name} must return a poprisk.Task, but it returned {type(task).__name__}.")
+    return task
+
+
+def _find(name: str) -> Callable[..., Any]:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path, colon, function = name.rpartition(":")
+    if not colon:
+        raise TaskError(
+            f"unknown task {name!r}; the built-in ones are {', '.join(BUILT_IN)}. Your own is "
+            "written path/to/file.py:function."
+        )
+    return _from_file(Path(path), function)
+
+
+def _from_file(path: Path, function: str) -> Callable[..., Any]:
+    if not path.is_file():
+        raise TaskError(f"no file {path} (task {path}:{function}).")
+    spec = importlib.util.spec_from_file_location(f"poprisk_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path} is not a Python file; a task is written path/to/file.py:function.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise TaskError(f"{path} failed on import: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise TaskError(f"{path} has no function {function!r}.")
+    return found

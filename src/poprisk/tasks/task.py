@@ -1,0 +1,137 @@
+"""What a task is: a model, a per-example loss, data, a metric, and how long to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from poprisk import checks
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Metric(NamedTuple):
+    """A number that says how good outputs are.
+
+    Attributes:
+        name: as shown in tables.
+        function: from outputs and targets of a whole data set to a float.
+        higher_is_better: whether more is better.
+        percent: whether tables show it in percent and differences in points.
+    """
+
+    name: str
+    function: Callable[[Tensor, Tensor], float]
+    higher_is_better: bool = True
+    percent: bool = False
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Share of rows of ``outputs`` (n, c) whose largest entry is at ``targets`` (n,)."""
+    return (outputs.argmax(1) == targets).double().mean().item()
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> float:
+    """Mean of the squared difference; both of one shape."""
+    return (outputs - targets).double().square().mean().item()
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", accuracy, percent=True),
+    "mse": Metric("mean squared error", mean_squared_error, higher_is_better=False),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A learning problem that `poprisk compare` can train on.
+
+    Args:
+        name: short name, used in reports.
+        model: makes a fresh model; called after the random seed is set.
+        loss: per-example loss, from outputs (b, ...) and targets (b, ...) to a tensor (b,).
+        train: training inputs and targets, as a pair of tensors or a data set of such pairs.
+        test: the same for the test set, used for measuring only.
+        metric: ``"accuracy"``, ``"mse"``, or a :class:`Metric`.
+        epochs: passes over the training set.
+        batch_size: examples per step.
+        clean: training targets without label noise, where they are known: shape of the targets.
+        description: one line for the report.
+
+    Raises:
+        TypeError, ValueError: if a part has the wrong type or the shapes do not fit.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    train: Any
+    test: Any
+    metric: str | Metric = "accuracy"
+    epochs: int = 100
+    batch_size: int = 64
+    clean: Tensor | None = None
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "train", as_pair("train", self.train))
+        object.__setattr__(self, "test", as_pair("test", self.test))
+        if isinstance(self.metric, str):
+            checks.check_choice("metric", self.metric, METRICS)
+            object.__setattr__(self, "metric", METRICS[self.metric])
+        checks.check_positive("epochs", self.epochs)
+        checks.check_batch(self.batch_size, len(self.train[1]))
+        checks.check_task(self)
+
+    @property
+    def scored_by(self) -> Metric:
+        """The metric, resolved."""
+        return cast(Metric, self.metric)
+
+    @property
+    def classification(self) -> bool:
+        """Whether targets are class indices."""
+        return not self.train[1].is_floating_point() and not self.train[1].is_complex()
+
+    def memorized(self, outputs: Tensor) -> float | None:
+        r"""How much of the label noise ``outputs`` on the training set reproduce.
+
+        Classes: the share of wrong labels that are predicted. Numbers: the regression coefficient
+        of the outputs' deviation on the noise, :math:`\langle f - y_{clean}, e\rangle/\|e\|^2`
+        with :math:`e = y - y_{clean}`. None where the noise is unknown or absent.
+        """
+        if self.clean is None:
+            return None
+        y = self.train[1]
+        if self.classification:
+            wrong = y != self.clean
+            return accuracy(outputs[wrong], y[wrong]) if bool(wrong.any()) else None
+        noise = (y - self.clean).double()
+        if not bool(noise.any()):
+            return None
+        return float(((outputs - self.clean).double() * noise).sum() / noise.square().sum())
+
+
+def as_pair(name: str, data: Any) -> Pair:
+    """Return ``data`` as a pair of stacked tensors; data sets of pairs are stacked.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        pair = tuple(data)
+    elif isinstance(data, Sized) and hasattr(data, "__getitem__") and len(data) > 0:
+        rows = [cast(Any, data)[i] for i in range(len(data))]
+        checks.check_rows(name, rows)
+        pair = tuple(torch.stack([torch.as_tensor(v) for v in col]) for col in zip(*rows, strict=True))
+    else:
+        raise TypeError(
+            f"{name} must be a pair (inputs, targets) of tensors or a non-empty data set of such "
+            f"pairs, but got {type(data).__name__}."
+        )
+    checks.check_tensors(name, pair)
+    return cast(Pair, pair)

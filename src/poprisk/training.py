@@ -1,0 +1,215 @@
+"""Train one arm on one seed of a task, epoch by epoch, and measure as it goes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from poprisk.arms import Arm, build_optimizer
+from poprisk.checkpoint import load_checkpoint, save_checkpoint
+from poprisk.controls import UpdateTrace
+from poprisk.optimizer import PopRiskAdamW
+from poprisk.tasks.task import Pair, Task
+
+EVALUATIONS = 50
+PATIENCE = 10
+"""Early stopping gives up after this many evaluations without a better held-out metric."""
+CHECKPOINT_SECONDS = 20.0
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """What a run must remember besides model and optimizer; saved in its checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best_metric: float | None = None
+    best_epoch: int = 0
+    held_out_best: float | None = None
+    stopped_metric: float | None = None
+    stopped_epoch: int | None = None
+    final_metric: float = float("nan")
+    final_memorized: float | None = None
+    trace: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """One arm on one seed.
+
+    Args:
+        task: made with the same seed.
+        arm: how to train.
+        seed: of initial weights, order of examples, and the held-out split.
+        trace: update sizes, for an arm that follows another.
+        record: whether to record update sizes for an arm that follows this one.
+        checkpoint: where to keep the state between evaluations; None: nowhere.
+        device: where to train.
+    """
+
+    task: Task
+    arm: Arm
+    seed: int
+    trace: list[list[float]] | None = None
+    record: bool = False
+    checkpoint: Path | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        x, y = self.task.train
+        n, fifth = len(y), len(y) // 5
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
+        kept = order[fifth:].sort().values if self.arm.held_out else torch.arange(n)
+        self.data = _to((x[kept], y[kept]), self.device)
+        self.held_out = _to((x[order[:fifth]], y[order[:fifth]]), self.device)
+        self.everything = _to((x, y), self.device)
+        self.test = _to(self.task.test, self.device)
+        self.model = self.task.model().to(self.device)
+        self.optimizer = build_optimizer(
+            self.arm,
+            self.model,
+            batch_size=min(self.task.batch_size, len(kept) - 1),
+            dataset_size=len(kept),
+            trace=None if self.trace is None else UpdateTrace(self.trace),
+        )
+        self.progress = Progress()
+        self._saved_at = time.monotonic()
+
+    def resume(self) -> bool:
+        """Continue from the checkpoint if there is one; return whether there was."""
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return False
+        state = load_checkpoint(self.checkpoint)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        return True
+
+    def rows(self) -> Iterator[Row]:
+        """Train to the end and yield a row an evaluation, then the closing row."""
+        p, epochs = self.progress, self.task.epochs
+        every = max(1, epochs // EVALUATIONS)
+        while p.epoch < epochs:
+            started = time.monotonic()
+            for _ in range(min(every - p.epoch % every, epochs - p.epoch)):
+                self._train_epoch()
+            row = self._evaluate()
+            p.seconds += time.monotonic() - started
+            yield {**self._row("epoch"), **row, "seconds": p.seconds}
+            if self._gave_up():
+                break
+            self._save()
+        yield {**self._row("end"), **self._closing()}
+        if self.checkpoint is not None:
+            self.checkpoint.unlink(missing_ok=True)
+
+    def _train_epoch(self) -> None:
+        p = self.progress
+        x, y = self.data
+        torch.manual_seed(1_000_003 * (self.seed + 1) + p.epoch)  # alike in all arms and on resume
+        order = torch.randperm(len(y)).to(self.device)
+        trace = UpdateTrace(p.trace) if self.record else None
+        self.model.train()
+        for batch in order.split(self.task.batch_size):
+            self.optimizer.zero_grad()
+            self.task.loss(self.model(x[batch]), y[batch]).mean().backward()
+            if trace is not None:
+                trace.record_step(self.optimizer)
+            else:
+                self.optimizer.step()
+            p.step += 1
+        p.epoch += 1
+
+    @torch.no_grad()
+    def _evaluate(self) -> Row:
+        p, task = self.progress, self.task
+        self.model.eval()
+        fitted = self.model(self.everything[0])
+        outputs = self.model(self.test[0])
+        metric = score(task, outputs, self.test[1])
+        memorized = task.memorized(fitted.cpu())
+        p.final_metric, p.final_memorized = metric, memorized
+        if self._better(metric, p.best_metric):
+            p.best_metric, p.best_epoch = metric, p.epoch
+        held_out = None
+        if self.arm.held_out:
+            held_out = score(task, self.model(self.held_out[0]), self.held_out[1])
+            if self._better(held_out, p.held_out_best):
+                p.held_out_best, p.stopped_metric, p.stopped_epoch = held_out, metric, p.epoch
+        return {
+            "train_loss": task.loss(fitted, self.everything[1]).mean().item(),
+            "train_metric": score(task, fitted, self.everything[1]),
+            "test_loss": task.loss(outputs, self.test[1]).mean().item(),
+            "test_metric": metric,
+            "memorized": memorized,
+            "held_out_metric": held_out,
+            "gate": gate_row(self.optimizer),
+        }
+
+    def _gave_up(self) -> bool:
+        p = self.progress
+        every = max(1, self.task.epochs // EVALUATIONS)
+        return self.arm.held_out and p.epoch - (p.stopped_epoch or 0) >= PATIENCE * every
+
+    def _better(self, a: float, b: float | None) -> bool:
+        if b is None or math.isnan(b):
+            return True
+        return a > b if self.task.scored_by.higher_is_better else a < b
+
+    def _row(self, event: str) -> Row:
+        p = self.progress
+        return {
+            "event": event,
+            "arm": self.arm.name,
+            "seed": self.seed,
+            "epoch": p.epoch,
+            "step": p.step,
+        }
+
+    def _closing(self) -> Row:
+        p = self.progress
+        keys = ("final_metric", "final_memorized", "best_metric", "best_epoch")
+        keys += ("held_out_best", "stopped_metric", "stopped_epoch", "seconds")
+        row = {key: getattr(p, key) for key in keys}
+        row["skipped_steps"] = getattr(self.optimizer, "skipped_steps", 0)
+        return row
+
+    def _save(self) -> None:
+        due = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
+        if self.checkpoint is None or not due or self.progress.epoch >= self.task.epochs:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": vars(self.progress),
+        }
+        save_checkpoint(self.checkpoint, state)
+        self._saved_at = time.monotonic()
+
+
+def score(task: Task, outputs: Tensor, targets: Tensor) -> float:
+    """The task's metric as a float."""
+    return float(task.scored_by.function(outputs, targets))
+
+
+def gate_row(optimizer: Optimizer) -> Row | None:
+    """The gate's statistics by module, JSON values; None for an optimizer without a gate."""
+    if not isinstance(optimizer, PopRiskAdamW):
+        return None
+    return {name: stats._asdict() for name, stats in optimizer.gate_stats().items()}
+
+
+def _to(pair: Pair, device: str) -> Pair:
+    return pair[0].to(device), pair[1].to(device)

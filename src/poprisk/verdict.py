@@ -1,0 +1,156 @@
+"""From the record of a comparison to a table and a verdict in words.
+
+Every sentence follows from the numbers by the rules written here; a gate that loses is told so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from poprisk.rundir import RunData
+from poprisk.wording import Interval, Row, headline, scale_of, sentences
+
+__all__ = ["Interval", "Row", "Verdict", "judge", "t_interval"]
+
+CONFIDENCE = 0.95
+DEFAULT_ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
+ORDER = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
+
+T = TypeVar("T")
+
+
+class Verdict(NamedTuple):
+    """The table and what it says.
+
+    Attributes:
+        headline: one line.
+        sentences: the rest, one fact each.
+        rows: ours, the best AdamW, controls and peers.
+        other: the remaining points of the grid.
+        reference: label of the best AdamW, chosen in hindsight by its final metric.
+    """
+
+    headline: str
+    sentences: list[str]
+    rows: list[Row]
+    other: list[Row]
+    reference: str
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean and 95% Student-t confidence interval.
+
+    Example:
+        >>> t_interval([1.0, 1.0, 1.0])
+        Interval(mean=1.0, low=1.0, high=1.0)
+    """
+    from scipy.stats import t as student
+
+    n = len(values)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    mean = sum(values) / n
+    if n == 1:
+        return Interval(mean, math.nan, math.nan)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * deviation / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def judge(data: RunData) -> Verdict:
+    """Summarize a run directory; works on what has finished so far."""
+    scale = scale_of(data.config)
+    runs = [_single(arm, data) for arm in data.config["arms"] if arm["family"] != "early-stopping"]
+    runs = [r for r in [*runs, _early_stopping(data)] if r.final]
+    grid = [r for r in runs if r.family == "adamw"]
+    best = _best(grid, lambda r: _mean(r.final.values()), scale.higher_is_better)
+    hindsight = _best(grid, lambda r: _mean(r.best.values()), scale.higher_is_better)
+    rows = {r.name: _row(r, best) for r in runs}
+    key = {r.name for r in (best, hindsight) if r}
+    key |= {r.name for r in runs if r.family != "adamw" or r.settings == DEFAULT_ADAMW}
+    shown = sorted((rows[n] for n in rows if n in key), key=lambda r: ORDER.index(r.family))
+    return Verdict(
+        headline=headline(rows.get("poprisk"), rows[best.name] if best else None, scale),
+        sentences=sentences(shown, scale, rows[hindsight.name] if hindsight else None),
+        rows=shown,
+        other=[row for name, row in rows.items() if name not in key],
+        reference=best.label if best else "",
+    )
+
+
+class _Runs(NamedTuple):
+    """Results of one arm, or of arms pooled, by seed."""
+
+    name: str
+    label: str
+    family: str
+    settings: dict[str, Any]
+    arms: tuple[str, ...]
+    final: dict[int, float]
+    best: dict[int, float]
+    memorized: dict[int, float]
+
+
+def _single(arm: dict[str, Any], data: RunData) -> _Runs:
+    ends = {s: data.ends[arm["name"], s] for s in data.config["seeds"] if (arm["name"], s) in data.ends}
+    return _Runs(
+        arm["name"],
+        arm["label"],
+        arm["family"],
+        arm["settings"],
+        (arm["name"],),
+        {s: e["final_metric"] for s, e in ends.items()},
+        {s: e["best_metric"] for s, e in ends.items()},
+        {s: e["final_memorized"] for s, e in ends.items() if e["final_memorized"] is not None},
+    )
+
+
+def _early_stopping(data: RunData) -> _Runs:
+    """Learning rate, decay and epoch chosen seed by seed on the noisy held-out fifth."""
+    arms = [a["name"] for a in data.config["arms"] if a["family"] == "early-stopping"]
+    higher = data.config["task"]["metric"]["higher_is_better"]
+    chosen: dict[int, dict[str, Any]] = {}
+    for seed in data.config["seeds"]:
+        ends = [data.ends[a, seed] for a in arms if (a, seed) in data.ends]
+        pick = _best(ends, lambda e: e["held_out_best"], higher)
+        if pick is not None and len(ends) == len(arms):  # all of the grid, or it is not a choice
+            chosen[seed] = pick
+    return _Runs(
+        "early-stopping",
+        "AdamW, early stopping on a held-out fifth",
+        "early-stopping",
+        {},
+        tuple(arms),
+        {s: e["stopped_metric"] for s, e in chosen.items()},
+        {s: e["best_metric"] for s, e in chosen.items()},
+        {},
+    )
+
+
+def _best(items: Iterable[T], value: Callable[[T], float], higher: bool) -> T | None:
+    finite = [i for i in items if math.isfinite(value(i))]
+    return (max if higher else min)(finite, key=value, default=None)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else math.nan
+
+
+def _row(runs: _Runs, best: _Runs | None) -> Row:
+    difference = None
+    if best is not None and runs.name != best.name:
+        common = [s for s in runs.final if s in best.final]
+        difference = t_interval([runs.final[s] - best.final[s] for s in common])
+    return Row(
+        runs.label,
+        runs.family,
+        runs.arms,
+        len(runs.final),
+        t_interval(list(runs.final.values())),
+        t_interval(list(runs.best.values())),
+        t_interval(list(runs.memorized.values())) if runs.memorized else None,
+        difference,
+    )
