@@ -11,8 +11,9 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 CHAIN: Sequence[str] = (
-    "checks factors kernel path channel drift risk gate variance update optimizer gated monitor "
-    "integrations tasks arms training compare verdict report bench cli"
+    "checks factors kernel path channel drift risk gate variance settings update stats optimizer "
+    "gated controls monitor integrations tasks arms checkpoint training rundir compare wording "
+    "verdict report display bench cli"
 ).split()
 
 # What a module outside the chain may import; no module imports one of these.

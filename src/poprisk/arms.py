@@ -96,7 +96,13 @@ def _peer_arms() -> list[Arm]:
             "adabelief",
             {"lr": 1e-3, "weight_decay": 0.01},
         ),
-        Arm("grokfast", "Grokfast, lr 0.001", "peer", "grokfast", {"lr": 1e-3, "weight_decay": 0.01}),
+        Arm(
+            "grokfast",
+            "Grokfast, lr 0.001",
+            "peer",
+            "grokfast",
+            {"lr": 1e-3, "weight_decay": 0.01, "betas": [0.9, 0.999], "normalize_lr": False},
+        ),
     ]
 
 
@@ -134,7 +140,9 @@ def build_optimizer(
 
 def _fusible(model: nn.Module) -> bool:
     """Whether torch's fused AdamW takes these parameters: the same update, in one pass."""
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in model.parameters())
+    return all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in model.parameters()
+    )
 
 
 def _peer(kind: str, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
@@ -144,4 +152,4 @@ def _peer(kind: str, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
         return peers.MSVAG(model.parameters(), **settings)
     if kind == "adabelief":
         return peers.AdaBelief(model.parameters(), **settings)
-    return peers.GrokFastAdamW(model.parameters(), normalize_lr=False, betas=(0.9, 0.999), **settings)
+    return peers.GrokFastAdamW(model.parameters(), **settings)

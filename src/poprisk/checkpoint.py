@@ -47,6 +47,8 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         keys = {type(k) for k in value}
         if keys == {int}:
             return {INT_KEYS: [[k, _pack(v, tensors)] for k, v in value.items()]}
+        if not keys <= {str}:
+            raise TypeError(f"a checkpoint cannot hold these keys: {[*value]}.")
         return {k: _pack(v, tensors) for k, v in value.items()}
     if isinstance(value, tuple):
         return {TUPLE: [_pack(v, tensors) for v in value]}

@@ -174,7 +174,9 @@ def check_tensors(name: str, pair: Any) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} {part} must be a tensor, but got {type(value).__name__}.")
         if value.ndim == 0 or len(value) == 0:
-            raise ValueError(f"{name} {part} must not be empty, but got shape {tuple(value.shape)}.")
+            raise ValueError(
+                f"{name} {part} must not be empty, but got shape {tuple(value.shape)}."
+            )
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{name} {part} hold NaN or Inf; remove or impute those rows first.")
     if len(pair[0]) != len(pair[1]):

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from poprisk.arms import default_arms
+from poprisk.bench import bench_steps, bench_table, write_results
 from poprisk.compare import Comparison, TrainingError, compare, environment
 from poprisk.display import ProgressDisplay, verdict_table
 from poprisk.report import write_report
@@ -33,7 +34,9 @@ DEFAULT_SEEDS = 3
 def compare_command(
     task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = DEFAULT_SEEDS,
-    full: Annotated[bool, typer.Option("--full", help="All arms, not just the telling ones.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="All arms, not just the telling ones.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Run directory [runs/TASK].")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data [the task's].")] = None,
     setting: Annotated[
@@ -97,13 +100,18 @@ def tasks() -> None:
 def bench(
     threads: Annotated[int, typer.Option(help="Threads torch may use.")] = 1,
     steps: Annotated[int, typer.Option(help="Timed steps per optimizer.")] = 50,
+    out: Annotated[Path | None, typer.Option(help="Also write the results as JSON.")] = None,
 ) -> None:
     """Time one optimizer step beside torch's AdamW, in one run."""
-    from poprisk.bench import bench_steps, bench_table
-
     if threads < 1 or steps < 1:
         _fail("--threads and --steps must be at least 1.")
-    console.print(bench_table(bench_steps(threads=threads, steps=steps), threads=threads))
+    results = bench_steps(threads=threads, steps=steps)
+    console.print(bench_table(results, threads=threads))
+    if out is not None:
+        try:
+            write_results(out, results, threads=threads, steps=steps)
+        except OSError as error:
+            _fail(f"cannot write {out}: {error.strerror or error}.")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess, SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +145,10 @@ class _Pool:
     """Worker processes, each with a pipe; a worker ends when its pipe does."""
 
     def __init__(self, comparison: Comparison, directory: RunDirectory, size: int) -> None:
-        method = "spawn" if comparison.device != "cpu" else "forkserver"
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(["poprisk.training"])
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["poprisk.training"])
         self.directory = directory
-        self.workers: dict[Connection, ForkServerProcess | SpawnProcess] = {}
+        self.workers: dict[Connection, ForkServerProcess] = {}
         for _ in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -165,7 +163,9 @@ class _Pool:
         busy: set[Connection] = set()
         while jobs or busy:
             for pipe in self.workers.keys() - busy:
-                job = next((j for j in jobs if j[0].follows is None or (j[0].follows, j[1]) in ended), None)
+                job = next(
+                    (j for j in jobs if j[0].follows is None or (j[0].follows, j[1]) in ended), None
+                )
                 if job is not None:
                     jobs.remove(job)
                     ended.discard((job[0].name, job[1]))

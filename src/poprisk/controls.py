@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poprisk.gate import MASKS, Mask, TensorList
+from poprisk.gate import MASKS_, Mask, TensorList
 from poprisk.gated import rewrite_step
 
 
@@ -26,13 +26,21 @@ class ShuffledMask:
     """
 
     def __init__(self, mask: str) -> None:
-        self.mask: Mask = MASKS[mask]
+        self.mask: Mask = MASKS_[mask]
 
-    def __call__(self, mean_sq: Any, var: Any, **settings: float) -> Any:
-        """The permuted masks of a list of tensors, or of one."""
-        if isinstance(mean_sq, Tensor):
-            return self._permute(self.mask(mean_sq, var, **settings))
-        return [self._permute(q) for q in self.mask(mean_sq, var, **settings)]
+    def __call__(
+        self,
+        mean_sq: TensorList,
+        var: TensorList,
+        *,
+        alpha: float,
+        softness: float,
+        eps: float,
+        var_scale: float,
+    ) -> TensorList:
+        """The permuted masks of a list of tensors."""
+        q = self.mask(mean_sq, var, alpha=alpha, softness=softness, eps=eps, var_scale=var_scale)
+        return [self._permute(x) for x in q]
 
     def _permute(self, q: Tensor) -> Tensor:
         return q.flatten()[torch.randperm(q.numel(), device=q.device)].view_as(q)
@@ -87,7 +95,9 @@ class RmsMatched(Optimizer):
     def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
         """Perform one step."""
         params = [p for g in self.param_groups for p in g["params"]]
-        recorded = self.trace.rms[self.steps] if self.steps < len(self.trace.rms) else [0.0] * len(params)
+        recorded = (
+            self.trace.rms[self.steps] if self.steps < len(self.trace.rms) else [0.0] * len(params)
+        )
         target = {id(p): value for p, value in zip(params, recorded, strict=True)}
 
         def rescale(p: Tensor, update: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from poprisk.wording import Interval, Row, Scale, scale_of
 
 
 class ProgressDisplay:
-    """Live progress: what runs, its metric so far, time left. Plain lines where output is no tty."""
+    """Live progress: what runs, its metric so far, time left; plain lines without a terminal."""
 
     def __init__(self, console: Console, comparison: Comparison, data: RunData) -> None:
         self.console = console
@@ -39,7 +39,9 @@ class ProgressDisplay:
         )
         total = len(comparison.arms) * len(comparison.seeds)
         name = data.config["task"]["name"]
-        self.bar = self.progress.add_task(f"training on {name}", total=total, completed=len(data.ends))
+        self.bar = self.progress.add_task(
+            f"training on {name}", total=total, completed=len(data.ends)
+        )
         self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> ProgressDisplay:
@@ -94,9 +96,8 @@ class ProgressDisplay:
         for (arm, seed), row in sorted(self.running.items()):
             metric = row.get("test_metric")
             so_far = f"{self.scale.name} {self.scale.value(metric)}" if metric is not None else ""
-            grid.add_row(
-                f"  [cyan]{self.labels[arm]}[/], seed {seed}, epoch {row['epoch']}/{self.epochs}  {so_far}"
-            )
+            where = f"seed {seed}, epoch {row['epoch']}/{self.epochs}"
+            grid.add_row(f"  [cyan]{self.labels[arm]}[/], {where}  {so_far}")
         return grid
 
 
@@ -129,8 +130,10 @@ def _with_half_width(interval: Interval, scale: Scale) -> str:
     half = (interval.high - interval.low) / 2
     if half != half:
         return scale.value(interval.mean)
-    return f"{scale.value(interval.mean)} ± {100 * half:.1f}" if scale.percent else (
-        f"{scale.value(interval.mean)} ± {half:.2g}"
+    return (
+        f"{scale.value(interval.mean)} ± {100 * half:.1f}"
+        if scale.percent
+        else (f"{scale.value(interval.mean)} ± {half:.2g}")
     )
 
 
@@ -142,6 +145,8 @@ def _difference(d: Interval | None, scale: Scale) -> str:
     if d.low != d.low:
         return f"{mean:+.3g}"
     low, high = sorted((scale.gain(d.low) * unit, scale.gain(d.high) * unit))
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if scale.percent else (
-        f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+    return (
+        f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+        if scale.percent
+        else (f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]")
     )

@@ -5,65 +5,103 @@ its batch mean, a step on that coordinate lowers the population risk, to first o
 ``mean² > alpha · var`` ([LG, Thm 6.5]). The three masks turn that comparison into a factor
 ``q ∈ [0, 1]`` on the step; :func:`threshold` chooses ``alpha``.
 
-All functions here are pure. The masks take one tensor or a list of tensors; lists go through
-``torch._foreach_*``, so that the loop and the foreach path of an optimizer share one source of
-the maths.
+The public masks are pure and take one tensor or a list of tensors. Underneath, lists go through
+``torch._foreach_*`` in place, so that the loop and the foreach path of an optimizer share one
+source of the maths.
 
 [LG]: E. Litman, G. Guo, *A Theory of Generalization in Deep Learning*, arXiv:2605.01172.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, overload
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 TensorList = list[Tensor]
+Tensors = TypeVar("Tensors", Tensor, list[Tensor])
 
 
 class Mask(Protocol):
-    """A function from squared mean and variance to the factor on the step."""
+    """A mask on lists of tensors; may overwrite ``mean_sq`` with its result, not ``var``."""
 
-    @overload
-    def __call__(self, mean_sq: Tensor, var: Tensor, **settings: float) -> Tensor: ...
-    @overload
-    def __call__(self, mean_sq: TensorList, var: TensorList, **settings: float) -> TensorList: ...
-    def __call__(self, mean_sq: Any, var: Any, **settings: float) -> Any: ...
-
-
-def _accept_tensors(mask: Callable[..., TensorList]) -> Mask:
-    """Let a mask written for lists of tensors take a single tensor too."""
-
-    @functools.wraps(mask)
-    def wrapper(mean_sq: Any, var: Any, **settings: float) -> Any:
-        if isinstance(mean_sq, Tensor):
-            return mask([mean_sq], [var], **settings)[0]
-        return mask(mean_sq, var, **settings) if mean_sq else []
-
-    return wrapper
+    def __call__(
+        self,
+        mean_sq: TensorList,
+        var: TensorList,
+        *,
+        alpha: float,
+        softness: float,
+        eps: float,
+        var_scale: float,
+    ) -> TensorList: ...
 
 
-@_accept_tensors
-def hard(
+def _hard_(
     mean_sq: TensorList,
     var: TensorList,
     *,
     alpha: float,
-    softness: float = 0.0,
-    eps: float = 0.0,
-    var_scale: float = 1.0,
+    softness: float,
+    eps: float,
+    var_scale: float,
 ) -> TensorList:
+    tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps
+    torch._foreach_add_(mean_sq, var, alpha=-alpha * var_scale * tie)
+    torch._foreach_sign_(mean_sq)
+    torch._foreach_clamp_min_(mean_sq, 0.0)
+    return mean_sq
+
+
+def _soft_(
+    mean_sq: TensorList,
+    var: TensorList,
+    *,
+    alpha: float,
+    softness: float,
+    eps: float,
+    var_scale: float,
+) -> TensorList:
+    torch._foreach_add_(mean_sq, var, alpha=-alpha * var_scale)
+    torch._foreach_clamp_min_(mean_sq, 0.0)
+    return _fraction_(mean_sq, var, softness * var_scale, eps)
+
+
+def _snr_(
+    mean_sq: TensorList,
+    var: TensorList,
+    *,
+    alpha: float,
+    softness: float,
+    eps: float,
+    var_scale: float,
+) -> TensorList:
+    return _fraction_(mean_sq, var, softness * alpha * var_scale, eps)
+
+
+def _fraction_(signal: TensorList, var: TensorList, weight: float, eps: float) -> TensorList:
+    """Signal / (signal + weight·var + eps) in place, with 0/0 = 0."""
+    total = torch._foreach_add(signal, var, alpha=weight)
+    if eps > 0:
+        torch._foreach_add_(total, eps)
+    torch._foreach_clamp_min_(total, torch.finfo(signal[0].dtype).tiny)
+    torch._foreach_div_(signal, total)
+    return signal
+
+
+MASKS_: dict[str, Mask] = {"hard": _hard_, "soft": _soft_, "snr": _snr_}
+"""The masks by name, overwriting ``mean_sq`` with the result: what an optimizer step calls."""
+
+
+def hard(mean_sq: Tensors, var: Tensors, *, alpha: float, var_scale: float = 1.0) -> Tensors:
     r"""Mask of the hard threshold, :math:`q = 1\{\hat m^2 > \alpha \hat s\}` [LG, Thm 6.5].
 
     Args:
         mean_sq: :math:`\hat m^2`, any shape, floating point; or a list of such tensors.
         var: variance of the batch-mean gradient, same shape, units of gradient squared.
         alpha: threshold, dimensionless.
-        softness: not used; here so that all masks share one signature.
-        eps: not used.
         var_scale: factor on ``var``: :math:`\hat s` = ``var_scale · var``.
 
     Returns:
@@ -74,23 +112,19 @@ def hard(
         >>> hard(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 1.0]), alpha=2.0)
         tensor([1., 0.])
     """
-    tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps
-    q = torch._foreach_add(mean_sq, var, alpha=-alpha * var_scale * tie)
-    torch._foreach_sign_(q)
-    torch._foreach_clamp_min_(q, 0.0)
-    return list(q)
+    settings = {"alpha": alpha, "softness": 0.0, "eps": 0.0, "var_scale": var_scale}
+    return _on_copy("hard", mean_sq, var, **settings)
 
 
-@_accept_tensors
 def soft(
-    mean_sq: TensorList,
-    var: TensorList,
+    mean_sq: Tensors,
+    var: Tensors,
     *,
     alpha: float,
     softness: float,
     eps: float = 0.0,
     var_scale: float = 1.0,
-) -> TensorList:
+) -> Tensors:
     r"""Mask of Algorithm 1 of [LG].
 
     .. math:: q = \frac{(\hat m^2 - \alpha \hat s)_+}{(\hat m^2 - \alpha \hat s)_+
@@ -112,22 +146,19 @@ def soft(
         >>> soft(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 1.0]), alpha=2.0, softness=2.0)
         tensor([0.5000, 0.0000])
     """
-    signal = torch._foreach_add(mean_sq, var, alpha=-alpha * var_scale)
-    torch._foreach_clamp_min_(signal, 0.0)
-    torch._foreach_div_(signal, _noisy(list(signal), var, softness * var_scale, eps))
-    return list(signal)
+    settings = {"alpha": alpha, "softness": softness, "eps": eps, "var_scale": var_scale}
+    return _on_copy("soft", mean_sq, var, **settings)
 
 
-@_accept_tensors
 def snr(
-    mean_sq: TensorList,
-    var: TensorList,
+    mean_sq: Tensors,
+    var: Tensors,
     *,
     alpha: float,
     softness: float,
     eps: float = 0.0,
     var_scale: float = 1.0,
-) -> TensorList:
+) -> Tensors:
     r"""Shrinkage by the signal-to-noise ratio, the default of the paper's authors.
 
     .. math:: q = \frac{\hat m^2}{\hat m^2 + \lambda \alpha \hat s + \varepsilon}
@@ -139,18 +170,19 @@ def snr(
         >>> snr(torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]), alpha=2.0, softness=2.0)
         tensor([0.5000, 0.0000])
     """
-    total = _noisy(mean_sq, var, softness * alpha * var_scale, eps)
-    return list(torch._foreach_div(mean_sq, total))
+    settings = {"alpha": alpha, "softness": softness, "eps": eps, "var_scale": var_scale}
+    return _on_copy("snr", mean_sq, var, **settings)
 
 
-def _noisy(signal: TensorList, var: TensorList, weight: float, eps: float) -> TensorList:
-    """signal + weight·var + eps, never zero, so that 0/0 becomes 0."""
-    total = torch._foreach_add(signal, var, alpha=weight)
-    torch._foreach_add_(total, max(eps, torch.finfo(signal[0].dtype).tiny))
-    return list(total)
+def _on_copy(name: str, mean_sq: Tensors, var: Tensors, **settings: float) -> Tensors:
+    """Evaluate a mask and leave its arguments as they are."""
+    mask = cast(Callable[..., TensorList], MASKS_[name])
+    if isinstance(mean_sq, Tensor):
+        return cast(Tensors, mask([mean_sq.clone()], [var], **settings)[0])
+    copies = [x.clone() for x in mean_sq]
+    return cast(Tensors, mask(copies, var, **settings) if copies else [])
 
 
-MASKS: dict[str, Mask] = {"hard": hard, "soft": soft, "snr": snr}
 ALPHAS = ("auto", "fresh", "finite")
 
 
@@ -234,7 +266,7 @@ class Gate(NamedTuple):
 
         The scales (bias corrections) enter as numbers, which saves passes over memory: every mask
         depends on :math:`\hat s/\hat m^2` alone. With ``per_tensor`` both are averaged over a
-        tensor first, and its mask is a 0-d tensor.
+        tensor first, and its mask is a 0-d tensor. The result is newly allocated.
         """
         mean_sq = list(torch._foreach_mul(mean, mean))
         if self.per_tensor:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast, final
+from typing import Any, cast, final, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
-from poprisk.gate import MASKS, Mask
-from poprisk.optimizer import PopRiskAdamW, all_finite, warn_skipped
+from poprisk.gate import MASKS_, Mask
+from poprisk.optimizer import PopRiskAdamW, all_finite, tensor_names, warn_skipped
 from poprisk.settings import check_gate_settings, gate_of
 from poprisk.stats import GateStats, gate_sums, module_stats
 from poprisk.variance import Clock, Ema
@@ -68,6 +68,10 @@ class GatedOptimizer(Optimizer):
         super().__init__(optimizer.param_groups, {})
         self.param_groups = optimizer.param_groups
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one gated step; ``closure`` re-evaluates the model and returns the loss."""
@@ -93,9 +97,7 @@ class GatedOptimizer(Optimizer):
         names = {id(p): name for name, p in model.named_parameters()} if model else {}
         rows = []
         for i, group in enumerate(self.param_groups):
-            own = group.get("param_names") or [
-                f"groups[{i}].{j}" for j in range(len(group["params"]))
-            ]
+            own = tensor_names(i, group)
             for j, p in enumerate(group["params"]):
                 if "sums" in self.state[p]:
                     rows.append((names.get(id(p), own[j]), self.state[p]["sums"]))
@@ -165,7 +167,7 @@ class GatedOptimizer(Optimizer):
             "var_scale": estimator.read(s, m, m, clock)[1],
         }
         q = gate(m, s, **scales)[0]
-        passed = gate._replace(mask=MASKS["hard"], q_min=0.0)(m, s, **scales)[0]
+        passed = gate._replace(mask=MASKS_["hard"], q_min=0.0)(m, s, **scales)[0]
         state["sums"] = gate_sums(q, passed, u, active)
         gated_update = q * u
         return torch.view_as_complex(gated_update) if update.is_complex() else gated_update
@@ -200,8 +202,15 @@ def gated(
         optimizer: any optimizer that takes one step per gradient; its ``param_groups`` stay in
             charge, so that schedulers work on either object.
         beta1: decay of the gate's average gradient; best equal to the optimizer's momentum.
-        rho, mask, alpha, z, softness, batch_size, dataset_size, reduction, q_min: as for
-            :class:`PopRiskAdamW`.
+        rho: as for :class:`PopRiskAdamW`, like all that follow.
+        mask: the mask.
+        alpha: threshold.
+        z: standard errors for ``alpha="auto"``.
+        softness: of the soft and snr masks.
+        batch_size: examples behind one step.
+        dataset_size: training examples; None for a stream.
+        reduction: None or ``"per_tensor"``.
+        q_min: floor of the mask.
 
     Raises:
         TypeError: if ``optimizer`` is no torch optimizer, is gated already, or evaluates its

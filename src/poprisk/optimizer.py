@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
-from poprisk.gate import MASKS, Mask, TensorList
+from poprisk.gate import MASKS_, Mask, TensorList
 from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
 from poprisk.stats import GateStats, gate_sums, module_stats
 from poprisk.update import AdamSettings, Slots, adam_denominator, cache_blocks, gated_adamw_, masks
@@ -20,7 +20,14 @@ from poprisk.variance import Clock, VarianceEstimator
 
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-NOT_LOADED = {"foreach", "fused", "capturable", "amsgrad", "differentiable", "decoupled_weight_decay"}
+NOT_LOADED = {
+    "foreach",
+    "fused",
+    "capturable",
+    "amsgrad",
+    "differentiable",
+    "decoupled_weight_decay",
+}
 """Settings of a saved group that say how AdamW computed, not what."""
 
 
@@ -163,7 +170,7 @@ class PopRiskAdamW(Optimizer):
     @torch.no_grad()
     def _tensor_gates(self, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
         for i, group in enumerate(self.param_groups):
-            own = group.get("param_names") or [f"groups[{i}].{j}" for j in range(len(group["params"]))]
+            own = tensor_names(i, group)
             for j, p in enumerate(group["params"]):
                 if p in self.state and group["gate"] and p.numel():
                     yield names.get(id(p), own[j]), _tensor_gate(self.state[p], group)
@@ -214,6 +221,11 @@ class PopRiskAdamW(Optimizer):
                 buckets[key].params.append(p)
                 buckets[key].states.append(state)
         return list(buckets.values())
+
+
+def tensor_names(index: int, group: dict[str, Any]) -> list[str]:
+    """Names of a group's parameters: those given to the constructor, or their positions."""
+    return group.get("param_names") or [f"groups[{index}].{j}" for j in range(len(group["params"]))]
 
 
 def warn_skipped(name: str, count: int) -> None:
@@ -270,10 +282,9 @@ def _count_step(states: list[dict[str, Any]]) -> list[int]:
 
 def _update_bucket(bucket: Bucket) -> None:
     group, estimator = bucket.group, estimator_of(bucket.group)
-    clock = Clock(bucket.t, bucket.observations, *group["betas"])
-    settings = AdamSettings(
-        float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]
-    )
+    beta1, beta2 = group["betas"]
+    clock = Clock(bucket.t, bucket.observations, beta1, beta2)
+    settings = AdamSettings(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
     gate = gate_of(group, clock, estimator)
     slots = _slots(bucket, estimator)
 
@@ -289,7 +300,7 @@ def _update_bucket(bucket: Bucket) -> None:
     else:
         cache_blocks(slots, update_)
     for p, w in zip(bucket.params, slots.params, strict=True):
-        if w.dtype != p.dtype:
+        if p.dtype in LOW_PRECISION:
             p.copy_(w)
 
 
@@ -323,7 +334,7 @@ def _tensor_gate(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     if gate is None:
         return gate_sums(torch.ones_like(m), torch.ones_like(m), update, v > 0)
     q = masks(slots, clock, estimator, gate)[0]
-    passed = masks(slots, clock, estimator, gate._replace(mask=MASKS["hard"], q_min=0.0))[0]
+    passed = masks(slots, clock, estimator, gate._replace(mask=MASKS_["hard"], q_min=0.0))[0]
     return gate_sums(q, passed, update, v > 0)
 
 

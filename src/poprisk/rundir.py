@@ -110,6 +110,7 @@ class RunDirectory:
             raise RunDirectoryError(self._damaged("metrics.jsonl", str(error))) from error
         rows = []
         for number, line in enumerate(lines[:-1], start=1):  # the last piece was torn, or is empty
+            row: dict[str, Any] = {}
             try:
                 row = json.loads(line)
                 valid = row["event"] in EVENTS and {"arm", "seed", "epoch"} <= row.keys()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from poprisk import checks
-from poprisk.gate import ALPHAS, MASKS, Gate, momentum_noise, threshold
+from poprisk.gate import ALPHAS, MASKS_, Gate, momentum_noise, threshold
 from poprisk.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
 
 MODES = ("auto", "paper")
@@ -20,7 +20,7 @@ def check_gate_settings(group: Mapping[str, Any]) -> None:
     checks.check_number("softness", group["softness"], low=0.0)
     checks.check_number("q_min", group["q_min"], low=0.0, high=1.0)
     if not callable(group["mask"]):
-        checks.check_choice("mask", group["mask"], MASKS)
+        checks.check_choice("mask", group["mask"], MASKS_)
     checks.check_choice("mode", group["mode"], MODES)
     checks.check_choice("variance", group["variance"], ESTIMATORS)
     if group["reduction"] is not None:
@@ -59,7 +59,7 @@ def gate_of(
     elif not paper and inflation == 0:
         return None
     return Gate(
-        mask=group["mask"] if callable(group["mask"]) else MASKS[group["mask"]],
+        mask=group["mask"] if callable(group["mask"]) else MASKS_[group["mask"]],
         alpha=threshold(
             alpha,
             noise_ratio=momentum_noise(clock.t, clock.beta1),

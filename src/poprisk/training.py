@@ -192,7 +192,7 @@ class Run:
             return
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _without_functions(self.optimizer.state_dict()),
             "progress": vars(self.progress),
         }
         save_checkpoint(self.checkpoint, state)
@@ -209,6 +209,14 @@ def gate_row(optimizer: Optimizer) -> Row | None:
     if not isinstance(optimizer, PopRiskAdamW):
         return None
     return {name: stats._asdict() for name, stats in optimizer.gate_stats().items()}
+
+
+def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without settings that are functions; loading keeps the present ones."""
+    if "param_groups" not in state:
+        return state
+    groups = [{k: v for k, v in g.items() if not callable(v)} for g in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def _to(pair: Pair, device: str) -> Pair:

@@ -61,7 +61,8 @@ def cache_blocks(slots: Slots, update_: Callable[[Slots], None]) -> None:
             continue
         if size + numel > CHUNK:
             update_(slots.subset(block))
-            block, size = [], 0
+            block.clear()
+            size = 0
         block.append(i)
         size += numel
     if block:

@@ -94,7 +94,9 @@ class _Runs(NamedTuple):
 
 
 def _single(arm: dict[str, Any], data: RunData) -> _Runs:
-    ends = {s: data.ends[arm["name"], s] for s in data.config["seeds"] if (arm["name"], s) in data.ends}
+    ends = {
+        s: data.ends[arm["name"], s] for s in data.config["seeds"] if (arm["name"], s) in data.ends
+    }
     return _Runs(
         arm["name"],
         arm["label"],

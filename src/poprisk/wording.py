@@ -67,7 +67,7 @@ def scale_of(config: dict[str, Any]) -> Scale:
 
 
 def compared(difference: Interval, scale: Scale) -> str:
-    """"better", "worse" or "level": whether the interval of a difference excludes zero."""
+    """Say better, worse or level: whether the interval of a difference excludes zero."""
     low, high = sorted((scale.gain(difference.low), scale.gain(difference.high)))
     if math.isnan(low) or low <= 0 <= high:
         return "level"
@@ -160,14 +160,12 @@ def _controls(
     ours: Row, best: Row | None, matched: Row | None, shuffled: Row | None, scale: Scale
 ) -> str:
     """How much of the gain the smaller step alone explains."""
-    controls = [r for r in (matched, shuffled) if r is not None and r.seeds]
+    named = ((matched, "the same update size but no mask"), (shuffled, "the mask shuffled"))
+    controls = [(r.final.mean, kind) for r, kind in named if r is not None and r.seeds]
     if not controls:
         return ""
-    reached = ", ".join(
-        f"{scale.value(r.final.mean)} ({'same update size, no mask' if r is matched else 'same mask, shuffled'})"
-        for r in controls
-    )
-    gains = [scale.gain(ours.final.mean - r.final.mean) for r in controls]
+    reached = " and ".join(f"{scale.value(value)} with {kind}" for value, kind in controls)
+    gains = [scale.gain(ours.final.mean - value) for value, _ in controls]
     if min(gains) <= 0:
         tail = "a smaller step explains the result as well as the gate does."
     elif best is not None and scale.gain(ours.final.mean - best.final.mean) <= 0:

@@ -50,7 +50,9 @@ def load_task(name: str, *, seed: int, **settings: Any) -> Task:
     except Exception as error:
         raise TaskError(f"task {name} failed: {type(error).__name__}: {error}") from error
     if not isinstance(task, Task):
-        raise TaskError(f"{name} must return a poprisk.Task, but it returned {type(task).__name__}.")
+        raise TaskError(
+            f"{name} must return a poprisk.Task, but it returned {type(task).__name__}."
+        )
     return task
 
 

@@ -24,9 +24,9 @@ def flip_labels(labels: Tensor, rate: float, generator: torch.Generator) -> Tens
 def _split(seed: int, noise: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    x = torch.tensor(data.data / 16.0, dtype=torch.float32)
-    y = torch.tensor(data.target, dtype=torch.int64)
+    pixels, classes = load_digits(return_X_y=True)
+    x = torch.tensor(pixels / 16.0, dtype=torch.float32)
+    y = torch.tensor(classes, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
     train, test = order[:TRAINING], order[TRAINING:]

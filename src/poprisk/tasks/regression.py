@@ -20,7 +20,7 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _linear_task(name: str, seed: int, true_features: int) -> Task:
-    """y = x·w + noise with ‖w‖² = 20 spread over ``true_features`` of 200, n = 100."""
+    """Y = x·w + noise with ‖w‖² = 20 spread over ``true_features`` of 200, n = 100."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.zeros(FEATURES, 1)
     chosen = torch.randperm(FEATURES, generator=generator)[:true_features]
@@ -58,11 +58,11 @@ def diabetes(seed: int = 0) -> Task:
     """Disease progression of 442 patients from 10 measurements (real, noise unknown), MLP."""
     from sklearn.datasets import load_diabetes
 
-    data = load_diabetes(scaled=False)
+    measurements, progression = load_diabetes(return_X_y=True, scaled=False)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data.target), generator=generator)
-    x = torch.tensor(data.data, dtype=torch.float32)[order]
-    y = torch.tensor(data.target, dtype=torch.float32)[order].unsqueeze(1)
+    order = torch.randperm(len(progression), generator=generator)
+    x = torch.tensor(measurements, dtype=torch.float32)[order]
+    y = torch.tensor(progression, dtype=torch.float32)[order].unsqueeze(1)
     n = 300
     x = (x - x[:n].mean(0)) / x[:n].std(0)
     y = (y - y[:n].mean()) / y[:n].std()

@@ -127,7 +127,9 @@ def as_pair(name: str, data: Any) -> Pair:
     elif isinstance(data, Sized) and hasattr(data, "__getitem__") and len(data) > 0:
         rows = [cast(Any, data)[i] for i in range(len(data))]
         checks.check_rows(name, rows)
-        pair = tuple(torch.stack([torch.as_tensor(v) for v in col]) for col in zip(*rows, strict=True))
+        pair = tuple(
+            torch.stack([torch.as_tensor(v) for v in col]) for col in zip(*rows, strict=True)
+        )
     else:
         raise TypeError(
             f"{name} must be a pair (inputs, targets) of tensors or a non-empty data set of such "

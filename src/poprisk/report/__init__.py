@@ -1,0 +1,137 @@
+"""A run directory, as one HTML page that opens without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from poprisk.report import figures, formats, notes
+from poprisk.report.curves import EpochRow
+from poprisk.report.figures import Group, Quantity
+from poprisk.report.series import OURS, arm_series, module_series
+from poprisk.report.table import run_table, verdict_table
+from poprisk.rundir import RunData
+from poprisk.stats import STARVED_BELOW
+from poprisk.verdict import Verdict
+
+__all__ = ["write_report"]
+
+
+class Gate(NamedTuple):
+    """What the gate of one row of the verdict did: its label, plots, and who starved."""
+
+    label: str
+    ours: bool
+    group: Group | None
+    starved: str
+
+
+def write_report(data: RunData, verdict: Verdict, path: Path) -> None:
+    """Write the page, atomically: a reader sees the old one or the new one.
+
+    Args:
+        data: what the run directory holds.
+        verdict: what follows from it.
+        path: the HTML file.
+
+    Raises:
+        OSError: if it cannot be written; an existing file is left as it was.
+    """
+    page = render(data, verdict)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def render(data: RunData, verdict: Verdict) -> str:
+    """Return the page as text; the same input gives the same text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"plain": formats.plain, "script": _script}
+    template = environment.get_template("report.html.j2")
+    return template.render(context(data, verdict), plotly=Markup(get_plotlyjs()))
+
+
+def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
+    """Return what the template shows, by name."""
+    task = data.config["task"]
+    series = arm_series(data, verdict)
+    table = verdict_table(verdict, task["metric"], seeds=len(data.config["seeds"]))
+    return {
+        "config": data.config,
+        "environment": data.environment,
+        "raw": json.dumps(data.config, indent=2, ensure_ascii=False),
+        "task": task,
+        "metric": task["metric"],
+        "facts": notes.facts(data),
+        "notices": notes.notices(data),
+        "verdict": verdict,
+        "table": table,
+        "runs": run_table(data, table.format),
+        "curves": figures.group(series, _quantities(task)),
+        "stops": any(s.stops for s in series),
+        "memorizing": any(row["memorized"] is not None for row in data.epochs),
+        "gates": _gates(data),
+        "starved_below": STARVED_BELOW,
+        "families": {arm["family"] for arm in data.config["arms"]},
+    }
+
+
+def _quantities(task: dict[str, Any]) -> list[Quantity]:
+    metric, shares = task["metric"], task["classification"]
+    title = "Wrong labels memorized" if shares else "Label noise fitted"
+    return [
+        Quantity(
+            f"Test {metric['name']}",
+            "test_metric",
+            percent=metric["percent"],
+            share=metric["percent"],
+            stops=True,
+        ),
+        Quantity(title, "memorized", percent=True, share=shares),
+    ]
+
+
+PASS_RATE = Quantity("Pass rate", "pass_rate", percent=True, share=True)
+UPDATE_RATIO = Quantity("Update ratio", "update_ratio", percent=True, share=True)
+
+
+def _gates(data: RunData) -> list[Gate]:
+    """What the gate of each arm that has one did, ours first."""
+    rows: dict[str, list[EpochRow]] = {}
+    for row in data.epochs:
+        if row["gate"]:
+            rows.setdefault(row["arm"], []).append(row)
+    arms = [arm for arm in data.config["arms"] if arm["name"] in rows]
+    arms.sort(key=lambda arm: arm["family"] != OURS)
+    return [
+        Gate(
+            arm["label"],
+            arm["family"] == OURS,
+            figures.group(module_series(rows[arm["name"]]), [PASS_RATE, UPDATE_RATIO]),
+            notes.starved(rows[arm["name"]]),
+        )
+        for arm in arms
+    ]
+
+
+def _script(text: str) -> Markup:
+    """Make JSON safe inside a script element."""
+    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+    for character, escape in escapes.items():
+        text = text.replace(character, escape)
+    return Markup(text)

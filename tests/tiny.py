@@ -1,0 +1,128 @@
+"""Small tasks as a user would write them, for the tests of all that trains and records.
+
+Named in tests as ``tests/tiny.py:function``; what happens in a worker process, and is no part of
+the configuration, is asked for by environment variables.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import poprisk.training
+from poprisk import Task
+
+FILE = Path(__file__)
+TRAINING, TEST, BATCH = 40, 20, 8
+
+
+def source(function: str) -> str:
+    """Return a task of this file as the command line takes it."""
+    return f"{FILE}:{function}"
+
+
+def network() -> nn.Module:
+    """Eight hidden units and dropout, so that a step depends on the random state."""
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.25), nn.Linear(8, 2))
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy per example."""
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared error per example, of outputs and targets (b, 1)."""
+    return (outputs - targets).square().mean(1)
+
+
+def tiny(seed: int = 0, *, epochs: int = 4) -> Task:
+    """Two classes in four dimensions, 12 of 40 training labels wrong."""
+    x, clean, g = _inputs(seed)
+    train = clean[:TRAINING].clone()
+    wrong = torch.randperm(TRAINING, generator=g)[:12]
+    train[wrong] = 1 - train[wrong]
+    return Task(
+        name="tiny",
+        model=network,
+        loss=cross_entropy,
+        train=(x[:TRAINING], train),
+        test=(x[TRAINING:], clean[TRAINING:]),
+        clean=clean[:TRAINING],
+        epochs=epochs,
+        batch_size=BATCH,
+        description="two classes, 30% of the training labels wrong",
+    )
+
+
+def regression(seed: int = 0, *, epochs: int = 4) -> Task:
+    """A line through noisy points; every training target is a number of its own."""
+    x, _, g = _inputs(seed)
+    clean = x[:, :1] - x[:, 1:2]
+    y = clean + torch.randn(len(x), 1, generator=g)
+    return Task(
+        name="regression",
+        model=lambda: nn.Linear(4, 1),
+        loss=squared_error,
+        train=(x[:TRAINING], y[:TRAINING]),
+        test=(x[TRAINING:], y[TRAINING:]),
+        clean=clean[:TRAINING],
+        metric="mse",
+        epochs=epochs,
+        batch_size=BATCH,
+    )
+
+
+def patient(seed: int = 0, *, epochs: int = 20) -> Task:
+    """The task ``tiny``, checkpointed every epoch, each step as long as TINY_PAUSE says."""
+    if multiprocessing.parent_process() is not None:
+        poprisk.training.CHECKPOINT_SECONDS = -1.0
+    task = tiny(seed, epochs=epochs)
+    object.__setattr__(task, "loss", _paused(float(os.environ.get("TINY_PAUSE", "0"))))
+    return task
+
+
+def fragile(seed: int = 0) -> Task:
+    """The task ``tiny``, whose training fails on seed 1."""
+    task = tiny(seed)
+    if seed == 1:
+        object.__setattr__(task, "loss", _failing)
+    return task
+
+
+def lethal(seed: int = 0) -> Task:
+    """The task ``tiny``, whose training ends the process on seed 1."""
+    task = tiny(seed)
+    if seed == 1:
+        object.__setattr__(task, "loss", _exiting)
+    return task
+
+
+def _inputs(seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(TRAINING + TEST, 4, generator=generator)
+    return x, (x[:, 0] > 0).long(), generator
+
+
+class _paused:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            time.sleep(self.seconds)
+        return cross_entropy(outputs, targets)
+
+
+def _failing(outputs: Tensor, targets: Tensor) -> Tensor:
+    raise ArithmeticError("the loss gave up")
+
+
+def _exiting(outputs: Tensor, targets: Tensor) -> Tensor:
+    os._exit(7)
