@@ -243,7 +243,7 @@ def test_a_matched_update_has_the_recorded_size_and_adamw_s_direction() -> None:
     for s, p, q, size in zip(start, weights, plain, [0.03, 0.002], strict=True):
         update, ungated = p.detach() - 0.98 * s, q.detach() - 0.98 * s
         assert rms(update).item() == pytest.approx(size, rel=1e-4)
-        torch.testing.assert_close(update / rms(update), ungated / rms(ungated), check_dtype=False)
+        assert torch.cosine_similarity(update.flatten(), ungated.flatten(), 0) > 1 - 1e-6
 
 
 def test_adamw_matched_to_its_own_sizes_is_adamw() -> None:

@@ -285,7 +285,7 @@ def test_a_constant_gradient_passes_from_the_second_step_on() -> None:
     assert moved("auto") == pytest.approx([-1, -2, -3])
     first, second, _ = moved("paper")
     assert first == 0.0
-    s_hat = (1 + 0.99 - 1.98 * 0.1 - 1.98 * 0.9 * 0.1 + 0) * 0 + (0.99 + 0.81) / 1.99
+    s_hat = (0.99 * 1 + 0.9**2) / 1.99  # the deviations are g - 0 and g - (1-β₁)g
     assert second == pytest.approx(-(1 - s_hat))
 
 
@@ -336,11 +336,11 @@ def hand_computed(**changes: Any) -> GateStats:
 
 def test_gate_stats_by_hand() -> None:
     """The fourth coordinate has no gradient and is left out."""
-    updates = torch.tensor([1.0, -1 / 3, 5 / 3 / 3**0.5])
+    updates = torch.tensor([1.0, -1 / 3, 5 / 3 / 3**0.5], dtype=torch.float64)
     ungated = updates.square().sum().sqrt()
 
     def assert_stats(stats: GateStats, q: list[float]) -> None:
-        mask = torch.tensor(q)
+        mask = torch.tensor(q, dtype=torch.float64)
         ratio = (mask * updates).square().sum().sqrt() / ungated
         assert stats.pass_rate == pytest.approx(2 / 3)
         assert stats.mean_gate == pytest.approx(mask.mean().item())

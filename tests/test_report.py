@@ -254,8 +254,8 @@ class Page(HTMLParser):
 
 def traces(figure: dict[str, Any], kind: str = "lines") -> list[dict[str, Any]]:
     """Lines, bands or markers of a figure."""
-    kinds = {"bands": lambda t: "fill" in t, "lines": lambda t: "customdata" in t}
-    return [t for t in figure["data"] if kinds.get(kind, lambda t: t.get("mode") == kind)(t)]
+    key = {"bands": "fill", "lines": "customdata"}.get(kind)
+    return [t for t in figure["data"] if (key in t if key else t.get("mode") == kind)]
 
 
 def named(figure: dict[str, Any], name: str) -> dict[str, Any]:
@@ -334,6 +334,13 @@ def test_the_lines_are_means_and_the_bands_their_intervals(
             assert edges == pytest.approx(cut, rel=1e-3, abs=1e-4)
 
 
+def test_bands_of_shares_stay_between_none_and_all(page: Page) -> None:
+    for figure in page.figures:
+        edges = [y for t in traces(figure, "bands") for y in t["y"] if y is not None]
+        assert all(0 <= y <= 1 for y in edges)
+    assert any(0 in t["y"] for t in traces(page.figures[1], "bands"))  # some were cut
+
+
 def test_key_rows_are_drawn_and_the_grid_waits_in_the_legend(
     run: tuple[RunData, Verdict], page: Page
 ) -> None:
@@ -408,7 +415,7 @@ def test_regression_where_lower_is_better() -> None:
     assert outcomes[0] == "difference better"
     dots = [v for tag, key, v in page.attributes if tag == "i" and key == "style"]
     zero, bar, dot = (float(re.findall(r"left:([\d.]+)", style)[0]) for style in dots[:3])
-    assert zero < bar <= dot  # better is to the right
+    assert zero < bar < dot < 100  # better is to the right
     assert page.figures[0]["layout"]["yaxis"].get("tickformat", "") == ""
 
 
@@ -481,6 +488,7 @@ def test_numbers_that_are_not_finite() -> None:
     (band,) = [t for t in traces(page.figures[0], "bands") if t["meta"] == line["meta"]]
     assert 57 in band["x"]
     assert 60 not in band["x"]
+    assert band["x"].count(None) == 2  # two pieces, each closed
     assert "not finite at some epoch of PopRiskAdamW (1 seed) and shuffled mask (3 s" in page.text
     assert "Skipped for gradients that were not finite: shuffled mask (21 steps)." in page.text
     finals = {row[0]: row[1] for row in page.tables[0]}
@@ -525,6 +533,7 @@ def test_names_are_escaped_everywhere() -> None:
     text = render(data, verdict._replace(headline=evil, sentences=[evil]))
     assert "alert(1)</script>" not in text
     assert "<b>%" not in text
+    assert len(re.findall(r'"application/json">[^<]+</script>', text)) == 6
     page = Page(text)
     assert page.text.count(evil) > 30
     assert len(page.figures) == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
@@ -33,15 +34,15 @@ class ProgressDisplay:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} runs"),
+            TextColumn("{task.fields[done]}/{task.total:.0f} runs"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
         )
         total = len(comparison.arms) * len(comparison.seeds)
         name = data.config["task"]["name"]
-        self.bar = self.progress.add_task(
-            f"training on {name}", total=total, completed=len(data.ends)
-        )
+        done = len(data.ends)
+        text = f"training on {name}"
+        self.bar = self.progress.add_task(text, total=total, completed=done, done=done)
         self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> ProgressDisplay:
@@ -67,6 +68,7 @@ class ProgressDisplay:
             self.running.pop(key, None)
             self.finals.setdefault(row["arm"], []).append(row["final_metric"])
             self.progress.advance(self.bar, 1 - before)
+            self.progress.update(self.bar, done=sum(len(v) for v in self.finals.values()))
             if self.live is None:
                 self._line(row)
         else:
@@ -128,7 +130,7 @@ def table_cells(row: Row, scale: Scale) -> tuple[str, str, str, str, str]:
 
 def _with_half_width(interval: Interval, scale: Scale) -> str:
     half = (interval.high - interval.low) / 2
-    if half != half:
+    if math.isnan(half):
         return scale.value(interval.mean)
     return (
         f"{scale.value(interval.mean)} ± {100 * half:.1f}"
@@ -142,8 +144,8 @@ def _difference(d: Interval | None, scale: Scale) -> str:
         return "(reference)"
     unit = 100.0 if scale.percent else 1.0
     mean = scale.gain(d.mean) * unit
-    if d.low != d.low:
-        return f"{mean:+.3g}"
+    if math.isnan(d.low):
+        return f"{mean:+.1f}" if scale.percent else f"{mean:+.3g}"
     low, high = sorted((scale.gain(d.low) * unit, scale.gain(d.high) * unit))
     return (
         f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -52,17 +52,18 @@ class RunDirectory:
             RunDirectoryError: if it cannot be written, is not a run directory, or holds another
                 configuration; nothing is changed then.
         """
-        if (self.path / "config.json").exists():
-            self._check_same(config)
-            self._drop_torn_line()
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunDirectoryError(
-                f"{self.path} exists and is not a run directory (no config.json); choose another "
-                "with --out."
-            )
         try:
-            self.checkpoints.mkdir(parents=True)
+            if (self.path / "config.json").exists():
+                self._check_same(config)
+                self._drop_torn_line()
+                self.checkpoints.mkdir(exist_ok=True)
+                return
+            if self.path.exists() and not self._is_blank():
+                raise RunDirectoryError(
+                    f"{self.path} exists and is not a run directory (no config.json); choose "
+                    "another with --out."
+                )
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "environment.json", environment)
             self.metrics.touch()
             write_json(self.path / "config.json", config)
@@ -84,7 +85,8 @@ class RunDirectory:
             RunDirectoryError: if the directory is missing or a file in it is damaged.
         """
         config = self._read_json("config.json")
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
+        known = isinstance(config, dict) and config.get("format") == FORMAT
+        if not known or not {"task", "arms", "seeds"} <= config.keys():
             raise RunDirectoryError(
                 f"{self.path / 'config.json'} is not of format {FORMAT}; it was written by another "
                 "version of poprisk or damaged."
@@ -113,14 +115,26 @@ class RunDirectory:
             row: dict[str, Any] = {}
             try:
                 row = json.loads(line)
-                valid = row["event"] in EVENTS and {"arm", "seed", "epoch"} <= row.keys()
-            except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
+                valid = row["event"] in EVENTS and isinstance(row["arm"], str)
+                valid = valid and {type(row["seed"]), type(row["epoch"])} == {int}
+            except (json.JSONDecodeError, TypeError, KeyError):
                 valid = False
             if not valid:
                 found = f"line {number} is not a record: {line[:60]!r}"
                 raise RunDirectoryError(self._damaged("metrics.jsonl", found))
             rows.append(row)
         return rows
+
+    def _is_blank(self) -> bool:
+        """Whether it is a directory with no more in it than an interrupted ``create`` leaves."""
+
+        def left_over(p: Path) -> bool:
+            if p.is_dir():
+                return p == self.checkpoints and not any(p.iterdir())
+            empty = p.stat().st_size == 0
+            return p.suffix == ".tmp" or p.name == "environment.json" or (p == self.metrics and empty)
+
+        return self.path.is_dir() and all(left_over(p) for p in self.path.iterdir())
 
     def _check_same(self, config: dict[str, Any]) -> None:
         found = self.read().config
@@ -147,7 +161,7 @@ class RunDirectory:
     def _read_json(self, name: str) -> Any:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise RunDirectoryError(
                 f"{self.path} is not a run directory: it has no {name}."
             ) from None

@@ -61,7 +61,7 @@ def render(data: RunData, verdict: Verdict) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": formats.plain, "script": _script}
+    environment.filters["plain"] = formats.plain
     template = environment.get_template("report.html.j2")
     return template.render(context(data, verdict), plotly=Markup(get_plotlyjs()))
 
@@ -127,11 +127,3 @@ def _gates(data: RunData) -> list[Gate]:
         )
         for arm in arms
     ]
-
-
-def _script(text: str) -> Markup:
-    """Make JSON safe inside a script element."""
-    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
-    for character, escape in escapes.items():
-        text = text.replace(character, escape)
-    return Markup(text)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 
 from poprisk.report.curves import Curve, curve, thin
 from poprisk.report.series import DASHES, OURS, Series
@@ -24,7 +25,7 @@ class Panel(NamedTuple):
     """One plot: its title and its figure as JSON."""
 
     title: str
-    figure: str
+    figure: Markup
 
 
 class Button(NamedTuple):
@@ -93,7 +94,7 @@ def _panel(quantity: Quantity, series: Sequence[Series]) -> Panel | None:
     # ours on top: drawn last
     lines.sort(key=lambda trace: trace.meta["colour"] == OURS)
     figure = go.Figure([*bands, *lines], _layout(quantity, log=log))
-    return Panel(quantity.title, figure.to_json())
+    return Panel(quantity.title, Markup(figure.to_json()))  # plotly escapes < and > in it
 
 
 def _line(c: Curve, s: Series, quantity: Quantity, common: dict[str, Any]) -> go.Scatter:

@@ -1,0 +1,363 @@
+import doctest
+import io
+import pickle
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from asserts import assert_bitwise, assert_close, nothing_changes
+from cases import DECOUPLED, MASKS, REDUCTIONS, WRAPPED
+from poprisk import PopRiskAdamW, gated
+from poprisk.gated import GatedOptimizer
+from samplers import (
+    copies,
+    grad_rows,
+    noisy_grads,
+    observed_masks,
+    parameter,
+    take_steps,
+    trajectory,
+)
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer, lr_scheduler
+
+each_wrapped = pytest.mark.parametrize("name", WRAPPED)
+each_mask = pytest.mark.parametrize("mask", MASKS)
+SIZES = {"batch_size": 5, "dataset_size": 50}
+
+
+def sgd(params: Any) -> Optimizer:
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def last(weights: list[list[Tensor]]) -> list[Tensor]:
+    return weights[-1]
+
+
+def total_state(opt: Any) -> dict[str, Any]:
+    """Weights and the whole state of a wrapper, copied."""
+    return deepcopy(
+        {"w": [p.detach() for g in opt.param_groups for p in g["params"]], **opt.state_dict()}
+    )
+
+
+def closed(mean_sq: list[Tensor], var: list[Tensor], **_: float) -> list[Tensor]:
+    """A mask that lets nothing pass."""
+    return [torch.zeros_like(x) for x in mean_sq]
+
+
+@each_mask
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("alpha", ["auto", "fresh", 0.3])
+def test_gated_adamw_is_pop_risk_adamw(
+    mask: str, reduction: str | None, alpha: float | str
+) -> None:
+    """Weight decay included: neither gates it."""
+    shared: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.3}
+    gate: dict[str, Any] = {"mask": mask, "reduction": reduction, "alpha": alpha, **SIZES}
+    starts = [parameter(4), parameter(2, 3), parameter(3, dtype=torch.complex128)]
+    rows: list[list[Tensor | None]] = [[*row] for row in grad_rows(starts, 40)]
+    rows[0][1] = rows[5][0] = None
+    ours = trajectory(lambda ps: PopRiskAdamW(ps, **shared, **gate), starts, rows)
+    wrapped = trajectory(
+        lambda ps: gated(torch.optim.AdamW(ps, **shared), **gate), starts, rows
+    )
+    for a, b in zip(wrapped, ours, strict=True):
+        assert_close(a, b, 1e-13)
+
+
+@each_wrapped
+@each_mask
+def test_the_gate_multiplies_the_update_of_any_optimizer(name: str, mask: str) -> None:
+    """These updates do not depend on the weights, so they are those of the optimizer alone."""
+    start, grads = parameter(3, 4), noisy_grads(12, 3, 4)
+    rows = [[g] for g in grads]
+    alone = [start.detach(), *(w for (w,) in trajectory(WRAPPED[name], [start], rows))]
+    masks = observed_masks(grads, mask=mask, **SIZES)
+    updates = [q * (b - a) for q, a, b in zip(masks, alone, alone[1:], strict=False)]
+    expected = list((start + torch.stack(updates).cumsum(0)).detach())
+    actual = trajectory(lambda ps: gated(WRAPPED[name](ps), mask=mask, **SIZES), [start], rows)
+    assert_close([w for (w,) in actual], expected, 1e-12)
+    assert any(0 < q.mean() < 1 for q in masks)
+
+
+@each_wrapped
+def test_an_open_gate_leaves_the_trajectory_alone(name: str) -> None:
+    """To a few units in the last place: the update is rounded once more when it is added."""
+    starts = [parameter(3, 4), parameter(5, 2)]
+    rows = grad_rows(starts, 50)
+    alone = trajectory(WRAPPED[name], starts, rows)
+    wrapped = trajectory(lambda ps: gated(WRAPPED[name](ps), q_min=1.0), starts, rows)
+    assert_close(last(wrapped), last(alone), 5e-15)
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_an_open_gate_keeps_decoupled_weight_decay(name: str) -> None:
+    start, rows = parameter(3, 4), [[g] for g in noisy_grads(20, 3, 4)]
+    alone = trajectory(DECOUPLED[name], [start], rows)
+    wrapped = trajectory(lambda ps: gated(DECOUPLED[name](ps), q_min=1.0), [start], rows)
+    assert_close(last(wrapped), last(alone), 1e-13)
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_decoupled_weight_decay_is_not_gated(name: str) -> None:
+    w = parameter(3, 4)
+    opt = gated(DECOUPLED[name]([w]), mask=closed)
+    rows = [[g] for g in noisy_grads(6, 3, 4)]
+    (start,) = take_steps(opt, rows[:1])[-1]
+    (end,) = take_steps(opt, rows[1:])[-1]
+    torch.testing.assert_close(end, start * (1 - 0.1 * 0.5) ** 5, rtol=1e-13, atol=0)
+    assert opt.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_weight_decay_that_enters_the_gradient_is_gated_with_it() -> None:
+    w = parameter(3)
+    opt = gated(torch.optim.SGD([w], lr=0.1, weight_decay=0.5), mask=closed)
+    rows = [[g] for g in noisy_grads(4, 3)]
+    assert_bitwise(take_steps(opt, rows[:1]), take_steps(opt, rows[1:])[-1:])
+
+
+def test_an_error_of_the_optimizer_leaves_its_weight_decay() -> None:
+    w = parameter(3, 4)
+    opt = torch.optim.AdamW([w], weight_decay=0.5)
+    opt.register_step_pre_hook(lambda *_: 1 / 0)
+    w.grad = torch.ones_like(w)
+    with pytest.raises(ZeroDivisionError):
+        gated(opt).step()
+    assert opt.param_groups[0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    w = parameter(8, dtype=dtype)
+    opt = gated(sgd([w]))
+    take_steps(opt, grad_rows([w], 5))
+    assert {opt.state[w][key].dtype for key in ("exp_avg", "grad_mean_var")} == {torch.float32}
+    assert bool(w.isfinite().all())
+
+
+def test_the_gradient_is_never_written() -> None:
+    w = parameter(4)
+    rows = grad_rows([w], 4)
+    before = deepcopy(rows)
+    take_steps(gated(sgd([w])), rows)
+    assert_bitwise(rows, before)
+
+
+NOT_WRAPPED: dict[str, tuple[Callable[[list[Parameter]], Any], str]] = {
+    "LBFGS": (torch.optim.LBFGS, "LBFGS.*closure several times"),
+    "PopRiskAdamW": (PopRiskAdamW, "PopRiskAdamW is gated already"),
+    "gated": (lambda ps: gated(sgd(ps)), "GatedOptimizer is gated already"),
+    "class": (lambda _: torch.optim.SGD, "takes a torch optimizer, but got type"),
+    "None": (lambda _: None, "but got NoneType"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NOT_WRAPPED.values(), ids=NOT_WRAPPED)
+def test_what_cannot_be_gated(make: Callable[[list[Parameter]], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        gated(make([parameter(2)]))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"beta1": 1.0}, "beta"),
+        ({"rho": 1.0}, "rho"),
+        ({"mask": "none"}, "mask"),
+        ({"alpha": "finite"}, "dataset_size"),
+        ({"batch_size": 9, "dataset_size": 9}, "full batch"),
+        ({"q_min": 1.5}, "q_min"),
+    ],
+)
+def test_bad_settings(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gated(sgd([parameter(2)]), **bad)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    w = parameter(2)
+    w.grad = torch.ones_like(w).to_sparse()
+    opt = gated(sgd([w]))
+    before = total_state(opt)
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        opt.step()
+    assert_bitwise(total_state(opt), before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    params = [parameter(3), parameter(2)]
+    opt = gated(sgd(params))
+    take_steps(opt, grad_rows(params, 3))
+    before = total_state(opt)
+    good, spoilt = grad_rows(params, 1)[0]
+    spoilt[-1] = bad
+    params[0].grad, params[1].grad = good, spoilt
+    with pytest.warns(RuntimeWarning, match="gated optimizer skipped") as record:
+        opt.step()
+    opt.step()
+    assert_bitwise(total_state(opt), {**before, "skipped_steps": 2})
+    assert (len(record), record[0].filename) == (1, __file__)
+
+
+def test_a_closure_is_evaluated_once_with_gradients() -> None:
+    w = parameter(3)
+    opt, calls = gated(sgd([w])), list[bool]()
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        opt.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    loss: Any = opt.step(closure)  # pyrefly: ignore
+    assert loss.requires_grad
+    assert calls == [True]
+    with pytest.raises(ValueError, match="returned None"):
+        opt.step(lambda: None)  # pyrefly: ignore
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.3),
+    "one cycle, momentum too": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_scheduler_may_hold_the_wrapper_or_the_wrapped(
+    make: Callable[[Optimizer], Any],
+) -> None:
+    def run(*, on_the_wrapper: bool) -> list[list[Tensor]]:
+        inner = sgd([parameter(4)])
+        opt = gated(inner)
+        scheduler, weights = make(opt if on_the_wrapper else inner), []
+        for g in noisy_grads(10, 4):
+            weights += take_steps(opt, [[g]])
+            scheduler.step()
+        return weights
+
+    expected = run(on_the_wrapper=False)
+    assert_bitwise(run(on_the_wrapper=True), expected)
+    constant = take_steps(gated(sgd([parameter(4)])), [[g] for g in noisy_grads(10, 4)])
+    assert not torch.equal(expected[-1][0], constant[-1][0])
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@each_wrapped
+def test_going_on_after_a_load_equals_never_having_stopped(name: str) -> None:
+    starts = [parameter(3, 4, dtype=torch.float32), parameter(2, 2, dtype=torch.float32)]
+    rows = grad_rows(starts, 8)
+    expected = trajectory(lambda ps: gated(WRAPPED[name](ps)), starts, rows)
+    first = gated(WRAPPED[name](copies(starts)))
+    weights = take_steps(first, rows[:4])
+    second = gated(WRAPPED[name](copies(last(weights))))
+    second.load_state_dict(saved_and_loaded(first.state_dict()))
+    assert_bitwise(second.state_dict(), first.state_dict())
+    assert_bitwise(weights + take_steps(second, rows[4:]), expected)
+
+
+def test_loading_a_state_of_before_the_first_step_forgets_all_steps() -> None:
+    opt = gated(sgd([parameter(3)]))
+    initial = deepcopy(opt.state_dict())
+    take_steps(opt, [[g] for g in noisy_grads(3, 3)])
+    opt.load_state_dict(initial)
+    assert_bitwise(opt.state_dict(), initial)
+
+
+REFUSED: dict[str, Callable[[], Any]] = {
+    "the wrapped optimizer's": lambda: sgd([parameter(3)]).state_dict(),
+    "another shape": lambda: stepped(sgd, parameter(4)).state_dict(),
+    "more parameters": lambda: stepped(sgd, parameter(3), parameter(2)).state_dict(),
+    "empty": dict,
+    "None": lambda: None,
+}
+
+
+def stepped(build: Callable[[Any], Optimizer], *params: Parameter) -> GatedOptimizer:
+    opt = gated(build([*params]))
+    take_steps(opt, grad_rows(params, 3))
+    return opt
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_and_changes_nothing(make: Callable[[], Any]) -> None:
+    opt = stepped(sgd, parameter(3))
+    before, state = total_state(opt), make()
+    with pytest.raises((ValueError, TypeError), match="state"):
+        opt.load_state_dict(state)
+    assert_bitwise(total_state(opt), before)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_go_on_alike(duplicate: Callable[[Any], Any]) -> None:
+    opt = stepped(sgd, parameter(3))
+    twin, rows = duplicate(opt), [[g] for g in noisy_grads(3, 3, seed=5)]
+    assert_bitwise(take_steps(twin, rows), take_steps(opt, rows))
+
+
+def test_a_group_can_be_added_later() -> None:
+    """Settings that it lacks come from the wrapped optimizer's defaults."""
+    starts = [parameter(3), parameter(2)]
+    rows = grad_rows(starts, 5)
+    params = copies(starts)
+    opt = gated(sgd(params[:1]))
+    opt.add_param_group({"params": params[1:]})
+    expected = trajectory(lambda ps: gated(sgd(ps)), starts, rows)
+    assert_bitwise(take_steps(opt, rows), expected)
+
+
+@each_mask
+def test_statistics_are_those_of_pop_risk_adamw(mask: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    twin = deepcopy(model)
+    ours = PopRiskAdamW(model, weight_decay=0.0, mask=mask)
+    wrapped = gated(torch.optim.AdamW(twin.parameters(), weight_decay=0.0), mask=mask)
+    for opt in (ours, wrapped):
+        take_steps(opt, grad_rows(list(model.parameters()), 10))
+    expected, actual = ours.gate_stats(), wrapped.gate_stats(twin)
+    assert set(actual) == {"0", "1"}
+    for name, stats in actual.items():
+        assert [*stats] == pytest.approx([*expected[name]], rel=1e-6)
+
+
+def test_statistics_of_the_first_step() -> None:
+    opt = gated(sgd([parameter(3)]))
+    take_steps(opt, [[g] for g in noisy_grads(1, 3)])
+    assert opt.gate_stats()["groups[0]"] == (1.0, 1.0, 1.0, False, 3)
+
+
+def test_statistics_count_a_gradient_without_noise() -> None:
+    opt = gated(sgd([parameter(3)]), beta1=0.0)
+    take_steps(opt, [[torch.ones(3, dtype=torch.float64)]] * 4)
+    assert opt.gate_stats()["groups[0]"] == (1.0, 1.0, 1.0, False, 3)
+
+
+def test_statistics_do_not_change_the_optimizer() -> None:
+    opt = gated(sgd([parameter(3), parameter(2)]))
+    take_steps(opt, [[*noisy_grads(1, 3), None]])
+    before = total_state(opt)
+    with nothing_changes(opt.optimizer):
+        opt.gate_stats()
+    assert_bitwise(total_state(opt), before)
+
+
+def test_examples_in_the_documentation() -> None:
+    failed, attempted = doctest.testmod(sys.modules["poprisk.gated"])
+    assert failed == 0 < attempted

@@ -1,0 +1,403 @@
+"""What enters the state, what must not, and how the state is saved, loaded and copied."""
+
+import io
+import pickle
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from asserts import assert_bitwise, complete_state, nothing_changes, ulps_apart
+from cases import LAYOUTS, PATHS, VARIANCES, settings
+from poprisk import PopRiskAdamW
+from samplers import copies, grad_rows, noisy_grads, parameter, take_steps, trajectory
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer, lr_scheduler
+
+INF, NAN = float("inf"), float("nan")
+TENSORS = ("exp_avg", "exp_avg_sq", "grad_mean_var")
+
+each_path = pytest.mark.parametrize("foreach", PATHS.values(), ids=PATHS)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+BAD_VALUES: dict[str, list[complex]] = {
+    "NaN": [NAN],
+    "Inf": [INF],
+    "-Inf": [-INF],
+    "Inf and -Inf": [INF, -INF],
+}
+each_bad_value = pytest.mark.parametrize("bad", BAD_VALUES.values(), ids=BAD_VALUES)
+
+
+def stepped(params: Any, steps: int = 3, **changes: Any) -> PopRiskAdamW:
+    """An optimizer that has taken some steps on random gradients."""
+    opt = PopRiskAdamW(params, **changes)
+    take_steps(opt, grad_rows([p for g in opt.param_groups for p in g["params"]], steps))
+    return opt
+
+
+def spoilt(grad: Tensor, values: list[complex]) -> Tensor:
+    """``grad`` with its last entries replaced."""
+    grad = grad.clone()
+    grad.view(-1)[-len(values) :] = torch.tensor(values, dtype=grad.dtype)
+    return grad
+
+
+@each_bad_value
+@each_path
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+)
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    bad: list[complex], foreach: bool, dtype: torch.dtype
+) -> None:
+    params = [parameter(5), parameter(4, dtype=dtype)]
+    opt = stepped(params, foreach=foreach)
+    (good, grad) = grad_rows(params, 1)[0]
+    params[0].grad, params[1].grad = good, spoilt(grad, bad)
+    with nothing_changes(opt, but={"skipped_steps"}):
+        with pytest.warns(RuntimeWarning, match="NaN or Inf.*unchanged"):
+            opt.step()
+        opt.step()
+    assert opt.skipped_steps == 2
+
+
+def test_no_state_is_created_by_a_skipped_first_step() -> None:
+    w = parameter(3)
+    opt = PopRiskAdamW([w])
+    w.grad = torch.full_like(w, NAN)
+    with pytest.warns(RuntimeWarning, match="skipped") as record:
+        opt.step()
+    assert opt.state_dict()["state"] == {}
+    assert record[0].filename == __file__
+
+
+def test_training_goes_on_after_skips_as_if_they_had_not_been() -> None:
+    rows = grad_rows([parameter(4)], 6)
+    bad = [[torch.full_like(rows[0][0], INF)]]
+    expected = trajectory(PopRiskAdamW, [parameter(4)], rows)
+    opt = PopRiskAdamW([parameter(4)])
+    with pytest.warns(RuntimeWarning) as record:
+        weights = take_steps(opt, [*bad, *rows[:3], *bad, *bad, *rows[3:]])
+    assert len(record) == 1
+    assert_bitwise(weights[-1], expected[-1])
+    assert opt.skipped_steps == 3
+
+
+def test_the_loss_of_a_skipped_step_is_returned() -> None:
+    w = parameter(2)
+    opt = PopRiskAdamW([w])
+
+    def closure() -> Tensor:
+        w.grad = torch.full_like(w, NAN)
+        return torch.tensor(NAN)
+
+    with pytest.warns(RuntimeWarning):
+        loss: Any = opt.step(closure)  # pyrefly: ignore
+    assert loss.isnan()
+
+
+@each_path
+@pytest.mark.parametrize("mask", ["hard", "soft", "snr"])
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("size", [1e18, 1e25, 1.5e38])
+def test_large_finite_gradients_are_not_skipped(
+    foreach: bool, mask: str, variance: str, size: float
+) -> None:
+    """Where squares or even the sum overflow float32, weights stay finite as AdamW's do."""
+    w, twin = (Parameter(torch.zeros(4)) for _ in range(2))
+    rows = [[torch.full((4,), size * sign)] for sign in (1, 1, -1, 1)] + [[torch.ones(4)]] * 2
+    opt = PopRiskAdamW([w], mask=mask, variance=variance, foreach=foreach)
+    take_steps(opt, rows)
+    take_steps(torch.optim.AdamW([twin]), rows)
+    assert bool(twin.isfinite().all())
+    assert opt.skipped_steps == 0
+    assert opt.state[w]["step"] == len(rows)
+    assert bool(w.isfinite().all())
+
+
+def squared_error(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def test_grad_scaler() -> None:
+    """Scaling by a power of two changes no bit; a step it skips leaves everything as it was."""
+    torch.manual_seed(0)
+    plain, scaled = nn.Linear(3, 2), nn.Linear(3, 2)
+    scaled.load_state_dict(plain.state_dict())
+    opt, twin = PopRiskAdamW(plain), PopRiskAdamW(scaled)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def scaled_step(x: Tensor) -> None:
+        twin.zero_grad()
+        scaler.scale(squared_error(scaled, x)).backward()
+        scaler.step(twin)
+        scaler.update()
+
+    for t in range(5):
+        x = torch.randn(4, 3)
+        opt.zero_grad()
+        squared_error(plain, x).backward()
+        opt.step()
+        scaled_step(x)
+        if t == 2:
+            with nothing_changes(twin):
+                scaled_step(torch.full((4, 3), 1e30))
+            assert scaler.get_scale() == 2.0**9
+    assert_bitwise(complete_state(twin), complete_state(opt))
+    assert twin.skipped_steps == 0
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.3),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "one cycle, betas too": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12),
+    "warm-up": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=5),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers(make: Callable[[Optimizer], Any]) -> None:
+    def run(opt: Optimizer) -> list[list[Tensor]]:
+        scheduler, weights = make(opt), []
+        for row in grad_rows([start], 10):
+            weights += take_steps(opt, [row])
+            scheduler.step()
+        return weights
+
+    start = parameter(4)
+    ours = run(PopRiskAdamW(copies([start]), lr=0.05, gate=False, foreach=False))
+    assert_bitwise(ours, run(torch.optim.AdamW(copies([start]), lr=0.05)))
+
+
+def test_plateau_scheduler() -> None:
+    opt = stepped([parameter(2)], lr=0.1)
+    scheduler = lr_scheduler.ReduceLROnPlateau(opt, factor=0.5, patience=0)
+    for _ in range(3):
+        scheduler.step(1.0)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+DUPLICATES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": deepcopy,
+    "pickle": lambda obj: pickle.loads(pickle.dumps(obj)),
+}
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+def test_copies_go_on_alike(duplicate: Callable[[Any], Any]) -> None:
+    w = parameter(4)
+    opt = stepped([w])
+    rows = grad_rows([w], 3, seed=7)
+    twin = duplicate(opt)
+    with nothing_changes(opt):
+        weights = take_steps(twin, rows)
+    assert_bitwise(weights, take_steps(opt, rows))
+    assert_bitwise(complete_state(twin), complete_state(opt))
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    """Through a file, as a checkpoint goes."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@each_layout
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_a_state_dict_survives_a_file_bit_for_bit(layout: str, variance: str) -> None:
+    opt = stepped([LAYOUTS[layout](), parameter(2)], variance=variance, batch_size=4)
+    state = saved_and_loaded(opt.state_dict())
+    loaded = PopRiskAdamW(copies([p for g in opt.param_groups for p in g["params"]]), lr=5.0)
+    loaded.load_state_dict(state)
+    assert_bitwise(complete_state(loaded), complete_state(opt))
+
+
+@each_path
+@pytest.mark.parametrize("changes", [{}, {"mode": "paper"}, {"variance": "second-moment"}], ids=str)
+def test_going_on_after_a_load_equals_never_having_stopped(
+    foreach: bool, changes: dict[str, Any]
+) -> None:
+    starts = [parameter(4), parameter(5, dtype=torch.bfloat16)]
+    rows: list[list[Tensor | None]] = [[*row] for row in grad_rows(starts, 8)]
+    rows[0][1] = rows[2][1] = rows[6][0] = None
+    expected = trajectory(lambda ps: PopRiskAdamW(ps, **changes, foreach=foreach), starts, rows)
+
+    first = PopRiskAdamW(copies(starts), **changes, foreach=foreach)
+    weights = take_steps(first, rows[:4])
+    second = PopRiskAdamW(copies(weights[-1]), foreach=foreach)
+    second.load_state_dict(saved_and_loaded(first.state_dict()))
+    assert_bitwise(weights + take_steps(second, rows[4:]), expected)
+
+
+def test_the_count_of_skipped_steps_is_saved() -> None:
+    opt = stepped([parameter(2)])
+    opt.param_groups[0]["params"][0].grad = torch.full((2,), NAN, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning):
+        opt.step()
+    loaded = PopRiskAdamW([parameter(2)])
+    loaded.load_state_dict(saved_and_loaded(opt.state_dict()))
+    assert loaded.skipped_steps == 1
+
+
+def test_a_loaded_state_shares_no_memory() -> None:
+    opt = stepped([parameter(4)])
+    loaded = PopRiskAdamW([parameter(4)])
+    loaded.load_state_dict(opt.state_dict())
+    with nothing_changes(opt):
+        take_steps(loaded, [[g] for g in noisy_grads(2, 4)])
+
+
+ADAMW_CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "maximize": {"maximize": True},
+}
+
+
+@pytest.mark.parametrize("kind", ADAMW_CHECKPOINTS.values(), ids=ADAMW_CHECKPOINTS)
+@pytest.mark.parametrize("named", [False, True])
+def test_an_adamw_checkpoint(kind: dict[str, Any], named: bool) -> None:
+    """Moments, counters and settings are AdamW's; with the gate off, so is every later step."""
+    starts = [parameter(4), parameter(2, 3)]
+    rows = grad_rows(starts, 8)
+
+    def names(params: list[Parameter]) -> Any:
+        return [(f"layer.{j}", p) for j, p in enumerate(params)] if named else params
+
+    adamw = torch.optim.AdamW(names(copies(starts)), lr=0.02, weight_decay=0.3, **kind)
+    weights = take_steps(adamw, rows[:4])[-1]
+    opt = PopRiskAdamW(names(copies(weights)), gate=False, foreach=False)
+    opt.load_state_dict(saved_and_loaded(adamw.state_dict()))
+    assert opt.param_groups[0]["lr"] == 0.02
+    pairs = zip(
+        take_steps(opt, rows[4:])[-1], take_steps(adamw, rows[4:])[-1], strict=True
+    )
+    assert max(ulps_apart(a, b) for a, b in pairs) <= (0 if kind != {"fused": True} else 8)
+
+
+def test_after_an_adamw_checkpoint_the_variance_starts_fresh() -> None:
+    """The first step after the load is gated: its deviation is taken from AdamW's average."""
+    w = parameter(4)
+    adamw = torch.optim.AdamW([w])
+    take_steps(adamw, grad_rows([w], 5))
+    m_hat = adamw.state[w]["exp_avg"] / (1 - 0.9**5)
+    opt = PopRiskAdamW([w], rho=0.9)
+    opt.load_state_dict(adamw.state_dict())
+    (g,) = noisy_grads(1, 4, seed=9)
+    take_steps(opt, [[g]])
+    s = opt.state[w]["grad_mean_var"]
+    torch.testing.assert_close(s, 0.1 * (g - m_hat).square(), rtol=1e-13, atol=0)
+    assert opt.gate_stats()["groups[0]"].mean_gate < 1
+
+
+def test_gate_stats_between_a_load_from_adamw_and_the_first_step() -> None:
+    w = parameter(4)
+    adamw = torch.optim.AdamW([w])
+    take_steps(adamw, grad_rows([w], 5))
+    opt = PopRiskAdamW([w])
+    opt.load_state_dict(adamw.state_dict())
+    with nothing_changes(opt):
+        assert opt.gate_stats() == {}
+
+
+def test_a_gate_that_opens_late_has_its_own_clock() -> None:
+    """gate=False for a warm-up, then True: as after a load from AdamW."""
+    w = parameter(4)
+    opt = stepped([w], 5, gate=False, rho=0.9)
+    opt.param_groups[0]["gate"] = True
+    assert opt.gate_stats() == {}
+    m_hat = opt.state[w]["exp_avg"] / (1 - 0.9**5)
+    (g,) = noisy_grads(1, 4, seed=9)
+    take_steps(opt, [[g]])
+    s = opt.state[w]["grad_mean_var"]
+    torch.testing.assert_close(s, 0.1 * (g - m_hat).square(), rtol=1e-13, atol=0)
+
+
+def test_a_pause_of_the_gate_is_no_observation() -> None:
+    """ŝ stays an average: noise of variance 1 is not underestimated after a pause."""
+    rows = [[g] for g in noisy_grads(60, 400, seed=3)]
+    paused = stepped([parameter(400)], 5)
+    paused.param_groups[0]["gate"] = False
+    take_steps(paused, rows[:50])
+    paused.param_groups[0]["gate"] = True
+    take_steps(paused, rows[50:])
+    steady = PopRiskAdamW([parameter(400)])
+    take_steps(steady, rows)
+    closed = [opt.gate_stats()["groups[0]"].pass_rate for opt in (paused, steady)]
+    assert closed[0] == pytest.approx(closed[1], abs=0.1)
+
+
+def checkpoint(**changes: Any) -> dict[str, Any]:
+    """A state_dict that fits ``target()``, some parts replaced."""
+    return {**stepped([parameter(4), parameter(2, 3)]).state_dict(), **changes}
+
+
+def target() -> PopRiskAdamW:
+    return stepped([parameter(4), parameter(2, 3)], 2, lr=0.5)
+
+
+def adamw_state(*shapes: tuple[int, ...], **changes: Any) -> dict[str, Any]:
+    params = [parameter(*shape) for shape in shapes]
+    adamw = torch.optim.AdamW(params, **changes)
+    take_steps(adamw, grad_rows(params, 2))
+    return adamw.state_dict()
+
+
+def other_optimizer(kind: type[Optimizer]) -> dict[str, Any]:
+    params = [parameter(4), parameter(2, 3)]
+    opt = kind(params, lr=0.1)  # pyrefly: ignore
+    take_steps(opt, grad_rows(params, 2))
+    return opt.state_dict()
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "shape": (lambda: adamw_state((4,), (3, 2)), r"'exp_avg' of parameter 1 .*\(3, 2\).*\(2, 3\)"),
+    "our shape": (lambda: stepped([parameter(4), parameter(6)]).state_dict(), "parameter 1"),
+    "parameters": (lambda: adamw_state((4,)), r"hold \[1\].*optimizer's \[2\]"),
+    "groups": (lambda: checkpoint(param_groups=[]), r"hold \[\].*\[2\]"),
+    "amsgrad": (lambda: adamw_state((4,), (2, 3), amsgrad=True), "amsgrad=True.*v̂"),
+    "no groups": (lambda: {"state": {}}, "no 'param_groups'"),
+    "a model's": (lambda: nn.Linear(4, 1).state_dict(), "no 'state'"),
+    "empty": (dict, "no 'state'"),
+    "bad settings": (
+        lambda: checkpoint(param_groups=[{**settings(lr=-1.0), "params": [0, 1]}]),
+        "lr must lie in",
+    ),
+    "None": (lambda: None, "state_dict"),
+    "a group without params": (lambda: checkpoint(param_groups=[{"lr": 0.1}]), "state_dict"),
+    "no tensors": (lambda: checkpoint(state={0: {"step": 1.0, "exp_avg": 3.0}}), "exp_avg"),
+    "incomplete": (lambda: checkpoint(state={0: {"step": 1.0}}), "state_dict"),
+    "SGD": (lambda: other_optimizer(torch.optim.SGD), "state_dict"),
+    "RMSprop": (lambda: other_optimizer(torch.optim.RMSprop), "state_dict"),
+    "Adagrad": (lambda: other_optimizer(torch.optim.Adagrad), "state_dict"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    make: Callable[[], Any], message: str
+) -> None:
+    opt, state = target(), make()
+    with nothing_changes(opt), pytest.raises((ValueError, TypeError), match=message):
+        opt.load_state_dict(state)
+
+
+def test_low_precision_state_keeps_float32() -> None:
+    opt = stepped([parameter(4, dtype=torch.bfloat16)])
+    loaded = PopRiskAdamW([parameter(4, dtype=torch.bfloat16)])
+    loaded.load_state_dict(saved_and_loaded(opt.state_dict()))
+    (state,) = loaded.state.values()
+    assert [state[key].dtype for key in TENSORS] == [torch.float32] * 3
+
+
+def test_a_refused_group_is_not_added() -> None:
+    opt = target()
+    with nothing_changes(opt), pytest.raises(ValueError, match="q_min"):
+        opt.add_param_group({"params": [parameter(2)], "q_min": 2.0})
+    opt.add_param_group({"params": [parameter(2)], "gate": False})
+    assert opt.param_groups[1]["lr"] == 0.5

@@ -1,0 +1,122 @@
+"""The report in a real browser: the figures are drawn, nothing fails, nothing is fetched."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from poprisk.report import render
+from test_report import REGRESSION, synthetic
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    *"--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync".split(),
+    *"--disable-component-update --no-first-run --enable-logging=stderr --dump-dom".split(),
+    *"--virtual-time-budget=5000 --window-size=1200,2000".split(),
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+]
+OURS_LIGHT, OURS_DARK = "rgb(232, 80, 10)", "rgb(255, 143, 76)"  # --c-poprisk in report.css
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
+]
+
+
+class Opened(NamedTuple):
+    """The document after its scripts ran, and what they wrote to the console."""
+
+    dom: str
+    console: list[str]
+
+    def drawn(self) -> int:
+        """How many plots have a drawing."""
+        return len(re.findall(r'class="plot js-plotly-plot"', self.dom))
+
+
+def open_page(text: str, folder: Path, *flags: str) -> Opened:
+    path = folder / "report.html"
+    path.write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [str(CHROMIUM), *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return Opened(done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line])
+
+
+def with_script(text: str, script: str) -> str:
+    """Add a script at the end of a page, as a reader's clicks."""
+    before, after = text.rsplit("</body>", 1)
+    return f"{before}<script>{script}</script></body>{after}"
+
+
+def test_figures_are_drawn_without_errors(tmp_path: Path) -> None:
+    page = open_page(render(*synthetic()), tmp_path)
+    assert page.console == []
+    assert 'data-drawn="4"' in page.dom  # two of the arms, two of our gate
+    assert page.drawn() == 4
+    assert f"stroke: {OURS_LIGHT}" in page.dom
+    assert OURS_DARK not in page.dom
+
+
+def test_dark_mode_paints_other_colours(tmp_path: Path) -> None:
+    page = open_page(render(*synthetic()), tmp_path, "--blink-settings=preferredColorScheme=0")
+    assert page.console == []
+    assert f"stroke: {OURS_DARK}" in page.dom
+    assert OURS_LIGHT not in page.dom
+
+
+def test_opening_details_and_clicking_the_legend(tmp_path: Path) -> None:
+    clicks = """
+        document.querySelectorAll("details").forEach(d => { d.open = true; });
+        setTimeout(() => {
+          const plot = document.querySelector(".plot");
+          const visible = i => plot.data.filter(t => t.meta.series === i).every(t => t.visible);
+          const chip = i => plot.closest(".group").querySelector(`[data-series="${i}"]`);
+          const count = plot.closest(".group").querySelectorAll(".chip").length;
+          const before = [visible(0), visible(count - 1)];
+          chip(0).click();
+          chip(count - 1).click();
+          const after = [visible(0), visible(count - 1), chip(0).ariaPressed];
+          document.body.dataset.seen = JSON.stringify([before, after]).replaceAll('"', "'");
+        }, 1000);
+    """
+    data, verdict = synthetic(**REGRESSION)
+    page = open_page(with_script(render(data, verdict), clicks), tmp_path)
+    assert page.console == []
+    assert page.drawn() == 6  # the gate of the shuffled control too
+    assert "data-seen=\"[[true,false],[false,true,'false']]\"" in page.dom
+
+
+def test_a_phone_need_not_scroll_sideways(tmp_path: Path) -> None:
+    (tmp_path / "inner.html").write_text(render(*synthetic()), encoding="utf-8")
+    outer = """<body><iframe src="inner.html" width="390" height="800"></iframe><script>
+        setTimeout(() => {
+          const inner = document.querySelector("iframe").contentDocument;
+          const boxes = [inner.documentElement, inner.querySelector(".scroll")];
+          document.body.dataset.wide = boxes.filter(b => b.scrollWidth > b.clientWidth).length;
+          document.body.dataset.width = inner.documentElement.clientWidth;
+        }, 2000);
+    </script></body>"""
+    page = open_page(outer, tmp_path, "--allow-file-access-from-files", "--hide-scrollbars")
+    assert page.console == []
+    assert 'data-wide="0" data-width="390"' in page.dom
+
+
+def test_a_script_error_would_be_seen(tmp_path: Path) -> None:
+    text = with_script(render(*synthetic(seeds=1)), "throw new Error('boom')")
+    assert any("boom" in line for line in open_page(text, tmp_path).console)
+
+
+def test_a_fetch_would_be_refused_and_seen(tmp_path: Path) -> None:
+    fetch = "const i = new Image(); i.src = 'https://example.com/x.png';"
+    console = open_page(with_script(render(*synthetic(seeds=1)), fetch), tmp_path).console
+    assert any("Content Security Policy" in line for line in console)

@@ -1,0 +1,393 @@
+"""The run directory: what it keeps, what it refuses, and that refusing changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from poprisk.rundir import FORMAT, RunDirectory, RunDirectoryError, write_json
+
+CONFIG: dict[str, Any] = {
+    "format": FORMAT,
+    "poprisk": "0",
+    "task": {"name": "tiny", "epochs": 4},
+    "arms": [{"name": "a"}, {"name": "b"}],
+    "seeds": [0, 1],
+}
+ENVIRONMENT: dict[str, Any] = {"python": "3", "cores": 2}
+
+
+def row(event: str, arm: str = "a", seed: int = 0, epoch: int = 0, **more: Any) -> dict[str, Any]:
+    return {"event": event, "arm": arm, "seed": seed, "epoch": epoch, **more}
+
+
+def contents(path: Path) -> dict[str, bytes | None]:
+    """Every file below a path with its bytes, and every directory."""
+    return {
+        str(p.relative_to(path)): p.read_bytes() if p.is_file() else None
+        for p in sorted(path.rglob("*"))
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A directory with one finished run and one in the middle."""
+    directory = RunDirectory(tmp_path / "runs" / "tiny")
+    directory.create(CONFIG, ENVIRONMENT)
+    for r in (
+        row("start"),
+        row("epoch", epoch=1, test_metric=0.5),
+        row("epoch", epoch=2, test_metric=0.6),
+        row("end", epoch=2, final_metric=0.6),
+        row("start", "b"),
+        row("epoch", "b", epoch=1, test_metric=0.1),
+    ):
+        directory.append(r)
+    (directory.checkpoints / "b-0.safetensors").write_bytes(b"checkpoint")
+    return directory
+
+
+# --- writing and reading --------------------------------------------------------------------------
+
+
+def test_a_new_directory_holds_everything_and_no_left_overs(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "new" / "deep")
+    directory.create(CONFIG, ENVIRONMENT)
+    assert {p.name for p in directory.path.iterdir()} == {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+    }
+    data = directory.read()
+    assert (data.config, data.environment, data.epochs, data.ends) == (CONFIG, ENVIRONMENT, [], {})
+
+
+def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
+    RunDirectory(tmp_path).create(CONFIG, ENVIRONMENT)
+    assert RunDirectory(tmp_path).read().config == CONFIG
+
+
+def test_rows_come_back_by_run(run: RunDirectory) -> None:
+    data = run.read()
+    assert [(r["arm"], r["epoch"]) for r in data.epochs] == [("a", 1), ("a", 2), ("b", 1)]
+    assert data.ends == {("a", 0): row("end", epoch=2, final_metric=0.6)}
+
+
+def test_the_same_configuration_goes_on_and_changes_nothing(run: RunDirectory) -> None:
+    before = contents(run.path)
+    run.create(copy.deepcopy(CONFIG), {"python": "4"})
+    assert contents(run.path) == before
+
+
+def test_numbers_that_are_not_finite_come_back(run: RunDirectory) -> None:
+    run.append(row("epoch", "b", epoch=2, test_metric=math.nan, train_loss=math.inf))
+    last = run.read().epochs[-1]
+    assert math.isnan(last["test_metric"])
+    assert last["train_loss"] == math.inf
+
+
+def test_a_row_is_on_disk_when_append_returns(run: RunDirectory) -> None:
+    run.append(row("epoch", "b", epoch=2))
+    assert run.metrics.read_text(encoding="utf-8").endswith('"epoch": 2}\n')
+
+
+# --- resumed runs ---------------------------------------------------------------------------------
+
+
+def test_rows_that_a_resumed_run_repeats_are_counted_once(run: RunDirectory) -> None:
+    for r in (
+        row("epoch", "b", epoch=2, test_metric=0.2),
+        row("epoch", "b", epoch=3, test_metric=0.3),
+        row("start", "b", epoch=1),
+        row("epoch", "b", epoch=2, test_metric=0.25),
+        row("epoch", "b", epoch=3, test_metric=0.35),
+        row("end", "b", epoch=3),
+    ):
+        run.append(r)
+    data = run.read()
+    found = [(r["epoch"], r["test_metric"]) for r in data.epochs if r["arm"] == "b"]
+    assert found == [(1, 0.1), (2, 0.25), (3, 0.35)]
+    assert set(data.ends) == {("a", 0), ("b", 0)}
+
+
+def test_a_run_begun_anew_has_not_ended(run: RunDirectory) -> None:
+    run.append(row("start", "a", epoch=0))
+    data = run.read()
+    assert data.ends == {}
+    assert [r["arm"] for r in data.epochs] == ["b"]
+
+
+def test_seeds_and_arms_do_not_mix(run: RunDirectory) -> None:
+    run.append(row("start", "a", seed=1))
+    run.append(row("epoch", "a", seed=1, epoch=1))
+    run.append(row("start", "b"))
+    data = run.read()
+    assert [(r["arm"], r["seed"], r["epoch"]) for r in data.epochs] == [
+        ("a", 0, 1),
+        ("a", 0, 2),
+        ("a", 1, 1),
+    ]
+    assert set(data.ends) == {("a", 0)}
+
+
+# --- a torn last line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("torn", ['{"event": "epo', "{", "\0\0\0", '{"event": "end"}', "\n"])
+def test_a_torn_last_line_is_dropped_and_the_record_goes_on(run: RunDirectory, torn: str) -> None:
+    whole = run.metrics.read_bytes()
+    expected = run.read()
+    line = json.dumps(row("epoch", "b", epoch=2)).encode()
+    with run.metrics.open("ab") as file:
+        file.write(line[:30] if torn == "\n" else torn.encode())
+    assert run.read() == expected
+    run.create(CONFIG, ENVIRONMENT)
+    assert run.metrics.read_bytes() == whole
+    run.append(row("epoch", "b", epoch=2))
+    assert run.metrics.read_bytes() == whole + line + b"\n"
+    assert len(run.read().epochs) == len(expected.epochs) + 1
+
+
+def test_a_record_torn_in_its_first_line_is_empty(run: RunDirectory) -> None:
+    run.metrics.write_bytes(b'{"event": "st')
+    run.create(CONFIG, ENVIRONMENT)
+    assert run.metrics.read_bytes() == b""
+    assert run.read().ends == {}
+
+
+def test_reading_alone_does_not_mend(run: RunDirectory) -> None:
+    with run.metrics.open("ab") as file:
+        file.write(b"{")
+    before = contents(run.path)
+    run.read()
+    assert contents(run.path) == before
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+GOOD = json.dumps(row("start"))
+
+
+def refused(directory: RunDirectory, base: Path, *, creating: bool) -> str:
+    """The message with which it is refused; nothing below ``base`` changes."""
+    before = contents(base)
+    with pytest.raises(RunDirectoryError) as caught:
+        directory.create(CONFIG, ENVIRONMENT) if creating else directory.read()
+    assert contents(base) == before
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("creating", [True, False])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        '{"event": "epoch", "arm"',
+        "",
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"event": "epoch"}',
+        '{"event": "lunch", "arm": "a", "seed": 0, "epoch": 1}',
+        '{"event": ["end"], "arm": "a", "seed": 0, "epoch": 1}',
+        '{"event": "epoch", "arm": ["a"], "seed": 0, "epoch": 1}',
+        '{"event": "start", "arm": "a", "seed": 0, "epoch": "one"}',
+        '{"event": "end", "arm": "a", "seed": {}, "epoch": 1}',
+        "\0" * 40,
+    ],
+)
+def test_a_damaged_line_in_the_middle_is_named(
+    run: RunDirectory, line: str, creating: bool
+) -> None:
+    good = run.metrics.read_text(encoding="utf-8")
+    run.metrics.write_text(f"{GOOD}\n{line}\n{good}", encoding="utf-8")
+    text = refused(run, run.path, creating=creating)
+    assert "metrics.jsonl is damaged: line 2 is not a record" in text
+    assert "Nothing was changed" in text
+
+
+@pytest.mark.parametrize("creating", [True, False])
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl"])
+@pytest.mark.parametrize("garbage", [b"\xff\xfe\x00\x80", b"\x80\n\x80\n"])
+def test_binary_garbage_is_named(
+    run: RunDirectory, name: str, garbage: bytes, creating: bool
+) -> None:
+    (run.path / name).write_bytes(garbage)
+    assert f"{run.path / name} is damaged" in refused(run, run.path, creating=creating)
+
+
+@pytest.mark.parametrize("creating", [True, False])
+@pytest.mark.parametrize("name", ["config.json", "environment.json"])
+@pytest.mark.parametrize("text", ["", "{", '{"format": 1'])
+def test_half_a_json_file_is_named(
+    run: RunDirectory, name: str, text: str, creating: bool
+) -> None:
+    (run.path / name).write_text(text, encoding="utf-8")
+    assert f"{run.path / name} is damaged" in refused(run, run.path, creating=creating)
+
+
+@pytest.mark.parametrize("creating", [True, False])
+@pytest.mark.parametrize("config", [{**CONFIG, "format": FORMAT + 1}, {}, [], "text", None, 3])
+def test_a_configuration_of_another_format_is_refused(
+    run: RunDirectory, config: Any, creating: bool
+) -> None:
+    write_json(run.path / "config.json", config)
+    text = refused(run, run.path, creating=creating)
+    assert f"{run.path / 'config.json'} is not of format {FORMAT}" in text
+    assert "another version of poprisk or damaged" in text
+
+
+@pytest.mark.parametrize("name", ["arms", "task", "seeds"])
+def test_a_configuration_without_what_it_must_have_is_refused(
+    run: RunDirectory, name: str
+) -> None:
+    """`poprisk report` reads such a file with nothing to compare it with."""
+    write_json(run.path / "config.json", {k: v for k, v in CONFIG.items() if k != name})
+    assert "config.json" in refused(run, run.path, creating=False)
+
+
+@pytest.mark.parametrize("creating", [True, False])
+@pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl"])
+def test_a_missing_file_is_named(run: RunDirectory, name: str, creating: bool) -> None:
+    (run.path / name).unlink()
+    assert name in refused(run, run.path, creating=creating)
+
+
+def test_missing_checkpoints_are_made_room_for(run: RunDirectory) -> None:
+    """Without them, runs start at the beginning; the directory must be there to write to."""
+    (run.checkpoints / "b-0.safetensors").unlink()
+    run.checkpoints.rmdir()
+    run.create(CONFIG, ENVIRONMENT)
+    assert run.checkpoints.is_dir()
+
+
+# --- what is no run directory ---------------------------------------------------------------------
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("dear", encoding="utf-8")
+    directory = RunDirectory(tmp_path)
+    text = refused(directory, tmp_path, creating=True)
+    assert f"{tmp_path} exists and is not a run directory (no config.json)" in text
+    assert "--out" in text
+    assert "is not a run directory" in refused(directory, tmp_path, creating=False)
+
+
+def test_a_missing_directory_cannot_be_read(tmp_path: Path) -> None:
+    text = refused(RunDirectory(tmp_path / "gone"), tmp_path, creating=False)
+    assert f"{tmp_path / 'gone'} is not a run directory: it has no config.json" in text
+
+
+def test_a_file_in_its_place_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    directory = RunDirectory(tmp_path / "out")
+    assert "exists and is not a run directory" in refused(directory, tmp_path, creating=True)
+    assert "is not a run directory" in refused(directory, tmp_path, creating=False)
+
+
+def test_a_parent_that_is_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    below = RunDirectory(tmp_path / "file" / "run")
+    text = refused(below, tmp_path, creating=True)
+    assert f"cannot write the run directory {below.path}" in text
+    assert "--out" in text
+
+
+def test_a_name_that_is_too_long_cannot_be_written(tmp_path: Path) -> None:
+    below = RunDirectory(tmp_path / ("x" * 300))
+    assert "cannot write the run directory" in refused(below, tmp_path, creating=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_parent_cannot_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        below = RunDirectory(tmp_path / "run")
+        assert "cannot write the run directory" in refused(below, tmp_path, creating=True)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_creation_that_was_killed_half_way_is_taken_up(tmp_path: Path) -> None:
+    """config.json is written last: until then nothing has been trained."""
+    whole = RunDirectory(tmp_path / "whole")
+    whole.create(CONFIG, ENVIRONMENT)
+    half = RunDirectory(tmp_path / "half")
+    half.checkpoints.mkdir(parents=True)
+    write_json(half.path / "environment.json", ENVIRONMENT)
+    (half.path / "config.123.tmp").write_text('{"form', encoding="utf-8")
+    half.create(CONFIG, ENVIRONMENT)
+    assert half.read() == whole.read()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/epoch-3.pt", "config.yaml"])
+def test_a_directory_with_files_of_another_program_is_left_alone(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("theirs", encoding="utf-8")
+    assert "not a run directory" in refused(RunDirectory(tmp_path), tmp_path, creating=True)
+
+
+# --- another configuration ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seeds": [0, 1, 2]}, "seeds"),
+        ({"arms": []}, "arms"),
+        ({"task": {"name": "other"}, "poprisk": "9"}, "poprisk, task"),
+        ({"device": "cuda"}, "device"),
+    ],
+)
+def test_another_configuration_is_refused_by_what_differs(
+    run: RunDirectory, changes: dict[str, Any], named: str
+) -> None:
+    before = contents(run.path)
+    with pytest.raises(RunDirectoryError) as caught:
+        run.create({**CONFIG, **changes}, ENVIRONMENT)
+    assert contents(run.path) == before
+    text = str(caught.value)
+    assert f"{run.path} holds a run with another configuration (it differs in {named})" in text
+    assert "--out" in text
+
+
+def test_another_configuration_does_not_even_mend_a_torn_line(run: RunDirectory) -> None:
+    with run.metrics.open("ab") as file:
+        file.write(b"{")
+    before = contents(run.path)
+    with pytest.raises(RunDirectoryError, match="differs in seeds"):
+        run.create({**CONFIG, "seeds": [5]}, ENVIRONMENT)
+    assert contents(run.path) == before
+
+
+# --- write_json -----------------------------------------------------------------------------------
+
+
+def test_json_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"a": [1, None, "é"]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1, None, "é"]}
+    assert list(tmp_path.iterdir()) == [path]
+
+    def torn(self: Path, text: str, **_: Any) -> None:
+        self.write_bytes(text.encode()[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"b": 2})
+    assert json.loads(path.read_bytes()) == {"a": [1, None, "é"]}
