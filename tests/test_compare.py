@@ -235,13 +235,12 @@ def test_an_interruption_ends_the_workers_and_keeps_what_was_written(tmp_path: P
 # --- interrupted ----------------------------------------------------------------------------------
 
 
-def test_no_row_is_lost_when_the_record_lags_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_row_is_lost_when_the_record_lags_behind(tmp_path: Path) -> None:
     """A terminal that stalls while a worker trains on, and a kill: nothing may be skipped."""
-    monkeypatch.setenv("TINY_PAUSE", "0.01")
     directory = RunDirectory(tmp_path / "run")
-    what = comparison("patient", seeds=[0], arms=[ADAMW], workers=1)
+    what = comparison(
+        "patient", seeds=[0], arms=[ADAMW], workers=1, settings={"pause": 0.01}
+    )
     directory.create(what.config(), environment(1))
 
     def stall(row: Row) -> None:

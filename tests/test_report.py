@@ -419,6 +419,16 @@ def test_regression_where_lower_is_better() -> None:
     assert page.figures[0]["layout"]["yaxis"].get("tickformat", "") == ""
 
 
+def test_one_diverged_arm_does_not_squeeze_the_drawn_differences() -> None:
+    data, verdict = synthetic(**REGRESSION)
+    far = Interval(1e9, 1e8, 2e9)
+    rows = [r._replace(difference=far) if r.family == "shuffled" else r for r in verdict.rows]
+    text = render(data, verdict._replace(rows=rows))
+    dots = [float(x) for x in re.findall(r'class="dot" style="left:([\d.]+)%', text)]
+    assert min(dots) == 0  # the diverged arm, at the edge
+    assert max(dots) - min(d for d in dots if d) > 20
+
+
 def test_one_seed_has_no_intervals() -> None:
     page = Page(render(*synthetic(seeds=1)))
     assert "One seed, so no intervals." in page.text

@@ -1,7 +1,6 @@
 """Small tasks as a user would write them, for the tests of all that trains and records.
 
-Named in tests as ``tests/tiny.py:function``; what happens in a worker process, and is no part of
-the configuration, is asked for by environment variables.
+Named in tests as ``tests/tiny.py:function``.
 """
 
 from __future__ import annotations
@@ -79,12 +78,12 @@ def regression(seed: int = 0, *, epochs: int = 4) -> Task:
     )
 
 
-def patient(seed: int = 0, *, epochs: int = 20) -> Task:
-    """The task ``tiny``, checkpointed every epoch, each step as long as TINY_PAUSE says."""
+def patient(seed: int = 0, *, epochs: int = 20, pause: float = 0.0) -> Task:
+    """The task ``tiny``, checkpointed every epoch; a step takes ``pause`` or TINY_PAUSE seconds."""
     if multiprocessing.parent_process() is not None:
         poprisk.training.CHECKPOINT_SECONDS = -1.0
     task = tiny(seed, epochs=epochs)
-    object.__setattr__(task, "loss", _paused(float(os.environ.get("TINY_PAUSE", "0"))))
+    object.__setattr__(task, "loss", _Paused(pause or float(os.environ.get("TINY_PAUSE", "0"))))
     return task
 
 
@@ -110,7 +109,7 @@ def _inputs(seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
     return x, (x[:, 0] > 0).long(), generator
 
 
-class _paused:
+class _Paused:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 

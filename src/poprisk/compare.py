@@ -146,7 +146,8 @@ class _Pool:
 
     def __init__(self, comparison: Comparison, directory: RunDirectory, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["poprisk.training"])
+        # Constructing any torch optimizer imports torch._dynamo, a second of work: once for all.
+        context.set_forkserver_preload(["poprisk.training", "torch._dynamo"])
         self.directory = directory
         self.workers: dict[Connection, ForkServerProcess] = {}
         for _ in range(size):

@@ -127,12 +127,13 @@ def _outcome(difference: Interval, sign: int) -> str:
 
 def _span(rows: Sequence[Row], sign: int) -> tuple[float, float]:
     """Range of the drawn differences, better to the right; zero is inside, outliers are not."""
-    found = [row.difference for row in rows if row.difference]
-    means = [abs(d.mean) for d in found if math.isfinite(d.mean)]
-    limit = 5 * median(means) if means else 0.0
-    ends = [sign * v for d in found for v in d if math.isfinite(v)]
-    low = max(min([0.0, *ends]), -limit)
-    high = min(max([0.0, *ends]), limit)
+    found = [
+        [sign * v for v in row.difference if math.isfinite(v)] for row in rows if row.difference
+    ]
+    reach = [max(map(abs, ends)) for ends in found if ends]
+    limit = 5 * median(reach) if reach else 0.0
+    all_ends = [0.0, *(v for ends in found for v in ends)]
+    low, high = max(min(all_ends), -limit), min(max(all_ends), limit)
     margin = 0.04 * (high - low)
     return low - margin, high + margin
 
