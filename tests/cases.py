@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
 from poprisk import gate
 from poprisk.update import CHUNK
 from samplers import parameter
-from torch.nn import Parameter
-from torch.optim import Optimizer
 
 MASKS = ("hard", "soft", "snr")
 MODES = ("auto", "paper")

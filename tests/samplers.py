@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from poprisk import PopRiskAdamW
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from poprisk import PopRiskAdamW
 
 Shape = tuple[int, ...]
 GradRow = Sequence[Tensor | None]

@@ -2,6 +2,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+
 from asserts import assert_bitwise, assert_close
 from cases import MASKS
 from poprisk import PopRiskAdamW
@@ -15,8 +18,6 @@ from samplers import (
     take_steps,
     trajectory,
 )
-from torch import Tensor
-from torch.nn import Parameter
 
 each_mask = pytest.mark.parametrize("mask", MASKS)
 DECAY = {"lr": 0.05, "weight_decay": 0.4}
@@ -60,13 +61,17 @@ def test_a_shuffled_run_is_reproducible() -> None:
     def run() -> list[list[Tensor]]:
         torch.manual_seed(7)
         rows = [[g] for g in noisy_grads(5, 9)]
-        return trajectory(lambda ps: PopRiskAdamW(ps, mask=ShuffledMask("soft")), [parameter(9)], rows)
+        return trajectory(
+            lambda ps: PopRiskAdamW(ps, mask=ShuffledMask("soft")), [parameter(9)], rows
+        )
 
     assert_bitwise(run(), run())
 
 
 def test_rms() -> None:
-    assert_bitwise(rms(torch.tensor([[3.0], [-4.0]])), torch.tensor(12.5, dtype=torch.float64).sqrt())
+    assert_bitwise(
+        rms(torch.tensor([[3.0], [-4.0]])), torch.tensor(12.5, dtype=torch.float64).sqrt()
+    )
 
 
 def traced(starts: list[Parameter], rows: list[list[Tensor]], **settings: Any) -> UpdateTrace:

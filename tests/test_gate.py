@@ -2,18 +2,19 @@ import doctest
 import math
 from collections.abc import Callable
 
-import poprisk.gate
 import pytest
 import torch
-from asserts import assert_bitwise, assert_close
-from cases import MASKS, MODES, REDUCTIONS, evaluate
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor
+
+import poprisk.gate
+from asserts import assert_bitwise, assert_close
+from cases import MASKS, MODES, REDUCTIONS, evaluate
 from poprisk import PopRiskAdamW, reference
 from poprisk.gate import MASKS_, Gate, finite_ratio, momentum_noise, threshold
 from poprisk.variance import Clock, Ema
 from samplers import moments, noisy_grads, observed_masks, parameter, take_steps
-from torch import Tensor
 
 alphas = st.floats(0, 100)
 softnesses = st.one_of(st.just(0.0), st.floats(1e-3, 10))
@@ -81,7 +82,8 @@ def test_no_evidence_closes_the_gate(mask: str, dtype: torch.dtype, softness: fl
 def test_float32_masks_do_not_depend_on_the_size_of_gradients(mask: str, size: float) -> None:
     m, s = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([1.0, 0.25, 1.0])
     q = evaluate(mask, (size * m) ** 2, size**2 * s, alpha=1.0, softness=0.5)
-    expected = [reference.mask_value(mask, *pair, 1.0, 0.5, 0.0) for pair in zip(m, s, strict=True)]
+    pairs = zip(m.tolist(), s.tolist(), strict=True)
+    expected = [reference.mask_value(mask, *pair, 1.0, 0.5, 0.0) for pair in pairs]
     torch.testing.assert_close(q, torch.tensor(expected), rtol=1e-5, atol=0)
 
 
@@ -179,7 +181,7 @@ def test_alpha_auto_in_the_optimizer(beta1: float) -> None:
         return [torch.ones_like(m) for m in mean_sq]
 
     sizes = {"batch_size": 4, "dataset_size": 20}
-    opt = PopRiskAdamW([parameter(2)], betas=(beta1, 0.99), mask=spy, z=1.5, **sizes)  # pyrefly: ignore
+    opt = PopRiskAdamW([parameter(2)], betas=(beta1, 0.99), mask=spy, z=1.5, **sizes)
     take_steps(opt, [[g] for g in noisy_grads(4, 2)])
     r = [reference.momentum_noise(t, beta1) for t in (2, 3, 4)]
     assert seen == pytest.approx([2.25 * (x + 4 / 16) / (1 + x) for x in r])

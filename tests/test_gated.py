@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer, lr_scheduler
+
 from asserts import assert_bitwise, assert_close, nothing_changes
 from cases import DECOUPLED, MASKS, REDUCTIONS, WRAPPED
 from poprisk import PopRiskAdamW, gated
@@ -21,9 +25,6 @@ from samplers import (
     take_steps,
     trajectory,
 )
-from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.optim import Optimizer, lr_scheduler
 
 each_wrapped = pytest.mark.parametrize("name", WRAPPED)
 each_mask = pytest.mark.parametrize("mask", MASKS)
@@ -63,9 +64,7 @@ def test_gated_adamw_is_pop_risk_adamw(
     rows: list[list[Tensor | None]] = [[*row] for row in grad_rows(starts, 40)]
     rows[0][1] = rows[5][0] = None
     ours = trajectory(lambda ps: PopRiskAdamW(ps, **shared, **gate), starts, rows)
-    wrapped = trajectory(
-        lambda ps: gated(torch.optim.AdamW(ps, **shared), **gate), starts, rows
-    )
+    wrapped = trajectory(lambda ps: gated(torch.optim.AdamW(ps, **shared), **gate), starts, rows)
     for a, b in zip(wrapped, ours, strict=True):
         assert_close(a, b, 1e-13)
 
@@ -124,7 +123,11 @@ def test_weight_decay_that_enters_the_gradient_is_gated_with_it() -> None:
 def test_an_error_of_the_optimizer_leaves_its_weight_decay() -> None:
     w = parameter(3, 4)
     opt = torch.optim.AdamW([w], weight_decay=0.5)
-    opt.register_step_pre_hook(lambda *_: 1 / 0)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    opt.register_step_pre_hook(fail)
     w.grad = torch.ones_like(w)
     with pytest.raises(ZeroDivisionError):
         gated(opt).step()
@@ -237,7 +240,7 @@ def test_a_scheduler_may_hold_the_wrapper_or_the_wrapped(
     def run(*, on_the_wrapper: bool) -> list[list[Tensor]]:
         inner = sgd([parameter(4)])
         opt = gated(inner)
-        scheduler, weights = make(opt if on_the_wrapper else inner), []
+        scheduler, weights = make(opt if on_the_wrapper else inner), list[list[Tensor]]()
         for g in noisy_grads(10, 4):
             weights += take_steps(opt, [[g]])
             scheduler.step()
@@ -301,11 +304,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(make: Callable[[], Any
     assert_bitwise(total_state(opt), before)
 
 
-@pytest.mark.parametrize(
-    "duplicate",
-    [deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))],
-    ids=["deepcopy", "pickle"],
-)
+def unpickled(opt: GatedOptimizer) -> GatedOptimizer:
+    return pickle.loads(pickle.dumps(opt))
+
+
+@pytest.mark.parametrize("duplicate", [deepcopy, unpickled])
 def test_copies_go_on_alike(duplicate: Callable[[Any], Any]) -> None:
     opt = stepped(sgd, parameter(3))
     twin, rows = duplicate(opt), [[g] for g in noisy_grads(3, 3, seed=5)]

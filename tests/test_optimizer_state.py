@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer, lr_scheduler
+
 from asserts import assert_bitwise, complete_state, nothing_changes, ulps_apart
 from cases import LAYOUTS, PATHS, VARIANCES, settings
 from poprisk import PopRiskAdamW
 from samplers import copies, grad_rows, noisy_grads, parameter, take_steps, trajectory
-from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.optim import Optimizer, lr_scheduler
 
 INF, NAN = float("inf"), float("nan")
 TENSORS = ("exp_avg", "exp_avg_sq", "grad_mean_var")
@@ -161,7 +162,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_schedulers(make: Callable[[Optimizer], Any]) -> None:
     def run(opt: Optimizer) -> list[list[Tensor]]:
-        scheduler, weights = make(opt), []
+        scheduler, weights = make(opt), list[list[Tensor]]()
         for row in grad_rows([start], 10):
             weights += take_steps(opt, [row])
             scheduler.step()
@@ -274,9 +275,7 @@ def test_an_adamw_checkpoint(kind: dict[str, Any], named: bool) -> None:
     opt = PopRiskAdamW(names(copies(weights)), gate=False, foreach=False)
     opt.load_state_dict(saved_and_loaded(adamw.state_dict()))
     assert opt.param_groups[0]["lr"] == 0.02
-    pairs = zip(
-        take_steps(opt, rows[4:])[-1], take_steps(adamw, rows[4:])[-1], strict=True
-    )
+    pairs = zip(take_steps(opt, rows[4:])[-1], take_steps(adamw, rows[4:])[-1], strict=True)
     assert max(ulps_apart(a, b) for a, b in pairs) <= (0 if kind != {"fused": True} else 8)
 
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+
 from asserts import assert_bitwise
 from poprisk import PopRiskAdamW
 from poprisk.variance import ESTIMATORS, Clock, Ema, SecondMoment, make_estimator
 from samplers import grad_rows, noisy_grads, parameter, take_steps
-from torch import Tensor
-from torch.nn import Parameter
 
 BETA1, BETA2, RHO = 0.9, 0.99, 0.95
 
@@ -13,7 +14,9 @@ BETA1, BETA2, RHO = 0.9, 0.99, 0.95
 def weighted_mean(values: list[Tensor], decay: float, *, corrected: bool = True) -> Tensor:
     """Exponential average written as an explicit sum of all values."""
     t = len(values)
-    total = sum(((1 - decay) * decay ** (t - 1 - k) * x for k, x in enumerate(values)), 0 * values[0])
+    total = sum(
+        ((1 - decay) * decay ** (t - 1 - k) * x for k, x in enumerate(values)), 0 * values[0]
+    )
     return total / (1 - decay**t) if corrected else total
 
 
@@ -124,11 +127,10 @@ def test_inflation_counts_the_noise_of_the_average(
 
 
 @pytest.mark.parametrize(
-    ("variance", "beta1", "mean"), [("ema", 0.9, 1.0), ("ema", 0.5, 1.0), ("second-moment", 0.9, 0.0)]
+    ("variance", "beta1", "mean"),
+    [("ema", 0.9, 1.0), ("ema", 0.5, 1.0), ("second-moment", 0.9, 0.0)],
 )
-def test_estimates_the_variance_of_the_batch_mean(
-    variance: str, beta1: float, mean: float
-) -> None:
+def test_estimates_the_variance_of_the_batch_mean(variance: str, beta1: float, mean: float) -> None:
     """Real backward passes on batches of b examples with gradient variance σ²: σ²/b comes out.
 
     Neither σ² itself, nor σ²/(b(b-1)), the double division of public ports. (Where |mean| ≫ σ,

@@ -56,7 +56,14 @@ def default_arms(*, full: bool) -> list[Arm]:
         Arm(OURS, "PopRiskAdamW", "poprisk", "poprisk"),
         *(_adamw(lr, wd) for lr in rates for wd in decays),
         *(_adamw(lr, wd, held_out=True) for lr in rates for wd in stop_decays),
-        Arm("rms-matched", "AdamW, RMS-matched", "rms-matched", "rms-matched", follows=OURS),
+        Arm(
+            "rms-matched",
+            "AdamW, RMS-matched",
+            "rms-matched",
+            "rms-matched",
+            {"lr": 1e-3, "weight_decay": 0.1},  # those of our optimizer
+            follows=OURS,
+        ),
         Arm("shuffled", "shuffled mask", "shuffled", "shuffled"),
         *(_paper_arms() + _peer_arms() if full else []),
     ]
@@ -80,7 +87,7 @@ def _paper_arms() -> list[Arm]:
             f"Algorithm 1, {mask} mask",
             "paper",
             "poprisk",
-            {"mode": "paper", "mask": mask, "softness": 1.0},
+            {"mode": "paper", "mask": mask, "softness": 1.0, "weight_decay": 0.01},
         )
         for mask in ("soft", "hard", "snr")
     ]

@@ -26,17 +26,18 @@ def check_number(
 
     Raises:
         TypeError: if ``value`` is not a real number (a one-element tensor counts as one).
-        ValueError: if it is NaN or outside the bounds.
+        ValueError: if it is NaN or outside the bounds; infinity lies outside of every bound.
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, but got {value!r} ({type(value).__name__}).")
+    include_low, include_high = include_low and low > -math.inf, include_high and high < math.inf
     above = value >= low if include_low else value > low
     below = value <= high if include_high else value < high
     if not (above and below):
-        left = "[" if include_low and low > -math.inf else "("
-        right = "]" if include_high and high < math.inf else ")"
+        left = "[" if include_low else "("
+        right = "]" if include_high else ")"
         raise ValueError(f"{name} must lie in {left}{low}, {high}{right}, but got {value}.")
     return float(value)
 

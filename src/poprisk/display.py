@@ -6,6 +6,7 @@ import math
 import time
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -106,10 +107,17 @@ class ProgressDisplay:
 def verdict_table(verdict: Verdict, data: RunData) -> Table:
     """The table of a verdict for the terminal."""
     scale = scale_of(data.config)
-    table = Table(title=None, header_style="bold", pad_edge=False)
-    table.add_column("arm", min_width=24)
-    for name in (f"final {scale.name}", "best epoch", "noise fitted", "gain over best AdamW"):
-        table.add_column(name, justify="right")
+    table = Table(
+        title=f"{scale.name} on the test set",
+        title_justify="left",
+        title_style="",
+        header_style="bold",
+        pad_edge=False,
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for name in ("final", "best epoch", "noise fitted", "gain over best AdamW"):
+        table.add_column(name, justify="right", min_width=7)
     for row in verdict.rows:
         style = "bold green" if row.family == "poprisk" else ""
         table.add_row(*table_cells(row, scale), style=style)

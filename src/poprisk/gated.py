@@ -51,7 +51,7 @@ def rewrite_step(optimizer: Optimizer, rewrite: Rewrite) -> None:
 def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """The group's weight decay if it shrinks weights directly, 0 if it enters the gradient."""
     muon = getattr(torch.optim, "Muon", torch.optim.AdamW)
-    decoupled = isinstance(optimizer, (torch.optim.AdamW, muon))
+    decoupled = isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adafactor, muon))
     if decoupled or group.get("decoupled_weight_decay", False):
         return float(group["weight_decay"])
     return 0.0
@@ -65,7 +65,7 @@ class GatedOptimizer(Optimizer):
         self.optimizer = optimizer
         self.settings = settings
         self.skipped_steps = 0
-        super().__init__(optimizer.param_groups, {})
+        super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
 
     @overload
@@ -99,7 +99,7 @@ class GatedOptimizer(Optimizer):
         for i, group in enumerate(self.param_groups):
             own = tensor_names(i, group)
             for j, p in enumerate(group["params"]):
-                if "sums" in self.state[p]:
+                if "sums" in self.state.get(p, {}):
                     rows.append((names.get(id(p), own[j]), self.state[p]["sums"]))
         return module_stats(rows)
 
@@ -133,6 +133,7 @@ class GatedOptimizer(Optimizer):
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups = self.optimizer.param_groups
         self.skipped_steps = state_dict["skipped_steps"]
+        self.state.clear()
         for i, state in state_dict["gate"].items():
             self.state[params[i]] = {
                 k: v.to(params[i].device, copy=True) if isinstance(v, Tensor) else v
@@ -157,7 +158,7 @@ class GatedOptimizer(Optimizer):
         state, clock, estimator = self.state[p], self._clock(p), Ema(self.settings["rho"])
         gate = gate_of(self.settings, clock, estimator)
         u = _real(update)
-        active = state["grad_mean_var"] > 0
+        active = (state["exp_avg"] != 0) | (state["grad_mean_var"] > 0)
         if gate is None:
             state["sums"] = gate_sums(torch.ones_like(u), torch.ones_like(u), u, active)
             return update
@@ -185,7 +186,7 @@ def gated(
     mask: str | Mask = "soft",
     alpha: float | str = "auto",
     z: float = 1.5,
-    softness: float = 0.1,
+    softness: float = 1.0,
     batch_size: int | None = None,
     dataset_size: int | None = None,
     reduction: str | None = None,

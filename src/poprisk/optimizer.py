@@ -55,7 +55,9 @@ class PopRiskAdamW(Optimizer):
 
     Args:
         params: parameters, named parameters, parameter groups, or a module (which gives names).
-        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled, not gated.
+        lr, betas, eps: as in ``torch.optim.AdamW``.
+        weight_decay: decoupled and not gated; ten times AdamW's default, so that what the gate
+            holds still fades (docs/LOG.md has the figures).
         rho: decay of the variance estimate.
         mask: ``"soft"``, ``"hard"``, ``"snr"``, or a function with the signature of
             :func:`poprisk.gate.soft` (not saved by ``torch.save(..., weights_only=True)``).
@@ -101,13 +103,13 @@ class PopRiskAdamW(Optimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 1e-1,
         *,
         rho: float = 0.99,
         mask: str | Mask = "soft",
         alpha: float | str = "auto",
         z: float = 1.5,
-        softness: float = 0.1,
+        softness: float = 1.0,
         batch_size: int | None = None,
         dataset_size: int | None = None,
         mode: str = "auto",
@@ -151,7 +153,7 @@ class PopRiskAdamW(Optimizer):
         grads = [cast(Tensor, p.grad) for p in with_grad]
         checks.check_gradients(grads)
         if not all_finite(grads):
-            self._count_skip()
+            warn_skipped("PopRiskAdamW", self._count_skip())
             return loss
         for bucket in self._buckets():
             _update_bucket(bucket)
@@ -172,7 +174,7 @@ class PopRiskAdamW(Optimizer):
         for i, group in enumerate(self.param_groups):
             own = tensor_names(i, group)
             for j, p in enumerate(group["params"]):
-                if p in self.state and group["gate"] and p.numel():
+                if group["gate"] and "variance_start" in self.state.get(p, {}):
                     yield names.get(id(p), own[j]), _tensor_gate(self.state[p], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -199,11 +201,11 @@ class PopRiskAdamW(Optimizer):
             if "step" in state:
                 self.state[p]["step"] = torch.tensor(float(state["step"]))
 
-    def _count_skip(self) -> None:
+    def _count_skip(self) -> int:
         count = self.skipped_steps + 1
         for group in self.param_groups:
             group["skipped_steps"] = count
-        warn_skipped("PopRiskAdamW", count)
+        return count
 
     def _buckets(self) -> list[Bucket]:
         buckets: dict[tuple[Any, ...], Bucket] = {}
@@ -214,6 +216,8 @@ class PopRiskAdamW(Optimizer):
             for p, state in zip(params, states, strict=True):
                 _create_missing(p, state, estimator)
             for p, state, t in zip(params, states, _count_step(states), strict=True):
+                if estimator is None and "variance_start" in state:
+                    state["variance_start"] += 1  # nothing is observed while the gate is off
                 observations = t - state["variance_start"] if estimator else 0
                 key = (i, p.device, p.dtype, t, observations)
                 if key not in buckets:

@@ -132,7 +132,9 @@ class RunDirectory:
             if p.is_dir():
                 return p == self.checkpoints and not any(p.iterdir())
             empty = p.stat().st_size == 0
-            return p.suffix == ".tmp" or p.name == "environment.json" or (p == self.metrics and empty)
+            return (
+                p.suffix == ".tmp" or p.name == "environment.json" or (p == self.metrics and empty)
+            )
 
         return self.path.is_dir() and all(left_over(p) for p in self.path.iterdir())
 

@@ -39,6 +39,7 @@ class Progress:
     held_out_best: float | None = None
     stopped_metric: float | None = None
     stopped_epoch: int | None = None
+    stopped_memorized: float | None = None
     final_metric: float = float("nan")
     final_memorized: float | None = None
     trace: list[list[float]] = field(default_factory=list)
@@ -148,6 +149,7 @@ class Run:
             held_out = score(task, self.model(self.held_out[0]), self.held_out[1])
             if self._better(held_out, p.held_out_best):
                 p.held_out_best, p.stopped_metric, p.stopped_epoch = held_out, metric, p.epoch
+                p.stopped_memorized = memorized
         return {
             "train_loss": task.loss(fitted, self.everything[1]).mean().item(),
             "train_metric": score(task, fitted, self.everything[1]),
@@ -181,7 +183,7 @@ class Run:
     def _closing(self) -> Row:
         p = self.progress
         keys = ("final_metric", "final_memorized", "best_metric", "best_epoch")
-        keys += ("held_out_best", "stopped_metric", "stopped_epoch", "seconds")
+        keys += ("held_out_best", "stopped_metric", "stopped_epoch", "stopped_memorized", "seconds")
         row = {key: getattr(p, key) for key in keys}
         row["skipped_steps"] = getattr(self.optimizer, "skipped_steps", 0)
         return row

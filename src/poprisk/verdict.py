@@ -70,7 +70,7 @@ def judge(data: RunData) -> Verdict:
     rows = {r.name: _row(r, best) for r in runs}
     key = {r.name for r in (best, hindsight) if r}
     key |= {r.name for r in runs if r.family != "adamw" or r.settings == DEFAULT_ADAMW}
-    shown = sorted((rows[n] for n in rows if n in key), key=lambda r: ORDER.index(r.family))
+    shown = sorted((rows[n] for n in rows if n in key), key=_place)
     return Verdict(
         headline=headline(rows.get("poprisk"), rows[best.name] if best else None, scale),
         sentences=sentences(shown, scale, rows[hindsight.name] if hindsight else None),
@@ -78,6 +78,11 @@ def judge(data: RunData) -> Verdict:
         other=[row for name, row in rows.items() if name not in key],
         reference=best.label if best else "",
     )
+
+
+def _place(row: Row) -> tuple[int, bool]:
+    """Order in the table: by family, the reference first in its own."""
+    return ORDER.index(row.family), row.difference is not None
 
 
 class _Runs(NamedTuple):
@@ -127,7 +132,7 @@ def _early_stopping(data: RunData) -> _Runs:
         tuple(arms),
         {s: e["stopped_metric"] for s, e in chosen.items()},
         {s: e["best_metric"] for s, e in chosen.items()},
-        {},
+        {s: m for s, e in chosen.items() if (m := e.get("stopped_memorized")) is not None},
     )
 
 

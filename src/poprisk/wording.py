@@ -47,6 +47,8 @@ class Scale(NamedTuple):
 
     def value(self, x: float) -> str:
         """A value, with its unit."""
+        if not math.isfinite(x):
+            return "no finite value"
         return f"{100 * x:.1f}%" if self.percent else f"{x:.4g}"
 
     def gap(self, x: float, base: float) -> str:
@@ -54,6 +56,10 @@ class Scale(NamedTuple):
         if self.percent:
             return f"{abs(100 * x):.1f} points"
         return f"{abs(100 * x / base):.1f}%" if base else f"{abs(x):.3g}"
+
+    def is_zero(self, gap: str) -> bool:
+        """Whether a gap, as written, rounds to nothing."""
+        return not any(digit in gap for digit in "123456789")
 
     def gain(self, x: float) -> float:
         """A difference with its sign turned so that positive is better."""
@@ -100,7 +106,7 @@ def _interval(d: Interval, base: float, scale: Scale) -> str:
         return ""
     unit = 100.0 if scale.percent else 100.0 / base if base else 1.0
     low, high = sorted((scale.gain(d.low) * unit, scale.gain(d.high) * unit))
-    return f" (95% interval of the gain: {low:+.1f} to {high:+.1f}{'' if scale.percent else '%'})"
+    return f"; 95% interval of the gain {low:+.1f} to {high:+.1f}{'' if scale.percent else '%'}"
 
 
 def sentences(rows: list[Row], scale: Scale, hindsight: Row | None) -> list[str]:
@@ -131,19 +137,22 @@ def _against_stopping(ours: Row, stopped: Row | None, scale: Scale) -> str:
 
 def _side(ours: Row, other: Row, scale: Scale) -> str:
     gain = scale.gain(ours.final.mean - other.final.mean)
-    side = "better" if gain > 0 else "worse"
-    return f"PopRiskAdamW, which holds nothing out, is {scale.gap(gain, other.final.mean)} {side}"
+    size = scale.gap(gain, other.final.mean)
+    if scale.is_zero(size):
+        return "PopRiskAdamW, which holds nothing out, does as well"
+    return f"PopRiskAdamW, which holds nothing out, is {size} {'better' if gain > 0 else 'worse'}"
 
 
 def _against_hindsight(ours: Row, hindsight: Row | None, scale: Scale) -> str:
     if hindsight is None or not hindsight.seeds:
         return ""
     gain = scale.gain(ours.final.mean - hindsight.best.mean)
-    side = "above" if scale.higher_is_better == (gain > 0) else "below"
+    size = scale.gap(gain, hindsight.best.mean)
+    side = f"{size} {'above' if scale.higher_is_better == (gain > 0) else 'below'} that"
     return (
         f"With the test set in hand one would have stopped AdamW at "
         f"{scale.value(hindsight.best.mean)} ({hindsight.label}, best epoch of each seed); "
-        f"PopRiskAdamW ends {scale.gap(gain, hindsight.best.mean)} {side} that."
+        f"PopRiskAdamW ends {'there too' if scale.is_zero(size) else side}."
     )
 
 
@@ -160,13 +169,16 @@ def _controls(
     ours: Row, best: Row | None, matched: Row | None, shuffled: Row | None, scale: Scale
 ) -> str:
     """How much of the gain the smaller step alone explains."""
-    named = ((matched, "the same update size but no mask"), (shuffled, "the mask shuffled"))
+    named = (
+        (matched, "the same update size but no mask"),
+        (shuffled, "the mask's values shuffled over the weights"),
+    )
     controls = [(r.final.mean, kind) for r, kind in named if r is not None and r.seeds]
     if not controls:
         return ""
     reached = " and ".join(f"{scale.value(value)} with {kind}" for value, kind in controls)
     gains = [scale.gain(ours.final.mean - value) for value, _ in controls]
-    if min(gains) <= 0:
+    if any(gain <= 0 for gain in gains):
         tail = "a smaller step explains the result as well as the gate does."
     elif best is not None and scale.gain(ours.final.mean - best.final.mean) <= 0:
         tail = "the gate does more than a smaller step, though not enough to win here."
@@ -178,5 +190,6 @@ def _controls(
 def _seeds(ours: Row) -> str:
     if ours.seeds >= 5:
         return ""
-    seeds = "seed" if ours.seeds == 1 else "seeds"
-    return f"Only {ours.seeds} {seeds}: the intervals are wide; --seeds 10 narrows them."
+    if ours.seeds == 1:
+        return "One seed says nothing about chance: --seeds 10 gives intervals."
+    return f"Only {ours.seeds} seeds: the intervals are wide; --seeds 10 narrows them."

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from poprisk import checks
 from poprisk.tasks.task import Task
 
 CLASSES = 10
@@ -24,6 +25,7 @@ def flip_labels(labels: Tensor, rate: float, generator: torch.Generator) -> Tens
 def _split(seed: int, noise: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
     from sklearn.datasets import load_digits
 
+    checks.check_number("noise", noise, low=0.0, high=1.0)
     pixels, classes = load_digits(return_X_y=True)
     x = torch.tensor(pixels / 16.0, dtype=torch.float32)
     y = torch.tensor(classes, dtype=torch.int64)

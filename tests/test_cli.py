@@ -1,0 +1,473 @@
+"""The command line: one clear line and exit code 2 for bad input, and a run from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import typer.testing
+
+import poprisk.cli
+from poprisk.cli import app
+from poprisk.rundir import RunDirectory
+from poprisk.tasks import BUILT_IN
+
+POPRISK = Path(sys.executable).with_name("poprisk")
+TINY = tiny.source("tiny")
+QUICK = ["--seeds", "1", "--workers", "1", "--epochs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and lines that are not wrapped."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "1000")
+    return tmp_path
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the page, which has tests of its own."""
+    monkeypatch.setattr(poprisk.cli, "write_report", lambda data, verdict, path: None)
+
+
+def run(*arguments: str | Path) -> typer.testing.Result:
+    return typer.testing.CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def contents(path: Path) -> dict[str, bytes | None]:
+    return {
+        str(p.relative_to(path)): p.read_bytes() if p.is_file() else None
+        for p in sorted(path.rglob("*"))
+    }
+
+
+def refused(here: Path, *arguments: str | Path, code: int = 2) -> str:
+    """The one line on stderr of a command that is refused and writes nothing."""
+    before = contents(here)
+    result = run(*arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code
+    assert contents(here) == before
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("poprisk: ")
+    return line.removeprefix("poprisk: ")
+
+
+def task_file(here: Path, body: str) -> str:
+    """A file in the working directory whose function ``make`` has this body."""
+    text = f"import dataclasses, torch, tiny, poprisk\ndef make(seed=0):\n    {body}\n"
+    (here / "mine.py").write_text(text, encoding="utf-8")
+    return "mine.py:make"
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_an_unknown_task(here: Path) -> None:
+    line = refused(here, "compare", "digit")
+    assert line.startswith("unknown task 'digit'; the built-in ones are digits,")
+    assert line.endswith("Your own is written path/to/file.py:function.")
+
+
+def test_a_missing_file(here: Path) -> None:
+    assert refused(here, "compare", "gone.py:make") == "no file gone.py (task gone.py:make)."
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return 3", "mine.py:make must return a poprisk.Task, but it returned int."),
+        ("pass", "mine.py:make must return a poprisk.Task, but it returned NoneType."),
+        ("raise KeyError('label')", "task mine.py:make failed: KeyError: 'label'"),
+        (
+            "return dataclasses.replace(tiny.tiny(), batch_size=40)",
+            "task mine.py:make failed: ValueError: batch_size=40 must be smaller than",
+        ),
+        (
+            "return dataclasses.replace(tiny.tiny(), batch_size=-8)",
+            "task mine.py:make failed: ValueError: batch_size must be positive, but got -8.",
+        ),
+        (
+            "return dataclasses.replace(tiny.tiny(), "
+            "loss=lambda o, y: torch.nn.functional.cross_entropy(o, y))",
+            "task mine.py:make failed: ValueError: loss must give one value per example",
+        ),
+        (
+            "return dataclasses.replace(tiny.tiny(), metric=poprisk.Metric('m', lambda o, y: 1/0))",
+            "task mine.py:make failed: ZeroDivisionError",
+        ),
+        (
+            "return dataclasses.replace(tiny.tiny(), test=(torch.zeros(9, 3), torch.zeros(9)))",
+            "task mine.py:make failed: ",
+        ),
+    ],
+)
+def test_a_file_that_gives_no_usable_task(here: Path, body: str, expected: str) -> None:
+    assert refused(here, "compare", task_file(here, body)).startswith(expected)
+
+
+def test_a_batch_that_is_too_large_says_what_a_task_can_do(here: Path) -> None:
+    """``dataset_size`` and ``alpha`` are the optimizer's, not the task's."""
+    body = "return dataclasses.replace(tiny.tiny(), batch_size=64)"
+    line = refused(here, "compare", task_file(here, body))
+    assert "batch_size=64 must be smaller than" in line
+    assert "40" in line
+    assert "alpha" not in line
+    assert "dataset_size=None" not in line
+
+
+def test_an_error_of_several_lines_is_told_in_one(here: Path) -> None:
+    body = "raise ValueError('first\\nsecond')"
+    assert "first" in refused(here, "compare", task_file(here, body))
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--epochs", "--workers"])
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_counts_are_at_least_one(here: Path, option: str, value: str) -> None:
+    line = refused(here, "compare", TINY, option, value)
+    assert line == f"{option} must be at least 1, but got {value}."
+
+
+@pytest.mark.parametrize("text", ["noise", "=3", ""])
+def test_a_setting_has_a_name_and_a_value(here: Path, text: str) -> None:
+    line = refused(here, "compare", "digits", "--set", text)
+    assert line == f"--set takes name=value, as in --set noise=0.2, but got {text!r}."
+
+
+def test_an_unknown_setting(here: Path) -> None:
+    line = refused(here, "compare", "digits", "--set", "nois=0.2")
+    assert line == "task digits has no setting 'nois'; it takes noise."
+
+
+@pytest.mark.parametrize("name", ["seed", "name", "self"])
+def test_a_setting_with_an_awkward_name(here: Path, name: str) -> None:
+    assert name in refused(here, "compare", "digits", "--set", f"{name}=3")
+
+
+def test_a_setting_out_of_range(here: Path) -> None:
+    refused(here, "compare", "digits", "--set", "noise=many")
+    assert "noise" in refused(here, "compare", "digits", "--set", "noise=1.5")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta", ""])
+def test_a_device_that_is_not_there(here: Path, device: str) -> None:
+    assert "device" in refused(here, "compare", TINY, *QUICK, "--device", device)
+
+
+def test_a_run_directory_that_cannot_be_written(here: Path) -> None:
+    (here / "file").write_text("mine", encoding="utf-8")
+    line = refused(here, "compare", TINY, "--out", "file/run")
+    assert line.startswith("cannot write the run directory file/run: ")
+    assert line.endswith("choose another with --out.")
+
+
+def test_a_run_directory_whose_name_is_too_long(here: Path) -> None:
+    assert "cannot write" in refused(here, "compare", TINY, "--out", "x" * 300)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_run_directory_in_a_read_only_one(here: Path) -> None:
+    (here / "locked").mkdir(mode=0o500)
+    assert "cannot write" in refused(here, "compare", TINY, "--out", "locked/run")
+
+
+def test_a_directory_of_something_else(here: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "notes.txt").write_text("mine", encoding="utf-8")
+    assert "is not a run directory" in refused(here, "compare", TINY, "--out", "out")
+
+
+@pytest.mark.parametrize("path", ["gone", "file", "empty"])
+def test_a_report_of_nothing(here: Path, path: str) -> None:
+    (here / "file").write_text("mine", encoding="utf-8")
+    (here / "empty").mkdir()
+    line = refused(here, "report", path)
+    assert line == f"{path} is not a run directory: it has no config.json."
+
+
+# --- a finished run -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory of a small comparison and what the command printed; not to be written to."""
+    base = tmp_path_factory.mktemp("finished")
+    command = [POPRISK, "compare", TINY, *QUICK, "--out", "out"]
+    environment = {**os.environ, "COLUMNS": "1000"}
+    done = subprocess.run(
+        command, cwd=base, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return base / "out", done.stdout
+
+
+@pytest.fixture
+def out(here: Path, finished: tuple[Path, str]) -> Path:
+    """A copy of the finished run directory, ``out`` in the working directory."""
+    for name, content in contents(finished[0]).items():
+        path = here / "out" / name
+        if content is None:
+            path.mkdir(parents=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return here / "out"
+
+
+def verdict_in(text: str) -> str:
+    """From the table on."""
+    return text[re.search(r"^.*final accuracy", text, re.MULTILINE).start() :]  # type: ignore[union-attr]
+
+
+def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[Path, str]) -> None:
+    path, text = finished
+    names = {p.name for p in path.iterdir()}
+    expected = {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "report.html"}
+    assert names == expected
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    assert (config["task"]["name"], config["task"]["epochs"], config["seeds"]) == ("tiny", 1, [0])
+    environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    assert {"python", "torch", "workers"} <= environment.keys()
+    assert len(RunDirectory(path).read().ends) == 12
+    page = (path / "report.html").read_text(encoding="utf-8")
+    assert "two classes, 30% of the training labels wrong" in page
+    assert text.startswith("two classes, 30% of the training labels wrong\n12 arms, 1 seed")
+    assert "[ 12/12]" in text
+    assert "PopRiskAdamW, default settings, ends at" in text
+    assert text.endswith("Report: out/report.html\n")
+
+
+def test_text_for_a_file_has_no_control_characters(finished: tuple[Path, str]) -> None:
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\x80-\x9f]", finished[1])
+
+
+@pytest.mark.usefixtures("no_report", "out")
+def test_repeated_it_trains_nothing_and_says_the_same(
+    monkeypatch: pytest.MonkeyPatch, finished: tuple[Path, str]
+) -> None:
+    def pool(*_: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr("poprisk.compare._Pool", pool)
+    before = Path("out/metrics.jsonl").read_bytes()
+    result = run("compare", TINY, *QUICK, "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert Path("out/metrics.jsonl").read_bytes() == before
+    assert verdict_in(result.stdout) == verdict_in(finished[1])
+
+
+@pytest.mark.usefixtures("out")
+def test_a_report_can_be_written_again(finished: tuple[Path, str]) -> None:
+    page = Path("out/report.html").read_bytes()
+    Path("out/report.html").unlink()
+    result = run("report", "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == verdict_in(finished[1])
+    assert Path("out/report.html").read_bytes() == page
+
+
+def test_another_configuration_is_refused(here: Path, out: Path) -> None:
+    line = refused(here, "compare", TINY, *QUICK, "--epochs", "2", "--out", "out")
+    assert "another configuration (it differs in task)" in line
+    line = refused(here, "compare", TINY, *QUICK, "--seeds", "2", "--out", "out")
+    assert "another configuration (it differs in seeds)" in line
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"format": 1}'),
+        ("config.json", b'{"format": 99}'),
+        ("environment.json", b"\xff"),
+        ("metrics.jsonl", b"\x00\xff\n"),
+        ("metrics.jsonl", b'{"event": "end", "arm": "poprisk", "seed": 0, "epoch": 1}\n'),
+        ("metrics.jsonl", b'{"event": "epoch", "arm": "poprisk", "seed": 0, "epoch": 1}\n'),
+        ("metrics.jsonl", None),
+        ("environment.json", None),
+    ],
+)
+def test_a_corrupted_run_directory(
+    here: Path, out: Path, command: str, name: str, content: bytes | None
+) -> None:
+    if content is None:
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(content)
+    arguments = ["report", "out"] if command == "report" else ["compare", TINY, *QUICK]
+    line = refused(here, *arguments, *(["--out", "out"] if command == "compare" else []))
+    assert f"out/{name}" in line or f"it has no {name}" in line
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_report_that_cannot_be_written(here: Path, out: Path, command: str) -> None:
+    (out / "report.html").unlink()
+    (out / "report.html").mkdir()
+    before = contents(here)
+    arguments = ["report", "out"] if command == "report" else ["compare", TINY, *QUICK]
+    result = run(*arguments, *(["--out", "out"] if command == "compare" else []))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("poprisk: cannot write out/report.html: ")
+    assert contents(here) == before
+
+
+@pytest.mark.usefixtures("no_report", "here")
+def test_a_run_that_is_not_finished_has_no_verdict_yet(out: Path) -> None:
+    (out / "metrics.jsonl").write_bytes(b"")
+    result = run("report", "out")
+    assert result.exit_code == 0, result.output
+    assert "Not enough runs have finished for a verdict." in result.stdout
+
+
+@pytest.mark.usefixtures("here")
+def test_the_page_of_a_run_that_is_not_finished_is_written(out: Path) -> None:
+    (out / "metrics.jsonl").write_bytes(b"")
+    assert run("report", "out").exit_code == 0
+    assert (out / "report.html").stat().st_size > 0
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_description_may_hold_brackets(here: Path) -> None:
+    """They are no markup for the terminal."""
+    metric = "poprisk.Metric('score [/a]', lambda o, y: 0.5)"
+    body = f"return dataclasses.replace(tiny.tiny(), description='x [/y] [z]', metric={metric})"
+    result = run("compare", task_file(here, body), *QUICK, "--out", "a [b]")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("x [/y] [z]\n")
+    assert "score [/a]" in result.stdout
+    assert "a [b]/report.html" in result.stdout
+
+
+@pytest.mark.usefixtures("here", "no_report")
+def test_a_run_that_fails_is_named_and_repeating_goes_on() -> None:
+    command = ["compare", tiny.source("fragile"), "--seeds", "2", "--workers", "1"]
+    first, second = run(*command), run(*command)
+    for result in (first, second):
+        assert result.exit_code == 1
+        assert result.stderr.startswith("poprisk: arm poprisk, seed 1 failed:\n")
+        assert result.stderr.endswith("ArithmeticError: the loss gave up\n")
+    assert "[ 12/24]" in first.stdout
+    assert "[ 12/24]" not in second.stdout
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_task_that_fails_for_a_later_seed_is_told_in_one_line(here: Path) -> None:
+    body = "return tiny.tiny([0, 'one'][seed])"
+    result = run("compare", task_file(here, body), *QUICK, "--seeds", "2")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("poprisk: task mine.py:make failed: TypeError: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("here")
+def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(poprisk.cli, "compare", interrupted)
+    result = run("compare", TINY, *QUICK)
+    assert result.exit_code == 130
+    assert result.stderr == "poprisk: stopped; repeat the command to go on where it was.\n"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_full_disk_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "append", full)
+    result = run("compare", TINY, *QUICK)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "No space left on device" in line
+
+
+# --- names and lists ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directories(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Paths of the run directories that commands would use; nothing is trained."""
+    found: list[Path] = []
+
+    def created(self: RunDirectory, *_: object) -> None:
+        found.append(self.path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDirectory, "create", created)
+    yield found
+
+
+def test_the_directory_s_name_differs_wherever_the_configuration_does(
+    directories: list[Path],
+) -> None:
+    variants = [
+        [],
+        ["--full"],
+        ["--epochs", "2"],
+        ["--seeds", "2"],
+        ["--set", "epochs=2"],
+        ["--set", "epochs=3"],
+        ["--set", "epochs=2", "--epochs", "2"],
+    ]
+    for options in variants:
+        run("compare", TINY, *options)
+    assert len(set(directories)) == len(variants)
+    run("compare", TINY, "--workers", "1")
+    assert directories[-1] == directories[0]
+    run("compare", "digits")
+    assert directories[-1] == Path("runs/digits")
+    run("compare", "digits", "--out", "elsewhere/x")
+    assert directories[-1] == Path("elsewhere/x")
+
+
+@pytest.mark.parametrize("value", ["data/train.csv", "../../up", "/etc/data", "a b"])
+def test_a_directory_s_name_stays_below_runs(
+    here: Path, directories: list[Path], value: str
+) -> None:
+    text = "import tiny\ndef make(path=''):\n    return tiny.tiny()\n"
+    (here / "mine.py").write_text(text, encoding="utf-8")
+    run("compare", "mine.py:make", "--set", f"path={value}")
+    assert directories[0].parent == Path("runs")
+
+
+def test_tasks_lists_every_built_in_one() -> None:
+    result = run("tasks")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in lines] == list(BUILT_IN)
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("n=3", 3), ("n=0.25", 0.25), ("n=1e-3", 1e-3), ("n=", ""), ("n=a=b", "a=b"), ("n=x", "x")],
+)
+def test_settings_are_numbers_where_they_can_be(text: str, value: object) -> None:
+    name, found = poprisk.cli._parse_setting(text)
+    assert (name, found, type(found)) == ("n", value, type(value))
+
+
+def test_without_a_command_there_is_help() -> None:
+    result = run()
+    assert all(name in result.output for name in ("compare", "report", "tasks", "bench"))
+
+
+@pytest.mark.parametrize("options", [["--threads", "0"], ["--steps", "0"]])
+def test_bench_counts_are_at_least_one(here: Path, options: list[str]) -> None:
+    assert refused(here, "bench", *options) == "--threads and --steps must be at least 1."
