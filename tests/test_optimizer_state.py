@@ -169,8 +169,9 @@ def test_schedulers(make: Callable[[Optimizer], Any]) -> None:
         return weights
 
     start = parameter(4)
-    ours = run(PopRiskAdamW(copies([start]), lr=0.05, gate=False, foreach=False))
-    assert_bitwise(ours, run(torch.optim.AdamW(copies([start]), lr=0.05)))
+    shared = {"lr": 0.05, "weight_decay": 0.1}
+    ours = run(PopRiskAdamW(copies([start]), **shared, gate=False, foreach=False))
+    assert_bitwise(ours, run(torch.optim.AdamW(copies([start]), **shared)))
 
 
 def test_plateau_scheduler() -> None:

@@ -61,7 +61,7 @@ def default_arms(*, full: bool) -> list[Arm]:
             "AdamW, RMS-matched",
             "rms-matched",
             "rms-matched",
-            {"lr": 1e-3, "weight_decay": 0.1},  # those of our optimizer
+            {"lr": 1e-3, "weight_decay": 0.01},  # those of our optimizer
             follows=OURS,
         ),
         Arm("shuffled", "shuffled mask", "shuffled", "shuffled"),

@@ -254,7 +254,7 @@ class Gate(NamedTuple):
 
     mask: Mask
     alpha: float
-    softness: float = 1.0
+    softness: float = 0.1
     eps: float = 0.0
     q_min: float = 0.0
     per_tensor: bool = False

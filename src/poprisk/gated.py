@@ -186,7 +186,7 @@ def gated(
     mask: str | Mask = "soft",
     alpha: float | str = "auto",
     z: float = 1.5,
-    softness: float = 1.0,
+    softness: float = 0.1,
     batch_size: int | None = None,
     dataset_size: int | None = None,
     reduction: str | None = None,

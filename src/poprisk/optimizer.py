@@ -55,9 +55,10 @@ class PopRiskAdamW(Optimizer):
 
     Args:
         params: parameters, named parameters, parameter groups, or a module (which gives names).
-        lr, betas, eps: as in ``torch.optim.AdamW``.
-        weight_decay: decoupled and not gated; ten times AdamW's default, so that what the gate
-            holds still fades (docs/LOG.md has the figures).
+        lr: learning rate, as in ``torch.optim.AdamW``.
+        betas: decay rates of the average gradient and of its square.
+        eps: added to the root of the average square.
+        weight_decay: decoupled, and not gated.
         rho: decay of the variance estimate.
         mask: ``"soft"``, ``"hard"``, ``"snr"``, or a function with the signature of
             :func:`poprisk.gate.soft` (not saved by ``torch.save(..., weights_only=True)``).
@@ -103,13 +104,13 @@ class PopRiskAdamW(Optimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-1,
+        weight_decay: float = 1e-2,
         *,
         rho: float = 0.99,
         mask: str | Mask = "soft",
         alpha: float | str = "auto",
         z: float = 1.5,
-        softness: float = 1.0,
+        softness: float = 0.1,
         batch_size: int | None = None,
         dataset_size: int | None = None,
         mode: str = "auto",

@@ -36,10 +36,14 @@ def _split(seed: int, noise: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
     return (x[train], noisy), (x[test], y[test]), y[train]
 
 
-def mlp() -> nn.Module:
-    """Two hidden layers of 512: 64-512-512-10."""
+def mlp(hidden: int) -> nn.Module:
+    """Two hidden layers: 64-hidden-hidden-10."""
     return nn.Sequential(
-        nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, CLASSES)
+        nn.Linear(64, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, CLASSES),
     )
 
 
@@ -63,17 +67,18 @@ def per_example_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
-def digits(seed: int = 0, *, noise: float = 0.4) -> Task:
+def digits(seed: int = 0, *, noise: float = 0.4, hidden: int = 256) -> Task:
     """8×8 digits, 1,000 for training with 40% symmetric label noise, 797 clean ones for testing."""
+    checks.check_positive("hidden", hidden)
     train, test, clean = _split(seed, noise)
     return Task(
         name="digits",
-        model=mlp,
+        model=lambda: mlp(hidden),
         loss=per_example_cross_entropy,
         train=train,
         test=test,
         clean=clean,
-        epochs=150,
+        epochs=80,
         description=f"handwritten digits, MLP, {noise:.0%} of the training labels wrong",
     )
 
@@ -93,16 +98,16 @@ def digits_cnn(seed: int = 0, *, noise: float = 0.4) -> Task:
     )
 
 
-def digits_clean(seed: int = 0) -> Task:
+def digits_clean(seed: int = 0, *, hidden: int = 256) -> Task:
     """The digits with correct labels: here a gate can only cost accuracy."""
     train, test, clean = _split(seed, 0.0)
     return Task(
         name="digits-clean",
-        model=mlp,
+        model=lambda: mlp(hidden),
         loss=per_example_cross_entropy,
         train=train,
         test=test,
         clean=clean,
-        epochs=150,
+        epochs=80,
         description="handwritten digits, MLP, correct labels",
     )
