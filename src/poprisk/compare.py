@@ -18,8 +18,8 @@ import torch
 
 from poprisk.arms import Arm
 from poprisk.checkpoint import load_checkpoint, save_checkpoint
-from poprisk.rundir import FORMAT, Key, RunDirectory
-from poprisk.tasks import Task, load_task
+from poprisk.rundir import FORMAT, Key, RunDirectory, RunDirectoryError
+from poprisk.tasks import Task, TaskError, load_task
 from poprisk.training import Row, Run
 
 OnRow = Callable[[Row], None]
@@ -53,8 +53,17 @@ class Comparison:
     device: str = "cpu"
     workers: int = 1
 
+    def __post_init__(self) -> None:
+        before: set[str] = set()
+        for arm in self.arms:
+            if arm.follows is not None and arm.follows not in before:
+                raise ValueError(f"arm {arm.name} must come after {arm.follows}, which it follows.")
+            before.add(arm.name)
+
     def make_task(self, seed: int) -> Task:
         """The task with the data of one seed."""
+        if "seed" in self.settings:
+            raise TaskError("seed is no setting of a task; --seeds says how many are run.")
         task = load_task(self.task, seed=seed, **self.settings)
         if self.epochs is not None:
             object.__setattr__(task, "epochs", self.epochs)
@@ -62,6 +71,7 @@ class Comparison:
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` says; two runs with the same one are the same run."""
+        _check_device(self.device)
         task = self.make_task(self.seeds[0])
         return {
             "format": FORMAT,
@@ -91,6 +101,15 @@ class Comparison:
         }
 
 
+def _check_device(device: str) -> None:
+    """Raise ValueError unless tensors can be computed with on ``device``."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
+
+
 def environment(workers: int) -> dict[str, str | int]:
     """What the numbers were computed with."""
     packages = ("torch", "numpy", "scikit-learn", "pytorch-optimizer")
@@ -112,6 +131,8 @@ def compare(comparison: Comparison, directory: RunDirectory, on_row: OnRow) -> N
 
     Raises:
         TrainingError: if a run fails; the others up to then are kept.
+        TaskError: if the task fails for a seed.
+        RunDirectoryError: if a checkpoint is damaged or the record cannot be written.
     """
     ended = set(directory.read().ends)
     jobs = [
@@ -170,28 +191,38 @@ class _Pool:
                 if job is not None:
                     jobs.remove(job)
                     ended.discard((job[0].name, job[1]))
-                    pipe.send(job)
+                    self._send(pipe, job)
                     busy.add(pipe)
             for pipe in wait(list(busy)):
                 kind, content = self._receive(pipe)
                 if kind == "error":
-                    raise TrainingError(content)
+                    raise content
                 if kind == "idle":
                     busy.discard(pipe)
                     continue
                 self.directory.append(content)
+                self._send(pipe, "recorded")
                 if content["event"] == "end":
                     ended.add((content["arm"], content["seed"]))
                 on_row(content)
 
+    def _send(self, pipe: Connection, message: Any) -> None:
+        try:
+            pipe.send(message)
+        except ConnectionError:
+            raise self._death(pipe) from None
+
     def _receive(self, pipe: Any) -> tuple[str, Any]:
         try:
             return pipe.recv()
-        except EOFError:
-            self.workers[pipe].join(timeout=5)
-            raise TrainingError(
-                f"a worker process died (exit code {self.workers[pipe].exitcode}; out of memory?)."
-            ) from None
+        except (EOFError, ConnectionError):
+            raise self._death(pipe) from None
+
+    def _death(self, pipe: Connection) -> TrainingError:
+        self.workers[pipe].join(timeout=5)
+        return TrainingError(
+            f"a worker process died (exit code {self.workers[pipe].exitcode}; out of memory?)."
+        )
 
     def close(self) -> None:
         """End the workers, working or not."""
@@ -211,13 +242,16 @@ def _work(pipe: Connection, comparison: Comparison, path: Path) -> None:
             arm, seed = pipe.recv()
             try:
                 _train(pipe, comparison, directory, arm, seed)
-            except (BrokenPipeError, EOFError):
+            except (ConnectionError, EOFError):
                 raise
+            except (TaskError, RunDirectoryError) as error:
+                pipe.send(("error", error))
             except Exception:
                 last = traceback.format_exc().strip()
-                pipe.send(("error", f"arm {arm.name}, seed {seed} failed:\n{last}"))
+                failure = TrainingError(f"arm {arm.name}, seed {seed} failed:\n{last}")
+                pipe.send(("error", failure))
             pipe.send(("idle", None))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+    except (EOFError, ConnectionError, KeyboardInterrupt):
         return  # the parent is gone or was interrupted
 
 
@@ -237,11 +271,23 @@ def _train(
         checkpoint=directory.checkpoints / f"{arm.name}-{seed}.safetensors",
         device=comparison.device,
     )
-    run.resume()
+    try:
+        run.resume()
+    except Exception as error:
+        raise RunDirectoryError(
+            f"{run.checkpoint} is damaged: {error}. Nothing was changed; delete that file to train "
+            "its run from the start."
+        ) from error
     start = {"event": "start", "arm": arm.name, "seed": seed, "epoch": run.progress.epoch}
-    pipe.send(("row", start))
+    _record(pipe, start)
     for row in run.rows():
         if row["event"] == "end" and followed:
             rms = torch.tensor(run.progress.trace, dtype=torch.float64)
             save_checkpoint(_trace_path(directory, arm.name, seed), {"rms": rms})
-        pipe.send(("row", row))
+        _record(pipe, row)
+
+
+def _record(pipe: Connection, row: Row) -> None:
+    """Have a row recorded, and wait until it is: no checkpoint may be ahead of the record."""
+    pipe.send(("row", row))
+    pipe.recv()
