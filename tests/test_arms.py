@@ -1,16 +1,15 @@
-"""The arms of a comparison, the optimizers they build, and the controls."""
+"""The arms of a comparison, and the optimizers they build."""
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+import tiny
 from poprisk import PopRiskAdamW
 from poprisk.arms import (
     FAMILIES,
@@ -23,8 +22,7 @@ from poprisk.arms import (
     build_optimizer,
     default_arms,
 )
-from poprisk.controls import RmsMatched, ShuffledMask, UpdateTrace, rms
-from poprisk.gate import soft
+from poprisk.controls import UpdateTrace
 
 ALL = default_arms(full=True)
 SIZES = {"batch_size": 8, "dataset_size": 40}
@@ -40,15 +38,6 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> 
 def small_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-
-
-def gradients(seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=generator) for size in [(3, 4), (5,)]]
-
-
-def params() -> list[nn.Parameter]:
-    return [nn.Parameter(g) for g in gradients(99)]
 
 
 # --- the list -------------------------------------------------------------------------------------
@@ -166,116 +155,3 @@ def test_a_following_arm_without_its_trace_is_refused() -> None:
     arm = next(a for a in ALL if a.follows)
     with pytest.raises(ValueError, match=f"arm {arm.name} needs the trace of arm {OURS}"):
         build_optimizer(arm, small_model(), **SIZES)
-
-
-# --- shuffled mask --------------------------------------------------------------------------------
-
-
-def shuffle(mask: str, mean_sq: list[Tensor], var: list[Tensor]) -> list[Tensor]:
-    return ShuffledMask(mask)(mean_sq, var, alpha=0.3, softness=0.1, eps=0.0, var_scale=1.0)
-
-
-def test_a_shuffled_mask_keeps_values_and_loses_places() -> None:
-    generator = torch.Generator().manual_seed(0)
-    mean_sq, var = torch.rand(2, 6, 50, generator=generator).unbind()
-    plain = soft(mean_sq, var, alpha=0.3, softness=0.1)
-    torch.manual_seed(1)
-    first, second = (shuffle("soft", [mean_sq.clone()], [var])[0] for _ in range(2))
-    for shuffled in (first, second):
-        assert shuffled.shape == plain.shape
-        assert torch.equal(shuffled.flatten().sort().values, plain.flatten().sort().values)
-        assert not torch.equal(shuffled, plain)
-    assert not torch.equal(first, second)
-
-
-def test_a_shuffled_mask_stays_within_its_tensor() -> None:
-    mean_sq, var = [torch.ones(5), torch.zeros(7)], [torch.zeros(5), torch.ones(7)]
-    opened, shut = shuffle("hard", mean_sq, var)
-    assert opened.tolist() == [1.0] * 5
-    assert shut.tolist() == [0.0] * 7
-
-
-# --- update sizes ---------------------------------------------------------------------------------
-
-
-def trained(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], steps: int) -> None:
-    for step in range(steps):
-        set_gradients(weights, step)
-        optimizer.step()
-
-
-def set_gradients(weights: list[nn.Parameter], seed: int) -> None:
-    for p, g in zip(weights, gradients(seed), strict=True):
-        p.grad = g
-
-
-def test_a_trace_is_the_rms_of_the_update_without_decay() -> None:
-    weights = params()
-    optimizer = torch.optim.SGD(weights, lr=0.5)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
-    trace = UpdateTrace()
-    for step in range(3):
-        set_gradients(weights, step)
-        trace.record_step(optimizer)
-    expected = [[0.5 * rms(g).item() for g in gradients(step)] for step in range(3)]
-    assert trace.rms == [pytest.approx(row, rel=1e-5) for row in expected]
-
-
-def test_a_trace_leaves_decoupled_decay_out() -> None:
-    weights = params()
-    optimizer = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.5)
-    set_gradients(weights, 0)
-    trace = UpdateTrace()
-    trace.record_step(optimizer)  # Adam's first update is lr in every coordinate
-    assert trace.rms == [[pytest.approx(0.1, rel=1e-4)] * 2]
-
-
-def test_a_matched_update_has_the_recorded_size_and_adamw_s_direction() -> None:
-    weights, plain = params(), params()
-    adamw = torch.optim.AdamW(plain, lr=0.1, weight_decay=0.2)
-    matched = RmsMatched(
-        torch.optim.AdamW(weights, lr=0.1, weight_decay=0.2), UpdateTrace([[0.03, 0.002]])
-    )
-    start = [p.detach().clone() for p in weights]
-    trained(matched, weights, 1)
-    trained(adamw, plain, 1)
-    for s, p, q, size in zip(start, weights, plain, [0.03, 0.002], strict=True):
-        update, ungated = p.detach() - 0.98 * s, q.detach() - 0.98 * s
-        assert rms(update).item() == pytest.approx(size, rel=1e-4)
-        assert torch.cosine_similarity(update.flatten(), ungated.flatten(), 0) > 1 - 1e-6
-
-
-def test_adamw_matched_to_its_own_sizes_is_adamw() -> None:
-    weights, plain, settings = params(), params(), {"lr": 0.05, "weight_decay": 0.1}
-    trace = UpdateTrace()
-    adamw = torch.optim.AdamW(plain, **settings)
-    for step in range(5):
-        set_gradients(plain, step)
-        trace.record_step(adamw)
-    trained(RmsMatched(torch.optim.AdamW(weights, **settings), trace), weights, 5)
-    for p, q in zip(weights, plain, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
-def test_after_the_trace_only_decay_moves_the_weights() -> None:
-    weights = params()
-    start = [p.detach().clone() for p in weights]
-    matched = RmsMatched(torch.optim.AdamW(weights, lr=0.1, weight_decay=0.5), UpdateTrace([]))
-    trained(matched, weights, 1)
-    for s, p in zip(start, weights, strict=True):
-        assert torch.equal(p.detach(), s * 0.95)
-
-
-def test_a_matched_optimizer_goes_on_at_its_place_in_the_trace() -> None:
-    sizes = UpdateTrace([[0.1, 0.1], [0.02, 0.03], [0.05, 0.01]])
-    weights = params()
-    matched = RmsMatched(torch.optim.AdamW(weights), sizes)
-    trained(matched, weights, 2)
-    copied = [nn.Parameter(p.detach().clone()) for p in weights]
-    resumed = RmsMatched(torch.optim.AdamW(copied), sizes)
-    resumed.load_state_dict(copy.deepcopy(matched.state_dict()))
-    trained(matched, weights, 1)
-    trained(resumed, copied, 1)
-    for p, q in zip(weights, copied, strict=True):
-        assert torch.equal(p, q)

@@ -7,14 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
-import typer.testing
+from typer.testing import CliRunner, Result
 
 import poprisk.cli
+import tiny
 from poprisk.cli import app
 from poprisk.rundir import RunDirectory
 from poprisk.tasks import BUILT_IN
@@ -26,20 +25,22 @@ QUICK = ["--seeds", "1", "--workers", "1", "--epochs", "1"]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, and lines that are not wrapped."""
+    """An empty working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "1000")
     return tmp_path
 
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the page, which has tests of its own."""
-    monkeypatch.setattr(poprisk.cli, "write_report", lambda data, verdict, path: None)
+
+    def skip(*_: object) -> None: ...
+
+    monkeypatch.setattr(poprisk.cli, "write_report", skip)
 
 
-def run(*arguments: str | Path) -> typer.testing.Result:
-    return typer.testing.CliRunner().invoke(app, [str(a) for a in arguments])
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def contents(path: Path) -> dict[str, bytes | None]:
@@ -107,7 +108,13 @@ def test_a_missing_file(here: Path) -> None:
         ),
         (
             "return dataclasses.replace(tiny.tiny(), test=(torch.zeros(9, 3), torch.zeros(9)))",
-            "task mine.py:make failed: ",
+            "task mine.py:make failed: RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+        ),
+        (
+            "return dataclasses.replace(tiny.regression(), clean=None, "
+            "**{p: (v[0], v[1][:, 0]) for p, v in vars(tiny.regression()).items() "
+            "if p in ('train', 'test')}, loss=lambda o, y: (o[:, 0] - y).square())",
+            "task mine.py:make failed: ValueError: mse needs outputs and targets of one shape",
         ),
     ],
 )
@@ -119,10 +126,9 @@ def test_a_batch_that_is_too_large_says_what_a_task_can_do(here: Path) -> None:
     """``dataset_size`` and ``alpha`` are the optimizer's, not the task's."""
     body = "return dataclasses.replace(tiny.tiny(), batch_size=64)"
     line = refused(here, "compare", task_file(here, body))
-    assert "batch_size=64 must be smaller than" in line
-    assert "40" in line
+    assert "batch_size=64 must be smaller than the number of training examples, 40" in line
     assert "alpha" not in line
-    assert "dataset_size=None" not in line
+    assert "dataset_size" not in line
 
 
 def test_an_error_of_several_lines_is_told_in_one(here: Path) -> None:
@@ -145,7 +151,7 @@ def test_a_setting_has_a_name_and_a_value(here: Path, text: str) -> None:
 
 def test_an_unknown_setting(here: Path) -> None:
     line = refused(here, "compare", "digits", "--set", "nois=0.2")
-    assert line == "task digits has no setting 'nois'; it takes noise."
+    assert line.startswith("task digits has no setting 'nois'; it takes noise")
 
 
 @pytest.mark.parametrize("name", ["seed", "name", "self"])
@@ -202,10 +208,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The directory of a small comparison and what the command printed; not to be written to."""
     base = tmp_path_factory.mktemp("finished")
     command = [POPRISK, "compare", TINY, *QUICK, "--out", "out"]
-    environment = {**os.environ, "COLUMNS": "1000"}
-    done = subprocess.run(
-        command, cwd=base, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=base, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return base / "out", done.stdout
 
@@ -225,7 +228,9 @@ def out(here: Path, finished: tuple[Path, str]) -> Path:
 
 def verdict_in(text: str) -> str:
     """From the table on."""
-    return text[re.search(r"^.*final accuracy", text, re.MULTILINE).start() :]  # type: ignore[union-attr]
+    _, title, rest = text.partition("accuracy on the test set")
+    assert title
+    return title + rest
 
 
 def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[Path, str]) -> None:
@@ -292,8 +297,7 @@ def test_another_configuration_is_refused(here: Path, out: Path) -> None:
         ("config.json", b'{"format": 99}'),
         ("environment.json", b"\xff"),
         ("metrics.jsonl", b"\x00\xff\n"),
-        ("metrics.jsonl", b'{"event": "end", "arm": "poprisk", "seed": 0, "epoch": 1}\n'),
-        ("metrics.jsonl", b'{"event": "epoch", "arm": "poprisk", "seed": 0, "epoch": 1}\n'),
+        ("metrics.jsonl", b'{"event": "end", "arm": "poprisk", "seed": 0}\n'),
         ("metrics.jsonl", None),
         ("environment.json", None),
     ],
@@ -366,10 +370,10 @@ def test_a_run_that_fails_is_named_and_repeating_goes_on() -> None:
 
 @pytest.mark.usefixtures("no_report")
 def test_a_task_that_fails_for_a_later_seed_is_told_in_one_line(here: Path) -> None:
-    body = "return tiny.tiny([0, 'one'][seed])"
+    body = "return tiny.tiny(5 / (1 - seed) and seed)"
     result = run("compare", task_file(here, body), *QUICK, "--seeds", "2")
     assert result.exit_code == 2
-    assert result.stderr.startswith("poprisk: task mine.py:make failed: TypeError: ")
+    assert result.stderr.startswith("poprisk: task mine.py:make failed: ZeroDivisionError: ")
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -384,24 +388,11 @@ def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     assert result.stderr == "poprisk: stopped; repeat the command to go on where it was.\n"
 
 
-@pytest.mark.usefixtures("here")
-def test_a_full_disk_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(RunDirectory, "append", full)
-    result = run("compare", TINY, *QUICK)
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == 2
-    (line,) = result.stderr.splitlines()
-    assert "No space left on device" in line
-
-
 # --- names and lists ------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def directories(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+def directories(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Paths of the run directories that commands would use; nothing is trained."""
     found: list[Path] = []
 
@@ -410,13 +401,13 @@ def directories(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RunDirectory, "create", created)
-    yield found
+    return found
 
 
 def test_the_directory_s_name_differs_wherever_the_configuration_does(
     directories: list[Path],
 ) -> None:
-    variants = [
+    variants: list[list[str]] = [
         [],
         ["--full"],
         ["--epochs", "2"],

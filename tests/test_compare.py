@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from poprisk.arms import Arm, default_arms
 from poprisk.compare import Comparison, TrainingError, compare, environment
 from poprisk.rundir import RunData, RunDirectory, RunDirectoryError
@@ -238,9 +238,7 @@ def test_an_interruption_ends_the_workers_and_keeps_what_was_written(tmp_path: P
 def test_no_row_is_lost_when_the_record_lags_behind(tmp_path: Path) -> None:
     """A terminal that stalls while a worker trains on, and a kill: nothing may be skipped."""
     directory = RunDirectory(tmp_path / "run")
-    what = comparison(
-        "patient", seeds=[0], arms=[ADAMW], workers=1, settings={"pause": 0.01}
-    )
+    what = comparison("patient", seeds=[0], arms=[ADAMW], workers=1, settings={"pause": 0.01})
     directory.create(what.config(), environment(1))
 
     def stall(row: Row) -> None:

@@ -213,6 +213,17 @@ def test_shared_and_expanded_gradients(foreach: bool) -> None:
 
 
 @each_path
+def test_large_tensors_with_gradients_of_another_layout(foreach: bool) -> None:
+    starts = [parameter(3, CHUNK), parameter(CHUNK, 2)]
+    rows = [[g.expand(3, CHUNK), g.view(2, -1).repeat(1, 2).t()] for g in noisy_grads(3, CHUNK)]
+    clones = [[g.contiguous() for g in row] for row in rows]
+    views, contiguous = (
+        trajectory(lambda ps: PopRiskAdamW(ps, foreach=foreach), starts, r) for r in (rows, clones)
+    )
+    assert_bitwise(views, contiguous)
+
+
+@each_path
 @each_layout
 def test_the_gradient_is_never_written(layout: str, foreach: bool) -> None:
     (p, q) = (LAYOUTS[layout]() for _ in range(2))

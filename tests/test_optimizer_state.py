@@ -275,23 +275,26 @@ def test_an_adamw_checkpoint(kind: dict[str, Any], named: bool) -> None:
     weights = take_steps(adamw, rows[:4])[-1]
     opt = PopRiskAdamW(names(copies(weights)), gate=False, foreach=False)
     opt.load_state_dict(saved_and_loaded(adamw.state_dict()))
-    assert opt.param_groups[0]["lr"] == 0.02
+    group = opt.param_groups[0]
+    assert (group["lr"], group["foreach"], group["fused"]) == (0.02, False, None)
     pairs = zip(take_steps(opt, rows[4:])[-1], take_steps(adamw, rows[4:])[-1], strict=True)
     assert max(ulps_apart(a, b) for a, b in pairs) <= (0 if kind != {"fused": True} else 8)
 
 
-def test_after_an_adamw_checkpoint_the_variance_starts_fresh() -> None:
+@pytest.mark.parametrize("mode", ["auto", "paper"])
+def test_after_an_adamw_checkpoint_the_variance_starts_fresh(mode: str) -> None:
     """The first step after the load is gated: its deviation is taken from AdamW's average."""
     w = parameter(4)
     adamw = torch.optim.AdamW([w])
     take_steps(adamw, grad_rows([w], 5))
-    m_hat = adamw.state[w]["exp_avg"] / (1 - 0.9**5)
-    opt = PopRiskAdamW([w], rho=0.9)
+    m = adamw.state[w]["exp_avg"] / (1 - 0.9**5 if mode == "auto" else 1)
+    opt = PopRiskAdamW([w], rho=0.9, mode=mode)
     opt.load_state_dict(adamw.state_dict())
     (g,) = noisy_grads(1, 4, seed=9)
     take_steps(opt, [[g]])
-    s = opt.state[w]["grad_mean_var"]
-    torch.testing.assert_close(s, 0.1 * (g - m_hat).square(), rtol=1e-13, atol=0)
+    state = opt.state[w]
+    torch.testing.assert_close(state["grad_mean_var"], 0.1 * (g - m).square(), rtol=1e-13, atol=0)
+    assert state["step"] - state["variance_start"] == 1
     assert opt.gate_stats()["groups[0]"].mean_gate < 1
 
 

@@ -98,6 +98,15 @@ def test_a_row_is_on_disk_when_append_returns(run: RunDirectory) -> None:
     assert run.metrics.read_text(encoding="utf-8").endswith('"epoch": 2}\n')
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full disk to write to")
+def test_a_full_disk_is_told(run: RunDirectory) -> None:
+    run.metrics.unlink()
+    run.metrics.symlink_to("/dev/full")
+    with pytest.raises(RunDirectoryError) as caught:
+        run.append(row("epoch", "b", epoch=2))
+    assert f"cannot write {run.metrics}: No space left on device" in str(caught.value)
+
+
 # --- resumed runs ---------------------------------------------------------------------------------
 
 
@@ -229,9 +238,7 @@ def test_binary_garbage_is_named(
 @pytest.mark.parametrize("creating", [True, False])
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
 @pytest.mark.parametrize("text", ["", "{", '{"format": 1'])
-def test_half_a_json_file_is_named(
-    run: RunDirectory, name: str, text: str, creating: bool
-) -> None:
+def test_half_a_json_file_is_named(run: RunDirectory, name: str, text: str, creating: bool) -> None:
     (run.path / name).write_text(text, encoding="utf-8")
     assert f"{run.path / name} is damaged" in refused(run, run.path, creating=creating)
 
@@ -248,9 +255,7 @@ def test_a_configuration_of_another_format_is_refused(
 
 
 @pytest.mark.parametrize("name", ["arms", "task", "seeds"])
-def test_a_configuration_without_what_it_must_have_is_refused(
-    run: RunDirectory, name: str
-) -> None:
+def test_a_configuration_without_what_it_must_have_is_refused(run: RunDirectory, name: str) -> None:
     """`poprisk report` reads such a file with nothing to compare it with."""
     write_json(run.path / "config.json", {k: v for k, v in CONFIG.items() if k != name})
     assert "config.json" in refused(run, run.path, creating=False)
@@ -331,9 +336,7 @@ def test_a_creation_that_was_killed_half_way_is_taken_up(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/epoch-3.pt", "config.yaml"])
-def test_a_directory_with_files_of_another_program_is_left_alone(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_directory_with_files_of_another_program_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("theirs", encoding="utf-8")
     assert "not a run directory" in refused(RunDirectory(tmp_path), tmp_path, creating=True)

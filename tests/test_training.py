@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import poprisk.training
+import tiny
 from poprisk import Metric, Task
 from poprisk.arms import Arm, default_arms
 from poprisk.checkpoint import load_checkpoint
@@ -87,7 +87,7 @@ def test_an_epoch_takes_every_example_once_in_an_order_of_its_own() -> None:
     finished(task, ADAMW)
     taken = positions(batches, task)
     assert [len(batch) for batch in taken] == [8] * 15
-    epochs = [sum(taken[5 * e : 5 * e + 5], []) for e in range(3)]
+    epochs = [[i for batch in taken[5 * e : 5 * e + 5] for i in batch] for e in range(3)]
     assert [sorted(order) for order in epochs] == [list(range(40))] * 3
     assert len({tuple(order) for order in [*epochs, range(40)]}) == 4
 
@@ -305,7 +305,8 @@ def test_a_run_killed_after_every_epoch_ends_as_if_it_had_not_been(
     settings: dict[str, Any] = {"trace": trace, "record": kind == "poprisk"}
     whole, expected = finished(task, arm, **settings)
 
-    run, rows = whole, []
+    run = whole
+    rows: list[Row] = []
     for epoch in range(task.epochs):
         run = Run(task, arm, 0, checkpoint=tmp_path / "run.safetensors", **settings)
         assert run.resume() == (epoch > 0)
@@ -334,7 +335,7 @@ def test_checkpoints_are_written_when_due(tmp_path: Path, monkeypatch: pytest.Mo
     now = 0.0
     monkeypatch.setattr(poprisk.training, "time", SimpleNamespace(monotonic=lambda: now))
     path = tmp_path / "run.safetensors"
-    kept = []
+    kept: list[int | None] = []
     for _ in Run(tiny.tiny(epochs=8), ADAMW, 0, checkpoint=path).rows():
         kept.append(load_checkpoint(path)["progress"]["epoch"] if path.exists() else None)
         now += 9.0

@@ -160,6 +160,34 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive, but got {value}.")
 
 
+def check_task_batch(batch_size: Any, examples: int) -> None:
+    """Raise unless ``batch_size`` is a positive integer below the number of training examples."""
+    check_positive("batch_size", batch_size)
+    if batch_size >= examples:
+        raise ValueError(
+            f"batch_size={batch_size} must be smaller than the number of training examples, "
+            f"{examples}: the gate measures noise from batch to batch."
+        )
+
+
+def check_one_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless outputs and targets have the same shape."""
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"{name} needs outputs and targets of one shape, but got {tuple(outputs.shape)} and "
+            f"{tuple(targets.shape)}."
+        )
+
+
+def check_class_scores(outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless outputs are (n, classes, ...) and targets (n, ...)."""
+    if outputs.ndim < 2 or outputs[:, 0].shape != targets.shape:
+        raise ValueError(
+            f"accuracy needs outputs of shape (n, classes) and targets of shape (n,), but got "
+            f"{tuple(outputs.shape)} and {tuple(targets.shape)}; give another metric=Metric(...)."
+        )
+
+
 def check_rows(name: str, rows: list[Any]) -> None:
     """Raise TypeError unless every row of a data set is an (input, target) pair."""
     for i, row in enumerate(rows):
@@ -188,6 +216,11 @@ def check_tensors(name: str, pair: Any) -> None:
 
 def check_task(task: Any) -> None:
     """Raise unless the callables of a task work on its first examples and shapes fit."""
+    if isinstance(task.model, torch.nn.Module):
+        raise TypeError(
+            f"model must be a function that returns a torch.nn.Module, but got a "
+            f"{type(task.model).__name__}; pass what makes a new one, as in lambda: Net(64)."
+        )
     for name in ("model", "loss"):
         if not callable(getattr(task, name)):
             raise TypeError(f"{name} must be callable, but got {getattr(task, name)!r}.")

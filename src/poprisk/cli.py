@@ -64,10 +64,11 @@ def compare_command(
         config = comparison.config()
         directory = RunDirectory(out or Path("runs") / _default_name(comparison))
         directory.create(config, environment(comparison.workers))
-        console.print(f"[bold]{config['task']['description'] or config['task']['name']}[/]")
-        console.print(
-            f"{len(comparison.arms)} arms, {seeds} seeds, {comparison.workers} workers; record in "
-            f"{directory.path} (stop at any time, repeat the command to go on)"
+        _say(config["task"]["description"] or config["task"]["name"], style="bold")
+        _say(
+            f"{len(comparison.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, {comparison.workers} "
+            f"worker{'s' * (comparison.workers > 1)}; record in {directory.path} (stop at any "
+            "time, repeat the command to go on)"
         )
         with ProgressDisplay(console, comparison, directory.read()) as display:
             compare(comparison, directory, display)
@@ -128,13 +129,19 @@ def _conclude(directory: RunDirectory) -> None:
     except OSError as error:
         raise RunDirectoryError(f"cannot write {path}: {error.strerror or error}.") from error
     console.print(verdict_table(verdict, data))
-    console.print(f"\n[bold]{verdict.headline}[/]", highlight=False)
+    console.print(f"\n{verdict.headline}", style="bold", markup=False, highlight=False)
     for sentence in verdict.sentences:
-        console.print(f"- {sentence}", highlight=False)
-    console.print(f"\nReport: {path}", soft_wrap=True, highlight=False)
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    _say(f"\nReport: {path}")
+
+
+def _say(text: str, *, style: str = "") -> None:
+    """Print text that is not markup, on one line however long."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _fail(message: str, *, code: int = 2) -> NoReturn:
+    message = " ".join(message.split()) if code == 2 else message
     Console(stderr=True).print(f"poprisk: {message}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
 
@@ -162,4 +169,4 @@ def _default_name(comparison: Comparison) -> str:
     parts += [f"{comparison.epochs}-epochs"] if comparison.epochs else []
     parts += ["full"] if comparison.full else []
     parts += [f"{len(comparison.seeds)}-seeds"] if len(comparison.seeds) != DEFAULT_SEEDS else []
-    return "-".join(parts)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).strip("-.")

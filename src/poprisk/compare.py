@@ -20,7 +20,7 @@ from poprisk.arms import Arm
 from poprisk.checkpoint import load_checkpoint, save_checkpoint
 from poprisk.rundir import FORMAT, Key, RunDirectory, RunDirectoryError
 from poprisk.tasks import Task, TaskError, load_task
-from poprisk.training import Row, Run
+from poprisk.training import Row, Run, score
 
 OnRow = Callable[[Row], None]
 
@@ -92,13 +92,23 @@ class Comparison:
                 "train_examples": len(task.train[1]),
                 "test_examples": len(task.test[1]),
                 "parameters": sum(p.numel() for p in task.model().parameters()),
-                "noise_known": task.memorized(task.model()(task.train[0]).detach()) is not None,
+                "noise_known": self._measure(task) is not None,
             },
             "arms": [arm.as_json() for arm in self.arms],
             "seeds": self.seeds,
             "full": self.full,
             "device": self.device,
         }
+
+    def _measure(self, task: Task) -> float | None:
+        """Memorization of a fresh model; a task that cannot be measured fails here, not later."""
+        try:
+            with torch.no_grad():
+                model = task.model().eval()
+                score(task, model(task.test[0]), task.test[1])
+                return task.memorized(model(task.train[0]))
+        except Exception as error:
+            raise TaskError(f"task {self.task} failed: {type(error).__name__}: {error}") from error
 
 
 def _check_device(device: str) -> None:
@@ -206,7 +216,7 @@ class _Pool:
                     ended.add((content["arm"], content["seed"]))
                 on_row(content)
 
-    def _send(self, pipe: Connection, message: Any) -> None:
+    def _send(self, pipe: Any, message: Any) -> None:
         try:
             pipe.send(message)
         except ConnectionError:
@@ -218,7 +228,7 @@ class _Pool:
         except (EOFError, ConnectionError):
             raise self._death(pipe) from None
 
-    def _death(self, pipe: Connection) -> TrainingError:
+    def _death(self, pipe: Any) -> TrainingError:
         self.workers[pipe].join(timeout=5)
         return TrainingError(
             f"a worker process died (exit code {self.workers[pipe].exitcode}; out of memory?)."

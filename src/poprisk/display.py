@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -42,7 +43,7 @@ class ProgressDisplay:
         total = len(comparison.arms) * len(comparison.seeds)
         name = data.config["task"]["name"]
         done = len(data.ends)
-        text = f"training on {name}"
+        text = f"training on {escape(name)}"
         self.bar = self.progress.add_task(text, total=total, completed=done, done=done)
         self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
@@ -98,9 +99,9 @@ class ProgressDisplay:
         grid.add_row(self.progress)
         for (arm, seed), row in sorted(self.running.items()):
             metric = row.get("test_metric")
-            so_far = f"{self.scale.name} {self.scale.value(metric)}" if metric is not None else ""
+            so_far = "" if metric is None else f"{self.scale.name} {self.scale.value(metric)}"
             where = f"seed {seed}, epoch {row['epoch']}/{self.epochs}"
-            grid.add_row(f"  [cyan]{self.labels[arm]}[/], {where}  {so_far}")
+            grid.add_row(f"  [cyan]{self.labels[arm]}[/], {where}  {escape(so_far)}")
         return grid
 
 
@@ -108,7 +109,7 @@ def verdict_table(verdict: Verdict, data: RunData) -> Table:
     """The table of a verdict for the terminal."""
     scale = scale_of(data.config)
     table = Table(
-        title=f"{scale.name} on the test set",
+        title=f"{escape(scale.name)} on the test set",
         title_justify="left",
         title_style="",
         header_style="bold",

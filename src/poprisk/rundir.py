@@ -75,8 +75,14 @@ class RunDirectory:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row to the record and flush it."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write {self.metrics}: {error.strerror or error}; what it holds is kept, "
+                "repeat the command to go on."
+            ) from error
 
     def read(self) -> RunData:
         """Read everything back.

@@ -80,18 +80,26 @@ def compared(difference: Interval, scale: Scale) -> str:
     return "better" if low > 0 else "worse"
 
 
+NO_VERDICT = "Not enough runs have finished for a verdict."
+
+
 def headline(ours: Row | None, best: Row | None, scale: Scale) -> str:
     """Ours against the best AdamW run to the end."""
     if ours is None or best is None or ours.difference is None:
-        return "Not enough runs have finished for a verdict."
+        return NO_VERDICT
     d = ours.difference
     end = f"PopRiskAdamW, default settings, ends at {scale.value(ours.final.mean)} {scale.name}"
     against = f"the best AdamW of the grid run to the end ({scale.value(best.final.mean)})"
+    if not math.isfinite(ours.final.mean):
+        return f"The gate loses here: PopRiskAdamW, default settings, diverged, unlike {against}."
+    if math.isnan(d.mean):  # no seed in common
+        return NO_VERDICT
     size = scale.gap(d.mean, best.final.mean)
     interval = _interval(d, best.final.mean, scale)
     if math.isnan(d.low):
-        side = "better than" if scale.gain(d.mean) > 0 else "worse than"
-        return f"{end}, {size} {side} {against}; one seed, so no interval."
+        side = f"{size} better than" if scale.gain(d.mean) > 0 else f"{size} worse than"
+        side = "level with" if scale.is_zero(size) else side
+        return f"{end}, {side} {against}; one seed, so no interval."
     return {
         "better": f"{end}, {size} better than {against}{interval}.",
         "worse": f"The gate loses here: {end}, {size} worse than {against}{interval}.",
@@ -104,7 +112,10 @@ def _interval(d: Interval, base: float, scale: Scale) -> str:
     """The interval of a gain in words; empty for one seed."""
     if math.isnan(d.low):
         return ""
-    unit = 100.0 if scale.percent else 100.0 / base if base else 1.0
+    if not scale.percent and not base:
+        low, high = sorted((scale.gain(d.low), scale.gain(d.high)))
+        return f"; 95% interval of the gain {low:+.3g} to {high:+.3g}"
+    unit = 100.0 if scale.percent else 100.0 / abs(base)
     low, high = sorted((scale.gain(d.low) * unit, scale.gain(d.high) * unit))
     return f"; 95% interval of the gain {low:+.1f} to {high:+.1f}{'' if scale.percent else '%'}"
 
@@ -113,7 +124,7 @@ def sentences(rows: list[Row], scale: Scale, hindsight: Row | None) -> list[str]
     """What else the table says, one fact each; rows that are missing are passed over."""
     found = {row.family: row for row in reversed(rows) if row.family != "adamw"}
     ours = found.get("poprisk")
-    if ours is None or not ours.seeds:
+    if ours is None or not math.isfinite(ours.final.mean):
         return []
     best = next((r for r in rows if r.family == "adamw" and r.difference is None), None)
     said = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class TaskError(ValueError):
     """A task that cannot be found or made; the message says why and what to do."""
 
 
-def load_task(name: str, *, seed: int, **settings: Any) -> Task:
+def load_task(name: str, /, *, seed: int, **settings: Any) -> Task:
     """Make the task called ``name``: a built-in one, or ``path/to/file.py:function``.
 
     A function that takes ``seed`` gets it (for its split and its noise); ``settings`` are
@@ -47,7 +48,7 @@ def load_task(name: str, *, seed: int, **settings: Any) -> Task:
         )
     try:
         task = function(**({"seed": seed} if "seed" in parameters else {}), **settings)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"task {name} failed: {type(error).__name__}: {error}") from error
     if not isinstance(task, Task):
         raise TaskError(
@@ -75,9 +76,12 @@ def _from_file(path: Path, function: str) -> Callable[..., Any]:
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} is not a Python file; a task is written path/to/file.py:function.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.insert(0, str(path.parent.resolve()))  # as for a script: what lies beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"{path} failed on import: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):

@@ -32,11 +32,13 @@ class Metric(NamedTuple):
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
     """Share of rows of ``outputs`` (n, c) whose largest entry is at ``targets`` (n,)."""
+    checks.check_class_scores(outputs, targets)
     return (outputs.argmax(1) == targets).double().mean().item()
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> float:
     """Mean of the squared difference; both of one shape."""
+    checks.check_one_shape("mse", outputs, targets)
     return (outputs - targets).double().square().mean().item()
 
 
@@ -84,7 +86,7 @@ class Task:
             checks.check_choice("metric", self.metric, METRICS)
             object.__setattr__(self, "metric", METRICS[self.metric])
         checks.check_positive("epochs", self.epochs)
-        checks.check_batch(self.batch_size, len(self.train[1]))
+        checks.check_task_batch(self.batch_size, len(self.train[1]))
         checks.check_task(self)
 
     @property
@@ -113,7 +115,8 @@ class Task:
         noise = (y - self.clean).double()
         if not bool(noise.any()):
             return None
-        return float(((outputs - self.clean).double() * noise).sum() / noise.square().sum())
+        deviation = (outputs.reshape(y.shape) - self.clean).double()
+        return float((deviation * noise).sum() / noise.square().sum())
 
 
 def as_pair(name: str, data: Any) -> Pair:
