@@ -116,6 +116,10 @@ def test_a_missing_file(here: Path) -> None:
             "if p in ('train', 'test')}, loss=lambda o, y: (o[:, 0] - y).square())",
             "task mine.py:make failed: ValueError: mse needs outputs and targets of one shape",
         ),
+        (
+            "return dataclasses.replace(tiny.tiny(), train=(torch.randn(40, 4), tiny.tiny().train[1]))",
+            "task mine.py:make gives other data each time it is made with the same seed; draw",
+        ),
     ],
 )
 def test_a_file_that_gives_no_usable_task(here: Path, body: str, expected: str) -> None:

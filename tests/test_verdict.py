@@ -11,7 +11,7 @@ from scipy import stats
 
 from poprisk.rundir import RunData
 from poprisk.verdict import Interval, Row, Verdict, judge, t_interval
-from poprisk.wording import Scale, compared, headline, scale_of
+from poprisk.wording import Field, Scale, compared, headline, scale_of
 
 NAN = math.nan
 ACCURACY = {"name": "accuracy", "higher_is_better": True, "percent": True}
@@ -209,14 +209,14 @@ def test_the_gate_wins() -> None:
 def test_the_gate_loses_and_is_told_so() -> None:
     verdict = judge(comparison({"poprisk": [0.70, 0.72, 0.71], "mid": [0.75, 0.76, 0.77]}))
     assert verdict.headline.startswith("The gate loses here: PopRiskAdamW, default settings, ")
-    assert "5.0 points worse than the best AdamW" in verdict.headline
+    assert "5.0 points worse than the best of 1 AdamW" in verdict.headline
     low, high = interval_in(verdict.headline)
     assert low < -5 < high < 0
 
 
 def test_a_tie_is_called_level() -> None:
     verdict = judge(comparison({"poprisk": [0.70, 0.74, 0.72], "mid": [0.73, 0.71, 0.71]}))
-    assert "level with the best AdamW" in verdict.headline
+    assert "level with the best of 1 AdamW" in verdict.headline
     assert "is within the noise" in verdict.headline
     low, high = interval_in(verdict.headline)
     assert low < 0 < high
@@ -430,7 +430,8 @@ def test_nothing_is_said_about_noise_that_is_not_known() -> None:
 # --- controls -------------------------------------------------------------------------------------
 
 SMALLER_STEP = "a smaller step explains the result as well as the gate does."
-THE_GATE = "the rest of the gain comes from which coordinates the gate lets through."
+THE_GATE = "come with smaller steps and {} with which weights pass."
+ONLY_WEIGHTS = "which weights pass matters."
 NOT_ENOUGH = "the gate does more than a smaller step, though not enough to win here."
 
 
@@ -439,12 +440,12 @@ NOT_ENOUGH = "the gate does more than a smaller step, though not enough to win h
     [
         (ACCURACY, 0.90, 0.70, 0.90, 0.80, SMALLER_STEP),
         (ACCURACY, 0.90, 0.70, 0.80, 0.91, SMALLER_STEP),
-        (ACCURACY, 0.90, 0.70, 0.80, 0.75, THE_GATE),
+        (ACCURACY, 0.90, 0.70, 0.85, 0.75, THE_GATE.format("5.0 points")),
         (ACCURACY, 0.60, 0.70, 0.50, 0.55, NOT_ENOUGH),
         (ACCURACY, 0.60, 0.70, 0.50, 0.65, SMALLER_STEP),
         (ERROR, 1.0, 3.0, 1.0, 2.0, SMALLER_STEP),
         (ERROR, 1.0, 3.0, 2.0, 0.9, SMALLER_STEP),
-        (ERROR, 1.0, 3.0, 2.0, 2.5, THE_GATE),
+        (ERROR, 1.0, 4.0, 2.0, 2.5, THE_GATE.format("25.0%")),
         (ERROR, 4.0, 3.0, 5.0, 6.0, NOT_ENOUGH),
     ],
 )
@@ -471,7 +472,7 @@ def test_controls_within_the_noise_are_a_tie() -> None:
 def test_controls_that_are_missing_are_passed_over() -> None:
     verdict = judge(comparison({"poprisk": [0.9], "mid": [0.7], "shuffled": [0.8]}))
     assert sentence_with(verdict, "Controls reach") == (
-        f"Controls reach 80.0% with the mask's values shuffled over the weights: {THE_GATE}"
+        f"Controls reach 80.0% with the mask's values shuffled over the weights: {ONLY_WEIGHTS}"
     )
     verdict = judge(comparison({"poprisk": [0.9], "mid": [0.7]}))
     assert not any("Controls" in s for s in verdict.sentences)
@@ -507,4 +508,5 @@ def test_a_scale_writes_its_metric() -> None:
 
 def test_a_headline_needs_ours_and_a_reference() -> None:
     nothing = "Not enough runs have finished for a verdict."
-    assert headline(None, None, POINTS) == nothing
+    nobody = Field([], None, None, None, None, None, None, [])
+    assert headline(None, nobody, POINTS) == nothing

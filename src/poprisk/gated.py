@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast, final, overload
+from typing import Any, final, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,14 @@ from torch.optim import Optimizer
 
 from poprisk import checks
 from poprisk.gate import MASKS_, Mask
-from poprisk.optimizer import PopRiskAdamW, all_finite, tensor_names, warn_skipped
+from poprisk.optimizer import (
+    PopRiskAdamW,
+    all_finite,
+    checked_gradients,
+    evaluate,
+    tensor_names,
+    warn_skipped,
+)
 from poprisk.settings import check_gate_settings, gate_of
 from poprisk.stats import GateStats, gate_sums, module_stats
 from poprisk.variance import Clock, Ema
@@ -75,18 +82,13 @@ class GatedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one gated step; ``closure`` re-evaluates the model and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            checks.check_closure_result(loss)
-        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        grads = [cast(Tensor, p.grad) for p in params]
-        checks.check_gradients(grads)
+        loss = evaluate(closure)
+        grads = checked_gradients(self)
         if not all_finite(grads):
             self.skipped_steps += 1
             warn_skipped("gated optimizer", self.skipped_steps)
             return loss
+        params = (p for g in self.param_groups for p in g["params"] if p.grad is not None)
         for p, g in zip(params, grads, strict=True):
             self._observe(p, g)
         rewrite_step(self.optimizer, self._rewrite)

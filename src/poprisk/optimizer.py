@@ -145,15 +145,8 @@ class PopRiskAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            checks.check_closure_result(loss)
-        with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        grads = [cast(Tensor, p.grad) for p in with_grad]
-        checks.check_gradients(grads)
-        if not all_finite(grads):
+        loss = evaluate(closure)
+        if not all_finite(checked_gradients(self)):
             warn_skipped("PopRiskAdamW", self._count_skip())
             return loss
         for bucket in self._buckets():
@@ -226,6 +219,23 @@ class PopRiskAdamW(Optimizer):
                 buckets[key].params.append(p)
                 buckets[key].states.append(state)
         return list(buckets.values())
+
+
+def evaluate(closure: Callable[[], float] | None) -> float | None:
+    """The loss of a closure passed to ``step``, with gradients enabled; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        loss = closure()
+    checks.check_closure_result(loss)
+    return loss
+
+
+def checked_gradients(optimizer: Optimizer) -> TensorList:
+    """All gradients of an optimizer's parameters; sparse ones are refused."""
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    checks.check_gradients(grads)
+    return grads
 
 
 def tensor_names(index: int, group: dict[str, Any]) -> list[str]:

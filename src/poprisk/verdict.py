@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from poprisk.rundir import RunData
-from poprisk.wording import Interval, Row, headline, scale_of, sentences
+from poprisk.wording import Field, Interval, Row, headline, scale_of, sentences
 
 __all__ = ["Interval", "Row", "Verdict", "judge", "t_interval"]
 
 CONFIDENCE = 0.95
 DEFAULT_ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
+CONTROLS = ("rms-matched", "shuffled")
 ORDER = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
 
 T = TypeVar("T")
@@ -71,9 +72,16 @@ def judge(data: RunData) -> Verdict:
     key = {r.name for r in (best, hindsight) if r}
     key |= {r.name for r in runs if r.family != "adamw" or r.settings == DEFAULT_ADAMW}
     shown = sorted((rows[n] for n in rows if n in key), key=_place)
+    default = next((r for r in grid if r.settings == DEFAULT_ADAMW), None)
+    field = Field(
+        [rows[r.name] for r in grid],
+        *(rows[r.name] if r else None for r in (best, hindsight, default)),
+        *(rows.get(name) for name in ("early-stopping", *CONTROLS)),
+        _leads(runs),
+    )
     return Verdict(
-        headline=headline(rows.get("poprisk"), rows[best.name] if best else None, scale),
-        sentences=sentences(shown, scale, rows[hindsight.name] if hindsight else None),
+        headline=headline(rows.get("poprisk"), field, scale),
+        sentences=sentences(rows.get("poprisk"), field, scale),
         rows=shown,
         other=[row for name, row in rows.items() if name not in key],
         reference=best.label if best else "",
@@ -146,11 +154,21 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
+def _leads(runs: list[_Runs]) -> list[Interval]:
+    found = {r.name: r for r in runs}
+    ours = found.get("poprisk")
+    return [_paired(ours, found[name]) for name in CONTROLS if ours and name in found]
+
+
+def _paired(a: _Runs, b: _Runs) -> Interval:
+    """Final metric of one minus the other's, over the seeds that both have finished."""
+    return t_interval([a.final[s] - b.final[s] for s in a.final if s in b.final])
+
+
 def _row(runs: _Runs, best: _Runs | None) -> Row:
     difference = None
     if best is not None and runs.name != best.name:
-        common = [s for s in runs.final if s in best.final]
-        difference = t_interval([runs.final[s] - best.final[s] for s in common])
+        difference = _paired(runs, best)
     return Row(
         runs.label,
         runs.family,

@@ -80,16 +80,45 @@ def compared(difference: Interval, scale: Scale) -> str:
     return "better" if low > 0 else "worse"
 
 
+class Field(NamedTuple):
+    """Who stands beside ours in the sentences; None for a row that is missing.
+
+    Attributes:
+        grid: all AdamW rows.
+        best: the one with the best final metric.
+        hindsight: the one with the best epoch.
+        default: the one at our learning rate and decay.
+        stopped: AdamW with early stopping.
+        matched: AdamW at the gated run's update size.
+        shuffled: the gate with its values shuffled.
+        leads: our final metric minus that of each of these two controls, paired over seeds.
+    """
+
+    grid: list[Row]
+    best: Row | None
+    hindsight: Row | None
+    default: Row | None
+    stopped: Row | None
+    matched: Row | None
+    shuffled: Row | None
+    leads: list[Interval]
+
+
+TIE = "a smaller step explains the result as well as the gate does."
 NO_VERDICT = "Not enough runs have finished for a verdict."
 
 
-def headline(ours: Row | None, best: Row | None, scale: Scale) -> str:
+def headline(ours: Row | None, field: Field, scale: Scale) -> str:
     """Ours against the best AdamW run to the end."""
+    best = field.best
     if ours is None or best is None or ours.difference is None:
         return NO_VERDICT
     d = ours.difference
     end = f"PopRiskAdamW, default settings, ends at {scale.value(ours.final.mean)} {scale.name}"
-    against = f"the best AdamW of the grid run to the end ({scale.value(best.final.mean)})"
+    against = (
+        f"the best of {len(field.grid)} AdamW settings, picked by the test set "
+        f"({scale.value(best.final.mean)})"
+    )
     if not math.isfinite(ours.final.mean):
         return f"The gate loses here: PopRiskAdamW, default settings, diverged, unlike {against}."
     if math.isnan(d.mean):  # no seed in common
@@ -120,28 +149,41 @@ def _interval(d: Interval, base: float, scale: Scale) -> str:
     return f"; 95% interval of the gain {low:+.1f} to {high:+.1f}{'' if scale.percent else '%'}"
 
 
-def sentences(rows: list[Row], scale: Scale, hindsight: Row | None) -> list[str]:
+def sentences(ours: Row | None, field: Field, scale: Scale) -> list[str]:
     """What else the table says, one fact each; rows that are missing are passed over."""
-    found = {row.family: row for row in reversed(rows) if row.family != "adamw"}
-    ours = found.get("poprisk")
     if ours is None or not math.isfinite(ours.final.mean):
         return []
-    best = next((r for r in rows if r.family == "adamw" and r.difference is None), None)
     said = [
-        _against_stopping(ours, found.get("early-stopping"), scale),
-        _against_hindsight(ours, hindsight, scale),
-        _memorization(ours, best),
-        _controls(ours, best, found.get("rms-matched"), found.get("shuffled"), scale),
+        _against_default(ours, field, scale),
+        _against_stopping(ours, field.stopped, scale),
+        _against_hindsight(ours, field.hindsight, scale),
+        _memorization(ours, field.best),
+        _controls(ours, field, scale),
         _seeds(ours),
     ]
     return [sentence for sentence in said if sentence]
+
+
+def _against_default(ours: Row, field: Field, scale: Scale) -> str:
+    """What choosing the learning rate and decay is worth to AdamW."""
+    finals = sorted(row.final.mean for row in field.grid if math.isfinite(row.final.mean))
+    if field.default is None or not field.default.seeds or len(finals) < 2:
+        return ""
+    end = field.default.final.mean
+    gain = scale.gain(ours.final.mean - end)
+    size = scale.gap(gain, end)
+    side = "as good" if scale.is_zero(size) else f"{size} {'worse' if gain > 0 else 'better'}"
+    return (
+        f"AdamW at the same learning rate and decay ends at {scale.value(end)}, {side}; over the "
+        f"grid it ends anywhere from {scale.value(finals[0])} to {scale.value(finals[-1])}."
+    )
 
 
 def _against_stopping(ours: Row, stopped: Row | None, scale: Scale) -> str:
     if stopped is None or not stopped.seeds:
         return ""
     return (
-        f"AdamW stopped early, its learning rate and epoch chosen on a held-out fifth of the noisy "
+        f"AdamW stopped early, its learning rate and epoch chosen on a held-out fifth of the "
         f"training data, reaches {scale.value(stopped.final.mean)}: {_side(ours, stopped, scale)}."
     )
 
@@ -176,26 +218,44 @@ def _memorization(ours: Row, best: Row | None) -> str:
     )
 
 
-def _controls(
-    ours: Row, best: Row | None, matched: Row | None, shuffled: Row | None, scale: Scale
-) -> str:
+def _controls(ours: Row, field: Field, scale: Scale) -> str:
     """How much of the gain the smaller step alone explains."""
     named = (
-        (matched, "the same update size but no mask"),
-        (shuffled, "the mask's values shuffled over the weights"),
+        (field.matched, "the same update size but no mask"),
+        (field.shuffled, "the mask's values shuffled over the weights"),
     )
     controls = [(r.final.mean, kind) for r, kind in named if r is not None and r.seeds]
     if not controls:
         return ""
     reached = " and ".join(f"{scale.value(value)} with {kind}" for value, kind in controls)
-    gains = [scale.gain(ours.final.mean - value) for value, _ in controls]
-    if any(gain <= 0 for gain in gains):
-        tail = "a smaller step explains the result as well as the gate does."
-    elif best is not None and scale.gain(ours.final.mean - best.final.mean) <= 0:
-        tail = "the gate does more than a smaller step, though not enough to win here."
-    else:
-        tail = "the rest of the gain comes from which coordinates the gate lets through."
+    ahead = all(_ahead(lead, scale) for lead in field.leads)
+    tail = _shares(ours, field, scale) if ahead else TIE
     return f"Controls reach {reached}: {tail}"
+
+
+def _ahead(lead: Interval, scale: Scale) -> bool:
+    """Whether a lead over a control is more than chance, as far as the seeds can tell."""
+    if math.isnan(lead.low):
+        return scale.gain(lead.mean) > 0
+    return compared(lead, scale) == "better"
+
+
+def _shares(ours: Row, field: Field, scale: Scale) -> str:
+    """The gain over AdamW at the same learning rate, in two parts."""
+    if field.default is None or field.matched is None or not field.matched.seeds:
+        return "which weights pass matters."
+    base = field.default.final.mean
+    total = scale.gain(ours.final.mean - base)
+    smaller = scale.gain(field.matched.final.mean - base)
+    if total <= 0:
+        return "the gate does more than a smaller step, though not enough to win here."
+    if not 0 < smaller < total:
+        return "which weights pass matters more than the size of the step."
+    rest = scale.gap(total - smaller, base)
+    return (
+        f"of the {scale.gap(total, base)} gained over AdamW at the same learning rate, "
+        f"{scale.gap(smaller, base)} come with smaller steps and {rest} with which weights pass."
+    )
 
 
 def _seeds(ours: Row) -> str:

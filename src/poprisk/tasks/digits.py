@@ -27,7 +27,7 @@ def _split(seed: int, noise: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
 
     checks.check_number("noise", noise, low=0.0, high=1.0)
     pixels, classes = load_digits(return_X_y=True)
-    x = torch.tensor(pixels / 16.0, dtype=torch.float32)
+    x = torch.as_tensor(pixels, dtype=torch.float32) / 16
     y = torch.tensor(classes, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
