@@ -117,7 +117,8 @@ def test_a_missing_file(here: Path) -> None:
             "task mine.py:make failed: ValueError: mse needs outputs and targets of one shape",
         ),
         (
-            "return dataclasses.replace(tiny.tiny(), train=(torch.randn(40, 4), tiny.tiny().train[1]))",
+            "t = tiny.tiny(); "
+            "return dataclasses.replace(t, train=(torch.randn(40, 4), t.train[1]))",
             "task mine.py:make gives other data each time it is made with the same seed; draw",
         ),
     ],

@@ -343,6 +343,18 @@ def test_checkpoints_are_written_when_due(tmp_path: Path, monkeypatch: pytest.Mo
     assert kept == [None, None, None, 3, 3, 3, 6, 6, 6]
 
 
+@pytest.mark.usefixtures("eager")
+def test_a_trace_is_not_kept_in_the_header_of_a_checkpoint(tmp_path: Path) -> None:
+    """The JSON header of a file of tensors holds at most 100 MB."""
+    run = Run(tiny.tiny(), ARMS["poprisk"], 0, record=True, checkpoint=tmp_path / "run.safetensors")
+    going = run.rows()
+    next(going)
+    next(going)  # saves what the first left
+    state = load_checkpoint(tmp_path / "run.safetensors")
+    assert state["trace"].tolist() == run.progress.trace[:5]
+    assert "trace" not in state["progress"]
+
+
 def test_without_a_checkpoint_a_run_starts_at_the_beginning(tmp_path: Path) -> None:
     assert not Run(tiny.tiny(), ADAMW, 0).resume()
     assert not Run(tiny.tiny(), ADAMW, 0, checkpoint=tmp_path / "none.safetensors").resume()

@@ -202,7 +202,8 @@ def test_the_gate_wins() -> None:
     verdict = judge(comparison({"poprisk": [0.93, 0.95], "mid": [0.70, 0.72], "low": [0.6, 0.6]}))
     assert verdict.headline == (
         "PopRiskAdamW, default settings, ends at 94.0% accuracy, 23.0 points better than the best "
-        "AdamW of the grid run to the end (71.0%); 95% interval of the gain +23.0 to +23.0."
+        "of 2 AdamW settings, picked by the test set (71.0%); 95% interval of the gain +23.0 to "
+        "+23.0."
     )
 
 
@@ -227,7 +228,7 @@ def test_a_lower_error_is_a_gain() -> None:
     verdict = judge(comparison(finals, metric=ERROR))
     assert verdict.headline == (
         "PopRiskAdamW, default settings, ends at 1 mean squared error, 50.0% better than the best "
-        "AdamW of the grid run to the end (2); 95% interval of the gain +50.0 to +50.0%."
+        "of 1 AdamW settings, picked by the test set (2); 95% interval of the gain +50.0 to +50.0%."
     )
 
 

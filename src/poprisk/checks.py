@@ -95,8 +95,8 @@ def check_gradients(grads: Iterable[Tensor]) -> None:
     for grad in grads:
         if grad.layout is not torch.strided:
             raise RuntimeError(
-                "PopRiskAdamW does not support sparse gradients: the variance estimate needs "
-                "every coordinate. Build the embedding with sparse=False."
+                "the gate does not support sparse gradients: the variance estimate needs every "
+                "coordinate. Build the embedding with sparse=False."
             )
 
 
@@ -246,3 +246,29 @@ def check_task(task: Any) -> None:
             f"loss must give one value per example, shape (2,) for two examples, but gave {found}; "
             "pass reduction='none' and average over all dimensions but the first."
         )
+
+
+def check_state_dict(state_dict: Any, moments: Collection[str]) -> None:
+    """Raise unless ``state_dict`` is the state of an optimizer of Adam's kind."""
+    check_state_keys(state_dict, ("state", "param_groups"))
+    for group in state_dict["param_groups"]:
+        if "params" not in group or "betas" not in group:
+            raise ValueError(
+                "state_dict does not come from AdamW or PopRiskAdamW: a group of it has no "
+                "'params' or no 'betas'."
+            )
+    for index, state in state_dict["state"].items():
+        if not all(isinstance(state.get(key), Tensor) for key in moments):
+            raise ValueError(
+                f"state_dict does not come from AdamW or PopRiskAdamW: its state of parameter "
+                f"{index} lacks a tensor {' or '.join(moments)}."
+            )
+
+
+def check_state_keys(state_dict: Any, keys: Collection[str]) -> None:
+    """Raise unless ``state_dict`` is a mapping with ``keys``."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dict, but got {type(state_dict).__name__}.")
+    for key in keys:
+        if key not in state_dict:
+            raise ValueError(f"state_dict has no {key!r}: it is not such an optimizer's state.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import platform
@@ -73,6 +74,12 @@ class Comparison:
         """What ``config.json`` says; two runs with the same one are the same run."""
         _check_device(self.device)
         task = self.make_task(self.seeds[0])
+        data = _fingerprint(self.task, task)
+        if data != _fingerprint(self.task, self.make_task(self.seeds[0])):
+            raise TaskError(
+                f"task {self.task} gives other data each time it is made with the same seed; draw "
+                "all of it from torch.Generator().manual_seed(seed)."
+            )
         return {
             "format": FORMAT,
             "poprisk": metadata.version("poprisk"),
@@ -92,6 +99,7 @@ class Comparison:
                 "train_examples": len(task.train[1]),
                 "test_examples": len(task.test[1]),
                 "parameters": sum(p.numel() for p in task.model().parameters()),
+                "data": data,
                 "noise_known": self._measure(task) is not None,
             },
             "arms": [arm.as_json() for arm in self.arms],
@@ -109,6 +117,17 @@ class Comparison:
                 return task.memorized(model(task.train[0]))
         except Exception as error:
             raise TaskError(f"task {self.task} failed: {type(error).__name__}: {error}") from error
+
+
+def _fingerprint(source: str, task: Task) -> str:
+    """Tells tasks of one name apart: a hash of the data and of the task's file."""
+    digest = hashlib.sha256()
+    for values in (*task.train, *task.test):
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy())
+    path, colon, _ = source.rpartition(":")
+    if colon:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_device(device: str) -> None:

@@ -91,6 +91,10 @@ class RmsMatched(Optimizer):
         super().__init__(optimizer.param_groups, {})
         self.param_groups = optimizer.param_groups
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in ("optimizer", "trace", "steps")}
+        return {**super().__getstate__(), **own}
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
         """Perform one step."""

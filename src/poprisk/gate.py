@@ -95,13 +95,23 @@ MASKS_: dict[str, Mask] = {"hard": _hard_, "soft": _soft_, "snr": _snr_}
 """The masks by name, overwriting ``mean_sq`` with the result: what an optimizer step calls."""
 
 
-def hard(mean_sq: Tensors, var: Tensors, *, alpha: float, var_scale: float = 1.0) -> Tensors:
+def hard(
+    mean_sq: Tensors,
+    var: Tensors,
+    *,
+    alpha: float,
+    softness: float = 0.0,
+    eps: float = 0.0,
+    var_scale: float = 1.0,
+) -> Tensors:
     r"""Mask of the hard threshold, :math:`q = 1\{\hat m^2 > \alpha \hat s\}` [LG, Thm 6.5].
 
     Args:
         mean_sq: :math:`\hat m^2`, any shape, floating point; or a list of such tensors.
         var: variance of the batch-mean gradient, same shape, units of gradient squared.
         alpha: threshold, dimensionless.
+        softness: not used; here so that all masks have one signature.
+        eps: not used.
         var_scale: factor on ``var``: :math:`\hat s` = ``var_scale · var``.
 
     Returns:
@@ -112,7 +122,7 @@ def hard(mean_sq: Tensors, var: Tensors, *, alpha: float, var_scale: float = 1.0
         >>> hard(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 1.0]), alpha=2.0)
         tensor([1., 0.])
     """
-    settings = {"alpha": alpha, "softness": 0.0, "eps": 0.0, "var_scale": var_scale}
+    settings = {"alpha": alpha, "softness": softness, "eps": eps, "var_scale": var_scale}
     return _on_copy("hard", mean_sq, var, **settings)
 
 

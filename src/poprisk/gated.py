@@ -75,6 +75,10 @@ class GatedOptimizer(Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("optimizer", "settings", "skipped_steps")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -121,9 +125,7 @@ class GatedOptimizer(Optimizer):
         Raises:
             ValueError: if it is not such a state or does not fit; nothing is changed then.
         """
-        for key in ("optimizer", "gate", "skipped_steps"):
-            if key not in state_dict:
-                raise ValueError(f"state_dict has no {key!r}: it is not a gated optimizer's state.")
+        checks.check_state_keys(state_dict, ("optimizer", "gate", "skipped_steps"))
         params = [p for g in self.param_groups for p in g["params"]]
         for i, state in state_dict["gate"].items():
             if i >= len(params):
@@ -234,6 +236,7 @@ def gated(
         raise TypeError(f"{type(optimizer).__name__} is gated already.")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("LBFGS evaluates its closure several times per step and cannot be gated.")
+    checks.check_number("beta1", beta1, low=0.0, high=1.0, include_high=False)
     settings = {
         "betas": (beta1, 0.0),
         "rho": rho,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast, final, overload
 
 import torch
@@ -247,25 +247,32 @@ def warn_skipped(name: str, count: int) -> None:
     """Say once that steps are being left out."""
     if count == 1:
         warnings.warn(
-            f"{name} skipped a step because a gradient holds NaN or Inf; weights and state are "
-            "unchanged. Further skips are only counted (optimizer.skipped_steps).",
+            f"{name} skipped a step because a gradient holds NaN or Inf (or its square would); "
+            "weights and state are unchanged. Further skips are only counted "
+            "(optimizer.skipped_steps).",
             RuntimeWarning,
             stacklevel=5,
         )
 
 
-def all_finite(grads: Iterable[Tensor]) -> bool:
-    """Whether no gradient holds a NaN or Inf.
+def all_finite(grads: TensorList) -> bool:
+    """Whether no gradient holds a NaN, an Inf, or a number whose square would overflow.
 
-    One sum per tensor decides almost always (a NaN or Inf never sums to a finite number); entry
-    by entry only if a sum is not finite, which finite numbers can reach by overflow.
+    One norm per tensor decides almost always; the largest entry decides where a norm is larger
+    than an entry may be.
     """
-    sums: dict[tuple[torch.device, torch.dtype], TensorList] = defaultdict(list)
-    for g in grads:
-        total = g.sum(dtype=torch.float32) if g.dtype in LOW_PRECISION else g.sum()
-        sums[g.device, total.dtype].append(total)
-    sums_finite = all(bool(torch.stack(s).isfinite().all()) for s in sums.values())
-    return sums_finite or all(bool(g.isfinite().all()) for g in grads)
+    norms: dict[tuple[torch.device, torch.dtype], TensorList] = defaultdict(list)
+    for norm in torch._foreach_norm(grads) if grads else []:
+        norms[norm.device, norm.dtype].append(norm)
+    if all(_below(torch.stack(n)) for n in norms.values()):
+        return True
+    return all(_below(g.abs()) for g in grads if g.numel())
+
+
+def _below(sizes: Tensor) -> bool:
+    """Whether deviations of these sizes, and no NaN, can be squared in the state's dtype."""
+    limit = torch.finfo(_state_dtype(sizes)).max ** 0.5 / 4
+    return bool(sizes.max().double() <= limit)
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:
@@ -355,9 +362,7 @@ def _tensor_gate(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
 
 def _completed(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """A shallow copy of ``state_dict`` whose groups have every setting."""
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state.")
+    checks.check_state_dict(state_dict, ADAM_KEYS)
     saved = state_dict["param_groups"]
     sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
     if sizes != own:

@@ -95,7 +95,7 @@ class Run:
         state = load_checkpoint(self.checkpoint)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress(**state["progress"], trace=state["trace"].tolist())
         return True
 
     def rows(self) -> Iterator[Row]:
@@ -195,7 +195,8 @@ class Run:
         state = {
             "model": self.model.state_dict(),
             "optimizer": _without_functions(self.optimizer.state_dict()),
-            "progress": vars(self.progress),
+            "progress": {k: v for k, v in vars(self.progress).items() if k != "trace"},
+            "trace": torch.tensor(self.progress.trace, dtype=torch.float64),  # too long for JSON
         }
         save_checkpoint(self.checkpoint, state)
         self._saved_at = time.monotonic()

@@ -124,7 +124,8 @@ class SecondMoment(VarianceEstimator):
     r"""Estimate from Adam's own moments, no extra state: :math:`(\hat v - \hat m^2)_+`.
 
     :math:`E[\hat v - \hat m^2] = (1 - r_t)\,\Sigma_B/(b-1)` for a constant mean gradient; a mean
-    that changes within the memory of ``beta2`` adds to it, hence closes the gate.
+    that changes within the memory of ``beta2`` adds to it, and so does the cut at zero where the
+    mean is larger than the noise; both err towards a closed gate.
     """
 
     def observe_(

@@ -74,10 +74,14 @@ def judge(data: RunData) -> Verdict:
     shown = sorted((rows[n] for n in rows if n in key), key=_place)
     default = next((r for r in grid if r.settings == DEFAULT_ADAMW), None)
     field = Field(
-        [rows[r.name] for r in grid],
-        *(rows[r.name] if r else None for r in (best, hindsight, default)),
-        *(rows.get(name) for name in ("early-stopping", *CONTROLS)),
-        _leads(runs),
+        grid=[rows[r.name] for r in grid],
+        best=rows[best.name] if best else None,
+        hindsight=rows[hindsight.name] if hindsight else None,
+        default=rows[default.name] if default else None,
+        stopped=rows.get("early-stopping"),
+        matched=rows.get("rms-matched"),
+        shuffled=rows.get("shuffled"),
+        leads=_leads(runs),
     )
     return Verdict(
         headline=headline(rows.get("poprisk"), field, scale),
