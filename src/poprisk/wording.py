@@ -104,7 +104,8 @@ class Field(NamedTuple):
     leads: list[Interval]
 
 
-TIE = "a smaller step explains the result as well as the gate does."
+SMALLER_STEP = "a smaller step explains the result as well as the gate does."
+UNDECIDED = "the gate is ahead of them, but by no more than chance on these seeds."
 NO_VERDICT = "Not enough runs have finished for a verdict."
 
 
@@ -228,8 +229,12 @@ def _controls(ours: Row, field: Field, scale: Scale) -> str:
     if not controls:
         return ""
     reached = " and ".join(f"{scale.value(value)} with {kind}" for value, kind in controls)
-    ahead = all(_ahead(lead, scale) for lead in field.leads)
-    tail = _shares(ours, field, scale) if ahead else TIE
+    if any(scale.gain(lead.mean) <= 0 for lead in field.leads):
+        tail = SMALLER_STEP
+    elif not all(_ahead(lead, scale) for lead in field.leads):
+        tail = UNDECIDED
+    else:
+        tail = _shares(ours, field, scale)
     return f"Controls reach {reached}: {tail}"
 
 
