@@ -202,22 +202,24 @@ class PopRiskAdamW(Optimizer):
         return count
 
     def _buckets(self) -> list[Bucket]:
-        buckets: dict[tuple[Any, ...], Bucket] = {}
-        for i, group in enumerate(self.param_groups):
-            estimator = estimator_of(group)
-            params = [p for p in group["params"] if p.grad is not None and p.numel()]
-            states = [self.state[p] for p in params]
-            for p, state in zip(params, states, strict=True):
-                _create_missing(p, state, estimator)
-            for p, state, t in zip(params, states, _count_step(states), strict=True):
-                if estimator is None and "variance_start" in state:
-                    state["variance_start"] += 1  # nothing is observed while the gate is off
-                observations = t - state["variance_start"] if estimator else 0
-                key = (i, p.device, p.dtype, t, observations)
-                if key not in buckets:
-                    buckets[key] = Bucket(group, [], [], t, observations)
-                buckets[key].params.append(p)
-                buckets[key].states.append(state)
+        return [bucket for group in self.param_groups for bucket in self._group_buckets(group)]
+
+    def _group_buckets(self, group: dict[str, Any]) -> list[Bucket]:
+        estimator = estimator_of(group)
+        params = [p for p in group["params"] if p.grad is not None and p.numel()]
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            _prepare(p, state, estimator)
+        kinds = [
+            (p.device, p.dtype, t, t - state["variance_start"] if estimator else 0)
+            for p, state, t in zip(params, states, _count_step(states), strict=True)
+        ]
+        if len(set(kinds)) == 1:
+            return [Bucket(group, params, states, *kinds[0][2:])]
+        buckets = {kind: Bucket(group, [], [], *kind[2:]) for kind in kinds}
+        for kind, p, state in zip(kinds, params, states, strict=True):
+            buckets[kind].params.append(p)
+            buckets[kind].states.append(state)
         return list(buckets.values())
 
 
@@ -279,13 +281,17 @@ def _state_dtype(p: Tensor) -> torch.dtype:
     return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
 
 
-def _create_missing(p: Tensor, state: dict[str, Any], estimator: VarianceEstimator | None) -> None:
+def _prepare(p: Tensor, state: dict[str, Any], estimator: VarianceEstimator | None) -> None:
     """Create the state that the estimator and Adam need and ``state`` lacks."""
     if "step" not in state:
         state["step"] = torch.tensor(0.0)
         for key in ADAM_KEYS:
             state[key] = torch.zeros_like(p, dtype=_state_dtype(p))
-    if estimator is None or "variance_start" in state:
+    if "variance_start" in state:
+        if estimator is None:
+            state["variance_start"] += 1  # nothing is observed while the gate is off
+        return
+    if estimator is None:
         return
     t = int(state["step"].item())
     state["variance_start"] = t if estimator.observes(t + 1) else t + 1
@@ -295,9 +301,9 @@ def _create_missing(p: Tensor, state: dict[str, Any], estimator: VarianceEstimat
 
 def _count_step(states: list[dict[str, Any]]) -> list[int]:
     """Advance the step counters by one and return them."""
-    steps = [state["step"] for state in states]
-    if not steps:
+    if not states:
         return []
+    steps = [state["step"] for state in states]
     torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
     return [int(t) for t in torch.stack(steps).tolist()]
 

@@ -16,7 +16,11 @@ from poprisk.gate import Gate, TensorList
 from poprisk.variance import Clock, VarianceEstimator
 
 CHUNK = 131_072
-"""Elements worked on at a time on the CPU: a few temporaries of this size fit a core's cache."""
+"""Elements of a piece of a large tensor on the CPU: its temporaries stay in cache, and it is still
+worth splitting over threads."""
+
+BLOCK = 65_536
+"""Elements of small tensors worked on together on the CPU."""
 
 
 class AdamSettings(NamedTuple):
@@ -47,10 +51,10 @@ class Slots(NamedTuple):
 
 
 def cache_blocks(slots: Slots, update_: Callable[[Slots], None]) -> None:
-    """Apply an elementwise update in blocks of at most :data:`CHUNK` elements.
+    """Apply an elementwise update piece by piece.
 
-    A large tensor is cut into views if its memory layout has them; of the others, as many as fit
-    go together.
+    A tensor of over :data:`CHUNK` elements is cut into views if its memory layout has them; of the
+    others, as many as fit into :data:`BLOCK` go together.
     """
     block: list[int] = []
     size = 0
@@ -59,7 +63,7 @@ def cache_blocks(slots: Slots, update_: Callable[[Slots], None]) -> None:
             for piece in _pieces(slots.subset([i])):
                 update_(piece)
             continue
-        if size + numel > CHUNK:
+        if block and size + numel > BLOCK:
             update_(slots.subset(block))
             block.clear()
             size = 0
