@@ -217,8 +217,8 @@ def test_the_gate_loses_and_is_told_so() -> None:
 
 def test_a_tie_is_called_level() -> None:
     verdict = judge(comparison({"poprisk": [0.70, 0.74, 0.72], "mid": [0.73, 0.71, 0.71]}))
-    assert "level with the best of 1 AdamW" in verdict.headline
-    assert "is within the noise" in verdict.headline
+    assert "not told apart from the best of 1 AdamW" in verdict.headline
+    assert "0.3 points better, which may be chance" in verdict.headline
     low, high = interval_in(verdict.headline)
     assert low < 0 < high
 
@@ -365,7 +365,7 @@ def test_early_stopping_never_picks_a_diverged_run() -> None:
     [
         (ACCURACY, 0.85, "85.0%: PopRiskAdamW, which holds nothing out, is 5.0 points better."),
         (ACCURACY, 0.92, "92.0%: PopRiskAdamW, which holds nothing out, is 2.0 points worse."),
-        (ACCURACY, 0.90, "90.0%: PopRiskAdamW, which holds nothing out, does as well."),
+        (ACCURACY, 0.90, "90.0%: PopRiskAdamW, which holds nothing out, is as good."),
         (ERROR, 1.2, "reaches 1.2: PopRiskAdamW, which holds nothing out, is 25.0% better."),
         (ERROR, 0.6, "reaches 0.6: PopRiskAdamW, which holds nothing out, is 50.0% worse."),
     ],
@@ -511,5 +511,5 @@ def test_a_scale_writes_its_metric() -> None:
 
 def test_a_headline_needs_ours_and_a_reference() -> None:
     nothing = "Not enough runs have finished for a verdict."
-    nobody = Field([], None, None, None, None, None, None, [])
+    nobody = Field([], None, None, None, None, None, None, {})
     assert headline(None, nobody, POINTS) == nothing

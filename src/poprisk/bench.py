@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,8 +30,10 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
     "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
     "PopRiskAdamW": lambda params: PopRiskAdamW(params, foreach=True),
-    "second-moment": lambda params: PopRiskAdamW(params, foreach=True, variance="second-moment"),
-    "loop": lambda params: PopRiskAdamW(params, foreach=False),
+    "PopRiskAdamW, second-moment": lambda params: PopRiskAdamW(
+        params, foreach=True, variance="second-moment"
+    ),
+    "PopRiskAdamW, loop": lambda params: PopRiskAdamW(params, foreach=False),
 }
 BASELINE = "AdamW foreach"
 
@@ -42,6 +45,7 @@ class StepTime(NamedTuple):
         parameters: name of the set.
         optimizer: name of the optimizer.
         milliseconds: median time of a step.
+        baseline_milliseconds: the baseline's in the same rounds.
         ratio: median over steps of the time over the baseline's, taken in the same round.
         ratio_low: lower quartile of that ratio.
         ratio_high: upper quartile of that ratio.
@@ -50,6 +54,7 @@ class StepTime(NamedTuple):
     parameters: str
     optimizer: str
     milliseconds: float
+    baseline_milliseconds: float
     ratio: float
     ratio_low: float
     ratio_high: float
@@ -69,19 +74,16 @@ def bench_steps(*, threads: int, steps: int) -> list[StepTime]:
     torch.set_num_threads(threads)
     try:
         return [
-            result
+            _bench_pair(name, shapes, other, steps)
             for name, shapes in PARAMETER_SETS.items()
             for other in OPTIMIZERS
             if other != BASELINE
-            for result in _bench_pair(name, shapes, other, steps)
         ]
     finally:
         torch.set_num_threads(before)
 
 
-def _bench_pair(
-    name: str, shapes: Sequence[tuple[int, ...]], other: str, steps: int
-) -> list[StepTime]:
+def _bench_pair(name: str, shapes: Sequence[tuple[int, ...]], other: str, steps: int) -> StepTime:
     pair = {key: OPTIMIZERS[key](_parameters(shapes)) for key in (BASELINE, other)}
     times: dict[str, list[float]] = {key: [] for key in pair}
     for _ in range(WARM_UP + steps):
@@ -90,16 +92,14 @@ def _bench_pair(
             optimizer.step()
             times[key].append(1e3 * (time.perf_counter() - started))
     kept = {key: values[WARM_UP:] for key, values in times.items()}
-    results = [_summary(name, other, kept[other], kept[BASELINE])]
-    if other == next(key for key in OPTIMIZERS if key != BASELINE):
-        results.insert(0, _summary(name, BASELINE, kept[BASELINE], kept[BASELINE]))
-    return results
+    return _summary(name, other, kept[other], kept[BASELINE])
 
 
 def _summary(name: str, optimizer: str, own: list[float], base: list[float]) -> StepTime:
     ratios = [a / b for a, b in zip(own, base, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return StepTime(name, optimizer, statistics.median(own), middle, low, high)
+    medians = statistics.median(own), statistics.median(base)
+    return StepTime(name, optimizer, *medians, middle, low, high)
 
 
 def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
@@ -116,11 +116,18 @@ def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
 
 def bench_table(results: list[StepTime], *, threads: int) -> Table:
     """The results as a table: a line per parameter set and optimizer."""
-    table = Table(title=f"one optimizer step on the CPU, threads: {threads}", title_justify="left")
+    table = Table(
+        title=f"one optimizer step on the CPU, threads: {threads}",
+        title_justify="left",
+        caption=f"each is timed in turn with {BASELINE}; ratio: median over these rounds",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
     table.add_column("parameters")
     table.add_column("optimizer")
-    table.add_column("median ms", justify="right")
-    table.add_column(f"ratio to {BASELINE}", justify="right")
+    table.add_column("ms", justify="right")
+    table.add_column(f"{BASELINE} ms", justify="right")
+    table.add_column("ratio", justify="right")
     table.add_column("quartiles", justify="right")
     last = ""
     for r in results:
@@ -128,9 +135,9 @@ def bench_table(results: list[StepTime], *, threads: int) -> Table:
             r.parameters if r.parameters != last else "",
             r.optimizer,
             f"{r.milliseconds:.2f}",
+            f"{r.baseline_milliseconds:.2f}",
             f"{r.ratio:.2f}",
             f"{r.ratio_low:.2f} to {r.ratio_high:.2f}",
-            end_section=False,
         )
         last = r.parameters
     return table

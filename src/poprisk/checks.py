@@ -250,7 +250,7 @@ def check_task(task: Any) -> None:
 
 def check_state_dict(state_dict: Any, moments: Collection[str]) -> None:
     """Raise unless ``state_dict`` is the state of an optimizer of Adam's kind."""
-    check_state_keys(state_dict, ("state", "param_groups"))
+    check_state_keys(state_dict, ("state", "param_groups"), "an")
     for group in state_dict["param_groups"]:
         if "params" not in group or "betas" not in group:
             raise ValueError(
@@ -265,10 +265,10 @@ def check_state_dict(state_dict: Any, moments: Collection[str]) -> None:
             )
 
 
-def check_state_keys(state_dict: Any, keys: Collection[str]) -> None:
-    """Raise unless ``state_dict`` is a mapping with ``keys``."""
+def check_state_keys(state_dict: Any, keys: Collection[str], kind: str) -> None:
+    """Raise unless ``state_dict`` is a mapping with ``keys``; ``kind`` is the article."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a dict, but got {type(state_dict).__name__}.")
     for key in keys:
         if key not in state_dict:
-            raise ValueError(f"state_dict has no {key!r}: it is not such an optimizer's state.")
+            raise ValueError(f"state_dict has no {key!r}: it is not {kind} optimizer's state.")

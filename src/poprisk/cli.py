@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -13,9 +14,10 @@ from rich.console import Console
 
 from poprisk.arms import default_arms
 from poprisk.bench import bench_steps, bench_table, write_results
-from poprisk.compare import Comparison, TrainingError, compare, environment
+from poprisk.compare import Comparison, TrainingError, compare, environment, start_forkserver
 from poprisk.display import ProgressDisplay, verdict_table
 from poprisk.report import write_report
+from poprisk.report.notes import notices
 from poprisk.rundir import RunDirectory, RunDirectoryError
 from poprisk.tasks import BUILT_IN, TaskError
 from poprisk.verdict import judge
@@ -30,6 +32,21 @@ console = Console() if sys.stdout.isatty() else Console(width=120)
 DEFAULT_SEEDS = 3
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"poprisk {metadata.version('poprisk')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train on population risk: a noise gate for AdamW, with its controls."""
+
+
 @app.command("compare")
 def compare_command(
     task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
@@ -37,19 +54,24 @@ def compare_command(
     full: Annotated[
         bool, typer.Option("--full", help="All arms, not just the telling ones.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Run directory [runs/TASK].")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data [the task's].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/TASK if left out.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data, if not the task's.")
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Argument of the task's function, as in noise=0.2."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; one per core if left out.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
 ) -> None:
     """Train every arm on every seed of TASK and say which generalizes; resumes when repeated."""
     for name, value in (("--seeds", seeds), ("--epochs", epochs), ("--workers", workers)):
         if value is not None and value < 1:
             _fail(f"{name} must be at least 1, but got {value}.")
+    start_forkserver()
     comparison = Comparison(
         task=task,
         arms=default_arms(full=full),
@@ -64,13 +86,17 @@ def compare_command(
         config = comparison.config()
         directory = RunDirectory(out or Path("runs") / _default_name(comparison))
         directory.create(config, environment(comparison.workers))
+        data = directory.read()
         _say(config["task"]["description"] or config["task"]["name"], style="bold")
         _say(
             f"{len(comparison.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, {comparison.workers} "
             f"worker{'s' * (comparison.workers > 1)}; record in {directory.path} (stop at any "
             "time, repeat the command to go on)"
         )
-        with ProgressDisplay(console, comparison, directory.read()) as display:
+        if data.ends:
+            total = len(comparison.arms) * seeds
+            _say(f"{len(data.ends)} of {total} trainings are there already; going on with the rest")
+        with ProgressDisplay(console, comparison, data) as display:
             compare(comparison, directory, display)
         _conclude(directory)
     except (TaskError, RunDirectoryError, ValueError) as error:
@@ -128,7 +154,10 @@ def _conclude(directory: RunDirectory) -> None:
         write_report(data, verdict, path)
     except OSError as error:
         raise RunDirectoryError(f"cannot write {path}: {error.strerror or error}.") from error
-    console.print(verdict_table(verdict, data))
+    if verdict.rows:
+        console.print(verdict_table(verdict, data))
+    for notice in notices(data):
+        _say(notice, style="yellow")
     console.print(f"\n{verdict.headline}", style="bold", markup=False, highlight=False)
     for sentence in verdict.sentences:
         console.print(f"- {sentence}", markup=False, highlight=False)

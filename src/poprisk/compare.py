@@ -6,10 +6,12 @@ import hashlib
 import multiprocessing
 import os
 import platform
+import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -191,13 +193,27 @@ def _trace_kept(comparison: Comparison, directory: RunDirectory, arm: Arm, seed:
     return not _is_followed(comparison, arm) or _trace_path(directory, arm.name, seed).exists()
 
 
+def start_forkserver() -> None:
+    """Let the process that workers are forked from begin its imports; they take seconds.
+
+    It ignores Ctrl-C, which is the parent's to handle.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # Constructing any torch optimizer imports torch._dynamo, a second of work: once for all.
+    context.set_forkserver_preload(["poprisk.training", "torch._dynamo"])
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 class _Pool:
     """Worker processes, each with a pipe; a worker ends when its pipe does."""
 
     def __init__(self, comparison: Comparison, directory: RunDirectory, size: int) -> None:
+        start_forkserver()
         context = multiprocessing.get_context("forkserver")
-        # Constructing any torch optimizer imports torch._dynamo, a second of work: once for all.
-        context.set_forkserver_preload(["poprisk.training", "torch._dynamo"])
         self.directory = directory
         self.workers: dict[Connection, ForkServerProcess] = {}
         for _ in range(size):

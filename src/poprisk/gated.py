@@ -125,7 +125,7 @@ class GatedOptimizer(Optimizer):
         Raises:
             ValueError: if it is not such a state or does not fit; nothing is changed then.
         """
-        checks.check_state_keys(state_dict, ("optimizer", "gate", "skipped_steps"))
+        checks.check_state_keys(state_dict, ("optimizer", "gate", "skipped_steps"), "a gated")
         params = [p for g in self.param_groups for p in g["params"]]
         for i, state in state_dict["gate"].items():
             if i >= len(params):

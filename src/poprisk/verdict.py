@@ -16,7 +16,7 @@ __all__ = ["Interval", "Row", "Verdict", "judge", "t_interval"]
 
 CONFIDENCE = 0.95
 DEFAULT_ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
-CONTROLS = ("rms-matched", "shuffled")
+RIVALS = ("early-stopping", "rms-matched", "shuffled")
 ORDER = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
 
 T = TypeVar("T")
@@ -158,10 +158,10 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
-def _leads(runs: list[_Runs]) -> list[Interval]:
+def _leads(runs: list[_Runs]) -> dict[str, Interval]:
     found = {r.name: r for r in runs}
     ours = found.get("poprisk")
-    return [_paired(ours, found[name]) for name in CONTROLS if ours and name in found]
+    return {name: _paired(ours, found[name]) for name in RIVALS if ours and name in found}
 
 
 def _paired(a: _Runs, b: _Runs) -> Interval:

@@ -91,7 +91,7 @@ class Field(NamedTuple):
         stopped: AdamW with early stopping.
         matched: AdamW at the gated run's update size.
         shuffled: the gate with its values shuffled.
-        leads: our final metric minus that of each of these two controls, paired over seeds.
+        leads: our final metric minus that of each of the last three, paired over seeds, by family.
     """
 
     grid: list[Row]
@@ -101,7 +101,7 @@ class Field(NamedTuple):
     stopped: Row | None
     matched: Row | None
     shuffled: Row | None
-    leads: list[Interval]
+    leads: dict[str, Interval]
 
 
 SMALLER_STEP = "a smaller step explains the result as well as the gate does."
@@ -133,9 +133,16 @@ def headline(ours: Row | None, field: Field, scale: Scale) -> str:
     return {
         "better": f"{end}, {size} better than {against}{interval}.",
         "worse": f"The gate loses here: {end}, {size} worse than {against}{interval}.",
-        "level": f"{end}, level with {against}: the difference of {size} is within the "
-        f"noise{interval}.",
+        "level": f"{end}, not told apart from {against}: {_signed(d, size, scale)}, which may be "
+        f"chance{interval}.",
     }[compared(d, scale)]
+
+
+def _signed(d: Interval, size: str, scale: Scale) -> str:
+    """A difference with its direction in a word."""
+    if scale.is_zero(size):
+        return "no difference"
+    return f"{size} {'better' if scale.gain(d.mean) > 0 else 'worse'}"
 
 
 def _interval(d: Interval, base: float, scale: Scale) -> str:
@@ -156,7 +163,7 @@ def sentences(ours: Row | None, field: Field, scale: Scale) -> list[str]:
         return []
     said = [
         _against_default(ours, field, scale),
-        _against_stopping(ours, field.stopped, scale),
+        _against_stopping(field, scale),
         _against_hindsight(ours, field.hindsight, scale),
         _memorization(ours, field.best),
         _controls(ours, field, scale),
@@ -180,21 +187,17 @@ def _against_default(ours: Row, field: Field, scale: Scale) -> str:
     )
 
 
-def _against_stopping(ours: Row, stopped: Row | None, scale: Scale) -> str:
-    if stopped is None or not stopped.seeds:
+def _against_stopping(field: Field, scale: Scale) -> str:
+    lead = field.leads.get("early-stopping")
+    if field.stopped is None or not field.stopped.seeds or lead is None or math.isnan(lead.mean):
         return ""
+    reached = field.stopped.final.mean
+    side = _signed(lead, scale.gap(lead.mean, reached), scale).replace("no difference", "as good")
     return (
         f"AdamW stopped early, its learning rate and epoch chosen on a held-out fifth of the "
-        f"training data, reaches {scale.value(stopped.final.mean)}: {_side(ours, stopped, scale)}."
+        f"training data, reaches {scale.value(reached)}: PopRiskAdamW, which holds nothing out, is "
+        f"{side}{_interval(lead, reached, scale)}."
     )
-
-
-def _side(ours: Row, other: Row, scale: Scale) -> str:
-    gain = scale.gain(ours.final.mean - other.final.mean)
-    size = scale.gap(gain, other.final.mean)
-    if scale.is_zero(size):
-        return "PopRiskAdamW, which holds nothing out, does as well"
-    return f"PopRiskAdamW, which holds nothing out, is {size} {'better' if gain > 0 else 'worse'}"
 
 
 def _against_hindsight(ours: Row, hindsight: Row | None, scale: Scale) -> str:
@@ -229,9 +232,10 @@ def _controls(ours: Row, field: Field, scale: Scale) -> str:
     if not controls:
         return ""
     reached = " and ".join(f"{scale.value(value)} with {kind}" for value, kind in controls)
-    if any(scale.gain(lead.mean) <= 0 for lead in field.leads):
+    leads = [lead for family, lead in field.leads.items() if family != "early-stopping"]
+    if any(scale.gain(lead.mean) <= 0 for lead in leads):
         tail = SMALLER_STEP
-    elif not all(_ahead(lead, scale) for lead in field.leads):
+    elif not all(_ahead(lead, scale) for lead in leads):
         tail = UNDECIDED
     else:
         tail = _shares(ours, field, scale)
