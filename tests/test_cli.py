@@ -247,10 +247,10 @@ def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[P
     assert (config["task"]["name"], config["task"]["epochs"], config["seeds"]) == ("tiny", 1, [0])
     environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     assert {"python", "torch", "workers"} <= environment.keys()
-    assert len(RunDirectory(path).read().ends) == 12
+    assert len(RunDirectory(path).read().ends) == 15
     page = (path / "report.html").read_text(encoding="utf-8")
     assert "two classes, 30% of the training labels wrong" in page
-    assert text.startswith("two classes, 30% of the training labels wrong\n12 arms, 1 seed")
+    assert text.startswith("two classes, 30% of the training labels wrong\n15 arms, 1 seed")
     assert "[ 12/12]" in text
     assert "PopRiskAdamW, default settings, ends at" in text
     assert text.endswith("Report: out/report.html\n")
@@ -369,8 +369,8 @@ def test_a_run_that_fails_is_named_and_repeating_goes_on() -> None:
         assert result.exit_code == 1
         assert result.stderr.startswith("poprisk: arm poprisk, seed 1 failed:\n")
         assert result.stderr.endswith("ArithmeticError: the loss gave up\n")
-    assert "[ 12/24]" in first.stdout
-    assert "[ 12/24]" not in second.stdout
+    assert "[ 15/30]" in first.stdout
+    assert "[ 15/30]" not in second.stdout
 
 
 @pytest.mark.usefixtures("no_report")

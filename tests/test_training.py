@@ -154,7 +154,7 @@ def test_other_arms_train_on_everything() -> None:
 def test_the_held_out_fifth_is_one_for_all_learning_rates_and_another_for_each_seed() -> None:
     task = tiny.regression()
     stopped = [arm for arm in ARMS.values() if arm.held_out]
-    assert len(stopped) == 20
+    assert len(stopped) == 30
     parts = [Run(task, arm, 0).held_out[1] for arm in stopped]
     assert all(torch.equal(y, parts[0]) for y in parts)
     assert not torch.equal(Run(task, stopped[0], 1).held_out[1], parts[0])

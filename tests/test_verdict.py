@@ -433,6 +433,7 @@ def test_nothing_is_said_about_noise_that_is_not_known() -> None:
 SMALLER_STEP = "a smaller step explains the result as well as the gate does."
 THE_GATE = "come with smaller steps and {} with which weights pass."
 ONLY_WEIGHTS = "which weights pass matters."
+WRONG_WEIGHTS = "the mask helps by its size here, not by which weights it picks."
 NOT_ENOUGH = "the gate does more than a smaller step, though not enough to win here."
 
 
@@ -440,12 +441,12 @@ NOT_ENOUGH = "the gate does more than a smaller step, though not enough to win h
     ("metric", "ours", "best", "matched", "shuffled", "tail"),
     [
         (ACCURACY, 0.90, 0.70, 0.90, 0.80, SMALLER_STEP),
-        (ACCURACY, 0.90, 0.70, 0.80, 0.91, SMALLER_STEP),
+        (ACCURACY, 0.90, 0.70, 0.80, 0.91, WRONG_WEIGHTS),
         (ACCURACY, 0.90, 0.70, 0.85, 0.75, THE_GATE.format("5.0 points")),
         (ACCURACY, 0.60, 0.70, 0.50, 0.55, NOT_ENOUGH),
-        (ACCURACY, 0.60, 0.70, 0.50, 0.65, SMALLER_STEP),
+        (ACCURACY, 0.60, 0.70, 0.50, 0.65, WRONG_WEIGHTS),
         (ERROR, 1.0, 3.0, 1.0, 2.0, SMALLER_STEP),
-        (ERROR, 1.0, 3.0, 2.0, 0.9, SMALLER_STEP),
+        (ERROR, 1.0, 3.0, 2.0, 0.9, WRONG_WEIGHTS),
         (ERROR, 1.0, 4.0, 2.0, 2.5, THE_GATE.format("25.0%")),
         (ERROR, 4.0, 3.0, 5.0, 6.0, NOT_ENOUGH),
     ],
@@ -456,6 +457,39 @@ def test_controls_say_what_the_smaller_step_explains(
     finals = {"poprisk": [ours], "mid": [best], "rms-matched": [matched], "shuffled": [shuffled]}
     verdict = judge(comparison(finals, metric=metric))
     assert sentence_with(verdict, "Controls reach").endswith(tail)
+
+
+def test_a_gate_behind_both_controls_is_told_so() -> None:
+    finals = {
+        "poprisk": [0.70, 0.71, 0.69],
+        "mid": [0.90, 0.91, 0.89],
+        "rms-matched": [0.80, 0.82, 0.79],
+        "shuffled": [0.85, 0.86, 0.83],
+    }
+    said = sentence_with(judge(comparison(finals)), "Controls reach")
+    assert said.endswith("the gate does worse than its controls.")
+
+
+@pytest.mark.parametrize(
+    ("grid", "warned"),
+    [
+        ({1e-3: 0.9, 1e-4: 0.8, 1e-2: 0.7}, False),
+        ({1e-3: 0.8, 1e-4: 0.9, 1e-2: 0.7}, True),
+        ({1e-3: 0.8, 1e-4: 0.7, 1e-2: 0.9}, True),
+        ({1e-3: 0.8}, False),
+    ],
+)
+def test_a_best_adamw_at_the_edge_of_the_grid_is_pointed_out(
+    grid: dict[float, float], warned: bool
+) -> None:
+    data = comparison({"poprisk": [0.9]})
+    for rate, final in grid.items():
+        name, settings = f"lr {rate}", {"lr": rate, "weight_decay": 0.01}
+        arm = {"name": name, "label": name, "family": "adamw", "settings": settings}
+        data.config["arms"].append(arm)
+        data.ends[name, 0] = end(final)
+    said = any("edge of the grid" in s for s in judge(data).sentences)
+    assert said == warned
 
 
 def test_controls_within_the_noise_are_a_tie() -> None:
@@ -511,5 +545,5 @@ def test_a_scale_writes_its_metric() -> None:
 
 def test_a_headline_needs_ours_and_a_reference() -> None:
     nothing = "Not enough runs have finished for a verdict."
-    nobody = Field([], None, None, None, None, None, None, {})
+    nobody = Field([], None, None, None, None, None, None, {}, "")
     assert headline(None, nobody, POINTS) == nothing

@@ -13,10 +13,10 @@ from poprisk.controls import RmsMatched, ShuffledMask, UpdateTrace
 from poprisk.optimizer import PopRiskAdamW
 
 FAMILIES = ("adamw", "early-stopping", "poprisk", "rms-matched", "shuffled", "paper", "peer")
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-FULL_LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+FULL_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 WEIGHT_DECAYS = (0.01, 1.0)
-FULL_WEIGHT_DECAYS = (0.0, 0.01, 0.1, 1.0)
+FULL_WEIGHT_DECAYS = (0.0, 0.01, 0.1, 1.0, 3.0)
 OURS = "poprisk"
 
 
@@ -95,7 +95,7 @@ def _paper_arms() -> list[Arm]:
 
 def _peer_arms() -> list[Arm]:
     return [
-        Arm("m-svag", "M-SVAG, lr 0.01", "peer", "m-svag", {"lr": 0.01}),
+        Arm("m-svag", "M-SVAG, lr 0.1", "peer", "m-svag", {"lr": 0.1}),
         Arm(
             "adabelief",
             "AdaBelief, lr 0.001",

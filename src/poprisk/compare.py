@@ -124,8 +124,9 @@ class Comparison:
 def _fingerprint(source: str, task: Task) -> str:
     """Tells tasks of one name apart: a hash of the data and of the task's file."""
     digest = hashlib.sha256()
-    for values in (*task.train, *task.test):
-        digest.update(values.contiguous().flatten().view(torch.uint8).numpy())
+    clean = () if task.clean is None else (task.clean,)
+    for values in (*task.train, *task.test, *clean):
+        digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     path, colon, _ = source.rpartition(":")
     if colon:
         digest.update(Path(path).read_bytes())
@@ -165,6 +166,11 @@ def compare(comparison: Comparison, directory: RunDirectory, on_row: OnRow) -> N
         TaskError: if the task fails for a seed.
         RunDirectoryError: if a checkpoint is damaged or the record cannot be written.
     """
+    with directory.locked():
+        _compare(comparison, directory, on_row)
+
+
+def _compare(comparison: Comparison, directory: RunDirectory, on_row: OnRow) -> None:
     ended = set(directory.read().ends)
     jobs = [
         (arm, seed)

@@ -29,9 +29,7 @@ class ProgressDisplay:
         self.epochs = data.config["task"]["epochs"]
         self.labels = {arm.name: arm.label for arm in comparison.arms}
         self.started = time.monotonic()
-        self.finals: dict[str, list[float]] = {}
-        for (arm, _), end in data.ends.items():
-            self.finals.setdefault(arm, []).append(end["final_metric"])
+        self.ended = set(data.ends)
         self.running: dict[tuple[str, int], Record] = {}
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -68,9 +66,10 @@ class ProgressDisplay:
         before = self._share(key)
         if row["event"] == "end":
             self.running.pop(key, None)
-            self.finals.setdefault(row["arm"], []).append(row["final_metric"])
-            self.progress.advance(self.bar, 1 - before)
-            self.progress.update(self.bar, done=sum(len(v) for v in self.finals.values()))
+            again = key in self.ended
+            self.ended.add(key)
+            self.progress.advance(self.bar, -before if again else 1 - before)
+            self.progress.update(self.bar, done=len(self.ended))
             if self.live is None:
                 self._line(row)
         else:
@@ -83,7 +82,7 @@ class ProgressDisplay:
         return self.running[key]["epoch"] / self.epochs if key in self.running else 0.0
 
     def _line(self, row: Record) -> None:
-        done = sum(len(v) for v in self.finals.values())
+        done = len(self.ended)
         total = int(self.progress.tasks[0].total or 0)
         value = row["stopped_metric"] if row["stopped_metric"] is not None else row["final_metric"]
         spent = time.monotonic() - self.started

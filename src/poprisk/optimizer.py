@@ -287,11 +287,11 @@ def _prepare(p: Tensor, state: dict[str, Any], estimator: VarianceEstimator | No
         state["step"] = torch.tensor(0.0)
         for key in ADAM_KEYS:
             state[key] = torch.zeros_like(p, dtype=_state_dtype(p))
-    if "variance_start" in state:
-        if estimator is None:
+    if estimator is None:
+        if "variance_start" in state:
             state["variance_start"] += 1  # nothing is observed while the gate is off
         return
-    if estimator is None:
+    if "variance_start" in state and all(key in state for key in estimator.state_keys):
         return
     t = int(state["step"].item())
     state["variance_start"] = t if estimator.observes(t + 1) else t + 1

@@ -6,8 +6,11 @@ a line, flushed, so that a killed run loses at most the line being written.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +58,8 @@ class RunDirectory:
         try:
             if (self.path / "config.json").exists():
                 self._check_same(config)
-                self._drop_torn_line()
+                with self.locked():
+                    self._drop_torn_line()
                 self.checkpoints.mkdir(exist_ok=True)
                 return
             if self.path.exists() and not self._is_blank():
@@ -72,6 +76,23 @@ class RunDirectory:
                 f"cannot write the run directory {self.path}: {error.strerror or error}; choose "
                 "another with --out."
             ) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing here.
+
+        Raises:
+            RunDirectoryError: if one is writing already.
+        """
+        with self.metrics.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunDirectoryError(
+                    f"another process is working in {self.path}; wait for it, or choose another "
+                    "directory with --out."
+                ) from None
+            yield
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row to the record and flush it."""

@@ -82,6 +82,7 @@ def judge(data: RunData) -> Verdict:
         matched=rows.get("rms-matched"),
         shuffled=rows.get("shuffled"),
         leads=_leads(runs),
+        edge=_edge(best, grid),
     )
     return Verdict(
         headline=headline(rows.get("poprisk"), field, scale),
@@ -126,8 +127,28 @@ def _single(arm: dict[str, Any], data: RunData) -> _Runs:
     )
 
 
-def _early_stopping(data: RunData) -> _Runs:
-    """Learning rate, decay and epoch chosen seed by seed on the noisy held-out fifth."""
+def _edge(best: _Runs | None, grid: list[_Runs]) -> str:
+    """A warning if a better AdamW may lie outside of the grid."""
+    if best is None:
+        return ""
+    rates = [r.settings["lr"] for r in grid]
+    decays = [r.settings["weight_decay"] for r in grid]
+    lr, decay = best.settings["lr"], best.settings["weight_decay"]
+    edges = []
+    if min(rates) < max(rates) and lr in (min(rates), max(rates)):
+        edges.append(f"learning rate {lr:g}")
+    if min(decays) < decay == max(decays):
+        edges.append(f"decay {decay:g}")
+    if not edges:
+        return ""
+    return (
+        f"The best AdamW lies at the edge of the grid ({' and '.join(edges)}): a wider one may "
+        "hold a better AdamW."
+    )
+
+
+def early_stopping_choices(data: RunData) -> dict[int, dict[str, Any]]:
+    """The end row of the arm that each seed keeps by its held-out metric; whole grids only."""
     arms = [a["name"] for a in data.config["arms"] if a["family"] == "early-stopping"]
     higher = data.config["task"]["metric"]["higher_is_better"]
     chosen: dict[int, dict[str, Any]] = {}
@@ -136,6 +157,13 @@ def _early_stopping(data: RunData) -> _Runs:
         pick = _best(ends, lambda e: e["held_out_best"], higher)
         if pick is not None and len(ends) == len(arms):  # all of the grid, or it is not a choice
             chosen[seed] = pick
+    return chosen
+
+
+def _early_stopping(data: RunData) -> _Runs:
+    """Settings and epoch chosen seed by seed on the held-out fifth."""
+    arms = [a["name"] for a in data.config["arms"] if a["family"] == "early-stopping"]
+    chosen = early_stopping_choices(data)
     return _Runs(
         "early-stopping",
         "AdamW, early stopping on a held-out fifth",

@@ -92,6 +92,7 @@ class Field(NamedTuple):
         matched: AdamW at the gated run's update size.
         shuffled: the gate with its values shuffled.
         leads: our final metric minus that of each of the last three, paired over seeds, by family.
+        edge: a warning if the best AdamW lies at the edge of the grid, else empty.
     """
 
     grid: list[Row]
@@ -102,9 +103,12 @@ class Field(NamedTuple):
     matched: Row | None
     shuffled: Row | None
     leads: dict[str, Interval]
+    edge: str
 
 
 SMALLER_STEP = "a smaller step explains the result as well as the gate does."
+WRONG_WEIGHTS = "the mask helps by its size here, not by which weights it picks."
+BEATEN = "the gate does worse than its controls."
 UNDECIDED = "the gate is ahead of them, but by no more than chance on these seeds."
 NO_VERDICT = "Not enough runs have finished for a verdict."
 
@@ -167,6 +171,7 @@ def sentences(ours: Row | None, field: Field, scale: Scale) -> list[str]:
         _against_hindsight(ours, field.hindsight, scale),
         _memorization(ours, field.best),
         _controls(ours, field, scale),
+        field.edge,
         _seeds(ours),
     ]
     return [sentence for sentence in said if sentence]
@@ -194,7 +199,7 @@ def _against_stopping(field: Field, scale: Scale) -> str:
     reached = field.stopped.final.mean
     side = _signed(lead, scale.gap(lead.mean, reached), scale).replace("no difference", "as good")
     return (
-        f"AdamW stopped early, its learning rate and epoch chosen on a held-out fifth of the "
+        f"AdamW stopped early, its settings and epoch chosen on a held-out fifth of the "
         f"training data, reaches {scale.value(reached)}: PopRiskAdamW, which holds nothing out, is "
         f"{side}{_interval(lead, reached, scale)}."
     )
@@ -233,8 +238,13 @@ def _controls(ours: Row, field: Field, scale: Scale) -> str:
         return ""
     reached = " and ".join(f"{scale.value(value)} with {kind}" for value, kind in controls)
     leads = [lead for family, lead in field.leads.items() if family != "early-stopping"]
-    if any(scale.gain(lead.mean) <= 0 for lead in leads):
+    matched = field.leads.get("rms-matched")
+    if all(compared(lead, scale) == "worse" for lead in leads):
+        tail = BEATEN
+    elif matched is not None and scale.gain(matched.mean) <= 0:
         tail = SMALLER_STEP
+    elif any(scale.gain(lead.mean) <= 0 for lead in leads):
+        tail = WRONG_WEIGHTS
     elif not all(_ahead(lead, scale) for lead in leads):
         tail = UNDECIDED
     else:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from poprisk.report.curves import EpochRow
 from poprisk.report.formats import plural
 from poprisk.rundir import RunData
-from poprisk.verdict import Verdict
+from poprisk.verdict import Verdict, early_stopping_choices
 
 OURS = "poprisk"
 FAMILIES = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
@@ -71,7 +70,7 @@ def _rows(data: RunData, family: str, arms: Sequence[str]) -> tuple[list[EpochRo
     rows: list[EpochRow] = [row for row in data.epochs if row["arm"] in arms]
     if family != "early-stopping":
         return rows, []
-    chosen = _chosen(data, arms)
+    chosen = early_stopping_choices(data)
     if not chosen:
         return rows, []
     horizon = sorted({row["epoch"] for row in data.epochs})
@@ -80,19 +79,6 @@ def _rows(data: RunData, family: str, arms: Sequence[str]) -> tuple[list[EpochRo
         mine = [r for r in rows if r["seed"] == seed and r["arm"] == end["arm"]]
         kept += _held(mine, end["stopped_epoch"], horizon)
     return kept, [(end["stopped_epoch"], end["stopped_metric"]) for end in chosen.values()]
-
-
-def _chosen(data: RunData, arms: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """The end row of the arm that each seed would have kept, by the held-out metric."""
-    sign = 1 if data.config["task"]["metric"]["higher_is_better"] else -1
-    chosen: dict[int, dict[str, Any]] = {}
-    for (arm, seed), end in data.ends.items():
-        score, stop = end.get("held_out_best"), end["stopped_epoch"]
-        if arm not in arms or stop is None or score is None or not math.isfinite(score):
-            continue
-        if seed not in chosen or sign * (score - chosen[seed]["held_out_best"]) > 0:
-            chosen[seed] = end
-    return chosen
 
 
 def _held(rows: Sequence[EpochRow], stop: int, horizon: Sequence[int]) -> list[EpochRow]:
