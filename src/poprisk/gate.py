@@ -241,7 +241,7 @@ def threshold(
         noise_ratio: :math:`r_t`, see :func:`momentum_noise`.
         inflation: expected value of the variance estimate over the variance of the batch mean.
         z: 1 makes :math:`\hat m^2 - \alpha\hat s` an unbiased estimate of the squared population
-            gradient; 2 lets about 5% of pure noise pass.
+            gradient, in the long run; 2 lets about 5% of pure noise pass.
         batch_size: effective batch b.
         dataset_size: n, or None for a stream.
 

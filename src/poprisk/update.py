@@ -7,10 +7,12 @@ one chunk stay in cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from poprisk.gate import Gate, TensorList
 from poprisk.variance import Clock, VarianceEstimator
@@ -108,9 +110,9 @@ def gated_adamw_(
     if estimator is not None:
         estimator.observe_(s, g, m, clock)
     if settings.weight_decay != 0:
-        torch._foreach_mul_(w, 1 - settings.lr * settings.weight_decay)
+        torch._foreach_mul_(w, _number(1 - settings.lr * settings.weight_decay, w[0]))
     torch._foreach_lerp_(m, g, 1 - settings.beta1)
-    torch._foreach_mul_(v, settings.beta2)
+    torch._foreach_mul_(v, _number(settings.beta2, v[0]))
     torch._foreach_addcmul_(v, g, g, 1 - settings.beta2)
 
     step = m
@@ -131,9 +133,20 @@ def masks(slots: Slots, clock: Clock, estimator: VarianceEstimator, gate: Gate) 
     return gate(slots.exp_avgs, raw, mean_scale=clock.mean_scale, var_scale=var_scale)
 
 
+def _number(value: float, like: Tensor) -> float | Tensor:
+    """``value`` in the form that a foreach kernel on the device of ``like`` takes fastest."""
+    return value if like.device.type != "cpu" else _constant(value, like.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A 0-d tensor, which costs a CPU kernel half of what a Python number does."""
+    return torch.tensor(value, dtype=dtype)
+
+
 def adam_denominator(exp_avg_sqs: TensorList, clock: Clock, eps: float) -> TensorList:
     r""":math:`\sqrt{\hat v} + \varepsilon`, newly allocated."""
     denom = list(torch._foreach_sqrt(exp_avg_sqs))
-    torch._foreach_div_(denom, (1 - clock.beta2**clock.t) ** 0.5)
+    torch._foreach_div_(denom, _number((1 - clock.beta2**clock.t) ** 0.5, denom[0]))
     torch._foreach_add_(denom, eps)
     return denom

@@ -76,8 +76,9 @@ class Ema(VarianceEstimator):
               \hat s_t = s_t/(1-\rho^{k})
 
     with k updates so far. The mean is bias-corrected and the first step, which has none, is
-    left out; :math:`E[\hat s] = (1 + r_t)\,\Sigma_B/(b-1)` up to terms that vanish with the
-    first :math:`1/(1-\beta_1)` steps. ``paper=True`` is the literal form: centred on the raw
+    left out. In the long run :math:`E[\hat s] = (1 + r_t)\,\Sigma_B/(b-1)`; early deviations,
+    from shorter averages, make it larger: by 33% at step 2, 18% at step 10, 5% at step 50, for
+    the default decays. ``paper=True`` is the literal form: centred on the raw
     :math:`m_{t-1}`, first step included.
 
     Args:
@@ -125,7 +126,8 @@ class SecondMoment(VarianceEstimator):
 
     :math:`E[\hat v - \hat m^2] = (1 - r_t)\,\Sigma_B/(b-1)` for a constant mean gradient; a mean
     that changes within the memory of ``beta2`` adds to it, and so does the cut at zero where the
-    mean is larger than the noise; both err towards a closed gate.
+    mean is larger than the noise. Where the cut gives zero the gate is open: at ``z=2`` 6% of
+    pure noise pass, 16% with betas (0.5, 0.99).
     """
 
     def observe_(
