@@ -79,10 +79,13 @@ def _from_file(path: Path, function: str) -> Callable[..., Any]:
     sys.modules[spec.name] = module  # dataclasses look their module up there
     if str(path.parent.resolve()) not in sys.path:
         sys.path.insert(0, str(path.parent.resolve()))  # as for a script: what lies beside it
+    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no __pycache__ there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise TaskError(f"{path} failed on import: {type(error).__name__}: {error}") from error
+    finally:
+        sys.dont_write_bytecode = kept
     found = getattr(module, function, None)
     if not callable(found):
         raise TaskError(f"{path} has no function {function!r}.")
