@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from poprisk.controls import RmsMatched, ShuffledMask, UpdateTrace
 from poprisk.optimizer import PopRiskAdamW
 
-FAMILIES = ("adamw", "early-stopping", "poprisk", "rms-matched", "shuffled", "paper", "peer")
+FAMILIES = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
+"""Kinds of arms, in the order of the tables."""
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 FULL_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 WEIGHT_DECAYS = (0.01, 1.0)

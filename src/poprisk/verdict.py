@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from poprisk.arms import FAMILIES
 from poprisk.rundir import RunData
 from poprisk.wording import Field, Interval, Row, headline, scale_of, sentences
 
@@ -17,7 +18,6 @@ __all__ = ["Interval", "Row", "Verdict", "judge", "t_interval"]
 CONFIDENCE = 0.95
 DEFAULT_ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
 RIVALS = ("early-stopping", "rms-matched", "shuffled")
-ORDER = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def judge(data: RunData) -> Verdict:
 
 def _place(row: Row) -> tuple[int, bool]:
     """Order in the table: by family, the reference first in its own."""
-    return ORDER.index(row.family), row.difference is not None
+    return FAMILIES.index(row.family), row.difference is not None
 
 
 class _Runs(NamedTuple):

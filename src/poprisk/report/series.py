@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from poprisk.arms import FAMILIES
 from poprisk.report.curves import EpochRow
 from poprisk.report.formats import plural
 from poprisk.rundir import RunData
 from poprisk.verdict import Verdict, early_stopping_choices
 
 OURS = "poprisk"
-FAMILIES = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
 DASHES = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "12 4"}
 SHADES = 8  # --c-module-1 to --c-module-8 in the style sheet
 MODULES_SHOWN = 12

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -67,47 +69,35 @@ def per_example_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
-def digits(seed: int = 0, *, noise: float = 0.4, hidden: int = 256) -> Task:
-    """8×8 digits, 1,000 for training with 40% symmetric label noise, 797 clean ones for testing."""
-    checks.check_positive("hidden", hidden)
+def _task(
+    name: str, model: Callable[[], nn.Module], seed: int, noise: float, epochs: int, about: str
+) -> Task:
     train, test, clean = _split(seed, noise)
     return Task(
-        name="digits",
-        model=lambda: mlp(hidden),
+        name=name,
+        model=model,
         loss=per_example_cross_entropy,
         train=train,
         test=test,
         clean=clean,
-        epochs=80,
-        description=f"handwritten digits, MLP, {noise:.0%} of the training labels wrong",
+        epochs=epochs,
+        description=f"handwritten digits, {about.format(noise=noise)}",
     )
+
+
+def digits(seed: int = 0, *, noise: float = 0.4, hidden: int = 256) -> Task:
+    """8×8 digits, 1,000 for training with 40% symmetric label noise, 797 clean ones for testing."""
+    checks.check_positive("hidden", hidden)
+    about = "MLP, {noise:.0%} of the training labels wrong"
+    return _task("digits", lambda: mlp(hidden), seed, noise, 80, about)
 
 
 def digits_cnn(seed: int = 0, *, noise: float = 0.4) -> Task:
     """The same data with a small convolutional network."""
-    train, test, clean = _split(seed, noise)
-    return Task(
-        name="digits-cnn",
-        model=cnn,
-        loss=per_example_cross_entropy,
-        train=train,
-        test=test,
-        clean=clean,
-        epochs=60,
-        description=f"handwritten digits, CNN, {noise:.0%} of the training labels wrong",
-    )
+    about = "CNN, {noise:.0%} of the training labels wrong"
+    return _task("digits-cnn", cnn, seed, noise, 60, about)
 
 
 def digits_clean(seed: int = 0, *, hidden: int = 256) -> Task:
     """The digits with correct labels: here a gate can only cost accuracy."""
-    train, test, clean = _split(seed, 0.0)
-    return Task(
-        name="digits-clean",
-        model=lambda: mlp(hidden),
-        loss=per_example_cross_entropy,
-        train=train,
-        test=test,
-        clean=clean,
-        epochs=80,
-        description="handwritten digits, MLP, correct labels",
-    )
+    return _task("digits-clean", lambda: mlp(hidden), seed, 0.0, 80, "MLP, correct labels")
