@@ -11,8 +11,9 @@ from torch import Tensor
 import poprisk.gate
 from asserts import assert_bitwise, assert_close
 from cases import MASKS, MODES, REDUCTIONS, evaluate
-from poprisk import PopRiskAdamW, reference
+from poprisk import PopRiskAdamW
 from poprisk.gate import MASKS_, Gate, finite_ratio, momentum_noise, threshold
+from poprisk.reference import optimizer as reference
 from poprisk.variance import Clock, Ema
 from samplers import moments, noisy_grads, observed_masks, parameter, take_steps
 

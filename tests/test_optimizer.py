@@ -19,7 +19,7 @@ from cases import (
     settings,
 )
 from poprisk import GateStats, PopRiskAdamW, gate
-from poprisk.reference import ReferenceOptimizer
+from poprisk.reference.optimizer import ReferenceOptimizer
 from poprisk.update import CHUNK
 from samplers import copies, grad_rows, noisy_grads, parameter, randn, take_steps, trajectory
 
