@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from poprisk.factors.gram import gram, squared_norms
+from poprisk.factors.gram import gram_, mirror_, squared_norms
 from poprisk.factors.graph import Graph, Use, find_uses, walk
 from poprisk.factors.moments import moments
 from poprisk.factors.nodes import terms_of
-from poprisk.factors.terms import Term, merged, products
+from poprisk.factors.terms import ALL, Term, merged, products
 
 WORKSPACE = 1 << 25
 """Default size of temporaries, in elements."""
@@ -68,6 +68,21 @@ class Factors:
         self.examples = examples
         self.values = values
 
+    def part(self, examples: slice = ALL, values: slice = ALL) -> Factors:
+        """The gradients of some examples and values."""
+        terms = {name: [t.part(examples, values) for t in ts] for name, ts in self.terms.items()}
+        return Factors(
+            terms,
+            self.params,
+            examples=len(range(self.examples)[examples]),
+            values=len(range(self.values)[values]),
+        )
+
+    def elements(self) -> int:
+        """Elements of memory that the factors take."""
+        terms = [t for ts in self.terms.values() for t in ts]
+        return sum(t.elements() for t in terms)
+
     def gram(
         self,
         other: Factors | None = None,
@@ -91,7 +106,9 @@ class Factors:
         for name, terms in self.terms.items():
             if name in right.terms:
                 weight = _weight(precondition, name, self.params[name])
-                total += gram(terms, right.terms[name], weight, workspace)
+                gram_(total, terms, right.terms[name], weight, workspace)
+        if right is self:
+            mirror_(total, self.examples, self.values)
         return total
 
     def squared_norms(

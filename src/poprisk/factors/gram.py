@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,31 +13,46 @@ PANEL = 1024
 """Rows of a symmetric Gram matrix that are computed at once; above it only one triangle is."""
 
 
-def gram(left: list[Term], right: list[Term], weight: Tensor | None, workspace: int) -> Tensor:
-    r"""Inner products :math:`\langle G_{ik}, M \odot G'_{jl}\rangle`, (b·k, b'·k').
+def gram_(
+    out: Tensor, left: list[Term], right: list[Term], weight: Tensor | None, workspace: int
+) -> None:
+    r"""Add inner products :math:`\langle G_{ik}, M \odot G'_{jl}\rangle` to ``out``, (b·k, b'·k').
 
     Of two ways the one with fewer operations is taken: through the factors, without forming the
     gradients, or by forming them, some rows of the parameter at a time.
 
     Args:
+        out: what to add to; if ``left`` is ``right``, only :func:`panels` of it.
         left: terms of one set of examples.
         right: terms of the same parameter for another set; the same object: symmetric.
         weight: M, of the parameter's shape; None for ones.
         workspace: elements that temporaries may take, roughly.
     """
-    (b, k), (c, _) = size(left), size(right)
-    if left is not right or b * k <= PANEL or b == 1:
-        return _gram(left, right, weight, workspace)
+    if left is not right:
+        _add(out, left, right, weight, workspace)
+        return
+    b, k = size(left)
+    for rows, columns in panels(b, k):
+        upper = [t.part(rows) for t in left]
+        lower = upper if rows == columns else [t.part(columns) for t in left]
+        block = out[rows.start * k : rows.stop * k, columns.start * k : columns.stop * k]
+        _add(block, upper, lower, weight, workspace)
+
+
+def panels(b: int, k: int) -> Iterator[tuple[slice, slice]]:
+    """Pairs of ranges of examples that cover the lower triangle of a symmetric Gram matrix."""
     step = max(1, PANEL // k)
-    panels = [[t.part(slice(i, i + step)) for t in left] for i in range(0, b, step)]
-    out = like(left).new_empty(b * k, c * k)
-    for i, upper in enumerate(panels):
-        for j, lower in enumerate(panels[: i + 1]):
-            block = _gram(upper, upper if i == j else lower, weight, workspace)
-            rows, columns = slice(i * step * k, None), slice(j * step * k, None)
-            out[rows, columns][: len(block), : block.shape[1]] = block
-            out[columns, rows][: block.shape[1], : len(block)] = block.T
-    return out
+    ranges = [slice(i, min(i + step, b)) for i in range(0, b, step)]
+    return ((rows, columns) for i, rows in enumerate(ranges) for columns in ranges[: i + 1])
+
+
+def mirror_(out: Tensor, b: int, k: int) -> None:
+    """Complete a symmetric Gram matrix whose :func:`panels` are known."""
+    for rows, columns in panels(b, k):
+        if rows != columns:
+            high = slice(rows.start * k, rows.stop * k)
+            low = slice(columns.start * k, columns.stop * k)
+            out[low, high] = out[high, low].T
 
 
 def squared_norms(terms: list[Term], weight: Tensor | None, workspace: int) -> Tensor:
@@ -63,22 +80,24 @@ def like(terms: list[Term]) -> Tensor:
     return terms[0].cot if isinstance(terms[0], Outer) else terms[0].grads
 
 
-def _gram(left: list[Term], right: list[Term], weight: Tensor | None, workspace: int) -> Tensor:
+def _add(
+    out: Tensor, left: list[Term], right: list[Term], weight: Tensor | None, workspace: int
+) -> None:
     outers = [t for t in left if isinstance(t, Outer)], [t for t in right if isinstance(t, Outer)]
     if len(outers[0]) < len(left) or not _factors_pay(*outers, weight):
-        return _dense_gram(left, right, weight, workspace)
-    (b, k), (c, m) = size(left), size(right)
-    out = like(left).new_zeros(b, k, c, m)
+        _add_dense(out, left, right, weight, workspace)
+        return
+    table = out.unflatten(1, size(right)).unflatten(0, size(left))
     for x in outers[0]:
         for y in outers[1]:
-            step = max(1, workspace // max(1, x.cot[0, :, :, 0].numel() * y.cot[..., 0].numel()))
-            for i in range(0, b, step):
+            pairs = x.cot[0, :, :, 0].numel() * y.cot[..., 0].numel()
+            step = max(1, workspace // max(1, 2 * pairs))
+            for i in range(0, len(table), step):
                 rows = slice(i, i + step)
                 if weight is None:
-                    _add_products(out[rows], x.part(rows), y)
+                    _add_products(table[rows], x.part(rows), y)
                 else:
-                    _add_weighted(out[rows], x.part(rows), y, weight)
-    return out.reshape(b * k, c * m)
+                    _add_weighted(table[rows], x.part(rows), y, weight)
 
 
 def _factors_pay(left: list[Outer], right: list[Outer], weight: Tensor | None) -> bool:
@@ -135,19 +154,16 @@ def _add_weighted(out: Tensor, x: Outer, y: Outer, weight: Tensor) -> None:
         out.addcmul_(products.reshape(out.shape), pairs[:, None, :, None])
 
 
-def _dense_gram(
-    left: list[Term], right: list[Term], weight: Tensor | None, workspace: int
-) -> Tensor:
-    (b, k), (c, m) = size(left), size(right)
+def _add_dense(
+    out: Tensor, left: list[Term], right: list[Term], weight: Tensor | None, workspace: int
+) -> None:
     same = left is right
-    out = like(left).new_zeros(b * k, c * m)
-    for rows in _row_chunks(left, b * k + (0 if same else c * m), workspace):
+    for rows in _row_chunks(left, len(out) + (0 if same else out.shape[1]), workspace):
         x = dense([_of_rows(t, rows) for t in left]).flatten(0, 1)
         y = x if same else dense([_of_rows(t, rows) for t in right]).flatten(0, 1)
         if weight is not None:
             x = x * _weight_rows(weight, rows, left[0])
         out.addmm_(x, y.T)
-    return out
 
 
 def _row_chunks(terms: list[Term], gradients: int, workspace: int) -> list[slice]:

@@ -51,6 +51,11 @@ class Outer(NamedTuple):
         """The length c of the inputs."""
         return self.act.size if isinstance(self.act, OneHot) else self.act.shape[-1]
 
+    def elements(self) -> int:
+        """Elements of memory."""
+        act = self.act.indices if isinstance(self.act, OneHot) else self.act
+        return self.cot.numel() + act.numel()
+
     def part(self, b: slice, k: slice = ALL) -> Outer:
         """The factors of some examples and values."""
         act = self.act
@@ -83,6 +88,10 @@ class Dense(NamedTuple):
 
     grads: Tensor
     shape: tuple[int, ...]
+
+    def elements(self) -> int:
+        """Elements of memory."""
+        return self.grads.numel()
 
     def part(self, b: slice, k: slice = ALL) -> Dense:
         """The gradients of some examples and values."""

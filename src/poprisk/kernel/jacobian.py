@@ -1,0 +1,230 @@
+"""The Jacobian of a model's outputs with respect to its parameters, block by block of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from poprisk.checks import examples as checks
+from poprisk.factors import Factors, capture
+
+Inputs = Any
+"""A tensor for ``model(x)``, a tuple of tensors for ``model(*x)`` or a dict for ``model(**x)``."""
+
+Selection = Collection[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def trainable(model: nn.Module, chosen: Selection = None) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name, each once.
+
+    Args:
+        model: the module.
+        chosen: names, or a function of name and parameter; None: all.
+
+    Raises:
+        ValueError: if a name is unknown or frozen, nothing is left, or devices are mixed.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if callable(chosen):
+        params = {name: p for name, p in params.items() if chosen(name, p)}
+    elif chosen is not None:
+        checks.check_names("params", chosen, params)
+        params = {name: params[name] for name in chosen}
+    checks.check_some_parameters(params)
+    return params
+
+
+def as_inputs(name: str, data: Any) -> Inputs:
+    """Inputs as one batch; a list or loader of batches is read twice, compared and concatenated.
+
+    A batch that is a list or tuple counts as (inputs, targets, ...): the first part is taken.
+
+    Raises:
+        TypeError, ValueError: if there is no example, lengths differ, or a second pass through
+            the data gives something else.
+    """
+    if not isinstance(data, (Tensor, tuple, Mapping)):
+        checks.check_iterable(name, data)
+        first, second = list(_batches(data)), list(_batches(data))
+        checks.check_repeatable(name, _equal(first, second))
+        data = pytree.tree_map(_concatenated, *first) if first else ()
+    checks.check_inputs(name, pytree.tree_leaves(data))
+    return data
+
+
+def _concatenated(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def _batches(data: Iterable[Any]) -> Iterator[Any]:
+    for batch in data:
+        yield batch[0] if isinstance(batch, (list, tuple)) else batch
+
+
+def _equal(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=False)
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in pairs)
+
+
+def length(inputs: Inputs) -> int:
+    """Number of examples."""
+    return len(pytree.tree_leaves(inputs)[0])
+
+
+def take(inputs: Inputs, examples: slice | list[int]) -> Inputs:
+    """Some of the examples."""
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor[examples]
+
+    return pytree.tree_map(part, inputs)
+
+
+class Footprint(NamedTuple):
+    """Memory of one example, in elements.
+
+    Attributes:
+        graph: tensors that a forward pass saves for the backward pass.
+        factors: what is kept of them, and of the gradients.
+    """
+
+    graph: int
+    factors: int
+
+
+@final
+class Jacobian:
+    """J, of shape (n·c, P), row by row of examples; it is never formed.
+
+    Args:
+        model: any module whose output has the examples first.
+        params: those to differentiate with respect to.
+        inputs: n examples.
+        outputs: positions of the outputs that count, None: all; or ``"sum"``: their sum.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        inputs: Inputs,
+        outputs: Sequence[int] | str | None,
+    ) -> None:
+        self.model = model
+        self.params = params
+        self.inputs = inputs
+        self.outputs = outputs
+        self.examples = length(inputs)
+        with torch.no_grad():
+            self.values = self.evaluate(take(inputs, slice(0, 1))).shape[1]
+
+    def evaluate(self, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The outputs that count, (b, k), with other weights if given."""
+        outputs = _call(self.model, weights, inputs)
+        checks.check_outputs(outputs, length(inputs))
+        flat = outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
+        if self.outputs == "sum":
+            return flat.sum(dim=1, keepdim=True)
+        if self.outputs is None or isinstance(self.outputs, str):
+            return flat
+        checks.check_positions("outputs", self.outputs, flat.shape[1])
+        return flat[:, list(self.outputs)]
+
+    def factors(self, examples: slice) -> Factors:
+        """The rows of some examples, in factors."""
+        inputs = take(self.inputs, examples)
+        alone = length(inputs) == 1
+        with torch.enable_grad():
+            values = self.evaluate(take(inputs, [0, 0]) if alone else inputs)
+            captured = capture(values, self.params)
+        return captured.part(slice(0, 1)) if alone else captured
+
+    def footprint(self) -> Footprint:
+        """What an example costs, measured on two."""
+        saved: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in self.params.values()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+            return tensor
+
+        inputs = take(self.inputs, [0, min(1, self.examples - 1)])
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            values = self.evaluate(inputs)
+        return Footprint(sum(saved.values()) // 2, capture(values, self.params).elements() // 2)
+
+    def transposed_product(self, vector: Tensor, block: int) -> dict[str, Tensor]:
+        """Jᵀv by reverse mode, (n·k,) to parameters, ``block`` examples at a time."""
+        total = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        parts = vector.reshape(self.examples, self.values)
+        for i in range(0, self.examples, block):
+            rows = slice(i, min(i + block, self.examples))
+            with torch.enable_grad():
+                values = self.evaluate(take(self.inputs, rows))
+            grads = torch.autograd.grad(
+                values, list(self.params.values()), parts[rows], allow_unused=True
+            )
+            for name, grad in zip(total, grads, strict=True):
+                if grad is not None:
+                    total[name] += grad
+        return total
+
+    def product(self, vector: Mapping[str, Tensor], block: int) -> Tensor:
+        """Jw by forward mode, parameters to (n·k,); through factors where that is not to be had."""
+        rows = [slice(i, min(i + block, self.examples)) for i in range(0, self.examples, block)]
+        try:
+            products = [self._forward_mode(vector, r) for r in rows]
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward" not in str(error).lower():
+                raise
+            products = [self.factors(r).products(vector) for r in rows]
+        return torch.cat(products).flatten()
+
+    def _forward_mode(self, vector: Mapping[str, Tensor], rows: slice) -> Tensor:
+        inputs = take(self.inputs, rows)
+        weights = {name: p.detach() for name, p in self.params.items()}
+        tangents = {name: vector[name] for name in weights}
+
+        def outputs(weights: dict[str, Tensor]) -> Tensor:
+            return self.evaluate(inputs, weights)
+
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(outputs, (weights,), (tangents,))[1]
+
+
+def _call(model: nn.Module, weights: Mapping[str, Tensor] | None, inputs: Inputs) -> Any:
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    if weights is None:
+        return model(*args, **kwargs)
+    return torch.func.functional_call(model, dict(weights), args, kwargs)
+
+
+def check_repeatable_model(jacobian: Jacobian) -> None:
+    """Raise unless outputs are the same when computed again, and in other company.
+
+    Raises:
+        ValueError: for dropout, batch statistics, or anything else that makes the outputs of an
+            example random or dependent on the other examples.
+    """
+    checks.check_no_batch_statistics(jacobian.model)
+    some = take(jacobian.inputs, slice(0, 8))
+    with torch.no_grad():
+        first, again = jacobian.evaluate(some), jacobian.evaluate(some)
+        checks.check_deterministic(_close(first, again), jacobian.model)
+        if len(first) > 1:
+            checks.check_independent(
+                _close(first[1:], jacobian.evaluate(take(some, slice(1, None))))
+            )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-3 if a.dtype != torch.float64 else 1e-8
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
