@@ -8,8 +8,11 @@ that depends on parameters alone, and along which dimension the examples lie the
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,8 +28,24 @@ VIEWS = frozenset(
 )
 """Nodes with one input whose output belongs to examples only if the input does."""
 
-ORDERS = ("_saved_dims", "_saved_dim0", "_saved_dim1")
-"""Saved attributes that say how a node reorders dimensions."""
+PURE = frozenset(
+    f"{name}Backward{i}"
+    for i in range(2)
+    for name in (
+        "Mm Bmm Addmm Baddbmm Mv Dot Add Sub Mul Div Neg Pow Exp Log Sqrt Rsqrt Tanh Sigmoid Relu "
+        "Softplus Softmax LogSoftmax Sum Mean Norm LinalgVectorNorm WeightNormInterface Cat Stack"
+    ).split()
+)
+"""Nodes that compute from their inputs alone, if all of these have nodes of their own."""
+
+REORDERS = frozenset(
+    f"{name}Backward0"
+    for name in "Index IndexSelect IndexPut IndexAdd IndexCopy Gather Scatter ScatterAdd".split()
+)
+"""Nodes that may exchange examples, as an index tensor says."""
+
+TRUSTED = 3
+"""Batches that must agree on where the examples lie before a structure is taken as known."""
 
 
 class Layout(NamedTuple):
@@ -90,12 +109,49 @@ class Graph(NamedTuple):
                     node.name(),
                     shapes(node),
                     self.owners.get(node),
-                    [getattr(node, key, None) for key in ORDERS],
+                    _settings(node),
                     [(position.get(cast(Node, n)), k) for n, k in node.next_functions],
                 )
                 for node in self.nodes
             ]
         )
+
+
+def _settings(node: Node) -> list[object]:
+    """What decides, besides shapes, where a node moves the examples: dimensions, sizes, offsets."""
+    names = _plain_names(type(node))
+    values = [getattr(node, name) for name in names] + list(getattr(node, "__dict__", {}).values())
+    plain: list[object] = [value for value in values if _is_plain(value)]
+    if node.name() in REORDERS:
+        plain += [_in_order(index) for index in _indices(node)]
+    return plain
+
+
+@functools.cache
+def _plain_names(kind: type) -> tuple[str, ...]:
+    """Saved attributes of a kind of node that are no tensors."""
+    names = set(dir(kind))
+    return tuple(sorted(n for n in names if n.startswith("_saved_") and f"_raw{n}" not in names))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, int | str)
+
+
+def _indices(node: Any) -> Iterator[Tensor | None]:
+    found = getattr(node, "_saved_indices", None)
+    if found is None:
+        found = getattr(node, "_saved_index", None)
+    yield from found if isinstance(found, tuple | list) else [found]
+
+
+def _in_order(index: Tensor | None) -> bool | None:
+    """Whether an index is 0, 1, 2, ..., None if it is a mask or absent."""
+    if index is None or index.dtype == torch.bool:
+        return None
+    return torch.equal(index.flatten(), torch.arange(index.numel(), device=index.device))
 
 
 def shapes(node: Node) -> tuple[tuple[int, ...], ...]:
@@ -127,72 +183,89 @@ def walk(root: Node, names: dict[int, str]) -> Graph:
     return Graph(order[::-1], owners)
 
 
+@dataclass
+class _Known:
+    """What batches of one structure have told.
+
+    Attributes:
+        candidates: by position of the node and by output, the layouts that fitted every batch;
+            None where no gradient came.
+        batches: how many of them left no doubt.
+        uses: the conclusion.
+    """
+
+    candidates: dict[int, list[set[Layout] | None]] = field(default_factory=dict)
+    batches: int = 0
+    uses: list[Use] = field(default_factory=list)
+
+    def belongs_to_examples(self, node: int) -> bool:
+        """Whether some layout fits each output that a gradient came to."""
+        return all(c is None or bool(c) for c in self.candidates[node])
+
+
 def find_uses(graph: Graph, values: Tensor) -> list[Use]:
     """All places where parameters meet examples; remembered for graphs of equal structure."""
     key = graph.signature()
-    if key in _REMEMBERED:
-        _REMEMBERED.move_to_end(key)
-        return _REMEMBERED[key]
-    found = _find_layouts(graph, values)
-    uses = _boundary(graph, found)
-    if all(found[graph.nodes[use.node]].certain for use in uses):
-        _REMEMBERED[key] = uses
-        if len(_REMEMBERED) > 64:
-            _REMEMBERED.popitem(last=False)
-    return uses
+    known = _REMEMBERED.setdefault(key, _Known())
+    _REMEMBERED.move_to_end(key)
+    if len(_REMEMBERED) > 64:
+        _REMEMBERED.popitem(last=False)
+    if known.batches < TRUSTED:
+        reached = _find_layouts(graph, values, known)
+        known.uses = _boundary(graph, known)
+        known.batches += all(
+            use.node in reached
+            and all(c is None or len(c) == 1 for c in known.candidates[use.node])
+            for use in known.uses
+        )
+    return known.uses
 
 
-_REMEMBERED: OrderedDict[str, list[Use]] = OrderedDict()
+_REMEMBERED: OrderedDict[str, _Known] = OrderedDict()
 
 
-class _Found(NamedTuple):
-    """The layouts of one node's outputs.
+def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
+    """Backpropagate from some of the examples, in turns, and see which rows are zero.
 
-    Attributes:
-        layouts: None where no gradient came, or where no layout fits.
-        examples: whether all outputs that a gradient came to belong to single examples.
-        certain: False if all gradients were zero.
+    What belongs to an example has a zero gradient when only other examples send one. Of any two
+    examples each sends once without the other, so no rearrangement of the examples goes unnoticed.
+
+    Returns:
+        The nodes, by position, to which a gradient other than zero came.
     """
-
-    layouts: tuple[Layout | None, ...]
-    examples: bool
-    certain: bool
-
-
-def _find_layouts(graph: Graph, values: Tensor) -> dict[Node, _Found]:
-    """Backpropagate from half of the examples, then from the others, and see which rows are zero.
-
-    What belongs to an example has a zero gradient when only other examples send one.
-    """
-    examples = len(values)
-    chosen = torch.zeros(examples, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(examples)
-    chosen[torch.randperm(examples, generator=generator)[: (examples + 1) // 2]] = True
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    reached: set[int] = set()
+    generator = torch.Generator().manual_seed(len(values))
     weights = 0.5 + torch.rand(values.shape, generator=generator, dtype=torch.float64)
-    candidates: dict[Node, list[set[Layout] | None]] = {}
-    zero: dict[Node, bool] = {}
-
-    for senders in (chosen, ~chosen):
+    for senders in _groups(len(values)):
 
         def watch(node: Node, grads: Sequence[Tensor | None], senders: Tensor = senders) -> None:
-            zero[node] = zero.get(node, True) and not any(g is not None and g.any() for g in grads)
-            before = candidates.get(node, [None] * len(grads))
-            candidates[node] = [
-                old if g is None else _consistent(g, senders) & (_all(old, g, examples))
+            i = position[node]
+            if any(g is not None and g.any() for g in grads):
+                reached.add(i)
+            before = known.candidates.get(i, [None] * len(grads))
+            known.candidates[i] = [
+                old if g is None else _consistent(g, senders) & _all(old, g, len(senders))
                 for g, old in zip(grads, before, strict=True)
             ]
 
-        mask = senders.reshape(-1, *[1] * (values.ndim - 1))
-        cotangent = (weights * mask).to(values.device, values.dtype)
+        cotangent = (weights * senders[:, None]).to(values.device, values.dtype)
         _backward(graph, values, cotangent, watch)
-    return {
-        node: _Found(
-            tuple(_simplest(c) if c else None for c in found),
-            all(c is None or bool(c) for c in found),
-            not zero[node],
-        )
-        for node, found in candidates.items()
-    }
+    return reached
+
+
+def _groups(examples: int) -> Tensor:
+    """Rows of booleans, as few as can be: of any two columns neither is below the other.
+
+    Subsets of equal size (Sperner's theorem).
+    """
+    count = next(m for m in itertools.count(2) if math.comb(m, m // 2) >= examples)
+    groups = torch.zeros(count, examples, dtype=torch.bool)
+    for i, members in zip(
+        range(examples), itertools.combinations(range(count), count // 2), strict=False
+    ):
+        groups[list(members), i] = True
+    return groups
 
 
 def _all(old: set[Layout] | None, grad: Tensor, examples: int) -> set[Layout]:
@@ -243,22 +316,35 @@ def _backward(graph: Graph, values: Tensor, cotangent: Tensor, watch: Watch) -> 
             handle.remove()
 
 
-def _boundary(graph: Graph, found: dict[Node, _Found]) -> list[Use]:
-    """The inputs of nodes of examples that come from nodes without examples."""
-    without: set[Node] = set()
-    for node in reversed(graph.nodes):
-        inputs = [child for child, _ in node.next_functions if child is not None]
-        if node in graph.owners:
-            without.add(node)
-        elif node.name() in VIEWS:
-            if any(child in without for child in inputs):
-                without.add(node)
-        elif node in found and not found[node].examples:
-            without.add(node)
+def _boundary(graph: Graph, known: _Known) -> list[Use]:
+    """The inputs of nodes of examples that come from nodes without examples.
+
+    Every path from the values to a parameter crosses the boundary once: what lies below a node
+    without examples counts as without, too.
+    """
+    without: set[Node] = set(graph.owners)
+    count = 0
+    while count < len(without):
+        count = len(without)
+        for i in range(len(graph.nodes) - 1, 0, -1):
+            if _is_without(graph.nodes[i], i, known, without):
+                without.add(graph.nodes[i])
+        for node in graph.nodes:
+            if node in without and node not in graph.owners:
+                without.update(child for child, _ in node.next_functions if child is not None)
     return [
-        Use(i, edge, found[node].layouts)
+        Use(i, edge, tuple(_simplest(c) if c else None for c in known.candidates[i]))
         for i, node in enumerate(graph.nodes)
-        if node not in without and node in found
+        if node not in without and i in known.candidates
         for edge, (child, _) in enumerate(node.next_functions)
         if child in without
     ]
+
+
+def _is_without(node: Node, i: int, known: _Known, without: Collection[Node | None]) -> bool:
+    children = [child for child, _ in node.next_functions]
+    if node.name() in VIEWS:
+        return any(child in without for child in children)
+    if node.name() in PURE and all(child in without for child in children):
+        return True
+    return i in known.candidates and not known.belongs_to_examples(i)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from poprisk.factors.graph import Graph, Layout, Use, shapes
+from poprisk.factors.graph import PURE, VIEWS, Graph, Layout, Use, shapes
 from poprisk.factors.rules import RULES, Local, Site
 from poprisk.factors.terms import Dense, OneHot, Outer, Term
 
@@ -40,20 +40,44 @@ def terms_of(
 
 def one_by_one(graph: Graph, site: Site) -> Tensor:
     """Gradients by one backward pass per example and value, through the one node alone."""
-    child, index = site.node.next_functions[site.edge]
+    child, _ = site.node.next_functions[site.edge]
     _say_once(site.node.name(), sorted(_names_below(graph, child)))
     outputs = [i for i, g in enumerate(site.grads) if g is not None]
-    rows = []
-    for i in range(site.examples):
-        for k in range(site.values):
-            (grad,) = torch.autograd.grad(
-                [GradientEdge(site.node, o) for o in outputs],
-                [GradientEdge(child, index)],
-                [_only(cast(Tensor, site.grads[o])[k], site, o, i) for o in outputs],
-                retain_graph=True,
-            )
-            rows.append(grad)
+    rows = [
+        _through(
+            site, outputs, [_only(cast(Tensor, site.grads[o])[k], site, o, i) for o in outputs]
+        )
+        for i in range(site.examples)
+        for k in range(site.values)
+    ]
     return torch.stack(rows).unflatten(0, (site.examples, site.values))
+
+
+def _through(site: Site, outputs: Sequence[int], grads: Sequence[Tensor]) -> Tensor:
+    """Gradient at one input of a node, by this node alone.
+
+    Other inputs may depend on the same parameter, or be it; nothing is passed on through these.
+    """
+    child, index = site.node.next_functions[site.edge]
+    caught: list[Tensor | None] = []
+
+    def catch(inputs: tuple[Tensor | None, ...], _: object) -> tuple[None, ...]:
+        caught.append(inputs[site.edge])
+        return (None,) * len(inputs)
+
+    handle = site.node.register_hook(catch)
+    try:
+        torch.autograd.grad(
+            [GradientEdge(site.node, o) for o in outputs],
+            [GradientEdge(child, index)],
+            grads,
+            retain_graph=True,
+            allow_unused=True,
+        )
+    finally:
+        handle.remove()
+    (grad,) = caught
+    return grads[0].new_zeros(site.shape) if grad is None else grad.to_dense()
 
 
 def _only(grad: Tensor, site: Site, output: int, example: int) -> Tensor:
@@ -81,12 +105,19 @@ def _say_once(node: str, names: list[str]) -> None:
     )
 
 
+def _below(node: Node) -> set[Node]:
+    """A node and all that it is computed from."""
+    found, stack = {node}, [node]
+    while stack:
+        children = {child for child, _ in stack.pop().next_functions if child is not None}
+        stack.extend(children - found)
+        found |= children
+    return found
+
+
 def _names_below(graph: Graph, node: Node) -> set[str]:
     """The parameters that a node without examples is computed from."""
-    if node in graph.owners:
-        return {graph.owners[node]}
-    children = (child for child, _ in node.next_functions if child is not None)
-    return {name for child in children for name in _names_below(graph, child)}
+    return {graph.owners[end] for end in _below(node) if end in graph.owners}
 
 
 def _to_parameters(graph: Graph, site: Site, local: Local) -> list[tuple[str, Term]]:
@@ -130,8 +161,14 @@ def _swaps(node: Any) -> bool:
 
 
 def _smaller(term: Outer) -> Term:
-    """The factors, or the gradients themselves if these take less memory and work."""
+    """The factors, or the gradients themselves if these take less memory and work.
+
+    Terms of one parameter are cut into the same rows, so factors of a reshaped one are multiplied.
+    """
     _, k, t, r = term.cot.shape
+    rows = term.columns if term.flipped else r
+    if term.shape[:1] != (rows,) or term.cot.is_complex():
+        return Dense(term.dense(), term.shape)
     if isinstance(term.act, OneHot) or t * (term.columns + k * r) <= k * r * term.columns:
         return term
     return Dense(term.dense(), term.shape)
@@ -139,28 +176,33 @@ def _smaller(term: Outer) -> Term:
 
 def _dense_term(grads: Tensor, param: Tensor) -> Dense:
     """Gradients (b, k, ...) of a parameter as a term, complex numbers as pairs of real ones."""
-    grads = grads.to(param.dtype)
+    grads = (grads if param.is_complex() or not grads.is_complex() else grads.real).to(param.dtype)
     real = torch.view_as_real(grads) if grads.is_complex() else grads
-    return Dense(real.flatten(2), tuple(param.shape))
+    return Dense(real.unsqueeze(-1).flatten(2), tuple(param.shape))
 
 
 def _pull_back(graph: Graph, site: Site, local: Tensor) -> list[tuple[str, Term]]:
     """Gradients of the parameters from those of a tensor computed from them, by autograd."""
     child, index = site.node.next_functions[site.edge]
-    names = _names_below(graph, child)
-    ends = [node for node, name in graph.owners.items() if name in names]
+    below = _below(child)
+    ends = [end for end in graph.owners if end in below]
     edges = [GradientEdge(end, 0) for end in ends]
-    pulled = torch.autograd.grad(
-        [GradientEdge(child, index)],
-        edges,
-        [local.flatten(0, 1)],
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=True,
-    )
+    batched = all(n.name() in PURE | VIEWS or not n.next_functions for n in below)
+    rows = local.flatten(0, 1)
+    pulled = [
+        torch.autograd.grad(
+            [GradientEdge(child, index)],
+            edges,
+            [grad],
+            retain_graph=True,
+            materialize_grads=True,
+            is_grads_batched=batched,
+        )
+        for grad in ([rows] if batched else rows)
+    ]
+    joined = [g[0] if batched else torch.stack(g) for g in zip(*pulled, strict=True)]
     size = (site.examples, site.values)
     return [
-        (graph.owners[end], _dense_term(grad.unflatten(0, size), cast(Any, end).variable))
-        for end, grad in zip(ends, pulled, strict=True)
-        if grad is not None
+        (graph.owners[end], _dense_term(grads.unflatten(0, size), cast(Any, end).variable))
+        for end, grads in zip(ends, joined, strict=True)
     ]

@@ -117,7 +117,7 @@ def _bmm(site: Site) -> Local | None:
 
 def _convolution(site: Site) -> Local | None:
     node, layout = site.node, cast(Layout, site.layouts[0])
-    if node._saved_transposed or layout.dim != 0:
+    if node._saved_transposed or layout.dim != 0 or site.edge == 0:
         return None
     if site.edge == 2:
         return site.first(site.grad).flatten(4).sum(dim=(2, 4))
@@ -179,6 +179,8 @@ def _embedding(site: Site) -> Local | None:
 
 def _norm(site: Site, normalized: Callable[[Site], Tensor]) -> Local | None:
     """The scale (input 1) and the shift (input 2) of a normalization."""
+    if site.edge == 0:
+        return None
     return _reduced(site, site.grad * normalized(site) if site.edge == 1 else site.grad)
 
 
@@ -190,7 +192,7 @@ def _layer_norm(site: Site) -> Local | None:
 def _channels(site: Site, normalized: Tensor) -> Local | None:
     """Scale and shift per channel: (n, channels, ...) summed over all but channels."""
     layout = cast(Layout, site.layouts[0])
-    if layout.dim != 0:
+    if layout.dim != 0 or site.edge == 0:
         return None
     grads = site.grad * normalized if site.edge == 1 else site.grad
     first = site.first(grads)
