@@ -159,7 +159,8 @@ def capture(values: Tensor, params: Mapping[str, Tensor]) -> Factors:
     Returns:
         The factors; parameters that ``values`` do not depend on have gradient zero.
     """
-    matrix = values.unsqueeze(1) if values.ndim == 1 else values.view_as(values)
+    with torch.inference_mode(False), torch.enable_grad():
+        matrix = values.unsqueeze(1) if values.ndim == 1 else values.view_as(values)
     size = (matrix.shape[0], matrix.shape[1])
     terms: dict[str, list[Term]] = {name: [] for name in params}
     if matrix.grad_fn is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poprisk.factors.terms import Dense, OneHot, Outer, Term, dense
 
-PANEL = 1024
+PANEL = 256
 """Rows of a symmetric Gram matrix that are computed at once; above it only one triangle is."""
 
 
@@ -32,6 +32,8 @@ def gram_(
         _add(out, left, right, weight, workspace)
         return
     b, k = size(left)
+    if not _in_factors(left, left, weight) and _elements(left) <= workspace:
+        left = [Dense(dense(left), _shape(left[0]))]
     for rows, columns in panels(b, k):
         upper = [t.part(rows) for t in left]
         lower = upper if rows == columns else [t.part(columns) for t in left]
@@ -83,10 +85,10 @@ def like(terms: list[Term]) -> Tensor:
 def _add(
     out: Tensor, left: list[Term], right: list[Term], weight: Tensor | None, workspace: int
 ) -> None:
-    outers = [t for t in left if isinstance(t, Outer)], [t for t in right if isinstance(t, Outer)]
-    if len(outers[0]) < len(left) or not _factors_pay(*outers, weight):
+    if not _in_factors(left, right, weight):
         _add_dense(out, left, right, weight, workspace)
         return
+    outers = [t for t in left if isinstance(t, Outer)], [t for t in right if isinstance(t, Outer)]
     table = out.unflatten(1, size(right)).unflatten(0, size(left))
     for x in outers[0]:
         for y in outers[1]:
@@ -98,6 +100,24 @@ def _add(
                     _add_products(table[rows], x.part(rows), y)
                 else:
                     _add_weighted(table[rows], x.part(rows), y, weight)
+
+
+def _in_factors(left: list[Term], right: list[Term], weight: Tensor | None) -> bool:
+    """Whether inner products go through the factors, taking less work than forming gradients."""
+    outers = [t for t in left if isinstance(t, Outer)], [t for t in right if isinstance(t, Outer)]
+    whole = len(outers[0]) < len(left) or len(outers[1]) < len(right)
+    return not whole and _factors_pay(*outers, weight)
+
+
+def _elements(terms: list[Term]) -> int:
+    """Elements of the gradients themselves."""
+    b, k = size(terms)
+    rows, columns = _matrix_shape(terms[0])
+    return b * k * rows * columns
+
+
+def _shape(term: Term) -> tuple[int, ...]:
+    return _matrix_shape(term) if isinstance(term, Outer) else term.shape
 
 
 def _factors_pay(left: list[Outer], right: list[Outer], weight: Tensor | None) -> bool:

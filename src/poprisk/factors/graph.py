@@ -135,7 +135,7 @@ def _plain_names(kind: type) -> tuple[str, ...]:
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         return all(_is_plain(v) for v in value)
     return value is None or isinstance(value, int | str)
 
@@ -144,7 +144,7 @@ def _indices(node: Any) -> Iterator[Tensor | None]:
     found = getattr(node, "_saved_indices", None)
     if found is None:
         found = getattr(node, "_saved_index", None)
-    yield from found if isinstance(found, tuple | list) else [found]
+    yield from found if isinstance(found, (tuple, list)) else [found]
 
 
 def _in_order(index: Tensor | None) -> bool | None:

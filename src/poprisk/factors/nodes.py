@@ -127,7 +127,7 @@ def _to_parameters(graph: Graph, site: Site, local: Local) -> list[tuple[str, Te
     if end in graph.owners and isinstance(local, Outer):
         param = cast(Any, end).variable
         dtype, shape = param.dtype, tuple(param.shape)
-        act = local.act if isinstance(local.act, OneHot) else local.act.to(dtype)
+        act = local.act if isinstance(local.act, OneHot) else local.act.detach().to(dtype)
         flipped = local.flipped != flips
         term = _smaller(Outer(local.cot.to(dtype), act, flipped, shape))
         return [(graph.owners[end], term)]

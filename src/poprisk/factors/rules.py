@@ -5,6 +5,7 @@ Each rule gives the gradients with respect to one input of a node, or None where
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -121,21 +122,43 @@ def _convolution(site: Site) -> Local | None:
         return None
     if site.edge == 2:
         return site.first(site.grad).flatten(4).sum(dim=(2, 4))
-    groups, kernel = node._saved_groups, site.shape[2:]
+    positions = site.grad[0, 0, 0].numel() * layout.rows
+    inputs, outputs = math.prod(site.shape[1:]), site.shape[0] * site.values
+    if node._saved_groups > 1 or positions * (inputs + outputs) > inputs * outputs:
+        return _convolution_by_example(site, layout)
     act = patches(
         node._saved_input,
-        kernel,
+        site.shape[2:],
         stride=node._saved_stride,
         padding=node._saved_padding,
         dilation=node._saved_dilation,
     )
-    act = _inputs(site, act).flatten(1, 2)
     cot = site.first(site.grad).flatten(4).mT.flatten(2, 3)
-    if groups == 1:
-        return Outer(cot, act, False, site.shape)
-    cot, act = cot.unflatten(3, (groups, -1)), act.unflatten(2, (groups, -1))
-    grads = torch.einsum("bktgo,btgi->bkgoi", cot, act)
-    return grads.reshape(*grads.shape[:2], *site.shape)
+    return Outer(cot, _inputs(site, act).flatten(1, 2), False, site.shape)
+
+
+def _convolution_by_example(site: Site, layout: Layout) -> Tensor:
+    """Gradients (b, k, *weight): the images of a batch are groups of one convolution."""
+    node, count = site.node, site.grad.shape[1]
+    images = node._saved_input
+    weight = images.new_empty(count * site.shape[0], *site.shape[1:])
+    rows = [
+        torch.ops.aten.convolution_backward(
+            grad.reshape(1, -1, *grad.shape[2:]),
+            images.reshape(1, -1, *images.shape[2:]),
+            weight,
+            None,
+            node._saved_stride,
+            node._saved_padding,
+            node._saved_dilation,
+            False,
+            node._saved_output_padding,
+            count * node._saved_groups,
+            [False, True, False],
+        )[1].unflatten(0, (count, -1))
+        for grad in site.grad
+    ]
+    return layout.first(torch.stack(rows), site.examples).sum(dim=2).transpose(0, 1)
 
 
 def patches(

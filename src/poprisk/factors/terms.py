@@ -70,11 +70,11 @@ class Outer(NamedTuple):
             index = self.act.indices[:, None, :, None].expand(self.cot.shape)
             table.scatter_add_(2, index, self.cot)
             return (table if self.flipped else table.mT).reshape(b, k, -1)
-        if self.flipped:
-            cot = self.cot.transpose(1, 2).reshape(b, t, k * r)
-            grads = (self.act.mT @ cot).unflatten(2, (k, r)).transpose(1, 2)
-        else:
-            grads = self.cot.mT.reshape(b, k * r, t) @ self.act
+        shape = (self.columns, r) if self.flipped else (r, self.columns)
+        grads = self.cot.new_empty(b, k, *shape)
+        for i in range(k):
+            cot = self.cot[:, i]
+            grads[:, i] = self.act.mT @ cot if self.flipped else cot.mT @ self.act
         return grads.reshape(b, k, -1)
 
 
