@@ -64,7 +64,7 @@ class Outer(NamedTuple):
 
     def dense(self) -> Tensor:
         """The gradients themselves, (b, k, r·c) in the order of the parameter."""
-        b, k, t, r = self.cot.shape
+        b, k, _, r = self.cot.shape
         if isinstance(self.act, OneHot):
             table = self.cot.new_zeros(b, k, self.act.size, r)
             index = self.act.indices[:, None, :, None].expand(self.cot.shape)

@@ -268,8 +268,8 @@ class Kernel:
         examples.check_kernel_fits(self.shape, kept * size, self._max_memory)
         cost = self._left.footprint()
         example = 2 * cost.graph + 2 * cost.factors
-        block = free // (4 * example)
-        examples.check_block_fits(block, 4 * example * size + kept * size, self._max_memory)
+        block = free // (2 * example)
+        examples.check_block_fits(block, 2 * example * size + kept * size, self._max_memory)
         rows = int((free / 8) ** 0.5) // self._rows
         block = max(1, min(block, rows, max(self._left.examples, self._right.examples)))
         return max(1, free // 4), block
