@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -245,12 +246,23 @@ def test_ends_of_sequences_that_look_like_examples(examples: int) -> None:
         assert relative(found, reference.gram(rows, rows)) < 1e-10
 
 
+def test_masks_that_look_like_examples_at_first() -> None:
+    """Step t of example t for some batches, by which time and batch cannot be told apart."""
+    torch.manual_seed(0)
+    w = zoo.param(3, 3)
+    for i in range(12):
+        ends = ARANGE if i < 2 * graph.TRUSTED else torch.randperm(4)
+        h = torch.tanh(torch.randn(4, 4, 3, dtype=torch.float64) @ w)
+        values = (h * F.one_hot(ends, 4).T[:, :, None]).sum(0)
+        rows = reference.jacobian(values, {"w": w})
+        assert relative(quietly(values, {"w": w}).gram(), reference.gram(rows, rows)) < 1e-10
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_permuted_examples(fresh: bool) -> None:
     torch.manual_seed(0)
     w, v = zoo.param(3, 3), zoo.param(3, 3)
-    for i in range(12):
-        order = torch.arange(4) if i < 4 else torch.randperm(4)
+    for order in map(torch.tensor, itertools.permutations(range(4))):
         if fresh:
             graph._REMEMBERED.clear()
         h = torch.tanh(torch.randn(4, 3, dtype=torch.float64)[order] @ w) @ v

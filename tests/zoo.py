@@ -115,7 +115,8 @@ def convolutions_1d() -> nn.Module:
 def convolutions_2d() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 4, (3, 2), groups=2, stride=(2, 1), padding=(1, 0)), nn.Tanh(),
-        nn.Conv2d(4, 4, (2, 3), padding="same", dilation=(1, 2), padding_mode="replicate"), nn.Tanh(),
+        nn.Conv2d(4, 4, (2, 3), padding="same", dilation=(1, 2), padding_mode="replicate"),
+        nn.Tanh(),
         nn.Conv2d(4, 2, 2, stride=2, padding=1, bias=False), nn.Flatten(),
     )  # fmt: skip
 
@@ -130,8 +131,8 @@ def convolutions_3d() -> nn.Module:
 
 def batch_norm() -> nn.Module:
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 2, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4),
-        nn.BatchNorm1d(4),
+        nn.Conv2d(2, 3, 2, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(12, 4), nn.BatchNorm1d(4),
     )  # fmt: skip
     norms: Any = (model[1], model[5])
     for norm in norms:
@@ -225,7 +226,8 @@ def shared() -> nn.Module:
 def low_rank() -> nn.Module:
     return Function(
         lambda m, x: torch.tanh(m.base(x) + x @ (m.down @ m.up) * 0.5) @ m.scale.exp().diag(),
-        base=nn.Linear(6, 4).requires_grad_(False), down=param(6, 2), up=param(2, 4), scale=param(4),
+        base=nn.Linear(6, 4).requires_grad_(False),
+        down=param(6, 2), up=param(2, 4), scale=param(4),
     )  # fmt: skip
 
 
@@ -237,8 +239,8 @@ class Scale(torch.autograd.Function):
     """x·w, with two outputs and a setting."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        x, power, w = inputs
+    def forward(*args: Any, **_: Any) -> tuple[Tensor, Tensor]:
+        ctx, x, power, w = args
         ctx.save_for_backward(x, w)
         ctx.power = power
         return x * w**power, x + w
@@ -333,24 +335,39 @@ ZOO: Mapping[str, Case] = {
     "LSTM, time first": Case(recurrent(nn.LSTM), time_major(4, 4)),
     "GRU": Case(recurrent(nn.GRU, batch_first=True, bidirectional=True), gaussian(4, 4)),
     "GRU, time first": Case(recurrent(nn.GRU), time_major(4, 4)),
-    "packed sequences": Case(lambda: Function(packed, rnn=nn.GRU(4, 3)), gaussian(4, 4), ("IndexSelectBackward0",)),
+    "packed sequences": Case(
+        lambda: Function(packed, rnn=nn.GRU(4, 3)), gaussian(4, 4), ("IndexSelectBackward0",)
+    ),
     "SIREN": Case(siren, gaussian(2)),
     "parameter used twice": Case(
         lambda: Function(
-            lambda m, x: torch.tanh(torch.tanh(x @ m.w) @ m.w.T) @ m.w + x.sin() @ m.w.view(4, 6).T, w=param(6, 4)
+            lambda m, x: torch.tanh(torch.tanh(x @ m.w) @ m.w.T) @ m.w + x.sin() @ m.w.view(4, 6).T,
+            w=param(6, 4),
         ),
         gaussian(6),
     ),
     "frozen parameters": Case(frozen, gaussian(6)),
     "shared modules": Case(shared, gaussian(6)),
     "weight_norm": Case(
-        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 2)),
+        lambda: nn.Sequential(
+            parametrizations.weight_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 2)
+        ),
         gaussian(6),
     ),
-    "spectral_norm": Case(lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv1d(4, 2, 2)), nn.Flatten()).eval(), gaussian(4, 2)),
+    "spectral_norm": Case(
+        lambda: nn.Sequential(
+            parametrizations.spectral_norm(nn.Conv1d(4, 2, 2)), nn.Flatten()
+        ).eval(),
+        gaussian(4, 2),
+    ),
     "low-rank update": Case(low_rank, gaussian(6)),
     "low-rank embedding": Case(
-        lambda: Function(lambda m, i: m.head(F.embedding(i, m.a @ m.b)).tanh().sum(1), a=param(4, 2), b=param(2, 4), head=nn.Linear(4, 3)),
+        lambda: Function(
+            lambda m, i: m.head(F.embedding(i, m.a @ m.b)).tanh().sum(1),
+            a=param(4, 2),
+            b=param(2, 4),
+            head=nn.Linear(4, 3),
+        ),
         tokens(1, 4),
     ),
     "Embedding with padding": Case(
@@ -364,7 +381,9 @@ ZOO: Mapping[str, Case] = {
         ("PreluKernelBackward0",),
     ),
     "ConvTranspose2d": Case(
-        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)),
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)
+        ),
         gaussian(2, 2, 2),
         ("ConvolutionBackward0",),
     ),
@@ -382,31 +401,42 @@ ZOO: Mapping[str, Case] = {
         lambda: Function(heads, w=param(2, 4, 3), out=param(2, 3, 2)), gaussian(3, 4)
     ),
     "custom autograd.Function": Case(custom, gaussian(4), ("ScaleBackward",)),
-    "complex parameters": Case(complex_layers, gaussian(6), ("AddBackward0", "MmBackward0", "MulBackward0")),
+    "complex parameters": Case(
+        complex_layers, gaussian(6), ("AddBackward0", "MmBackward0", "MulBackward0")
+    ),
     "complex filter": Case(
         lambda: Function(
-            lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(m.w), n=6), w=param(4, 2)
+            lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(m.w), n=6),
+            w=param(4, 2),
         ),
         gaussian(6),
         ("MulBackward0",),
     ),
     "0-d parameters": Case(
-        lambda: Function(lambda m, x: torch.sin(x * m.scale + m.shift) / m.scale, scale=param(), shift=param()),
+        lambda: Function(
+            lambda m, x: torch.sin(x * m.scale + m.shift) / m.scale, scale=param(), shift=param()
+        ),
         gaussian(3),
         ("DivBackward0",),
     ),
     "flattened positions": Case(two_layers(positions_as_examples), gaussian(4, 4)),
     "dead ReLU": Case(
-        lambda: Function(lambda m, x: m.expert(F.relu(m.first(x) - 1.5)), first=nn.Linear(4, 4), expert=nn.Linear(4, 4)),
+        lambda: Function(
+            lambda m, x: m.expert(F.relu(m.first(x) - 1.5)),
+            first=nn.Linear(4, 4),
+            expert=nn.Linear(4, 4),
+        ),
         gaussian(4),
     ),
     "unused parameters": Case(
-        lambda: Function(lambda m, x: m.used(x), used=nn.Linear(4, 3), unused=nn.Linear(3, 2)), gaussian(4)
+        lambda: Function(lambda m, x: m.used(x), used=nn.Linear(4, 3), unused=nn.Linear(3, 2)),
+        gaussian(4),
     ),
     "checkpoint": Case(
         lambda: Function(
             lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False)),
-            body=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.LayerNorm(4)), head=nn.Linear(4, 2),
+            body=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.LayerNorm(4)),
+            head=nn.Linear(4, 2),
         ),
         gaussian(4),
     ),
@@ -415,12 +445,14 @@ ZOO: Mapping[str, Case] = {
     "last valid step": Case(two_layers(last_step), time_major(4, 4)),
     "parameters of one example each": Case(
         lambda: Function(
-            lambda m, x: F.conv1d(x + F.layer_norm(m.own[: len(x)], (4,)), m.w).flatten(1), own=param(5, 4, 4), w=param(2, 4, 2),
+            lambda m, x: F.conv1d(x + F.layer_norm(m.own[: len(x)], (4,)), m.w).flatten(1),
+            own=param(5, 4, 4),
+            w=param(2, 4, 2),
         ),
         gaussian(4, 4),
         ("NativeLayerNormBackward0",),
     ),
-}  # fmt: skip
+}
 
 
 def make(name: str) -> nn.Module:
