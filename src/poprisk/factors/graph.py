@@ -40,7 +40,9 @@ PURE = frozenset(
 
 REORDERS = frozenset(
     f"{name}Backward0"
-    for name in "Index IndexSelect IndexPut IndexAdd IndexCopy Gather Scatter ScatterAdd".split()
+    for name in (
+        "Index IndexSelect IndexPut IndexAdd IndexCopy Gather Take Scatter ScatterAdd Embedding"
+    ).split()
 )
 """Nodes that may exchange examples, as an index tensor says."""
 
@@ -147,11 +149,12 @@ def _indices(node: Any) -> Iterator[Tensor | None]:
     yield from found if isinstance(found, (tuple, list)) else [found]
 
 
-def _in_order(index: Tensor | None) -> bool | None:
-    """Whether an index is 0, 1, 2, ..., None if it is a mask or absent."""
+def _in_order(index: Tensor | None) -> list[bool] | None:
+    """Whether an index is 0, 1, 2, ... as a whole, and along each dimension; None for a mask."""
     if index is None or index.dtype == torch.bool:
         return None
-    return torch.equal(index.flatten(), torch.arange(index.numel(), device=index.device))
+    views = [index.flatten(), *(index.movedim(d, -1) for d in range(index.ndim))]
+    return [bool((v == torch.arange(v.shape[-1], device=v.device)).all()) for v in views]
 
 
 def shapes(node: Node) -> tuple[tuple[int, ...], ...]:
