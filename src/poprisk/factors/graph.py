@@ -248,7 +248,7 @@ def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
                 reached.add(i)
             before = known.candidates.get(i, [None] * len(grads))
             known.candidates[i] = [
-                old if g is None else _consistent(g, senders) & _all(old, g, len(senders))
+                old if g is None else _consistent(_all(old, g, len(senders)), g, senders)
                 for g, old in zip(grads, before, strict=True)
             ]
 
@@ -286,12 +286,12 @@ def _simplest(layouts: Collection[Layout]) -> Layout:
     return min(layouts, key=lambda layout: (layout.rows > 1, layout.dim, not layout.major))
 
 
-def _consistent(grad: Tensor, senders: Tensor) -> set[Layout]:
-    """The layouts in which every example that sent nothing has a zero gradient."""
+def _consistent(layouts: set[Layout], grad: Tensor, senders: Tensor) -> set[Layout]:
+    """Those layouts in which every example that sent nothing has a zero gradient."""
     examples = len(senders)
     nonzero = grad.detach() != 0
     found = set()
-    for layout in _possible(tuple(grad.shape), examples):
+    for layout in layouts:
         others = [d for d in range(grad.ndim) if d != layout.dim]
         rows = nonzero.any(dim=others) if others else nonzero
         shape = (examples, -1) if layout.major else (-1, examples)
