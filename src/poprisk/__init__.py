@@ -5,10 +5,21 @@ The public names, in the order of the theory. See the README for a first run and
 """
 
 from poprisk.gated import gated
+from poprisk.kernel import Kernel, entk
 from poprisk.optimizer import PopRiskAdamW
 from poprisk.stats import GateStats
 from poprisk.tasks import Metric, Task
+from poprisk.variance import grad_mean_var
 
 __version__ = "0.1.0"
 
-__all__ = ["GateStats", "Metric", "PopRiskAdamW", "Task", "gated"]
+__all__ = [
+    "GateStats",
+    "Kernel",
+    "Metric",
+    "PopRiskAdamW",
+    "Task",
+    "entk",
+    "gated",
+    "grad_mean_var",
+]

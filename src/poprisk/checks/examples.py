@@ -218,3 +218,88 @@ def check_losses(losses: Any, examples: int | None = None) -> None:
             "the losses depend on no trainable parameter: all are frozen, or they were computed "
             "under torch.no_grad()."
         )
+
+
+def check_parts(parts: int) -> None:
+    """Raise RuntimeError if a batch was not seen in parts."""
+    if parts < 2:
+        raise RuntimeError(
+            f'variance="exact" or "microbatch" saw {parts} part(s) of the batch and needs two: for '
+            '"exact" call optimizer.backward(losses), with one loss per example, in place of '
+            'losses.mean().backward(); for "microbatch" call optimizer.microbatch(size) after '
+            "each backward pass of an accumulated step."
+        )
+
+
+def check_seen(seen: bool) -> None:
+    """Raise RuntimeError for a gradient that did not come from the parts of the batch."""
+    if not seen:
+        raise RuntimeError(
+            "a parameter has a gradient from elsewhere: compute all gradients by "
+            'optimizer.backward(losses) for variance="exact", and call optimizer.microbatch(size) '
+            'after each backward pass for "microbatch".'
+        )
+
+
+def check_fresh(fresh: bool) -> None:
+    """Raise RuntimeError if gradients were there before the first part of a batch."""
+    if not fresh:
+        raise RuntimeError(
+            "gradients are left from before this batch; call optimizer.zero_grad() before "
+            "optimizer.backward(losses), and use no other backward pass with it."
+        )
+
+
+def check_same_grad(same: bool) -> None:
+    """Raise RuntimeError if gradients were changed between the parts of a batch."""
+    if not same:
+        raise RuntimeError(
+            "gradients were changed between two parts of a batch; clip or unscale them once, "
+            "after the last part, and call optimizer.zero_grad() between steps."
+        )
+
+
+def check_one_backward(same: bool, changes: int) -> None:
+    """Raise RuntimeError unless one backward pass added to the gradients."""
+    if not same or changes != 1:
+        raise RuntimeError(
+            "call optimizer.microbatch(size) once after each backward pass, and "
+            "optimizer.zero_grad() between steps: the gradients were changed "
+            f"{changes if same else 'otherwise'} times since the last call."
+        )
+
+
+def check_only_scaled(scaled: bool) -> None:
+    """Raise RuntimeError if gradients were changed by more than a factor per tensor."""
+    if not scaled:
+        raise RuntimeError(
+            'gradients were changed between the backward pass and step(): variance="exact" and '
+            '"microbatch" take a common factor per tensor (unscaling, clipping by norm), but not '
+            "clipping by value, added noise or terms from another backward pass."
+        )
+
+
+def check_pair(name: str, pair: Any) -> tuple[Any, Any]:
+    """Return a pair of inputs and targets; TypeError if it is none."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair (inputs, targets), but got {type(pair).__name__}.")
+    return pair[0], pair[1]
+
+
+def check_targets(targets: Any, examples: int) -> None:
+    """Raise unless targets are a tensor with an entry for each example."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"the targets must be a tensor, but got {type(targets).__name__}.")
+    if targets.ndim == 0 or len(targets) != examples:
+        raise ValueError(
+            f"there are {examples} examples but targets of shape {tuple(targets.shape)}."
+        )
+
+
+def check_within(method: str, found: Collection[str], needed: str) -> None:
+    """Raise RuntimeError if a method does not belong to the variance estimator in use."""
+    if needed not in found:
+        used = ", ".join(repr(f) for f in sorted(found)) or "none"
+        raise RuntimeError(
+            f"{method}() is for variance={needed!r}, but this optimizer uses {used}."
+        )

@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge
 
 from poprisk.factors.gram import gram_, mirror_, squared_norms
 from poprisk.factors.graph import Graph, Use, find_uses, walk
-from poprisk.factors.moments import moments
+from poprisk.factors.moments import moments, not_negative, squared
 from poprisk.factors.nodes import terms_of
 from poprisk.factors.terms import ALL, Term, merged, products
 
@@ -42,6 +42,21 @@ class Moments(NamedTuple):
 
     sums: dict[str, Tensor]
     squares: dict[str, Tensor]
+
+    def plus(self, other: Moments) -> Moments:
+        """The sums over the examples of both."""
+        return Moments(
+            {name: own + other.sums[name] for name, own in self.sums.items()},
+            {name: own + other.squares[name] for name, own in self.squares.items()},
+        )
+
+    def mean_var(self, examples: int) -> dict[str, Tensor]:
+        r"""The variance of the mean gradient, :math:`\Sigma_B/(b-1)`, of b examples."""
+        b = examples
+        return {
+            name: not_negative((squares - squared(self.sums[name]) / b) / (b * (b - 1)))
+            for name, squares in self.squares.items()
+        }
 
 
 @final

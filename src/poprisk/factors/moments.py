@@ -65,3 +65,17 @@ def _formed(terms: list[Term]) -> tuple[Tensor, Tensor]:
             sums += grads.sum(dim=0)
             squares += grads.square().sum(dim=0)
     return sums, squares
+
+
+def squared(tensor: Tensor) -> Tensor:
+    """The square in at least float32, of each component of a complex number."""
+    if tensor.is_complex():
+        return torch.complex(tensor.real.square(), tensor.imag.square())
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
+
+
+def not_negative(variance: Tensor) -> Tensor:
+    """Rounding below zero cut off, in each component of a complex number."""
+    if variance.is_complex():
+        return torch.complex(variance.real.clamp(min=0), variance.imag.clamp(min=0))
+    return variance.clamp_(min=0)

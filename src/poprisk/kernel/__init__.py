@@ -7,7 +7,7 @@ with the Jacobians of the outputs for two sets of examples and a diagonal precon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -22,6 +22,7 @@ from poprisk.kernel.jacobian import (
     Selection,
     as_inputs,
     check_repeatable_model,
+    chunks,
     trainable,
 )
 from poprisk.kernel.spectrum import Eigenpairs, Estimate, top_eigenpairs, trace_estimate
@@ -154,7 +155,7 @@ class Kernel:
         examples.check_symmetric(self.symmetric, "diagonal")
         workspace, block = self._budget(0)
         parts = []
-        for rows in _ranges(self._left.examples, block):
+        for rows in chunks(self._left.examples, block):
             factors = self._left.factors(rows)
             norms = factors.squared_norms(precondition=self._weights, workspace=workspace)
             parts.append(norms.sum(dim=1) if self._trace else norms.flatten())
@@ -205,9 +206,9 @@ class Kernel:
         if self._blocks:
             return
         workspace, block = self._budget(self.shape[0] * self.shape[1])
-        for i, rows in enumerate(_ranges(self._left.examples, block)):
+        for i, rows in enumerate(chunks(self._left.examples, block)):
             left = self._left.factors(rows)
-            for j, columns in enumerate(_ranges(self._right.examples, block)):
+            for j, columns in enumerate(chunks(self._right.examples, block)):
                 if self.symmetric and j > i:
                     break
                 right = left if self.symmetric and i == j else self._right.factors(columns)
@@ -282,10 +283,6 @@ class Kernel:
     def _like(self, tensor: Tensor) -> Tensor:
         like = self._zeros(1)
         return tensor.to(like.device, like.dtype)
-
-
-def _ranges(count: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 
 def _weights(

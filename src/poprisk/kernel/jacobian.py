@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -125,7 +126,7 @@ class Jacobian:
 
     def evaluate(self, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The outputs that count, (b, k), with other weights if given."""
-        outputs = _call(self.model, weights, inputs)
+        outputs = call(self.model, inputs, weights)
         checks.check_outputs(outputs, length(inputs))
         flat = outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
         if self.outputs == "sum":
@@ -164,8 +165,7 @@ class Jacobian:
         """Jᵀv by reverse mode, (n·k,) to parameters, ``block`` examples at a time."""
         total = {name: torch.zeros_like(p) for name, p in self.params.items()}
         parts = vector.reshape(self.examples, self.values)
-        for i in range(0, self.examples, block):
-            rows = slice(i, min(i + block, self.examples))
+        for rows in chunks(self.examples, block):
             with torch.enable_grad():
                 values = self.evaluate(take(self.inputs, rows))
             grads = torch.autograd.grad(
@@ -178,7 +178,7 @@ class Jacobian:
 
     def product(self, vector: Mapping[str, Tensor], block: int) -> Tensor:
         """Jw by forward mode, parameters to (n·k,); through factors where that is not to be had."""
-        rows = [slice(i, min(i + block, self.examples)) for i in range(0, self.examples, block)]
+        rows = chunks(self.examples, block)
         try:
             products = [self._forward_mode(vector, r) for r in rows]
         except (NotImplementedError, RuntimeError) as error:
@@ -199,12 +199,24 @@ class Jacobian:
             return torch.func.jvp(outputs, (weights,), (tangents,))[1]
 
 
-def _call(model: nn.Module, weights: Mapping[str, Tensor] | None, inputs: Inputs) -> Any:
+def call(model: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """The model's output for inputs of any form, with other weights if given."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     if weights is None:
         return model(*args, **kwargs)
     return torch.func.functional_call(model, dict(weights), args, kwargs)
+
+
+def chunks(count: int, size: int) -> list[slice]:
+    """Ranges of at most ``size`` that cover ``count``, as equal as can be."""
+    return split(count, -(-count // size))
+
+
+def split(count: int, pieces: int) -> list[slice]:
+    """Ranges that cover ``count``, as equal as can be."""
+    edges = [count * i // pieces for i in range(pieces + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def check_repeatable_model(jacobian: Jacobian) -> None:
