@@ -26,6 +26,7 @@ from poprisk.factors.gram import gram_, mirror_, squared_norms
 from poprisk.factors.graph import Graph, Use, find_uses, walk
 from poprisk.factors.moments import moments, not_negative, squared
 from poprisk.factors.nodes import terms_of
+from poprisk.factors.plan import Plan
 from poprisk.factors.terms import ALL, Term, merged, products
 
 WORKSPACE = 1 << 25
@@ -164,12 +165,14 @@ class Factors:
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
-def capture(values: Tensor, params: Mapping[str, Tensor]) -> Factors:
+def capture(values: Tensor, params: Mapping[str, Tensor], *, plan: Plan | None = None) -> Factors:
     """The per-example gradients of ``values``, read from their autograd graph.
 
     Args:
         values: (b,) or (b, k), b ≥ 2; row i depends on example i alone. Its graph stays usable.
         params: leaves to differentiate with respect to, by name.
+        plan: from small batches of the same model (:func:`poprisk.factors.plan.learn_plan`);
+            saves the search for the examples, a few backward passes.
 
     Returns:
         The factors; parameters that ``values`` do not depend on have gradient zero.
@@ -180,7 +183,8 @@ def capture(values: Tensor, params: Mapping[str, Tensor]) -> Factors:
     terms: dict[str, list[Term]] = {name: [] for name in params}
     if matrix.grad_fn is not None:
         graph = walk(matrix.grad_fn, {id(p): name for name, p in params.items()})
-        uses = find_uses(graph, matrix) if graph.owners else []
+        known = plan.uses_in(graph, size[0]) if plan is not None else None
+        uses = (find_uses(graph, matrix) if graph.owners else []) if known is None else known
         grads = _gradients(graph, uses, matrix)
         with torch.no_grad():
             for use in uses:

@@ -227,6 +227,12 @@ def find_uses(graph: Graph, values: Tensor) -> list[Use]:
 _REMEMBERED: OrderedDict[str, _Known] = OrderedDict()
 
 
+def is_trusted(graph: Graph) -> bool:
+    """Whether enough batches of this structure left no doubt."""
+    known = _REMEMBERED.get(graph.signature())
+    return known is not None and known.batches >= TRUSTED
+
+
 def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
     """Backpropagate from some of the examples, in turns, and see which rows are zero.
 

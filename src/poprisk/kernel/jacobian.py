@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
@@ -13,9 +14,14 @@ from torch.utils import _pytree as pytree
 
 from poprisk.checks import examples as checks
 from poprisk.factors import Factors, capture
+from poprisk.factors.graph import TRUSTED
+from poprisk.factors.plan import Plan, learn_plan
 
 Inputs = Any
 """A tensor for ``model(x)``, a tuple of tensors for ``model(*x)`` or a dict for ``model(**x)``."""
+
+LEARNT_FROM = 4
+"""Examples in the batches that show where the examples lie."""
 
 Selection = Collection[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -142,8 +148,25 @@ class Jacobian:
         alone = length(inputs) == 1
         with torch.enable_grad():
             values = self.evaluate(take(inputs, [0, 0]) if alone else inputs)
-            captured = capture(values, self.params)
+            captured = capture(values, self.params, plan=self._plan)
         return captured.part(slice(0, 1)) if alone else captured
+
+    @functools.cached_property
+    def _plan(self) -> Plan | None:
+        """Where the examples lie, learnt from a few batches of four."""
+        if self.examples < 2 * LEARNT_FROM:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        with torch.enable_grad():
+            return learn_plan(
+                (
+                    self.evaluate(take(self.inputs, order[:LEARNT_FROM].tolist()))
+                    for order in (
+                        torch.randperm(self.examples, generator=generator) for _ in range(TRUSTED)
+                    )
+                ),
+                self.params,
+            )
 
     def footprint(self) -> Footprint:
         """What an example costs, measured on two."""
@@ -159,7 +182,8 @@ class Jacobian:
         inputs = take(self.inputs, [0, min(1, self.examples - 1)])
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             values = self.evaluate(inputs)
-        return Footprint(sum(saved.values()) // 2, capture(values, self.params).elements() // 2)
+        captured = capture(values, self.params, plan=self._plan)
+        return Footprint(sum(saved.values()) // 2, captured.elements() // 2)
 
     def transposed_product(self, vector: Tensor, block: int) -> dict[str, Tensor]:
         """Jᵀv by reverse mode, (n·k,) to parameters, ``block`` examples at a time."""
