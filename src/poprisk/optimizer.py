@@ -143,6 +143,7 @@ class PopRiskAdamW(Optimizer):
         """Add a group after checking its settings; missing ones come from the defaults."""
         check_optimizer_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._parts = None
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -199,7 +200,8 @@ class PopRiskAdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the parts of a batch that were noted."""
         super().zero_grad(set_to_none)
-        self._parts = None
+        if self._parts is not None:
+            self._parts.reset()
 
     def _batch_parts(self) -> BatchParts:
         if self._parts is None:

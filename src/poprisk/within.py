@@ -12,7 +12,8 @@ give :math:`\Sigma_B/(b-1)` exactly; accumulation steps or ranks are larger part
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, cast, final
+from dataclasses import dataclass
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -24,13 +25,31 @@ from poprisk.factors.moments import not_negative, squared
 SCALED_TOLERANCE = 1e-2
 """Relative deviation from a common factor, beyond rounding, at which gradients count as changed."""
 
+PROBE = 4096
+"""Entries of a gradient, roughly, in which changes before the step are looked for."""
 
-class _Seen(NamedTuple):
-    """A gradient as the last part left it."""
 
+@dataclass
+class _Noted:
+    """What is known of one parameter's gradient.
+
+    Attributes:
+        squares: sum of the squared shares, each divided by its number of examples.
+        grad: the tensor that held the gradient after the last part.
+        version: of that tensor.
+        probe: some of its entries then.
+        copy: all of them, where the next part is a difference.
+    """
+
+    squares: Tensor
     grad: Tensor
     version: int
-    copy: Tensor
+    probe: Tensor
+    copy: Tensor | None
+
+    def holds(self, grad: Tensor) -> bool:
+        """Whether a gradient is the one that was noted, unchanged."""
+        return grad is self.grad and grad._version == self.version
 
 
 @final
@@ -43,14 +62,15 @@ class BatchParts:
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.params = params
-        self.reset()
+        self.examples = 0
+        self.parts = 0
+        self._noted: dict[Tensor, _Noted] = {}
 
     def reset(self) -> None:
         """Start a new batch."""
         self.examples = 0
         self.parts = 0
-        self._squares: dict[Tensor, Tensor] = {}
-        self._seen: dict[Tensor, _Seen] = {}
+        self._noted.clear()
 
     def backward(self, losses: Tensor, weight: float) -> None:
         """Add ``weight`` times the mean gradient to ``.grad``, and note each example's share.
@@ -61,21 +81,20 @@ class BatchParts:
 
         Raises:
             TypeError, ValueError: if the losses are not one per example, for at least two.
+            RuntimeError: if ``.grad`` holds something that is no part of this batch.
         """
         checks.check_losses(losses)
         self._restart_if_cleared()
-        factors = capture(losses, self.params)
-        moments = factors.moments()
-        scale = weight / len(losses)
+        factors = capture(losses * (weight / len(losses)), self.params)
         for name in factors.terms:
+            self._check_untouched(self.params[name])
+        for name, sums, squares in factors.each_moments():
             p = self.params[name]
-            self._check_untouched(p)
-            share = moments.sums[name].mul_(scale).to(p.dtype)
             if p.grad is None:
-                p.grad = share
+                p.grad = sums.to(p.dtype)
             else:
-                p.grad.add_(share)
-            self._note(p, moments.squares[name].mul_(scale * scale))
+                p.grad.add_(sums)
+            self._note(p, squares)
         self.examples += len(losses)
         self.parts += len(losses)
 
@@ -90,11 +109,11 @@ class BatchParts:
         for p in self.params.values():
             if p.grad is None:
                 continue
-            seen = self._seen.get(p)
-            if seen is not None:
-                checks.check_one_backward(p.grad is seen.grad, p.grad._version - seen.version)
-            share = p.grad if seen is None else p.grad - seen.copy
-            self._note(p, squared(share).div_(size))
+            noted, share = self._noted.get(p), p.grad
+            if noted is not None and noted.copy is not None:
+                checks.check_one_backward(p.grad is noted.grad, p.grad._version - noted.version)
+                share = p.grad - noted.copy
+            self._note(p, squared(share).div_(size), p.grad.clone())
         self.examples += size
         self.parts += 1
 
@@ -103,7 +122,7 @@ class BatchParts:
         checks.check_parts(self.parts)
         for p in params:
             if p.grad is not None:
-                checks.check_seen(p in self._seen)
+                checks.check_seen(p in self._noted)
                 self._factor(p)
 
     @torch.no_grad()
@@ -113,42 +132,43 @@ class BatchParts:
 
     def _mean_var(self, p: Tensor) -> Tensor:
         factor = self._factor(p)
-        total = self._squares[p] * (self.examples * factor**2)
-        return not_negative((total - squared(self._grad(p))) / (self.parts - 1))
+        total = self._noted[p].squares * (self.examples * factor**2)
+        return not_negative((total - squared(_grad(p))) / (self.parts - 1))
 
     def _factor(self, p: Tensor) -> float:
-        seen, grad = self._seen[p], self._grad(p)
-        unchanged = grad is seen.grad and grad._version == seen.version
-        return 1.0 if unchanged else _common_factor(grad, seen.copy)
+        noted, grad = self._noted[p], _grad(p)
+        return 1.0 if noted.holds(grad) else _common_factor(_probe(grad), noted.probe)
 
-    @staticmethod
-    def _grad(p: Tensor) -> Tensor:
-        return cast(Tensor, p.grad)
-
-    def _note(self, p: Tensor, squares: Tensor) -> None:
-        grad = self._grad(p)
-        if p in self._squares:
-            self._squares[p] += squares
-            copy = self._seen[p].copy.copy_(grad)
-        else:
-            self._squares[p] = squares
-            copy = grad.clone()
-        self._seen[p] = _Seen(grad, grad._version, copy)
+    def _note(self, p: Tensor, squares: Tensor, copy: Tensor | None = None) -> None:
+        grad = _grad(p)
+        if p in self._noted:
+            squares = squares.add_(self._noted[p].squares)
+        self._noted[p] = _Noted(squares, grad, grad._version, _probe(grad), copy)
 
     def _check_untouched(self, p: Tensor) -> None:
         """Raise RuntimeError if ``.grad`` holds something that is no part of this batch."""
         if p.grad is None:
             return
-        seen = self._seen.get(p)
-        if seen is None:
+        noted = self._noted.get(p)
+        if noted is None:
             checks.check_fresh(not bool(p.grad.any()))
         else:
-            checks.check_same_grad(p.grad is seen.grad and p.grad._version == seen.version)
+            checks.check_same_grad(noted.holds(p.grad))
 
     def _restart_if_cleared(self) -> None:
         """A batch whose step was skipped leaves its parts behind; its gradients are gone."""
-        if any(p.grad is None for p in self._seen):
+        if any(p.grad is None for p in self._noted):
             self.reset()
+
+
+def _grad(p: Tensor) -> Tensor:
+    return cast(Tensor, p.grad)
+
+
+def _probe(grad: Tensor) -> Tensor:
+    """A copy of at most some thousands of entries."""
+    flat = grad.flatten()
+    return flat[:: max(1, flat.numel() // PROBE)].clone()
 
 
 def _common_factor(after: Tensor, before: Tensor) -> float:
@@ -157,7 +177,8 @@ def _common_factor(after: Tensor, before: Tensor) -> float:
     Raises:
         RuntimeError: if not all of it was multiplied by the same.
     """
-    now, then = after.double().flatten(), before.double().flatten()
+    then, now = (torch.view_as_real(x) if x.is_complex() else x for x in (before, after))
+    then, now = then.double(), now.double()
     norm = float(torch.linalg.vector_norm(then))
     factor = float(torch.linalg.vector_norm(now)) / norm if norm > 0 else 1.0
     rest = float(torch.linalg.vector_norm(now - factor * then))

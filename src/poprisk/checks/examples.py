@@ -57,6 +57,13 @@ def check_iterable(name: str, data: Any) -> None:
         )
 
 
+def check_tensors(name: str, leaves: Iterable[Any]) -> None:
+    """Raise TypeError unless all are tensors."""
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name} must hold tensors only, but holds a {type(leaf).__name__}.")
+
+
 def check_repeatable(name: str, same: bool) -> None:
     """Raise ValueError if a second pass through the data gave something else."""
     if not same:
@@ -70,9 +77,8 @@ def check_inputs(name: str, leaves: Sequence[Any]) -> None:
     """Raise unless all are tensors with one positive number of examples."""
     if not leaves:
         raise ValueError(f"{name} holds no example.")
+    check_tensors(name, leaves)
     for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name} must hold tensors only, but holds a {type(leaf).__name__}.")
         if leaf.ndim == 0 or len(leaf) == 0:
             raise ValueError(
                 f"{name} holds no example: a tensor has shape {tuple(leaf.shape)}; its first "
@@ -101,6 +107,8 @@ def check_outputs(outputs: Any, examples: int) -> None:
 
 def check_positions(name: str, positions: Sequence[int], count: int) -> None:
     """Raise unless positions are distinct integers in [0, count)."""
+    if not isinstance(positions, Sequence):
+        raise TypeError(f"{name} must be a list of integers, but got {positions!r}.")
     good = all(isinstance(p, int) and not isinstance(p, bool) for p in positions)
     if not positions or not good or len(set(positions)) < len(positions):
         raise ValueError(f"{name} must be distinct integers, but got {positions!r}.")
@@ -151,9 +159,17 @@ def check_same_values(left: int, right: int) -> None:
 
 def check_columns(vectors: Any, rows: int) -> None:
     """Raise ValueError unless ``vectors`` are (rows,) or (rows, s)."""
-    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != rows:
+    good = isinstance(vectors, Tensor) and vectors.ndim in (1, 2) and vectors.numel() > 0
+    if not good or len(vectors) != rows:
         found = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
         raise ValueError(f"the kernel multiplies ({rows},) or ({rows}, s), but got {found}.")
+
+
+def check_same_kind(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise ValueError unless a tensor has the dtype and the device of the kernel."""
+    found, needed = (f"{t.dtype} on {t.device}" for t in (tensor, like))
+    if found != needed:
+        raise ValueError(f"{name} must be {needed}, as the kernel is, but got {found}.")
 
 
 def check_symmetric(symmetric: bool, what: str) -> None:
@@ -190,6 +206,12 @@ def check_block_fits(block: int, needed: int, budget: int) -> None:
         )
 
 
+def check_count(name: str, found: int, needed: int) -> None:
+    """Raise ValueError unless there is one tensor for each parameter."""
+    if found != needed:
+        raise ValueError(f"{name} must hold {needed} tensors, one per parameter, but has {found}.")
+
+
 def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
     """Raise unless ``tensor`` is a tensor of a shape."""
     if not isinstance(tensor, Tensor):
@@ -217,6 +239,15 @@ def check_losses(losses: Any, examples: int | None = None) -> None:
         raise ValueError(
             "the losses depend on no trainable parameter: all are frozen, or they were computed "
             "under torch.no_grad()."
+        )
+
+
+def check_same_share(same: bool) -> None:
+    """Raise ValueError if the examples of one step count differently."""
+    if not same:
+        raise ValueError(
+            "weight must give every example of a step the same share: the number of losses over "
+            "the batch size, also for a smaller last part."
         )
 
 
@@ -260,12 +291,21 @@ def check_same_grad(same: bool) -> None:
 
 
 def check_one_backward(same: bool, changes: int) -> None:
-    """Raise RuntimeError unless one backward pass added to the gradients."""
-    if not same or changes != 1:
+    """Raise RuntimeError unless one backward pass at most added to a gradient."""
+    if not same or changes > 1:
         raise RuntimeError(
             "call optimizer.microbatch(size) once after each backward pass, and "
             "optimizer.zero_grad() between steps: the gradients were changed "
             f"{changes if same else 'otherwise'} times since the last call."
+        )
+
+
+def check_some_backward(some: bool) -> None:
+    """Raise RuntimeError if no gradient has changed since the last part."""
+    if not some:
+        raise RuntimeError(
+            "there was no backward pass since the last part; call optimizer.microbatch(size) once "
+            "after each."
         )
 
 

@@ -15,7 +15,7 @@ alone, and says so once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, cast, final
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from poprisk.factors.gram import gram_, mirror_, squared_norms
-from poprisk.factors.graph import Graph, Use, find_uses, walk
+from poprisk.factors.graph import Graph, Use, as_matrix, find_uses, walk
 from poprisk.factors.moments import moments, not_negative, squared
 from poprisk.factors.nodes import terms_of
 from poprisk.factors.plan import Plan
@@ -153,11 +153,19 @@ class Factors:
         Complex gradients are treated as pairs of real ones.
         """
         result = Moments({}, {})
+        for name, sums, squares in self.each_moments():
+            result.sums[name], result.squares[name] = sums, squares
         for name, p in self.params.items():
-            pair = moments(self.terms[name]) if name in self.terms else None
-            for i, out in enumerate(result):
-                out[name] = torch.zeros_like(p) if pair is None else _shaped(pair[i], p)
+            for out in result:
+                if name not in out:
+                    out[name] = torch.zeros_like(p)
         return result
+
+    def each_moments(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """:meth:`moments` of one parameter after the other, of those that the values depend on."""
+        for name, terms in self.terms.items():
+            sums, squares = moments(terms)
+            yield name, _shaped(sums, self.params[name]), _shaped(squares, self.params[name])
 
     def _zeros(self, shape: tuple[int, int]) -> Tensor:
         like = next(iter(self.params.values()))
@@ -177,13 +185,12 @@ def capture(values: Tensor, params: Mapping[str, Tensor], *, plan: Plan | None =
     Returns:
         The factors; parameters that ``values`` do not depend on have gradient zero.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        matrix = values.unsqueeze(1) if values.ndim == 1 else values.view_as(values)
+    matrix = as_matrix(values)
     size = (matrix.shape[0], matrix.shape[1])
     terms: dict[str, list[Term]] = {name: [] for name in params}
     if matrix.grad_fn is not None:
         graph = walk(matrix.grad_fn, {id(p): name for name, p in params.items()})
-        known = plan.uses_in(graph, size[0]) if plan is not None else None
+        known = plan.uses_in(graph, matrix) if plan is not None else None
         uses = (find_uses(graph, matrix) if graph.owners else []) if known is None else known
         grads = _gradients(graph, uses, matrix)
         with torch.no_grad():

@@ -46,6 +46,9 @@ REORDERS = frozenset(
 )
 """Nodes that may exchange examples, as an index tensor says."""
 
+CONFIRMATIONS = 3
+"""Random halves of a batch that must agree with layouts learnt from smaller batches."""
+
 TRUSTED = 3
 """Batches that must agree on where the examples lie before a structure is taken as known."""
 
@@ -162,6 +165,12 @@ def shapes(node: Node) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(meta.shape) for meta in cast(Any, node)._input_metadata)
 
 
+def as_matrix(values: Tensor) -> Tensor:
+    """Values (b,) or (b, k) as (b, k), at a node of its own above whatever computed them."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return values.unsqueeze(1) if values.ndim == 1 else values.view_as(values)
+
+
 def walk(root: Node, names: dict[int, str]) -> Graph:
     """The nodes from ``root`` to the parameters named by ``names`` (id of tensor → name)."""
     finished: dict[Node, bool] = {}
@@ -261,6 +270,26 @@ def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
         cotangent = (weights * senders[:, None]).to(values.device, values.dtype)
         _backward(graph, values, cotangent, watch)
     return reached
+
+
+def confirmed(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool:
+    """Whether the layouts of ``uses`` agree with what comes back from random halves of a batch."""
+    layouts = {graph.nodes[use.node]: use.layouts for use in uses}
+    agreed = True
+    generator = torch.Generator().manual_seed(len(values))
+    for _ in range(CONFIRMATIONS):
+        senders = torch.randperm(len(values), generator=generator) < len(values) // 2
+
+        def watch(node: Node, grads: Sequence[Tensor | None], senders: Tensor = senders) -> None:
+            nonlocal agreed
+            for g, layout in zip(grads, layouts.get(node, ()), strict=False):
+                if g is not None:
+                    known = set() if layout is None else {layout}
+                    agreed &= bool(_consistent(known, g, senders)) or not bool(g.any())
+
+        cotangent = senders[:, None].expand(values.shape).to(values.device, values.dtype)
+        _backward(graph, values, cotangent, watch)
+    return agreed
 
 
 def _groups(examples: int) -> Tensor:

@@ -27,7 +27,9 @@ def moments(terms: list[Term]) -> tuple[Tensor, Tensor]:
 
 
 def _one_position(cot: Tensor, act: Tensor, term: Outer) -> tuple[Tensor, Tensor]:
-    act = act.flatten(0, 1).repeat_interleave(len(cot) // len(act), dim=0)
+    act = act.flatten(0, 1)
+    if len(cot) > len(act):
+        act = act.repeat_interleave(len(cot) // len(act), dim=0)
     if term.flipped:
         cot, act = act, cot
     return (cot.T @ act).flatten(), (cot.square().T @ act.square()).flatten()

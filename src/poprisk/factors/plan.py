@@ -8,7 +8,17 @@ from typing import NamedTuple, cast
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from poprisk.factors.graph import Graph, Layout, Use, find_uses, is_trusted, shapes, walk
+from poprisk.factors.graph import (
+    Graph,
+    Layout,
+    Use,
+    as_matrix,
+    confirmed,
+    find_uses,
+    is_trusted,
+    shapes,
+    walk,
+)
 
 
 class Outline(NamedTuple):
@@ -32,14 +42,18 @@ class Plan(NamedTuple):
         outline: of every node.
         shapes: of every node's outputs in the graph that it was learnt from.
         uses: found there, with layouts that do not depend on the number of examples.
+        confirmed: by number of examples, whether a batch agreed: the same operations may
+            rearrange larger batches.
     """
 
     outline: list[Outline]
     shapes: list[tuple[tuple[int, ...], ...]]
     uses: list[Use]
+    confirmed: dict[int, bool]
 
-    def uses_in(self, graph: Graph, examples: int) -> list[Use] | None:
-        """The same uses in another graph; None where outline or shapes do not fit."""
+    def uses_in(self, graph: Graph, values: Tensor) -> list[Use] | None:
+        """The same uses in the graph of other values (b, k); None where they do not fit."""
+        examples = len(values)
         if _outline(graph) != self.outline:
             return None
         for use in self.uses:
@@ -47,7 +61,9 @@ class Plan(NamedTuple):
             for before, now, layout in zip(self.shapes[use.node], found, use.layouts, strict=True):
                 if layout is not None and not _fits(before, now, layout, examples):
                     return None
-        return self.uses
+        if examples not in self.confirmed:
+            self.confirmed[examples] = confirmed(graph, values, self.uses)
+        return self.uses if self.confirmed[examples] else None
 
 
 def learn_plan(batches: Iterable[Tensor], params: Mapping[str, Tensor]) -> Plan | None:
@@ -63,13 +79,14 @@ def learn_plan(batches: Iterable[Tensor], params: Mapping[str, Tensor]) -> Plan 
     names = {id(p): name for name, p in params.items()}
     plan = None
     for values in batches:
-        if values.grad_fn is None:
+        matrix = as_matrix(values)
+        if matrix.grad_fn is None:
             return None
-        graph = walk(values.grad_fn, names)
-        uses = find_uses(graph, values)
+        graph = walk(matrix.grad_fn, names)
+        uses = find_uses(graph, matrix)
         plan = None
         if is_trusted(graph):
-            plan = Plan(_outline(graph), [shapes(node) for node in graph.nodes], uses)
+            plan = Plan(_outline(graph), [shapes(node) for node in graph.nodes], uses, {})
     return plan
 
 

@@ -144,6 +144,7 @@ class Kernel:
         :meth:`dense` for when there are many.
         """
         examples.check_columns(vectors, self.shape[1])
+        examples.check_same_kind("the vectors", vectors, self._zeros(1))
         columns = vectors.unsqueeze(1) if vectors.ndim == 1 else vectors
         product = self._formed_product if self._blocks else self._free_product
         return product(columns).reshape(self.shape[0], *vectors.shape[1:])
@@ -292,8 +293,11 @@ def _weights(
     if precondition is None:
         return None
     if not isinstance(precondition, Mapping):
-        precondition = dict(zip(params, precondition, strict=False))
+        examples.check_count("precondition", len(precondition), len(params))
+        precondition = dict(zip(params, precondition, strict=True))
     examples.check_names("precondition", params, precondition)
     for name, p in params.items():
-        examples.check_shape(f"precondition[{name!r}]", precondition[name], tuple(p.shape))
+        what, weight = f"precondition[{name!r}]", precondition[name]
+        examples.check_shape(what, weight, tuple(p.shape))
+        examples.check_same_kind(what, weight, p.real if p.is_complex() else p)
     return {name: precondition[name].detach() for name in params}
