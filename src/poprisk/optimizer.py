@@ -155,12 +155,12 @@ class PopRiskAdamW(Optimizer):
         loss = evaluate(closure)
         if not all_finite(checked_gradients(self)):
             warn_skipped("PopRiskAdamW", self._count_skip())
+            self._use_parts()
             return loss
         parts = self._checked_parts()
         for bucket in self._buckets():
             _update_bucket(bucket, parts)
-        if parts is not None:
-            parts.reset()
+        self._use_parts()
         return loss
 
     def backward(self, losses: Tensor, *, weight: float = 1.0) -> None:
@@ -203,15 +203,21 @@ class PopRiskAdamW(Optimizer):
         if self._parts is not None:
             self._parts.reset()
 
+    def _use_parts(self) -> None:
+        if self._parts is not None:
+            self._parts.use()
+
     def _batch_parts(self) -> BatchParts:
-        if self._parts is None:
-            names = (
-                (f"{i}.{j}", p)
+        """The parts of this batch; at its start, of what is trainable by now."""
+        if self._parts is None or self._parts.parts == 0:
+            params = {
+                f"{i}.{j}": p
                 for i, group in enumerate(self.param_groups)
                 for j, p in enumerate(group["params"])
                 if p.requires_grad
-            )
-            self._parts = BatchParts(dict(names))
+            }
+            self._parts = self._parts or BatchParts(params)
+            self._parts.params = params
         return self._parts
 
     def _checked_parts(self) -> BatchParts | None:

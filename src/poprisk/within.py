@@ -11,6 +11,8 @@ give :math:`\Sigma_B/(b-1)` exactly; accumulation steps or ranks are larger part
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast, final
@@ -38,6 +40,7 @@ class _Noted:
         grad: the tensor that held the gradient after the last part.
         version: of that tensor.
         probe: some of its entries then.
+        whole: whether these are all; where a selection would hold zeros only.
         copy: all of them, where the next part is a difference.
     """
 
@@ -45,6 +48,7 @@ class _Noted:
     grad: Tensor
     version: int
     probe: Tensor
+    whole: bool
     copy: Tensor | None
 
     def holds(self, grad: Tensor) -> bool:
@@ -62,14 +66,25 @@ class BatchParts:
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.params = params
-        self.examples = 0
-        self.parts = 0
         self._noted: dict[Tensor, _Noted] = {}
+        self._used: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
+        self._restart()
 
     def reset(self) -> None:
-        """Start a new batch."""
+        """Start a new batch after gradients were cleared."""
+        self._restart()
+        self._used.clear()
+
+    def use(self) -> None:
+        """Start a new batch after a step; gradients are still to be cleared."""
+        grads = {p: p.grad for p in self._noted if p.grad is not None}
+        self._used = {p: (weakref.ref(g), g._version + 1) for p, g in grads.items()}
+        self._restart()
+
+    def _restart(self) -> None:
         self.examples = 0
         self.parts = 0
+        self._share: float | None = None
         self._noted.clear()
 
     def backward(self, losses: Tensor, weight: float) -> None:
@@ -85,7 +100,10 @@ class BatchParts:
         """
         checks.check_losses(losses)
         self._restart_if_cleared()
-        factors = capture(losses * (weight / len(losses)), self.params)
+        share, before = weight / len(losses), self._share
+        checks.check_same_share(before is None or math.isclose(share, before, rel_tol=1e-6))
+        self._share = share
+        factors = capture(losses * share, self.params)
         for name in factors.terms:
             self._check_untouched(self.params[name])
         for name, sums, squares in factors.each_moments():
@@ -106,12 +124,13 @@ class BatchParts:
             RuntimeError: if there was no or more than one backward pass since the last part.
         """
         self._restart_if_cleared()
+        changes = [self._changes(p) for p in self.params.values() if p.grad is not None]
+        checks.check_some_backward(any(changes))
         for p in self.params.values():
             if p.grad is None:
                 continue
             noted, share = self._noted.get(p), p.grad
             if noted is not None and noted.copy is not None:
-                checks.check_one_backward(p.grad is noted.grad, p.grad._version - noted.version)
                 share = p.grad - noted.copy
             self._note(p, squared(share).div_(size), p.grad.clone())
         self.examples += size
@@ -137,13 +156,31 @@ class BatchParts:
 
     def _factor(self, p: Tensor) -> float:
         noted, grad = self._noted[p], _grad(p)
-        return 1.0 if noted.holds(grad) else _common_factor(_probe(grad), noted.probe)
+        # Not by version: GradScaler and writes through ``.data`` leave it as it was.
+        return _common_factor(_probe(grad, whole=noted.whole), noted.probe)
+
+    def _changes(self, p: Tensor) -> int:
+        """Backward passes, 0 or 1, that added to ``.grad`` since the last part.
+
+        Raises:
+            RuntimeError: if there were more, or gradients of the last step are still in there.
+        """
+        grad, noted = _grad(p), self._noted.get(p)
+        if noted is None:
+            checks.check_fresh(self._used.get(p) != (weakref.ref(grad), grad._version))
+            return 1
+        checks.check_one_backward(grad is noted.grad, grad._version - noted.version)
+        return grad._version - noted.version
 
     def _note(self, p: Tensor, squares: Tensor, copy: Tensor | None = None) -> None:
         grad = _grad(p)
         if p in self._noted:
             squares = squares.add_(self._noted[p].squares)
-        self._noted[p] = _Noted(squares, grad, grad._version, _probe(grad), copy)
+        probe = _probe(grad)
+        whole = not bool(probe.any())
+        if whole:
+            probe = _probe(grad, whole=True)
+        self._noted[p] = _Noted(squares, grad, grad._version, probe, whole, copy)
 
     def _check_untouched(self, p: Tensor) -> None:
         """Raise RuntimeError if ``.grad`` holds something that is no part of this batch."""
@@ -165,10 +202,10 @@ def _grad(p: Tensor) -> Tensor:
     return cast(Tensor, p.grad)
 
 
-def _probe(grad: Tensor) -> Tensor:
-    """A copy of at most some thousands of entries."""
+def _probe(grad: Tensor, *, whole: bool = False) -> Tensor:
+    """A copy of some thousands of entries, or of all."""
     flat = grad.flatten()
-    return flat[:: max(1, flat.numel() // PROBE)].clone()
+    return flat[:: 1 if whole else max(1, flat.numel() // PROBE)].clone()
 
 
 def _common_factor(after: Tensor, before: Tensor) -> float:
@@ -177,6 +214,8 @@ def _common_factor(after: Tensor, before: Tensor) -> float:
     Raises:
         RuntimeError: if not all of it was multiplied by the same.
     """
+    if torch.equal(after, before):
+        return 1.0
     then, now = (torch.view_as_real(x) if x.is_complex() else x for x in (before, after))
     then, now = then.double(), now.double()
     norm = float(torch.linalg.vector_norm(then))

@@ -105,6 +105,15 @@ def check_outputs(outputs: Any, examples: int) -> None:
         )
 
 
+def check_differentiable(recorded: bool) -> None:
+    """Raise ValueError if outputs depend on no parameter."""
+    if not recorded:
+        raise ValueError(
+            "the outputs depend on no trainable parameter that counts: the model computes them "
+            "under torch.no_grad(), or params selects only unused ones."
+        )
+
+
 def check_positions(name: str, positions: Sequence[int], count: int) -> None:
     """Raise unless positions are distinct integers in [0, count)."""
     if not isinstance(positions, Sequence):
@@ -338,6 +347,10 @@ def check_targets(targets: Any, examples: int) -> None:
 
 def check_within(method: str, found: Collection[str], needed: str) -> None:
     """Raise RuntimeError if a method does not belong to the variance estimator in use."""
+    if {"exact", "microbatch"} <= set(found):
+        raise RuntimeError(
+            'one optimizer takes variance="exact" or "microbatch", not both; use two optimizers.'
+        )
     if needed not in found:
         used = ", ".join(repr(f) for f in sorted(found)) or "none"
         raise RuntimeError(

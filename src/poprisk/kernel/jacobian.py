@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -147,8 +148,9 @@ class Jacobian:
         """The rows of some examples, in factors."""
         inputs = take(self.inputs, examples)
         alone = length(inputs) == 1
-        with torch.enable_grad():
+        with recording():
             values = self.evaluate(take(inputs, [0, 0]) if alone else inputs)
+            checks.check_differentiable(values.requires_grad)
             captured = capture(values, self.params, plan=self._plan)
         return captured.part(slice(0, 1)) if alone else captured
 
@@ -158,7 +160,7 @@ class Jacobian:
         if self.examples < 2 * LEARNT_FROM:
             return None
         generator = torch.Generator().manual_seed(0)
-        with torch.enable_grad():
+        with recording():
             return learn_plan(
                 (
                     self.evaluate(take(self.inputs, order[:LEARNT_FROM].tolist()))
@@ -181,7 +183,7 @@ class Jacobian:
             return tensor
 
         inputs = take(self.inputs, [0, min(1, self.examples - 1)])
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with recording(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             values = self.evaluate(inputs)
         captured = capture(values, self.params, plan=self._plan)
         return Footprint(sum(saved.values()) // 2, captured.elements() // 2)
@@ -191,8 +193,9 @@ class Jacobian:
         total = {name: torch.zeros_like(p) for name, p in self.params.items()}
         parts = vector.reshape(self.examples, self.values)
         for rows in chunks(self.examples, block):
-            with torch.enable_grad():
+            with recording():
                 values = self.evaluate(take(self.inputs, rows))
+                checks.check_differentiable(values.requires_grad)
             grads = torch.autograd.grad(
                 values, list(self.params.values()), parts[rows], allow_unused=True
             )
@@ -202,7 +205,7 @@ class Jacobian:
         return total
 
     def product(self, vector: Mapping[str, Tensor], block: int) -> Tensor:
-        """Jw, parameters to (n·k,), by forward mode, or through factors where that is not to be had."""
+        """Jw, parameters to (n·k,): by forward mode, or by factors where that is not to be had."""
         rows = chunks(self.examples, block)
         if self._has_forward_mode:
             products = [self._forward_mode(vector, take(self.inputs, r)) for r in rows]
@@ -257,6 +260,13 @@ def _slots(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
         for attribute, p in module._parameters.items()
         if id(p) in names
     }
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Gradients are recorded, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def call(model: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Any:
