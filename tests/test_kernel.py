@@ -208,7 +208,9 @@ def test_many_blocks_are_one_block(name: str, outputs: Any) -> None:
     model, x, q = case(name, 23, 11)
     if name.startswith("causal") and outputs == [1]:
         outputs = [0]
-    budget = 30_000 if name == "MLP" else 500_000
+    budget = 500_000
+    if name == "MLP":
+        budget = 85_000 if outputs == "all" else 30_000
     for args in ((x,), (q, x)):
         whole = entk(model, *args, outputs=outputs)
         small = entk(model, *args, outputs=outputs, max_memory=budget)
@@ -409,7 +411,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [160, 256])
+@pytest.mark.parametrize("budget", [128, 256])
 def test_peak_memory_stays_within_the_budget(budget: int) -> None:
     """A 4000 × 4000 kernel in float32 is 61 MiB."""
     command = [sys.executable, "-c", MEMORY.format(budget=budget)]

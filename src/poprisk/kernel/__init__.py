@@ -266,11 +266,11 @@ class Kernel:
             ValueError: if the result or one example does not fit.
         """
         size = self._zeros(1).element_size()
-        kept = elements // 2 if self.symmetric else elements
+        kept = elements + (elements // 2 if self.symmetric else elements)  # blocks, and the whole
         free = self._max_memory // size - kept
         examples.check_kernel_fits(self.shape, kept * size, self._max_memory)
-        cost = self._left.footprint()
-        example = 2 * cost.graph + 2 * cost.factors
+        costs = {side.footprint() for side in (self._left, self._right)}
+        example = max(2 * cost.graph + 2 * cost.factors for cost in costs)
         block = free // max(1, 2 * example)
         examples.check_block_fits(block, 2 * example * size + kept * size, self._max_memory)
         rows = int((free / 8) ** 0.5) // self._rows
