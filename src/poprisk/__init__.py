@@ -6,9 +6,10 @@ The public names, in the order of the theory. See the README for a first run and
 
 from poprisk.gated import gated
 from poprisk.optimizer import PopRiskAdamW
+from poprisk.risk import RiskEstimate, TwinRisk
 from poprisk.stats import GateStats
 from poprisk.tasks import Metric, Task
 
 __version__ = "0.1.0"
 
-__all__ = ["GateStats", "Metric", "PopRiskAdamW", "Task", "gated"]
+__all__ = ["GateStats", "Metric", "PopRiskAdamW", "RiskEstimate", "Task", "TwinRisk", "gated"]
