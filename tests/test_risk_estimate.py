@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from poprisk.reference import risk as reference
 from poprisk.risk.estimate import TwinOutputs, estimate_risk, measure_freedom
 from poprisk.risk.links import link_of
 from samplers import randn
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def squared(u: Tensor, y: Tensor) -> Tensor:
@@ -120,14 +123,14 @@ def test_an_untouched_model_has_its_training_loss() -> None:
 
 def test_accuracy_of_binary_labels() -> None:
     u, y = randn(60, 1), (randn(60, 1, seed=1) > 0).double()
-    loss = lambda u, y: F.binary_cross_entropy_with_logits(u, y, reduction="none").sum(1)  # noqa: E731
+    loss: Loss = lambda u, y: F.binary_cross_entropy_with_logits(u, y, reduction="none").sum(1)  # noqa: E731
     found = estimate_risk(loss, u, y, [TwinOutputs(u, torch.ones_like(u))])
     assert found.accuracy == float(((u > 0) == (y > 0)).double().mean())
 
 
 def test_a_loss_that_holds_single_precision_is_taken_as_it_is() -> None:
     weight = torch.ones(4)
-    loss = lambda u, y: F.cross_entropy(u, y, weight=weight, reduction="none")  # noqa: E731
+    loss: Loss = lambda u, y: F.cross_entropy(u, y, weight=weight, reduction="none")  # noqa: E731
     u, y = randn(60, 4, dtype=torch.float32), torch.arange(60) % 4
     moved = u + 0.05 * randn(60, 4, seed=3, dtype=torch.float32)
     tilt = randn(60, 4, seed=3)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poprisk.reference import risk as reference
@@ -72,6 +72,14 @@ def gaussian(u: Tensor, y: Tensor) -> Tensor:
     """Mean and log-variance of a number: two outputs that belong together, not convex."""
     square = (u[:, :1] - y[:, :1]).square() * (-u[:, 1:2]).exp()
     return (0.5 * (square + u[:, 1:2])).sum(1)
+
+
+def nothing(u: Tensor, y: Tensor) -> None:
+    return None
+
+
+def mistakes(u: Tensor, y: Tensor) -> Tensor:
+    return (u.argmax(1) != y).double()
 
 
 CASES: dict[str, tuple[Loss, Callable[[], Tensor], type[Link], int]] = {
@@ -141,7 +149,7 @@ def test_an_example_pulled_back_quadratically_is_left_out_exactly(name: str) -> 
         value.backward()
         return value
 
-    descent.step(pulled)  # pyrefly: ignore[bad-argument-type]
+    descent.step(pulled)
     link = link_of(loss, u.detach(), y)
     found = link.leave_one_out(u.detach(), link.freedom(gain))
     torch.testing.assert_close(found, without, rtol=1e-6, atol=1e-6)
@@ -172,7 +180,7 @@ def test_negative_curvature_counts_as_none() -> None:
 
 def test_one_output_without_its_own_dimension() -> None:
     u, y = randn(N), (randn(N, seed=1) > 0).double()
-    loss = lambda u, y: F.binary_cross_entropy_with_logits(u, y, reduction="none")  # noqa: E731
+    loss: Loss = lambda u, y: F.binary_cross_entropy_with_logits(u, y, reduction="none")  # noqa: E731
     link = link_of(loss, u, y)
     expected = binary(u.unsqueeze(1).requires_grad_(), y.unsqueeze(1))
     assert isinstance(link, Separate)
@@ -182,7 +190,7 @@ def test_one_output_without_its_own_dimension() -> None:
 
 
 def test_many_coupled_outputs_are_refused() -> None:
-    loss = lambda u, y: u.square().sum(1).square()  # noqa: E731
+    loss: Loss = lambda u, y: u.square().sum(1).square()  # noqa: E731
     with pytest.raises(ValueError, match=r"couples all 200 outputs.*each token be an example"):
         link_of(loss, randn(3, 200), torch.zeros(3))
 
@@ -190,9 +198,9 @@ def test_many_coupled_outputs_are_refused() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda u, y: cross_entropy(u, y).mean(), r"shape \(6,\) for 6 examples, but gave \(\)"),
-        (lambda u, y: None, "but gave NoneType"),
-        (lambda u, y: (u.argmax(1) == y).double(), "must be differentiable"),
+        (nn.CrossEntropyLoss(), r"shape \(6,\) for 6 examples, but gave \(\)"),
+        (nothing, "but gave NoneType"),
+        (mistakes, "must be differentiable"),
     ],
 )
 def test_a_loss_that_is_not_one_value_an_example_is_refused(loss: Loss, message: str) -> None:

@@ -6,10 +6,35 @@ The public names, in the order of the theory. See the README for a first run and
 
 from poprisk.gated import gated
 from poprisk.optimizer import PopRiskAdamW
-from poprisk.risk import RiskEstimate, TwinRisk
+from poprisk.risk import (
+    Canaries,
+    FreshBatchRisk,
+    RiskEstimate,
+    Selection,
+    StoppingPoint,
+    TwinRisk,
+    fresh_batch_risk,
+    select,
+    stopping_point,
+)
 from poprisk.stats import GateStats
 from poprisk.tasks import Metric, Task
 
 __version__ = "0.1.0"
 
-__all__ = ["GateStats", "Metric", "PopRiskAdamW", "RiskEstimate", "Task", "TwinRisk", "gated"]
+__all__ = [
+    "Canaries",
+    "FreshBatchRisk",
+    "GateStats",
+    "Metric",
+    "PopRiskAdamW",
+    "RiskEstimate",
+    "Selection",
+    "StoppingPoint",
+    "Task",
+    "TwinRisk",
+    "fresh_batch_risk",
+    "gated",
+    "select",
+    "stopping_point",
+]

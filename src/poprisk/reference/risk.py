@@ -81,3 +81,10 @@ def response_error(h: Tensor) -> float:
     n = len(h)
     both = (h + h.T).tril(-1)
     return math.sqrt(float(both.square().sum())) / n
+
+
+def fresh_change(rows: Tensor, m: Tensor, idle: Tensor) -> float:
+    r""":math:`-\tfrac1{b(b-1)}\sum_{i\ne j} g_i\cdot Mg_j + \Delta_0\cdot\mu`, gradients (b, P)."""
+    b = len(rows)
+    pairs = sum(float(rows[i] @ (m * rows[j])) for i in range(b) for j in range(b) if i != j)
+    return -pairs / (b * (b - 1)) + float(idle @ rows.mean(0))

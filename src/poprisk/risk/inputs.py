@@ -199,3 +199,94 @@ def check_twin_state(state_dict: Any, replicas: int) -> None:
         raise ValueError(
             f"state_dict does not fit: it holds {found} models, this one {replicas} (probes + 1)."
         )
+
+
+def check_estimates(lengths: list[int]) -> None:
+    """Raise ValueError unless there are estimates, all of equally many examples."""
+    if not lengths:
+        raise ValueError("there is no estimate to choose from; call twin.estimate(x, y) first.")
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"estimates must be of the same training examples, but they are of {min(lengths)} to "
+            f"{max(lengths)}; pass the same x and y each time."
+        )
+
+
+def check_canaries(targets: Any, fraction: float) -> int:
+    """Return how many of the targets become canaries.
+
+    Raises:
+        TypeError: if targets are not a tensor of numbers or classes.
+        ValueError: if no label, or every label, would be replaced.
+    """
+    if not isinstance(targets, Tensor) or targets.is_complex() or targets.ndim == 0:
+        raise TypeError(f"targets must be a tensor of labels, but got {type(targets).__name__}.")
+    if not targets.is_floating_point() and targets.ndim != 1:
+        raise TypeError(
+            f"class targets must have shape (n,), but got {tuple(targets.shape)}; flatten tokens."
+        )
+    count = round(fraction * len(targets))
+    if not 1 <= count < len(targets):
+        raise ValueError(
+            f"fraction={fraction} of {len(targets)} labels makes {count} canaries; choose one that "
+            "makes at least one and leaves some labels as they are."
+        )
+    return count
+
+
+def check_classes(targets: Tensor, classes: int | None) -> int:
+    """Return the number of classes, counted if not given; at least two, and all labels below it."""
+    found = int(targets.max()) + 1
+    classes = found if classes is None else classes
+    if classes < max(found, 2) or int(targets.min()) < 0:
+        raise ValueError(
+            f"labels must lie in 0..classes-1 with at least two classes, but got "
+            f"{int(targets.min())}..{found - 1} and classes={classes}."
+        )
+    return classes
+
+
+def check_bound(classes: int | None, outputs: Tensor, n: int) -> int:
+    """Return the number of classes if the bound applies to these outputs."""
+    if classes is None:
+        raise ValueError(
+            "the bound is for classes, but the targets are numbers; use memorization()."
+        )
+    if outputs.ndim != 2 or len(outputs) != n:
+        raise ValueError(
+            f"outputs must be those of the whole training set, ({n}, {classes}), but got "
+            f"{tuple(outputs.shape)}."
+        )
+    return classes
+
+
+def check_canary_outputs(found: int, canaries: int, n: int) -> None:
+    """Raise ValueError unless outputs are of the canaries or of the whole training set."""
+    if found not in (canaries, n):
+        raise ValueError(
+            f"outputs must be those of the {canaries} canaries (in the order of .index) or of all "
+            f"{n} training examples, but got {found} rows."
+        )
+
+
+def check_fresh(model: torch.nn.Module, b: int, fresh: Any, groups: Any) -> None:
+    """Raise unless a batch of b can be cut into parts; see ``fresh_batch_risk``."""
+    if not isinstance(fresh, bool):
+        raise TypeError(f"fresh must be True or False, but got {fresh!r}.")
+    if isinstance(groups, bool) or not isinstance(groups, int) or not 2 <= groups <= b:
+        raise ValueError(
+            f"groups must be an integer from 2 to the batch's {b} examples, but got {groups!r}."
+        )
+    check_no_batch_norm(model)
+
+
+def check_no_batch_norm(model: torch.nn.Module) -> None:
+    """Raise ValueError if a batch norm mixes the examples of a batch."""
+    for name, module in model.named_modules():
+        mixes = module.training or not getattr(module, "track_running_stats", True)
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and mixes:
+            raise ValueError(
+                f"module {name!r} is a batch norm in training mode: the examples of a batch have "
+                "no gradients of their own. Put it in evaluation mode (module.eval()) or use group "
+                "or layer norm."
+            )
