@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poprisk import checks
-from poprisk.risk import inputs
+from poprisk.checks import risk as inputs
 
 
 class Memorization(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from poprisk.risk import inputs
+from poprisk.checks import risk as inputs
 from poprisk.risk.estimate import RiskEstimate, grouped_error
 
 Z = 2.0

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk.risk import inputs
+from poprisk.checks import risk as inputs
 from poprisk.risk.links import PerExampleLoss
 from poprisk.risk.randomness import RandomState
 

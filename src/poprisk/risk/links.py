@@ -23,7 +23,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from poprisk.risk import inputs
+from poprisk.checks import risk as inputs
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 DENSE_LIMIT = 128

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
-from poprisk.risk import inputs
+from poprisk.checks import risk as inputs
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
 from poprisk.risk.links import PerExampleLoss, is_gauge
 from poprisk.risk.randomness import RandomState

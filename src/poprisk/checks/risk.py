@@ -1,4 +1,4 @@
-"""Input validation of the risk estimators: every message that refuses an argument."""
+"""What the risk estimators ask of losses, data and loops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from poprisk.checks.examples import check_no_batch_statistics
 
 
 def check_losses(losses: Any, outputs: Tensor) -> Tensor:
@@ -277,16 +279,4 @@ def check_fresh(model: torch.nn.Module, b: int, fresh: Any, groups: Any) -> None
         raise ValueError(
             f"groups must be an integer from 2 to the batch's {b} examples, but got {groups!r}."
         )
-    check_no_batch_norm(model)
-
-
-def check_no_batch_norm(model: torch.nn.Module) -> None:
-    """Raise ValueError if a batch norm mixes the examples of a batch."""
-    for name, module in model.named_modules():
-        mixes = module.training or not getattr(module, "track_running_stats", True)
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and mixes:
-            raise ValueError(
-                f"module {name!r} is a batch norm in training mode: the examples of a batch have "
-                "no gradients of their own. Put it in evaluation mode (module.eval()) or use group "
-                "or layer norm."
-            )
+    check_no_batch_statistics(model)
