@@ -5,6 +5,7 @@ The public names, in the order of the theory. See the README for a first run and
 """
 
 from poprisk.gated import gated
+from poprisk.monitor import RiskMonitor
 from poprisk.optimizer import PopRiskAdamW
 from poprisk.risk import (
     Canaries,
@@ -29,6 +30,7 @@ __all__ = [
     "Metric",
     "PopRiskAdamW",
     "RiskEstimate",
+    "RiskMonitor",
     "Selection",
     "StoppingPoint",
     "Task",
