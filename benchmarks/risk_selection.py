@@ -21,7 +21,7 @@ from poprisk.compare import environment
 
 RUNS = Path("runs/risk-selection")
 RESULTS = Path(__file__).parent / "results" / "risk-selection.json"
-SEEDS = range(20, 23)
+SEEDS = range(20, 22)
 NAMES = (
     "ridges, MLP, AdamW",
     "ridges, deep MLP, PopRiskAdamW",

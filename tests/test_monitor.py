@@ -112,7 +112,7 @@ def test_numbers_are_those_of_all_parts_of_the_step(parts: int) -> None:
     expected = reference.signal(reference.example_gradients(model, squared, x, y))
     for name, value in expected.items():
         assert row[f"signal/{name}"] == pytest.approx(value, rel=1e-6)
-    assert row["loss"] == pytest.approx(float(squared(model(x), y).mean()))
+    assert row["loss"] == pytest.approx(float(squared(model(x), y).detach().mean()))
 
 
 def test_numbers_of_a_module_are_those_of_its_parameters() -> None:

@@ -21,8 +21,9 @@ def estimate(value: float, *, reason: str = "", seed: int = 0, noise: float = 0.
     return RiskEstimate(
         value=value,
         standard_error=0.1,
-        valid=not reason,
+        valid=False,
         reason=reason,
+        comparable=not reason,
         cost=2.0,
         train_loss=value,
         response=0.0,
@@ -49,7 +50,7 @@ def run(values: list[float], invalid: tuple[int, ...] = ()) -> list[RiskEstimate
         ([3, 2, 1, 0.5], (2, 3), 1, "deep"),
     ],
 )
-def test_the_least_valid_value_before_two_invalid_ones(
+def test_the_least_comparable_value_before_two_that_are_not(
     values: list[float], invalid: tuple[int, ...], index: int, reason: str
 ) -> None:
     point = stopping_point(run(values, invalid))
@@ -57,7 +58,7 @@ def test_the_least_valid_value_before_two_invalid_ones(
     assert point.estimate.value == values[index]
 
 
-def test_no_valid_estimate_is_said() -> None:
+def test_no_comparable_estimate_is_said() -> None:
     point = stopping_point(run([3, 1], (0, 1)))
     assert (point.valid, point.index, point.reason) == (False, 0, "deep")
 

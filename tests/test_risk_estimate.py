@@ -147,13 +147,19 @@ def follower(n: int, share: float) -> tuple[Tensor, Tensor, TwinOutputs]:
 
 
 @pytest.mark.parametrize(
-    ("share", "reason"),
-    [(0.0, ""), (0.4, ""), (0.45, "deep interpolation: the estimate is"), (0.6, "60% of the")],
+    ("share", "comparable", "reason"),
+    [
+        (0.0, True, ""),
+        (0.34, True, ""),
+        (0.38, True, "deep interpolation: the estimate is 2.6 times the training loss"),
+        (0.45, False, "deep interpolation: the estimate is 3.3 times the training loss"),
+        (0.6, False, "deep interpolation: 60% of the"),
+    ],
 )
-def test_deep_interpolation_is_flagged(share: float, reason: str) -> None:
+def test_deep_interpolation_is_flagged(share: float, comparable: bool, reason: str) -> None:
     u, y, twin = follower(200, share)
     found = estimate_risk(squared, u, y, [twin])
-    assert found.valid == (not reason)
+    assert (found.valid, found.comparable) == (not reason, comparable)
     assert reason in found.reason
 
 

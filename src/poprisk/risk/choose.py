@@ -20,8 +20,8 @@ class StoppingPoint(NamedTuple):
         low: first position around it that is not worse by more than two standard errors.
         high: last such position.
         estimate: the one at ``index``.
-        valid: whether any estimate was.
-        reason: why the search ended where it did; empty if all estimates were valid.
+        valid: whether any estimate was comparable.
+        reason: why the search ended where it did; empty if all estimates were comparable.
     """
 
     index: int
@@ -36,10 +36,10 @@ class Selection(NamedTuple):
     """The arm with the least estimated risk.
 
     Attributes:
-        name: of the arm; None if no arm has a valid estimate.
+        name: of the arm; None if no arm has a comparable estimate.
         point: where in its run.
         tied: other arms that are not worse by more than two standard errors.
-        left_out: arms without any valid estimate, and why.
+        left_out: arms without any comparable estimate, and why.
     """
 
     name: str | None
@@ -49,7 +49,7 @@ class Selection(NamedTuple):
 
 
 def stopping_point(estimates: Sequence[RiskEstimate]) -> StoppingPoint:
-    r"""The valid estimate of least value, before the run's first two invalid ones in a row.
+    r"""The comparable estimate of least value, before the run's first two in a row that are not.
 
     Past those the network interpolates its labels, and a later small value would be an accident.
     The interval compares the leave-one-out losses of the same examples, pair by pair.
@@ -63,14 +63,14 @@ def stopping_point(estimates: Sequence[RiskEstimate]) -> StoppingPoint:
     Example:
         >>> import math, torch
         >>> def estimate(value: float) -> RiskEstimate:
-        ...     rest = (0.0, True, "", 2.0, value, 0.0, 0.0, 0.0, None, torch.zeros(2))
+        ...     rest = (0.0, True, "", True, 2.0, value, 0.0, 0.0, 0.0, None, torch.zeros(2))
         ...     return RiskEstimate(value, *rest, torch.full((2,), value))
         >>> stopping_point([estimate(3.0), estimate(1.0), estimate(2.0)]).index
         1
     """
     inputs.check_estimates([len(e.losses) for e in estimates])
     end, reason = _usable(estimates)
-    positions = [i for i in range(end) if estimates[i].valid]
+    positions = [i for i in range(end) if estimates[i].comparable]
     if not positions:
         return StoppingPoint(0, 0, 0, estimates[0], False, estimates[0].reason)
     best = min(positions, key=lambda i: estimates[i].value)
@@ -109,9 +109,9 @@ def select(arms: Mapping[str, RiskEstimate | Sequence[RiskEstimate]]) -> Selecti
 def _usable(estimates: Sequence[RiskEstimate]) -> tuple[int, str]:
     """Up to where estimates may be used, and why not further."""
     for i in range(1, len(estimates)):
-        if not estimates[i - 1].valid and not estimates[i].valid:
+        if not estimates[i - 1].comparable and not estimates[i].comparable:
             return i - 1, estimates[i].reason
-    return len(estimates), next((e.reason for e in estimates if not e.valid), "")
+    return len(estimates), next((e.reason for e in estimates if not e.comparable), "")
 
 
 def _ties(other: RiskEstimate, best: RiskEstimate) -> bool:

@@ -24,8 +24,10 @@ MAX_UNCERTAINTY = 0.2
 """Largest share of the estimate by which one standard error of the response may raise it."""
 MAX_FREEDOM = 0.5
 """Largest share of the outputs' freedom that may be used up."""
-MAX_CORRECTION = 3.0
-"""Largest ratio of the estimate to the training loss."""
+MAX_CORRECTION = 2.4
+"""Largest ratio of the estimate to the training loss for which its level is believed."""
+MAX_COMPARABLE = 3.0
+"""Largest such ratio for which it still orders the estimates of a run."""
 FEW_EXAMPLES = 0.2
 """Largest standard error of the mean loss, as a share of the estimate."""
 
@@ -39,6 +41,8 @@ class RiskEstimate:
         standard_error: of the value, from groups of examples.
         valid: whether the value may be believed.
         reason: why not; empty if valid.
+        comparable: whether it still tells where in a run, or for which arm, risk is less; it is
+            wider than ``valid``.
         cost: time of all runs over the time of the model's own.
         train_loss: mean loss on the training examples as fitted.
         response: mean change of an output per change of its own label, h.
@@ -53,6 +57,7 @@ class RiskEstimate:
     standard_error: float
     valid: bool
     reason: str
+    comparable: bool
     cost: float
     train_loss: float
     response: float
@@ -130,12 +135,14 @@ def estimate_risk(
     )
     sampling = grouped_error(losses - value, groups) / len(losses)
     train_loss = float(scored(u).mean())
-    reason = doubt or _objection(value, upper, train_loss, found.value, sampling)
+    judged = (value, upper, train_loss, found.value, sampling)
+    reason = doubt or _objection(*judged, limit=MAX_CORRECTION)
     return RiskEstimate(
         value=value,
         standard_error=math.hypot(sampling, 0.5 * (upper - lower)),
         valid=not reason,
         reason=reason,
+        comparable=not (doubt or _objection(*judged, limit=MAX_COMPARABLE)),
         cost=cost,
         train_loss=train_loss,
         response=found.response,
@@ -199,14 +206,16 @@ def _label_scale(link: Link) -> float:
     return float(diagonal.mean()) if spread <= 1e-9 * float(diagonal.max()) else 1.0
 
 
-def _objection(value: float, upper: float, train: float, freedom: float, sampling: float) -> str:
+def _objection(
+    value: float, upper: float, train: float, freedom: float, sampling: float, *, limit: float
+) -> str:
     """Why an estimate is not to be believed; empty if nothing speaks against it."""
     if not math.isfinite(value) or not math.isfinite(upper):
         return "the estimate is not finite"
     size = abs(value)
     if freedom > MAX_FREEDOM:
         return f"deep interpolation: {freedom:.0%} of the outputs' freedom is used up"
-    if value > MAX_CORRECTION * train > 0:
+    if value > limit * train > 0:
         return f"deep interpolation: the estimate is {value / train:.1f} times the training loss"
     if upper - value > MAX_UNCERTAINTY * size:
         return (
@@ -231,7 +240,7 @@ def _failed(u: Tensor, losses: Tensor, cost: float, reason: str) -> RiskEstimate
     nan = math.nan
     train = float(losses.mean())
     return RiskEstimate(
-        nan, nan, False, reason, cost, train, nan, nan, nan, None, u, torch.full_like(losses, nan)
+        nan, nan, False, reason, False, cost, train, *[nan] * 3, None, u, losses * nan
     )
 
 
