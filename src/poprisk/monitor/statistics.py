@@ -59,7 +59,7 @@ class Statistics:
         self.loss += float(losses.detach().double().sum())
         for mine, theirs in ((self.sums, moments.sums), (self.squares, moments.squares)):
             for name, value in theirs.items():
-                mine[name] = mine[name] + value if name in mine else value.clone()
+                mine[name] = mine[name] + value if name in mine else value
 
     def pooled(self) -> Statistics:
         """The sum over all ranks; takes part in the collective even if it has nothing to add."""
@@ -81,10 +81,10 @@ class Statistics:
         rows: dict[str, list[float]] = {}
         b = self.examples
         for name, total in self.sums.items():
-            mean_square = (total.double() / b).square()
-            variance = (self.squares[name].double() / b - mean_square).clamp_min(0) / (b - 1)
-            passed = (mean_square - variance).clamp_min(0)
-            new = [float(t.sum()) for t in (mean_square, variance, passed)]
+            mean_square = (total / b).square_()
+            variance = self.squares[name].div(b).sub_(mean_square).clamp_min_(0).div_(b - 1)
+            sums = [float(mean_square.sum()), float(variance.sum())]
+            new = [*sums, float(mean_square.sub_(variance).clamp_min_(0).sum())]
             module = name.rpartition(".")[0] or name
             rows[module] = [a + c for a, c in zip(rows.get(module, [0.0] * 3), new, strict=True)]
         return {module: ModuleSignal(*row) for module, row in rows.items()}
