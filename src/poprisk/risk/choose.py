@@ -69,11 +69,11 @@ def stopping_point(estimates: Sequence[RiskEstimate]) -> StoppingPoint:
         1
     """
     inputs.check_estimates([len(e.losses) for e in estimates])
-    end, reason = _usable(estimates)
-    positions = [i for i in range(end) if estimates[i].comparable]
+    positions = comparable_positions([e.comparable for e in estimates])
     if not positions:
         return StoppingPoint(0, 0, 0, estimates[0], False, estimates[0].reason)
     best = min(positions, key=lambda i: estimates[i].value)
+    reason = next((e.reason for e in estimates if not e.comparable), "")
     low = high = best
     while low - 1 in positions and _ties(estimates[low - 1], estimates[best]):
         low -= 1
@@ -106,12 +106,15 @@ def select(arms: Mapping[str, RiskEstimate | Sequence[RiskEstimate]]) -> Selecti
     return Selection(best, chosen, tied, left_out)
 
 
-def _usable(estimates: Sequence[RiskEstimate]) -> tuple[int, str]:
-    """Up to where estimates may be used, and why not further."""
-    for i in range(1, len(estimates)):
-        if not estimates[i - 1].comparable and not estimates[i].comparable:
-            return i - 1, estimates[i].reason
-    return len(estimates), next((e.reason for e in estimates if not e.comparable), "")
+def comparable_positions(comparable: Sequence[bool]) -> list[int]:
+    """Positions of a run's comparable estimates, before the first two in a row that are not."""
+    positions: list[int] = []
+    for i, usable in enumerate(comparable):
+        if usable:
+            positions.append(i)
+        elif i and not comparable[i - 1]:
+            break
+    return positions
 
 
 def _ties(other: RiskEstimate, best: RiskEstimate) -> bool:
