@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -128,6 +128,25 @@ class RiskMonitor:
                 self._attempt("gradients", lambda: self._add(x, y))
             if part == self.accumulate - 1:
                 self._write(step, self._measure())
+
+    def measure(self, parts: Iterable[tuple[Any, Tensor]], *, step: int) -> dict[str, float]:
+        """Measure now, whatever the schedule says; for loops that are not one's own.
+
+        Args:
+            parts: inputs and targets of the step, in one or several parts.
+            step: under which the numbers are written.
+
+        Returns:
+            The numbers, by name.
+        """
+        self._statistics.clear()
+        with _unnoticed(self.model):
+            if any(q.gradients for q in self.quantities):
+                for x, y in parts:
+                    self._attempt("gradients", lambda x=x, y=y: self._add(x, y))
+            row = self._measure()
+        self._write(step, row)
+        return row
 
     def _add(self, x: Any, y: Tensor) -> dict[str, float]:
         self._statistics.add(self.model, self.loss, self.forward, x, y)
