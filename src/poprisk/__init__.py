@@ -10,11 +10,14 @@ from poprisk.optimizer import PopRiskAdamW
 from poprisk.risk import (
     Canaries,
     FreshBatchRisk,
+    LooRisk,
+    RecordedRun,
     RiskEstimate,
     Selection,
     StoppingPoint,
     TwinRisk,
     fresh_batch_risk,
+    loo_risk,
     select,
     stopping_point,
 )
@@ -27,8 +30,10 @@ __all__ = [
     "Canaries",
     "FreshBatchRisk",
     "GateStats",
+    "LooRisk",
     "Metric",
     "PopRiskAdamW",
+    "RecordedRun",
     "RiskEstimate",
     "RiskMonitor",
     "Selection",
@@ -37,6 +42,7 @@ __all__ = [
     "TwinRisk",
     "fresh_batch_risk",
     "gated",
+    "loo_risk",
     "select",
     "stopping_point",
 ]

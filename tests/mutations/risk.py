@@ -10,6 +10,7 @@ LEFT_OUT = "test_risk_links.py::test_an_example_pulled_back_quadratically_is_lef
 TILT = "test_risk_twin.py::test_the_twin_learns_tilted_labels"
 BITWISE = "test_risk_twin.py::test_the_model_is_trained_bitwise_as_alone"
 LINEAR = "test_risk_twin.py::test_h_of_a_linear_model_is_that_of_its_smoother"
+RETRAINED = "test_risk_loo.py::test_a_frozen_kernel_equals_retraining_without_each_example"
 FRESH = "test_risk_fresh.py::test_equals_the_sum_over_pairs"
 MONITORED = "test_monitor.py::test_training_is_bitwise_the_same_with_and_without"
 SIGNAL = "test_monitor.py::test_numbers_are_those_of_all_parts_of_the_step"
@@ -77,6 +78,12 @@ MUTATIONS = {
         "others = [step(_without(mean, g, s))",
         "others = [step(mean)",
         FRESH,
+    ),
+    "a deleted example keeps its curvature": Mutation(
+        "risk/loo.py", "kept = (~deleted).to(u)", "kept = (deleted | ~deleted).to(u)", RETRAINED
+    ),
+    "the momentum of a displacement forgotten": Mutation(
+        "risk/loo.py", "m = run.momentum * m + change", "m = change", RETRAINED
     ),
     "the monitor leaves dropout drawn": Mutation(
         "monitor/__init__.py", "        random.restore()\n", "        torch.rand(1)\n", MONITORED
