@@ -328,6 +328,14 @@ def test_a_table_computed_from_parameters(table: str) -> None:
         assert_exact(values, {"a": a, "b": b})
 
 
+def test_a_product_of_parameters_met_by_one_hot_inputs() -> None:
+    """Nothing but the data tells that a row of the product belongs to no example."""
+    a, b = zoo.param(4, 2), zoo.param(2, 3)
+    for order in (*[ARANGE] * graph.TRUSTED, ARANGE.roll(1), ARANGE.flip(0)):
+        values = torch.sin(F.one_hot(order, 4).double() @ (a @ b)).sum(1)
+        assert_exact(values, {"a": a, "b": b})
+
+
 BACK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index": lambda h, p: h[p.argsort()],
     "index_select": lambda h, p: h.index_select(0, p.argsort()),

@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 CHAIN: Sequence[str] = (
-    "checks factors kernel path channel drift risk gate variance settings update stats fused "
+    "checks factors kernel path channel drift risk gate variance settings within update stats fused "
     "optimizer gated controls monitor integrations tasks arms checkpoint training rundir compare "
     "wording verdict selection explain reproduce report display bench cli"
 ).split()
@@ -25,7 +25,8 @@ OUTSIDE: dict[str, Sequence[str]] = {
 
 EXTRAS = (
     "typer rich plotly jinja2 sklearn skimage scipy safetensors pytorch_optimizer "
-    "transformers trl accelerate datasets lightning jaxtyping beartype hypothesis pytest"
+    "transformers trl accelerate datasets lightning jaxtyping beartype hypothesis pytest "
+    "nngeometry curvlinops backpack opacus"
 ).split()
 
 

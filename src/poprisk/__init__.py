@@ -5,6 +5,7 @@ The public names, in the order of the theory. See the README for a first run and
 """
 
 from poprisk.gated import gated
+from poprisk.kernel import Kernel, entk
 from poprisk.monitor import RiskMonitor
 from poprisk.optimizer import PopRiskAdamW
 from poprisk.risk import (
@@ -23,6 +24,7 @@ from poprisk.risk import (
 )
 from poprisk.stats import GateStats
 from poprisk.tasks import Metric, Task
+from poprisk.variance import grad_mean_var
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,7 @@ __all__ = [
     "Canaries",
     "FreshBatchRisk",
     "GateStats",
+    "Kernel",
     "LooRisk",
     "Metric",
     "PopRiskAdamW",
@@ -40,8 +43,10 @@ __all__ = [
     "StoppingPoint",
     "Task",
     "TwinRisk",
+    "entk",
     "fresh_batch_risk",
     "gated",
+    "grad_mean_var",
     "loo_risk",
     "select",
     "stopping_point",

@@ -32,7 +32,7 @@ MUTATIONS = {
         "factors/graph.py",
         "    if node.name() in PURE and all(child in without for child in children):\n",
         "    if False:\n",
-        "test_factors.py::test_a_table_computed_from_parameters",
+        "test_factors.py::test_a_product_of_parameters_met_by_one_hot_inputs",
     ),
     "gradients pass on through other inputs": Mutation(
         "factors/nodes.py",

@@ -57,6 +57,13 @@ def check_iterable(name: str, data: Any) -> None:
         )
 
 
+def check_tensors(name: str, leaves: Iterable[Any]) -> None:
+    """Raise TypeError unless all are tensors."""
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name} must hold tensors only, but holds a {type(leaf).__name__}.")
+
+
 def check_repeatable(name: str, same: bool) -> None:
     """Raise ValueError if a second pass through the data gave something else."""
     if not same:
@@ -70,9 +77,8 @@ def check_inputs(name: str, leaves: Sequence[Any]) -> None:
     """Raise unless all are tensors with one positive number of examples."""
     if not leaves:
         raise ValueError(f"{name} holds no example.")
+    check_tensors(name, leaves)
     for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name} must hold tensors only, but holds a {type(leaf).__name__}.")
         if leaf.ndim == 0 or len(leaf) == 0:
             raise ValueError(
                 f"{name} holds no example: a tensor has shape {tuple(leaf.shape)}; its first "
@@ -99,8 +105,19 @@ def check_outputs(outputs: Any, examples: int) -> None:
         )
 
 
+def check_differentiable(recorded: bool) -> None:
+    """Raise ValueError if outputs depend on no parameter."""
+    if not recorded:
+        raise ValueError(
+            "the outputs depend on no trainable parameter that counts: the model computes them "
+            "under torch.no_grad(), or params selects only unused ones."
+        )
+
+
 def check_positions(name: str, positions: Sequence[int], count: int) -> None:
     """Raise unless positions are distinct integers in [0, count)."""
+    if not isinstance(positions, Sequence):
+        raise TypeError(f"{name} must be a list of integers, but got {positions!r}.")
     good = all(isinstance(p, int) and not isinstance(p, bool) for p in positions)
     if not positions or not good or len(set(positions)) < len(positions):
         raise ValueError(f"{name} must be distinct integers, but got {positions!r}.")
@@ -151,9 +168,17 @@ def check_same_values(left: int, right: int) -> None:
 
 def check_columns(vectors: Any, rows: int) -> None:
     """Raise ValueError unless ``vectors`` are (rows,) or (rows, s)."""
-    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != rows:
+    good = isinstance(vectors, Tensor) and vectors.ndim in (1, 2) and vectors.numel() > 0
+    if not good or len(vectors) != rows:
         found = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
         raise ValueError(f"the kernel multiplies ({rows},) or ({rows}, s), but got {found}.")
+
+
+def check_same_kind(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise ValueError unless a tensor has the dtype and the device of the kernel."""
+    found, needed = (f"{t.dtype} on {t.device}" for t in (tensor, like))
+    if found != needed:
+        raise ValueError(f"{name} must be {needed}, as the kernel is, but got {found}.")
 
 
 def check_symmetric(symmetric: bool, what: str) -> None:
@@ -190,6 +215,12 @@ def check_block_fits(block: int, needed: int, budget: int) -> None:
         )
 
 
+def check_count(name: str, found: int, needed: int) -> None:
+    """Raise ValueError unless there is one tensor for each parameter."""
+    if found != needed:
+        raise ValueError(f"{name} must hold {needed} tensors, one per parameter, but has {found}.")
+
+
 def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
     """Raise unless ``tensor`` is a tensor of a shape."""
     if not isinstance(tensor, Tensor):
@@ -217,4 +248,111 @@ def check_losses(losses: Any, examples: int | None = None) -> None:
         raise ValueError(
             "the losses depend on no trainable parameter: all are frozen, or they were computed "
             "under torch.no_grad()."
+        )
+
+
+def check_same_share(same: bool) -> None:
+    """Raise ValueError if the examples of one step count differently."""
+    if not same:
+        raise ValueError(
+            "weight must give every example of a step the same share: the number of losses over "
+            "the batch size, also for a smaller last part."
+        )
+
+
+def check_parts(parts: int) -> None:
+    """Raise RuntimeError if a batch was not seen in parts."""
+    if parts < 2:
+        raise RuntimeError(
+            f'variance="exact" or "microbatch" saw {parts} part(s) of the batch and needs two: for '
+            '"exact" call optimizer.backward(losses), with one loss per example, in place of '
+            'losses.mean().backward(); for "microbatch" call optimizer.microbatch(size) after '
+            "each backward pass of an accumulated step."
+        )
+
+
+def check_seen(seen: bool) -> None:
+    """Raise RuntimeError for a gradient that did not come from the parts of the batch."""
+    if not seen:
+        raise RuntimeError(
+            "a parameter has a gradient from elsewhere: compute all gradients by "
+            'optimizer.backward(losses) for variance="exact", and call optimizer.microbatch(size) '
+            'after each backward pass for "microbatch".'
+        )
+
+
+def check_fresh(fresh: bool) -> None:
+    """Raise RuntimeError if gradients were there before the first part of a batch."""
+    if not fresh:
+        raise RuntimeError(
+            "gradients are left from before this batch; call optimizer.zero_grad() before "
+            "optimizer.backward(losses), and use no other backward pass with it."
+        )
+
+
+def check_same_grad(same: bool) -> None:
+    """Raise RuntimeError if gradients were changed between the parts of a batch."""
+    if not same:
+        raise RuntimeError(
+            "gradients were changed between two parts of a batch; clip or unscale them once, "
+            "after the last part, and call optimizer.zero_grad() between steps."
+        )
+
+
+def check_one_backward(same: bool, changes: int) -> None:
+    """Raise RuntimeError unless one backward pass at most added to a gradient."""
+    if not same or changes > 1:
+        raise RuntimeError(
+            "call optimizer.microbatch(size) once after each backward pass, and "
+            "optimizer.zero_grad() between steps: the gradients were changed "
+            f"{changes if same else 'otherwise'} times since the last call."
+        )
+
+
+def check_some_backward(some: bool) -> None:
+    """Raise RuntimeError if no gradient has changed since the last part."""
+    if not some:
+        raise RuntimeError(
+            "there was no backward pass since the last part; call optimizer.microbatch(size) once "
+            "after each."
+        )
+
+
+def check_only_scaled(scaled: bool) -> None:
+    """Raise RuntimeError if gradients were changed by more than a factor per tensor."""
+    if not scaled:
+        raise RuntimeError(
+            'gradients were changed between the backward pass and step(): variance="exact" and '
+            '"microbatch" take a common factor per tensor (unscaling, clipping by norm), but not '
+            "clipping by value, added noise or terms from another backward pass."
+        )
+
+
+def check_pair(name: str, pair: Any) -> tuple[Any, Any]:
+    """Return a pair of inputs and targets; TypeError if it is none."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair (inputs, targets), but got {type(pair).__name__}.")
+    return pair[0], pair[1]
+
+
+def check_targets(targets: Any, examples: int) -> None:
+    """Raise unless targets are a tensor with an entry for each example."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"the targets must be a tensor, but got {type(targets).__name__}.")
+    if targets.ndim == 0 or len(targets) != examples:
+        raise ValueError(
+            f"there are {examples} examples but targets of shape {tuple(targets.shape)}."
+        )
+
+
+def check_within(method: str, found: Collection[str], needed: str) -> None:
+    """Raise RuntimeError if a method does not belong to the variance estimator in use."""
+    if {"exact", "microbatch"} <= set(found):
+        raise RuntimeError(
+            'one optimizer takes variance="exact" or "microbatch", not both; use two optimizers.'
+        )
+    if needed not in found:
+        used = ", ".join(repr(f) for f in sorted(found)) or "none"
+        raise RuntimeError(
+            f"{method}() is for variance={needed!r}, but this optimizer uses {used}."
         )

@@ -15,7 +15,7 @@ alone, and says so once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, cast, final
 
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from poprisk.factors.gram import gram_, mirror_, squared_norms
-from poprisk.factors.graph import Graph, Use, find_uses, walk
-from poprisk.factors.moments import moments
+from poprisk.factors.graph import Graph, Use, as_matrix, find_uses, walk
+from poprisk.factors.moments import moments, not_negative, squared
 from poprisk.factors.nodes import terms_of
+from poprisk.factors.plan import Plan
 from poprisk.factors.terms import ALL, Term, merged, products
 
 WORKSPACE = 1 << 25
@@ -42,6 +43,21 @@ class Moments(NamedTuple):
 
     sums: dict[str, Tensor]
     squares: dict[str, Tensor]
+
+    def plus(self, other: Moments) -> Moments:
+        """The sums over the examples of both."""
+        return Moments(
+            {name: own + other.sums[name] for name, own in self.sums.items()},
+            {name: own + other.squares[name] for name, own in self.squares.items()},
+        )
+
+    def mean_var(self, examples: int) -> dict[str, Tensor]:
+        r"""The variance of the mean gradient, :math:`\Sigma_B/(b-1)`, of b examples."""
+        b = examples
+        return {
+            name: not_negative((squares - squared(self.sums[name]) / b) / (b * (b - 1)))
+            for name, squares in self.squares.items()
+        }
 
 
 @final
@@ -137,11 +153,19 @@ class Factors:
         Complex gradients are treated as pairs of real ones.
         """
         result = Moments({}, {})
+        for name, sums, squares in self.each_moments():
+            result.sums[name], result.squares[name] = sums, squares
         for name, p in self.params.items():
-            pair = moments(self.terms[name]) if name in self.terms else None
-            for i, out in enumerate(result):
-                out[name] = torch.zeros_like(p) if pair is None else _shaped(pair[i], p)
+            for out in result:
+                if name not in out:
+                    out[name] = torch.zeros_like(p)
         return result
+
+    def each_moments(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """:meth:`moments` of one parameter after the other, of those that the values depend on."""
+        for name, terms in self.terms.items():
+            sums, squares = moments(terms)
+            yield name, _shaped(sums, self.params[name]), _shaped(squares, self.params[name])
 
     def _zeros(self, shape: tuple[int, int]) -> Tensor:
         like = next(iter(self.params.values()))
@@ -149,23 +173,25 @@ class Factors:
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
-def capture(values: Tensor, params: Mapping[str, Tensor]) -> Factors:
+def capture(values: Tensor, params: Mapping[str, Tensor], *, plan: Plan | None = None) -> Factors:
     """The per-example gradients of ``values``, read from their autograd graph.
 
     Args:
         values: (b,) or (b, k), b ≥ 2; row i depends on example i alone. Its graph stays usable.
         params: leaves to differentiate with respect to, by name.
+        plan: from small batches of the same model (:func:`poprisk.factors.plan.learn_plan`);
+            saves the search for the examples, a few backward passes.
 
     Returns:
         The factors; parameters that ``values`` do not depend on have gradient zero.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        matrix = values.unsqueeze(1) if values.ndim == 1 else values.view_as(values)
+    matrix = as_matrix(values)
     size = (matrix.shape[0], matrix.shape[1])
     terms: dict[str, list[Term]] = {name: [] for name in params}
     if matrix.grad_fn is not None:
         graph = walk(matrix.grad_fn, {id(p): name for name, p in params.items()})
-        uses = find_uses(graph, matrix) if graph.owners else []
+        known = plan.uses_in(graph, matrix) if plan is not None else None
+        uses = (find_uses(graph, matrix) if graph.owners else []) if known is None else known
         grads = _gradients(graph, uses, matrix)
         with torch.no_grad():
             for use in uses:

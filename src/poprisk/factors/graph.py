@@ -46,6 +46,9 @@ REORDERS = frozenset(
 )
 """Nodes that may exchange examples, as an index tensor says."""
 
+CONFIRMATIONS = 3
+"""Random halves of a batch that must agree with layouts learnt from smaller batches."""
+
 TRUSTED = 3
 """Batches that must agree on where the examples lie before a structure is taken as known."""
 
@@ -162,6 +165,12 @@ def shapes(node: Node) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(meta.shape) for meta in cast(Any, node)._input_metadata)
 
 
+def as_matrix(values: Tensor) -> Tensor:
+    """Values (b,) or (b, k) as (b, k), at a node of its own above whatever computed them."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return values.unsqueeze(1) if values.ndim == 1 else values.view_as(values)
+
+
 def walk(root: Node, names: dict[int, str]) -> Graph:
     """The nodes from ``root`` to the parameters named by ``names`` (id of tensor → name)."""
     finished: dict[Node, bool] = {}
@@ -227,6 +236,12 @@ def find_uses(graph: Graph, values: Tensor) -> list[Use]:
 _REMEMBERED: OrderedDict[str, _Known] = OrderedDict()
 
 
+def is_trusted(graph: Graph) -> bool:
+    """Whether enough batches of this structure left no doubt."""
+    known = _REMEMBERED.get(graph.signature())
+    return known is not None and known.batches >= TRUSTED
+
+
 def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
     """Backpropagate from some of the examples, in turns, and see which rows are zero.
 
@@ -248,13 +263,33 @@ def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
                 reached.add(i)
             before = known.candidates.get(i, [None] * len(grads))
             known.candidates[i] = [
-                old if g is None else _consistent(g, senders) & _all(old, g, len(senders))
+                old if g is None else _consistent(_all(old, g, len(senders)), g, senders)
                 for g, old in zip(grads, before, strict=True)
             ]
 
         cotangent = (weights * senders[:, None]).to(values.device, values.dtype)
         _backward(graph, values, cotangent, watch)
     return reached
+
+
+def confirmed(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool:
+    """Whether the layouts of ``uses`` agree with what comes back from random halves of a batch."""
+    layouts = {graph.nodes[use.node]: use.layouts for use in uses}
+    agreed = True
+    generator = torch.Generator().manual_seed(len(values))
+    for _ in range(CONFIRMATIONS):
+        senders = torch.randperm(len(values), generator=generator) < len(values) // 2
+
+        def watch(node: Node, grads: Sequence[Tensor | None], senders: Tensor = senders) -> None:
+            nonlocal agreed
+            for g, layout in zip(grads, layouts.get(node, ()), strict=False):
+                if g is not None:
+                    known = set() if layout is None else {layout}
+                    agreed &= bool(_consistent(known, g, senders)) or not bool(g.any())
+
+        cotangent = senders[:, None].expand(values.shape).to(values.device, values.dtype)
+        _backward(graph, values, cotangent, watch)
+    return agreed
 
 
 def _groups(examples: int) -> Tensor:
@@ -286,12 +321,12 @@ def _simplest(layouts: Collection[Layout]) -> Layout:
     return min(layouts, key=lambda layout: (layout.rows > 1, layout.dim, not layout.major))
 
 
-def _consistent(grad: Tensor, senders: Tensor) -> set[Layout]:
-    """The layouts in which every example that sent nothing has a zero gradient."""
+def _consistent(layouts: set[Layout], grad: Tensor, senders: Tensor) -> set[Layout]:
+    """Those layouts in which every example that sent nothing has a zero gradient."""
     examples = len(senders)
     nonzero = grad.detach() != 0
     found = set()
-    for layout in _possible(tuple(grad.shape), examples):
+    for layout in layouts:
         others = [d for d in range(grad.ndim) if d != layout.dim]
         rows = nonzero.any(dim=others) if others else nonzero
         shape = (examples, -1) if layout.major else (-1, examples)

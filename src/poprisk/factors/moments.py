@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poprisk.factors.terms import OneHot, Outer, Term, dense
+from poprisk.factors.terms import Dense, OneHot, Outer, Term, dense
 
 CACHED = 131_072
 """Elements of per-example gradients that are formed at a time."""
@@ -17,6 +17,7 @@ def moments(terms: list[Term]) -> tuple[Tensor, Tensor]:
     With one position per example the squares are the product of the squared factors; otherwise
     gradients are formed for a few examples at a time.
     """
+    terms = [_wide(term) for term in terms]
     if len(terms) == 1 and isinstance(terms[0], Outer):
         term = terms[0]
         if isinstance(term.act, OneHot):
@@ -26,8 +27,22 @@ def moments(terms: list[Term]) -> tuple[Tensor, Tensor]:
     return _formed(terms)
 
 
+def _wide(term: Term) -> Term:
+    """In float32 at least: squares of scaled float16 gradients overflow."""
+    if isinstance(term, Dense):
+        return term._replace(grads=_at_least_float32(term.grads))
+    act = term.act if isinstance(term.act, OneHot) else _at_least_float32(term.act)
+    return term._replace(cot=_at_least_float32(term.cot), act=act)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _one_position(cot: Tensor, act: Tensor, term: Outer) -> tuple[Tensor, Tensor]:
-    act = act.flatten(0, 1).repeat_interleave(len(cot) // len(act), dim=0)
+    act = act.flatten(0, 1)
+    if len(cot) > len(act):
+        act = act.repeat_interleave(len(cot) // len(act), dim=0)
     if term.flipped:
         cot, act = act, cot
     return (cot.T @ act).flatten(), (cot.square().T @ act.square()).flatten()
@@ -65,3 +80,17 @@ def _formed(terms: list[Term]) -> tuple[Tensor, Tensor]:
             sums += grads.sum(dim=0)
             squares += grads.square().sum(dim=0)
     return sums, squares
+
+
+def squared(tensor: Tensor) -> Tensor:
+    """The square in at least float32, of each component of a complex number."""
+    if tensor.is_complex():
+        return torch.complex(tensor.real.square(), tensor.imag.square())
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
+
+
+def not_negative(variance: Tensor) -> Tensor:
+    """Rounding below zero cut off, in each component of a complex number."""
+    if variance.is_complex():
+        return torch.complex(variance.real.clamp(min=0), variance.imag.clamp(min=0))
+    return variance.clamp_(min=0)

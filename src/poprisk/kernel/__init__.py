@@ -7,7 +7,7 @@ with the Jacobians of the outputs for two sets of examples and a diagonal precon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -22,6 +22,7 @@ from poprisk.kernel.jacobian import (
     Selection,
     as_inputs,
     check_repeatable_model,
+    chunks,
     trainable,
 )
 from poprisk.kernel.spectrum import Eigenpairs, Estimate, top_eigenpairs, trace_estimate
@@ -143,6 +144,7 @@ class Kernel:
         :meth:`dense` for when there are many.
         """
         examples.check_columns(vectors, self.shape[1])
+        examples.check_same_kind("the vectors", vectors, self._zeros(1))
         columns = vectors.unsqueeze(1) if vectors.ndim == 1 else vectors
         product = self._formed_product if self._blocks else self._free_product
         return product(columns).reshape(self.shape[0], *vectors.shape[1:])
@@ -154,7 +156,7 @@ class Kernel:
         examples.check_symmetric(self.symmetric, "diagonal")
         workspace, block = self._budget(0)
         parts = []
-        for rows in _ranges(self._left.examples, block):
+        for rows in chunks(self._left.examples, block):
             factors = self._left.factors(rows)
             norms = factors.squared_norms(precondition=self._weights, workspace=workspace)
             parts.append(norms.sum(dim=1) if self._trace else norms.flatten())
@@ -205,9 +207,9 @@ class Kernel:
         if self._blocks:
             return
         workspace, block = self._budget(self.shape[0] * self.shape[1])
-        for i, rows in enumerate(_ranges(self._left.examples, block)):
+        for i, rows in enumerate(chunks(self._left.examples, block)):
             left = self._left.factors(rows)
-            for j, columns in enumerate(_ranges(self._right.examples, block)):
+            for j, columns in enumerate(chunks(self._right.examples, block)):
                 if self.symmetric and j > i:
                     break
                 right = left if self.symmetric and i == j else self._right.factors(columns)
@@ -284,10 +286,6 @@ class Kernel:
         return tensor.to(like.device, like.dtype)
 
 
-def _ranges(count: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, count)) for i in range(0, count, step))
-
-
 def _weights(
     precondition: Mapping[str, Tensor] | Sequence[Tensor] | None, params: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor] | None:
@@ -295,8 +293,11 @@ def _weights(
     if precondition is None:
         return None
     if not isinstance(precondition, Mapping):
-        precondition = dict(zip(params, precondition, strict=False))
+        examples.check_count("precondition", len(precondition), len(params))
+        precondition = dict(zip(params, precondition, strict=True))
     examples.check_names("precondition", params, precondition)
     for name, p in params.items():
-        examples.check_shape(f"precondition[{name!r}]", precondition[name], tuple(p.shape))
+        what, weight = f"precondition[{name!r}]", precondition[name]
+        examples.check_shape(what, weight, tuple(p.shape))
+        examples.check_same_kind(what, weight, p.real if p.is_complex() else p)
     return {name: precondition[name].detach() for name in params}

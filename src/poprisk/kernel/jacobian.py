@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -12,9 +15,14 @@ from torch.utils import _pytree as pytree
 
 from poprisk.checks import examples as checks
 from poprisk.factors import Factors, capture
+from poprisk.factors.graph import TRUSTED
+from poprisk.factors.plan import Plan, learn_plan
 
 Inputs = Any
 """A tensor for ``model(x)``, a tuple of tensors for ``model(*x)`` or a dict for ``model(**x)``."""
+
+LEARNT_FROM = 4
+"""Examples in the batches that show where the examples lie."""
 
 Selection = Collection[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -51,6 +59,7 @@ def as_inputs(name: str, data: Any) -> Inputs:
     if not isinstance(data, (Tensor, tuple, Mapping)):
         checks.check_iterable(name, data)
         first, second = list(_batches(data)), list(_batches(data))
+        checks.check_tensors(name, pytree.tree_leaves(first))
         checks.check_repeatable(name, _equal(first, second))
         data = pytree.tree_map(_concatenated, *first) if first else ()
     checks.check_inputs(name, pytree.tree_leaves(data))
@@ -125,7 +134,7 @@ class Jacobian:
 
     def evaluate(self, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The outputs that count, (b, k), with other weights if given."""
-        outputs = _call(self.model, weights, inputs)
+        outputs = call(self.model, inputs, weights)
         checks.check_outputs(outputs, length(inputs))
         flat = outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
         if self.outputs == "sum":
@@ -139,10 +148,28 @@ class Jacobian:
         """The rows of some examples, in factors."""
         inputs = take(self.inputs, examples)
         alone = length(inputs) == 1
-        with torch.enable_grad():
+        with recording():
             values = self.evaluate(take(inputs, [0, 0]) if alone else inputs)
-            captured = capture(values, self.params)
+            checks.check_differentiable(values.requires_grad)
+            captured = capture(values, self.params, plan=self._plan)
         return captured.part(slice(0, 1)) if alone else captured
+
+    @functools.cached_property
+    def _plan(self) -> Plan | None:
+        """Where the examples lie, learnt from a few batches of four."""
+        if self.examples < 2 * LEARNT_FROM:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        with recording():
+            return learn_plan(
+                (
+                    self.evaluate(take(self.inputs, order[:LEARNT_FROM].tolist()))
+                    for order in (
+                        torch.randperm(self.examples, generator=generator) for _ in range(TRUSTED)
+                    )
+                ),
+                self.params,
+            )
 
     def footprint(self) -> Footprint:
         """What an example costs, measured on two."""
@@ -156,18 +183,19 @@ class Jacobian:
             return tensor
 
         inputs = take(self.inputs, [0, min(1, self.examples - 1)])
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with recording(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             values = self.evaluate(inputs)
-        return Footprint(sum(saved.values()) // 2, capture(values, self.params).elements() // 2)
+        captured = capture(values, self.params, plan=self._plan)
+        return Footprint(sum(saved.values()) // 2, captured.elements() // 2)
 
     def transposed_product(self, vector: Tensor, block: int) -> dict[str, Tensor]:
         """Jᵀv by reverse mode, (n·k,) to parameters, ``block`` examples at a time."""
         total = {name: torch.zeros_like(p) for name, p in self.params.items()}
         parts = vector.reshape(self.examples, self.values)
-        for i in range(0, self.examples, block):
-            rows = slice(i, min(i + block, self.examples))
-            with torch.enable_grad():
+        for rows in chunks(self.examples, block):
+            with recording():
                 values = self.evaluate(take(self.inputs, rows))
+                checks.check_differentiable(values.requires_grad)
             grads = torch.autograd.grad(
                 values, list(self.params.values()), parts[rows], allow_unused=True
             )
@@ -177,20 +205,37 @@ class Jacobian:
         return total
 
     def product(self, vector: Mapping[str, Tensor], block: int) -> Tensor:
-        """Jw by forward mode, parameters to (n·k,); through factors where that is not to be had."""
-        rows = [slice(i, min(i + block, self.examples)) for i in range(0, self.examples, block)]
-        try:
-            products = [self._forward_mode(vector, r) for r in rows]
-        except (NotImplementedError, RuntimeError) as error:
-            if "forward" not in str(error).lower():
-                raise
+        """Jw, parameters to (n·k,): by forward mode, or by factors where that is not to be had."""
+        rows = chunks(self.examples, block)
+        if self._has_forward_mode:
+            products = [self._forward_mode(vector, take(self.inputs, r)) for r in rows]
+        else:
             products = [self.factors(r).products(vector) for r in rows]
         return torch.cat(products).flatten()
 
-    def _forward_mode(self, vector: Mapping[str, Tensor], rows: slice) -> Tensor:
-        inputs = take(self.inputs, rows)
-        weights = {name: p.detach() for name, p in self.params.items()}
-        tangents = {name: vector[name] for name in weights}
+    @functools.cached_property
+    def _has_forward_mode(self) -> bool:
+        """Whether forward mode exists and is the transpose of reverse mode: v·(J Jᵀv) = ‖Jᵀv‖².
+
+        Forward mode does not stop at ``torch.no_grad()`` in a model, as reverse mode does.
+        """
+        some = self.part(slice(0, LEARNT_FROM))
+        generator = torch.Generator().manual_seed(0)
+        v = torch.rand(some.examples, some.values, generator=generator) + 0.5
+        try:
+            v = v.to(next(iter(self.params.values())).device)
+            w = some.transposed_product(v.flatten(), some.examples)
+            product = self._forward_mode(w, some.inputs)
+        except (NotImplementedError, RuntimeError):
+            return False
+        found, expected = (v * product).sum(), sum(x.abs().square().sum() for x in w.values())
+        tolerance = 1e-9 if found.dtype == torch.float64 else 1e-3
+        return bool((found - expected).abs() <= tolerance * expected)
+
+    def _forward_mode(self, vector: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        slots = _slots(self.model, self.params)
+        weights = {slot: self.params[name].detach() for slot, name in slots.items()}
+        tangents = {slot: vector[name] for slot, name in slots.items()}
 
         def outputs(weights: dict[str, Tensor]) -> Tensor:
             return self.evaluate(inputs, weights)
@@ -198,13 +243,50 @@ class Jacobian:
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(outputs, (weights,), (tangents,))[1]
 
+    def part(self, examples: slice) -> Jacobian:
+        """The rows of some examples."""
+        return Jacobian(self.model, self.params, take(self.inputs, examples), self.outputs)
 
-def _call(model: nn.Module, weights: Mapping[str, Tensor] | None, inputs: Inputs) -> Any:
+
+def _slots(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every attribute of a module that holds a parameter, once, to the parameter's name.
+
+    ``functional_call`` leaves other weights behind in modules that it meets under several names.
+    """
+    names = {id(p): name for name, p in params.items()}
+    return {
+        f"{prefix}.{attribute}".lstrip("."): names[id(p)]
+        for prefix, module in model.named_modules()
+        for attribute, p in module._parameters.items()
+        if id(p) in names
+    }
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Gradients are recorded, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def call(model: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """The model's output for inputs of any form, with other weights if given."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     if weights is None:
         return model(*args, **kwargs)
-    return torch.func.functional_call(model, dict(weights), args, kwargs)
+    return torch.func.functional_call(model, dict(weights), args, kwargs, tie_weights=False)
+
+
+def chunks(count: int, size: int) -> list[slice]:
+    """Ranges of at most ``size`` that cover ``count``, as equal as can be."""
+    return split(count, -(-count // size))
+
+
+def split(count: int, pieces: int) -> list[slice]:
+    """Ranges that cover ``count``, as equal as can be."""
+    edges = [count * i // pieces for i in range(pieces + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def check_repeatable_model(jacobian: Jacobian) -> None:
@@ -220,9 +302,10 @@ def check_repeatable_model(jacobian: Jacobian) -> None:
         first, again = jacobian.evaluate(some), jacobian.evaluate(some)
         checks.check_deterministic(_close(first, again), jacobian.model)
         if len(first) > 1:
-            checks.check_independent(
-                _close(first[1:], jacobian.evaluate(take(some, slice(1, None))))
-            )
+            order = list(range(len(first) - 1, 0, -1))
+            for rows in ([0], order):
+                alone = jacobian.evaluate(take(some, rows))
+                checks.check_independent(_close(first[rows], alone))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
