@@ -20,6 +20,7 @@ import poprisk
 from asserts import assert_bitwise, complete_state
 from poprisk import Canaries, PopRiskAdamW, RiskMonitor
 from poprisk.monitor import CanaryMemorization, Kernel, Loss, Measured, Risk, Signal
+from poprisk.monitor.statistics import Statistics
 from poprisk.reference import monitor as reference
 from poprisk.risk.randomness import RandomState
 from samplers import randn
@@ -122,6 +123,16 @@ def test_numbers_of_a_module_are_those_of_its_parameters() -> None:
     for name, part in (("0", rows[:, :24]), ("3", rows[:, 24:])):
         assert row[f"signal/share/{name}"] == pytest.approx(reference.signal(part)["share"])
     assert "signal/share/0" not in one_row(model, quantities=[Signal(modules=False)])
+
+
+def test_the_noise_is_that_of_grad_mean_var() -> None:
+    model = network().eval()
+    found = poprisk.grad_mean_var(model, squared, batch())
+    statistics = Statistics(dict(model.named_parameters()))
+    statistics.add(model, squared, lambda m, x: m(x), *batch())
+    for module, row in statistics.signals().items():
+        expected = sum(float(v.sum()) for k, v in found.items() if k.startswith(module))
+        assert row.variance == pytest.approx(expected)
 
 
 def test_a_gradient_without_noise_is_all_signal() -> None:
