@@ -78,6 +78,7 @@ def entk(
     if isinstance(outputs, str):
         checks.check_choice("outputs", outputs, ("all", "sum", "trace"))
     named = trainable(model, params)
+    examples.check_no_batch_statistics(model)
     weights = _weights(precondition, named)
     kept = None if outputs == "all" else outputs
     sides = []
@@ -270,7 +271,7 @@ class Kernel:
         examples.check_kernel_fits(self.shape, kept * size, self._max_memory)
         cost = self._left.footprint()
         example = 2 * cost.graph + 2 * cost.factors
-        block = free // (2 * example)
+        block = free // max(1, 2 * example)
         examples.check_block_fits(block, 2 * example * size + kept * size, self._max_memory)
         rows = int((free / 8) ** 0.5) // self._rows
         block = max(1, min(block, rows, max(self._left.examples, self._right.examples)))
