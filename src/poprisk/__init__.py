@@ -6,7 +6,22 @@ The public names, in the order of the theory. See the README for a first run and
 
 from poprisk.gated import gated
 from poprisk.kernel import Kernel, entk
+from poprisk.monitor import RiskMonitor
 from poprisk.optimizer import PopRiskAdamW
+from poprisk.risk import (
+    Canaries,
+    FreshBatchRisk,
+    LooRisk,
+    RecordedRun,
+    RiskEstimate,
+    Selection,
+    StoppingPoint,
+    TwinRisk,
+    fresh_batch_risk,
+    loo_risk,
+    select,
+    stopping_point,
+)
 from poprisk.stats import GateStats
 from poprisk.tasks import Metric, Task
 from poprisk.variance import grad_mean_var
@@ -14,12 +29,25 @@ from poprisk.variance import grad_mean_var
 __version__ = "0.1.0"
 
 __all__ = [
+    "Canaries",
+    "FreshBatchRisk",
     "GateStats",
     "Kernel",
+    "LooRisk",
     "Metric",
     "PopRiskAdamW",
+    "RecordedRun",
+    "RiskEstimate",
+    "RiskMonitor",
+    "Selection",
+    "StoppingPoint",
     "Task",
+    "TwinRisk",
     "entk",
+    "fresh_batch_risk",
     "gated",
     "grad_mean_var",
+    "loo_risk",
+    "select",
+    "stopping_point",
 ]

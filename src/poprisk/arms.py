@@ -43,6 +43,11 @@ class Arm:
     held_out: bool = False
     follows: str | None = None
 
+    @property
+    def can_have_twin(self) -> bool:
+        """Whether a twin can be trained beside it: it neither follows nor shuffles anything."""
+        return self.optimizer in ("adamw", "poprisk") and self.follows is None
+
     def as_json(self) -> dict[str, Any]:
         """The arm as written to ``config.json``."""
         return asdict(self)

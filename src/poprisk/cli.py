@@ -16,10 +16,11 @@ from poprisk.arms import default_arms
 from poprisk.bench.kernel import bench_kernels, kernel_table, write_kernel_results
 from poprisk.bench.step import bench_steps, bench_table, write_results
 from poprisk.compare import Comparison, TrainingError, compare, environment, start_forkserver
-from poprisk.display import ProgressDisplay, verdict_table
+from poprisk.display import ProgressDisplay, twin_table, verdict_table
 from poprisk.report import write_report
 from poprisk.report.notes import notices
 from poprisk.rundir import RunDirectory, RunDirectoryError
+from poprisk.selection import twin_report
 from poprisk.tasks import BUILT_IN, TaskError
 from poprisk.verdict import judge
 
@@ -67,6 +68,9 @@ def compare_command(
         int | None, typer.Option(help="Processes; one per core if left out.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    twin: Annotated[
+        bool, typer.Option("--twin", help="Estimate every arm's risk without validation data.")
+    ] = False,
 ) -> None:
     """Train every arm on every seed of TASK and say which generalizes; resumes when repeated."""
     for name, value in (("--seeds", seeds), ("--epochs", epochs), ("--workers", workers)):
@@ -82,6 +86,7 @@ def compare_command(
         full=full,
         device=device,
         workers=workers or _cores(),
+        twin=twin,
     )
     try:
         config = comparison.config()
@@ -184,6 +189,11 @@ def _conclude(directory: RunDirectory) -> None:
     console.print(f"\n{verdict.headline}", style="bold", markup=False, highlight=False)
     for sentence in verdict.sentences:
         console.print(f"- {sentence}", markup=False, highlight=False)
+    twins = twin_report(data)
+    if twins is not None:
+        console.print(twin_table(twins, data))
+        for sentence in twins.sentences:
+            console.print(f"- {sentence}", markup=False, highlight=False)
     _say(f"\nReport: {path}")
 
 
@@ -220,5 +230,6 @@ def _default_name(comparison: Comparison) -> str:
     parts += [f"{key}-{value}" for key, value in comparison.settings.items()]
     parts += [f"{comparison.epochs}-epochs"] if comparison.epochs else []
     parts += ["full"] if comparison.full else []
+    parts += ["twin"] if comparison.twin else []
     parts += [f"{len(comparison.seeds)}-seeds"] if len(comparison.seeds) != DEFAULT_SEEDS else []
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).strip("-.")

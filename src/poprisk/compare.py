@@ -45,6 +45,7 @@ class Comparison:
         full: whether these are all arms.
         device: where to train.
         workers: processes, each with one thread.
+        twin: whether to estimate the risk of every arm that can have a twin.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Comparison:
     full: bool = False
     device: str = "cpu"
     workers: int = 1
+    twin: bool = False
 
     def __post_init__(self) -> None:
         before: set[str] = set()
@@ -108,6 +110,7 @@ class Comparison:
             "seeds": self.seeds,
             "full": self.full,
             "device": self.device,
+            **({"twin": True} if self.twin else {}),
         }
 
     def _measure(self, task: Task) -> float | None:
@@ -321,6 +324,7 @@ def _train(
         record=followed,
         checkpoint=directory.checkpoints / f"{arm.name}-{seed}.safetensors",
         device=comparison.device,
+        with_twin=comparison.twin and arm.can_have_twin,
     )
     try:
         run.resume()

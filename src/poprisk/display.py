@@ -15,6 +15,7 @@ from rich.table import Table
 
 from poprisk.compare import Comparison
 from poprisk.rundir import RunData
+from poprisk.selection import TwinReport
 from poprisk.training import Row as Record
 from poprisk.verdict import Verdict
 from poprisk.wording import Interval, Row, Scale, scale_of
@@ -121,6 +122,27 @@ def verdict_table(verdict: Verdict, data: RunData) -> Table:
     for row in verdict.rows:
         style = "bold green" if row.family == "poprisk" else ""
         table.add_row(*table_cells(row, scale), style=style)
+    return table
+
+
+def twin_table(twins: TwinReport, data: RunData) -> Table:
+    """The table of what the twins say, for the terminal."""
+    scale = scale_of(data.config)
+    table = Table(
+        title="Risk estimated by twins, without validation data",
+        title_justify="left",
+        title_style="",
+        header_style="bold",
+        pad_edge=False,
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for name in ("estimated loss", "held-out loss", f"test {escape(scale.name)}", "epoch"):
+        table.add_column(name, justify="right", min_width=7)
+    for row in twins.rows:
+        held_out = "-" if row.held_out is None else f"{row.held_out:.3g}"
+        cells = (f"{row.estimate:.3g} ± {row.error:.1g}", held_out, scale.value(row.metric))
+        table.add_row(row.label, *cells, f"{row.epoch:.0f}")
     return table
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk.arms import Arm, build_optimizer
 from poprisk.checkpoint import load_checkpoint, save_checkpoint
 from poprisk.controls import UpdateTrace
 from poprisk.optimizer import PopRiskAdamW
+from poprisk.risk import TwinRisk
 from poprisk.tasks.task import Pair, Task
 
 EVALUATIONS = 50
@@ -57,6 +58,7 @@ class Run:
         record: whether to record update sizes for an arm that follows this one.
         checkpoint: where to keep the state between evaluations; None: nowhere.
         device: where to train.
+        with_twin: whether to estimate the risk at every evaluation, at the cost of a second run.
     """
 
     task: Task
@@ -66,6 +68,7 @@ class Run:
     record: bool = False
     checkpoint: Path | None = None
     device: str = "cpu"
+    with_twin: bool = False
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
@@ -78,15 +81,23 @@ class Run:
         self.everything = _to((x, y), self.device)
         self.test = _to(self.task.test, self.device)
         self.model = self.task.model().to(self.device)
-        self.optimizer = build_optimizer(
-            self.arm,
-            self.model,
-            batch_size=min(self.task.batch_size, len(kept) - 1),
-            dataset_size=len(kept),
-            trace=None if self.trace is None else UpdateTrace(self.trace),
-        )
+        self.twin: TwinRisk | None = None
+        if self.with_twin:
+            self.twin = TwinRisk(
+                lambda: self.model, self._build, self.task.loss, dataset_size=len(kept)
+            )
+        self.optimizer = self.twin.optimizer if self.twin else self._build(self.model)
         self.progress = Progress()
         self._saved_at = time.monotonic()
+
+    def _build(self, model: nn.Module) -> Optimizer:
+        return build_optimizer(
+            self.arm,
+            model,
+            batch_size=min(self.task.batch_size, len(self.data[1]) - 1),
+            dataset_size=len(self.data[1]),
+            trace=None if self.trace is None else UpdateTrace(self.trace),
+        )
 
     def resume(self) -> bool:
         """Continue from the checkpoint if there is one; return whether there was."""
@@ -95,6 +106,8 @@ class Run:
         state = load_checkpoint(self.checkpoint)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.twin is not None:
+            self.twin.load_state_dict(state["twin"])
         self.progress = Progress(**state["progress"], trace=state["trace"].tolist())
         return True
 
@@ -123,15 +136,26 @@ class Run:
         order = torch.randperm(len(y)).to(self.device)
         trace = UpdateTrace(p.trace) if self.record else None
         self.model.train()
+        if self.twin is not None:
+            self.twin.replicas[1].model.train()
         for batch in order.split(self.task.batch_size):
-            self.optimizer.zero_grad()
-            self.task.loss(self.model(x[batch]), y[batch]).mean().backward()
-            if trace is not None:
-                trace.record_step(self.optimizer)
+            if self.twin is None:
+                loss = self.task.loss(self.model(x[batch]), y[batch])
+                self._update(self.optimizer, loss, trace)
             else:
-                self.optimizer.step()
+                for run in self.twin.runs(batch):
+                    loss = run.loss(run.model(x[batch]), y[batch])
+                    self._update(run.optimizer, loss, None if run.position else trace)
             p.step += 1
         p.epoch += 1
+
+    def _update(self, optimizer: Optimizer, loss: Tensor, trace: UpdateTrace | None) -> None:
+        optimizer.zero_grad()
+        loss.mean().backward()
+        if trace is not None:
+            trace.record_step(optimizer)
+        else:
+            optimizer.step()
 
     @torch.no_grad()
     def _evaluate(self) -> Row:
@@ -144,9 +168,11 @@ class Run:
         p.final_metric, p.final_memorized = metric, memorized
         if self._better(metric, p.best_metric):
             p.best_metric, p.best_epoch = metric, p.epoch
-        held_out = None
+        held_out = held_out_loss = None
         if self.arm.held_out:
-            held_out = score(task, self.model(self.held_out[0]), self.held_out[1])
+            left = self.model(self.held_out[0])
+            held_out = score(task, left, self.held_out[1])
+            held_out_loss = task.loss(left, self.held_out[1]).mean().item()
             if self._better(held_out, p.held_out_best):
                 p.held_out_best, p.stopped_metric, p.stopped_epoch = held_out, metric, p.epoch
                 p.stopped_memorized = memorized
@@ -158,7 +184,15 @@ class Run:
             "memorized": memorized,
             "held_out_metric": held_out,
             "gate": gate_row(self.optimizer),
+            **(self._estimate(self.twin, held_out_loss) if self.twin is not None else {}),
         }
+
+    def _estimate(self, twin: TwinRisk, held_out_loss: float | None) -> Row:
+        """The twin's estimate, and the loss on the held-out fifth to compare it with."""
+        found = twin.estimate(*self.data)
+        keys = ("value", "standard_error", "valid", "comparable", "freedom", "accuracy")
+        finite = {k: v for k in keys if (v := getattr(found, k)) is None or math.isfinite(v)}
+        return {"estimate": {k: finite.get(k) for k in keys}, "held_out_loss": held_out_loss}
 
     def _gave_up(self) -> bool:
         p = self.progress
@@ -198,6 +232,9 @@ class Run:
             "progress": {k: v for k, v in vars(self.progress).items() if k != "trace"},
             "trace": torch.tensor(self.progress.trace, dtype=torch.float64),  # too long for JSON
         }
+        if self.twin is not None:
+            twin = self.twin.state_dict()
+            state["twin"] = twin | {"optimizers": [*map(_without_functions, twin["optimizers"])]}
         save_checkpoint(self.checkpoint, state)
         self._saved_at = time.monotonic()
 

@@ -17,8 +17,10 @@ from poprisk.report.figures import Group, Quantity
 from poprisk.report.series import OURS, arm_series, module_series
 from poprisk.report.table import run_table, verdict_table
 from poprisk.rundir import RunData
+from poprisk.selection import twin_report
 from poprisk.stats import STARVED_BELOW
 from poprisk.verdict import Verdict
+from poprisk.wording import scale_of
 
 __all__ = ["write_report"]
 
@@ -87,6 +89,8 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "memorizing": any(row["memorized"] is not None for row in data.epochs),
         "gates": _gates(data),
         "starved_below": STARVED_BELOW,
+        "twins": twin_report(data),
+        "scale": scale_of(data.config),
         "families": {arm["family"] for arm in data.config["arms"]},
     }
 

@@ -1,0 +1,265 @@
+"""Noisy problems whose true risk is known: for benchmarks of the risk estimates.
+
+Every problem is trained for many epochs, past the point where memorizing begins. The true risk is
+that of fresh inputs with labels as noisy as in training, the expectation over label noise exact.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from poprisk import PopRiskAdamW
+from poprisk.tasks.digits import flip_labels
+
+FRESH = 4_000
+
+
+class Data(NamedTuple):
+    """Training set, and the true risk as a function of outputs on ``fresh`` inputs."""
+
+    x: Tensor
+    y: Tensor
+    fresh: Tensor
+    risk: Callable[[Tensor], float]
+
+
+MakeOptimizer = Callable[[nn.Module, int, int], Optimizer]
+"""From a model, the number of examples and the batch size to an optimizer."""
+
+
+class Problem(NamedTuple):
+    """One way of training on noisy labels."""
+
+    data: Callable[[int], Data]
+    model: Callable[[], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: MakeOptimizer
+    epochs: int
+    batch_size: int
+
+
+def squared(u: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * (u - y).square().sum(1)
+
+
+def cross_entropy(u: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(u, y, reduction="none")
+
+
+def binary(u: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(u, y, reduction="none").sum(1)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _class_risk(clean: Tensor, noise: float, classes: int) -> Callable[[Tensor], float]:
+    def risk(u: Tensor) -> float:
+        cost = -u.log_softmax(1)
+        own = cost.gather(1, clean.unsqueeze(1)).squeeze(1)
+        return ((1 - noise) * own + noise / (classes - 1) * (cost.sum(1) - own)).mean().item()
+
+    return risk
+
+
+def _number_risk(clean: Tensor, noise: float) -> Callable[[Tensor], float]:
+    return lambda u: squared(u, clean).mean().item() + 0.5 * noise**2
+
+
+def ridges(seed: int, *, n: int, dimensions: int, directions: int = 3) -> Data:
+    """A sum of sines along a few directions; noise of standard deviation 0.7."""
+    g = _generator(seed)
+    w = torch.randn(dimensions, directions, generator=g) / math.sqrt(dimensions)
+    x = torch.randn(n + FRESH, dimensions, generator=g)
+    clean = 0.8 * torch.sin(2 * x @ w).sum(1, keepdim=True)
+    y = clean + 0.7 * torch.randn(len(x), 1, generator=g)
+    return Data(x[:n], y[:n], x[n:], _number_risk(clean[n:], 0.7))
+
+
+def digits(seed: int, *, noise: float) -> Data:
+    """1,000 handwritten digits with symmetric label noise; the rest are fresh."""
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
+    g = _generator(seed)
+    order = torch.randperm(len(y), generator=g)
+    train, fresh = order[:1000], order[1000:]
+    return Data(
+        x[train], flip_labels(y[train], noise, g), x[fresh], _class_risk(y[fresh], noise, 10)
+    )
+
+
+def parabola(seed: int, *, n: int = 1000, dimensions: int = 20, noise: float = 0.2) -> Data:
+    """Two classes on either side of a parabola, a fifth of the labels flipped."""
+    g = _generator(seed)
+    x = torch.randn(n + FRESH, dimensions, generator=g)
+    p = x @ (torch.randn(dimensions, 2, generator=g) / math.sqrt(dimensions))
+    clean = (2 * p[:, :1] + p[:, 1:].square() > 1).float()
+    y = torch.where(torch.rand(len(x), 1, generator=g) < noise, 1 - clean, clean)
+    right = clean[n:]
+
+    def risk(u: Tensor) -> float:
+        return ((1 - noise) * binary(u, right) + noise * binary(u, 1 - right)).mean().item()
+
+    return Data(x[:n], y[:n], x[n:], risk)
+
+
+def repeats(seed: int, *, n: int, numbers: bool, noise: float) -> Data:
+    """Sequences of eight symbols: how often does the first one come back?"""
+    g = _generator(seed)
+    x = torch.randint(6, (n + FRESH, 8), generator=g)
+    count = (x[:, 1:] == x[:, :1]).sum(1)
+    if numbers:
+        clean = count.unsqueeze(1) - 1.2
+        y = clean + noise * torch.randn(len(x), 1, generator=g)
+        return Data(x[:n], y[:n], x[n:], _number_risk(clean[n:], noise))
+    clean = count.clamp(max=3)
+    other = (clean + torch.randint(1, 4, (len(x),), generator=g)) % 4
+    y = torch.where(torch.rand(len(x), generator=g) < noise, other, clean)
+    return Data(x[:n], y[:n], x[n:], _class_risk(clean[n:], noise, 4))
+
+
+def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, dropout: float = 0.0) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), activation()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers[: -2 if dropout else -1])
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+class Transformer(nn.Module):
+    """One pre-norm block of width 32 on sequences of eight symbols, mean-pooled."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.symbols = nn.Embedding(6, 32)
+        self.places = nn.Parameter(0.2 * torch.randn(8, 32))
+        self.block = nn.TransformerEncoderLayer(
+            32, 4, 64, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.head = nn.Linear(32, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.symbols(x) + self.places).mean(1))
+
+
+def sgd(lr: float, momentum: float = 0.0) -> MakeOptimizer:
+    return lambda m, n, b: torch.optim.SGD(m.parameters(), lr=lr, momentum=momentum)
+
+
+def adamw(lr: float, decay: float = 0.01) -> MakeOptimizer:
+    return lambda m, n, b: torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=decay)
+
+
+def gate(lr: float, decay: float = 0.01, mask: str = "soft") -> MakeOptimizer:
+    return lambda m, n, b: PopRiskAdamW(
+        m, lr=lr, weight_decay=decay, mask=mask, batch_size=b, dataset_size=n
+    )
+
+
+PROBLEMS: dict[str, Problem] = {
+    "ridges, MLP, GD": Problem(
+        lambda s: ridges(s, n=500, dimensions=8),
+        lambda: mlp(8, 128, 1, activation=nn.Tanh),
+        squared,
+        sgd(0.1),
+        3000,
+        500,
+    ),
+    "ridges, deep MLP, SGD with momentum": Problem(
+        lambda s: ridges(s, n=800, dimensions=8),
+        lambda: mlp(8, 64, 64, 1),
+        squared,
+        sgd(0.02, 0.9),
+        100,
+        50,
+    ),
+    "ridges, MLP, AdamW": Problem(
+        lambda s: ridges(s, n=600, dimensions=10),
+        lambda: mlp(10, 128, 1),
+        squared,
+        adamw(3e-3),
+        120,
+        40,
+    ),
+    "ridges, deep MLP, PopRiskAdamW": Problem(
+        lambda s: ridges(s, n=800, dimensions=10, directions=2),
+        lambda: mlp(10, 64, 64, 1),
+        squared,
+        gate(3e-3),
+        80,
+        40,
+    ),
+    "digits 40%, MLP, AdamW": Problem(
+        lambda s: digits(s, noise=0.4),
+        lambda: mlp(64, 128, 128, 10),
+        cross_entropy,
+        adamw(1e-3),
+        50,
+        64,
+    ),
+    "digits 40%, CNN, SGD with momentum": Problem(
+        lambda s: digits(s, noise=0.4), cnn, cross_entropy, sgd(0.03, 0.9), 40, 64
+    ),
+    "digits 40%, MLP, PopRiskAdamW": Problem(
+        lambda s: digits(s, noise=0.4),
+        lambda: mlp(64, 128, 128, 10),
+        cross_entropy,
+        gate(1e-3),
+        60,
+        64,
+    ),
+    "digits 20%, MLP with dropout, AdamW": Problem(
+        lambda s: digits(s, noise=0.2),
+        lambda: mlp(64, 128, 128, 10, dropout=0.2),
+        cross_entropy,
+        adamw(1e-3),
+        60,
+        64,
+    ),
+    "digits 20%, CNN, AdamW": Problem(
+        lambda s: digits(s, noise=0.2), cnn, cross_entropy, adamw(1e-3), 40, 64
+    ),
+    "parabola 20%, MLP, SGD with momentum": Problem(
+        parabola, lambda: mlp(20, 64, 64, 1), binary, sgd(0.03, 0.9), 40, 50
+    ),
+    "repeats 25%, transformer, AdamW": Problem(
+        lambda s: repeats(s, n=1000, numbers=False, noise=0.25),
+        lambda: Transformer(4),
+        cross_entropy,
+        adamw(2e-3),
+        40,
+        64,
+    ),
+    "repeats, transformer regression, AdamW": Problem(
+        lambda s: repeats(s, n=800, numbers=True, noise=0.8),
+        lambda: Transformer(1),
+        squared,
+        adamw(2e-3),
+        50,
+        50,
+    ),
+}

@@ -1,0 +1,186 @@
+"""Twin stopping against hindsight and a held-out fifth: python benchmarks/risk_stopping.py [SEEDS].
+
+Each finished run is a file in runs/risk-stopping; the results are gathered from all that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from risk_problems import PROBLEMS, Data, Problem
+from torch import nn
+
+from poprisk import RiskEstimate, TwinRisk, stopping_point
+from poprisk.compare import environment
+
+RUNS = Path("runs/risk-stopping")
+RESULTS = Path(__file__).parent / "results" / "risk-stopping.json"
+SEEDS = range(30, 35)
+"""Not those that the limits of validity were chosen on (0-4 and 10-14)."""
+EVALUATIONS = 40
+BAD, GOOD = 0.25, 0.15
+
+
+def true_risk(model: nn.Module, data: Data) -> float:
+    """Risk of a model on the fresh inputs."""
+    model.eval()
+    with torch.no_grad():
+        risk = data.risk(model(data.fresh))
+    model.train()
+    return risk
+
+
+def epochs(problem: Problem, n: int, seed: int) -> Iterator[tuple[bool, list[torch.Tensor]]]:
+    """The batches of each epoch, and whether to evaluate before it."""
+    every = max(1, problem.epochs // EVALUATIONS)
+    for epoch in range(problem.epochs):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(9973 * seed + epoch))
+        batches = [b for b in order.split(problem.batch_size) if len(b) > 1]
+        yield epoch % every == 0, batches
+
+
+def with_twin(problem: Problem, data: Data, seed: int) -> tuple[list[RiskEstimate], list[float]]:
+    """Estimates along a run, and the true risks at the same times."""
+    n, b = len(data.y), problem.batch_size
+    torch.manual_seed(seed)
+    twin = TwinRisk(
+        problem.model,
+        lambda m: problem.optimizer(m, n, b),
+        problem.loss,
+        dataset_size=n,
+        seed=seed,
+    )
+    estimates, risks = [twin.estimate(data.x, data.y)], [true_risk(twin.model, data)]
+    for evaluate, batches in epochs(problem, n, seed):
+        if evaluate:
+            estimates.append(twin.estimate(data.x, data.y))
+            risks.append(true_risk(twin.model, data))
+        for index in batches:
+            for run in twin.runs(index):
+                run.optimizer.zero_grad()
+                run.loss(run.model(data.x[index]), data.y[index]).mean().backward()
+                run.optimizer.step()
+    estimates.append(twin.estimate(data.x, data.y))
+    return estimates[1:], [*risks, true_risk(twin.model, data)][1:]
+
+
+def held_out(problem: Problem, data: Data, seed: int) -> float:
+    """The true risk where the loss on a held-out fifth of the training set is least."""
+    n = len(data.y) * 4 // 5
+    order = torch.randperm(len(data.y), generator=torch.Generator().manual_seed(seed))
+    kept, fifth = order[:n], order[n:]
+    x, y = data.x[kept], data.y[kept]
+    torch.manual_seed(seed)
+    model = problem.model()
+    b = min(problem.batch_size, n)
+    optimizer = problem.optimizer(model, n, b)
+    seen: list[tuple[float, float]] = []
+
+    def evaluate() -> None:
+        model.eval()
+        with torch.no_grad():
+            loss = problem.loss(model(data.x[fifth]), data.y[fifth]).mean().item()
+        seen.append((loss, true_risk(model, data)))
+
+    for due, batches in epochs(problem, n, seed):
+        if due:
+            evaluate()
+        for index in batches:
+            optimizer.zero_grad()
+            problem.loss(model(x[index]), y[index]).mean().backward()
+            optimizer.step()
+    evaluate()
+    return min(seen)[1]
+
+
+def measure(problem: Problem, seed: int) -> dict[str, Any]:
+    """One problem on one seed, as JSON values."""
+    data = problem.data(seed)
+    estimates, risks = with_twin(problem, data, seed)
+    return {
+        "risks": risks,
+        "estimates": [e.value for e in estimates],
+        "errors": [e.standard_error for e in estimates],
+        "valid": [e.valid for e in estimates],
+        "freedom": [e.freedom for e in estimates],
+        "train": [e.train_loss for e in estimates],
+        "cost": estimates[-1].cost,
+        "stop": stopping_point(estimates)[:3],
+        "held_out": held_out(problem, data, seed),
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Regrets, level errors up to the best point, and how the flag fares."""
+    regrets, rivals, levels, flags = [], [], [], []
+    for row in rows:
+        risks, best = row["risks"], min(row["risks"])
+        regrets.append(risks[row["stop"][0]] / best - 1)
+        rivals.append(row["held_out"] / best - 1)
+        errors = [abs(e / r - 1) for e, r in zip(row["estimates"], risks, strict=True)]
+        before = errors[: risks.index(best) + 1]
+        levels.append(sum(before) / len(before))
+        flags += zip(errors, row["valid"], strict=True)
+    bad = [valid for error, valid in flags if not error <= BAD]
+    good = [valid for error, valid in flags if error < GOOD]
+    return {
+        "runs": len(rows),
+        "regret": mean(regrets),
+        "regret of a held-out fifth": mean(rivals),
+        "level error up to the best point": mean(levels),
+        "estimates with error above 25%": len(bad),
+        "flag off there": mean([not v for v in bad]),
+        "estimates with error below 15%": len(good),
+        "flag on there": mean(good),
+        "cost": mean([row["cost"] for row in rows]),
+    }
+
+
+def mean(values: list[Any]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def gather() -> None:
+    """Write the results of all runs that are there."""
+    paths = [p for p in sorted(RUNS.glob("*.json")) if int(p.stem.rpartition("-")[2]) in SEEDS]
+    rows = {p.stem: json.loads(p.read_text()) for p in paths}
+    if not rows:
+        return
+    content = {
+        "environment": environment(1),
+        "seeds": sorted({int(name.rpartition("-")[2]) for name in rows}),
+        "all": summary(list(rows.values())),
+        "problems": {
+            name: summary([r for k, r in rows.items() if k.rpartition("-")[0] == slug(name)])
+            for name in PROBLEMS
+        },
+    }
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content["all"], indent=1))
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def main(seeds: list[int]) -> None:
+    torch.set_num_threads(1)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        for name, problem in PROBLEMS.items():
+            path = RUNS / f"{slug(name)}-{seed}.json"
+            if path.exists():
+                continue
+            row = measure(problem, seed)
+            path.write_text(json.dumps(row))
+            print(name, seed, {k: v for k, v in summary([row]).items() if k != "runs"}, flush=True)
+    gather()
+
+
+if __name__ == "__main__":
+    main([int(s) for s in sys.argv[1:]] or list(SEEDS))

@@ -1,0 +1,322 @@
+"""What the risk estimators ask of losses, data and loops."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poprisk.checks.examples import check_no_batch_statistics
+
+
+def check_losses(losses: Any, outputs: Tensor) -> Tensor:
+    """Return ``losses`` if they are one value an example of ``outputs`` (n, ...), differentiable.
+
+    Raises:
+        ValueError: if not; a loss that is already a mean is the usual case.
+    """
+    n = len(outputs)
+    found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+    if not isinstance(losses, Tensor) or losses.shape != (n,):
+        raise ValueError(
+            f"loss must give one value per example, shape ({n},) for {n} examples, but gave "
+            f"{found}; pass reduction='none', average over all dimensions but the first, and take "
+            "the mean over examples yourself."
+        )
+    if outputs.requires_grad and not losses.requires_grad:
+        raise ValueError("loss must be differentiable in the outputs, but its value is constant.")
+    return losses
+
+
+def check_coupling(outputs: int, limit: int) -> None:
+    """Raise ValueError if a loss couples more outputs than its second derivative may have."""
+    if outputs > limit:
+        raise ValueError(
+            f"loss couples all {outputs} outputs of an example in a way that is not softmax; that "
+            f"is supported up to {limit} outputs. For sequences, let each token be an example: "
+            "outputs (tokens, classes) and an index per token."
+        )
+
+
+def check_index(index: Any, dataset_size: int) -> Tensor:
+    """Return ``index`` as integer positions in a data set of ``dataset_size`` examples.
+
+    Raises:
+        TypeError: if it is not a tensor or sequence of integers.
+        ValueError: if one lies outside, or one occurs twice.
+    """
+    found = index if isinstance(index, Tensor) else _as_tensor(index)
+    if found.ndim != 1 or found.is_floating_point() or found.dtype == torch.bool:
+        raise TypeError(
+            f"index must hold the positions of the batch's examples in the training set, integers "
+            f"of shape (b,), but got shape {tuple(found.shape)}, {found.dtype}."
+        )
+    found = found.long()
+    if found.numel() and not (int(found.min()) >= 0 and int(found.max()) < dataset_size):
+        raise ValueError(
+            f"index must lie in 0..{dataset_size - 1} (dataset_size={dataset_size}), but got "
+            f"{int(found.min())}..{int(found.max())}."
+        )
+    return found
+
+
+def _as_tensor(index: Any) -> Tensor:
+    try:
+        return torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"index must be a tensor of integers, but got {type(index).__name__}."
+        ) from None
+
+
+def check_dataset_size(size: Any) -> int:
+    """Return the number of training examples, given as such or as a sized data set.
+
+    Raises:
+        TypeError: if its length is unknown.
+    """
+    if isinstance(size, Sized) and not isinstance(size, (str, bytes)):
+        size = len(size)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        raise TypeError(
+            f"dataset_size must be the number of training examples (or a data set with a length), "
+            f"but got {size!r}; a twin perturbs the label of every example the same way each time "
+            "it is seen. For a stream that is seen once, use poprisk.fresh_batch_risk."
+        )
+    return size
+
+
+def check_tilt_shape(shape: tuple[int, ...], outputs: Tensor, index: Tensor | None) -> None:
+    """Raise ValueError unless outputs are one row an example of the batch, of one shape always."""
+    if index is None:
+        raise ValueError("run.loss was called outside of `for run in twin.runs(index)`.")
+    if len(outputs) != len(index):
+        raise ValueError(
+            f"outputs hold {len(outputs)} examples, but index has {len(index)}; pass the "
+            "positions of exactly this batch's examples to twin.runs(index)."
+        )
+    if tuple(outputs.shape[1:]) != shape:
+        raise ValueError(
+            f"outputs must keep their shape from batch to batch, {shape} per example, but got "
+            f"{tuple(outputs.shape[1:])}; pad them, or let each token be an example."
+        )
+
+
+def check_same(name: str, mine: Any, twins: Any) -> None:
+    """Raise ValueError unless the model and its twin got the same tensors."""
+    if isinstance(mine, Tensor) and isinstance(twins, Tensor):
+        same = mine.shape == twins.shape and torch.equal(mine, twins)
+    else:
+        same = isinstance(mine, Tensor) == isinstance(twins, Tensor)
+    if not same:
+        raise ValueError(
+            f"the {name} that the twin got differ from the model's at the same step: draw the "
+            "batch before `for run in twin.runs(index)`, and let all that is random inside use "
+            "torch's, numpy's or Python's global generator, which runs() rewinds."
+        )
+
+
+def check_groups(groups: Any, n: int) -> Tensor:
+    """Return group ids as integers 0..G-1, one an example, with G ≥ 2.
+
+    Raises:
+        ValueError: if the shape does not fit or there is one group only.
+    """
+    if not isinstance(groups, Tensor) or groups.shape != (n,):
+        found = tuple(groups.shape) if isinstance(groups, Tensor) else type(groups).__name__
+        raise ValueError(f"groups must be a tensor of one id an example, ({n},), but got {found}.")
+    ids = torch.unique(groups.cpu(), return_inverse=True)[1]
+    if int(ids.max()) < 1:
+        raise ValueError("groups must hold at least two different ids to give a standard error.")
+    return ids
+
+
+NOT_REPEATED = (
+    "the twin's outputs differ from the model's at the first step although their weights are the "
+    "same: the model or the batch is random in a way that runs() cannot repeat. Use torch's, "
+    "numpy's or Python's global generator inside the loop, and draw the batch before it."
+)
+
+
+def check_calls(mine: int, twins: int) -> None:
+    """Raise ValueError unless the model and its twin were called equally often in one step."""
+    if mine != twins:
+        raise ValueError(
+            f"at one step the model was called {mine} times and its twin {twins} times; do the "
+            "same with every run of `for run in twin.runs(index)`."
+        )
+
+
+def check_factories(make_model: Any, make_optimizer: Any, loss: Any) -> None:
+    """Raise TypeError unless model and optimizer come from functions and the loss is one."""
+    if isinstance(make_model, torch.nn.Module):
+        raise TypeError(
+            "make_model must be a function that returns a module, but got a "
+            f"{type(make_model).__name__}; pass lambda: model to train that very one."
+        )
+    if isinstance(make_optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "make_optimizer must be a function from a model to an optimizer, but got a "
+            f"{type(make_optimizer).__name__}; each twin needs its own."
+        )
+    pairs = (("make_model", make_model), ("make_optimizer", make_optimizer), ("loss", loss))
+    for name, value in pairs:
+        if not callable(value):
+            raise TypeError(f"{name} must be callable, but got {value!r}.")
+
+
+def check_module(model: Any) -> torch.nn.Module:
+    """Return ``model`` if it is a module, else raise TypeError."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"make_model must return a module, but returned {type(model).__name__}.")
+    return model
+
+
+def check_not_nested(busy: bool) -> None:
+    """Raise RuntimeError if a loop over ``runs`` was left before its twins had their turn."""
+    if busy:
+        raise RuntimeError(
+            "the loop over twin.runs(index) was left before every twin had its turn (a break, an "
+            "exception, or a nested call); the runs are no longer in lockstep: start anew, or load "
+            "a checkpoint."
+        )
+
+
+def check_scale(scale: float) -> float:
+    """Return the size of the output gradient if a perturbation can be measured by it."""
+    if not 0 < scale < float("inf"):
+        raise ValueError(
+            f"the loss has an output gradient of size {scale} on the first batch, which gives no "
+            "scale for the perturbation; check labels and outputs for NaN, or for a loss that is 0."
+        )
+    return scale
+
+
+def check_twin_state(state_dict: Any, replicas: int) -> None:
+    """Raise ValueError unless ``state_dict`` is one of a twin with as many replicas."""
+    found = len(state_dict["models"]) if "models" in state_dict else 0
+    if found != replicas:
+        raise ValueError(
+            f"state_dict does not fit: it holds {found} models, this one {replicas} (probes + 1)."
+        )
+
+
+def check_estimates(lengths: list[int]) -> None:
+    """Raise ValueError unless there are estimates, all of equally many examples."""
+    if not lengths:
+        raise ValueError("there is no estimate to choose from; call twin.estimate(x, y) first.")
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"estimates must be of the same training examples, but they are of {min(lengths)} to "
+            f"{max(lengths)}; pass the same x and y each time."
+        )
+
+
+def check_canaries(targets: Any, fraction: float) -> int:
+    """Return how many of the targets become canaries.
+
+    Raises:
+        TypeError: if targets are not a tensor of numbers or classes.
+        ValueError: if no label, or every label, would be replaced.
+    """
+    if not isinstance(targets, Tensor) or targets.is_complex() or targets.ndim == 0:
+        raise TypeError(f"targets must be a tensor of labels, but got {type(targets).__name__}.")
+    if not targets.is_floating_point() and targets.ndim != 1:
+        raise TypeError(
+            f"class targets must have shape (n,), but got {tuple(targets.shape)}; flatten tokens."
+        )
+    count = round(fraction * len(targets))
+    if not 1 <= count < len(targets):
+        raise ValueError(
+            f"fraction={fraction} of {len(targets)} labels makes {count} canaries; choose one that "
+            "makes at least one and leaves some labels as they are."
+        )
+    return count
+
+
+def check_classes(targets: Tensor, classes: int | None) -> int:
+    """Return the number of classes, counted if not given; at least two, and all labels below it."""
+    found = int(targets.max()) + 1
+    classes = found if classes is None else classes
+    if classes < max(found, 2) or int(targets.min()) < 0:
+        raise ValueError(
+            f"labels must lie in 0..classes-1 with at least two classes, but got "
+            f"{int(targets.min())}..{found - 1} and classes={classes}."
+        )
+    return classes
+
+
+def check_bound(classes: int | None, outputs: Tensor, n: int) -> int:
+    """Return the number of classes if the bound applies to these outputs."""
+    if classes is None:
+        raise ValueError(
+            "the bound is for classes, but the targets are numbers; use memorization()."
+        )
+    if outputs.ndim != 2 or len(outputs) != n:
+        raise ValueError(
+            f"outputs must be those of the whole training set, ({n}, {classes}), but got "
+            f"{tuple(outputs.shape)}."
+        )
+    return classes
+
+
+def check_canary_outputs(found: int, canaries: int, n: int) -> None:
+    """Raise ValueError unless outputs are of the canaries or of the whole training set."""
+    if found not in (canaries, n):
+        raise ValueError(
+            f"outputs must be those of the {canaries} canaries (in the order of .index) or of all "
+            f"{n} training examples, but got {found} rows."
+        )
+
+
+def check_fresh(model: torch.nn.Module, b: int, fresh: Any, groups: Any) -> None:
+    """Raise unless a batch of b can be cut into parts; see ``fresh_batch_risk``."""
+    if not isinstance(fresh, bool):
+        raise TypeError(f"fresh must be True or False, but got {fresh!r}.")
+    if isinstance(groups, bool) or not isinstance(groups, int) or not 2 <= groups <= b:
+        raise ValueError(
+            f"groups must be an integer from 2 to the batch's {b} examples, but got {groups!r}."
+        )
+    check_no_batch_statistics(model)
+
+
+def check_recorded(run: Any) -> None:
+    """Raise ValueError unless a recorded run has a weight more than it has steps, and all of them.
+
+    Raises:
+        ValueError: if steps or weights are missing, or examples are named that do not exist.
+    """
+    steps = len(run.batches)
+    if steps == 0 or len(run.weights) != steps + 1 or len(run.lr) != steps:
+        raise ValueError(
+            f"the record is incomplete: {steps} batches, {len(run.lr)} learning rates and "
+            f"{len(run.weights)} weights; K steps need K, K and K + 1."
+        )
+    size = sum(p.numel() for p in run.model.parameters())
+    for k, w in enumerate(run.weights):
+        if w.shape != (size,):
+            raise ValueError(
+                f"the weights of step {k} have shape {tuple(w.shape)}, but the model has {size}."
+            )
+    for batch in run.batches:
+        check_index(batch, len(run.y))
+    check_no_batch_statistics(run.model)
+
+
+def check_subset(
+    subset: Any, n: int, group_ids: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    """Return the examples to delete: ``subset`` of them at random, or all.
+
+    Raises:
+        ValueError: if there are not so many, or groups are given too.
+    """
+    if subset is None:
+        return torch.arange(n)
+    if isinstance(subset, bool) or not isinstance(subset, int) or not 2 <= subset <= n:
+        raise ValueError(f"subset must be an integer from 2 to {n} or None, but got {subset!r}.")
+    if group_ids is not None:
+        raise ValueError("subset and group_ids cannot be combined; delete all groups.")
+    return torch.randperm(n, generator=generator)[:subset].sort().values

@@ -1,0 +1,1 @@
+"""Callbacks for training libraries; each needs its library (extras ``hf`` and ``lightning``)."""

@@ -1,0 +1,199 @@
+r"""What a monitor can measure.
+
+A quantity has a name and a ``measure`` that returns numbers by name; they are written as
+``name/part``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from poprisk.checks import monitor as inputs
+from poprisk.kernel import entk
+from poprisk.monitor.statistics import Forward, ModuleSignal, Statistics
+from poprisk.risk import Canaries, RiskEstimate
+
+
+class Moment(NamedTuple):
+    """What a quantity may look at: the model in evaluation mode, and the step's statistics."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    statistics: Statistics
+    forward: Forward
+
+
+class Quantity(Protocol):
+    """Something to measure.
+
+    Attributes:
+        name: prefix of its numbers.
+        gradients: whether it needs the statistics of per-example gradients.
+    """
+
+    name: str
+    gradients: bool
+
+    def measure(self, moment: Moment) -> dict[str, float]:
+        """The numbers, by name; an empty name stands for the quantity itself."""
+        ...
+
+
+@final
+class Loss:
+    """Mean loss of the step's examples before the step."""
+
+    name, gradients = "loss", True
+
+    def measure(self, moment: Moment) -> dict[str, float]:
+        found = moment.statistics
+        return {"": found.loss / found.examples if found.examples else math.nan}
+
+
+@final
+class Signal:
+    r"""How much of the gradient is signal, in total and by module.
+
+    share: :math:`\sum(\mu^2-\Sigma_B/(b-1))_+/\sum\mu^2`; snr:
+    :math:`\sum\mu^2 / \sum\Sigma_B/(b-1)`, 1 for pure noise; noise_scale: the batch size at which
+    signal and noise are equal, :math:`b\sum\Sigma_B/(b-1) / \sum(\mu^2-\Sigma_B/(b-1))` (McCandlish
+    et al. 2018), infinite where no signal is seen.
+
+    Args:
+        modules: whether to write modules one by one too.
+    """
+
+    name, gradients = "signal", True
+
+    def __init__(self, *, modules: bool = True) -> None:
+        self.modules = modules
+
+    def measure(self, moment: Moment) -> dict[str, float]:
+        b = moment.statistics.examples
+        if b < 2:
+            return {"": math.nan}
+        by_module = moment.statistics.signals()
+        total = ModuleSignal(*(sum(column) for column in zip(*by_module.values(), strict=True)))
+        rows = {"": total, **(by_module if self.modules else {})}
+        return {
+            "/".join(filter(None, (part, module))): value
+            for module, row in rows.items()
+            for part, value in _signal_parts(row, b).items()
+        }
+
+
+@final
+class Gates:
+    """What the gate of :class:`poprisk.PopRiskAdamW` lets through, by module."""
+
+    name, gradients = "gate", False
+
+    def measure(self, moment: Moment) -> dict[str, float]:
+        inputs.check_gated(moment.optimizer)
+        stats = moment.optimizer.gate_stats(moment.model)  # pyrefly: ignore[missing-attribute]
+        parts = ("pass_rate", "update_ratio", "starved")
+        return {f"{p}/{m}": float(getattr(row, p)) for m, row in stats.items() for p in parts}
+
+
+@final
+class Risk:
+    """An estimate of population risk.
+
+    Args:
+        estimate: makes it, as in ``lambda: twin.estimate(x, y)``.
+    """
+
+    name, gradients = "risk", False
+
+    def __init__(self, estimate: Callable[[], RiskEstimate]) -> None:
+        self.estimate = estimate
+
+    def measure(self, moment: Moment) -> dict[str, float]:
+        found = self.estimate()
+        return {
+            "": found.value if found.valid else math.nan,
+            "error": found.standard_error,
+            "valid": float(found.valid),
+            "freedom": found.freedom,
+            "train_loss": found.train_loss,
+        }
+
+
+@final
+class CanaryMemorization:
+    """How much of planted labels is memorized.
+
+    Args:
+        canaries: planted.
+        x: inputs of the canaries, in the order of their index.
+    """
+
+    name, gradients = "canaries", False
+
+    def __init__(self, canaries: Canaries, x: Any) -> None:
+        self.canaries, self.x = canaries, x
+
+    def measure(self, moment: Moment) -> dict[str, float]:
+        with torch.no_grad():
+            found = self.canaries.memorization(moment.forward(moment.model, self.x))
+        return {"": found.value, "error": found.standard_error}
+
+
+@final
+class Kernel:
+    r"""Top eigenvalues of the tangent kernel on probe inputs, and its drift since the first look.
+
+    drift: :math:`\|K_t-K_0\|_F/\|K_0\|_F`.
+
+    Args:
+        x: a few inputs, n.
+        count: eigenvalues.
+    """
+
+    name, gradients = "kernel", False
+
+    def __init__(self, x: Tensor, *, count: int = 3) -> None:
+        self.x, self.count = x, count
+        self.first: Tensor | None = None
+
+    def measure(self, moment: Moment) -> dict[str, float]:
+        k = entk(moment.model, self.x, outputs="trace").dense().detach()
+        if self.first is None:
+            self.first = k.clone()
+        drift = torch.linalg.matrix_norm(k - self.first) / torch.linalg.matrix_norm(self.first)
+        values = torch.linalg.eigvalsh(k).flip(0)[: self.count].tolist()
+        return {"drift": float(drift), **{f"top{i + 1}": v for i, v in enumerate(values)}}
+
+
+@final
+class Measured:
+    """A function of your own.
+
+    Args:
+        name: what to call it.
+        function: without arguments, to a number or to numbers by name.
+    """
+
+    gradients = False
+
+    def __init__(self, name: str, function: Callable[[], float | Mapping[str, float]]) -> None:
+        self.name, self.function = name, function
+
+    def measure(self, moment: Moment) -> dict[str, float]:
+        found = self.function()
+        return dict(found) if isinstance(found, Mapping) else {"": float(found)}
+
+
+def _signal_parts(row: ModuleSignal, b: int) -> dict[str, float]:
+    signal = row.mean_square - row.variance
+    return {
+        "share": row.passed / row.mean_square if row.mean_square > 0 else 0.0,
+        "snr": row.mean_square / row.variance if row.variance > 0 else math.inf,
+        "noise_scale": b * row.variance / signal if signal > 0 else math.inf,
+    }

@@ -1,0 +1,73 @@
+"""Where a monitor writes its rows: a file, TensorBoard, Weights & Biases, or a function."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from poprisk.checks import monitor as inputs
+
+Row = dict[str, float]
+Sink = Callable[[int, Row], None]
+"""Takes the step and the numbers measured at it."""
+
+
+class Jsonl:
+    """Appends one JSON object a row to a file, flushed; a number that is not finite becomes null.
+
+    Args:
+        path: the file; its folder is made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, step: int, row: Row) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+
+
+class TensorBoard:
+    """Writes scalars to a ``SummaryWriter``."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def __call__(self, step: int, row: Row) -> None:
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+
+
+class WeightsAndBiases:
+    """Logs to a run of ``wandb`` (or to anything with its ``log``)."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def __call__(self, step: int, row: Row) -> None:
+        self.run.log(row, step=step)
+
+
+def as_sink(sink: Any) -> Sink:
+    """Make a sink of a path, a writer, a run, the word ``"wandb"``, or a function.
+
+    Raises:
+        TypeError: if it is none of these.
+        ImportError: for ``"wandb"`` where it is not installed.
+    """
+    if sink == "wandb":
+        import wandb
+
+        return WeightsAndBiases(wandb)
+    if isinstance(sink, (str, Path)):
+        return Jsonl(sink)
+    if hasattr(sink, "add_scalar"):
+        return TensorBoard(sink)
+    if hasattr(sink, "log"):
+        return WeightsAndBiases(sink)
+    return inputs.check_sink(sink)

@@ -1,0 +1,95 @@
+r"""Exact statistics of the per-example gradients behind one step, pooled over parts and ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from poprisk.checks import risk as inputs
+from poprisk.factors import capture
+
+Forward = Callable[[nn.Module, Any], Tensor]
+PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class ModuleSignal(NamedTuple):
+    r"""Sums over the coordinates of one module.
+
+    Attributes:
+        mean_square: :math:`\sum\mu^2`.
+        variance: :math:`\sum\Sigma_B/(b-1)`, what the batch mean has of noise.
+        passed: :math:`\sum(\mu^2-\Sigma_B/(b-1))_+`.
+    """
+
+    mean_square: float
+    variance: float
+    passed: float
+
+
+class Statistics:
+    """Loss, number of examples, and sums and squares of their gradients by parameter.
+
+    Args:
+        params: by name.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.params = params
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all examples."""
+        self.examples, self.loss = 0, 0.0
+        self.sums: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+
+    def add(
+        self, model: nn.Module, loss: PerExampleLoss, forward: Forward, x: Any, y: Tensor
+    ) -> None:
+        """Add the examples of a batch, at the present weights."""
+        with torch.enable_grad():
+            outputs = forward(model, x)
+            losses = inputs.check_losses(loss(outputs, y), outputs)
+            moments = capture(losses, self.params).moments()
+        self.examples += len(losses)
+        self.loss += float(losses.detach().double().sum())
+        for mine, theirs in ((self.sums, moments.sums), (self.squares, moments.squares)):
+            for name, value in theirs.items():
+                mine[name] = mine[name] + value if name in mine else value
+
+    def pooled(self) -> Statistics:
+        """The sum over all ranks; takes part in the collective even if it has nothing to add."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        device = next(iter(self.params.values())).device
+        counts = torch.tensor([self.examples, self.loss], dtype=torch.float64)
+        found = Statistics(self.params)
+        total = _summed(counts.to(device, torch.float32)).tolist()
+        found.examples, found.loss = round(total[0]), total[1]
+        for mine, theirs in ((self.sums, found.sums), (self.squares, found.squares)):
+            for name, param in self.params.items():
+                value = mine.get(name, torch.full_like(param, math.nan))
+                theirs[name] = _summed(value.detach().clone())
+        return found
+
+    def signals(self) -> dict[str, ModuleSignal]:
+        """The sums by module (a parameter's name without its last part)."""
+        rows: dict[str, list[float]] = {}
+        b = self.examples
+        for name, total in self.sums.items():
+            mean_square = (total / b).square_()
+            variance = self.squares[name].div(b).sub_(mean_square).clamp_min_(0).div_(b - 1)
+            sums = [float(mean_square.sum()), float(variance.sum())]
+            new = [*sums, float(mean_square.sub_(variance).clamp_min_(0).sum())]
+            module = name.rpartition(".")[0] or name
+            rows[module] = [a + c for a, c in zip(rows.get(module, [0.0] * 3), new, strict=True)]
+        return {module: ModuleSignal(*row) for module, row in rows.items()}
+
+
+def _summed(value: Tensor) -> Tensor:
+    torch.distributed.all_reduce(value)
+    return value

@@ -1,0 +1,185 @@
+"""Canaries: a few labels drawn at random show how much of the label noise is memorized."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from poprisk import checks
+from poprisk.checks import risk as inputs
+
+
+class Memorization(NamedTuple):
+    """How much of the canaries a model reproduces.
+
+    Attributes:
+        value: 0: none, as expected of a model that never saw them; 1: all.
+        standard_error: from canary to canary.
+        valid: whether there are enough canaries to tell.
+        reason: why not.
+        cost: share of the training labels given up.
+    """
+
+    value: float
+    standard_error: float
+    valid: bool
+    reason: str
+    cost: float
+
+
+class ErrorBound(NamedTuple):
+    """Bound on the classification error on fresh examples with labels like the others'.
+
+    Attributes:
+        value: holds with the probability asked for; above 1 it says nothing.
+        expected: without the allowance for the finite number of canaries.
+        standard_error: of ``expected``.
+        valid: whether ``value`` is below 1.
+        reason: why not.
+        cost: share of the training labels given up.
+    """
+
+    value: float
+    expected: float
+    standard_error: float
+    valid: bool
+    reason: str
+    cost: float
+
+
+@final
+class Canaries:
+    r"""Replace a known small fraction of labels at random, and see how many of them are fitted.
+
+    Class labels are drawn anew, uniformly over all classes; numbers get noise of random sign. A
+    model that has not memorized predicts a canary's label by chance only.
+
+    Args:
+        targets: training labels, (n,) integers or (n, ...) numbers.
+        fraction: share of them to replace.
+        classes: number of classes; counted if left out.
+        spread: for numbers, size of the noise in standard deviations of the targets.
+        seed: of the choice and of the labels.
+
+    Attributes:
+        targets: the labels to train on; a copy.
+        index: positions of the canaries, in order.
+
+    Raises:
+        TypeError, ValueError: for a bad argument, or if no label would be replaced.
+
+    Example:
+        >>> canaries = Canaries(torch.arange(1000) % 10)
+        >>> len(canaries.index)
+        20
+    """
+
+    def __init__(
+        self,
+        targets: Tensor,
+        *,
+        fraction: float = 0.02,
+        classes: int | None = None,
+        spread: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        checks.check_number("fraction", fraction, low=0.0, high=1.0, include_low=False)
+        checks.check_number("spread", spread, low=0.0, include_low=False)
+        count = inputs.check_canaries(targets, fraction)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(targets), generator=generator)
+        self.index = order[:count].sort().values.to(targets.device)
+        self.original = targets[self.index].clone()
+        self.targets = targets.clone()
+        self.classes: int | None = None
+        if targets.is_floating_point():
+            size = spread * float(targets.double().std())
+            shape = (count, *targets.shape[1:])
+            signs = 2 * torch.randint(2, shape, generator=generator) - 1
+            drawn = self.original + size * signs.to(targets.device, targets.dtype)
+        else:
+            self.classes = inputs.check_classes(targets, classes)
+            drawn = torch.randint(self.classes, (count,), generator=generator).to(targets)
+        self.targets[self.index] = drawn
+
+    def relabel(self, targets: Tensor, index: Tensor) -> Tensor:
+        """The labels to train on for a batch of a data set that is read piece by piece.
+
+        Args:
+            targets: its own labels, (b, ...).
+            index: positions of its examples, (b,).
+        """
+        index = inputs.check_index(index, len(self.targets)).to(self.targets.device)
+        chosen = torch.isin(index, self.index).to(targets.device)
+        chosen = chosen.reshape(-1, *[1] * (targets.ndim - 1))
+        return torch.where(chosen, self.targets[index].to(targets), targets)
+
+    def memorization(self, outputs: Tensor) -> Memorization:
+        r"""How much of the canaries' labels the outputs reproduce.
+
+        Classes: :math:`(a - 1/k)/(1 - 1/k)` for a share a of canaries predicted as labelled.
+        Numbers: the coefficient of the outputs' deviation from the original targets on the noise.
+
+        Args:
+            outputs: of the model on the whole training set (n, ...) or on the canaries alone.
+        """
+        u = self._on_canaries(outputs)
+        if self.classes is not None:
+            chance = 1 / self.classes
+            hits = (u.argmax(1) == self.targets[self.index].to(u.device)).double()
+            values = (hits - chance) / (1 - chance)
+        else:
+            drawn, original = self.targets[self.index], self.original
+            noise = (drawn - original).double().flatten(1 if original.ndim > 1 else 0)
+            follow = (u.reshape_as(original) - original).double().reshape_as(noise)
+            product = noise * follow / noise.square().mean()
+            values = product.mean(1) if product.ndim > 1 else product
+        value, error = float(values.mean()), _standard_error(values)
+        few = f"{len(values)} canaries leave a standard error of {error:.2f}" if error > 0.2 else ""
+        few = few or ("one canary tells nothing" if len(values) < 2 else "")
+        return Memorization(value, error, not few, few, len(values) / len(self.targets))
+
+    def error_bound(self, outputs: Tensor, *, confidence: float = 0.95) -> ErrorBound:
+        r"""Bound on the error on fresh examples, from how badly the canaries are fitted.
+
+        .. math:: \mathcal E \le \hat{\mathcal E}_S + (k-1)\Big(1 - \tfrac{k}{k-1}
+                  \hat{\mathcal E}_{\tilde S}\Big) + c\,\sqrt{\frac{\log(4/\delta)}{2m}},\qquad
+                  c = 2k + \sqrt k + \frac{m}{n\sqrt k}
+
+        [Garg et al. 2021, RATT, Thm 3], for m canaries and n other examples; proved for empirical
+        risk minimization, and for gradient descent under their assumption that canaries are not
+        fitted worse than unseen random labels. With few canaries or many classes it is vacuous:
+        see ``valid``.
+
+        Args:
+            outputs: of the model on the whole training set, (n + m, k).
+            confidence: probability with which the bound holds, :math:`1-\delta`.
+
+        Raises:
+            ValueError: if targets are numbers.
+        """
+        k = inputs.check_bound(self.classes, outputs, len(self.targets))
+        checks.check_number("confidence", confidence, low=0.0, high=1.0, include_high=False)
+        wrong = (outputs.argmax(1) != self.targets.to(outputs.device)).double()
+        others = torch.ones(len(wrong), dtype=torch.bool, device=wrong.device)
+        others[self.index] = False
+        fitted, planted = wrong[others], wrong[self.index]
+        m, n = len(planted), max(len(fitted), 1)
+        expected = float(fitted.mean()) + (k - 1) - k * float(planted.mean())
+        c = 2 * k + math.sqrt(k) + m / (n * math.sqrt(k))
+        value = expected + c * math.sqrt(math.log(4 / (1 - confidence)) / (2 * m))
+        error = math.hypot(_standard_error(fitted), k * _standard_error(planted))
+        reason = "" if value < 1 else f"vacuous: {m} canaries are too few for {k} classes"
+        return ErrorBound(value, expected, error, not reason, reason, m / len(wrong))
+
+    def _on_canaries(self, outputs: Tensor) -> Tensor:
+        inputs.check_canary_outputs(len(outputs), len(self.index), len(self.targets))
+        whole = len(outputs) == len(self.targets)
+        return outputs[self.index.to(outputs.device)] if whole else outputs
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf

@@ -1,0 +1,195 @@
+r"""What one step does to population risk, from the batch it was made of: a U-statistic.
+
+A step :math:`\Delta w(\hat g) = -M\hat g + \Delta_0`, where :math:`\Delta_0` is what momentum and
+weight decay do without a gradient, changes population risk to first order by
+
+.. math:: -\sum_k M_k\Big(\mu_k^2 - \frac{\Sigma_{B,k}}{b-1}\Big) + \Delta_0\cdot\mu
+          = \frac1b\sum_i g_i\cdot\Delta w(\hat g_{-i})
+
+in expectation over fresh batches: each example judges the step that the others would have made.
+The right side holds for any optimizer, linear in the gradient or not, of a step made of one example
+(here: one group) less. The batch loss falls by :math:`\mathrm{tr}(M\Sigma_B)/(b-1)` more: noise
+fitted [LG, Thm 6.5; the split of the momentum and the right side are ours].
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from poprisk.checks import risk as inputs
+from poprisk.risk.links import PerExampleLoss
+from poprisk.risk.randomness import RandomState
+
+Named = Mapping[str, Tensor]
+
+
+class ModuleChange(NamedTuple):
+    """What the step does to the risk through one module; first order, units of the loss.
+
+    Attributes:
+        value: change of population risk.
+        empirical: change of the batch loss.
+    """
+
+    value: float
+    empirical: float
+
+    @property
+    def noise(self) -> float:
+        """By how much the batch loss falls further than the risk: noise fitted."""
+        return self.value - self.empirical
+
+
+class FreshBatchRisk(NamedTuple):
+    """Estimate for one step.
+
+    Attributes:
+        value: change of population risk, to first order.
+        standard_error: over groups of examples.
+        valid: whether the batch was fresh.
+        reason: why not.
+        cost: passes over the batch beyond the step's own.
+        level: mean loss of the batch before the step: the population risk, if it is fresh.
+        empirical: change of the batch loss.
+        noise: noise fitted, the difference.
+        modules: the same by module.
+    """
+
+    value: float
+    standard_error: float
+    valid: bool
+    reason: str
+    cost: float
+    level: float
+    empirical: float
+    noise: float
+    modules: dict[str, ModuleChange]
+
+
+def fresh_batch_risk(
+    model: nn.Module,
+    loss: PerExampleLoss,
+    x: Tensor,
+    y: Tensor,
+    optimizer: Optimizer,
+    *,
+    fresh: bool,
+    groups: int = 8,
+) -> FreshBatchRisk:
+    """Estimate what the next step on a batch will do to population risk; changes nothing.
+
+    Unbiased in one-pass training only: gradients of examples seen before are no estimate of the
+    population's.
+
+    Args:
+        model: in the mode it is trained in; batch norm in training mode is refused.
+        loss: one value an example.
+        x: inputs of the batch, (b, ...).
+        y: targets, (b, ...).
+        optimizer: before its step on this batch.
+        fresh: whether no example of the batch was trained on before.
+        groups: into how many parts the batch is cut, 2 to b; each costs an optimizer step. With b
+            groups and SGD the value is the formula above to round-off.
+
+    Raises:
+        ValueError: for a loss that is not one value an example, fewer examples than groups, or
+            batch norm in training mode.
+        TypeError: if ``fresh`` is not a bool.
+    """
+    inputs.check_fresh(model, len(x), fresh, groups)
+    start = RandomState.now()
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    pieces = list(zip(x.tensor_split(groups), y.tensor_split(groups), strict=True))
+    shares = [len(part) / len(x) for part, _ in pieces]
+    found = [_gradient(model, loss, *piece, params) for piece in pieces]
+    start.restore()
+    rows = [g for _, g in found]
+    mean = _combined(rows, shares)
+    step = _Rehearsal(optimizer, params)
+    idle = step({k: torch.zeros_like(g) for k, g in mean.items()})
+    others = [step(_without(mean, g, s)) for g, s in zip(rows, shares, strict=True)]
+    judged = [_dot(g, other) for g, other in zip(rows, others, strict=True)]
+    rested = torch.stack([_total(_dot(g, idle)) for g in rows])
+    value = _combined(judged, shares)
+    empirical = _dot(mean, step(mean))
+    influence = 2 * torch.stack([_total(j) for j in judged]) - rested
+    modules = _by_module(value, empirical)
+    total = ModuleChange(float(_total(value)), float(_total(empirical)))
+    return FreshBatchRisk(
+        value=total.value,
+        standard_error=float(influence.std()) / math.sqrt(groups),
+        valid=fresh,
+        reason="" if fresh else "examples were seen before: a rate of noise fitting, not of risk",
+        cost=1.0,
+        level=sum(s * level for s, (level, _) in zip(shares, found, strict=True)),
+        empirical=total.empirical,
+        noise=total.noise,
+        modules=modules,
+    )
+
+
+def _gradient(
+    model: nn.Module, loss: PerExampleLoss, x: Tensor, y: Tensor, params: Named
+) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss of a part of the batch, and its gradient by parameter."""
+    outputs = model(x)
+    value = inputs.check_losses(loss(outputs, y), outputs).mean()
+    grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+    named = zip(params, grads, strict=True)
+    return float(value.detach()), {k: g for k, g in named if g is not None}
+
+
+class _Rehearsal:
+    """The update that an optimizer would take for given gradients; it is put back each time."""
+
+    def __init__(self, optimizer: Optimizer, params: Named) -> None:
+        self.optimizer, self.params = optimizer, params
+        self.state = copy.deepcopy(optimizer.state_dict())
+
+    def __call__(self, grads: Named) -> dict[str, Tensor]:
+        kept = {k: (self.params[k].detach().clone(), self.params[k].grad) for k in self.params}
+        try:
+            for k, p in self.params.items():
+                p.grad = grads.get(k)
+            self.optimizer.step()
+            return {k: self.params[k].detach() - kept[k][0] for k in grads}
+        finally:
+            self.optimizer.load_state_dict(copy.deepcopy(self.state))
+            for k, p in self.params.items():
+                p.data.copy_(kept[k][0])
+                p.grad = kept[k][1]
+
+
+def _without(mean: Named, part: Named, share: float) -> dict[str, Tensor]:
+    """The gradient of the rest of the batch."""
+    return {k: (g - share * part[k]) / (1 - share) for k, g in mean.items()}
+
+
+def _combined(rows: list[dict[str, Tensor]], shares: list[float]) -> dict[str, Tensor]:
+    named = ((k, [s * row[k] for s, row in zip(shares, rows, strict=True)]) for k in rows[0])
+    return {k: torch.stack(parts).sum(0) for k, parts in named}
+
+
+def _dot(a: Named, b: Named) -> dict[str, Tensor]:
+    return {k: (a[k].double() * b[k].double()).sum() for k in b}
+
+
+def _total(values: Named) -> Tensor:
+    return torch.stack(list(values.values())).sum()
+
+
+def _by_module(value: Named, empirical: Named) -> dict[str, ModuleChange]:
+    sums: dict[str, ModuleChange] = {}
+    for k in value:
+        name = k.rpartition(".")[0] or k
+        old = sums.get(name, ModuleChange(0.0, 0.0))
+        new = (old.value + float(value[k]), old.empirical + float(empirical[k]))
+        sums[name] = ModuleChange(*new)
+    return sums

@@ -1,0 +1,45 @@
+"""The global generators' state, so that several runs can draw the same random numbers."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class RandomState(NamedTuple):
+    """Torch's (CPU and CUDA), numpy's and Python's global generators at one moment."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+    numpy: dict[str, Any]
+    python: tuple[Any, ...]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """The present state."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        numpy = np.random.get_state(legacy=False)
+        return cls(torch.get_rng_state(), cuda, dict(numpy), random.getstate())
+
+    def restore(self) -> None:
+        """Go back to this state."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    def same(self, other: RandomState) -> bool:
+        """Whether both would draw the same numbers."""
+        mine, theirs = self.numpy["state"], other.numpy["state"]
+        return (
+            torch.equal(self.cpu, other.cpu)
+            and all(map(torch.equal, self.cuda, other.cuda))
+            and mine["pos"] == theirs["pos"]
+            and np.array_equal(mine["key"], theirs["key"])
+            and self.python == other.python
+        )

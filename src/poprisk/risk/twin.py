@@ -1,0 +1,362 @@
+"""Twin response: a second model trained in lockstep on perturbed labels shows what follows them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from poprisk import checks
+from poprisk.checks import risk as inputs
+from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
+from poprisk.risk.links import PerExampleLoss, is_gauge
+from poprisk.risk.randomness import RandomState
+
+CHECKED_STEPS = 10
+CHECKED_EVERY = 100
+
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+class Probe:
+    r"""Random signs z, one vector an example; centred over the outputs where the loss has a gauge.
+
+    Args:
+        dataset_size: number of examples.
+        seed: of the signs.
+    """
+
+    def __init__(self, dataset_size: int, seed: int) -> None:
+        self.dataset_size, self.seed = dataset_size, seed
+        self.signs = torch.empty(0, dtype=torch.int8)
+
+    def tilt(self, index: Tensor, shape: torch.Size, *, gauge: bool) -> Tensor:
+        """The signs (b, *shape) of the examples at ``index``, of mean square one."""
+        if self.signs.shape != (self.dataset_size, *shape):
+            generator = torch.Generator().manual_seed(self.seed)
+            size = (self.dataset_size, *shape)
+            self.signs = 2 * torch.randint(2, size, generator=generator, dtype=torch.int8) - 1
+        z = self.signs[index.to(self.signs.device)].double()
+        if not gauge:
+            return z
+        c = z.shape[1]
+        return (z - z.mean(1, keepdim=True)) * math.sqrt(c / (c - 1))
+
+
+class Replica:
+    """One of the models that are trained side by side.
+
+    Attributes:
+        model: the module.
+        optimizer: its own.
+        position: 0 for the model, 1 and up for its twins.
+    """
+
+    def __init__(self, owner: TwinRisk, model: nn.Module, position: int) -> None:
+        self.model, self.position = model, position
+        self.optimizer = owner.make_optimizer(model)
+        self.seconds = 0.0
+        self._owner = owner
+        self._seen: list[Any] = []
+        model.register_forward_pre_hook(self._note)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each example, (b,); for a twin with its labels perturbed.
+
+        Args:
+            outputs: of this replica's model on the batch, (b, ...).
+            targets: of the batch, unperturbed.
+
+        Raises:
+            ValueError: if the loss is not one value an example, the batch is not the one passed to
+                ``runs``, or differs from the model's.
+        """
+        losses = inputs.check_losses(self._owner.loss(outputs, targets), outputs)
+        tilt = self._owner._tilt(self, outputs, targets)
+        if tilt is None:
+            return losses
+        follow = tilt.reshape(len(tilt), -1) * _full(outputs).reshape(len(tilt), -1)
+        return losses - follow.sum(1).to(losses.dtype)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._owner._checking and args:
+            self._seen.append(args[0])
+
+
+@final
+class TwinRisk:
+    r"""Estimate population risk with a twin trained in lockstep on perturbed labels.
+
+    .. math:: \varphi = \frac1N\sum_i \mathrm{tr}\,B_i\frac{\partial u_i}{\partial t_i}
+
+    is measured as the twin's response to its own label noise, features' adaptation included, at any
+    time of training; leave-one-out outputs follow from it (:mod:`poprisk.risk.links`), and the
+    estimate is their mean loss. Ours; prior art: generalized degrees of freedom (Ye 1998), GCV and
+    GACV (Wahba), Monte-Carlo divergence (Ramani 2008), ALO.
+
+    It is *expected* risk with labels as noisy as the training set's, for examples drawn like it; it
+    does not replace a test set. One more training run per probe, no data lost.
+
+    Args:
+        make_model: makes the model; the twins start as copies of it.
+        make_optimizer: from a model to its optimizer.
+        loss: one value an example, from outputs (b, ...) and targets (b, ...).
+        dataset_size: number of training examples, or the data set itself.
+        delta: size of the label perturbation, in standard deviations of the output gradient over
+            the first batch (for squared error: of the labels).
+        probes: twins.
+        seed: of the perturbations.
+        forward: from a model and an input batch to outputs; ``model(x)`` if left out.
+
+    Raises:
+        TypeError, ValueError: for a bad argument.
+
+    Example:
+        >>> x, y = torch.randn(100, 3), torch.randn(100, 1)
+        >>> loss = lambda u, y: (u - y).square().mean(1)
+        >>> sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> twin = TwinRisk(lambda: nn.Linear(3, 1), sgd, loss, dataset_size=100)
+        >>> for index in torch.arange(100).split(20):
+        ...     for run in twin.runs(index):
+        ...         run.optimizer.zero_grad()
+        ...         run.loss(run.model(x[index]), y[index]).mean().backward()
+        ...         run.optimizer.step()
+        >>> twin.estimate(x, y).valid
+        True
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        make_optimizer: Callable[[nn.Module], Optimizer],
+        loss: PerExampleLoss,
+        *,
+        dataset_size: Any,
+        delta: float = 0.3,
+        probes: int = 1,
+        seed: int = 0,
+        forward: Forward | None = None,
+    ) -> None:
+        self.dataset_size = inputs.check_dataset_size(dataset_size)
+        self.delta = checks.check_number("delta", delta, low=0.0, include_low=False)
+        checks.check_positive("probes", probes)
+        inputs.check_factories(make_model, make_optimizer, loss)
+        self.make_optimizer, self.loss = make_optimizer, loss
+        self.forward: Forward = forward or _call
+        model = inputs.check_module(make_model())
+        copies = [copy.deepcopy(model) for _ in range(probes)]
+        self.replicas = [Replica(self, m, i) for i, m in enumerate([model, *copies])]
+        self.probes = [Probe(self.dataset_size, seed * 1009 + k) for k in range(probes)]
+        self.steps = 0
+        self.doubt = ""
+        self._scale: tuple[float, bool] | None = None
+        self._shape: tuple[int, ...] = ()
+        self._index: Tensor | None = None
+        self._first: tuple[Tensor, Tensor] | None = None
+        self._checking = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, trained exactly as it would be alone."""
+        return self.replicas[0].model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The model's optimizer."""
+        return self.replicas[0].optimizer
+
+    def runs(self, index: Any) -> Iterator[Replica]:
+        """Yield the model, then its twins, each with the random numbers rewound.
+
+        Args:
+            index: positions of the batch's examples in the training set, integers (b,).
+
+        Raises:
+            TypeError, ValueError: if the index does not fit the data set.
+            RuntimeError: if the loop over the last batch was left early.
+        """
+        index = inputs.check_index(index, self.dataset_size)
+        inputs.check_not_nested(self._index is not None)
+        self._index, self._first = index, None
+        self._checking = self.steps < CHECKED_STEPS or self.steps % CHECKED_EVERY == 0
+        start = end = RandomState.now()
+        for run in self.replicas:
+            start.restore()
+            run._seen.clear()
+            began = time.perf_counter()
+            yield run
+            run.seconds += time.perf_counter() - began
+            if run.position == 0:
+                end = RandomState.now()
+            else:
+                self._compare(run, end)
+        end.restore()
+        for run in self.replicas:
+            run._seen.clear()
+        self.steps += 1
+        self._checking, self._index, self._first = False, None, None
+
+    def estimate(
+        self,
+        x: Any,
+        y: Tensor,
+        *,
+        index: Any = None,
+        groups: Tensor | None = None,
+        batch_size: int = 1024,
+    ) -> RiskEstimate:
+        """Estimate the risk now, from the training examples in evaluation mode.
+
+        Args:
+            x: inputs (n, ...), indexable by a slice.
+            y: targets (n, ...).
+            index: their positions in the training set; 0..n-1 if left out.
+            groups: ids of dependent examples (one patient, one document), (n,), for the error.
+            batch_size: examples per forward pass.
+
+        Raises:
+            ValueError: if shapes do not fit.
+        """
+        index = inputs.check_index(range(len(y)) if index is None else index, self.dataset_size)
+        pieces = [slice(i, i + batch_size) for i in range(0, len(y), batch_size)]
+        return self._estimate([(x[s], y[s], index[s]) for s in pieces], groups)
+
+    def estimate_batches(
+        self, batches: Iterable[tuple[Any, Tensor, Any]], *, groups: Tensor | None = None
+    ) -> RiskEstimate:
+        """Estimate the risk from batches (inputs, targets, index), as training gets them.
+
+        Args:
+            batches: without augmentation; a part of the training set will do.
+            groups: ids in the order of the examples.
+        """
+        checked = ((x, y, inputs.check_index(i, self.dataset_size)) for x, y, i in batches)
+        return self._estimate(checked, groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All replicas' weights and optimizers, and what the perturbation depends on."""
+        return {
+            "models": [run.model.state_dict() for run in self.replicas],
+            "optimizers": [run.optimizer.state_dict() for run in self.replicas],
+            "steps": self.steps,
+            "scale": self._scale,
+            "shape": self._shape,
+            "doubt": self.doubt,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if it has another number of twins; nothing is changed then.
+        """
+        inputs.check_twin_state(state_dict, len(self.replicas))
+        for run, model, optimizer in zip(
+            self.replicas, state_dict["models"], state_dict["optimizers"], strict=True
+        ):
+            run.model.load_state_dict(model)
+            run.optimizer.load_state_dict(optimizer)
+        self.steps, self.doubt = state_dict["steps"], state_dict["doubt"]
+        self._scale, self._shape = state_dict["scale"], state_dict["shape"]
+
+    def _estimate(
+        self, batches: Iterable[tuple[Any, Tensor, Tensor]], groups: Tensor | None
+    ) -> RiskEstimate:
+        columns: list[list[Tensor]] = [[] for _ in range(len(self.replicas) + 2)]
+        with _evaluation([run.model for run in self.replicas]):
+            for x, y, index in batches:
+                rows = [_full(self.forward(run.model, x)).cpu() for run in self.replicas]
+                for column, part in zip(columns, (y.cpu(), index.cpu(), *rows), strict=True):
+                    column.append(part)
+        y, index, u, *others = (torch.cat(column) for column in columns)
+        scale, gauge = self._set_scale(u, y)
+        twins = [
+            TwinOutputs(v, scale * probe.tilt(index, u.shape[1:], gauge=gauge))
+            for v, probe in zip(others, self.probes, strict=True)
+        ]
+        seconds = [run.seconds for run in self.replicas]
+        return estimate_risk(
+            self.loss,
+            u,
+            y,
+            twins,
+            groups=None if groups is None else inputs.check_groups(groups, len(y)),
+            cost=sum(seconds) / seconds[0] if seconds[0] else math.nan,
+            doubt=self.doubt,
+        )
+
+    def _tilt(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """The tilt of the present batch for a twin, None for the model; checks on the way."""
+        scale, gauge = self._set_scale(outputs, targets)
+        inputs.check_tilt_shape(self._shape, outputs, self._index)
+        if run.position == 0:
+            self._first = (outputs.detach(), targets) if self._checking else None
+            return None
+        if self._first is not None:
+            inputs.check_same("targets", self._first[1], targets)
+            if self.steps == 0 and not torch.allclose(self._first[0], outputs.detach()):
+                raise ValueError(inputs.NOT_REPEATED)
+        index = self._index if self._index is not None else torch.empty(0, dtype=torch.long)
+        z = self.probes[run.position - 1].tilt(index, outputs.shape[1:], gauge=gauge)
+        return (scale * z).to(outputs.device, _full(outputs).dtype)
+
+    def _set_scale(self, outputs: Tensor, targets: Tensor) -> tuple[float, bool]:
+        """Size of the tilt and whether the loss has a gauge; settled by the first batch."""
+        if self._scale is None:
+            self._shape = tuple(outputs.shape[1:])
+            self._scale = _gradient_scale(self.loss, outputs, targets)
+        return self.delta * self._scale[0], self._scale[1]
+
+    def _compare(self, run: Replica, end: RandomState) -> None:
+        """Check that a twin was fed and drew what the model did."""
+        model = self.replicas[0]
+        if self._checking:
+            inputs.check_calls(len(model._seen), len(run._seen))
+            for mine, twins in zip(model._seen, run._seen, strict=True):
+                inputs.check_same("inputs", mine, twins)
+        if not self.doubt and not end.same(RandomState.now()):
+            self.doubt = "the twin drew other random numbers than the model"
+
+
+def _full(outputs: Tensor) -> Tensor:
+    """Outputs in single precision at least."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def _call(model: nn.Module, x: Any) -> Tensor:
+    return model(x)
+
+
+def _gradient_scale(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> tuple[float, bool]:
+    """Standard deviation of the output gradient over a batch, and whether the loss has a gauge."""
+    u = _full(outputs.detach()).requires_grad_()
+    with torch.enable_grad():
+        (g,) = torch.autograd.grad(inputs.check_losses(loss(u, targets), u).sum(), u)
+    spread = (g - g.mean(0)) if len(g) > 1 else g
+    scale = spread.square().mean().sqrt()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(scale)
+        scale /= torch.distributed.get_world_size()
+    gauge = g.ndim > 1 and is_gauge(g.reshape(g.shape[0], g.shape[1], -1).sum(2))
+    return inputs.check_scale(float(scale)), gauge
+
+
+@contextmanager
+def _evaluation(models: list[nn.Module]) -> Iterator[None]:
+    """No gradients, evaluation mode, and each submodule's own mode again afterwards."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    try:
+        with torch.no_grad():
+            for model in models:
+                model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

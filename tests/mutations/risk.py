@@ -1,0 +1,97 @@
+"""Plausible bugs of the risk estimators and the monitor."""
+
+from mutations import Mutation
+
+EXPECTATION = "test_risk_estimate.py::test_h_is_the_trace_in_expectation_over_all_signs"
+RIDGE = "test_risk_estimate.py::test_the_ridge_path_gives_generalized_cross_validation"
+ERROR = "test_risk_estimate.py::test_the_error_of_h_is_its_spread_over_signs"
+FREEDOM = "test_risk_links.py::test_freedom_is_the_trace"
+LEFT_OUT = "test_risk_links.py::test_an_example_pulled_back_quadratically_is_left_out_exactly"
+TILT = "test_risk_twin.py::test_the_twin_learns_tilted_labels"
+BITWISE = "test_risk_twin.py::test_the_model_is_trained_bitwise_as_alone"
+LINEAR = "test_risk_twin.py::test_h_of_a_linear_model_is_that_of_its_smoother"
+RETRAINED = "test_risk_loo.py::test_a_frozen_kernel_equals_retraining_without_each_example"
+FRESH = "test_risk_fresh.py::test_equals_the_sum_over_pairs"
+MONITORED = "test_monitor.py::test_training_is_bitwise_the_same_with_and_without"
+SIGNAL = "test_monitor.py::test_numbers_are_those_of_all_parts_of_the_step"
+
+MUTATIONS = {
+    "labels pushed the wrong way": Mutation(
+        "risk/twin.py",
+        "return losses - follow.sum(1).to(losses.dtype)",
+        "return losses + follow.sum(1).to(losses.dtype)",
+        TILT,
+    ),
+    "signs not centred over classes": Mutation(
+        "risk/twin.py",
+        "return (z - z.mean(1, keepdim=True)) * math.sqrt(c / (c - 1))",
+        "return z",
+        TILT,
+    ),
+    "signs of other examples in the estimate": Mutation(
+        "risk/twin.py",
+        "scale * probe.tilt(index, u.shape[1:], gauge=gauge)",
+        "scale * probe.tilt(index.flip(0), u.shape[1:], gauge=gauge)",
+        LINEAR,
+    ),
+    "random numbers not rewound": Mutation(
+        "risk/twin.py",
+        "            start.restore()\n            run._seen.clear()\n",
+        "            run._seen.clear()\n",
+        BITWISE,
+    ),
+    "random numbers left where the twin's are": Mutation(
+        "risk/twin.py", "        end.restore()\n", "        torch.rand(1)\n", BITWISE
+    ),
+    "response without the curvature": Mutation(
+        "risk/estimate.py",
+        "follows = (link.curvature(t) * moved).sum(1)",
+        "follows = (t * moved).sum(1)",
+        EXPECTATION,
+    ),
+    "half of the off-diagonal noise forgotten": Mutation(
+        "risk/estimate.py",
+        "error = math.sqrt(2) * grouped_error",
+        "error = grouped_error",
+        ERROR,
+    ),
+    "left-out outputs moved towards the label": Mutation(
+        "risk/links.py",
+        "return outputs + self.gain(freedom) * self.gradient",
+        "return outputs - self.gain(freedom) * self.gradient",
+        LEFT_OUT,
+    ),
+    "response taken for the gain": Mutation(
+        "risk/links.py",
+        "return outputs + self.gain(freedom) * self.gradient",
+        "return outputs + freedom * self.gradient",
+        RIDGE,
+    ),
+    "classes counted as free": Mutation(
+        "risk/links.py",
+        "return float(trace.mean()) / self.dimensions",
+        "return float(trace.mean()) / self.p.shape[1]",
+        FREEDOM,
+    ),
+    "a group judges the step it made": Mutation(
+        "risk/fresh.py",
+        "others = [step(_without(mean, g, s))",
+        "others = [step(mean)",
+        FRESH,
+    ),
+    "a deleted example keeps its curvature": Mutation(
+        "risk/loo.py", "kept = (~deleted).to(u)", "kept = (deleted | ~deleted).to(u)", RETRAINED
+    ),
+    "the momentum of a displacement forgotten": Mutation(
+        "risk/loo.py", "m = run.momentum * m + change", "m = change", RETRAINED
+    ),
+    "the monitor leaves dropout drawn": Mutation(
+        "monitor/__init__.py", "        random.restore()\n", "        torch.rand(1)\n", MONITORED
+    ),
+    "variance of the mean divided by b": Mutation(
+        "monitor/statistics.py",
+        ".clamp_min_(0).div_(b - 1)",
+        ".clamp_min_(0).div_(b)",
+        SIGNAL,
+    ),
+}

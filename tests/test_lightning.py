@@ -1,0 +1,75 @@
+"""The monitor in Lightning, beside the optimizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+lightning = pytest.importorskip("lightning.pytorch")
+
+from poprisk import PopRiskAdamW  # noqa: E402
+from poprisk.integrations.lightning import RiskCallback  # noqa: E402
+
+N = 24
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+def squared(u: Tensor, y: Tensor) -> Tensor:
+    return (u - y).square().mean(1)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return squared(self.net(batch[0]), batch[1]).mean()
+
+    def configure_optimizers(self) -> PopRiskAdamW:
+        return PopRiskAdamW(self, lr=1e-2, batch_size=8, dataset_size=N)
+
+
+def train(callbacks: list[Any], folder: Path) -> Any:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(N, 3, generator=g), torch.randn(N, 1, generator=g)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    torch.manual_seed(1)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        default_root_dir=folder,
+    )
+    module = Module()
+    trainer.fit(module, loader)
+    return module
+
+
+def test_the_monitor_pools_the_parts_of_a_step_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    callback = RiskCallback(squared, every=2, sinks=[path], log=True)
+    watched, alone = train([callback], tmp_path), train([], tmp_path)
+    for a, b in zip(watched.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(a, b)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert all(row["loss"] > 0 and 0 < row["signal/share"] < 1 for row in rows)
+    assert any(name.startswith("gate/pass_rate") for name in rows[-1])
+    assert callback.monitor is not None
+    assert callback.monitor._statistics.examples == 8

@@ -1,0 +1,193 @@
+"""Estimates from outputs: exact for linear smoothers, flagged where they cannot be believed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from poprisk.reference import risk as reference
+from poprisk.risk.estimate import TwinOutputs, estimate_risk, measure_freedom
+from poprisk.risk.links import link_of
+from samplers import randn
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def squared(u: Tensor, y: Tensor) -> Tensor:
+    return (u - y).square().sum(1)
+
+
+def cross_entropy(u: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(u, y, reduction="none")
+
+
+def smoother(n: int, decay: float = 0.1) -> Tensor:
+    return reference.ridge_smoother(randn(n, n // 2), decay)
+
+
+def signs(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2.0 * torch.randint(2, (n, 1), generator=generator).double() - 1
+
+
+def twin_of(h: Tensor, y: Tensor, z: Tensor, delta: float = 0.3) -> TwinOutputs:
+    """The run on labels y + δz; in squared error, whose curvature is 2, a tilt of 2δz."""
+    return TwinOutputs(h @ (y + delta * z), 2 * delta * z)
+
+
+def test_h_is_the_trace_in_expectation_over_all_signs() -> None:
+    n = 8
+    h, y = smoother(n), randn(n, 1, seed=1)
+    link = link_of(squared, h @ y, y)
+    every = [torch.tensor(z).double().unsqueeze(1) for z in itertools.product((-1, 1), repeat=n)]
+    found = [measure_freedom(link, h @ y, [twin_of(h, y, z)]) for z in every]
+    expected = float(h.trace()) / n
+    values = torch.tensor([f.value for f in found], dtype=torch.float64)
+    assert float(values.mean()) == pytest.approx(expected, rel=1e-9)
+    assert sum(f.response for f in found) / len(found) == pytest.approx(expected, rel=1e-9)
+    assert float(values.std(correction=0)) == pytest.approx(reference.response_error(h), rel=1e-9)
+
+
+def test_the_error_of_h_is_its_spread_over_signs() -> None:
+    n = 200
+    h, y = smoother(n, 0.3), randn(n, 1, seed=1)
+    link = link_of(squared, h @ y, y)
+    found = [measure_freedom(link, h @ y, [twin_of(h, y, signs(n, s))]) for s in range(50)]
+    mean_error = sum(f.error for f in found) / len(found)
+    assert mean_error == pytest.approx(reference.response_error(h), rel=0.05)
+
+
+@pytest.mark.parametrize("decay", [3.0, 1.0, 0.3])
+def test_the_ridge_path_gives_generalized_cross_validation(decay: float) -> None:
+    n = 60
+    h, y = smoother(n, decay), randn(n, 1, seed=1)
+    z = signs(n, 2)
+    exact = float(h.trace()) / n
+    along = float((z.T @ h @ z).squeeze()) / n
+    scaled = h * (exact / along)  # the probe's noise in the trace, taken out
+    twin = TwinOutputs(h @ y + 0.3 * scaled @ z, 0.6 * z)
+    found = estimate_risk(squared, h @ y, y, [twin])
+    assert found.freedom == pytest.approx(exact, rel=1e-9)
+    assert found.value == pytest.approx(reference.generalized_cross_validation(h, y), rel=1e-8)
+
+
+def test_equal_leverages_give_the_exact_left_out_predictions() -> None:
+    n = 8
+    basis = torch.fft.fft(torch.eye(n, dtype=torch.complex128)).real / math.sqrt(n)
+    h = 0.4 * (basis @ basis.T) / torch.linalg.matrix_norm(basis @ basis.T, 2)
+    h = sum((h.roll((k, k), (0, 1)) for k in range(n)), torch.zeros(n, n).double()) / n
+    y = randn(n, 1)
+    every = [torch.tensor(z).double().unsqueeze(1) for z in itertools.product((-1, 1), repeat=n)]
+    found = estimate_risk(squared, h @ y, y, [twin_of(h, y, z) for z in every])
+    torch.testing.assert_close(found.outputs, reference.exact_leave_one_out(h, y))
+
+
+def test_probes_average_and_their_error_falls() -> None:
+    n = 100
+    h, y = smoother(n, 0.3), randn(n, 1, seed=1)
+    link = link_of(squared, h @ y, y)
+    twins = [twin_of(h, y, signs(n, s)) for s in range(4)]
+    single = [measure_freedom(link, h @ y, [t]) for t in twins]
+    four = measure_freedom(link, h @ y, twins)
+    assert four.value == pytest.approx(sum(f.value for f in single) / 4)
+    assert four.error == pytest.approx(math.sqrt(sum(f.error**2 for f in single)) / 4)
+
+
+def test_groups_of_equal_examples_raise_the_error() -> None:
+    n = 50
+    h, y = smoother(n, 0.3), randn(n, 1, seed=1)
+    twice, z = torch.cat([h @ y, h @ y]), signs(n, 0)
+    moved = torch.cat([0.3 * h @ z] * 2)
+    twins = [TwinOutputs(twice + moved, torch.cat([0.6 * z] * 2))]
+    targets, groups = torch.cat([y, y]), torch.arange(n).repeat(2)
+    once = estimate_risk(squared, h @ y, y, [twin_of(h, y, z)])
+    grouped = estimate_risk(squared, twice, targets, twins, groups=groups)
+    ungrouped = estimate_risk(squared, twice, targets, twins)
+    assert grouped.standard_error == pytest.approx(once.standard_error, rel=1e-6)
+    assert ungrouped.standard_error == pytest.approx(once.standard_error / math.sqrt(2), rel=0.03)
+
+
+def test_an_untouched_model_has_its_training_loss() -> None:
+    u, y = randn(60, 4), torch.arange(60) % 4
+    found = estimate_risk(cross_entropy, u, y, [TwinOutputs(u, torch.ones_like(u))])
+    assert found.value == found.train_loss == pytest.approx(float(F.cross_entropy(u, y)))
+    assert found.freedom == found.response == 0
+    assert found.accuracy == float((u.argmax(1) == y).double().mean())
+
+
+def test_accuracy_of_binary_labels() -> None:
+    u, y = randn(60, 1), (randn(60, 1, seed=1) > 0).double()
+    loss: Loss = lambda u, y: F.binary_cross_entropy_with_logits(u, y, reduction="none").sum(1)  # noqa: E731
+    found = estimate_risk(loss, u, y, [TwinOutputs(u, torch.ones_like(u))])
+    assert found.accuracy == float(((u > 0) == (y > 0)).double().mean())
+
+
+def test_a_loss_that_holds_single_precision_is_taken_as_it_is() -> None:
+    weight = torch.ones(4)
+    loss: Loss = lambda u, y: F.cross_entropy(u, y, weight=weight, reduction="none")  # noqa: E731
+    u, y = randn(60, 4, dtype=torch.float32), torch.arange(60) % 4
+    moved = u + 0.05 * randn(60, 4, seed=3, dtype=torch.float32)
+    tilt = randn(60, 4, seed=3)
+    found = estimate_risk(loss, u, y, [TwinOutputs(moved, tilt - tilt.mean(1, keepdim=True))])
+    plain = estimate_risk(cross_entropy, u, y, [TwinOutputs(moved, tilt - tilt.mean(1, True))])
+    assert found.value == pytest.approx(plain.value, rel=1e-4)
+
+
+def follower(n: int, share: float) -> tuple[Tensor, Tensor, TwinOutputs]:
+    """Outputs that follow ``share`` of their own label and nothing else."""
+    y = randn(n, 1)
+    h = share * torch.eye(n, dtype=torch.float64)
+    return h @ y, y, twin_of(h, y, signs(n, 1))
+
+
+@pytest.mark.parametrize(
+    ("share", "comparable", "reason"),
+    [
+        (0.0, True, ""),
+        (0.34, True, ""),
+        (0.38, True, "deep interpolation: the estimate is 2.6 times the training loss"),
+        (0.45, False, "deep interpolation: the estimate is 3.3 times the training loss"),
+        (0.6, False, "deep interpolation: 60% of the"),
+    ],
+)
+def test_deep_interpolation_is_flagged(share: float, comparable: bool, reason: str) -> None:
+    u, y, twin = follower(200, share)
+    found = estimate_risk(squared, u, y, [twin])
+    assert (found.valid, found.comparable) == (not reason, comparable)
+    assert reason in found.reason
+
+
+def test_a_chaotic_twin_is_flagged() -> None:
+    u, y, twin = follower(200, 0.2)
+    wild = twin._replace(outputs=twin.outputs + 2 * randn(200, 1, seed=8))
+    found = estimate_risk(squared, u, y, [wild])
+    assert not found.valid
+    assert "the twin's response is uncertain" in found.reason
+
+
+def test_few_examples_are_flagged() -> None:
+    u, y, twin = follower(10, 0.0)
+    assert "too few examples" in estimate_risk(squared, u, y, [twin]).reason
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_outputs_that_are_not_finite_are_flagged(where: int) -> None:
+    u, y, twin = follower(60, 0.2)
+    (u, twin.outputs)[where][3] = math.nan
+    found = estimate_risk(squared, u, y, [twin])
+    assert not found.valid
+    assert found.reason == "outputs are not finite"
+    assert math.isnan(found.value)
+
+
+def test_a_doubt_is_passed_on() -> None:
+    u, y, twin = follower(200, 0.2)
+    found = estimate_risk(squared, u, y, [twin], doubt="somebody saw a ghost")
+    assert (found.valid, found.reason) == (False, "somebody saw a ghost")
+    assert repr(found).endswith("valid=False, reason='somebody saw a ghost')")

@@ -1,0 +1,208 @@
+"""The link of a loss equals the written-out matrices, whatever the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from poprisk.reference import risk as reference
+from poprisk.risk.links import Coupled, Link, Separate, Softmax, link_of
+from samplers import randn
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+N, C = 6, 4
+
+
+def classes() -> Tensor:
+    return torch.arange(N) % C
+
+
+def soft_labels() -> Tensor:
+    return randn(N, C, seed=2).softmax(1)
+
+
+def numbers() -> Tensor:
+    return randn(N, C, seed=3)
+
+
+def cross_entropy(u: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(u, y, reduction="none")
+
+
+def smoothed(u: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(u, y, reduction="none", label_smoothing=0.1)
+
+
+def weighted(u: Tensor, y: Tensor) -> Tensor:
+    weight = torch.tensor([1.0, 2.0, 0.5, 0.0], dtype=u.dtype)
+    return F.cross_entropy(u, y, weight=weight, reduction="none")
+
+
+def binary(u: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(u, y, reduction="none").sum(1)
+
+
+def squared(u: Tensor, y: Tensor) -> Tensor:
+    return (u - y).square().mean(1)
+
+
+def huber(u: Tensor, y: Tensor) -> Tensor:
+    return F.huber_loss(u, y, reduction="none", delta=0.5).sum(1)
+
+
+def poisson(u: Tensor, y: Tensor) -> Tensor:
+    return F.poisson_nll_loss(u, y.abs(), reduction="none").sum(1)
+
+
+def absolute(u: Tensor, y: Tensor) -> Tensor:
+    return (u - y).abs().sum(1)
+
+
+def hinge(u: Tensor, y: Tensor) -> Tensor:
+    margins = 1 + u - u.gather(1, y.unsqueeze(1))
+    return F.softplus(4 * margins).sum(1) / 4
+
+
+def gaussian(u: Tensor, y: Tensor) -> Tensor:
+    """Mean and log-variance of a number: two outputs that belong together, not convex."""
+    square = (u[:, :1] - y[:, :1]).square() * (-u[:, 1:2]).exp()
+    return (0.5 * (square + u[:, 1:2])).sum(1)
+
+
+def nothing(u: Tensor, y: Tensor) -> None:
+    return None
+
+
+def mistakes(u: Tensor, y: Tensor) -> Tensor:
+    return (u.argmax(1) != y).double()
+
+
+CASES: dict[str, tuple[Loss, Callable[[], Tensor], type[Link], int]] = {
+    "cross-entropy": (cross_entropy, classes, Softmax, C - 1),
+    "soft labels": (cross_entropy, soft_labels, Softmax, C - 1),
+    "label smoothing": (smoothed, classes, Softmax, C - 1),
+    "class weights": (weighted, classes, Softmax, C - 1),
+    "binary cross-entropy": (binary, lambda: (numbers() > 0).double(), Separate, C),
+    "squared error": (squared, numbers, Separate, C),
+    "Huber": (huber, numbers, Separate, C),
+    "Poisson": (poisson, numbers, Separate, C),
+    "absolute error": (absolute, numbers, Separate, C),
+    "smooth hinge": (hinge, classes, Coupled, C - 1),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[Loss, Tensor, Link, int]:
+    loss, targets, _, dimensions = CASES[request.param]
+    return loss, targets(), link_of(loss, randn(N, C), targets()), dimensions
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kind_of_a_loss_is_found(name: str) -> None:
+    loss, targets, kind, dimensions = CASES[name]
+    link = link_of(loss, randn(N, C), targets())
+    assert type(link) is kind
+    assert link.dimensions == dimensions
+
+
+def test_curvature_is_the_second_derivative(case: tuple[Loss, Tensor, Link, int]) -> None:
+    loss, y, link, _ = case
+    u, v = randn(N, C), randn(N, C, seed=9)
+    expected = [reference.hessian(loss, u[i], y[i]) @ v[i] for i in range(N)]
+    torch.testing.assert_close(link.curvature(v), torch.stack(expected), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("gain", [0.01, 1.0, 30.0])
+def test_freedom_is_the_trace(case: tuple[Loss, Tensor, Link, int], gain: float) -> None:
+    loss, y, link, dimensions = case
+    expected = reference.freedom(loss, randn(N, C), y, gain, dimensions)
+    assert link.freedom(gain) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+@pytest.mark.parametrize("gain", [0.01, 1.0, 30.0])
+def test_leave_one_out_inverts_the_freedom(
+    case: tuple[Loss, Tensor, Link, int], gain: float
+) -> None:
+    loss, y, link, _ = case
+    if link.freedom(gain) == 0:
+        pytest.skip("no curvature: every gain has the same freedom")
+    found = link.leave_one_out(randn(N, C), link.freedom(gain))
+    expected = reference.leave_one_out(loss, randn(N, C), y, gain)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "binary cross-entropy", "squared error"])
+def test_an_example_pulled_back_quadratically_is_left_out_exactly(name: str) -> None:
+    loss, targets, _, _ = CASES[name]
+    y, without, gain = targets(), randn(N, C, seed=5), 2.5
+    u = without.clone().requires_grad_()
+    descent = torch.optim.LBFGS([u], lr=1, max_iter=500, tolerance_grad=1e-13, tolerance_change=0)
+
+    def pulled() -> Tensor:
+        descent.zero_grad()
+        value = loss(u, y).sum() + (u - without).square().sum() / (2 * gain)
+        value.backward()
+        return value
+
+    descent.step(pulled)
+    link = link_of(loss, u.detach(), y)
+    found = link.leave_one_out(u.detach(), link.freedom(gain))
+    torch.testing.assert_close(found, without, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("freedom", [0.1, 0.5, 0.9])
+def test_squared_error_divides_residuals_by_one_minus_h(freedom: float) -> None:
+    u, y = randn(N, C), numbers()
+    found = link_of(squared, u, y).leave_one_out(u, freedom)
+    torch.testing.assert_close(y - found, (y - u) / (1 - freedom))
+
+
+def test_nothing_is_left_out_where_nothing_follows() -> None:
+    u = randn(N, C)
+    link = link_of(cross_entropy, u, classes())
+    assert torch.equal(link.leave_one_out(u, 0.0), u)
+    assert torch.equal(link.leave_one_out(u, -0.3), u)
+    assert torch.equal(link.leave_one_out(u, math.nan), u)
+
+
+def test_negative_curvature_counts_as_none() -> None:
+    u, y = randn(N, 2), randn(N, 2, seed=1)
+    link = link_of(gaussian, u, y)
+    assert isinstance(link, Coupled)
+    assert float(link.values.min()) == 0
+    assert 0 < link.freedom(1.0) < 1
+
+
+def test_one_output_without_its_own_dimension() -> None:
+    u, y = randn(N), (randn(N, seed=1) > 0).double()
+    loss: Loss = lambda u, y: F.binary_cross_entropy_with_logits(u, y, reduction="none")  # noqa: E731
+    link = link_of(loss, u, y)
+    expected = binary(u.unsqueeze(1).requires_grad_(), y.unsqueeze(1))
+    assert isinstance(link, Separate)
+    assert expected.shape == (N,)
+    p = u.sigmoid()
+    torch.testing.assert_close(link.diagonal[:, 0], p * (1 - p))
+
+
+def test_many_coupled_outputs_are_refused() -> None:
+    loss: Loss = lambda u, y: u.square().sum(1).square()  # noqa: E731
+    with pytest.raises(ValueError, match=r"couples all 200 outputs.*each token be an example"):
+        link_of(loss, randn(3, 200), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.CrossEntropyLoss(), r"shape \(6,\) for 6 examples, but gave \(\)"),
+        (nothing, "but gave NoneType"),
+        (mistakes, "must be differentiable"),
+    ],
+)
+def test_a_loss_that_is_not_one_value_an_example_is_refused(loss: Loss, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        link_of(loss, randn(N, C), classes())

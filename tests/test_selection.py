@@ -1,0 +1,157 @@
+"""A comparison with twins: the same training, estimates beside it, and what they would choose."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from asserts import assert_bitwise
+from poprisk.arms import Arm
+from poprisk.compare import Comparison, compare
+from poprisk.report import render
+from poprisk.rundir import RunData, RunDirectory
+from poprisk.selection import twin_report
+from poprisk.training import Row, Run
+from poprisk.verdict import judge
+
+OURS = Arm("poprisk", "PopRiskAdamW", "poprisk", "poprisk")
+ADAMW = Arm("adamw", "AdamW", "adamw", "adamw", {"lr": 1e-2, "weight_decay": 0.01})
+STOPPED = Arm(
+    "stopped", "stopped", "early-stopping", "adamw", {"lr": 1e-2, "weight_decay": 0.01}, True
+)
+
+
+def rows_of(run: Run) -> list[Row]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in run.rows()]
+
+
+@pytest.mark.parametrize("arm", [OURS, ADAMW, STOPPED], ids=lambda arm: arm.name)
+def test_a_twin_changes_nothing_about_the_training(arm: Arm) -> None:
+    plain = Run(task=tiny.tiny(), arm=arm, seed=0)
+    watched = Run(task=tiny.tiny(), arm=arm, seed=0, with_twin=True)
+    expected, found = rows_of(plain), rows_of(watched)
+    assert_bitwise(watched.model.state_dict(), plain.model.state_dict())
+    for row, other in zip(expected, found, strict=True):
+        assert {k: other[k] for k in row} == row
+        if row["event"] == "epoch":
+            assert set(other) - set(row) == {"estimate", "held_out_loss"}
+            assert math.isfinite(other["estimate"]["value"])
+            assert (other["held_out_loss"] is not None) == arm.held_out
+
+
+@pytest.mark.parametrize("arm", [OURS, ADAMW], ids=lambda arm: arm.name)
+def test_resumed_estimates_are_the_same(arm: Arm, tmp_path: Path) -> None:
+    through = rows_of(Run(task=tiny.tiny(epochs=6), arm=arm, seed=0, with_twin=True))
+    path = tmp_path / "run.safetensors"
+    first = Run(task=tiny.tiny(epochs=6), arm=arm, seed=0, with_twin=True, checkpoint=path)
+    first._saved_at = -math.inf
+    stopped = first.rows()
+    for _ in range(3):
+        next(stopped)
+        first._saved_at = -math.inf
+    second = Run(task=tiny.tiny(epochs=6), arm=arm, seed=0, with_twin=True, checkpoint=path)
+    assert second.resume()
+    done = second.progress.epoch
+    assert rows_of(second) == through[done:]
+
+
+def test_a_comparison_ends_with_a_report(tmp_path: Path) -> None:
+    comparison = Comparison(
+        task=tiny.source("tiny"), arms=[OURS, ADAMW, STOPPED], seeds=[0], twin=True
+    )
+    directory = RunDirectory(tmp_path / "run")
+    directory.create(comparison.config(), {})
+    compare(comparison, directory, lambda row: None)
+    data = directory.read()
+    report = twin_report(data)
+    assert report is not None
+    assert {row.label for row in report.rows} <= {"PopRiskAdamW", "AdamW", "stopped"}
+    page = render(data, judge(data))
+    assert "Without validation data" in page
+    assert report.sentences[0].split(",")[0] in page
+
+
+def record(twin: bool = True) -> RunData:
+    """Two arms and a held-out one on two seeds, three epochs each."""
+
+    def epoch(arm: str, seed: int, epoch: int, estimate: float, metric: float) -> dict[str, Any]:
+        return {
+            "event": "epoch",
+            "arm": arm,
+            "seed": seed,
+            "epoch": epoch,
+            "test_metric": metric,
+            "held_out_loss": 1.6 if arm == "stopped" else None,
+            "estimate": {
+                "value": estimate,
+                "standard_error": 0.1,
+                "valid": True,
+                "comparable": estimate > 0.5,
+            },
+        }
+
+    curves = {
+        "poprisk": [(2.0, 0.7), (1.8, 0.8), (1.9, 0.9)],
+        "adamw": [(2.1, 0.7), (1.5, 0.85), (0.2, 0.6)],
+        "stopped": [(2.2, 0.6), (2.0, 0.7), (2.1, 0.65)],
+    }
+    epochs = [
+        epoch(arm, seed, i + 1, value, metric)
+        for seed in (0, 1)
+        for arm, curve in curves.items()
+        for i, (value, metric) in enumerate(curve)
+    ]
+    ends = {
+        ("stopped", seed): {"held_out_best": 0.7, "stopped_metric": 0.8 - 0.02 * seed}
+        for seed in (0, 1)
+    }
+    metric = {"name": "accuracy", "higher_is_better": True, "percent": True}
+    config = {
+        "task": {"metric": metric},
+        "arms": [arm.as_json() for arm in (OURS, ADAMW, STOPPED)],
+        "seeds": [0, 1],
+        **({"twin": True} if twin else {}),
+    }
+    return RunData(config, {}, epochs, ends)
+
+
+def test_the_report_says_what_would_have_been_chosen() -> None:
+    report = twin_report(record())
+    assert report is not None
+    assert [row.label for row in report.rows] == ["AdamW", "PopRiskAdamW", "stopped"]
+    first = report.rows[0]
+    assert (first.estimate, first.metric, first.epoch, first.seeds) == (1.5, 0.85, 2, 2)
+    assert report.rows[2].held_out == pytest.approx(1.6)
+    assert report.sentences == [
+        "Without validation data, the twins choose AdamW and stop at epoch 2 on average: test "
+        "accuracy 85.0%; the best arm at its best epoch in hindsight has 90.0%.",
+        "A held-out fifth, choosing arm and epoch, reaches 79.0%: no clear difference (6.0 points "
+        "better).",
+        "Where a fifth was held out, estimate and held-out loss differ by 25% on average at the "
+        "stopping point.",
+    ]
+
+
+def test_without_twins_there_is_no_report() -> None:
+    assert twin_report(record(twin=False)) is None
+
+
+def test_no_estimate_that_compares_is_said() -> None:
+    data = record()
+    for row in data.epochs:
+        row["estimate"]["comparable"] = False
+    report = twin_report(data)
+    assert report is not None
+    assert report.rows == []
+    assert report.sentences == ["No arm has an estimate that can be compared with others."]
+
+
+def test_arms_that_follow_or_shuffle_have_no_twin() -> None:
+    assert OURS.can_have_twin
+    assert STOPPED.can_have_twin
+    assert not Arm("a", "a", "shuffled", "shuffled").can_have_twin
+    assert not Arm("a", "a", "rms-matched", "adamw", follows="poprisk").can_have_twin

@@ -1,0 +1,87 @@
+"""The optimizer and the monitor in transformers.Trainer, on a tiny model from a configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+transformers = pytest.importorskip("transformers")
+
+from poprisk import PopRiskAdamW  # noqa: E402
+from poprisk.integrations.transformers import RiskCallback, poprisk_optimizer  # noqa: E402
+
+N = 40
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+def cross_entropy(u: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(u, y, reduction="none")
+
+
+def data() -> list[dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    words = torch.randint(20, (N, 6), generator=g)
+    return [{"input_ids": w, "labels": (w[0] > 9).long()} for w in words]
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(
+        vocab_size=20, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=8
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def train(folder: Path, callbacks: list[Any], **settings: Any) -> Any:
+    args = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=7,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        seed=1,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        model(),
+        args,
+        train_dataset=data(),
+        optimizer_cls_and_kwargs=poprisk_optimizer(args, N, **settings),
+        callbacks=callbacks,
+    )
+    trainer.train()
+    return trainer
+
+
+def test_the_trainer_trains_with_the_gate(tmp_path: Path) -> None:
+    trainer = train(tmp_path, [], z=2.0)
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert isinstance(optimizer, PopRiskAdamW)
+    group = optimizer.param_groups[0]
+    assert (group["batch_size"], group["dataset_size"], group["z"]) == (8, N, 2.0)
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.01, 0.0}
+    assert all(0 <= s.pass_rate <= 1 for s in optimizer.gate_stats().values())
+
+
+def test_the_monitor_pools_the_parts_of_a_step_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    callback = RiskCallback(cross_entropy, every=3, sinks=[path])
+    watched, alone = train(tmp_path, [callback]), train(tmp_path, [])
+    for a, b in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    assert all(row["loss"] > 0 and 0 < row["signal/share"] < 1 for row in rows)
+    assert any(name.startswith("gate/pass_rate") for name in rows[-1])
+    assert callback.monitor is not None
+    assert callback.monitor._statistics.examples == 8
