@@ -280,8 +280,13 @@ class Gate(NamedTuple):
         """
         mean_sq = list(torch._foreach_mul(mean, mean))
         if self.per_tensor:
-            mean_sq = [x.mean() for x in mean_sq]
-            var = [x.mean() for x in var]
+            mean_sq, var = [_mean(x) for x in mean_sq], [_mean(x) for x in var]
+        return self.on_squares(mean_sq, var, mean_scale=mean_scale, var_scale=var_scale)
+
+    def on_squares(
+        self, mean_sq: TensorList, var: TensorList, *, mean_scale: float, var_scale: float
+    ) -> TensorList:
+        """The masks for squared averages, or their averages over tensors, as in ``__call__``."""
         q = self.mask(
             mean_sq,
             var,
@@ -293,3 +298,8 @@ class Gate(NamedTuple):
         if self.q_min > 0.0:
             q = list(torch._foreach_clamp_min(q, self.q_min))
         return q
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The average of all entries, summed in float64: the same in any order of summation."""
+    return x.mean(dtype=torch.float64).to(x.dtype)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast, final, overload
 
@@ -12,14 +12,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
+from poprisk.fused import fused_adamw_, gradients_are_finite
 from poprisk.gate import MASKS_, Mask, TensorList
 from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
 from poprisk.stats import GateStats, gate_sums, module_stats
-from poprisk.update import AdamSettings, Slots, adam_denominator, cache_blocks, gated_adamw_, masks
+from poprisk.update import (
+    LOW_PRECISION,
+    AdamSettings,
+    Slots,
+    adam_denominator,
+    all_finite,
+    cache_blocks,
+    gated_adamw_,
+    masks,
+    state_dtype,
+)
 from poprisk.variance import Clock, VarianceEstimator
 
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
-LOW_PRECISION = (torch.float16, torch.bfloat16)
 NOT_LOADED = {
     "foreach",
     "fused",
@@ -76,7 +86,9 @@ class PopRiskAdamW(Optimizer):
         reduction: None, or ``"per_tensor"``: average over a tensor before the comparison.
         q_min: floor of the mask, in [0, 1].
         foreach: many tensors per kernel (None: yes) or one at a time.
-        fused: not available yet; must be None or False.
+        fused: one pass over memory by a native kernel, compiled at the first step by the system's
+            C++ compiler and then kept (:mod:`poprisk.fused`). On the CPU, for masks by name; where
+            there is no compiler, foreach takes over after one RuntimeWarning.
         maximize: maximize the objective.
         capturable: not available yet; must be False.
         gate: False for a group that is to be plain AdamW.
@@ -146,7 +158,8 @@ class PopRiskAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
         loss = evaluate(closure)
-        if not all_finite(checked_gradients(self)):
+        finite = gradients_are_finite if self._any("fused") else all_finite
+        if not finite(checked_gradients(self)):
             warn_skipped("PopRiskAdamW", self._count_skip())
             return loss
         for bucket in self._buckets():
@@ -191,9 +204,12 @@ class PopRiskAdamW(Optimizer):
         for p, state in saved.items():
             for key in (*ADAM_KEYS, "grad_mean_var"):
                 if key in state:
-                    self.state[p][key] = state[key].to(p.device, _state_dtype(p), copy=True)
+                    self.state[p][key] = state[key].to(p.device, state_dtype(p), copy=True)
             if "step" in state:
                 self.state[p]["step"] = torch.tensor(float(state["step"]))
+
+    def _any(self, switch: str) -> bool:
+        return any(group[switch] for group in self.param_groups)
 
     def _count_skip(self) -> int:
         count = self.skipped_steps + 1
@@ -210,12 +226,14 @@ class PopRiskAdamW(Optimizer):
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             _prepare(p, state, estimator)
+        steps = _count_step(states)
+        starts = [state["variance_start"] for state in states] if estimator else steps
+        if len({*steps}) == len({*starts}) == len({(p.dtype, p.device) for p in params}) == 1:
+            return [Bucket(group, params, states, steps[0], steps[0] - starts[0])]
         kinds = [
-            (p.device, p.dtype, t, t - state["variance_start"] if estimator else 0)
-            for p, state, t in zip(params, states, _count_step(states), strict=True)
+            (p.device, p.dtype, t, t - start)
+            for p, t, start in zip(params, steps, starts, strict=True)
         ]
-        if len(set(kinds)) == 1:
-            return [Bucket(group, params, states, *kinds[0][2:])]
         buckets = {kind: Bucket(group, [], [], *kind[2:]) for kind in kinds}
         for kind, p, state in zip(kinds, params, states, strict=True):
             buckets[kind].params.append(p)
@@ -257,36 +275,12 @@ def warn_skipped(name: str, count: int) -> None:
         )
 
 
-def all_finite(grads: TensorList) -> bool:
-    """Whether no gradient holds a NaN, an Inf, or a number whose square would overflow.
-
-    One norm per tensor decides almost always; the largest entry decides where a norm is larger
-    than an entry may be.
-    """
-    norms: dict[tuple[torch.device, torch.dtype], TensorList] = defaultdict(list)
-    for norm in torch._foreach_norm(grads) if grads else []:
-        norms[norm.device, norm.dtype].append(norm)
-    if all(_below(torch.stack(n)) for n in norms.values()):
-        return True
-    return all(_below(g.abs()) for g in grads if g.numel())
-
-
-def _below(sizes: Tensor) -> bool:
-    """Whether deviations of these sizes, and no NaN, can be squared in the state's dtype."""
-    limit = torch.finfo(_state_dtype(sizes)).max ** 0.5 / 4
-    return bool(sizes.max().double() <= limit)
-
-
-def _state_dtype(p: Tensor) -> torch.dtype:
-    return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
-
-
 def _prepare(p: Tensor, state: dict[str, Any], estimator: VarianceEstimator | None) -> None:
     """Create the state that the estimator and Adam need and ``state`` lacks."""
     if "step" not in state:
         state["step"] = torch.tensor(0.0)
         for key in ADAM_KEYS:
-            state[key] = torch.zeros_like(p, dtype=_state_dtype(p))
+            state[key] = torch.zeros_like(p, dtype=state_dtype(p))
     if estimator is None:
         if "variance_start" in state:
             state["variance_start"] += 1  # nothing is observed while the gate is off
@@ -296,7 +290,7 @@ def _prepare(p: Tensor, state: dict[str, Any], estimator: VarianceEstimator | No
     t = int(state["step"].item())
     state["variance_start"] = t if estimator.observes(t + 1) else t + 1
     for key in estimator.state_keys:
-        state[key] = torch.zeros_like(p, dtype=_state_dtype(p))
+        state[key] = torch.zeros_like(p, dtype=state_dtype(p))
 
 
 def _count_step(states: list[dict[str, Any]]) -> list[int]:
@@ -312,13 +306,29 @@ def _update_bucket(bucket: Bucket) -> None:
     group, estimator = bucket.group, estimator_of(bucket.group)
     beta1, beta2 = group["betas"]
     clock = Clock(bucket.t, bucket.observations, beta1, beta2)
-    settings = AdamSettings(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
-    gate = gate_of(group, clock, estimator)
-    slots = _slots(bucket, estimator)
+    how = {
+        "settings": AdamSettings(
+            float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"]
+        ),
+        "clock": clock,
+        "estimator": estimator,
+        "gate": gate_of(group, clock, estimator),
+    }
+    columns = _columns(bucket, estimator)
+    if group["fused"]:
+        left = fused_adamw_(columns, **how, maximize=group["maximize"])
+        if not left:
+            return
+        columns = columns.subset(left)
+    slots = _real_slots(columns, group["maximize"])
+    _update_slots(slots, group, functools.partial(gated_adamw_, **how))
+    for p, w in zip(columns.params, slots.params, strict=True):
+        if p.dtype in LOW_PRECISION:
+            p.copy_(w)
 
-    def update_(block: Slots) -> None:
-        gated_adamw_(block, settings=settings, clock=clock, estimator=estimator, gate=gate)
 
+def _update_slots(slots: Slots, group: dict[str, Any], update_: Callable[[Slots], None]) -> None:
+    """All tensors at once, block by block, or one at a time."""
     whole_tensors = group["reduction"] is not None or callable(group["mask"])
     if group["foreach"] is False:
         for i in range(len(slots.params)):
@@ -327,25 +337,27 @@ def _update_bucket(bucket: Bucket) -> None:
         update_(slots)
     else:
         cache_blocks(slots, update_)
-    for p, w in zip(bucket.params, slots.params, strict=True):
-        if p.dtype in LOW_PRECISION:
-            p.copy_(w)
 
 
-def _slots(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
-    """Real float32 or float64 tensors of a bucket; parameters share memory unless low precision."""
-    params, states = bucket.params, bucket.states
+def _columns(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
+    """The tensors of a bucket as they are."""
     keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
-    columns = [params, [cast(Tensor, p.grad) for p in params]]
-    columns += [[state[key] for state in states] for key in keys]
-    dtype = _state_dtype(params[0])
-    if dtype != params[0].dtype or any(g.dtype != dtype for g in columns[1]):
-        columns = [[x.to(dtype) for x in column] for column in columns]
+    grads = [cast(Tensor, p.grad) for p in bucket.params]
+    moments = [[state[key] for state in bucket.states] for key in keys]
+    return Slots(bucket.params, grads, *moments, *([] for _ in range(3 - len(moments))))
+
+
+def _real_slots(columns: Slots, maximize: bool) -> Slots:
+    """Real float32 or float64 tensors; parameters share memory unless low precision."""
+    dtype = state_dtype(columns.params[0])
+    slots = [list(column) for column in columns]
+    if any(x.dtype != dtype for x in (*columns.params, *columns.grads)):
+        slots = [[x.to(dtype) for x in column] for column in slots]
     if dtype.is_complex:
-        columns = [[torch.view_as_real(x) for x in column] for column in columns]
-    if bucket.group["maximize"]:
-        columns[1] = list(torch._foreach_neg(columns[1]))
-    return Slots(*columns, *([] for _ in range(5 - len(columns))))
+        slots = [[torch.view_as_real(x) for x in column] for column in slots]
+    if maximize:
+        slots[1] = list(torch._foreach_neg(slots[1]))
+    return Slots(*slots)
 
 
 def _tensor_gate(state: dict[str, Any], group: dict[str, Any]) -> Tensor:

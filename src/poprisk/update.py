@@ -8,6 +8,7 @@ one chunk stay in cache.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ worth splitting over threads."""
 
 BLOCK = 65_536
 """Elements of small tensors worked on together on the CPU."""
+
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class AdamSettings(NamedTuple):
@@ -131,6 +135,35 @@ def masks(slots: Slots, clock: Clock, estimator: VarianceEstimator, gate: Gate) 
     """The mask of each tensor; the moments contain the present gradients."""
     raw, var_scale = estimator.read(slots.variances, slots.exp_avgs, slots.exp_avg_sqs, clock)
     return gate(slots.exp_avgs, raw, mean_scale=clock.mean_scale, var_scale=var_scale)
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """The precision of a parameter's state: at least float32."""
+    return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+
+
+def size_limit(dtype: torch.dtype) -> float:
+    """How large a gradient of this dtype may be so that deviations from it can be squared."""
+    wide = torch.float32 if dtype in LOW_PRECISION else dtype
+    return torch.finfo(wide).max ** 0.5 / 4
+
+
+def all_finite(grads: TensorList) -> bool:
+    """Whether no gradient holds a NaN, an Inf, or a number whose square would overflow.
+
+    One norm per tensor decides almost always; the largest entry decides where a norm is larger
+    than an entry may be.
+    """
+    norms: dict[tuple[torch.device, torch.dtype], TensorList] = defaultdict(list)
+    for norm in torch._foreach_norm(grads) if grads else []:
+        norms[norm.device, norm.dtype].append(norm)
+    if all(_below(torch.stack(n)) for n in norms.values()):
+        return True
+    return all(_below(g.abs()) for g in grads if g.numel())
+
+
+def _below(sizes: Tensor) -> bool:
+    return bool(sizes.max().double() <= size_limit(sizes.dtype))
 
 
 def _number(value: float, like: Tensor) -> float | Tensor:

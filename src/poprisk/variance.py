@@ -63,6 +63,10 @@ class VarianceEstimator(ABC):
     ) -> tuple[TensorList, float]:
         """Return ``raw`` and ``scale``; the moments contain the present gradients."""
 
+    def scale(self, clock: Clock) -> float:
+        """The ``scale`` of :meth:`read`, without reading."""
+        return 1.0
+
     @abstractmethod
     def inflation(self, clock: Clock) -> float:
         r"""Expected :math:`\hat s` over the variance of one batch mean; 0: no estimate yet."""
@@ -100,8 +104,7 @@ class Ema(VarianceEstimator):
     ) -> None:
         if clock.observations == 0:
             return
-        centre = 1.0 if self.paper else 1 / (1 - clock.beta1 ** (clock.t - 1))
-        d = list(torch._foreach_sub(grads, exp_avgs, alpha=centre))
+        d = list(torch._foreach_sub(grads, exp_avgs, alpha=self.centre(clock)))
         torch._foreach_mul_(d, d)
         torch._foreach_lerp_(variances, d, 1 - self.rho)
 
@@ -112,7 +115,14 @@ class Ema(VarianceEstimator):
         exp_avg_sqs: TensorList,
         clock: Clock,
     ) -> tuple[TensorList, float]:
-        return variances, 1 / (1 - self.rho**clock.observations)
+        return variances, self.scale(clock)
+
+    def centre(self, clock: Clock) -> float:
+        r"""The factor on :math:`m_{t-1}` in the deviation: its bias correction, or 1."""
+        return 1.0 if self.paper else 1 / (1 - clock.beta1 ** (clock.t - 1))
+
+    def scale(self, clock: Clock) -> float:
+        return 1 / (1 - self.rho**clock.observations)
 
     def inflation(self, clock: Clock) -> float:
         if clock.observations == 0:

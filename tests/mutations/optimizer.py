@@ -19,8 +19,8 @@ MUTATIONS = {
     ),
     "no bias correction of the variance": Mutation(
         "variance.py",
-        "return variances, 1 / (1 - self.rho**clock.observations)",
-        "return variances, 1.0",
+        "return 1 / (1 - self.rho**clock.observations)",
+        "return 1.0",
         REFERENCE,
     ),
     "no bias correction of the mean in the gate": Mutation(
