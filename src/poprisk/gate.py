@@ -14,7 +14,7 @@ source of the maths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -259,6 +259,15 @@ def threshold(
     return float(alpha)
 
 
+Pool = Callable[[Tensor, Sequence[int]], Tensor]
+"""From sums of tensors, shape (2, tensors), and their sizes to averages."""
+
+
+def local_means(sums: Tensor, counts: Sequence[int]) -> Tensor:
+    """Averages of tensors that are not spread over processes."""
+    return sums / torch.tensor(counts, device=sums.device)
+
+
 class Gate(NamedTuple):
     """A mask with its settings, ready to be evaluated on raw moment estimates."""
 
@@ -268,6 +277,7 @@ class Gate(NamedTuple):
     eps: float = 0.0
     q_min: float = 0.0
     per_tensor: bool = False
+    pool: Pool = local_means
 
     def __call__(
         self, mean: TensorList, var: TensorList, *, mean_scale: float = 1.0, var_scale: float = 1.0
@@ -280,8 +290,16 @@ class Gate(NamedTuple):
         """
         mean_sq = list(torch._foreach_mul(mean, mean))
         if self.per_tensor:
-            mean_sq, var = [_mean(x) for x in mean_sq], [_mean(x) for x in var]
+            sums = torch.stack([_sums(mean_sq), _sums(var)])
+            mean_sq, var = self.averages(sums, [x.numel() for x in var], var[0].dtype)
         return self.on_squares(mean_sq, var, mean_scale=mean_scale, var_scale=var_scale)
+
+    def averages(
+        self, sums: Tensor, counts: Sequence[int], dtype: torch.dtype
+    ) -> tuple[TensorList, TensorList]:
+        """The per-tensor averages of both rows of float64 ``sums``, shape (2, tensors)."""
+        means = self.pool(sums, counts).to(dtype)
+        return list(means[0].unbind()), list(means[1].unbind())
 
     def on_squares(
         self, mean_sq: TensorList, var: TensorList, *, mean_scale: float, var_scale: float
@@ -300,6 +318,6 @@ class Gate(NamedTuple):
         return q
 
 
-def _mean(x: Tensor) -> Tensor:
-    """The average of all entries, summed in float64: the same in any order of summation."""
-    return x.mean(dtype=torch.float64).to(x.dtype)
+def _sums(tensors: TensorList) -> Tensor:
+    """The sum of each tensor in float64: the same to float32 in any order of summation."""
+    return torch.stack([x.sum(dtype=torch.float64) for x in tensors])

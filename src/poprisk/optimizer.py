@@ -15,6 +15,17 @@ from poprisk import checks
 from poprisk.fused import fused_adamw_, gradients_are_finite
 from poprisk.gate import MASKS_, Mask, TensorList
 from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
+from poprisk.sharding import (
+    GlobalMeans,
+    Layout,
+    all_agree,
+    global_sums,
+    gradient_of,
+    layout_of,
+    local,
+    locals_of,
+)
+from poprisk.state import ADAM_KEYS, completed_state, count_step, prepare_state
 from poprisk.stats import GateStats, gate_sums, module_stats
 from poprisk.update import (
     LOW_PRECISION,
@@ -29,26 +40,16 @@ from poprisk.update import (
 )
 from poprisk.variance import Clock, VarianceEstimator
 
-ADAM_KEYS = ("exp_avg", "exp_avg_sq")
-NOT_LOADED = {
-    "foreach",
-    "fused",
-    "capturable",
-    "amsgrad",
-    "differentiable",
-    "decoupled_weight_decay",
-}
-"""Settings of a saved group that say how AdamW computed, not what."""
-
 
 class Bucket(NamedTuple):
-    """Parameters of one group that share dtype, device and counters, updated together."""
+    """Parameters of one group that share dtype, device, layout and counters, updated together."""
 
     group: dict[str, Any]
     params: TensorList
     states: list[dict[str, Any]]
     t: int
     observations: int
+    layout: Layout | None
 
 
 @final
@@ -158,8 +159,9 @@ class PopRiskAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
         loss = evaluate(closure)
+        grads = checked_gradients(self)
         finite = gradients_are_finite if self._any("fused") else all_finite
-        if not finite(checked_gradients(self)):
+        if not all_agree(finite(locals_of(grads)), grads):
             warn_skipped("PopRiskAdamW", self._count_skip())
             return loss
         for bucket in self._buckets():
@@ -182,7 +184,7 @@ class PopRiskAdamW(Optimizer):
             own = tensor_names(i, group)
             for j, p in enumerate(group["params"]):
                 if group["gate"] and "variance_start" in self.state.get(p, {}):
-                    yield names.get(id(p), own[j]), _tensor_gate(self.state[p], group)
+                    yield names.get(id(p), own[j]), _tensor_gate(p, self.state[p], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.AdamW`` (the variance starts fresh).
@@ -194,7 +196,7 @@ class PopRiskAdamW(Optimizer):
             ValueError: if groups or shapes do not match or the state is AMSGrad's; nothing is
                 changed then.
         """
-        completed = _completed(state_dict, self.param_groups)
+        completed = completed_state(state_dict, self.param_groups)
         params = [p for g in self.param_groups for p in g["params"]]
         indices = [i for g in completed["param_groups"] for i in g["params"]]
         saved = {p: completed["state"].get(i, {}) for p, i in zip(params, indices, strict=True)}
@@ -225,15 +227,15 @@ class PopRiskAdamW(Optimizer):
         params = [p for p in group["params"] if p.grad is not None and p.numel()]
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
-            _prepare(p, state, estimator)
-        steps = _count_step(states)
+            prepare_state(p, state, estimator)
+        steps = count_step(states)
         starts = [state["variance_start"] for state in states] if estimator else steps
-        if len({*steps}) == len({*starts}) == len({(p.dtype, p.device) for p in params}) == 1:
-            return [Bucket(group, params, states, steps[0], steps[0] - starts[0])]
         kinds = [
-            (p.device, p.dtype, t, t - start)
+            (p.device, p.dtype, t, t - start, layout_of(p))
             for p, t, start in zip(params, steps, starts, strict=True)
         ]
+        if len(set(kinds)) == 1:
+            return [Bucket(group, params, states, *kinds[0][2:])]
         buckets = {kind: Bucket(group, [], [], *kind[2:]) for kind in kinds}
         for kind, p, state in zip(kinds, params, states, strict=True):
             buckets[kind].params.append(p)
@@ -275,44 +277,20 @@ def warn_skipped(name: str, count: int) -> None:
         )
 
 
-def _prepare(p: Tensor, state: dict[str, Any], estimator: VarianceEstimator | None) -> None:
-    """Create the state that the estimator and Adam need and ``state`` lacks."""
-    if "step" not in state:
-        state["step"] = torch.tensor(0.0)
-        for key in ADAM_KEYS:
-            state[key] = torch.zeros_like(p, dtype=state_dtype(p))
-    if estimator is None:
-        if "variance_start" in state:
-            state["variance_start"] += 1  # nothing is observed while the gate is off
-        return
-    if "variance_start" in state and all(key in state for key in estimator.state_keys):
-        return
-    t = int(state["step"].item())
-    state["variance_start"] = t if estimator.observes(t + 1) else t + 1
-    for key in estimator.state_keys:
-        state[key] = torch.zeros_like(p, dtype=state_dtype(p))
-
-
-def _count_step(states: list[dict[str, Any]]) -> list[int]:
-    """Advance the step counters by one and return them."""
-    if not states:
-        return []
-    steps = [state["step"] for state in states]
-    torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
-    return [int(t) for t in torch.stack(steps).tolist()]
-
-
 def _update_bucket(bucket: Bucket) -> None:
     group, estimator = bucket.group, estimator_of(bucket.group)
     beta1, beta2 = group["betas"]
     clock = Clock(bucket.t, bucket.observations, beta1, beta2)
+    gate = gate_of(group, clock, estimator)
+    if gate is not None and bucket.layout is not None:
+        gate = gate._replace(pool=GlobalMeans(bucket.layout))
     how = {
         "settings": AdamSettings(
             float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"]
         ),
         "clock": clock,
         "estimator": estimator,
-        "gate": gate_of(group, clock, estimator),
+        "gate": gate,
     }
     columns = _columns(bucket, estimator)
     if group["fused"]:
@@ -340,11 +318,13 @@ def _update_slots(slots: Slots, group: dict[str, Any], update_: Callable[[Slots]
 
 
 def _columns(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
-    """The tensors of a bucket as they are."""
+    """The tensors of a bucket as they are, of DTensors the parts that are here."""
     keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
-    grads = [cast(Tensor, p.grad) for p in bucket.params]
-    moments = [[state[key] for state in bucket.states] for key in keys]
-    return Slots(bucket.params, grads, *moments, *([] for _ in range(3 - len(moments))))
+    columns = [bucket.params, [gradient_of(p, bucket.layout) for p in bucket.params]]
+    columns += [[state[key] for state in bucket.states] for key in keys]
+    if bucket.layout is not None:
+        columns = [locals_of(column) for column in columns]
+    return Slots(*columns, *([] for _ in range(5 - len(columns))))
 
 
 def _real_slots(columns: Slots, maximize: bool) -> Slots:
@@ -360,43 +340,21 @@ def _real_slots(columns: Slots, maximize: bool) -> Slots:
     return Slots(*slots)
 
 
-def _tensor_gate(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _tensor_gate(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Re-evaluate the gate of the last step from the state it left behind."""
     estimator = cast(VarianceEstimator, estimator_of(group))
-    t = int(state["step"].item())
+    t, layout = int(state["step"].item()), layout_of(p)
     clock = Clock(t, t - state["variance_start"], *group["betas"])
     gate = gate_of(group, clock, estimator)
-    keys = (*ADAM_KEYS, *estimator.state_keys)
-    moments = [torch.view_as_real(x) if x.is_complex() else x for x in (state[k] for k in keys)]
+    moments = [local(state[key]) for key in (*ADAM_KEYS, *estimator.state_keys)]
+    moments = [torch.view_as_real(x) if x.is_complex() else x for x in moments]
     slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
     m, v = moments[:2]
     update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
-    if gate is None:
-        return gate_sums(torch.ones_like(m), torch.ones_like(m), update, v > 0)
-    q = masks(slots, clock, estimator, gate)[0]
-    passed = masks(slots, clock, estimator, gate._replace(mask=MASKS_["hard"], q_min=0.0))[0]
-    return gate_sums(q, passed, update, v > 0)
-
-
-def _completed(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A shallow copy of ``state_dict`` whose groups have every setting."""
-    checks.check_state_dict(state_dict, ADAM_KEYS)
-    saved = state_dict["param_groups"]
-    sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
-    if sizes != own:
-        raise ValueError(
-            f"state_dict does not fit this optimizer: its groups hold {sizes} parameters, the "
-            f"optimizer's {own}."
-        )
-    if any(group.get("amsgrad") for group in saved):
-        raise ValueError(
-            "state_dict comes from AdamW(amsgrad=True), whose maximum of v̂ PopRiskAdamW does "
-            "not have; train on from a checkpoint without amsgrad, or start the state fresh."
-        )
-    filled = [
-        {**mine, **{k: v for k, v in theirs.items() if k not in NOT_LOADED}}
-        for mine, theirs in zip(groups, saved, strict=True)
-    ]
-    for group in filled:
-        check_optimizer_settings(group)
-    return {"state": state_dict["state"], "param_groups": filled}
+    q = passed = torch.ones_like(m)
+    if gate is not None:
+        if layout is not None:
+            gate = gate._replace(pool=GlobalMeans(layout))
+        threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
+        q, passed = (masks(slots, clock, estimator, g)[0] for g in (gate, threshold))
+    return global_sums(gate_sums(q, passed, update, v > 0), layout)

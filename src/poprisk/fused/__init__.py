@@ -118,12 +118,8 @@ def _two_passes(
     numels = launch.numels
     sums = array.array("d", bytes(16 * len(numels) * launch.fields["threads"]))
     launch("moments", sums=native.start(sums))
-    dtype = state_dtype(slots.params[0]).to_real()
-    means = [
-        [torch.tensor(total[k] / n, dtype=dtype) for total, n in zip(pooled, numels, strict=True)]
-        for pooled in (native.pooled_sums(sums, numels),)
-        for k in (0, 1)
-    ]
+    totals = torch.tensor(native.pooled_sums(sums, numels), dtype=torch.float64).T.contiguous()
+    means = gate.averages(totals, numels, state_dtype(slots.params[0]).to_real())
     q = gate.on_squares(*means, mean_scale=clock.mean_scale, var_scale=estimator.scale(clock))
     gates = array.array("d", [x.item() for x in q])
     launch("weights", gates=native.start(gates))
