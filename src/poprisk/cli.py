@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from poprisk.arms import default_arms
-from poprisk.bench import bench_steps, bench_table, write_results
+from poprisk.bench import write_results
+from poprisk.bench.step import bench_cold_start, bench_steps, bench_table
 from poprisk.compare import Comparison, TrainingError, compare, environment, start_forkserver
 from poprisk.display import ProgressDisplay, verdict_table
 from poprisk.report import write_report
@@ -123,22 +124,37 @@ def tasks() -> None:
         console.print(f"[bold]{name:18}[/] {(function.__doc__ or '').splitlines()[0]}")
 
 
-@app.command()
-def bench(
-    threads: Annotated[int, typer.Option(help="Threads torch may use.")] = 1,
-    steps: Annotated[int, typer.Option(help="Timed steps per optimizer.")] = 50,
-    out: Annotated[Path | None, typer.Option(help="Also write the results as JSON.")] = None,
+bench = typer.Typer(help="Measure side by side with torch, in one run.")
+app.add_typer(bench, name="bench")
+Threads = Annotated[int, typer.Option(help="Threads torch may use.")]
+Steps = Annotated[int, typer.Option(help="Timed steps per optimizer.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the results as JSON.")]
+
+
+@bench.callback(invoke_without_command=True)
+def bench_default(
+    context: typer.Context, threads: Threads = 1, steps: Steps = 50, out: Out = None
 ) -> None:
-    """Time one optimizer step beside torch's AdamW, in one run."""
+    """Measure side by side with torch, in one run; alone, the same as `bench step`."""
+    if context.invoked_subcommand is None:
+        bench_step(threads, steps, out)
+
+
+@bench.command("step")
+def bench_step(threads: Threads = 1, steps: Steps = 50, out: Out = None) -> None:
+    """Time one optimizer step beside torch's AdamW, and its state."""
     if threads < 1 or steps < 1:
         _fail("--threads and --steps must be at least 1.")
-    results = bench_steps(threads=threads, steps=steps)
+    results, cold = bench_steps(threads=threads, steps=steps), bench_cold_start()
     console.print(bench_table(results, threads=threads))
-    if out is not None:
-        try:
-            write_results(out, results, threads=threads, steps=steps)
-        except OSError as error:
-            _fail(f"cannot write {out}: {error.strerror or error}.")
+    _say(f"first fused step: {cold.compiling:.1f} s compiling, {cold.from_cache:.2f} s from cache")
+    if out is None:
+        return
+    try:
+        more = {"cold_start_seconds": cold._asdict()}
+        write_results(out, results, more=more, threads=threads, steps=steps)
+    except OSError as error:
+        _fail(f"cannot write {out}: {error.strerror or error}.")
 
 
 def main() -> None:
