@@ -254,7 +254,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     kinds: Counter[str] = Counter()
-    wrong, started = [], time.monotonic()
+    wrong: list[str] = []
+    started = time.monotonic()
     for seed in range(options.first, options.first + options.cases):
         try:
             kinds[check(seed) if seed % 10 else check_refusal(seed)] += 1

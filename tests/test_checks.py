@@ -135,13 +135,6 @@ def test_second_moment_needs_momentum() -> None:
         build(variance="second-moment", betas=(0.0, 0.9))
 
 
-@pytest.mark.parametrize("switch", ["capturable"])
-def test_switches_that_are_not_available(switch: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"^{switch}=True is not available"):
-        build(**{switch: True})
-    build(**{switch: False})
-
-
 def test_fused_is_one_path_and_takes_masks_by_name() -> None:
     with pytest.raises(ValueError, match=r"^fused=True and foreach=True were both given"):
         build(fused=True, foreach=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import stat
 import subprocess
@@ -221,6 +222,58 @@ def test_the_structure_is_the_kernels() -> None:
     kernel = build.library()
     assert kernel is not None
     assert kernel.poprisk_task_size() == ctypes.sizeof(native.Task)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_variance_does_not_drift_in_a_long_run(dtype: torch.dtype) -> None:
+    """Kept in the precision of a bfloat16 parameter it would stop moving: 0.99·s rounds to s."""
+    w, rho, steps = parameter(50, dtype=dtype), 0.999, 4000
+    opt = PopRiskAdamW([w], rho=rho, fused=True, lr=1e-4)
+    m = s = torch.zeros(50, dtype=torch.float64)
+    for t in range(steps):
+        grad = randn(50, seed=t, dtype=torch.float32).to(dtype)
+        take_steps(opt, [[grad]])
+        if t:
+            s = rho * s + (1 - rho) * (grad.double() - m / (1 - 0.9**t)).square()
+        m = 0.9 * m + 0.1 * grad.double()
+    torch.testing.assert_close(opt.state[w]["grad_mean_var"].double(), s, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_steps_leave_no_tensors_behind(path: dict[str, Any]) -> None:
+    params = [parameter(5, dtype=torch.bfloat16), parameter(3, 4), parameter(2, 3).t()]
+    opt = PopRiskAdamW([Parameter(p.detach()) for p in params], **path)
+    rows = grad_rows(params, 2)
+    take_steps(opt, rows)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+    before = alive()
+    for _ in range(50):
+        for p, grad in zip(opt.param_groups[0]["params"], rows[1], strict=True):
+            p.grad = grad
+        opt.step()
+    assert alive() <= before
+
+
+def test_fp16_with_a_gradient_scaler() -> None:
+    """The scaler's overflow is skipped, by it or by the step itself, and training goes on."""
+    w = parameter(6, dtype=torch.float32)
+    opt = PopRiskAdamW([w], fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    for t in range(6):
+        opt.zero_grad()
+        loss = (w.half() * randn(6, seed=t).half()).sum() * (1e30 if t == 3 else 1.0)
+        scaler.scale(loss.float()).backward()
+        scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_([w], 1.0)
+        scaler.step(opt)
+        scaler.update()
+    assert bool(w.isfinite().all())
+    assert int(opt.state[w]["step"]) == 5
+    assert opt.skipped_steps == 0
 
 
 def test_transient_memory_is_small() -> None:

@@ -142,22 +142,19 @@ def check_second_moment(variance: str, beta1: float) -> None:
         )
 
 
-def check_fused(*, fused: bool | None, foreach: bool | None, mask: Any) -> None:
+def check_fused(*, fused: bool | None, foreach: bool | None, mask: Any, capturable: bool) -> None:
     """Raise where ``fused=True`` contradicts another setting."""
     if fused and foreach:
         raise ValueError("fused=True and foreach=True were both given; choose one of them.")
+    if fused and capturable:
+        raise ValueError(
+            "fused=True and capturable=True were both given: the native kernel cannot be captured; "
+            "choose one of them (torch.compile fuses a captured step)."
+        )
     if fused and callable(mask):
         raise TypeError(
             "fused=True needs a mask by name, but got a function, which the native kernel cannot "
             "call; use foreach=True."
-        )
-
-
-def check_unavailable(*, capturable: bool) -> None:
-    """Raise NotImplementedError for switches of AdamW that have no implementation yet."""
-    if capturable:
-        raise NotImplementedError(
-            "capturable=True is not available yet; step outside of CUDA graphs and torch.compile."
         )
 
 

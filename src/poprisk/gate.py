@@ -24,6 +24,21 @@ TensorList = list[Tensor]
 Tensors = TypeVar("Tensors", Tensor, list[Tensor])
 
 
+def add_scaled_(x: TensorList, y: TensorList, scale: float | Tensor) -> None:
+    """Add ``scale * y`` to ``x`` in place; ``scale`` is a tensor where steps are captured."""
+    if isinstance(scale, Tensor):
+        torch._foreach_add_(x, scaled(y, scale))
+    else:
+        torch._foreach_add_(x, y, alpha=scale)
+
+
+def scaled(x: TensorList, scale: float | Tensor) -> TensorList:
+    """``scale * x``, newly allocated, in the dtype of ``x`` also where both are 0-d tensors."""
+    if isinstance(scale, Tensor):
+        scale = scale.to(x[0].dtype)
+    return list(torch._foreach_mul(x, scale))
+
+
 class Mask(Protocol):
     """A mask on lists of tensors; may overwrite ``mean_sq`` with its result, not ``var``."""
 
@@ -49,7 +64,7 @@ def _hard_(
     var_scale: float,
 ) -> TensorList:
     tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps
-    torch._foreach_add_(mean_sq, var, alpha=-alpha * var_scale * tie)
+    add_scaled_(mean_sq, var, -alpha * var_scale * tie)
     torch._foreach_sign_(mean_sq)
     torch._foreach_clamp_min_(mean_sq, 0.0)
     return mean_sq
@@ -64,7 +79,7 @@ def _soft_(
     eps: float,
     var_scale: float,
 ) -> TensorList:
-    torch._foreach_add_(mean_sq, var, alpha=-alpha * var_scale)
+    add_scaled_(mean_sq, var, -alpha * var_scale)
     torch._foreach_clamp_min_(mean_sq, 0.0)
     return _fraction_(mean_sq, var, softness * var_scale, eps)
 
@@ -83,9 +98,13 @@ def _snr_(
 
 def _fraction_(signal: TensorList, var: TensorList, weight: float, eps: float) -> TensorList:
     """Signal / (signal + weight·var + eps) in place, with 0/0 = 0."""
-    total = torch._foreach_add(signal, var, alpha=weight)
-    if eps > 0:
-        torch._foreach_add_(total, eps)
+    total = [x.clone() for x in signal] if isinstance(weight, Tensor) else None
+    if total is None:
+        total = list(torch._foreach_add(signal, var, alpha=weight))
+    else:
+        add_scaled_(total, var, weight)
+    if isinstance(eps, Tensor) or eps > 0:
+        torch._foreach_add_(total, eps.to(total[0].dtype) if isinstance(eps, Tensor) else eps)
     torch._foreach_clamp_min_(total, torch.finfo(signal[0].dtype).tiny)
     torch._foreach_div_(signal, total)
     return signal
@@ -278,6 +297,8 @@ class Gate(NamedTuple):
     q_min: float = 0.0
     per_tensor: bool = False
     pool: Pool = local_means
+    opened: Tensor | None = None
+    """Where steps are captured: whether there is no estimate yet, so that all passes."""
 
     def __call__(
         self, mean: TensorList, var: TensorList, *, mean_scale: float = 1.0, var_scale: float = 1.0
@@ -315,6 +336,8 @@ class Gate(NamedTuple):
         )
         if self.q_min > 0.0:
             q = list(torch._foreach_clamp_min(q, self.q_min))
+        if self.opened is not None:
+            q = [torch.where(self.opened, torch.ones_like(x), x) for x in q]
         return q
 
 

@@ -33,6 +33,7 @@ from poprisk.update import (
     Slots,
     adam_denominator,
     all_finite,
+    all_small,
     cache_blocks,
     gated_adamw_,
     masks,
@@ -47,8 +48,8 @@ class Bucket(NamedTuple):
     group: dict[str, Any]
     params: TensorList
     states: list[dict[str, Any]]
-    t: int
-    observations: int
+    t: Any
+    observations: Any
     layout: Layout | None
 
 
@@ -91,7 +92,8 @@ class PopRiskAdamW(Optimizer):
             C++ compiler and then kept (:mod:`poprisk.fused`). On the CPU, for masks by name; where
             there is no compiler, foreach takes over after one RuntimeWarning.
         maximize: maximize the objective.
-        capturable: not available yet; must be False.
+        capturable: keep counters and choices in tensors, so that CUDA graphs and torch.compile can
+            hold the step; skipped steps are counted without a warning.
         gate: False for a group that is to be plain AdamW.
 
     A step whose gradients hold a NaN or Inf changes nothing; it is counted in
@@ -144,12 +146,13 @@ class PopRiskAdamW(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps left out because a gradient was not finite; saved in ``state_dict``."""
-        return self.param_groups[0]["skipped_steps"]
+        return int(self.param_groups[0]["skipped_steps"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its settings; missing ones come from the defaults."""
         check_optimizer_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._prepare_captured()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -160,6 +163,9 @@ class PopRiskAdamW(Optimizer):
         """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
         loss = evaluate(closure)
         grads = checked_gradients(self)
+        if self._any("capturable"):
+            self._captured_step(grads)
+            return loss
         finite = gradients_are_finite if self._any("fused") else all_finite
         if not all_agree(finite(locals_of(grads)), grads):
             warn_skipped("PopRiskAdamW", self._count_skip())
@@ -209,6 +215,22 @@ class PopRiskAdamW(Optimizer):
                     self.state[p][key] = state[key].to(p.device, state_dtype(p), copy=True)
             if "step" in state:
                 self.state[p]["step"] = torch.tensor(float(state["step"]))
+        self._prepare_captured()
+
+    def _captured_step(self, grads: TensorList) -> None:
+        """The same step without a number that changes from call to call, nor a choice by value."""
+        finite = all_small(locals_of(grads))
+        for group in self.param_groups:
+            group["skipped_steps"] = group["skipped_steps"] + (~finite).int()
+            for p in group["params"]:
+                if p.grad is not None and p.numel():
+                    _captured_update(group, p, self.state[p], finite)
+
+    def _prepare_captured(self) -> None:
+        """Make all state at once: none may be made while a step is captured."""
+        for group in self.param_groups:
+            for p in group["params"] if group["capturable"] else []:
+                prepare_state(p, self.state[p], estimator_of(group), on_device=True)
 
     def _any(self, switch: str) -> bool:
         return any(group[switch] for group in self.param_groups)
@@ -277,6 +299,22 @@ def warn_skipped(name: str, count: int) -> None:
         )
 
 
+def _captured_update(
+    group: dict[str, Any], p: Tensor, state: dict[str, Any], finite: Tensor
+) -> None:
+    """Update one parameter unless a gradient of the step was not finite."""
+    estimator = estimator_of(group)
+    t = state["step"].double() + 1
+    bucket = Bucket(group, [p], [state], t, t - state.get("variance_start", 0), layout_of(p))
+    columns = _columns(bucket, estimator)
+    kept = [[x.clone() for x in column] for column in (columns.params, *columns[2:])]
+    _update_bucket(bucket)
+    for column, old in zip((columns.params, *columns[2:]), kept, strict=True):
+        for x, before in zip(column, old, strict=True):
+            x.copy_(torch.where(finite, x, before))
+    state["step"].add_(finite.to(state["step"].dtype))
+
+
 def _update_bucket(bucket: Bucket) -> None:
     group, estimator = bucket.group, estimator_of(bucket.group)
     beta1, beta2 = group["betas"]
@@ -286,7 +324,11 @@ def _update_bucket(bucket: Bucket) -> None:
         gate = gate._replace(pool=GlobalMeans(bucket.layout))
     how = {
         "settings": AdamSettings(
-            float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"]
+            group["lr"] if clock.captured else float(group["lr"]),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
         ),
         "clock": clock,
         "estimator": estimator,

@@ -24,10 +24,16 @@ NOT_LOADED = {
 """Settings of a saved group that say how AdamW computed, not what."""
 
 
-def prepare_state(p: Tensor, state: dict[str, Any], estimator: VarianceEstimator | None) -> None:
+def prepare_state(
+    p: Tensor,
+    state: dict[str, Any],
+    estimator: VarianceEstimator | None,
+    *,
+    on_device: bool = False,
+) -> None:
     """Create the state that the estimator and Adam need and ``state`` lacks."""
     if "step" not in state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, device=p.device if on_device else None)
         for key in ADAM_KEYS:
             state[key] = torch.zeros_like(p, dtype=state_dtype(p))
     if estimator is None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk.gate import Gate, TensorList
+from poprisk.gate import Gate, TensorList, scaled
 from poprisk.variance import Clock, VarianceEstimator
 
 CHUNK = 131_072
@@ -32,7 +32,7 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 class AdamSettings(NamedTuple):
     """What AdamW itself needs, as numbers."""
 
-    lr: float
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float
@@ -128,7 +128,11 @@ def gated_adamw_(
             torch._foreach_mul_(q, m)
             step = q
     denom = adam_denominator(v, clock, settings.eps)
-    torch._foreach_addcdiv_(w, step, denom, -(settings.lr / (1 - clock.beta1**clock.t)))
+    rate = settings.lr / (1 - clock.beta1**clock.t)
+    if isinstance(rate, Tensor):
+        torch._foreach_addcdiv_(w, scaled(step, -rate), denom)
+    else:
+        torch._foreach_addcdiv_(w, step, denom, -rate)
 
 
 def masks(slots: Slots, clock: Clock, estimator: VarianceEstimator, gate: Gate) -> TensorList:
@@ -162,13 +166,23 @@ def all_finite(grads: TensorList) -> bool:
     return all(_below(g.abs()) for g in grads if g.numel())
 
 
+def all_small(grads: TensorList) -> Tensor:
+    """:func:`all_finite` as a 0-d boolean tensor, without looking at it."""
+    small = [(g.abs() <= size_limit(g.dtype)).all() for g in grads]
+    return torch.stack(small).all() if small else torch.ones((), dtype=torch.bool)
+
+
 def _below(sizes: Tensor) -> bool:
     return bool(sizes.max().double() <= size_limit(sizes.dtype))
 
 
-def _number(value: float, like: Tensor) -> float | Tensor:
+def _number(value: float | Tensor, like: Tensor) -> float | Tensor:
     """``value`` in the form that a foreach kernel on the device of ``like`` takes fastest."""
-    return value if like.device.type != "cpu" else _constant(value, like.dtype)
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        return value
+    return _constant(value, like.dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,11 +10,12 @@ is what is estimated.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
+from torch import Tensor
 
-from poprisk.gate import TensorList, momentum_noise
+from poprisk.gate import TensorList, momentum_noise, scaled
 
 
 class Clock(NamedTuple):
@@ -27,10 +28,15 @@ class Clock(NamedTuple):
         beta2: decay of the average squared gradient.
     """
 
-    t: int
-    observations: int
+    t: Any
+    observations: Any
     beta1: float
     beta2: float
+
+    @property
+    def captured(self) -> bool:
+        """Whether the counters are 0-d float64 tensors, so that no step depends on a number."""
+        return isinstance(self.t, Tensor)
 
     @property
     def mean_scale(self) -> float:
@@ -102,11 +108,20 @@ class Ema(VarianceEstimator):
     def observe_(
         self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
     ) -> None:
-        if clock.observations == 0:
-            return
-        d = list(torch._foreach_sub(grads, exp_avgs, alpha=self.centre(clock)))
+        if clock.captured:
+            self._observe_captured_(variances, grads, exp_avgs, clock)
+        elif clock.observations > 0:
+            d = list(torch._foreach_sub(grads, exp_avgs, alpha=self.centre(clock)))
+            torch._foreach_mul_(d, d)
+            torch._foreach_lerp_(variances, d, 1 - self.rho)
+
+    def _observe_captured_(
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
+    ) -> None:
+        weight = (clock.observations > 0).double() * (1 - self.rho)
+        d = list(torch._foreach_sub(grads, scaled(exp_avgs, self.centre(clock))))
         torch._foreach_mul_(d, d)
-        torch._foreach_lerp_(variances, d, 1 - self.rho)
+        torch._foreach_lerp_(variances, d, [weight.to(x.dtype) for x in d])
 
     def read(
         self,
@@ -119,15 +134,18 @@ class Ema(VarianceEstimator):
 
     def centre(self, clock: Clock) -> float:
         r"""The factor on :math:`m_{t-1}` in the deviation: its bias correction, or 1."""
-        return 1.0 if self.paper else 1 / (1 - clock.beta1 ** (clock.t - 1))
+        if self.paper:
+            return 1.0
+        before = clock.t - 1
+        return 1 / (1 - clock.beta1 ** (before.clamp_min(1) if clock.captured else before))
 
     def scale(self, clock: Clock) -> float:
-        return 1 / (1 - self.rho**clock.observations)
+        k = clock.observations
+        return 1 / (1 - self.rho ** (k.clamp_min(1) if clock.captured else k))
 
     def inflation(self, clock: Clock) -> float:
-        if clock.observations == 0:
-            return 0.0
-        return 1 + momentum_noise(clock.t, clock.beta1)
+        found = 1 + momentum_noise(clock.t, clock.beta1)
+        return _where(clock.observations > 0, found)
 
 
 @final
@@ -152,13 +170,28 @@ class SecondMoment(VarianceEstimator):
         exp_avg_sqs: TensorList,
         clock: Clock,
     ) -> tuple[TensorList, float]:
-        raw = list(torch._foreach_mul(exp_avg_sqs, 1 / (1 - clock.beta2**clock.t)))
-        torch._foreach_addcmul_(raw, exp_avgs, exp_avgs, -(clock.mean_scale**2))
+        raw = scaled(exp_avg_sqs, 1 / (1 - clock.beta2**clock.t))
+        add_scaled_squares_(raw, exp_avgs, -(clock.mean_scale**2))
         torch._foreach_clamp_min_(raw, 0.0)
         return raw, 1.0
 
     def inflation(self, clock: Clock) -> float:
-        return 1 - momentum_noise(clock.t, clock.beta1) if clock.t > 1 else 0.0
+        return _where(clock.t > 1, 1 - momentum_noise(clock.t, clock.beta1))
+
+
+def _where(known: Any, value: Any) -> Any:
+    """``value`` where it is known, else 0; numbers, or tensors where steps are captured."""
+    if isinstance(known, Tensor):
+        return torch.where(known, value, 0.0)
+    return value if known else 0.0
+
+
+def add_scaled_squares_(x: TensorList, y: TensorList, scale: float | Tensor) -> None:
+    """Add ``scale * y²`` to ``x`` in place."""
+    if isinstance(scale, Tensor):
+        torch._foreach_add_(x, scaled(list(torch._foreach_mul(y, y)), scale))
+    else:
+        torch._foreach_addcmul_(x, y, y, scale)
 
 
 ESTIMATORS = ("ema", "second-moment")

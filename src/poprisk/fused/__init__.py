@@ -175,14 +175,15 @@ def _code(t: Tensor) -> int:
 
 
 def _adam_numbers(settings: AdamSettings, clock: Clock) -> dict[str, float]:
+    lr = float(settings.lr)
     return {
-        "decay": 1 - settings.lr * settings.weight_decay,
+        "decay": 1 - lr * settings.weight_decay,
         "beta1_weight": 1 - settings.beta1,
         "beta2": settings.beta2,
         "beta2_weight": 1 - settings.beta2,
         "v_correction": (1 - clock.beta2**clock.t) ** 0.5,
         "eps": settings.eps,
-        "rate": settings.lr / (1 - clock.beta1**clock.t),
+        "rate": lr / (1 - clock.beta1**clock.t),
     }
 
 
