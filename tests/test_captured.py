@@ -17,7 +17,6 @@ from poprisk import PopRiskAdamW
 from poprisk.reference.optimizer import ReferenceOptimizer
 from samplers import copies, grad_rows, noisy_grads, parameter, take_steps
 
-
 CAPTURED: dict[str, Any] = {"capturable": True}
 PLAIN: dict[str, Any] = {}
 
