@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from poprisk import PopRiskAdamW
+from poprisk import PopRiskAdamW, observe_ranks
 
 WORLD = 2
 BATCH = 8
@@ -119,6 +119,40 @@ def statistics() -> dict[str, Any]:
     return found
 
 
+def observed() -> dict[str, Any]:
+    """The variance that DDP's processes disagree on, against its definition from all gradients."""
+    model = build()
+    wrapped = DistributedDataParallel(model)
+    opt = optimizer(model, variance="data-parallel", rho=0.9, fused=True)
+    message = ""
+    try:
+        steps(wrapped, opt, range(1), mine())
+    except RuntimeError as error:
+        message = str(error)
+    observe_ranks(wrapped, opt)
+    twin, s, apart = build(), 0.0, 0.0
+    for step in range(8):
+        twin.load_state_dict(model.state_dict())
+        x, y = batch(step)
+        grads = []
+        for rank in range(WORLD):
+            twin.zero_grad()
+            nn.functional.mse_loss(twin(x[rank::WORLD]), y[rank::WORLD]).backward()
+            grads.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))  # pyrefly: ignore
+        new = torch.stack(grads).var(0, unbiased=True) / WORLD
+        s = 0.9 * s + 0.1 * new * (0.25 if step % 2 else 1.0)
+        opt.zero_grad()
+        nn.functional.mse_loss(wrapped(x[mine()]), y[mine()]).backward()
+        if step % 2:
+            for p in model.parameters():
+                p.grad.mul_(0.5)  # pyrefly: ignore
+        opt.step()
+        found = torch.cat([opt.state[p]["grad_mean_var"].flatten() for p in model.parameters()])
+        apart = max(apart, float((found - s).abs().max() / s.max()))
+    moved = not torch.equal(weights(model), weights(build()))
+    return {"apart": apart, "message": message, "moved": moved}
+
+
 def skipped() -> dict[str, Any]:
     """A NaN in the shard of one process makes every process skip."""
     model = build()
@@ -176,6 +210,7 @@ def main() -> None:
         "ddp": ddp(),
         "fsdp": fsdp(),
         "statistics": statistics(),
+        "observed": observed(),
         "skipped": skipped(),
         "checkpoint": checkpoint(folder / "checkpoint"),
     }

@@ -59,6 +59,14 @@ def test_gate_stats_of_shards_are_those_of_whole_tensors(
             assert sharded[name] == pytest.approx(values)
 
 
+def test_processes_tell_the_variance_of_their_mean(results: list[dict[str, Any]]) -> None:
+    """Clipped gradients have a clipped variance; without the hook there is a clear error."""
+    for result in results:
+        assert result["observed"]["apart"] <= 1e-10
+        assert result["observed"]["moved"]
+        assert "observe_ranks" in result["observed"]["message"]
+
+
 def test_every_process_skips_what_one_process_must_skip(results: list[dict[str, Any]]) -> None:
     assert [result["skipped"] for result in results] == [{"skipped": 1, "unchanged": True}] * WORLD
 

@@ -4,6 +4,7 @@ The public names, in the order of the theory. See the README for a first run and
 ``docs/theory.md`` for the table from equations to functions.
 """
 
+from poprisk.dataparallel import observe_ranks
 from poprisk.gated import gated
 from poprisk.optimizer import PopRiskAdamW
 from poprisk.stats import GateStats
@@ -11,4 +12,4 @@ from poprisk.tasks import Metric, Task
 
 __version__ = "0.1.0"
 
-__all__ = ["GateStats", "Metric", "PopRiskAdamW", "Task", "gated"]
+__all__ = ["GateStats", "Metric", "PopRiskAdamW", "Task", "gated", "observe_ranks"]

@@ -158,6 +158,25 @@ def check_fused(*, fused: bool | None, foreach: bool | None, mask: Any, capturab
         )
 
 
+def check_observed(observed: bool) -> None:
+    """Raise RuntimeError if a step has no word from the other processes."""
+    if not observed:
+        raise RuntimeError(
+            'variance="data-parallel" has no observation of a gradient of this step: call '
+            "poprisk.observe_ranks(ddp_model, optimizer) once before training, on at least two "
+            "processes, and reduce the gradients with DistributedDataParallel."
+        )
+
+
+def check_captured_variance(variance: str, *, capturable: bool) -> None:
+    """Raise ValueError where the variance comes from outside of a captured step."""
+    if capturable and variance == "data-parallel":
+        raise ValueError(
+            'variance="data-parallel" cannot be captured: DDP tells it to the optimizer outside of '
+            'the step; use capturable=False or variance="ema".'
+        )
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raise unless ``value`` is an integer above zero."""
     if isinstance(value, bool) or not isinstance(value, int):

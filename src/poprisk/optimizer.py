@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
+from poprisk.dataparallel import Observation, check_observations, take_observations_
 from poprisk.fused import fused_adamw_, gradients_are_finite
 from poprisk.gate import MASKS_, Mask, TensorList
 from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
@@ -37,6 +38,7 @@ from poprisk.update import (
     cache_blocks,
     gated_adamw_,
     masks,
+    real_slots,
     state_dtype,
 )
 from poprisk.variance import Clock, VarianceEstimator
@@ -84,7 +86,8 @@ class PopRiskAdamW(Optimizer):
         mode: ``"auto"`` centres the variance on the bias-corrected mean and leaves a step
             ungated while there is no estimate; ``"paper"`` is Algorithm 1 to the letter, cold
             start and absolute ``eps`` in the mask included.
-        variance: ``"ema"`` (:class:`poprisk.variance.Ema`) or ``"second-moment"``.
+        variance: ``"ema"`` (:class:`poprisk.variance.Ema`), ``"second-moment"``, or
+            ``"data-parallel"``, which needs :func:`poprisk.observe_ranks`.
         reduction: None, or ``"per_tensor"``: average over a tensor before the comparison.
         q_min: floor of the mask, in [0, 1].
         foreach: many tensors per kernel (None: yes) or one at a time.
@@ -141,7 +144,11 @@ class PopRiskAdamW(Optimizer):
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         if isinstance(params, nn.Module):
             params = params.named_parameters()
+        self.rank_observations: dict[Tensor, Observation] = {}
         super().__init__(params, {**defaults, "skipped_steps": 0})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rank_observations": {}}
 
     @property
     def skipped_steps(self) -> int:
@@ -170,7 +177,10 @@ class PopRiskAdamW(Optimizer):
         if not all_agree(finite(locals_of(grads)), grads):
             warn_skipped("PopRiskAdamW", self._count_skip())
             return loss
-        for bucket in self._buckets():
+        check_observations(self.param_groups, self.rank_observations)
+        buckets = self._buckets()
+        take_observations_(self.param_groups, self.state, self.rank_observations)
+        for bucket in buckets:
             _update_bucket(bucket)
         return loss
 
@@ -340,7 +350,7 @@ def _update_bucket(bucket: Bucket) -> None:
         if not left:
             return
         columns = columns.subset(left)
-    slots = _real_slots(columns, group["maximize"])
+    slots = real_slots(columns, group["maximize"])
     _update_slots(slots, group, functools.partial(gated_adamw_, **how))
     for p, w in zip(columns.params, slots.params, strict=True):
         if p.dtype in LOW_PRECISION:
@@ -367,19 +377,6 @@ def _columns(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
     if bucket.layout is not None:
         columns = [locals_of(column) for column in columns]
     return Slots(*columns, *([] for _ in range(5 - len(columns))))
-
-
-def _real_slots(columns: Slots, maximize: bool) -> Slots:
-    """Real float32 or float64 tensors; parameters share memory unless low precision."""
-    dtype = state_dtype(columns.params[0])
-    slots = [list(column) for column in columns]
-    if any(x.dtype != dtype for x in (*columns.params, *columns.grads)):
-        slots = [[x.to(dtype) for x in column] for column in slots]
-    if dtype.is_complex:
-        slots = [[torch.view_as_real(x) for x in column] for column in slots]
-    if maximize:
-        slots[1] = list(torch._foreach_neg(slots[1]))
-    return Slots(*slots)
 
 
 def _tensor_gate(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

@@ -36,6 +36,7 @@ def check_optimizer_settings(group: Mapping[str, Any]) -> None:
     checks.check_number("eps", group["eps"], low=0.0)
     checks.check_number("weight_decay", group["weight_decay"], low=0.0)
     check_gate_settings(group)
+    checks.check_captured_variance(group["variance"], capturable=group["capturable"])
     checks.check_fused(
         fused=group["fused"],
         foreach=group["foreach"],

@@ -146,6 +146,19 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
 
 
+def real_slots(columns: Slots, maximize: bool) -> Slots:
+    """Real float32 or float64 tensors; parameters share memory unless low precision."""
+    dtype = state_dtype(columns.params[0])
+    slots = [list(column) for column in columns]
+    if any(x.dtype != dtype for x in (*columns.params, *columns.grads)):
+        slots = [[x.to(dtype) for x in column] for column in slots]
+    if dtype.is_complex:
+        slots = [[torch.view_as_real(x) for x in column] for column in slots]
+    if maximize:
+        slots[1] = list(torch._foreach_neg(slots[1]))
+    return Slots(*slots)
+
+
 def size_limit(dtype: torch.dtype) -> float:
     """How large a gradient of this dtype may be so that deviations from it can be squared."""
     wide = torch.float32 if dtype in LOW_PRECISION else dtype

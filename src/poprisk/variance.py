@@ -179,6 +179,39 @@ class SecondMoment(VarianceEstimator):
         return _where(clock.t > 1, 1 - momentum_noise(clock.t, clock.beta1))
 
 
+@final
+class DataParallel(VarianceEstimator):
+    r"""Running average of the variance that processes disagree on (:mod:`poprisk.dataparallel`).
+
+    :math:`E[\hat s] = \Sigma_B/(b-1)`. The optimizer puts each observation into the average.
+    """
+
+    state_keys = ("grad_mean_var",)
+
+    def __init__(self, rho: float = 0.99) -> None:
+        self.rho = rho
+
+    def observe_(
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
+    ) -> None:
+        return
+
+    def read(
+        self,
+        variances: TensorList,
+        exp_avgs: TensorList,
+        exp_avg_sqs: TensorList,
+        clock: Clock,
+    ) -> tuple[TensorList, float]:
+        return variances, self.scale(clock)
+
+    def scale(self, clock: Clock) -> float:
+        return 1 / (1 - self.rho**clock.observations)
+
+    def inflation(self, clock: Clock) -> float:
+        return 1.0
+
+
 def _where(known: Any, value: Any) -> Any:
     """``value`` where it is known, else 0; numbers, or tensors where steps are captured."""
     if isinstance(known, Tensor):
@@ -194,11 +227,13 @@ def add_scaled_squares_(x: TensorList, y: TensorList, scale: float | Tensor) -> 
         torch._foreach_addcmul_(x, y, y, scale)
 
 
-ESTIMATORS = ("ema", "second-moment")
+ESTIMATORS = ("ema", "second-moment", "data-parallel")
 
 
 def make_estimator(name: str, *, rho: float, paper: bool) -> VarianceEstimator:
     """The estimator called ``name``; see :data:`ESTIMATORS`."""
     if name == "second-moment":
         return SecondMoment()
+    if name == "data-parallel":
+        return DataParallel(rho)
     return Ema(rho, paper=paper)

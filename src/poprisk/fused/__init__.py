@@ -201,7 +201,8 @@ def _variance_numbers(clock: Clock, estimator: VarianceEstimator | None) -> dict
             "v_scale": 1 / (1 - clock.beta2**clock.t),
             "m_scale_sq": clock.mean_scale**2,
         }
-    return {"estimator": native.ESTIMATORS["unobserved"]}
+    given = estimator is not None and not isinstance(estimator, Ema)
+    return {"estimator": native.ESTIMATORS["given" if given else "unobserved"]}
 
 
 def _mask_numbers(
