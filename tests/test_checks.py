@@ -74,7 +74,7 @@ def test_bounds_are_included_or_not() -> None:
     [
         ("mask", "'hard', 'soft', 'snr'"),
         ("mode", "'auto', 'paper'"),
-        ("variance", "'ema', 'second-moment'"),
+        ("variance", "'ema', 'second-moment', 'data-parallel'"),
         ("reduction", "'per_tensor'"),
         ("alpha", "'auto', 'fresh', 'finite'"),
     ],
