@@ -27,7 +27,7 @@ MUTATIONS = {
         "variance.py", "return 1 / (1 - self.beta1**self.t)", "return 1.0", REFERENCE
     ),
     "no bias correction of the mean in the step": Mutation(
-        "update.py", "-(settings.lr / (1 - clock.beta1**clock.t))", "-settings.lr", REFERENCE
+        "update.py", "settings.lr / (1 - clock.beta1**clock.t)", "settings.lr", REFERENCE
     ),
     "variance divided by b-1 again": Mutation(
         "gate.py",
