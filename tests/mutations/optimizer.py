@@ -19,7 +19,7 @@ MUTATIONS = {
     ),
     "no bias correction of the variance": Mutation(
         "variance.py",
-        "return 1 / (1 - self.rho**clock.observations)",
+        "return 1 / (1 - self.rho ** (k.clamp_min(1) if clock.captured else k))",
         "return 1.0",
         REFERENCE,
     ),
