@@ -7,6 +7,7 @@ per-example gradients of all training examples. Then the optimizer itself with e
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW, grad_mean_var
-from poprisk.bench import environment, write_json
+from poprisk.bench import environment
 from poprisk.gate import momentum_noise
 from poprisk.tasks import Task, load_task
-from poprisk.variance import Clock, VarianceEstimator, make_estimator
+from poprisk.variance import Clock, Given, VarianceEstimator, make_estimator
 
 BETAS = (0.9, 0.999)
 CHUNKS = 4
@@ -57,7 +58,10 @@ class Tracker:
         """Take a gradient, or a variance found within the batch."""
         if self.estimator.observes(t):
             self.observations += 1
-            self.estimator.observe_(self.variances, [observed], [mean], self._clock(t))
+            if isinstance(self.estimator, Given):
+                self.variances[0].lerp_(observed, 1 - self.estimator.decay(BETAS[0]))
+            else:
+                self.estimator.observe_(self.variances, [observed], [mean], self._clock(t))
 
     def value(self, t: int, mean: Tensor, square: Tensor) -> Tensor:
         """The estimated variance of one batch mean."""
@@ -159,7 +163,8 @@ def main(out: Path) -> None:
     trained = [train(name, seed) for seed in range(5) for name in TRAINED]
     noise = momentum_noise(10**6, BETAS[0])
     content = {"tracking": tracked, "training": trained, "momentum_noise": noise}
-    write_json(out, {"environment": environment(threads=1, betas=BETAS, chunks=CHUNKS), **content})
+    settings = environment(threads=1, betas=BETAS, chunks=CHUNKS)
+    out.write_text(json.dumps({"environment": settings, **content}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,11 @@ MASKS = ("hard", "soft", "snr")
 MODES = ("auto", "paper")
 REDUCTIONS = (None, "per_tensor")
 VARIANCES = ("ema", "second-moment")
-PATHS = {"loop": False, "foreach": True}
+PATHS: dict[str, dict[str, Any]] = {
+    "loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
 
 ALPHAS: dict[str, dict[str, Any]] = {
     "auto stream": {"alpha": "auto"},

@@ -11,6 +11,7 @@ import torch
 
 from asserts import nothing_changes
 from poprisk import PopRiskAdamW, checks
+from poprisk.gate import soft
 from samplers import parameter, take_steps
 
 BAD_VALUES: dict[str, list[Any]] = {
@@ -73,7 +74,7 @@ def test_bounds_are_included_or_not() -> None:
     [
         ("mask", "'hard', 'soft', 'snr'"),
         ("mode", "'auto', 'paper'"),
-        ("variance", "'ema', 'exact', 'microbatch', 'second-moment'"),
+        ("variance", "'ema', 'exact', 'microbatch', 'data-parallel', 'second-moment'"),
         ("reduction", "'per_tensor'"),
         ("alpha", "'auto', 'fresh', 'finite'"),
     ],
@@ -134,11 +135,12 @@ def test_second_moment_needs_momentum() -> None:
         build(variance="second-moment", betas=(0.0, 0.9))
 
 
-@pytest.mark.parametrize("switch", ["fused", "capturable"])
-def test_switches_that_are_not_available(switch: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"^{switch}=True is not available"):
-        build(**{switch: True})
-    build(**{switch: False})
+def test_fused_is_one_path_and_takes_masks_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^fused=True and foreach=True were both given"):
+        build(fused=True, foreach=True)
+    with pytest.raises(TypeError, match=r"^fused=True needs a mask by name.*foreach=True\.$"):
+        build(fused=True, mask=soft)
+    build(fused=True, foreach=False)
 
 
 def test_settings_of_a_group_are_checked_too() -> None:

@@ -23,7 +23,10 @@ from poprisk.reference.optimizer import ReferenceOptimizer
 from poprisk.update import CHUNK
 from samplers import copies, grad_rows, noisy_grads, parameter, randn, take_steps, trajectory
 
-each_path = pytest.mark.parametrize("foreach", PATHS.values(), ids=PATHS)
+each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+each_torch_path = pytest.mark.parametrize(
+    "path", [PATHS["loop"], PATHS["foreach"]], ids=["loop", "foreach"]
+)
 each_mask = pytest.mark.parametrize("mask", MASKS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -38,12 +41,12 @@ def reference_trajectory(start: Tensor, grads: list[Tensor | None], **changes: A
 
 
 def assert_equals_reference(grads: list[Tensor | None], **changes: Any) -> None:
-    """Both paths agree with the reference after every step."""
+    """All paths agree with the reference after every step."""
     start = parameter(3)
     expected = reference_trajectory(start, grads, **changes)
-    for foreach in (False, True):
+    for path in PATHS.values():
         actual = trajectory(
-            lambda ps: PopRiskAdamW(ps, **settings(**changes), foreach=foreach),  # noqa: B023
+            lambda ps: PopRiskAdamW(ps, **settings(**changes), **path),  # noqa: B023
             [start],
             [[g] for g in grads],
         )
@@ -98,7 +101,7 @@ def test_a_gradient_that_comes_late_or_not_every_step_has_its_own_clock() -> Non
 
 
 @each_path
-def test_groups_keep_their_own_settings(foreach: bool) -> None:
+def test_groups_keep_their_own_settings(path: dict[str, Any]) -> None:
     changes: list[dict[str, Any]] = [
         {"mask": "hard", "lr": 0.1, "alpha": 0.3},
         {"mask": "snr", "mode": "paper", "betas": (0.5, 0.9), "weight_decay": 0.0},
@@ -111,34 +114,36 @@ def test_groups_keep_their_own_settings(foreach: bool) -> None:
     groups = [
         {"params": [p], **settings(**c)} for p, c in zip(copies(starts), changes, strict=True)
     ]
-    weights = take_steps(PopRiskAdamW(groups, foreach=foreach), rows)
+    weights = take_steps(PopRiskAdamW(groups, **path), rows)
     for j, change in enumerate(changes):
         expected = reference_trajectory(starts[j], [row[j] for row in rows], **change)
         assert_close([row[j] for row in weights], expected, 1e-12)
 
 
 def adamw_pair(
-    starts: list[Parameter], open_gate: dict[str, Any], foreach: bool, steps: int, **shared: Any
+    starts: list[Parameter],
+    open_gate: dict[str, Any],
+    path: dict[str, Any],
+    steps: int,
+    **shared: Any,
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """Trajectories of an optimizer whose gate is always open and of AdamW's loop."""
     rows = grad_rows(starts, steps)
     shared = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, **shared}
-    ours = trajectory(
-        lambda ps: PopRiskAdamW(ps, **shared, **open_gate, foreach=foreach), starts, rows
-    )
+    ours = trajectory(lambda ps: PopRiskAdamW(ps, **shared, **open_gate, **path), starts, rows)
     adamw = trajectory(lambda ps: torch.optim.AdamW(ps, **shared, foreach=False), starts, rows)
     return ours, adamw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("open_gate", ALWAYS_OPEN.values(), ids=ALWAYS_OPEN)
-@each_path
+@each_torch_path
 def test_an_open_gate_is_adamw(
-    open_gate: dict[str, Any], dtype: torch.dtype, foreach: bool
+    open_gate: dict[str, Any], dtype: torch.dtype, path: dict[str, Any]
 ) -> None:
     starts = [parameter(*shape, dtype=dtype) for shape in ((), (1,), (17,), (5, 3), (4, 2, 3))]
-    ours, adamw = adamw_pair(starts, open_gate, foreach, 100)
-    if not foreach:
+    ours, adamw = adamw_pair(starts, open_gate, path, 100)
+    if path == PATHS["loop"]:
         assert_bitwise(ours, adamw)
     pairs = [pair for rows in zip(ours, adamw, strict=True) for pair in zip(*rows, strict=True)]
     assert max(ulps_apart(*pair) for pair in pairs) <= 1
@@ -146,13 +151,13 @@ def test_an_open_gate_is_adamw(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("open_gate", ALWAYS_OPEN.values(), ids=ALWAYS_OPEN)
-@each_path
+@each_torch_path
 def test_an_open_gate_is_adamw_on_large_tensors(
-    open_gate: dict[str, Any], dtype: torch.dtype, foreach: bool
+    open_gate: dict[str, Any], dtype: torch.dtype, path: dict[str, Any]
 ) -> None:
     starts = [parameter(2 * CHUNK + 7, dtype=dtype), parameter(300, 500, dtype=dtype)]
-    ours, adamw = adamw_pair(starts, open_gate, foreach, 3)
-    if not foreach:
+    ours, adamw = adamw_pair(starts, open_gate, path, 3)
+    if path == PATHS["loop"]:
         assert_bitwise(ours, adamw)
     assert max(ulps_apart(a, b) for a, b in zip(ours[-1], adamw[-1], strict=True)) <= 1
 
@@ -168,7 +173,7 @@ def test_an_open_gate_is_adamw_on_large_tensors(
     ids=str,
 )
 def test_an_open_gate_is_adamw_with_other_settings(shared: dict[str, Any]) -> None:
-    ours, adamw = adamw_pair([parameter(9)], {"gate": False}, False, 30, **shared)
+    ours, adamw = adamw_pair([parameter(9)], {"gate": False}, PATHS["loop"], 30, **shared)
     assert_bitwise(ours, adamw)
 
 
@@ -202,36 +207,34 @@ def test_foreach_is_the_loop_for_all_layouts_at_once(
 
 
 @each_path
-def test_shared_and_expanded_gradients(foreach: bool) -> None:
+def test_shared_and_expanded_gradients(path: dict[str, Any]) -> None:
     rows = [[g, g, g.expand(3, 4)] for g in noisy_grads(6, 4)]
     starts = [parameter(4), parameter(4, seed=1), parameter(3, 4)]
     clones = [[g.clone() for g in row] for row in rows]
     shared, separate = (
-        trajectory(lambda ps: PopRiskAdamW(ps, foreach=foreach), starts, r) for r in (rows, clones)
+        trajectory(lambda ps: PopRiskAdamW(ps, **path), starts, r) for r in (rows, clones)
     )
     assert_bitwise(shared, separate)
 
 
 @each_path
-def test_large_tensors_with_gradients_of_another_layout(foreach: bool) -> None:
+def test_large_tensors_with_gradients_of_another_layout(path: dict[str, Any]) -> None:
     starts = [parameter(3, CHUNK), parameter(CHUNK, 2)]
     rows = [[g.expand(3, CHUNK), g.view(2, -1).repeat(1, 2).t()] for g in noisy_grads(3, CHUNK)]
     clones = [[g.contiguous() for g in row] for row in rows]
     views, contiguous = (
-        trajectory(lambda ps: PopRiskAdamW(ps, foreach=foreach), starts, r) for r in (rows, clones)
+        trajectory(lambda ps: PopRiskAdamW(ps, **path), starts, r) for r in (rows, clones)
     )
     assert_bitwise(views, contiguous)
 
 
 @each_path
 @each_layout
-def test_the_gradient_is_never_written(layout: str, foreach: bool) -> None:
+def test_the_gradient_is_never_written(layout: str, path: dict[str, Any]) -> None:
     (p, q) = (LAYOUTS[layout]() for _ in range(2))
     rows = grad_rows([p, q], 3)
     before = [[g.clone() for g in row] for row in rows]
-    take_steps(
-        PopRiskAdamW([{"params": [p]}, {"params": [q], "maximize": True}], foreach=foreach), rows
-    )
+    take_steps(PopRiskAdamW([{"params": [p]}, {"params": [q], "maximize": True}], **path), rows)
     assert_bitwise(rows, before)
 
 
@@ -251,11 +254,11 @@ def test_complex_parameters_are_gated_per_real_component(mask: str, maximize: bo
 @each_path
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters_are_rounded_float32_ones(
-    dtype: torch.dtype, foreach: bool
+    dtype: torch.dtype, path: dict[str, Any]
 ) -> None:
     low = parameter(50, dtype=dtype)
     high = Parameter(low.detach().float())
-    opt, twin = (PopRiskAdamW([p], lr=0.01, foreach=foreach) for p in (low, high))
+    opt, twin = (PopRiskAdamW([p], lr=0.01, **path) for p in (low, high))
     for (g,) in grad_rows([low], 20):
         take_steps(opt, [[g]])
         take_steps(twin, [[g.float()]])
@@ -320,9 +323,9 @@ def closure_for(w: Parameter, calls: list[bool]) -> Callable[[], Tensor]:
 
 
 @each_path
-def test_a_closure_is_evaluated_once_with_gradients(foreach: bool) -> None:
+def test_a_closure_is_evaluated_once_with_gradients(path: dict[str, Any]) -> None:
     w = parameter(4)
-    opt, calls = PopRiskAdamW([w], foreach=foreach), list[bool]()
+    opt, calls = PopRiskAdamW([w], **path), list[bool]()
     expected = w.detach().square().sum()
     with torch.no_grad():
         loss: Any = opt.step(closure_for(w, calls))  # pyrefly: ignore

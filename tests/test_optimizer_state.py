@@ -20,7 +20,7 @@ from samplers import copies, grad_rows, noisy_grads, parameter, take_steps, traj
 INF, NAN = float("inf"), float("nan")
 TENSORS = ("exp_avg", "exp_avg_sq", "grad_mean_var")
 
-each_path = pytest.mark.parametrize("foreach", PATHS.values(), ids=PATHS)
+each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 BAD_VALUES: dict[str, list[complex]] = {
     "NaN": [NAN],
@@ -51,10 +51,10 @@ def spoilt(grad: Tensor, values: list[complex]) -> Tensor:
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 )
 def test_a_gradient_that_is_not_finite_changes_nothing(
-    bad: list[complex], foreach: bool, dtype: torch.dtype
+    bad: list[complex], path: dict[str, Any], dtype: torch.dtype
 ) -> None:
     params = [parameter(5), parameter(4, dtype=dtype)]
-    opt = stepped(params, foreach=foreach)
+    opt = stepped(params, **path)
     (good, grad) = grad_rows(params, 1)[0]
     params[0].grad, params[1].grad = good, spoilt(grad, bad)
     with nothing_changes(opt, but={"skipped_steps"}):
@@ -104,12 +104,12 @@ def test_the_loss_of_a_skipped_step_is_returned() -> None:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("size", [1e15, 1e18])
 def test_large_finite_gradients_are_not_skipped(
-    foreach: bool, mask: str, variance: str, size: float
+    path: dict[str, Any], mask: str, variance: str, size: float
 ) -> None:
     """Up to a quarter of the root of the largest number nothing overflows."""
     w, twin = (Parameter(torch.zeros(4)) for _ in range(2))
     rows = [[torch.full((4,), size * sign)] for sign in (1, 1, -1, 1)] + [[torch.ones(4)]] * 2
-    opt = PopRiskAdamW([w], mask=mask, variance=variance, foreach=foreach)
+    opt = PopRiskAdamW([w], mask=mask, variance=variance, **path)
     take_steps(opt, rows)
     take_steps(torch.optim.AdamW([twin]), rows)
     assert bool(twin.isfinite().all())
@@ -240,16 +240,16 @@ def test_a_state_dict_survives_a_file_bit_for_bit(layout: str, variance: str) ->
 @each_path
 @pytest.mark.parametrize("changes", [{}, {"mode": "paper"}, {"variance": "second-moment"}], ids=str)
 def test_going_on_after_a_load_equals_never_having_stopped(
-    foreach: bool, changes: dict[str, Any]
+    path: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     starts = [parameter(4), parameter(5, dtype=torch.bfloat16)]
     rows: list[list[Tensor | None]] = [[*row] for row in grad_rows(starts, 8)]
     rows[0][1] = rows[2][1] = rows[6][0] = None
-    expected = trajectory(lambda ps: PopRiskAdamW(ps, **changes, foreach=foreach), starts, rows)
+    expected = trajectory(lambda ps: PopRiskAdamW(ps, **changes, **path), starts, rows)
 
-    first = PopRiskAdamW(copies(starts), **changes, foreach=foreach)
+    first = PopRiskAdamW(copies(starts), **changes, **path)
     weights = take_steps(first, rows[:4])
-    second = PopRiskAdamW(copies(weights[-1]), foreach=foreach)
+    second = PopRiskAdamW(copies(weights[-1]), **path)
     second.load_state_dict(saved_and_loaded(first.state_dict()))
     assert_bitwise(weights + take_steps(second, rows[4:]), expected)
 

@@ -4,6 +4,7 @@ The public names, in the order of the theory. See the README for a first run and
 ``docs/theory.md`` for the table from equations to functions.
 """
 
+from poprisk.dataparallel import observe_ranks
 from poprisk.gated import gated
 from poprisk.kernel import Kernel, entk
 from poprisk.monitor import RiskMonitor
@@ -48,6 +49,7 @@ __all__ = [
     "gated",
     "grad_mean_var",
     "loo_risk",
+    "observe_ranks",
     "select",
     "stopping_point",
 ]

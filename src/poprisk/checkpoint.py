@@ -24,8 +24,12 @@ def save_checkpoint(path: Path, value: Any) -> None:
 
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_pack(value, tensors))
+    for left in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata={"value": header})
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

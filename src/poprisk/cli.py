@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,8 +14,9 @@ import typer
 from rich.console import Console
 
 from poprisk.arms import default_arms
-from poprisk.bench.kernel import bench_kernels, kernel_table, write_kernel_results
-from poprisk.bench.step import bench_steps, bench_table, write_results
+from poprisk.bench import write_results
+from poprisk.bench.kernel import bench_kernels, kernel_table
+from poprisk.bench.step import bench_cold_start, bench_steps, bench_table
 from poprisk.compare import Comparison, TrainingError, compare, environment, start_forkserver
 from poprisk.display import ProgressDisplay, twin_table, verdict_table
 from poprisk.report import write_report
@@ -129,44 +131,56 @@ def tasks() -> None:
         console.print(f"[bold]{name:18}[/] {(function.__doc__ or '').splitlines()[0]}")
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="step: optimizer steps; kernel: tangent kernels.")] = (
-        "step"
-    ),
-    threads: Annotated[int, typer.Option(help="Threads torch may use.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Timed repetitions; 50 steps, 3 kernels.")] = (
-        None
-    ),
-    growth: Annotated[bool, typer.Option(help="kernel: also growth with each size.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the results as JSON.")] = None,
+bench = typer.Typer(help="Measure side by side with torch, in one run.")
+app.add_typer(bench, name="bench")
+Threads = Annotated[int, typer.Option(help="Threads torch may use.")]
+Steps = Annotated[int, typer.Option(help="Timed steps per optimizer.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the results as JSON.")]
+
+
+@bench.callback(invoke_without_command=True)
+def bench_default(
+    context: typer.Context, threads: Threads = 1, steps: Steps = 50, out: Out = None
 ) -> None:
-    """Measure beside other libraries, in one run: optimizer steps, or kernels."""
-    if what not in ("step", "kernel"):
-        _fail(f"bench measures 'step' or 'kernel', but got {what!r}.")
-    if threads < 1 or (steps is not None and steps < 1):
+    """Measure side by side with torch, in one run; alone, the same as `bench step`."""
+    if context.invoked_subcommand is None:
+        bench_step(threads, steps, out)
+
+
+@bench.command("step")
+def bench_step(threads: Threads = 1, steps: Steps = 50, out: Out = None) -> None:
+    """Time one optimizer step beside torch's AdamW, and its state."""
+    if threads < 1 or steps < 1:
         _fail("--threads and --steps must be at least 1.")
-    try:
-        if what == "step":
-            _bench_step(threads, steps or 50, out)
-        else:
-            _bench_kernel(threads, steps or 3, growth, out)
-    except OSError as error:
-        _fail(f"cannot write {out}: {error.strerror or error}.")
-
-
-def _bench_step(threads: int, steps: int, out: Path | None) -> None:
-    results = bench_steps(threads=threads, steps=steps)
+    results, cold = bench_steps(threads=threads, steps=steps), bench_cold_start()
     console.print(bench_table(results, threads=threads))
-    if out is not None:
-        write_results(out, results, threads=threads, steps=steps)
+    _say(f"first fused step: {cold.compiling:.1f} s compiling, {cold.from_cache:.2f} s from cache")
+    if out is None:
+        return
+    _write(out, results, more={"cold_start_seconds": cold._asdict()}, threads=threads, steps=steps)
 
 
-def _bench_kernel(threads: int, repeats: int, growth: bool, out: Path | None) -> None:
+@bench.command("kernel")
+def bench_kernel(
+    threads: Threads = 1,
+    repeats: Annotated[int, typer.Option(help="Timed repetitions of each kernel.")] = 3,
+    growth: Annotated[bool, typer.Option(help="Also growth with each size.")] = False,
+    out: Out = None,
+) -> None:
+    """Tangent kernels and second moments beside other libraries, as far as installed."""
+    if threads < 1 or repeats < 1:
+        _fail("--threads and --repeats must be at least 1.")
     results = bench_kernels(threads=threads, repeats=repeats, growth=growth)
     console.print(kernel_table(results, threads=threads))
     if out is not None:
-        write_kernel_results(out, results, threads=threads, repeats=repeats)
+        _write(out, results, threads=threads, repeats=repeats)
+
+
+def _write(out: Path, results: Sequence[Any], **settings: Any) -> None:
+    try:
+        write_results(out, results, **settings)
+    except OSError as error:
+        _fail(f"cannot write {out}: {error.strerror or error}.")
 
 
 def main() -> None:

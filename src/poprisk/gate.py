@@ -14,7 +14,7 @@ source of the maths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -22,6 +22,21 @@ from torch import Tensor
 
 TensorList = list[Tensor]
 Tensors = TypeVar("Tensors", Tensor, list[Tensor])
+
+
+def add_scaled_(x: TensorList, y: TensorList, scale: float | Tensor) -> None:
+    """Add ``scale * y`` to ``x`` in place; ``scale`` is a tensor where steps are captured."""
+    if isinstance(scale, Tensor):
+        torch._foreach_add_(x, scaled(y, scale))
+    else:
+        torch._foreach_add_(x, y, alpha=scale)
+
+
+def scaled(x: TensorList, scale: float | Tensor) -> TensorList:
+    """``scale * x``, newly allocated, in the dtype of ``x`` also where both are 0-d tensors."""
+    if isinstance(scale, Tensor):
+        scale = scale.to(x[0].dtype)
+    return list(torch._foreach_mul(x, scale))
 
 
 class Mask(Protocol):
@@ -49,7 +64,7 @@ def _hard_(
     var_scale: float,
 ) -> TensorList:
     tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps
-    torch._foreach_add_(mean_sq, var, alpha=-alpha * var_scale * tie)
+    add_scaled_(mean_sq, var, -alpha * var_scale * tie)
     torch._foreach_sign_(mean_sq)
     torch._foreach_clamp_min_(mean_sq, 0.0)
     return mean_sq
@@ -64,7 +79,7 @@ def _soft_(
     eps: float,
     var_scale: float,
 ) -> TensorList:
-    torch._foreach_add_(mean_sq, var, alpha=-alpha * var_scale)
+    add_scaled_(mean_sq, var, -alpha * var_scale)
     torch._foreach_clamp_min_(mean_sq, 0.0)
     return _fraction_(mean_sq, var, softness * var_scale, eps)
 
@@ -83,9 +98,13 @@ def _snr_(
 
 def _fraction_(signal: TensorList, var: TensorList, weight: float, eps: float) -> TensorList:
     """Signal / (signal + weight·var + eps) in place, with 0/0 = 0."""
-    total = torch._foreach_add(signal, var, alpha=weight)
-    if eps > 0:
-        torch._foreach_add_(total, eps)
+    total = [x.clone() for x in signal] if isinstance(weight, Tensor) else None
+    if total is None:
+        total = list(torch._foreach_add(signal, var, alpha=weight))
+    else:
+        add_scaled_(total, var, weight)
+    if isinstance(eps, Tensor) or eps > 0:
+        torch._foreach_add_(total, eps.to(total[0].dtype) if isinstance(eps, Tensor) else eps)
     torch._foreach_clamp_min_(total, torch.finfo(signal[0].dtype).tiny)
     torch._foreach_div_(signal, total)
     return signal
@@ -259,6 +278,15 @@ def threshold(
     return float(alpha)
 
 
+Pool = Callable[[Tensor, Sequence[int]], Tensor]
+"""From sums of tensors, shape (2, tensors), and their sizes to averages."""
+
+
+def local_means(sums: Tensor, counts: Sequence[int]) -> Tensor:
+    """Averages of tensors that are not spread over processes."""
+    return sums / torch.tensor(counts, device=sums.device)
+
+
 class Gate(NamedTuple):
     """A mask with its settings, ready to be evaluated on raw moment estimates."""
 
@@ -268,6 +296,9 @@ class Gate(NamedTuple):
     eps: float = 0.0
     q_min: float = 0.0
     per_tensor: bool = False
+    pool: Pool = local_means
+    opened: Tensor | None = None
+    """Where steps are captured: whether there is no estimate yet, so that all passes."""
 
     def __call__(
         self, mean: TensorList, var: TensorList, *, mean_scale: float = 1.0, var_scale: float = 1.0
@@ -280,8 +311,21 @@ class Gate(NamedTuple):
         """
         mean_sq = list(torch._foreach_mul(mean, mean))
         if self.per_tensor:
-            mean_sq = [x.mean() for x in mean_sq]
-            var = [x.mean() for x in var]
+            sums = torch.stack([_sums(mean_sq), _sums(var)])
+            mean_sq, var = self.averages(sums, [x.numel() for x in var], var[0].dtype)
+        return self.on_squares(mean_sq, var, mean_scale=mean_scale, var_scale=var_scale)
+
+    def averages(
+        self, sums: Tensor, counts: Sequence[int], dtype: torch.dtype
+    ) -> tuple[TensorList, TensorList]:
+        """The per-tensor averages of both rows of float64 ``sums``, shape (2, tensors)."""
+        means = self.pool(sums, counts).to(dtype)
+        return list(means[0].unbind()), list(means[1].unbind())
+
+    def on_squares(
+        self, mean_sq: TensorList, var: TensorList, *, mean_scale: float, var_scale: float
+    ) -> TensorList:
+        """The masks for squared averages, or their averages over tensors, as in ``__call__``."""
         q = self.mask(
             mean_sq,
             var,
@@ -292,4 +336,11 @@ class Gate(NamedTuple):
         )
         if self.q_min > 0.0:
             q = list(torch._foreach_clamp_min(q, self.q_min))
+        if self.opened is not None:
+            q = [torch.where(self.opened, torch.ones_like(x), x) for x in q]
         return q
+
+
+def _sums(tensors: TensorList) -> Tensor:
+    """The sum of each tensor in float64: the same to float32 in any order of summation."""
+    return torch.stack([x.sum(dtype=torch.float64) for x in tensors])

@@ -13,7 +13,6 @@ from poprisk import checks
 from poprisk.gate import MASKS_, Mask
 from poprisk.optimizer import (
     PopRiskAdamW,
-    all_finite,
     checked_gradients,
     evaluate,
     tensor_names,
@@ -21,6 +20,7 @@ from poprisk.optimizer import (
 )
 from poprisk.settings import check_gate_settings, gate_of
 from poprisk.stats import GateStats, gate_sums, module_stats
+from poprisk.update import all_finite
 from poprisk.variance import Clock, Ema
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]

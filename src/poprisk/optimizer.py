@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast, final, overload
 
@@ -13,34 +13,48 @@ from torch.optim import Optimizer
 
 from poprisk import checks
 from poprisk.checks import examples
+from poprisk.dataparallel import Observation, check_observations, take_observations_
+from poprisk.fused import fused_adamw_, gradients_are_finite
 from poprisk.gate import MASKS_, Mask, TensorList
 from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
+from poprisk.sharding import (
+    GlobalMeans,
+    Layout,
+    all_agree,
+    global_sums,
+    gradient_of,
+    layout_of,
+    local,
+    locals_of,
+)
+from poprisk.state import ADAM_KEYS, completed_state, count_step, prepare_state
 from poprisk.stats import GateStats, gate_sums, module_stats
-from poprisk.update import AdamSettings, Slots, adam_denominator, cache_blocks, gated_adamw_, masks
+from poprisk.update import (
+    LOW_PRECISION,
+    AdamSettings,
+    Slots,
+    adam_denominator,
+    all_finite,
+    all_small,
+    cache_blocks,
+    gated_adamw_,
+    masks,
+    real_slots,
+    state_dtype,
+)
 from poprisk.variance import WITHIN_BATCH, Clock, VarianceEstimator
-from poprisk.within import BatchParts
-
-ADAM_KEYS = ("exp_avg", "exp_avg_sq")
-LOW_PRECISION = (torch.float16, torch.bfloat16)
-NOT_LOADED = {
-    "foreach",
-    "fused",
-    "capturable",
-    "amsgrad",
-    "differentiable",
-    "decoupled_weight_decay",
-}
-"""Settings of a saved group that say how AdamW computed, not what."""
+from poprisk.within import BatchParts, take_parts_
 
 
 class Bucket(NamedTuple):
-    """Parameters of one group that share dtype, device and counters, updated together."""
+    """Parameters of one group that share dtype, device, layout and counters, updated together."""
 
     group: dict[str, Any]
     params: TensorList
     states: list[dict[str, Any]]
-    t: int
-    observations: int
+    t: Any
+    observations: Any
+    layout: Layout | None
 
 
 @final
@@ -75,14 +89,18 @@ class PopRiskAdamW(Optimizer):
             ungated while there is no estimate; ``"paper"`` is Algorithm 1 to the letter, cold
             start and absolute ``eps`` in the mask included.
         variance: ``"ema"`` (:class:`poprisk.variance.Ema`), ``"second-moment"``, ``"exact"``
-            (from per-example gradients: call :meth:`backward` with the losses) or
-            ``"microbatch"`` (between accumulation steps: call :meth:`microbatch` after each).
+            (from per-example gradients: call :meth:`backward` with the losses), ``"microbatch"``
+            (between accumulation steps: call :meth:`microbatch` after each) or
+            ``"data-parallel"``, which needs :func:`poprisk.observe_ranks`.
         reduction: None, or ``"per_tensor"``: average over a tensor before the comparison.
         q_min: floor of the mask, in [0, 1].
         foreach: many tensors per kernel (None: yes) or one at a time.
-        fused: not available yet; must be None or False.
+        fused: one pass over memory by a native kernel, compiled at the first step by the system's
+            C++ compiler and then kept (:mod:`poprisk.fused`). On the CPU, for masks by name; where
+            there is no compiler, foreach takes over after one RuntimeWarning.
         maximize: maximize the objective.
-        capturable: not available yet; must be False.
+        capturable: keep counters and choices in tensors, so that CUDA graphs and torch.compile can
+            hold the step; skipped steps are counted without a warning.
         gate: False for a group that is to be plain AdamW.
 
     A step whose gradients hold a NaN or Inf changes nothing; it is counted in
@@ -132,18 +150,23 @@ class PopRiskAdamW(Optimizer):
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         if isinstance(params, nn.Module):
             params = params.named_parameters()
+        self.rank_observations: dict[Tensor, Observation] = {}
         super().__init__(params, {**defaults, "skipped_steps": 0})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rank_observations": {}}
 
     @property
     def skipped_steps(self) -> int:
         """Steps left out because a gradient was not finite; saved in ``state_dict``."""
-        return self.param_groups[0]["skipped_steps"]
+        return int(self.param_groups[0]["skipped_steps"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its settings; missing ones come from the defaults."""
         check_optimizer_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._parts = None
+        self._prepare_captured()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -153,13 +176,23 @@ class PopRiskAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
         loss = evaluate(closure)
-        if not all_finite(checked_gradients(self)):
+        grads = checked_gradients(self)
+        if self._any("capturable"):
+            self._captured_step(grads)
+            return loss
+        finite = gradients_are_finite if self._any("fused") else all_finite
+        if not all_agree(finite(locals_of(grads)), grads):
             warn_skipped("PopRiskAdamW", self._count_skip())
             self._use_parts()
             return loss
+        check_observations(self.param_groups, self.rank_observations)
         parts = self._checked_parts()
-        for bucket in self._buckets():
-            _update_bucket(bucket, parts)
+        buckets = self._buckets()
+        take_observations_(self.param_groups, self.state, self.rank_observations)
+        if parts is not None:
+            take_parts_(parts, self.param_groups, self.state)
+        for bucket in buckets:
+            _update_bucket(bucket)
         self._use_parts()
         return loss
 
@@ -249,7 +282,7 @@ class PopRiskAdamW(Optimizer):
             own = tensor_names(i, group)
             for j, p in enumerate(group["params"]):
                 if group["gate"] and "variance_start" in self.state.get(p, {}):
-                    yield names.get(id(p), own[j]), _tensor_gate(self.state[p], group)
+                    yield names.get(id(p), own[j]), _tensor_gate(p, self.state[p], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.AdamW`` (the variance starts fresh).
@@ -261,7 +294,7 @@ class PopRiskAdamW(Optimizer):
             ValueError: if groups or shapes do not match or the state is AMSGrad's; nothing is
                 changed then.
         """
-        completed = _completed(state_dict, self.param_groups)
+        completed = completed_state(state_dict, self.param_groups)
         params = [p for g in self.param_groups for p in g["params"]]
         indices = [i for g in completed["param_groups"] for i in g["params"]]
         saved = {p: completed["state"].get(i, {}) for p, i in zip(params, indices, strict=True)}
@@ -271,9 +304,28 @@ class PopRiskAdamW(Optimizer):
         for p, state in saved.items():
             for key in (*ADAM_KEYS, "grad_mean_var"):
                 if key in state:
-                    self.state[p][key] = state[key].to(p.device, _state_dtype(p), copy=True)
+                    self.state[p][key] = state[key].to(p.device, state_dtype(p), copy=True)
             if "step" in state:
                 self.state[p]["step"] = torch.tensor(float(state["step"]))
+        self._prepare_captured()
+
+    def _captured_step(self, grads: TensorList) -> None:
+        """The same step without a number that changes from call to call, nor a choice by value."""
+        finite = all_small(locals_of(grads))
+        for group in self.param_groups:
+            group["skipped_steps"] = group["skipped_steps"] + (~finite).int()
+            for p in group["params"]:
+                if p.grad is not None and p.numel():
+                    _captured_update(group, p, self.state[p], finite)
+
+    def _prepare_captured(self) -> None:
+        """Make all state at once: none may be made while a step is captured."""
+        for group in self.param_groups:
+            for p in group["params"] if group["capturable"] else []:
+                prepare_state(p, self.state[p], estimator_of(group), on_device=True)
+
+    def _any(self, switch: str) -> bool:
+        return any(group[switch] for group in self.param_groups)
 
     def _count_skip(self) -> int:
         count = self.skipped_steps + 1
@@ -289,10 +341,12 @@ class PopRiskAdamW(Optimizer):
         params = [p for p in group["params"] if p.grad is not None and p.numel()]
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
-            _prepare(p, state, estimator)
+            prepare_state(p, state, estimator)
+        steps = count_step(states)
+        starts = [state["variance_start"] for state in states] if estimator else steps
         kinds = [
-            (p.device, p.dtype, t, t - state["variance_start"] if estimator else 0)
-            for p, state, t in zip(params, states, _count_step(states), strict=True)
+            (p.device, p.dtype, t, t - start, layout_of(p))
+            for p, t, start in zip(params, steps, starts, strict=True)
         ]
         if len(set(kinds)) == 1:
             return [Bucket(group, params, states, *kinds[0][2:])]
@@ -337,68 +391,56 @@ def warn_skipped(name: str, count: int) -> None:
         )
 
 
-def all_finite(grads: TensorList) -> bool:
-    """Whether no gradient holds a NaN, an Inf, or a number whose square would overflow.
-
-    One norm per tensor decides almost always; the largest entry decides where a norm is larger
-    than an entry may be.
-    """
-    norms: dict[tuple[torch.device, torch.dtype], TensorList] = defaultdict(list)
-    for norm in torch._foreach_norm(grads) if grads else []:
-        norms[norm.device, norm.dtype].append(norm)
-    if all(_below(torch.stack(n)) for n in norms.values()):
-        return True
-    return all(_below(g.abs()) for g in grads if g.numel())
-
-
-def _below(sizes: Tensor) -> bool:
-    """Whether deviations of these sizes, and no NaN, can be squared in the state's dtype."""
-    limit = torch.finfo(_state_dtype(sizes)).max ** 0.5 / 4
-    return bool(sizes.max().double() <= limit)
+def _captured_update(
+    group: dict[str, Any], p: Tensor, state: dict[str, Any], finite: Tensor
+) -> None:
+    """Update one parameter unless a gradient of the step was not finite."""
+    estimator = estimator_of(group)
+    t = state["step"].double() + 1
+    bucket = Bucket(group, [p], [state], t, t - state.get("variance_start", 0), layout_of(p))
+    columns = _columns(bucket, estimator)
+    kept = [[x.clone() for x in column] for column in (columns.params, *columns[2:])]
+    _update_bucket(bucket)
+    for column, old in zip((columns.params, *columns[2:]), kept, strict=True):
+        for x, before in zip(column, old, strict=True):
+            x.copy_(torch.where(finite, x, before))
+    state["step"].add_(finite.to(state["step"].dtype))
 
 
-def _state_dtype(p: Tensor) -> torch.dtype:
-    return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
-
-
-def _prepare(p: Tensor, state: dict[str, Any], estimator: VarianceEstimator | None) -> None:
-    """Create the state that the estimator and Adam need and ``state`` lacks."""
-    if "step" not in state:
-        state["step"] = torch.tensor(0.0)
-        for key in ADAM_KEYS:
-            state[key] = torch.zeros_like(p, dtype=_state_dtype(p))
-    if estimator is None:
-        if "variance_start" in state:
-            state["variance_start"] += 1  # nothing is observed while the gate is off
-        return
-    if "variance_start" in state and all(key in state for key in estimator.state_keys):
-        return
-    t = int(state["step"].item())
-    state["variance_start"] = t if estimator.observes(t + 1) else t + 1
-    for key in estimator.state_keys:
-        state[key] = torch.zeros_like(p, dtype=_state_dtype(p))
-
-
-def _count_step(states: list[dict[str, Any]]) -> list[int]:
-    """Advance the step counters by one and return them."""
-    if not states:
-        return []
-    steps = [state["step"] for state in states]
-    torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
-    return [int(t) for t in torch.stack(steps).tolist()]
-
-
-def _update_bucket(bucket: Bucket, parts: BatchParts | None) -> None:
+def _update_bucket(bucket: Bucket) -> None:
     group, estimator = bucket.group, estimator_of(bucket.group)
     beta1, beta2 = group["betas"]
     clock = Clock(bucket.t, bucket.observations, beta1, beta2)
-    settings = AdamSettings(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
     gate = gate_of(group, clock, estimator)
-    slots = _slots(bucket, estimator, parts)
+    if gate is not None and bucket.layout is not None:
+        gate = gate._replace(pool=GlobalMeans(bucket.layout))
+    how = {
+        "settings": AdamSettings(
+            group["lr"] if clock.captured else float(group["lr"]),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+        ),
+        "clock": clock,
+        "estimator": estimator,
+        "gate": gate,
+    }
+    columns = _columns(bucket, estimator)
+    if group["fused"]:
+        left = fused_adamw_(columns, **how, maximize=group["maximize"])
+        if not left:
+            return
+        columns = columns.subset(left)
+    slots = real_slots(columns, group["maximize"])
+    _update_slots(slots, group, functools.partial(gated_adamw_, **how))
+    for p, w in zip(columns.params, slots.params, strict=True):
+        if p.dtype in LOW_PRECISION:
+            p.copy_(w)
 
-    def update_(block: Slots) -> None:
-        gated_adamw_(block, settings=settings, clock=clock, estimator=estimator, gate=gate)
 
+def _update_slots(slots: Slots, group: dict[str, Any], update_: Callable[[Slots], None]) -> None:
+    """All tensors at once, block by block, or one at a time."""
     whole_tensors = group["reduction"] is not None or callable(group["mask"])
     if group["foreach"] is False:
         for i in range(len(slots.params)):
@@ -407,68 +449,33 @@ def _update_bucket(bucket: Bucket, parts: BatchParts | None) -> None:
         update_(slots)
     else:
         cache_blocks(slots, update_)
-    for p, w in zip(bucket.params, slots.params, strict=True):
-        if p.dtype in LOW_PRECISION:
-            p.copy_(w)
 
 
-def _slots(bucket: Bucket, estimator: VarianceEstimator | None, parts: BatchParts | None) -> Slots:
-    """Real float32 or float64 tensors of a bucket; parameters share memory unless low precision."""
-    params, states = bucket.params, bucket.states
-    within = parts is not None and estimator is not None and estimator.within_batch
-    observed = parts.mean_var(params) if within else []
+def _columns(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
+    """The tensors of a bucket as they are, of DTensors the parts that are here."""
     keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
-    columns = [params, [cast(Tensor, p.grad) for p in params]]
-    columns += [[state[key] for state in states] for key in keys]
-    dtype = _state_dtype(params[0])
-    if dtype != params[0].dtype or any(g.dtype != dtype for g in columns[1]):
-        columns = [[x.to(dtype) for x in column] for column in columns]
-    if dtype.is_complex:
-        observed = [torch.view_as_real(x) for x in observed]
-        columns = [[torch.view_as_real(x) for x in column] for column in columns]
-    if bucket.group["maximize"]:
-        columns[1] = list(torch._foreach_neg(columns[1]))
-    slots = Slots(*columns, *([] for _ in range(6 - len(columns))))
-    return slots._replace(observed=observed)
+    columns = [bucket.params, [gradient_of(p, bucket.layout) for p in bucket.params]]
+    columns += [[state[key] for state in bucket.states] for key in keys]
+    if bucket.layout is not None:
+        columns = [locals_of(column) for column in columns]
+    return Slots(*columns, *([] for _ in range(5 - len(columns))))
 
 
-def _tensor_gate(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _tensor_gate(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Re-evaluate the gate of the last step from the state it left behind."""
     estimator = cast(VarianceEstimator, estimator_of(group))
-    t = int(state["step"].item())
+    t, layout = int(state["step"].item()), layout_of(p)
     clock = Clock(t, t - state["variance_start"], *group["betas"])
     gate = gate_of(group, clock, estimator)
-    keys = (*ADAM_KEYS, *estimator.state_keys)
-    moments = [torch.view_as_real(x) if x.is_complex() else x for x in (state[k] for k in keys)]
-    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(4 - len(moments))))
+    moments = [local(state[key]) for key in (*ADAM_KEYS, *estimator.state_keys)]
+    moments = [torch.view_as_real(x) if x.is_complex() else x for x in moments]
+    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
     m, v = moments[:2]
     update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
-    if gate is None:
-        return gate_sums(torch.ones_like(m), torch.ones_like(m), update, v > 0)
-    q = masks(slots, clock, estimator, gate)[0]
-    passed = masks(slots, clock, estimator, gate._replace(mask=MASKS_["hard"], q_min=0.0))[0]
-    return gate_sums(q, passed, update, v > 0)
-
-
-def _completed(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A shallow copy of ``state_dict`` whose groups have every setting."""
-    checks.check_state_dict(state_dict, ADAM_KEYS)
-    saved = state_dict["param_groups"]
-    sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
-    if sizes != own:
-        raise ValueError(
-            f"state_dict does not fit this optimizer: its groups hold {sizes} parameters, the "
-            f"optimizer's {own}."
-        )
-    if any(group.get("amsgrad") for group in saved):
-        raise ValueError(
-            "state_dict comes from AdamW(amsgrad=True), whose maximum of v̂ PopRiskAdamW does "
-            "not have; train on from a checkpoint without amsgrad, or start the state fresh."
-        )
-    filled = [
-        {**mine, **{k: v for k, v in theirs.items() if k not in NOT_LOADED}}
-        for mine, theirs in zip(groups, saved, strict=True)
-    ]
-    for group in filled:
-        check_optimizer_settings(group)
-    return {"state": state_dict["state"], "param_groups": filled}
+    q = passed = torch.ones_like(m)
+    if gate is not None:
+        if layout is not None:
+            gate = gate._replace(pool=GlobalMeans(layout))
+        threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
+        q, passed = (masks(slots, clock, estimator, g)[0] for g in (gate, threshold))
+    return global_sums(gate_sums(q, passed, update, v > 0), layout)

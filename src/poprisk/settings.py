@@ -31,12 +31,18 @@ def check_gate_settings(group: Mapping[str, Any]) -> None:
 
 
 def check_optimizer_settings(group: Mapping[str, Any]) -> None:
-    """Refuse bad settings of AdamW or of the gate (TypeError, ValueError, NotImplementedError)."""
+    """Refuse bad settings of AdamW or of the gate (TypeError, ValueError)."""
     checks.check_number("lr", group["lr"], low=0.0)
     checks.check_number("eps", group["eps"], low=0.0)
     checks.check_number("weight_decay", group["weight_decay"], low=0.0)
     check_gate_settings(group)
-    checks.check_unavailable(fused=group["fused"], capturable=group["capturable"])
+    checks.check_captured_variance(group["variance"], capturable=group["capturable"])
+    checks.check_fused(
+        fused=group["fused"],
+        foreach=group["foreach"],
+        mask=group["mask"],
+        capturable=group["capturable"],
+    )
 
 
 def estimator_of(group: Mapping[str, Any]) -> VarianceEstimator | None:
@@ -53,10 +59,10 @@ def gate_of(
     if estimator is None:
         return None
     alpha, paper = group["alpha"], group["mode"] == "paper"
-    inflation = estimator.inflation(clock)
+    inflation: Any = estimator.inflation(clock)
     if paper and alpha == "auto":
         alpha = "fresh" if group["dataset_size"] is None else "finite"
-    elif not paper and inflation == 0:
+    elif not paper and not clock.captured and inflation == 0:
         return None
     return Gate(
         mask=group["mask"] if callable(group["mask"]) else MASKS_[group["mask"]],
@@ -72,4 +78,5 @@ def gate_of(
         eps=group["eps"] if paper else 0.0,
         q_min=group["q_min"],
         per_tensor=group["reduction"] == "per_tensor",
+        opened=inflation == 0 if clock.captured and not paper else None,
     )

@@ -8,13 +8,14 @@ one chunk stay in cache.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from poprisk.gate import Gate, TensorList
+from poprisk.gate import Gate, TensorList, scaled
 from poprisk.variance import Clock, VarianceEstimator
 
 CHUNK = 131_072
@@ -25,10 +26,13 @@ BLOCK = 65_536
 """Elements of small tensors worked on together on the CPU."""
 
 
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
 class AdamSettings(NamedTuple):
     """What AdamW itself needs, as numbers."""
 
-    lr: float
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float
@@ -38,8 +42,7 @@ class AdamSettings(NamedTuple):
 class Slots(NamedTuple):
     """Parallel lists of real tensors of one dtype on one device.
 
-    ``variances`` is empty for an estimator without state; ``observed`` holds variances found
-    within the present batch, for an estimator that averages these.
+    ``variances`` is empty for an estimator without state.
     """
 
     params: TensorList
@@ -47,7 +50,6 @@ class Slots(NamedTuple):
     exp_avgs: TensorList
     exp_avg_sqs: TensorList
     variances: TensorList
-    observed: TensorList
 
     def subset(self, indices: list[int]) -> Slots:
         """The slots at ``indices``."""
@@ -108,9 +110,9 @@ def gated_adamw_(
     with. Weight decay is decoupled and not gated. With ``gate=None`` every operation, and its
     order, is that of ``torch.optim.AdamW``; with ``estimator=None`` no variance is kept.
     """
-    w, g, m, v, s, observed = slots
+    w, g, m, v, s = slots
     if estimator is not None:
-        estimator.observe_(s, observed or g, m, clock)
+        estimator.observe_(s, g, m, clock)
     if settings.weight_decay != 0:
         torch._foreach_mul_(w, _number(1 - settings.lr * settings.weight_decay, w[0]))
     torch._foreach_lerp_(m, g, 1 - settings.beta1)
@@ -126,7 +128,11 @@ def gated_adamw_(
             torch._foreach_mul_(q, m)
             step = q
     denom = adam_denominator(v, clock, settings.eps)
-    torch._foreach_addcdiv_(w, step, denom, -(settings.lr / (1 - clock.beta1**clock.t)))
+    rate = settings.lr / (1 - clock.beta1**clock.t)
+    if isinstance(rate, Tensor):
+        torch._foreach_addcdiv_(w, scaled(step, -rate), denom)
+    else:
+        torch._foreach_addcdiv_(w, step, denom, -rate)
 
 
 def masks(slots: Slots, clock: Clock, estimator: VarianceEstimator, gate: Gate) -> TensorList:
@@ -135,9 +141,61 @@ def masks(slots: Slots, clock: Clock, estimator: VarianceEstimator, gate: Gate) 
     return gate(slots.exp_avgs, raw, mean_scale=clock.mean_scale, var_scale=var_scale)
 
 
-def _number(value: float, like: Tensor) -> float | Tensor:
+def state_dtype(p: Tensor) -> torch.dtype:
+    """The precision of a parameter's state: at least float32."""
+    return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+
+
+def real_slots(columns: Slots, maximize: bool) -> Slots:
+    """Real float32 or float64 tensors; parameters share memory unless low precision."""
+    dtype = state_dtype(columns.params[0])
+    slots = [list(column) for column in columns]
+    if any(x.dtype != dtype for x in (*columns.params, *columns.grads)):
+        slots = [[x.to(dtype) for x in column] for column in slots]
+    if dtype.is_complex:
+        slots = [[torch.view_as_real(x) for x in column] for column in slots]
+    if maximize:
+        slots[1] = list(torch._foreach_neg(slots[1]))
+    return Slots(*slots)
+
+
+def size_limit(dtype: torch.dtype) -> float:
+    """How large a gradient of this dtype may be so that deviations from it can be squared."""
+    wide = torch.float32 if dtype in LOW_PRECISION else dtype
+    return torch.finfo(wide).max ** 0.5 / 4
+
+
+def all_finite(grads: TensorList) -> bool:
+    """Whether no gradient holds a NaN, an Inf, or a number whose square would overflow.
+
+    One norm per tensor decides almost always; the largest entry decides where a norm is larger
+    than an entry may be.
+    """
+    norms: dict[tuple[torch.device, torch.dtype], TensorList] = defaultdict(list)
+    for norm in torch._foreach_norm(grads) if grads else []:
+        norms[norm.device, norm.dtype].append(norm)
+    if all(_below(torch.stack(n)) for n in norms.values()):
+        return True
+    return all(_below(g.abs()) for g in grads if g.numel())
+
+
+def all_small(grads: TensorList) -> Tensor:
+    """:func:`all_finite` as a 0-d boolean tensor, without looking at it."""
+    small = [(g.abs() <= size_limit(g.dtype)).all() for g in grads]
+    return torch.stack(small).all() if small else torch.ones((), dtype=torch.bool)
+
+
+def _below(sizes: Tensor) -> bool:
+    return bool(sizes.max().double() <= size_limit(sizes.dtype))
+
+
+def _number(value: float | Tensor, like: Tensor) -> float | Tensor:
     """``value`` in the form that a foreach kernel on the device of ``like`` takes fastest."""
-    return value if like.device.type != "cpu" else _constant(value, like.dtype)
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        return value
+    return _constant(value, like.dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from poprisk.checks import examples as checks
 from poprisk.factors import Moments, capture
-from poprisk.gate import TensorList, momentum_noise
+from poprisk.gate import TensorList, momentum_noise, scaled
 from poprisk.kernel.jacobian import Selection, as_inputs, call, length, split, take, trainable
 
 
@@ -33,10 +33,15 @@ class Clock(NamedTuple):
         beta2: decay of the average squared gradient.
     """
 
-    t: int
-    observations: int
+    t: Any
+    observations: Any
     beta1: float
     beta2: float
+
+    @property
+    def captured(self) -> bool:
+        """Whether the counters are 0-d float64 tensors, so that no step depends on a number."""
+        return isinstance(self.t, Tensor)
 
     @property
     def mean_scale(self) -> float:
@@ -48,8 +53,6 @@ class VarianceEstimator(ABC):
     """What an optimizer needs from an estimator; instances hold settings, never state."""
 
     state_keys: tuple[str, ...] = ()
-    within_batch = False
-    """Whether the variance comes from the parts of one batch (:mod:`poprisk.within`)."""
 
     def observes(self, t: int) -> bool:
         """Whether the gradient of step ``t`` (≥ 1) can be observed."""
@@ -59,10 +62,7 @@ class VarianceEstimator(ABC):
     def observe_(
         self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
     ) -> None:
-        """Update the state in place; ``exp_avgs`` does not contain ``grads`` yet.
-
-        With ``within_batch`` the variances of the present batch come in place of its gradients.
-        """
+        """Update the state in place; ``exp_avgs`` does not contain ``grads`` yet."""
 
     @abstractmethod
     def read(
@@ -73,6 +73,10 @@ class VarianceEstimator(ABC):
         clock: Clock,
     ) -> tuple[TensorList, float]:
         """Return ``raw`` and ``scale``; the moments contain the present gradients."""
+
+    def scale(self, clock: Clock) -> float:
+        """The ``scale`` of :meth:`read`, without reading."""
+        return 1.0
 
     @abstractmethod
     def inflation(self, clock: Clock) -> float:
@@ -109,12 +113,20 @@ class Ema(VarianceEstimator):
     def observe_(
         self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
     ) -> None:
-        if clock.observations == 0:
-            return
-        centre = 1.0 if self.paper else 1 / (1 - clock.beta1 ** (clock.t - 1))
-        d = list(torch._foreach_sub(grads, exp_avgs, alpha=centre))
+        if clock.captured:
+            self._observe_captured_(variances, grads, exp_avgs, clock)
+        elif clock.observations > 0:
+            d = list(torch._foreach_sub(grads, exp_avgs, alpha=self.centre(clock)))
+            torch._foreach_mul_(d, d)
+            torch._foreach_lerp_(variances, d, 1 - self.rho)
+
+    def _observe_captured_(
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
+    ) -> None:
+        weight = (clock.observations > 0).double() * (1 - self.rho)
+        d = list(torch._foreach_sub(grads, scaled(exp_avgs, self.centre(clock))))
         torch._foreach_mul_(d, d)
-        torch._foreach_lerp_(variances, d, 1 - self.rho)
+        torch._foreach_lerp_(variances, d, [weight.to(x.dtype) for x in d])
 
     def read(
         self,
@@ -123,12 +135,22 @@ class Ema(VarianceEstimator):
         exp_avg_sqs: TensorList,
         clock: Clock,
     ) -> tuple[TensorList, float]:
-        return variances, 1 / (1 - self.rho**clock.observations)
+        return variances, self.scale(clock)
+
+    def centre(self, clock: Clock) -> float:
+        r"""The factor on :math:`m_{t-1}` in the deviation: its bias correction, or 1."""
+        if self.paper:
+            return 1.0
+        before = clock.t - 1
+        return 1 / (1 - clock.beta1 ** (before.clamp_min(1) if clock.captured else before))
+
+    def scale(self, clock: Clock) -> float:
+        k = clock.observations
+        return 1 / (1 - self.rho ** (k.clamp_min(1) if clock.captured else k))
 
     def inflation(self, clock: Clock) -> float:
-        if clock.observations == 0:
-            return 0.0
-        return 1 + momentum_noise(clock.t, clock.beta1)
+        found = 1 + momentum_noise(clock.t, clock.beta1)
+        return _where(clock.observations > 0, found)
 
 
 @final
@@ -153,22 +175,23 @@ class SecondMoment(VarianceEstimator):
         exp_avg_sqs: TensorList,
         clock: Clock,
     ) -> tuple[TensorList, float]:
-        raw = list(torch._foreach_mul(exp_avg_sqs, 1 / (1 - clock.beta2**clock.t)))
-        torch._foreach_addcmul_(raw, exp_avgs, exp_avgs, -(clock.mean_scale**2))
+        raw = scaled(exp_avg_sqs, 1 / (1 - clock.beta2**clock.t))
+        add_scaled_squares_(raw, exp_avgs, -(clock.mean_scale**2))
         torch._foreach_clamp_min_(raw, 0.0)
         return raw, 1.0
 
     def inflation(self, clock: Clock) -> float:
-        return 1 - momentum_noise(clock.t, clock.beta1) if clock.t > 1 else 0.0
+        return _where(clock.t > 1, 1 - momentum_noise(clock.t, clock.beta1))
 
 
 @final
-class Within(VarianceEstimator):
-    r"""Average of the variances found within each batch (:mod:`poprisk.within`) [ours].
+class Given(VarianceEstimator):
+    r"""Average of variances that were found without comparing steps [ours].
 
     .. math:: s_t = \rho s_{t-1} + (1-\rho)\,\mathrm{var}_t,\qquad \hat s_t = s_t/(1-\rho^{k})
 
-    Unbiased for any course of the mean gradient: nothing is compared between steps. With
+    Within each batch (:mod:`poprisk.within`) or between processes (:mod:`poprisk.dataparallel`);
+    the optimizer puts each into the average. Unbiased for any course of the mean gradient. With
     :math:`\rho = \beta_1^2` the weights are the squares of those of :math:`\hat m`, so that
     :math:`r_t \hat s_t` estimates the variance of :math:`\hat m_t` itself, whatever the noise does.
 
@@ -177,15 +200,18 @@ class Within(VarianceEstimator):
     """
 
     state_keys = ("grad_mean_var",)
-    within_batch = True
 
     def __init__(self, rho: float | None) -> None:
         self.rho = rho
 
+    def decay(self, beta1: float) -> float:
+        """The decay of the average."""
+        return beta1**2 if self.rho is None else self.rho
+
     def observe_(
         self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
     ) -> None:
-        torch._foreach_lerp_(variances, grads, 1 - self._decay(clock))
+        return
 
     def read(
         self,
@@ -194,26 +220,41 @@ class Within(VarianceEstimator):
         exp_avg_sqs: TensorList,
         clock: Clock,
     ) -> tuple[TensorList, float]:
-        return variances, 1 / (1 - self._decay(clock) ** clock.observations)
+        return variances, self.scale(clock)
+
+    def scale(self, clock: Clock) -> float:
+        return 1 / (1 - self.decay(clock.beta1) ** clock.observations)
 
     def inflation(self, clock: Clock) -> float:
         return 1.0
 
-    def _decay(self, clock: Clock) -> float:
-        return clock.beta1**2 if self.rho is None else self.rho
+
+def _where(known: Any, value: Any) -> Any:
+    """``value`` where it is known, else 0; numbers, or tensors where steps are captured."""
+    if isinstance(known, Tensor):
+        return torch.where(known, value, 0.0)
+    return value if known else 0.0
+
+
+def add_scaled_squares_(x: TensorList, y: TensorList, scale: float | Tensor) -> None:
+    """Add ``scale * y²`` to ``x`` in place."""
+    if isinstance(scale, Tensor):
+        torch._foreach_add_(x, scaled(list(torch._foreach_mul(y, y)), scale))
+    else:
+        torch._foreach_addcmul_(x, y, y, scale)
 
 
 WITHIN_BATCH = ("exact", "microbatch")
-ESTIMATORS = ("ema", *WITHIN_BATCH, "second-moment")
+ESTIMATORS = ("ema", *WITHIN_BATCH, "data-parallel", "second-moment")
 
 
 def make_estimator(name: str, *, rho: float, paper: bool) -> VarianceEstimator:
     """The estimator called ``name``; see :data:`ESTIMATORS`."""
     if name == "second-moment":
         return SecondMoment()
-    if name in WITHIN_BATCH:
-        return Within(None if name == "exact" else rho)
-    return Ema(rho, paper=paper)
+    if name == "ema":
+        return Ema(rho, paper=paper)
+    return Given(None if name == "exact" else rho)
 
 
 def grad_mean_var(

@@ -15,7 +15,7 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torch import Tensor
 from poprisk.checks import examples as checks
 from poprisk.factors import capture
 from poprisk.factors.moments import not_negative, squared
+from poprisk.settings import estimator_of
+from poprisk.variance import WITHIN_BATCH, Given
 
 SCALED_TOLERANCE = 1e-2
 """Relative deviation from a common factor, beyond rounding, at which gradients count as changed."""
@@ -196,6 +198,20 @@ class BatchParts:
         """A batch whose step was skipped leaves its parts behind; its gradients are gone."""
         if any(p.grad is None for p in self._noted):
             self.reset()
+
+
+@torch.no_grad()
+def take_parts_(parts: BatchParts, groups: list[dict[str, Any]], state: Any) -> None:
+    """Put the variances of a batch into the running averages of an optimizer's groups."""
+    for group in groups:
+        estimator = estimator_of(group)
+        if not isinstance(estimator, Given) or group["variance"] not in WITHIN_BATCH:
+            continue
+        weight = 1 - estimator.decay(group["betas"][0])
+        for p in group["params"]:
+            if p.grad is not None and p.numel():
+                s = state[p]["grad_mean_var"]
+                s.lerp_(parts.mean_var([p])[0].to(s.dtype), weight)
 
 
 def _grad(p: Tensor) -> Tensor:

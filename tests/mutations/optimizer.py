@@ -19,15 +19,15 @@ MUTATIONS = {
     ),
     "no bias correction of the variance": Mutation(
         "variance.py",
-        "return variances, 1 / (1 - self.rho**clock.observations)",
-        "return variances, 1.0",
+        "return 1 / (1 - self.rho ** (k.clamp_min(1) if clock.captured else k))",
+        "return 1.0",
         REFERENCE,
     ),
     "no bias correction of the mean in the gate": Mutation(
         "variance.py", "return 1 / (1 - self.beta1**self.t)", "return 1.0", REFERENCE
     ),
     "no bias correction of the mean in the step": Mutation(
-        "update.py", "-(settings.lr / (1 - clock.beta1**clock.t))", "-settings.lr", REFERENCE
+        "update.py", "settings.lr / (1 - clock.beta1**clock.t)", "settings.lr", REFERENCE
     ),
     "variance divided by b-1 again": Mutation(
         "gate.py",

@@ -1,27 +1,76 @@
-"""Measurements beside peers, in one run: optimizer steps, and kernels with gradient statistics."""
+"""Measurements side by side in one run; one file per thing measured."""
 
 from __future__ import annotations
 
 import json
 import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+WARM_UP = 5
+"""Rounds that are not counted."""
+
+
+class Ratio(NamedTuple):
+    """Times of two functions that took turns, in milliseconds, and quartiles of their ratio."""
+
+    milliseconds: float
+    baseline_milliseconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+def take_turns(
+    function: Callable[[], Any], baseline: Callable[[], Any], *, rounds: int, seconds: float = 4.0
+) -> Ratio:
+    """Time both in turn, so that whatever else the machine does meets both alike.
+
+    Args:
+        function: what is measured.
+        baseline: what it is compared with.
+        rounds: counted rounds; fewer, but at least five, when time runs out.
+        seconds: time for the counted rounds.
+    """
+    times: list[tuple[float, float]] = []
+    for _ in range(WARM_UP):
+        function()
+        baseline()
+    stop = time.perf_counter() + seconds
+    while len(times) < rounds and (len(times) < 5 or time.perf_counter() < stop):
+        times.append((_timed(function), _timed(baseline)))
+    ratios = [a / b for a, b in times]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    own, base = (statistics.median(column) for column in zip(*times, strict=True))
+    return Ratio(own, base, middle, low, high)
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - started)
+
 
 def environment(**settings: Any) -> dict[str, Any]:
-    """What a measurement depends on."""
+    """What the figures depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "gpu": "not measured",
         **settings,
+        "gpu": "not measured",
     }
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write results, making the directory."""
+def write_results(
+    path: Path, results: Sequence[Any], *, more: dict[str, Any] | None = None, **settings: Any
+) -> None:
+    """Write named tuples and the environment they were measured in as JSON."""
+    content = {"environment": environment(**settings), "results": [r._asdict() for r in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**content, **(more or {})}, indent=2) + "\n", encoding="utf-8")

@@ -11,14 +11,12 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from poprisk.bench import environment, write_json
 from poprisk.bench.models import Case
 from poprisk.bench.peers import KERNELS, MOMENTS
 
@@ -131,14 +129,6 @@ def kernel_table(results: Sequence[Measured], *, threads: int) -> Table:
         peak = f"{r.peak_mib:.0f}" if r.peak_mib is not None else ""
         table.add_row(r.what, r.case, r.method, seconds, ratio, peak)
     return table
-
-
-def write_kernel_results(
-    path: Path, results: Sequence[Measured], *, threads: int, repeats: int
-) -> None:
-    """Write results and environment as JSON."""
-    measured_in = environment(threads=threads, repeats=repeats)
-    write_json(path, {"environment": measured_in, "results": [r._asdict() for r in results]})
 
 
 def _kernel_rows(case: Case, methods: Sequence[str], threads: int, repeats: int) -> list[Measured]:

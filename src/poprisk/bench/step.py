@@ -1,11 +1,11 @@
-"""Step times of optimizers, measured side by side in one run."""
+"""Step times and state of optimizers beside torch's fused AdamW."""
 
 from __future__ import annotations
 
-import statistics
-import time
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,27 +14,48 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk.bench import environment, write_json
+from poprisk.bench import take_turns
+from poprisk.bench.published import PublishedUpdate
 from poprisk.optimizer import PopRiskAdamW
 
-WARM_UP = 5
-
 PARAMETER_SETS: dict[str, Sequence[tuple[int, ...]]] = {
+    "1 × 1M": [(1_000_000,)],
     "1 × 10M": [(10_000_000,)],
     "12 × 768² + 4 × 768×3072": [(768, 768)] * 12 + [(768, 3072)] * 4,
     "100 × 10k": [(10_000,)] * 100,
+    "400 × 1k": [(1_000,)] * 400,
 }
 
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+Build = Callable[[list[nn.Parameter]], Optimizer]
+
+
+def _peer(name: str) -> Build:
+    def build(params: list[nn.Parameter]) -> Optimizer:
+        import pytorch_optimizer
+
+        optimizer = getattr(pytorch_optimizer, name)(params)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return optimizer
+
+    return build
+
+
+OPTIMIZERS: dict[str, Build] = {
     "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
-    "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
-    "PopRiskAdamW": lambda params: PopRiskAdamW(params, foreach=True),
-    "PopRiskAdamW, second-moment": lambda params: PopRiskAdamW(
-        params, foreach=True, variance="second-moment"
+    "PopRiskAdamW fused": lambda params: PopRiskAdamW(params, fused=True),
+    "PopRiskAdamW fused, second-moment": lambda params: PopRiskAdamW(
+        params, fused=True, variance="second-moment"
     ),
-    "PopRiskAdamW, loop": lambda params: PopRiskAdamW(params, foreach=False),
+    "PopRiskAdamW fused, per tensor": lambda params: PopRiskAdamW(
+        params, fused=True, reduction="per_tensor"
+    ),
+    "PopRiskAdamW foreach": lambda params: PopRiskAdamW(params, foreach=True),
+    "PRM, as published": PublishedUpdate,
+    "AdaBelief": _peer("AdaBelief"),
+    "ScheduleFreeAdamW": _peer("ScheduleFreeAdamW"),
 }
-BASELINE = "AdamW foreach"
+BASELINE = "AdamW fused"
 
 
 class StepTime(NamedTuple):
@@ -48,6 +69,7 @@ class StepTime(NamedTuple):
         ratio: median over steps of the time over the baseline's, taken in the same round.
         ratio_low: lower quartile of that ratio.
         ratio_high: upper quartile of that ratio.
+        state: bytes of state over bytes of parameters.
     """
 
     parameters: str
@@ -57,6 +79,14 @@ class StepTime(NamedTuple):
     ratio: float
     ratio_low: float
     ratio_high: float
+    state: float
+
+
+class ColdStart(NamedTuple):
+    """Seconds that a new process needs for the first fused step."""
+
+    compiling: float
+    from_cache: float
 
 
 def bench_steps(*, threads: int, steps: int) -> list[StepTime]:
@@ -67,38 +97,46 @@ def bench_steps(*, threads: int, steps: int) -> list[StepTime]:
 
     Args:
         threads: for torch.
-        steps: timed steps after a warm-up.
+        steps: timed steps after a warm-up; fewer where they take over four seconds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         return [
-            _bench_pair(name, shapes, other, steps)
+            _bench_pair(name, shapes, other, build, steps)
             for name, shapes in PARAMETER_SETS.items()
-            for other in OPTIMIZERS
-            if other != BASELINE
+            for other, build in optimizers_for(shapes).items()
         ]
     finally:
         torch.set_num_threads(before)
 
 
-def _bench_pair(name: str, shapes: Sequence[tuple[int, ...]], other: str, steps: int) -> StepTime:
-    pair = {key: OPTIMIZERS[key](_parameters(shapes)) for key in (BASELINE, other)}
-    times: dict[str, list[float]] = {key: [] for key in pair}
-    for _ in range(WARM_UP + steps):
-        for key, optimizer in pair.items():
-            started = time.perf_counter()
-            optimizer.step()
-            times[key].append(1e3 * (time.perf_counter() - started))
-    kept = {key: values[WARM_UP:] for key, values in times.items()}
-    return _summary(name, other, kept[other], kept[BASELINE])
+def optimizers_for(shapes: Sequence[tuple[int, ...]]) -> dict[str, Build]:
+    """The optimizers that take these shapes: Muon needs matrices."""
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None or any(len(shape) != 2 for shape in shapes):
+        return OPTIMIZERS
+    return {**OPTIMIZERS, "Muon": muon}
 
 
-def _summary(name: str, optimizer: str, own: list[float], base: list[float]) -> StepTime:
-    ratios = [a / b for a, b in zip(own, base, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    medians = statistics.median(own), statistics.median(base)
-    return StepTime(name, optimizer, *medians, middle, low, high)
+def _bench_pair(
+    name: str, shapes: Sequence[tuple[int, ...]], other: str, build: Build, steps: int
+) -> StepTime:
+    params = _parameters(shapes)
+    optimizer = build(params)
+    baseline = torch.optim.AdamW(_parameters(shapes), fused=True)
+    times = take_turns(optimizer.step, baseline.step, rounds=steps)
+    return StepTime(name, other, *times, state_size(optimizer) / _bytes(params))
+
+
+def state_size(optimizer: Optimizer) -> int:
+    """Bytes of all tensors that the optimizer keeps per parameter."""
+    states = optimizer.state.values()
+    return _bytes([x for s in states for x in s.values() if isinstance(x, Tensor)])
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
@@ -113,21 +151,38 @@ def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
     return params
 
 
+FIRST_STEP = """
+import os, sys, time, torch
+os.environ["POPRISK_CACHE"] = sys.argv[1]
+from poprisk import PopRiskAdamW
+w = torch.nn.Parameter(torch.ones(1000)); w.grad = torch.ones(1000)
+optimizer = PopRiskAdamW([w], fused=True)
+started = time.perf_counter(); optimizer.step(); print(time.perf_counter() - started)
+"""
+
+
+def bench_cold_start() -> ColdStart:
+    """Time the first step of a new process with an empty cache, then with a filled one."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", FIRST_STEP, folder]
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in "12"]
+    return ColdStart(*(float(run.stdout) for run in runs))
+
+
 def bench_table(results: list[StepTime], *, threads: int) -> Table:
     """The results as a table: a line per parameter set and optimizer."""
     table = Table(
         title=f"one optimizer step on the CPU, threads: {threads}",
         title_justify="left",
-        caption=f"each is timed in turn with {BASELINE}; ratio: median over these rounds",
+        caption=f"each is timed in turn with {BASELINE}; ratio: median over these rounds; "
+        "state: bytes over bytes of parameters",
         caption_justify="left",
         box=SIMPLE_HEAD,
     )
     table.add_column("parameters")
     table.add_column("optimizer")
-    table.add_column("ms", justify="right")
-    table.add_column(f"{BASELINE} ms", justify="right")
-    table.add_column("ratio", justify="right")
-    table.add_column("quartiles", justify="right")
+    for name in ("ms", f"{BASELINE} ms", "ratio", "quartiles", "state"):
+        table.add_column(name, justify="right")
     last = ""
     for r in results:
         table.add_row(
@@ -137,12 +192,7 @@ def bench_table(results: list[StepTime], *, threads: int) -> Table:
             f"{r.baseline_milliseconds:.2f}",
             f"{r.ratio:.2f}",
             f"{r.ratio_low:.2f} to {r.ratio_high:.2f}",
+            f"{r.state:.2f}",
         )
         last = r.parameters
     return table
-
-
-def write_results(path: Path, results: list[StepTime], *, threads: int, steps: int) -> None:
-    """Write the results and the environment they were measured in as JSON."""
-    rows = [r._asdict() for r in results]
-    write_json(path, {"environment": environment(threads=threads, steps=steps), "results": rows})

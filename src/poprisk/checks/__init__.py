@@ -142,13 +142,38 @@ def check_second_moment(variance: str, beta1: float) -> None:
         )
 
 
-def check_unavailable(*, fused: bool | None, capturable: bool) -> None:
-    """Raise NotImplementedError for switches of AdamW that have no implementation yet."""
-    if fused:
-        raise NotImplementedError("fused=True is not available yet; use foreach=True (default).")
-    if capturable:
-        raise NotImplementedError(
-            "capturable=True is not available yet; step outside of CUDA graphs and torch.compile."
+def check_fused(*, fused: bool | None, foreach: bool | None, mask: Any, capturable: bool) -> None:
+    """Raise where ``fused=True`` contradicts another setting."""
+    if fused and foreach:
+        raise ValueError("fused=True and foreach=True were both given; choose one of them.")
+    if fused and capturable:
+        raise ValueError(
+            "fused=True and capturable=True were both given: the native kernel cannot be captured; "
+            "choose one of them (torch.compile fuses a captured step)."
+        )
+    if fused and callable(mask):
+        raise TypeError(
+            "fused=True needs a mask by name, but got a function, which the native kernel cannot "
+            "call; use foreach=True."
+        )
+
+
+def check_observed(observed: bool) -> None:
+    """Raise RuntimeError if a step has no word from the other processes."""
+    if not observed:
+        raise RuntimeError(
+            'variance="data-parallel" has no observation of a gradient of this step: call '
+            "poprisk.observe_ranks(ddp_model, optimizer) once before training, on at least two "
+            "processes, and reduce the gradients with DistributedDataParallel."
+        )
+
+
+def check_captured_variance(variance: str, *, capturable: bool) -> None:
+    """Raise ValueError where the variance comes from outside of a captured step."""
+    if capturable and variance not in ("ema", "second-moment"):
+        raise ValueError(
+            f"variance={variance!r} cannot be captured: it is told to the optimizer outside of "
+            'the step; use capturable=False or variance="ema".'
         )
 
 

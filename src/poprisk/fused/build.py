@@ -1,0 +1,121 @@
+"""Compile the native kernel at first use, once per machine, and load it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernel.cpp")
+BASE_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
+OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+"""Tried in this order: not every compiler has both."""
+
+
+class BuildError(RuntimeError):
+    """There is no compiler, or it failed."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel; None, after one RuntimeWarning, where it cannot be had."""
+    try:
+        return load()
+    except BuildError as error:
+        warnings.warn(
+            f"PopRiskAdamW(fused=True) falls back to foreach=True, which gives the same results "
+            f"more slowly: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def load() -> ctypes.CDLL:
+    """Load the kernel from the cache, compiling it first if needed.
+
+    Raises:
+        BuildError: naming what is missing or what the compiler said.
+    """
+    compiler = find_compiler()
+    name = f"kernel-{_fingerprint(compiler)}.so"
+    for directory in (cache_directory(), Path(tempfile.gettempdir()) / f"poprisk-{os.getpid()}"):
+        path = directory / name
+        try:
+            if not path.exists():
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _compile(compiler, path)
+            return _declared(ctypes.CDLL(str(path)))
+        except OSError as error:
+            failure = error
+    raise BuildError(f"the compiled kernel cannot be stored or loaded: {failure}")
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: ``POPRISK_CACHE``, or a folder of the user's cache."""
+    chosen = os.environ.get("POPRISK_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(chosen) if chosen else Path(base) / "poprisk"
+
+
+def find_compiler() -> str:
+    """The C++ compiler: ``CXX`` if set, else the first of c++, g++ and clang++ on the path."""
+    named = os.environ.get("CXX")
+    for name in (named,) if named else ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return found
+    raise BuildError(f"no C++ compiler found ({named or 'c++, g++ or clang++'}); set CXX to one.")
+
+
+def _fingerprint(compiler: str) -> str:
+    """Changes with the source, the flags, the compiler and the processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    parts = [SOURCE.read_text(encoding="utf-8"), repr((BASE_FLAGS, OPTIONAL_FLAGS))]
+    parts += [compiler, version.stdout, platform.machine(), _processor()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Model and instruction sets: a home directory may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile to a temporary name and move it: processes that start together do not collide."""
+    failure = ""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        output = Path(folder) / path.name
+        for extra in OPTIONAL_FLAGS:
+            command = [compiler, *BASE_FLAGS, *extra, str(SOURCE), "-o", str(output)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                os.replace(output, path)
+                return
+            failure = f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}"
+    raise BuildError(failure)
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Say what the functions take and return; arrays are passed by address."""
+    address, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    library.poprisk_update.argtypes = [address]
+    library.poprisk_update.restype = None
+    library.poprisk_within.argtypes = [address, address, int64, int32, ctypes.c_uint64, int32]
+    library.poprisk_within.restype = int32
+    library.poprisk_task_size.restype = int64
+    return library

@@ -1,0 +1,90 @@
+"""Tensors that are spread over processes (DTensor, as FSDP2 makes them), seen from one process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor; free where nobody has imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """This process's part of a DTensor, sharing its memory; any other tensor itself."""
+    return t.to_local() if is_sharded(t) else t  # pyrefly: ignore
+
+
+def locals_of(tensors: list[Tensor]) -> list[Tensor]:
+    """:func:`local` of each."""
+    return [local(t) for t in tensors] if any(map(is_sharded, tensors)) else tensors
+
+
+def gradient_of(p: Tensor, layout: Layout | None) -> Tensor:
+    """The gradient of a parameter in the parameter's own layout."""
+    grad: Any = p.grad
+    if layout is None or layout_of(grad) == layout:
+        return grad
+    return grad.redistribute(layout.mesh, layout.placements)
+
+
+class Layout(NamedTuple):
+    """How tensors of one kind are spread: a device mesh and a placement per dimension of it."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+    def groups(self) -> list[Any]:
+        """The process groups over which a sum over all entries must be reduced."""
+        sharded = (i for i, placement in enumerate(self.placements) if placement.is_shard())
+        return [self.mesh.get_group(i) for i in sharded]
+
+
+def layout_of(t: Tensor) -> Layout | None:
+    """The layout of a DTensor, None for any other tensor; equal layouts compare equal."""
+    if not is_sharded(t):
+        return None
+    return Layout(t.device_mesh, tuple(t.placements))  # pyrefly: ignore
+
+
+def global_sums(sums: Tensor, layout: Layout | None) -> Tensor:
+    """Sums over whole tensors from the sums over this process's parts of them."""
+    for group in layout.groups() if layout is not None else []:
+        torch.distributed.all_reduce(sums, group=group)
+    return sums
+
+
+class GlobalMeans(NamedTuple):
+    """Averages over whole tensors from sums over this process's parts: the pool of a gate.
+
+    One all-reduce per sharded dimension of the mesh.
+    """
+
+    layout: Layout
+
+    def __call__(self, sums: Tensor, counts: Sequence[int]) -> Tensor:
+        sizes = torch.tensor([counts], dtype=sums.dtype, device=sums.device)
+        *rows, sizes = global_sums(torch.cat([sums, sizes]), self.layout).unbind()
+        return torch.stack(rows) / sizes
+
+
+def all_agree(truth: bool, tensors: Sequence[Tensor]) -> bool:
+    """Whether ``truth`` holds on every process that has a part of one of the tensors.
+
+    One all-reduce of a number per mesh; none without DTensors. Every process must skip the same
+    steps, or their counters would part.
+    """
+    meshes = {layout.mesh for t in tensors if (layout := layout_of(t)) is not None}
+    for mesh in meshes:
+        flag = torch.tensor(float(truth), device=mesh.device_type)
+        for i in range(mesh.ndim):
+            group = mesh.get_group(i)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group)
+        truth = bool(flag.item())
+    return truth

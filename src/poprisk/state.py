@@ -1,0 +1,81 @@
+"""The state of each parameter: made when first needed, counted, and loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poprisk import checks
+from poprisk.settings import check_optimizer_settings
+from poprisk.update import state_dtype
+from poprisk.variance import VarianceEstimator
+
+ADAM_KEYS = ("exp_avg", "exp_avg_sq")
+NOT_LOADED = {
+    "foreach",
+    "fused",
+    "capturable",
+    "amsgrad",
+    "differentiable",
+    "decoupled_weight_decay",
+}
+"""Settings of a saved group that say how AdamW computed, not what."""
+
+
+def prepare_state(
+    p: Tensor,
+    state: dict[str, Any],
+    estimator: VarianceEstimator | None,
+    *,
+    on_device: bool = False,
+) -> None:
+    """Create the state that the estimator and Adam need and ``state`` lacks."""
+    if "step" not in state:
+        state["step"] = torch.tensor(0.0, device=p.device if on_device else None)
+        for key in ADAM_KEYS:
+            state[key] = torch.zeros_like(p, dtype=state_dtype(p))
+    if estimator is None:
+        if "variance_start" in state:
+            state["variance_start"] += 1  # nothing is observed while the gate is off
+        return
+    if "variance_start" in state and all(key in state for key in estimator.state_keys):
+        return
+    t = int(state["step"].item())
+    state["variance_start"] = t if estimator.observes(t + 1) else t + 1
+    for key in estimator.state_keys:
+        state[key] = torch.zeros_like(p, dtype=state_dtype(p))
+
+
+def count_step(states: list[dict[str, Any]]) -> list[int]:
+    """Advance the step counters by one and return them."""
+    if not states:
+        return []
+    steps = [state["step"] for state in states]
+    torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+    return [int(t) for t in torch.stack(steps).tolist()]
+
+
+def completed_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A shallow copy of ``state_dict`` whose groups have every setting."""
+    checks.check_state_dict(state_dict, ADAM_KEYS)
+    saved = state_dict["param_groups"]
+    sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if sizes != own:
+        raise ValueError(
+            f"state_dict does not fit this optimizer: its groups hold {sizes} parameters, the "
+            f"optimizer's {own}."
+        )
+    if any(group.get("amsgrad") for group in saved):
+        raise ValueError(
+            "state_dict comes from AdamW(amsgrad=True), whose maximum of v̂ PopRiskAdamW does "
+            "not have; train on from a checkpoint without amsgrad, or start the state fresh."
+        )
+    filled = [
+        {**mine, **{k: v for k, v in theirs.items() if k not in NOT_LOADED}}
+        for mine, theirs in zip(groups, saved, strict=True)
+    ]
+    for group in filled:
+        check_optimizer_settings(group)
+    return {"state": state_dict["state"], "param_groups": filled}

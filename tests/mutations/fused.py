@@ -1,0 +1,85 @@
+"""Plausible bugs of the native kernel, of sharding and of captured steps."""
+
+from mutations import Mutation
+
+SETTINGS = "test_fused.py::test_fused_is_foreach_for_other_settings"
+LAYOUTS = "test_fused.py::test_fused_is_foreach_for_all_layouts_at_once"
+REFERENCE = "test_fused.py::test_fused_is_the_reference"
+NOT_FINITE = "test_fused.py::test_a_gradient_that_is_not_finite_is_found_anywhere"
+CAPTURED = "test_captured.py::test_captured_steps_are_the_reference"
+KERNEL = "fused/kernel.cpp"
+
+MUTATIONS = {
+    "kernel: mean used after its update": Mutation(
+        KERNEL,
+        "      const real d = madd(-c.centre, mean, grad);\n",
+        "      const real d = madd(-c.centre, lerp(mean, grad, c.beta1_weight), grad);\n",
+        REFERENCE,
+    ),
+    "kernel: variance of the last step": Mutation(
+        KERNEL,
+        "      variance = lerp(s[i], d * d, c.rho_weight);\n      s[i] = variance;",
+        "      variance = s[i];\n      s[i] = lerp(s[i], d * d, c.rho_weight);",
+        REFERENCE,
+    ),
+    "kernel: gated weight decay": Mutation(
+        KERNEL,
+        "    w[i] = moved(w[i] * c.decay, step, square, c);\n    m[i] = mean;",
+        "    w[i] = moved(step == 0 ? w[i] : w[i] * c.decay, step, square, c);\n    m[i] = mean;",
+        REFERENCE,
+    ),
+    "kernel: no floor": Mutation(
+        KERNEL, "  return at_least(signal / total, c.q_min);", "  return signal / total;", SETTINGS
+    ),
+    "kernel: the sign forgotten": Mutation(
+        KERNEL,
+        "    const real grad = c.sign * g[i];\n    real mean",
+        "    const real grad = g[i];\n    real mean",
+        SETTINGS,
+    ),
+    "kernel: lerp of small weights only": Mutation(
+        KERNEL, "return weight < real(0.5) ?", "return weight < real(2) ?", SETTINGS
+    ),
+    "kernel: bfloat16 cut off": Mutation(
+        KERNEL, "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16", SETTINGS
+    ),
+    "kernel: the last block left out": Mutation(
+        KERNEL, "i < to; i += stride", "i + 1 < to; i += stride", SETTINGS
+    ),
+    "kernel: NaN not looked for in the tail": Mutation(
+        KERNEL, "int64_t i = 2 * half; i < to - from", "int64_t i = 2 * half; i < 0", NOT_FINITE
+    ),
+    "kernel: NaN looked for in one stream": Mutation(
+        KERNEL, "stream * half + i + k", "i + k", NOT_FINITE
+    ),
+    "averages per tensor over the wrong count": Mutation(
+        "fused/__init__.py",
+        "gate.averages(totals, numels,",
+        "gate.averages(totals, [n + 1 for n in numels],",
+        REFERENCE,
+    ),
+    "gradients of another layout taken as they are": Mutation(
+        "fused/__init__.py",
+        "return g if g.stride() == w.stride() else",
+        "return g if g.numel() == w.numel() else",
+        "test_optimizer.py::test_large_tensors_with_gradients_of_another_layout",
+    ),
+    "captured: gated while there is no estimate": Mutation(
+        "settings.py", "opened=inflation == 0 if", "opened=inflation < 0 if", CAPTURED
+    ),
+    "captured: the first gradient observed": Mutation(
+        "variance.py", "(clock.observations > 0).double()", "(clock.t > 0).double()", CAPTURED
+    ),
+    "captured: a NaN enters": Mutation(
+        "optimizer.py",
+        "x.copy_(torch.where(finite, x, before))",
+        "x.copy_(x)",
+        "test_captured.py::test_a_compiled_step_is_one_graph[eager]",
+    ),
+    "checkpoints not written atomically": Mutation(
+        "checkpoint.py",
+        'temporary = path.with_suffix(f".{os.getpid()}.tmp")',
+        "temporary = path",
+        "test_checkpoint.py",
+    ),
+}

@@ -1,0 +1,222 @@
+"""What every process of a distributed test does; test_distributed.py starts them and reads on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from poprisk import PopRiskAdamW, observe_ranks
+
+WORLD = 2
+BATCH = 8
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "loop": {"foreach": False},
+    "fused per tensor": {"fused": True, "reduction": "per_tensor"},
+    "foreach per tensor": {"foreach": True, "reduction": "per_tensor", "mask": "snr"},
+    "loop per tensor": {"foreach": False, "reduction": "per_tensor", "mask": "hard"},
+    "second-moment": {"fused": True, "variance": "second-moment"},
+    "paper": {"fused": True, "mode": "paper", "mask": "snr"},
+}
+
+
+def build() -> nn.Module:
+    """Odd sizes: the shards are unequal, and the last bias has none on the second process."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1))
+    return nn.Sequential(*layers).double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 5, generator=generator, dtype=torch.float64)
+    return x, x.sum(1, keepdim=True) + torch.randn(
+        BATCH, 1, generator=generator, dtype=torch.float64
+    )
+
+
+def steps(model: nn.Module, opt: torch.optim.Optimizer, numbers: range, share: slice) -> None:
+    """Train on this process's share of each batch, in two accumulated halves."""
+    for step in numbers:
+        x, y = batch(step)
+        opt.zero_grad()
+        for half in (slice(0, BATCH // 2), slice(BATCH // 2, None)):
+            xs, ys = x[half][share], y[half][share]
+            (nn.functional.mse_loss(model(xs), ys) / 2).backward()
+        opt.step()
+
+
+def weights(model: nn.Module) -> Tensor:
+    parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([w.detach().flatten() for w in parts])
+
+
+def optimizer(model: nn.Module, **settings: Any) -> PopRiskAdamW:
+    return PopRiskAdamW(model, lr=0.01, batch_size=BATCH, dataset_size=100, z=1.0, **settings)
+
+
+def single(count: int, **settings: Any) -> tuple[nn.Module, PopRiskAdamW]:
+    model = build()
+    opt = optimizer(model, **settings)
+    steps(model, opt, range(count), slice(None))
+    return model, opt
+
+
+def mine() -> slice:
+    return slice(dist.get_rank(), None, WORLD)
+
+
+def compare(wrap: Callable[[nn.Module], Any]) -> dict[str, float]:
+    """The largest difference of weights to one process, for each of the settings."""
+    apart = {}
+    for name, settings in SETTINGS.items():
+        model = build()
+        wrapped = wrap(model)
+        opt = optimizer(model, **settings)
+        steps(wrapped, opt, range(30), mine())
+        expected = weights(single(30, **settings)[0])
+        apart[name] = float((weights(model) - expected).abs().max())
+    return apart
+
+
+def ddp() -> dict[str, float]:
+    return compare(DistributedDataParallel)
+
+
+def fsdp() -> dict[str, float]:
+    return compare(lambda model: fully_shard(model))
+
+
+def statistics() -> dict[str, Any]:
+    """The gate's statistics of sharded parameters and of whole ones."""
+    found = {}
+    for reduction in (None, "per_tensor"):
+        model = build()
+        fully_shard(model)
+        opt = optimizer(model, reduction=reduction)
+        steps(model, opt, range(10), mine())
+        whole = single(10, reduction=reduction)[1]
+        found[str(reduction)] = [
+            {k: list(v) for k, v in o.gate_stats().items()} for o in (opt, whole)
+        ]
+    return found
+
+
+def observed() -> dict[str, Any]:
+    """The variance that DDP's processes disagree on, against its definition from all gradients."""
+    model = build()
+    wrapped = DistributedDataParallel(model)
+    opt = optimizer(model, variance="data-parallel", rho=0.9, fused=True)
+    message = ""
+    try:
+        steps(wrapped, opt, range(1), mine())
+    except RuntimeError as error:
+        message = str(error)
+    observe_ranks(wrapped, opt)
+    twin, s, apart = build(), 0.0, 0.0
+    for step in range(8):
+        twin.load_state_dict(model.state_dict())
+        x, y = batch(step)
+        grads = []
+        for rank in range(WORLD):
+            twin.zero_grad()
+            nn.functional.mse_loss(twin(x[rank::WORLD]), y[rank::WORLD]).backward()
+            grads.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))  # pyrefly: ignore
+        new = torch.stack(grads).var(0, unbiased=True) / WORLD
+        s = 0.9 * s + 0.1 * new * (0.25 if step % 2 else 1.0)
+        opt.zero_grad()
+        nn.functional.mse_loss(wrapped(x[mine()]), y[mine()]).backward()
+        if step % 2:
+            for p in model.parameters():
+                p.grad.mul_(0.5)  # pyrefly: ignore
+        opt.step()
+        found = torch.cat([opt.state[p]["grad_mean_var"].flatten() for p in model.parameters()])
+        apart = max(apart, float((found - s).abs().max() / s.max()))
+    moved = not torch.equal(weights(model), weights(build()))
+    return {"apart": apart, "message": message, "moved": moved}
+
+
+def skipped() -> dict[str, Any]:
+    """A NaN in the shard of one process makes every process skip."""
+    model = build()
+    fully_shard(model)
+    opt = optimizer(model, fused=True)
+    steps(model, opt, range(3), mine())
+    before = weights(model)
+    x, y = batch(3)
+    opt.zero_grad()
+    nn.functional.mse_loss(model(x), y).backward()
+    grad: Any = next(model.parameters()).grad
+    if dist.get_rank() == 1:
+        grad.to_local()[0] = float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt.step()
+    return {"skipped": opt.skipped_steps, "unchanged": torch.equal(before, weights(model))}
+
+
+def checkpoint(folder: Path) -> dict[str, float]:
+    """Save from two processes after ten steps; go on alone, and in two, from what was saved."""
+    model = build()
+    fully_shard(model)
+    opt = optimizer(model, fused=True)
+    steps(model, opt, range(10), mine())
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, opt)}
+    dcp.save(state, checkpoint_id=folder)
+    steps(model, opt, range(10, 20), mine())
+    expected = weights(model)
+    apart = {}
+    for name in ("resharded to one", "again on two"):
+        resumed = build()
+        if name == "again on two":
+            fully_shard(resumed)
+        other = optimizer(resumed, fused=True)
+        empty = {
+            "model": resumed.state_dict(),
+            "optimizer": get_optimizer_state_dict(resumed, other),
+        }
+        dcp.load(empty, checkpoint_id=folder)
+        resumed.load_state_dict(empty["model"])
+        set_optimizer_state_dict(resumed, other, empty["optimizer"])
+        steps(resumed, other, range(10, 20), mine() if name == "again on two" else slice(None))
+        apart[name] = float((weights(resumed) - expected).abs().max())
+    return apart
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "store"), WORLD), rank=rank, world_size=WORLD
+    )
+    results = {
+        "ddp": ddp(),
+        "fsdp": fsdp(),
+        "statistics": statistics(),
+        "observed": observed(),
+        "skipped": skipped(),
+        "checkpoint": checkpoint(folder / "checkpoint"),
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

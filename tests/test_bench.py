@@ -1,0 +1,66 @@
+"""The benchmarks measure what they say, on tiny parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import Parameter
+from typer.testing import CliRunner
+
+from poprisk import PopRiskAdamW, bench, cli
+from poprisk.bench import step
+from poprisk.bench.published import PublishedUpdate
+from samplers import copies, noisy_grads, parameter, take_steps
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "PARAMETER_SETS", {"two": [(8, 8), (8, 8)]})
+    monkeypatch.setattr(step, "bench_cold_start", lambda: step.ColdStart(1.0, 0.5))
+    monkeypatch.setattr(cli, "bench_cold_start", step.bench_cold_start)
+
+
+def test_turns_are_taken_and_ratios_pair_up() -> None:
+    calls: list[str] = []
+    ratio = bench.take_turns(
+        lambda: calls.append("own"), lambda: calls.append("base"), rounds=6, seconds=100
+    )
+    assert calls == ["own", "base"] * (bench.WARM_UP + 6)
+    assert ratio.ratio_low <= ratio.ratio <= ratio.ratio_high
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("command", [["bench"], ["bench", "step"]])
+def test_both_commands_write_the_same_kind_of_result(tmp_path: Path, command: list[str]) -> None:
+    out = tmp_path / "new" / "step.json"
+    result = CliRunner().invoke(cli.app, [*command, "--steps", "5", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["cold_start_seconds"] == {"compiling": 1.0, "from_cache": 0.5}
+    assert found["environment"]["threads"] == 1
+    state = {row["optimizer"]: row["state"] for row in found["results"]}
+    assert state["PopRiskAdamW fused"] == pytest.approx(3.0, abs=0.1)
+    assert state["PopRiskAdamW fused, second-moment"] == pytest.approx(2.0, abs=0.1)
+    assert ("Muon" in state) is hasattr(torch.optim, "Muon")
+
+
+def test_muon_is_left_out_where_there_are_vectors() -> None:
+    assert "Muon" not in step.optimizers_for([(8, 8), (8,)])
+
+
+def test_the_published_update_is_mode_paper() -> None:
+    start, grads = parameter(5), [[g] for g in noisy_grads(30, 5)]
+    published = take_steps(PublishedUpdate(copies([start])), grads)[-1]
+    paper = PopRiskAdamW(copies([start]), mask="snr", mode="paper", softness=1.0)
+    torch.testing.assert_close(published, take_steps(paper, grads)[-1], rtol=1e-12, atol=1e-12)
+
+
+def test_state_size_counts_bytes() -> None:
+    w = Parameter(torch.zeros(10, dtype=torch.float64))
+    w.grad = torch.ones_like(w)
+    opt = PopRiskAdamW([w])
+    opt.step()
+    assert step.state_size(opt) == 3 * 10 * 8 + 4

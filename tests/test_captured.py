@@ -1,0 +1,114 @@
+"""capturable=True: the same numbers as foreach, and one graph for all steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.nn import Parameter
+
+from asserts import assert_close
+from cases import LAYOUTS, MASKS, MODES, PATHS, REDUCTIONS, VARIANCES, settings
+from poprisk import PopRiskAdamW
+from poprisk.reference.optimizer import ReferenceOptimizer
+from samplers import copies, grad_rows, noisy_grads, parameter, take_steps
+
+CAPTURED: dict[str, Any] = {"capturable": True}
+PLAIN: dict[str, Any] = {}
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_captured_steps_are_the_reference(
+    mask: str, mode: str, reduction: str | None, variance: str
+) -> None:
+    changes = settings(mask=mask, mode=mode, variance=variance, reduction=reduction)
+    start, grads = parameter(3), noisy_grads(40, 3)
+    reference = ReferenceOptimizer(start, **changes)
+    expected = [reference.step(g) for g in grads]
+    weights = take_steps(
+        PopRiskAdamW(copies([start]), **changes, capturable=True), [[g] for g in grads]
+    )
+    assert_close([row[0] for row in weights], expected, 1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_captured_steps_are_foreach_for_every_layout(layout: str) -> None:
+    start = LAYOUTS[layout]()
+    rows = grad_rows([start], 4)
+    ours, foreach = (
+        take_steps(PopRiskAdamW(copies([start]), **how), rows)[-1]
+        for how in (CAPTURED, PATHS["foreach"])
+    )
+    assert_close(ours, foreach, 4 * torch.finfo(start.dtype).eps)
+
+
+def train(wrap: Callable[[Any], Any], **how: Any) -> tuple[list[Tensor], int]:
+    """Weights and skipped steps of twelve steps, of which the sixth has a NaN."""
+    starts = [parameter(7, 5, dtype=torch.float32), parameter(30, dtype=torch.float32)]
+    params, late = copies(starts), Parameter(torch.ones(2))
+    groups = [{"params": params}, {"params": [late], "gate": False}]
+    opt = PopRiskAdamW(groups, **how)
+    step = wrap(opt.step)  # before the scheduler, which puts a function of its own in its place
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
+    for t, row in enumerate(grad_rows([*params, late], 12, seed=3)):
+        for p, grad in zip([*params, late], row, strict=True):
+            p.grad = grad
+        if t == 5:
+            row[0][0, 0] = float("nan")
+        step()
+        schedule.step()
+    return [p.detach() for p in [*params, late]], opt.skipped_steps
+
+
+def compiled(backend: str) -> Callable[[Any], Any]:
+    return lambda step: torch.compile(step, fullgraph=True, backend=backend)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_is_one_graph(backend: str) -> None:
+    """One graph makes the state, one serves all steps after it: a scheduler included."""
+    lr = torch.tensor(0.01)
+    weights, skipped = train(compiled(backend), lr=lr, capturable=True)
+    expected, plain = train(lambda step: step, lr=0.01)
+    assert (skipped, plain) == (1, 1)
+    assert_close(weights, expected, 1e-6)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+
+
+def test_a_captured_state_goes_on_in_a_plain_optimizer_and_back() -> None:
+    start = parameter(6)
+    rows = [[g] for g in noisy_grads(20, 6)]
+    expected = take_steps(PopRiskAdamW(copies([start])), rows)[-1]
+    (w,) = copies([start])
+    state: dict[str, Any] | None = None
+    for first, how in ((0, CAPTURED), (5, PLAIN), (10, CAPTURED), (15, PLAIN)):
+        opt = PopRiskAdamW([w], **how)
+        if state is not None:
+            opt.load_state_dict(state)
+        take_steps(opt, rows[first : first + 5])
+        state = opt.state_dict()
+    assert_close([w.detach()], expected, 1e-12)
+
+
+def test_the_kernel_cannot_be_captured() -> None:
+    with pytest.raises(ValueError, match=r"^fused=True and capturable=True were both given"):
+        PopRiskAdamW([parameter(2)], fused=True, capturable=True)

@@ -1,0 +1,99 @@
+"""Two processes against one: DDP, FSDP2, checkpoints that change their number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed
+
+from ranks import SETTINGS, WORLD
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+]
+HERE = Path(__file__).parent
+BENCHMARKS = HERE.parent / "benchmarks"
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
+    paths = [str(HERE.parent / "src"), *sys.path]
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    running = [started([str(HERE / "ranks.py"), str(rank), str(folder)]) for rank in range(WORLD)]
+    errors = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * WORLD, errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_two_processes_are_one(results: list[dict[str, Any]], wrapper: str, settings: str) -> None:
+    assert all(result[wrapper][settings] <= 1e-12 for result in results)
+
+
+@pytest.mark.parametrize("reduction", ["None", "per_tensor"])
+def test_gate_stats_of_shards_are_those_of_whole_tensors(
+    results: list[dict[str, Any]], reduction: str
+) -> None:
+    for result in results:
+        sharded, whole = result["statistics"][reduction]
+        assert sharded.keys() == whole.keys()
+        for name, values in whole.items():
+            assert sharded[name] == pytest.approx(values)
+
+
+def test_processes_tell_the_variance_of_their_mean(results: list[dict[str, Any]]) -> None:
+    """Clipped gradients have a clipped variance; without the hook there is a clear error."""
+    for result in results:
+        assert result["observed"]["apart"] <= 1e-10
+        assert result["observed"]["moved"]
+        assert "observe_ranks" in result["observed"]["message"]
+
+
+def test_every_process_skips_what_one_process_must_skip(results: list[dict[str, Any]]) -> None:
+    assert [result["skipped"] for result in results] == [{"skipped": 1, "unchanged": True}] * WORLD
+
+
+@pytest.mark.parametrize("case", ["resharded to one", "again on two"])
+def test_a_distributed_checkpoint_goes_on(results: list[dict[str, Any]], case: str) -> None:
+    assert all(result["checkpoint"][case] <= 1e-12 for result in results)
+
+
+def test_a_small_gpt_with_compile_amp_and_accumulation(tmp_path: Path) -> None:
+    """Two steps only: benchmarks/results/gpt.json has a longer run."""
+    out = tmp_path / "gpt.json"
+    command = [str(BENCHMARKS / "gpt.py"), "--steps", "3", "--backend", "aot_eager"]
+    process = started([*command, "--out", str(out)])
+    errors = process.communicate(timeout=500)[1]
+    assert process.returncode == 0, errors
+    found = json.loads(out.read_text())
+    assert found["parameters"] > 1_000_000
+    for mode in ("ddp", "fsdp"):
+        assert found["runs"][mode]["largest_relative_loss_difference"] <= 1e-4
+        assert found["runs"][mode]["relative_weight_difference"] <= 1e-4
+
+
+def test_the_committed_run_of_the_gpt_agrees_to_the_order_of_sums() -> None:
+    found = json.loads((BENCHMARKS / "results" / "gpt.json").read_text())
+    assert (found["backend"], found["steps"] >= 60) == ("inductor", True)
+    for mode in ("ddp", "fsdp"):
+        run = found["runs"][mode]
+        assert run["loss_last"] < 0.7 * run["loss_first"]
+        assert run["largest_relative_loss_difference"] <= 0.01
