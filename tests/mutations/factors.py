@@ -94,7 +94,7 @@ MUTATIONS = {
         f"{DENSE}[Embedding with padding]",
     ),
     "the caller's no_grad hides the graph": Mutation(
-        "factors/__init__.py",
+        "factors/graph.py",
         "with torch.inference_mode(False), torch.enable_grad():",
         "if True:",
         "test_factors.py::test_under_no_grad_of_the_caller",

@@ -55,8 +55,8 @@ MUTATIONS = {
     ),
     "NaN enters the state": Mutation(
         "optimizer.py",
-        "self._count_skip())\n            return loss\n",
-        "self._count_skip())\n",
+        "self._use_parts()\n            return loss\n",
+        "self._use_parts()\n",
         NOT_FINITE,
     ),
     "NaN enters the state of a wrapper": Mutation(

@@ -28,7 +28,7 @@ KERNEL_CASES: Sequence[tuple[Case, Sequence[str]]] = (
     (Case("mlp", 500, 1024), ("poprisk",)),
     (Case("mlp", 10, 64), ("poprisk", "torch.func", "nngeometry", "curvlinops")),
     (Case("cnn", 24, 16), ("poprisk", "torch.func", "nngeometry")),
-    (Case("cnn", 50, 32), ("poprisk", "torch.func", "nngeometry")),
+    (Case("cnn", 50, 32), ("poprisk", "torch.func")),
     (Case("transformer", 24, 64), ("poprisk", "torch.func")),
     (Case("transformer", 50, 128), ("poprisk", "torch.func")),
 )
