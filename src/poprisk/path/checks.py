@@ -139,3 +139,24 @@ def check_indices(indices: Tensor, examples: int) -> None:
             f"a batch names example {low if low < 0 else high}, but the training set has "
             f"{examples}."
         )
+
+
+def check_probes(probes: Any, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless ``probes`` is (n, c, r)."""
+    if not isinstance(probes, Tensor) or probes.ndim != 3 or tuple(probes.shape[:2]) != shape:
+        found = tuple(probes.shape) if isinstance(probes, Tensor) else type(probes).__name__
+        raise ValueError(
+            f"probes must have shape (n, c, r) = ({shape[0]}, {shape[1]}, r): a starting output "
+            f"gradient for each of r vectors; but got {found}."
+        )
+
+
+def check_clean(clean: Any, targets: Tensor) -> None:
+    """Raise ValueError unless clean targets have the form of the training targets."""
+    fits = isinstance(clean, Tensor) and clean.shape == targets.shape
+    if not fits or clean.is_floating_point() != targets.is_floating_point():
+        found = f"{tuple(clean.shape)} of {clean.dtype}" if isinstance(clean, Tensor) else clean
+        raise ValueError(
+            f"clean targets must be like the training targets, {tuple(targets.shape)} of "
+            f"{targets.dtype}, but got {found}."
+        )

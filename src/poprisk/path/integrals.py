@@ -305,9 +305,9 @@ class _Walk:
         """The operators with their closure."""
         g = self.problem.output_gradient(self.u).flatten()
         closure = Closure(
-            _relative(-self.D @ self.start, (self.u - self.u0).flatten()),
-            _relative(-self.G @ self.start, (self.v - self.v0).flatten()),
-            _relative(self.X @ self.start, g),
+            relative(-self.D @ self.start, (self.u - self.u0).flatten()),
+            relative(-self.G @ self.start, (self.v - self.v0).flatten()),
+            relative(self.X @ self.start, g),
         )
         drop = self.problem.training_loss(self.u0) - self.problem.training_loss(self.u)
         accounting = Accounting(drop, self.accounted, float(self.g0 @ self.W @ self.g0))
@@ -353,6 +353,7 @@ def _blocks(B: Tensor, X: Tensor) -> Tensor:
     return (B @ X.view(n, c, -1)).view(n * c, -1)
 
 
-def _relative(predicted: Tensor, realized: Tensor) -> float:
+def relative(predicted: Tensor, realized: Tensor) -> float:
+    """Norm of the difference over the norm of the second; of the first where that is zero."""
     scale = float(realized.norm())
     return float((predicted - realized).norm()) / scale if scale > 0 else float(predicted.norm())

@@ -77,8 +77,8 @@ def hessian(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
     r""":math:`\partial^2 \ell_i / \partial u_i^2` as (b, c, c), for outputs flattened to c."""
     with torch.enable_grad():
         u = u.detach().requires_grad_()
-        g = _grad(values(loss, u, y).sum(), u, create_graph=True).flatten(1)
-        rows = [_grad(g[:, j].sum(), u).flatten(1) for j in range(g.shape[1])]
+        g = _grad(values(loss, u, y).sum(), u, create_graph=True).reshape(len(u), -1)
+        rows = [_grad(g[:, j].sum(), u).reshape(len(u), -1) for j in range(g.shape[1])]
     return torch.stack(rows, dim=1)
 
 
@@ -86,19 +86,19 @@ def hessian_product(loss: Loss, u: Tensor, y: Tensor, vectors: Tensor) -> Tensor
     """The Hessian of each example times ``vectors`` (b, c, r), same shape; nothing is formed."""
     with torch.enable_grad():
         u = u.detach().requires_grad_()
-        g = _grad(values(loss, u, y).sum(), u, create_graph=True).flatten(1)
+        g = _grad(values(loss, u, y).sum(), u, create_graph=True).reshape(len(u), -1)
         columns = [
-            _grad((g * vectors[..., j]).sum(), u, retain=True).flatten(1)
+            _grad((g * vectors[..., j]).sum(), u).reshape(len(u), -1)
             for j in range(vectors.shape[-1])
         ]
     return torch.stack(columns, dim=-1)
 
 
-def _grad(total: Tensor, u: Tensor, *, create_graph: bool = False, retain: bool = True) -> Tensor:
+def _grad(total: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
     """Gradient of a sum; zero where it does not depend on ``u`` (a loss linear in it)."""
     if not total.requires_grad:
         return torch.zeros_like(u)
     (grad,) = torch.autograd.grad(
-        total, u, create_graph=create_graph, retain_graph=retain, materialize_grads=True
+        total, u, create_graph=create_graph, retain_graph=True, materialize_grads=True
     )
     return grad

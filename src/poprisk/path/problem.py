@@ -16,6 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from poprisk.path import losses
 from poprisk.path.losses import Loss
 
+CHUNK = 1024
+"""Examples whose products with the Jacobian are computed at once."""
+
 JACOBIAN_BYTES = 256 * 2**20
 """Memory that the Jacobian of one chunk of examples may take."""
 
@@ -116,22 +119,30 @@ class Problem:
     def jvp(self, w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
         """The Jacobian times ``vectors`` (P, r), as (b, c, r), without forming it."""
 
-        def product(v: Tensor) -> Tensor:
-            return cast(Tensor, jvp(lambda z: self.outputs(z, x), (w,), (v,))[1])
+        def product(v: Tensor, part: Tensor) -> Tensor:
+            return cast(Tensor, jvp(lambda z: self.outputs(z, part), (w,), (v,))[1])
 
         with torch.no_grad():
-            return vmap(product, in_dims=1, out_dims=-1)(vectors)
+            parts = [
+                vmap(product, in_dims=(1, None), out_dims=-1)(vectors, part)
+                for part in x.split(CHUNK)
+            ]
+        return torch.cat(parts)
 
-    def vjp(self, w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
-        """The transposed Jacobian times ``vectors`` (b, c, r), as (P, r), without forming it."""
+    def pullback(self, w: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Outputs (b, c), and the transposed Jacobian as a map from (b, c, r) to (P, r)."""
         with torch.enable_grad():
-            w = w.detach().requires_grad_()
-            u = self.outputs(w, x)
+            at = w.detach().requires_grad_()
+            u = self.outputs(at, x)
+
+        def pull(vectors: Tensor) -> Tensor:
             columns = [
-                torch.autograd.grad(u, w, vectors[..., j], retain_graph=True)[0]
+                torch.autograd.grad(u, at, vectors[..., j], retain_graph=True)[0]
                 for j in range(vectors.shape[-1])
             ]
-        return torch.stack(columns, dim=1)
+            return torch.stack(columns, dim=1)
+
+        return u.detach(), pull
 
     def shaped(self, u: Tensor) -> Tensor:
         """Outputs (b, c) in the shape that the loss takes."""
