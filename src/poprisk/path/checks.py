@@ -160,3 +160,16 @@ def check_clean(clean: Any, targets: Tensor) -> None:
             f"clean targets must be like the training targets, {tuple(targets.shape)} of "
             f"{targets.dtype}, but got {found}."
         )
+
+
+def check_minibatches(batch: int, examples: int, stride: int) -> None:
+    """Raise NotAnalysable for a run without minibatch noise, or whose steps are merged."""
+    if stride > 1:
+        raise NotAnalysable(
+            f"drift and diffusion need every step, but the run was recorded every {stride}; record "
+            "with stride=1."
+        )
+    if batch >= examples:
+        raise NotAnalysable(
+            "a full-batch run has no minibatch noise, so no diffusion; record minibatches."
+        )
