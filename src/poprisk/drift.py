@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import checks
-from poprisk.path import Run, follow, record, split_gradient
+from poprisk.channel.coupling import label_response
+from poprisk.path import Run, follow, record
 from poprisk.path.checks import check_minibatches, check_probes
 from poprisk.path.losses import Loss, gradient
 
@@ -43,17 +44,17 @@ class Exponent(NamedTuple):
 
 
 class Movement(NamedTuple):
-    """What minibatches did along some directions, by steps taken.
+    """What minibatches did along r directions, by steps taken.
 
     Attributes:
         times: steps, ascending, geometrically spaced.
-        drift: norm of the summed full-batch part at each.
-        diffusion: norm of the summed noise.
+        drift: summed full-batch part at each, (times, r).
+        diffusion: summed noise, (times, r).
     """
 
     times: list[int]
-    drift: list[float]
-    diffusion: list[float]
+    drift: Tensor
+    diffusion: Tensor
 
 
 class DriftLaws(NamedTuple):
@@ -63,7 +64,7 @@ class DriftLaws(NamedTuple):
         drift: power of T in the drift; 1 in theory.
         diffusion: power of T in the diffusion; 0.5 in theory.
         batch: power of the batch size in the diffusion; -0.5 in theory.
-        noise: power of n in the label noise fitted at the query points; -0.5 in theory.
+        noise: power of n in the label noise that reaches a query point; -0.5 in theory.
         replicates: seeds behind each interval.
     """
 
@@ -136,7 +137,7 @@ def movement(
     times = [int(t) for t in marks]
     x, y = problem.train
     total = torch.zeros(problem.n, problem.c, 2, dtype=torch.float64)
-    norms = []
+    sums = []
     for k in range(len(run)):
         w, rule, step = run.weights[k].double(), run.rule(k, torch.float64), run.intervals[k]
         u, pull = problem.pullback(w, x)
@@ -148,31 +149,73 @@ def movement(
         scale = rule.correction * rule.precondition * carried
         total += problem.jvp(w, x, scale * both)
         if k + 1 in times:
-            norms.append(_norms(total, directions))
-    return Movement(times, [a for a, _ in norms], [b for _, b in norms])
+            sums.append(_along(total, directions))
+    seen = torch.stack(sums)
+    return Movement(times, seen[..., 0], seen[..., 1])
 
 
-def _norms(total: Tensor, directions: Tensor | None) -> tuple[float, float]:
+def _along(total: Tensor, directions: Tensor | None) -> Tensor:
+    """Coordinates (r, 2) of summed parts (n, c, 2)."""
     seen = total.flatten(0, 1)
-    if directions is not None:
-        seen = directions.to(total).flatten(0, 1).T @ seen
-    return float(seen[:, 0].norm()), float(seen[:, 1].norm())
+    return seen.clone() if directions is None else directions.to(seen).flatten(0, 1).T @ seen
 
 
 def exponents(movements: Sequence[Movement]) -> tuple[Exponent, Exponent]:
-    """Powers of T in drift and diffusion, from replicates that differ in their batches."""
-    return (
-        interval([slope(m.times, m.drift) for m in movements]),
-        interval([slope(m.times, m.diffusion) for m in movements]),
-    )
+    r"""Powers of T in drift and diffusion, from replicates that differ in their batches.
+
+    The diffusion's is the mean over replicates. The drift is what their movements, drift and
+    diffusion together, have in common: :math:`\|\bar p\|^2 - s^2/R` for R replicates of variance
+    s², with an interval from the jackknife.
+    """
+    times = movements[0].times
+    totals = torch.stack([m.drift + m.diffusion for m in movements])
+    diffusion = [slope(times, m.diffusion.norm(dim=1).tolist()) for m in movements]
+    if len(movements) < 3:
+        drift = [slope(times, m.drift.norm(dim=1).tolist()) for m in movements]
+        return interval(drift), interval(diffusion)
+    R = len(totals)
+    whole = slope(times, _common(totals))
+    parts = [slope(times, _common(torch.cat([totals[:i], totals[i + 1 :]]))) for i in range(R)]
+    return interval([R * whole - (R - 1) * p for p in parts]), interval(diffusion)
 
 
-def fitted_noise(run: Run, clean_targets: Tensor) -> float:
-    """Root mean square over the query outputs of what label noise moved them by."""
-    noise = split_gradient(run, clean_targets, run.weights[0].double())[1]
-    return float(
-        follow(run, noise[..., None], dtype=torch.float64).applied.query[..., 0].square().mean().sqrt()
-    )
+def _common(totals: Tensor) -> list[float]:
+    """Norm at each time of the mean over replicates, its own noise taken out."""
+    mean = totals.mean(0)
+    noise = (totals - mean).square().sum((0, 2)) / (len(totals) - 1) / len(totals)
+    floor = 1e-12 * mean.square().sum(1)
+    return (mean.square().sum(1) - noise).clamp_min(floor).sqrt().tolist()
+
+
+class Estimate(NamedTuple):
+    """A number estimated from random draws, with its standard error."""
+
+    value: float
+    standard_error: float
+
+
+def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Estimate:
+    r"""Root mean square movement of a query output per unit of label noise, :math:`\sqrt{gain}`.
+
+    The noise is isotropic and follows the recorded run; see
+    :class:`poprisk.channel.NoiseGain` for what is estimated.
+
+    Args:
+        run: a recorded run.
+        draws: noise vectors to follow.
+        generator: draws them.
+    """
+    checks.check_positive("draws", draws)
+    problem = run.problem.to(torch.float64)
+    with torch.no_grad():
+        u = problem.outputs(run.weights[0].double(), problem.train[0])
+    noise = torch.randn(*u.shape, draws, generator=generator, dtype=torch.float64)
+    probes = label_response(problem, u) @ noise
+    moved = follow(run, probes, dtype=torch.float64).applied.query[..., :draws]
+    squares = moved.square().mean((0, 1))
+    value = float(squares.mean().sqrt())
+    spread = float(squares.std()) / math.sqrt(draws) if draws > 1 else math.nan
+    return Estimate(value, spread / (2 * value) if value > 0 else math.nan)
 
 
 class Recipe(NamedTuple):
@@ -183,7 +226,6 @@ class Recipe(NamedTuple):
         loss: per example, or a name.
         train: inputs and targets.
         query: inputs of the query points.
-        clean: targets without label noise; None if they are unknown.
         lr: learning rate.
         steps: of each run.
         replace: draw batches with replacement (i.i.d.), or pass over shuffled data.
@@ -193,7 +235,6 @@ class Recipe(NamedTuple):
     loss: str | Loss
     train: tuple[Tensor, Tensor]
     query: Tensor
-    clean: Tensor | None = None
     lr: float = 0.01
     steps: int = 64
     replace: bool = True
@@ -234,36 +275,31 @@ def sweep(
         recipe: how a run is made.
         batch_sizes: the first is the one whose powers of T are fitted; several give the power of
             the batch size.
-        sizes: training examples of the sweep over n, which needs ``recipe.clean``.
+        sizes: training examples of the sweep over n; None: no such sweep.
         seeds: replicates, which differ in their batches only.
 
     Raises:
-        ValueError: for an empty list, or sizes without clean targets.
+        TypeError, ValueError: for a batch size or a size that is no positive integer.
     """
-    for b in batch_sizes:
-        checks.check_positive("batch_sizes", b)
-    if sizes is not None and recipe.clean is None:
-        raise ValueError("a sweep over sizes needs clean targets: pass Recipe(clean=...).")
+    for name, given in (("batch_sizes", batch_sizes), ("sizes", sizes or ())):
+        for value in given:
+            checks.check_positive(name, value)
     n = len(recipe.train[0])
     by_batch = {b: [movement(recipe.run(b, n, s)) for s in seeds] for b in batch_sizes}
     drift, diffusion = exponents(by_batch[batch_sizes[0]])
     batch = noise = None
     if len(batch_sizes) > 1:
         columns = zip(*by_batch.values(), strict=True)
-        batch = interval([slope(batch_sizes, [m.diffusion[-1] for m in c]) for c in columns])
-    if sizes is not None and recipe.clean is not None:
+        batch = interval([slope(batch_sizes, [float(m.diffusion[-1].norm()) for m in c]) for c in columns])
+    if sizes is not None:
         noise = interval([slope(sizes, _noise_by_size(recipe, sizes, s)) for s in seeds])
     return DriftLaws(drift, diffusion, batch, noise, len(seeds))
 
 
 def _noise_by_size(recipe: Recipe, sizes: Sequence[int], seed: int) -> list[float]:
-    """Label noise fitted with each number of examples, full batch, on a draw of the data."""
-    assert recipe.clean is not None  # the caller has it
-    order = torch.randperm(
-        len(recipe.train[0]), generator=torch.Generator().manual_seed(seed)
-    )
+    """Label noise fitted with each number of examples, a draw of the data."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(recipe.train[0]), generator=generator)
     x, y = (t[order] for t in recipe.train)
-    shuffled = recipe._replace(train=(x, y))
-    clean = recipe.clean[order]
-    clean = clean.double() if clean.is_floating_point() else clean
-    return [fitted_noise(shuffled.run(n, n, seed), clean[:n]) for n in sizes]
+    runs = (recipe._replace(train=(x, y)).run(n, n, seed) for n in sizes)
+    return [fitted_noise(run, generator=generator).value for run in runs]

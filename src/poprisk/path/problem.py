@@ -3,6 +3,7 @@ r"""Outputs as a function of the flat weights, and their Jacobian in every form 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ class Problem:
         def product(v: Tensor, part: Tensor) -> Tensor:
             return cast(Tensor, jvp(lambda z: self.outputs(z, part), (w,), (v,))[1])
 
+        prepare_forward_mode()
         with torch.no_grad():
             parts = [
                 vmap(product, in_dims=(1, None), out_dims=-1)(vectors, part)
@@ -160,6 +162,14 @@ class Problem:
     def training_loss(self, u: Tensor) -> float:
         r""":math:`\Phi_S(u)`."""
         return losses.values(self.loss, self.shaped(u), self.train[1]).mean().item()
+
+
+@functools.cache
+def prepare_forward_mode() -> None:
+    """Let torch load what forward-mode derivatives need, without its own deprecation warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        jvp(torch.sin, (torch.zeros(1),), (torch.zeros(1),))
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

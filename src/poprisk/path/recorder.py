@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from poprisk import checks
 from poprisk.path import checks as refuse
+from poprisk.path import losses
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.losses import Loss, resolve_loss
 from poprisk.path.problem import Problem, flat
@@ -94,9 +95,12 @@ class Recorder:
         x, y = points if isinstance(points, (tuple, list)) else (points, None)
         refuse.check_repeatable(model, train[0][:8])
         with torch.no_grad():
-            shape = tuple(model(train[0][:1]).shape[1:])
+            first = model(train[0][:2])
+        per_example = resolve_loss(loss)
+        losses.values(per_example, first, train[1][:2])
+        shape = tuple(first.shape[1:])
         self.problem = Problem(
-            copy.deepcopy(model), resolve_loss(loss), train, (x, y), tuple(named), shape
+            copy.deepcopy(model), per_example, train, (x, y), tuple(named), shape
         )
         storage = Storage(budget, directory)
         self.weights = storage.table("weights")
