@@ -94,7 +94,7 @@ def test_the_cells_are_those_of_the_definition() -> None:
 
 def test_noise_in_the_reservoir_is_benign() -> None:
     """Twin inputs with opposite noise: no step can fit it, no query feels it."""
-    (x, y), query, clean = data()
+    (x, _), query, clean = data()
     x, noise = torch.cat([x, x]), randn(14, 2, seed=3)
     net = network()
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -28,7 +28,7 @@ def reference_steps(run: Run) -> list[reference.Step]:
     steps = []
     for k, interval in enumerate(run.intervals):
         rule = run.rule(k, torch.float64)
-        flat = [t.squeeze(1) if isinstance(t, Tensor) else t for t in rule[1:]]
+        flat: list[Any] = [t.squeeze(1) if isinstance(t, Tensor) else t for t in rule[1:]]
         scale, gain, correction, carry, p, q, coupled, decay, sign = flat
         assert sign == 1.0
         counts = (interval.sampling * 5 / run.problem.n).round().long().tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW
-from poprisk.path import NotAnalysable, Recorder, integrate, record
+from poprisk.path import Facts, NotAnalysable, Recorder, StepRule, integrate, record
 from poprisk.path.losses import gradient, hessian, hessian_product, squared_error
 from runs import LOSSES, batches, data, network, recorded
 from samplers import randn
@@ -113,8 +113,11 @@ def test_pairs_are_found_in_the_training_set() -> None:
 
 def test_progress_is_told() -> None:
     seen: list[tuple[int, int | None]] = []
-    run = recorded(steps=3, progress=lambda done, total: seen.append((done, total)))
-    integrate(run, progress=lambda done, total: seen.append((done, total)))
+
+    def tell(done: int, total: int | None) -> None:
+        seen.append((done, total))
+
+    integrate(recorded(steps=3, progress=tell), progress=tell)
     assert seen == [(1, 3), (2, 3), (3, 3)] * 2
 
 
@@ -160,18 +163,9 @@ def test_an_optimizer_without_a_rule() -> None:
 
 
 def test_a_step_that_is_not_its_rule() -> None:
-    class Halved(torch.optim.Optimizer):
-        def __init__(self, params: Any, lr: float) -> None:
-            self.inner = torch.optim.SGD(params, lr=lr / 2)
-            super().__init__(self.inner.param_groups, {})
-
-        def step(self, closure: Any = None) -> None:
-            self.inner.step()
-
-        def step_rule(self, param: Tensor, facts: Any) -> Any:
-            from poprisk.path import StepRule
-
-            return StepRule(precondition=0.1)
+    class Halved(torch.optim.SGD):
+        def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
+            return StepRule(precondition=0.05)
 
     message = refused(optimizer=Halved)
     assert message.startswith("the step of Halved is not the one its rule describes (relative")
@@ -193,7 +187,7 @@ def test_low_precision_weights() -> None:
 
 
 def test_a_loss_that_is_reduced() -> None:
-    message = refused(loss=lambda u, y: (u - y).square().mean())
+    message = refused(loss=nn.MSELoss())
     assert "pass reduction='none'" in message
 
 

@@ -1,9 +1,10 @@
 r"""Drift and diffusion of minibatch gradients along channel directions.
 
-A minibatch gradient is the full-batch mean plus centred noise, :math:`\hat g_k = \mu_k + \xi_k`. With
-i.i.d. minibatches the drift :math:`\|\sum_k \eta\, V^T J \mu_k\|` grows like T, the diffusion
-:math:`\|\sum_k \eta\, V^T J \xi_k\|` like :math:`\sqrt{T/b}`, and the label noise that is fitted shrinks
-like :math:`1/\sqrt n` [LG, §4, Thm 4.1]. Here the exponents are measured.
+A minibatch gradient is the full-batch mean plus centred noise,
+:math:`\hat g_k = \mu_k + \xi_k`. With i.i.d. minibatches the drift
+:math:`\|\sum_k \eta\, V^T J \mu_k\|` grows like T, the diffusion
+:math:`\|\sum_k \eta\, V^T J \xi_k\|` like :math:`\sqrt{T/b}`, and the label noise that is fitted
+shrinks like :math:`1/\sqrt n` [LG, §4, Thm 4.1]. Here the exponents are measured.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class DriftLaws(NamedTuple):
 
 
 def student_quantile(p: float, df: int) -> float:
-    r"""Quantile of Student's t, by integrating its density in :math:`\theta = \arctan(t/\sqrt{df})`.
+    r"""Quantile of Student's t, by integrating over :math:`\theta = \arctan(t/\sqrt{df})`.
 
     Example:
         >>> round(student_quantile(0.975, 10), 3)
@@ -290,7 +291,9 @@ def sweep(
     batch = noise = None
     if len(batch_sizes) > 1:
         columns = zip(*by_batch.values(), strict=True)
-        batch = interval([slope(batch_sizes, [float(m.diffusion[-1].norm()) for m in c]) for c in columns])
+        batch = interval(
+            [slope(batch_sizes, [float(m.diffusion[-1].norm()) for m in c]) for c in columns]
+        )
     if sizes is not None:
         noise = interval([slope(sizes, _noise_by_size(recipe, sizes, s)) for s in seeds])
     return DriftLaws(drift, diffusion, batch, noise, len(seeds))

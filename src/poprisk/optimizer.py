@@ -12,14 +12,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
+from poprisk.gate import MASKS_, Mask, TensorList
 from poprisk.path.rules import Facts, StepRule
-from poprisk.gate import MASKS_, Gate, Mask, TensorList
 from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
 from poprisk.stats import GateStats, gate_sums, module_stats
-from poprisk.update import AdamSettings, Slots, adam_denominator, cache_blocks, gated_adamw_, masks
+from poprisk.update import (
+    ADAM_KEYS,
+    AdamSettings,
+    Slots,
+    adam_denominator,
+    cache_blocks,
+    gated_adamw_,
+    last_gate,
+    last_step_rule,
+    masks,
+)
 from poprisk.variance import Clock, VarianceEstimator
 
-ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 NOT_LOADED = {
     "foreach",
@@ -171,25 +180,7 @@ class PopRiskAdamW(Optimizer):
         The preconditioner contains the mask. A mask given as a function may draw at random, so it
         is read off the step.
         """
-        group, state = facts.group, self.state[param]
-        (beta1, beta2), lr, t = group["betas"], float(group["lr"]), int(state["step"].item())
-        rule = StepRule(
-            precondition=lr,
-            correction=1 / (1 - beta1**t),
-            carry=beta1,
-            gain=1 - beta1,
-            decay=lr * group["weight_decay"],
-            sign=-1.0 if group["maximize"] else 1.0,
-        )
-        if group["gate"] and callable(group["mask"]):
-            m = state["exp_avg"] * rule.correction
-            moved = -(facts.update + rule.decay * facts.weight)
-            return rule._replace(precondition=torch.where(m == 0, torch.zeros_like(m), moved / m))
-        gate, slots, clock, estimator = _last_gate(state, group)
-        scale = lr / adam_denominator(slots.exp_avg_sqs, clock, group["eps"])[0]
-        if gate is not None and estimator is not None:
-            scale = scale * masks(slots, clock, estimator, gate)[0]
-        return rule._replace(precondition=scale)
+        return last_step_rule(self.state[param], facts)
 
     @torch.no_grad()
     def _tensor_gates(self, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
@@ -376,22 +367,9 @@ def _slots(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
     return Slots(*columns, *([] for _ in range(5 - len(columns))))
 
 
-def _last_gate(
-    state: dict[str, Any], group: dict[str, Any]
-) -> tuple[Gate | None, Slots, Clock, VarianceEstimator | None]:
-    """The gate of the last step and what it looked at, from the state it left behind."""
-    estimator = estimator_of(group)
-    t = int(state["step"].item())
-    clock = Clock(t, t - state.get("variance_start", t), *group["betas"])
-    keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
-    moments = [torch.view_as_real(x) if x.is_complex() else x for x in (state[k] for k in keys)]
-    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
-    return gate_of(group, clock, estimator), slots, clock, estimator
-
-
 def _tensor_gate(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Re-evaluate the gate of the last step: the sums of its statistics."""
-    gate, slots, clock, estimator = _last_gate(state, group)
+    gate, slots, clock, estimator = last_gate(state, group)
     (m,), (v,) = slots.exp_avgs, slots.exp_avg_sqs
     update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
     if gate is None or estimator is None:

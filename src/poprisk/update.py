@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from poprisk.gate import Gate, TensorList
+from poprisk.path.rules import Facts, StepRule
+from poprisk.settings import estimator_of, gate_of
 from poprisk.variance import Clock, VarianceEstimator
+
+ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 
 CHUNK = 131_072
 """Elements of a piece of a large tensor on the CPU: its temporaries stay in cache, and it is still
@@ -150,3 +154,39 @@ def adam_denominator(exp_avg_sqs: TensorList, clock: Clock, eps: float) -> Tenso
     torch._foreach_div_(denom, _number((1 - clock.beta2**clock.t) ** 0.5, denom[0]))
     torch._foreach_add_(denom, eps)
     return denom
+
+
+def last_gate(
+    state: dict[str, Any], group: dict[str, Any]
+) -> tuple[Gate | None, Slots, Clock, VarianceEstimator | None]:
+    """The gate of the last step and what it looked at, from the state it left behind."""
+    estimator = estimator_of(group)
+    t = int(state["step"].item())
+    clock = Clock(t, t - state.get("variance_start", t), *group["betas"])
+    keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
+    moments = [torch.view_as_real(x) if x.is_complex() else x for x in (state[k] for k in keys)]
+    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
+    return gate_of(group, clock, estimator), slots, clock, estimator
+
+
+def last_step_rule(state: dict[str, Any], facts: Facts) -> StepRule:
+    """The last step of one parameter as a linear map of its gradient, from the state it left."""
+    group = facts.group
+    (beta1, _), lr, t = group["betas"], float(group["lr"]), int(state["step"].item())
+    rule = StepRule(
+        precondition=lr,
+        correction=1 / (1 - beta1**t),
+        carry=beta1,
+        gain=1 - beta1,
+        decay=lr * group["weight_decay"],
+        sign=-1.0 if group["maximize"] else 1.0,
+    )
+    if group["gate"] and callable(group["mask"]):
+        m = state["exp_avg"] * rule.correction
+        moved = -(facts.update + rule.decay * facts.weight)
+        return rule._replace(precondition=torch.where(m == 0, torch.zeros_like(m), moved / m))
+    gate, slots, clock, estimator = last_gate(state, group)
+    scale = lr / adam_denominator(slots.exp_avg_sqs, clock, group["eps"])[0]
+    if gate is not None and estimator is not None:
+        scale = scale * masks(slots, clock, estimator, gate)[0]
+    return rule._replace(precondition=scale)

@@ -2,8 +2,8 @@ r"""The four cells: signal and noise, in the channel and in the reservoir.
 
 With :math:`g_0 = g_{signal} + g_{noise}` and the projection Π on the channel, training moves the
 query outputs by :math:`-G\Pi g_{signal}` (learned), :math:`-G(I-\Pi)g_{signal}` (still trapped,
-practically 0), :math:`-G\Pi g_{noise}` (harmful) and :math:`-G(I-\Pi)g_{noise}` (benign, practically
-0). [LG, Fig. 1]; the working form is ours.
+practically 0), :math:`-G\Pi g_{noise}` (harmful) and :math:`-G(I-\Pi)g_{noise}` (benign,
+practically 0). [LG, Fig. 1]; the working form is ours.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def split_cells(G: Tensor, channel: Channel, signal: Tensor, noise: Tensor) -> C
     transfer, affine = G[:, :-1], G[:, -1]
     kept, let = channel.project(signal), channel.project(noise)
     parts = (kept, signal - kept, let, noise - let)
-    return Cells(*(-transfer @ part for part in parts), -affine)
+    learned, trapped, harmful, benign = (-transfer @ part for part in parts)
+    return Cells(learned, trapped, harmful, benign, -affine)
 
 
 def is_square(problem: Problem) -> bool:
@@ -157,7 +158,5 @@ def work_terms(problem: Problem, start: Tensor, cells: Cells, outputs: Tensor) -
         torch.zeros((), dtype=start.dtype),
     )
     terms = {"before training": loss(start)}
-    terms |= {
-        name.replace("_", " "): float(mean @ part) for name, part in cells._asdict().items()
-    }
+    terms |= {name.replace("_", " "): float(mean @ part) for name, part in cells._asdict().items()}
     return TestError("test loss", terms, loss(outputs))

@@ -80,8 +80,8 @@ class NoiseGain(NamedTuple):
     r"""Variance that label noise of unit variance adds, per query output, mean over them.
 
     Attributes:
-        path: along the run, :math:`\|G\,\partial g/\partial y\|_F^2/N_q`; for half the squared error
-            :math:`\|G\|_F^2/(n^2 N_q)`.
+        path: along the run, :math:`\|G\,\partial g/\partial y\|_F^2/N_q`; for half the squared
+            error :math:`\|G\|_F^2/(n^2 N_q)`.
         frozen: at interpolation with the kernel at the start,
             :math:`\|K_{QS}K_{SS}^\dagger\|_F^2/N_q`.
     """

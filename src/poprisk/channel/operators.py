@@ -15,7 +15,15 @@ from poprisk.channel.coupling import Coupling, NoiseGain, couple, noise_gain
 from poprisk.channel.spectrum import TOLERANCES, Channel, Spectrum
 from poprisk.path.cells import split_gradient
 from poprisk.path.follow import Applied, follow
-from poprisk.path.integrals import BUDGET, Accounting, Affine, Closure, Integrals, integrate, relative
+from poprisk.path.integrals import (
+    BUDGET,
+    Accounting,
+    Affine,
+    Closure,
+    Integrals,
+    integrate,
+    relative,
+)
 from poprisk.path.quadrature import composite
 from poprisk.path.run import Run
 

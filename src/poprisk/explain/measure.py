@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from poprisk.channel import PathOperators, path_operators
-from poprisk.drift import draw_batches, exponents, movement
+from poprisk.drift import Movement, draw_batches, exponents, movement
 from poprisk.explain.plan import (
     Plan,
     Size,
@@ -117,9 +117,7 @@ def measure_operators(plan: Plan, task: Task, *, say: Say) -> dict[str, Any]:
 def _small_run(plan: Plan, task: Task, size: Size, batches: Sequence[Tensor]) -> Run:
     torch.manual_seed(plan.seed)
     model = task.model().double()
-    optimizer = make_optimizer(
-        plan, model, gated=False, batch_size=size.batch, dataset_size=size.n
-    )
+    optimizer = make_optimizer(plan, model, gated=False, batch_size=size.batch, dataset_size=size.n)
     (x, y), (xq, yq) = task.train, task.test
     return record(
         model,
@@ -181,7 +179,7 @@ def _drift(plan: Plan, task: Task, size: Size, ops: PathOperators, say: Say) -> 
     """Replicates of plain SGD's first steps that differ in their batches, drawn independently."""
     problem = ops.run.problem
     basis = ops.channel(TOL).basis[:, :DIRECTIONS].reshape(problem.n, problem.c, -1)
-    steps, found = min(REPLICATE_STEPS, size.steps), []
+    steps, found = min(REPLICATE_STEPS, size.steps), list[Movement]()
     for r in range(REPLICATES):
         generator = torch.Generator().manual_seed(1_000 + r)
         batches = draw_batches(size.n, size.batch, steps, generator, replace=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -55,9 +55,7 @@ class Plan(NamedTuple):
 
     def small_task(self) -> tuple[Task, dict[str, Any]]:
         """The task for dense operators, and which settings were made smaller for it."""
-        smaller = {
-            k: v for k, v in SMALLER.get(self.source, {}).items() if k not in self.settings
-        }
+        smaller = {k: v for k, v in SMALLER.get(self.source, {}).items() if k not in self.settings}
         return self.task(**smaller), smaller
 
 
@@ -93,8 +91,8 @@ def choose_size(task: Task, model: nn.Module, seconds: float) -> Size:
             return size
     raise NotAnalysable(
         f"dense operators of a model with {P:,} weights and {c} outputs take over {seconds:g} s "
-        f"even for {SIZES[-1][0]} examples; make the model smaller (--set, if the task has a setting "
-        "for it) or give more time (--seconds). The four cells need no dense operators."
+        f"even for {SIZES[-1][0]} examples; make the model smaller (--set, if the task has a "
+        "setting for it) or give more time (--seconds). The four cells need no dense operators."
     )
 
 
@@ -128,7 +126,7 @@ def make_optimizer(
             "RMSprop or PopRiskAdamW."
         )
     checks.check_number("lr", plan.lr, low=0.0)
-    return kind(model.parameters(), lr=plan.lr)
+    return cast(Callable[..., Optimizer], kind)(model.parameters(), lr=plan.lr)
 
 
 def epoch_batches(n: int, batch_size: int, steps: int, seed: int) -> Sequence[torch.Tensor]:

@@ -78,9 +78,10 @@ def four_sentence(dense: dict[str, Any]) -> str:
     cells = dense["cells"]
     last = cells["rows"][-1]
     return (
-        f"In the small run the signal moved a test output by {last['learned_signal']:.3g} and label "
-        f"noise by {last['harmful_noise']:.3g} (root mean square), through the channel; what lies "
-        f"in the reservoir moved it by {last['trapped_signal'] + last['benign_noise']:.2g}; "
+        "In the small run the signal moved a test output by "
+        f"{last['learned_signal']:.3g} and label noise by {last['harmful_noise']:.3g} "
+        "(root mean square), through the channel; what lies in the reservoir "
+        f"moved it by {last['trapped_signal'] + last['benign_noise']:.2g}; "
         f"{closure_words(cells['closure'])}."
     )
 
@@ -91,9 +92,9 @@ def drift_sentence(dense: dict[str, Any]) -> str:
     drift, diffusion = (_exponent(d[f"{name}_exponent"]) for name in ("drift", "diffusion"))
     ratio = d["drift"][-1] / max(d["diffusion"][-1], 1e-300)
     return (
-        f"In the first {d['times'][-1]} steps of plain SGD drift, which all batches agree on, grows "
-        f"like T^{drift}, and diffusion, which is chance, like T^{diffusion} (theory: 1 and 0.5 "
-        f"while the mean gradient stays as it is); drift ends {ratio:.1f} times as large."
+        f"In the first {d['times'][-1]} steps of plain SGD, drift, which all batches agree on, "
+        f"grows like T^{drift}, and diffusion, which is chance, like T^{diffusion} (theory: 1 and "
+        f"0.5 while the mean gradient stays as it is); drift ends {ratio:.1f} times as large."
     )
 
 
@@ -102,12 +103,16 @@ def kernel_sentence(dense: dict[str, Any]) -> str:
     peak = max(v for _, v in dense["kernel_drift"])
     end = dense["kernel_drift"][-1][1]
     kind = "features were learned" if peak > 0.5 else "features hardly changed"
-    return f"The kernel moved by {peak:.2g} times its size at most and ended {end:.2g} away: {kind}."
+    return (
+        f"The kernel moved by {peak:.2g} times its size at most and ended {end:.2g} away: {kind}."
+    )
 
 
 def closure_words(error: float) -> str:
     """A closure error in words."""
-    trust = "trust it" if error < 1e-2 else "take it with care" if error < 0.1 else "do not trust it"
+    trust = (
+        "trust it" if error < 1e-2 else "take it with care" if error < 0.1 else "do not trust it"
+    )
     return f"closure error {show_small(error)}: {trust}"
 
 

@@ -124,8 +124,8 @@ def trace_cells(
         dtype=dtype,
         progress=progress,
     )
-    parts = [
-        QueryParts(m.step, *(-m.query[..., j] for j in range(3)), m.outputs)
-        for m in followed.moments
-    ]
+    parts: list[QueryParts] = []
+    for moment in followed.moments:
+        signal, noise, affine = (-moment.query).unbind(-1)
+        parts.append(QueryParts(moment.step, signal, noise, affine, moment.outputs))
     return CellTrace(parts[0].outputs, parts, followed.closure(), run.problem.output_shape)

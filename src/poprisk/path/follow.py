@@ -217,10 +217,16 @@ def has_affine_part(run: Run) -> bool:
 def _curved(problem: Problem, u: Tensor, end: Tensor, moved: Tensor, rows: Tensor) -> Tensor:
     r""":math:`\bar B` of some training examples times (b, c, r)."""
     y = problem.train[1][rows]
-    return sum(
-        (
-            b * losses.hessian_product(problem.loss, problem.shaped(torch.lerp(u, end, a)), y, moved)
-            for a, b in gauss(HESSIAN_NODES)
-        ),
-        torch.zeros((), dtype=u.dtype),
-    ) / problem.n
+    return (
+        sum(
+            (
+                b
+                * losses.hessian_product(
+                    problem.loss, problem.shaped(torch.lerp(u, end, a)), y, moved
+                )
+                for a, b in gauss(HESSIAN_NODES)
+            ),
+            torch.zeros((), dtype=u.dtype),
+        )
+        / problem.n
+    )

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from poprisk.path.checks import check_budget
-from poprisk.path.quadrature import PathJacobian, average_hessian, composite
+from poprisk.path.quadrature import (
+    OUTPUT_NODES,
+    PathJacobian,
+    average_hessian,
+    composite,
+    gauss,
+)
 from poprisk.path.run import FlatRule, Run
 
 Progress = Callable[[int, int | None], None]
@@ -230,7 +236,8 @@ class _Walk:
         )
 
     def advance(self, k: int) -> None:
-        r"""Follow interval k:
+        r"""Follow interval k.
+
         :math:`Q \leftarrow aQ + c J^T S P,\ P \leftarrow P - \bar B \bar J_S\, \eta M Q`.
         """
         run, problem = self.run, self.problem
@@ -321,8 +328,6 @@ class _Walk:
 
 def _mean_gradient(walk: _Walk, u: Tensor) -> Tensor:
     """Output gradient averaged over the straight line between two training outputs."""
-    from poprisk.path.quadrature import OUTPUT_NODES, gauss
-
     du = u - walk.u
     return sum(
         (b * walk.problem.output_gradient(walk.u + x * du) for x, b in gauss(OUTPUT_NODES)),
@@ -331,8 +336,10 @@ def _mean_gradient(walk: _Walk, u: Tensor) -> Tensor:
 
 
 def phi_functions(Z: Tensor) -> tuple[Tensor, Tensor]:
-    r""":math:`\varphi_1(Z) = \int_0^1 e^{\tau Z} d\tau` and
-    :math:`\varphi_2(Z) = \int_0^1 \varphi_1(\tau Z)\,\tau\, d\tau`, for a square matrix.
+    r"""Two integrals of the matrix exponential of a square matrix.
+
+    .. math:: \varphi_1(Z) = \int_0^1 e^{\tau Z} d\tau, \qquad
+              \varphi_2(Z) = \int_0^1 \varphi_1(\tau Z)\,\tau\, d\tau
 
     Example:
         >>> [float(phi) for phi in phi_functions(torch.zeros(1, 1))]

@@ -121,7 +121,10 @@ class Problem:
         """The Jacobian times ``vectors`` (P, r), as (b, c, r), without forming it."""
 
         def product(v: Tensor, part: Tensor) -> Tensor:
-            return cast(Tensor, jvp(lambda z: self.outputs(z, part), (w,), (v,))[1])
+            def at(z: Tensor) -> Tensor:
+                return self.outputs(z, part)
+
+            return cast(Tensor, jvp(at, (w,), (v,))[1])
 
         prepare_forward_mode()
         with torch.no_grad():
@@ -189,7 +192,7 @@ def _per_example(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
             RuntimeWarning,
             stacklevel=2,
         )
-    rows = []
+    rows: list[Tensor] = []
     for example in x:
         z = w.detach().requires_grad_()
         with torch.enable_grad():

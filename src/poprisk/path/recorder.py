@@ -89,7 +89,7 @@ class Recorder:
         named = {n: p for n, p in model.named_parameters() if id(p) in groups}
         refuse.check_foreign(len(groups) - len(named))
         self.params = list(named.values())
-        refuse.check_weights(self.params)
+        refuse.check_weights(list(self.params))
         self.groups = [groups[id(p)] for p in self.params]
         points = (train[0], None) if query is None else query
         x, y = points if isinstance(points, (tuple, list)) else (points, None)
@@ -192,7 +192,7 @@ class Recorder:
     def _after_step(self, *_: Any) -> None:
         if getattr(self.optimizer, "skipped_steps", 0) > self.skipped:
             return
-        rules, worst, size = [], 0.0, 0.0
+        rules, worst, size = list[StepRule](), 0.0, 0.0
         for i, p in enumerate(self.params):
             rule, error, norm = self._apply_rule(i, p)
             rules.append(rule)
@@ -209,9 +209,7 @@ class Recorder:
             return StepRule(precondition=0.0, carry=1.0, gain=0.0), 0.0, 0.0
         w, grad, update = self.before[i], self.grads[i], p.detach() - self.before[i]
         state = self.optimizer.state.get(p, {})
-        facts = Facts(
-            self.groups[i], state, not self.started[i], update, grad, w, self.momentum[i]
-        )
+        facts = Facts(self.groups[i], state, not self.started[i], update, grad, w, self.momentum[i])
         rule = self.rule(p, facts)
         self.started[i] = True
         g = rule.sign * grad + rule.coupled * w
@@ -234,7 +232,7 @@ class Recorder:
         refuse.check_gradient(self.count, error, GRADIENT_TOLERANCE[w.dtype])
 
     def _close_interval(self) -> None:
-        steps, self.pending = self.pending, []
+        steps, self.pending = self.pending, list[_Step]()
         diagonals = {
             key: [_mean([getattr(s.rules[i], key) for s in steps]) for i in range(len(self.params))]
             for key in ("precondition", "gain")

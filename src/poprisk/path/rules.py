@@ -177,19 +177,30 @@ def describe(optimizer: Optimizer, rule: Rule | None = None) -> Description:
     Raises:
         NotAnalysable: if there is none.
     """
-
-    def momentum(p: Tensor, key: str = "exp_avg") -> Tensor | None:
-        return optimizer.state.get(p, {}).get(key)
-
-    if rule is not None:
-        given = rule
-        return Description(lambda _, facts: given(facts), lambda _: None)
     own = getattr(optimizer, "step_rule", None)
-    if callable(own):
-        return Description(own, getattr(optimizer, "momentum_of", momentum))
-    check_rule_known(optimizer, type(optimizer) in RULES, [kind.__name__ for kind in RULES])
-    known, key = RULES[type(optimizer)]
-    return Description(lambda _, facts: known(facts), lambda p: momentum(p, key))
+    if rule is None and callable(own):
+        return Description(own, getattr(optimizer, "momentum_of", _Momentum(optimizer, "exp_avg")))
+    if rule is None:
+        check_rule_known(optimizer, type(optimizer) in RULES, [kind.__name__ for kind in RULES])
+        rule, key = RULES[type(optimizer)]
+    else:
+        key = ""
+    found = rule
+
+    def of_any(param: Tensor, facts: Facts) -> StepRule:
+        return found(facts)
+
+    return Description(of_any, _Momentum(optimizer, key))
+
+
+class _Momentum:
+    """Looks a parameter's momentum up in the state of its optimizer."""
+
+    def __init__(self, optimizer: Optimizer, key: str) -> None:
+        self.optimizer, self.key = optimizer, key
+
+    def __call__(self, p: Tensor) -> Tensor | None:
+        return self.optimizer.state.get(p, {}).get(self.key)
 
 
 def _sign(group: dict[str, Any]) -> float:

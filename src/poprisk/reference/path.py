@@ -98,7 +98,7 @@ def path_operators(
     P, h = [torch.eye(N, dtype=torch.float64)], [torch.zeros(N, dtype=torch.float64)]
     gradients: list[tuple[Tensor, Tensor]] = []
     W = torch.zeros(N, N, dtype=torch.float64)
-    G, D, affine_G, affine_D = [], [], [], []
+    G, D, affine_G, affine_D = (list[Tensor]() for _ in range(4))
     for k in range(K):
         step, w, end = steps[k], weights[k], weights[k + 1]
         JTS = jacobian(outputs, w, x).T @ sampling(step.batch, n, c)
@@ -123,7 +123,8 @@ def path_operators(
         affine_G.append(J_Q @ v)
         P.append(P[k] - B @ J @ V)
         h.append(h[k] - B @ J @ v)
-    return Operators(P[K], Q, W, sum(G), sum(D), h[K], sum(affine_G), sum(affine_D))
+    sums = [torch.stack(parts).sum(0) for parts in (G, D, affine_G, affine_D)]
+    return Operators(P[K], Q, W, sums[0], sums[1], h[K], sums[2], sums[3])
 
 
 def _momentum(

@@ -91,7 +91,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
 
 def arm_figures(found: dict[str, Any]) -> list[Figure]:
     """Metric with and without noise, and the parts of the movement, for each optimizer."""
-    metric, figures = found["task"]["metric"], []
+    metric, figures = found["task"]["metric"], list[Figure]()
     for arm in found["arms"]:
         rows = arm["rows"]
         epochs = [r["epoch"] for r in rows]
@@ -274,9 +274,9 @@ def _figure(
     layout = go.Layout(
         template="none",
         showlegend=len(traces) > 1,
-        legend={"orientation": "h", "y": -0.22},
+        legend={"orientation": "h", "y": -0.3},
         xaxis={
-            "title": {"text": x},
+            "title": {"text": x, "standoff": 6},
             "type": "log" if log_x else "linear",
             "rangemode": "tozero" if zero else "normal",
         },
