@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def toy(n: int, m: int, c: int, *, classes: bool, seed: int) -> tuple[Any, Any]:
 
 def mlp(sizes: list[int], act: type[nn.Module] = nn.Tanh, scale: float = 1.0) -> nn.Module:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), act()]
     net = nn.Sequential(*layers[:-1]).double()
     with torch.no_grad():
@@ -209,7 +210,7 @@ def drift() -> list[dict[str, Any]]:
         laws = sweep(
             case, batch_sizes=(4, 8, 16, 32), sizes=(16, 32, 64, 128, 256), seeds=range(24)
         )
-        rows.append({"case": name, **{k: v for k, v in laws._asdict().items()}})
+        rows.append({"case": name, **laws._asdict()})
     return rows
 
 

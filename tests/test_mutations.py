@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "src" / "poprisk"
 
 NO_MUTATION = "no mutation"
-PARTS = ("optimizer",)
+PARTS = ("optimizer", "path")
 MUTATIONS: dict[str, Mutation] = {
     f"{part}: {name}": mutation
     for part in PARTS

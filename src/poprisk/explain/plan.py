@@ -25,6 +25,7 @@ SIZES = ((128, 192), (96, 192), (64, 192), (48, 192), (32, 192), (24, 128), (16,
 MAX_STEPS = 800
 FLOPS = 2.5e10
 SECONDS_PER_ENTRY = 2e-8
+SECONDS_PER_STEP = 0.02
 MEMORY = 3 * 2**30
 
 
@@ -99,7 +100,8 @@ def choose_size(task: Task, model: nn.Module, seconds: float) -> Size:
 def _seconds(size: Size, P: int, c: int) -> float:
     N, Nq, b = size.n * c, size.m * c, size.batch * c
     products = 2.0 * P * N * (b + 2 * N + Nq) / FLOPS
-    return size.steps * (products + (3 * (N + Nq) + b) * P * SECONDS_PER_ENTRY)
+    jacobians = (3 * (N + Nq) + b) * P * SECONDS_PER_ENTRY
+    return size.steps * (SECONDS_PER_STEP + products + jacobians)
 
 
 def _bytes(size: Size, P: int, c: int) -> float:

@@ -247,19 +247,30 @@ class _Walk:
         J_S, J_Q = (self.average(self.w, end, x) for x in (self.x, self.points))
         w = self.w if rule.steps == 1 else (self.w + end) / 2
         gradient = self._gradient(k, rule, w, J_S, B)
-        V = rule.readout(self.Q, gradient)  # R, then the step V = η M R / (1 - β₁^(k+1))
-        self.Q = rule.advance(self.Q, gradient)
+        V = self._step(rule, gradient, w)
         del gradient
-        self._dissipate(V, rule)
-        V *= rule.correction
-        V *= rule.precondition
-        V[:, -1:] += rule.decay * rule.steps * w[:, None]
         moved = J_S @ V
         self.D += moved
         self.G += J_Q @ V
         self.X -= _blocks(B, moved)
         self._account(moved, u)
         self.w, self.u, self.v = end, u, v
+
+    def _step(self, rule: FlatRule, gradient: Tensor, w: Tensor) -> Tensor:
+        r"""Advance the momentum and return the step :math:`\eta M R/(1-\beta_1^{k+1})`, (P, N+1).
+
+        The usual momentum is read out as it is, without a copy: these matrices are large.
+        """
+        if rule.steps == 1 and rule.from_momentum == 1 and rule.from_gradient == 0:
+            self.Q.mul_(rule.carry).add_(gradient.mul_(rule.gain))
+            R = self.Q
+        else:
+            R = rule.readout(self.Q, gradient)
+            self.Q = rule.advance(self.Q, gradient)
+        self._dissipate(R, rule)
+        V = R * (rule.correction * rule.precondition)
+        V[:, -1:] += rule.decay * rule.steps * w[:, None]
+        return V
 
     def _gradient(self, k: int, rule: FlatRule, w: Tensor, J_S: Tensor, B: Tensor) -> Tensor:
         """Gradient of each column, (P, N+1): transposed Jacobian, sampling, decay, sign."""
