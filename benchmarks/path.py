@@ -273,7 +273,7 @@ def matrix_free() -> list[dict[str, Any]]:
             noisy[:50] = (noisy[:50] + 1) % 4
             build = getattr(torch.optim, kind)
             optimizer = build(net.parameters(), lr=3e-4 if kind == "AdamW" else 0.05)
-            steps = 24
+            steps = 16
             batches = [torch.randperm(128)[:b] for _ in range(steps)]
             start = time.perf_counter()
             for batch in batches:

@@ -91,10 +91,10 @@ MUTATIONS = {
         "return signal, signal - problem.output_gradient(u)",
         CELLS,
     ),
-    "coupling through D alone": Mutation(
+    "coupling through the transposed transfer": Mutation(
         "channel/coupling.py",
-        "F = channel.basis / channel.eigenvalues.sqrt()",
-        "F = channel.basis * channel.eigenvalues.sqrt()",
+        "torch.linalg.pinv(integrals.D @ F, rtol=RTOL)",
+        "torch.linalg.pinv(integrals.D.T @ F, rtol=RTOL)",
         COUPLING,
     ),
     "noise gain without 1/n": Mutation(

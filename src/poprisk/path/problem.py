@@ -94,9 +94,7 @@ class Problem:
         shapes = [p.shape for p in self.parameters]
         pieces = w.split([shape.numel() for shape in shapes])
         named = {k: v.view(s) for k, v, s in zip(self.names, pieces, shapes, strict=True)}
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-            u = functional_call(self.model, named, (x,))
-        return u.reshape(len(x), -1)
+        return functional_call(self.model, named, (x,)).reshape(len(x), -1)
 
     def jacobian(self, w: Tensor, x: Tensor) -> Tensor:
         r""":math:`J = \partial u/\partial w` of inputs (b, ...), as (b·c, P)."""
@@ -127,7 +125,8 @@ class Problem:
             return cast(Tensor, jvp(at, (w,), (v,))[1])
 
         prepare_forward_mode()
-        with torch.no_grad():
+        # the fused attention kernels have no forward-mode derivative
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             parts = [
                 vmap(product, in_dims=(1, None), out_dims=-1)(vectors, part)
                 for part in x.split(CHUNK)
