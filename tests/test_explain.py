@@ -170,7 +170,9 @@ def test_bad_arguments(here: Path) -> None:
     assert refused("digit").startswith("unknown task 'digit'")
     assert refused("mine.py:noisy", "--epochs", "0") == "--epochs must be at least 1, but got 0."
     (here / "file").write_text("")
-    assert refused("mine.py:line", "--out", "file/x", "--seconds", "3").startswith("cannot write file/x")
+    assert refused("mine.py:line", "--out", "file/x", "--seconds", "3").startswith(
+        "cannot write file/x"
+    )
 
 
 def test_sizes_fit_the_time() -> None:
