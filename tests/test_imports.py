@@ -11,8 +11,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 CHAIN: Sequence[str] = (
-    "checks factors kernel path channel drift risk gate variance settings update stats fused "
-    "optimizer gated controls monitor integrations tasks arms checkpoint training rundir compare "
+    "checks factors kernel path channel drift risk gate variance settings within update stats "
+    "fused optimizer gated controls monitor integrations tasks arms checkpoint training rundir compare "
     "wording verdict explain reproduce report display bench cli"
 ).split()
 
@@ -25,7 +25,8 @@ OUTSIDE: dict[str, Sequence[str]] = {
 
 EXTRAS = (
     "typer rich plotly jinja2 sklearn skimage scipy safetensors pytorch_optimizer "
-    "transformers trl accelerate datasets lightning jaxtyping beartype hypothesis pytest"
+    "transformers trl accelerate datasets lightning jaxtyping beartype hypothesis pytest "
+    "nngeometry curvlinops backpack opacus"
 ).split()
 
 

@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "src" / "poprisk"
 
 NO_MUTATION = "no mutation"
-PARTS = ("optimizer", "path")
+PARTS = ("optimizer", "factors", "path")
 MUTATIONS: dict[str, Mutation] = {
     f"{part}: {name}": mutation
     for part in PARTS

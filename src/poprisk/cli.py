@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from poprisk.arms import default_arms
-from poprisk.bench import bench_steps, bench_table, write_results
+from poprisk.bench.kernel import bench_kernels, kernel_table, write_kernel_results
+from poprisk.bench.step import bench_steps, bench_table, write_results
 from poprisk.compare import Comparison, TrainingError, compare, environment, start_forkserver
 from poprisk.display import PhaseDisplay, ProgressDisplay, verdict_table
 from poprisk.explain import Plan, explain
@@ -176,20 +177,42 @@ def tasks() -> None:
 
 @app.command()
 def bench(
+    what: Annotated[str, typer.Argument(help="step: optimizer steps; kernel: tangent kernels.")] = (
+        "step"
+    ),
     threads: Annotated[int, typer.Option(help="Threads torch may use.")] = 1,
-    steps: Annotated[int, typer.Option(help="Timed steps per optimizer.")] = 50,
+    steps: Annotated[int | None, typer.Option(help="Timed repetitions; 50 steps, 3 kernels.")] = (
+        None
+    ),
+    growth: Annotated[bool, typer.Option(help="kernel: also growth with each size.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the results as JSON.")] = None,
 ) -> None:
-    """Time one optimizer step beside torch's AdamW, in one run."""
-    if threads < 1 or steps < 1:
+    """Measure beside other libraries, in one run: optimizer steps, or kernels."""
+    if what not in ("step", "kernel"):
+        _fail(f"bench measures 'step' or 'kernel', but got {what!r}.")
+    if threads < 1 or (steps is not None and steps < 1):
         _fail("--threads and --steps must be at least 1.")
+    try:
+        if what == "step":
+            _bench_step(threads, steps or 50, out)
+        else:
+            _bench_kernel(threads, steps or 3, growth, out)
+    except OSError as error:
+        _fail(f"cannot write {out}: {error.strerror or error}.")
+
+
+def _bench_step(threads: int, steps: int, out: Path | None) -> None:
     results = bench_steps(threads=threads, steps=steps)
     console.print(bench_table(results, threads=threads))
     if out is not None:
-        try:
-            write_results(out, results, threads=threads, steps=steps)
-        except OSError as error:
-            _fail(f"cannot write {out}: {error.strerror or error}.")
+        write_results(out, results, threads=threads, steps=steps)
+
+
+def _bench_kernel(threads: int, repeats: int, growth: bool, out: Path | None) -> None:
+    results = bench_kernels(threads=threads, repeats=repeats, growth=growth)
+    console.print(kernel_table(results, threads=threads))
+    if out is not None:
+        write_kernel_results(out, results, threads=threads, repeats=repeats)
 
 
 def main() -> None:

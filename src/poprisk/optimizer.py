@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
+from poprisk.checks import examples
 from poprisk.gate import MASKS_, Mask, TensorList
 from poprisk.path.rules import Facts, StepRule
 from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
@@ -27,7 +28,8 @@ from poprisk.update import (
     last_step_rule,
     masks,
 )
-from poprisk.variance import Clock, VarianceEstimator
+from poprisk.variance import WITHIN_BATCH, Clock, VarianceEstimator
+from poprisk.within import BatchParts
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 NOT_LOADED = {
@@ -82,7 +84,9 @@ class PopRiskAdamW(Optimizer):
         mode: ``"auto"`` centres the variance on the bias-corrected mean and leaves a step
             ungated while there is no estimate; ``"paper"`` is Algorithm 1 to the letter, cold
             start and absolute ``eps`` in the mask included.
-        variance: ``"ema"`` (:class:`poprisk.variance.Ema`) or ``"second-moment"``.
+        variance: ``"ema"`` (:class:`poprisk.variance.Ema`), ``"second-moment"``, ``"exact"``
+            (from per-example gradients: call :meth:`backward` with the losses) or
+            ``"microbatch"`` (between accumulation steps: call :meth:`microbatch` after each).
         reduction: None, or ``"per_tensor"``: average over a tensor before the comparison.
         q_min: floor of the mask, in [0, 1].
         foreach: many tensors per kernel (None: yes) or one at a time.
@@ -107,6 +111,8 @@ class PopRiskAdamW(Optimizer):
         >>> w.detach()
         tensor([0.9000])
     """
+
+    _parts: BatchParts | None = None
 
     def __init__(
         self,
@@ -147,6 +153,7 @@ class PopRiskAdamW(Optimizer):
         """Add a group after checking its settings; missing ones come from the defaults."""
         check_optimizer_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._parts = None
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -158,10 +165,83 @@ class PopRiskAdamW(Optimizer):
         loss = evaluate(closure)
         if not all_finite(checked_gradients(self)):
             warn_skipped("PopRiskAdamW", self._count_skip())
+            self._use_parts()
             return loss
+        parts = self._checked_parts()
         for bucket in self._buckets():
-            _update_bucket(bucket)
+            _update_bucket(bucket, parts)
+        self._use_parts()
         return loss
+
+    def backward(self, losses: Tensor, *, weight: float = 1.0) -> None:
+        """Compute gradients for ``variance="exact"``, in place of ``losses.mean().backward()``.
+
+        Adds ``weight`` times the gradient of the mean loss to ``.grad`` of this optimizer's
+        parameters and notes the square of each example's share.
+
+        Args:
+            losses: (b,), one per example, b ≥ 2; after ``GradScaler.scale`` under AMP.
+            weight: share of these examples in the step: chunk size over batch size when one step
+                takes several calls.
+
+        Raises:
+            TypeError, ValueError: if the losses are not one per example.
+            RuntimeError: if gradients from elsewhere are left.
+        """
+        examples.check_within("backward", self._modes(), "exact")
+        self._batch_parts().backward(losses, weight)
+
+    def microbatch(self, size: int) -> None:
+        """Note one part of an accumulated batch, for ``variance="microbatch"``.
+
+        Call it after each ``backward()`` of a step; the losses are to be scaled such that
+        ``.grad`` becomes the mean over the batch. Gradients are left as they are.
+
+        Args:
+            size: examples of this part.
+
+        Raises:
+            RuntimeError: if there was no or more than one backward pass since the last call.
+        """
+        examples.check_within("microbatch", self._modes(), "microbatch")
+        checks.check_positive("size", size)
+        self._batch_parts().part(size)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and with them the parts of a batch that were noted."""
+        super().zero_grad(set_to_none)
+        if self._parts is not None:
+            self._parts.reset()
+
+    def _use_parts(self) -> None:
+        if self._parts is not None:
+            self._parts.use()
+
+    def _batch_parts(self) -> BatchParts:
+        """The parts of this batch; at its start, of what is trainable by now."""
+        if self._parts is None or self._parts.parts == 0:
+            params = {
+                f"{i}.{j}": p
+                for i, group in enumerate(self.param_groups)
+                for j, p in enumerate(group["params"])
+                if p.requires_grad
+            }
+            self._parts = self._parts or BatchParts(params)
+            self._parts.params = params
+        return self._parts
+
+    def _checked_parts(self) -> BatchParts | None:
+        """The parts of the batch if a group needs them, found to be complete."""
+        within = [g for g in self.param_groups if g["variance"] in WITHIN_BATCH and g["gate"]]
+        params = [p for group in within for p in group["params"] if p.grad is not None]
+        if not params:
+            return None
+        parts = self._batch_parts()
+        parts.check(params)
+        return parts
+
+    def _modes(self) -> set[str]:
+        return {group["variance"] for group in self.param_groups if group["gate"]}
 
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
         """What the gate let through at the last step, per module (:class:`GateStats`).
@@ -327,13 +407,13 @@ def _count_step(states: list[dict[str, Any]]) -> list[int]:
     return [int(t) for t in torch.stack(steps).tolist()]
 
 
-def _update_bucket(bucket: Bucket) -> None:
+def _update_bucket(bucket: Bucket, parts: BatchParts | None) -> None:
     group, estimator = bucket.group, estimator_of(bucket.group)
     beta1, beta2 = group["betas"]
     clock = Clock(bucket.t, bucket.observations, beta1, beta2)
     settings = AdamSettings(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
     gate = gate_of(group, clock, estimator)
-    slots = _slots(bucket, estimator)
+    slots = _slots(bucket, estimator, parts)
 
     def update_(block: Slots) -> None:
         gated_adamw_(block, settings=settings, clock=clock, estimator=estimator, gate=gate)
@@ -351,9 +431,11 @@ def _update_bucket(bucket: Bucket) -> None:
             p.copy_(w)
 
 
-def _slots(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
+def _slots(bucket: Bucket, estimator: VarianceEstimator | None, parts: BatchParts | None) -> Slots:
     """Real float32 or float64 tensors of a bucket; parameters share memory unless low precision."""
     params, states = bucket.params, bucket.states
+    within = parts is not None and estimator is not None and estimator.within_batch
+    observed = parts.mean_var(params) if within else []
     keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
     columns = [params, [cast(Tensor, p.grad) for p in params]]
     columns += [[state[key] for state in states] for key in keys]
@@ -361,10 +443,12 @@ def _slots(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
     if dtype != params[0].dtype or any(g.dtype != dtype for g in columns[1]):
         columns = [[x.to(dtype) for x in column] for column in columns]
     if dtype.is_complex:
+        observed = [torch.view_as_real(x) for x in observed]
         columns = [[torch.view_as_real(x) for x in column] for column in columns]
     if bucket.group["maximize"]:
         columns[1] = list(torch._foreach_neg(columns[1]))
-    return Slots(*columns, *([] for _ in range(5 - len(columns))))
+    slots = Slots(*columns, *([] for _ in range(6 - len(columns))))
+    return slots._replace(observed=observed)
 
 
 def _tensor_gate(state: dict[str, Any], group: dict[str, Any]) -> Tensor:

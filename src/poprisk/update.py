@@ -42,7 +42,8 @@ class AdamSettings(NamedTuple):
 class Slots(NamedTuple):
     """Parallel lists of real tensors of one dtype on one device.
 
-    ``variances`` is empty for an estimator without state.
+    ``variances`` is empty for an estimator without state; ``observed`` holds variances found
+    within the present batch, for an estimator that averages these.
     """
 
     params: TensorList
@@ -50,6 +51,7 @@ class Slots(NamedTuple):
     exp_avgs: TensorList
     exp_avg_sqs: TensorList
     variances: TensorList
+    observed: TensorList
 
     def subset(self, indices: list[int]) -> Slots:
         """The slots at ``indices``."""
@@ -110,9 +112,9 @@ def gated_adamw_(
     with. Weight decay is decoupled and not gated. With ``gate=None`` every operation, and its
     order, is that of ``torch.optim.AdamW``; with ``estimator=None`` no variance is kept.
     """
-    w, g, m, v, s = slots
+    w, g, m, v, s, observed = slots
     if estimator is not None:
-        estimator.observe_(s, g, m, clock)
+        estimator.observe_(s, observed or g, m, clock)
     if settings.weight_decay != 0:
         torch._foreach_mul_(w, _number(1 - settings.lr * settings.weight_decay, w[0]))
     torch._foreach_lerp_(m, g, 1 - settings.beta1)
@@ -165,7 +167,7 @@ def last_gate(
     clock = Clock(t, t - state.get("variance_start", t), *group["betas"])
     keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
     moments = [torch.view_as_real(x) if x.is_complex() else x for x in (state[k] for k in keys)]
-    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
+    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(4 - len(moments))))
     return gate_of(group, clock, estimator), slots, clock, estimator
 
 

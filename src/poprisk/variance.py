@@ -10,11 +10,17 @@ is what is estimated.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, final
+from collections.abc import Callable
+from typing import Any, NamedTuple, final
 
 import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from poprisk.checks import examples as checks
+from poprisk.factors import Moments, capture
 from poprisk.gate import TensorList, momentum_noise
+from poprisk.kernel.jacobian import Selection, as_inputs, call, length, split, take, trainable
 
 
 class Clock(NamedTuple):
@@ -42,6 +48,8 @@ class VarianceEstimator(ABC):
     """What an optimizer needs from an estimator; instances hold settings, never state."""
 
     state_keys: tuple[str, ...] = ()
+    within_batch = False
+    """Whether the variance comes from the parts of one batch (:mod:`poprisk.within`)."""
 
     def observes(self, t: int) -> bool:
         """Whether the gradient of step ``t`` (≥ 1) can be observed."""
@@ -51,7 +59,10 @@ class VarianceEstimator(ABC):
     def observe_(
         self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
     ) -> None:
-        """Update the state in place; ``exp_avgs`` does not contain ``grads`` yet."""
+        """Update the state in place; ``exp_avgs`` does not contain ``grads`` yet.
+
+        With ``within_batch`` the variances of the present batch come in place of its gradients.
+        """
 
     @abstractmethod
     def read(
@@ -151,11 +162,113 @@ class SecondMoment(VarianceEstimator):
         return 1 - momentum_noise(clock.t, clock.beta1) if clock.t > 1 else 0.0
 
 
-ESTIMATORS = ("ema", "second-moment")
+@final
+class Within(VarianceEstimator):
+    r"""Average of the variances found within each batch (:mod:`poprisk.within`) [ours].
+
+    .. math:: s_t = \rho s_{t-1} + (1-\rho)\,\mathrm{var}_t,\qquad \hat s_t = s_t/(1-\rho^{k})
+
+    Unbiased for any course of the mean gradient: nothing is compared between steps. With
+    :math:`\rho = \beta_1^2` the weights are the squares of those of :math:`\hat m`, so that
+    :math:`r_t \hat s_t` estimates the variance of :math:`\hat m_t` itself, whatever the noise does.
+
+    Args:
+        rho: decay of the average, in [0, 1); None: :math:`\beta_1^2`.
+    """
+
+    state_keys = ("grad_mean_var",)
+    within_batch = True
+
+    def __init__(self, rho: float | None) -> None:
+        self.rho = rho
+
+    def observe_(
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
+    ) -> None:
+        torch._foreach_lerp_(variances, grads, 1 - self._decay(clock))
+
+    def read(
+        self,
+        variances: TensorList,
+        exp_avgs: TensorList,
+        exp_avg_sqs: TensorList,
+        clock: Clock,
+    ) -> tuple[TensorList, float]:
+        return variances, 1 / (1 - self._decay(clock) ** clock.observations)
+
+    def inflation(self, clock: Clock) -> float:
+        return 1.0
+
+    def _decay(self, clock: Clock) -> float:
+        return clock.beta1**2 if self.rho is None else self.rho
+
+
+WITHIN_BATCH = ("exact", "microbatch")
+ESTIMATORS = ("ema", *WITHIN_BATCH, "second-moment")
 
 
 def make_estimator(name: str, *, rho: float, paper: bool) -> VarianceEstimator:
     """The estimator called ``name``; see :data:`ESTIMATORS`."""
     if name == "second-moment":
         return SecondMoment()
+    if name in WITHIN_BATCH:
+        return Within(None if name == "exact" else rho)
     return Ema(rho, paper=paper)
+
+
+def grad_mean_var(
+    model: nn.Module,
+    loss: Callable[[Tensor, Any], Tensor],
+    batch: tuple[Any, Any],
+    *,
+    params: Selection = None,
+    chunk: int | None = None,
+) -> dict[str, Tensor]:
+    r"""The exact variance of the batch-mean gradient, for each parameter.
+
+    .. math:: \frac{\Sigma_B}{b-1} = \frac{1}{b(b-1)} \sum_i (g_i - \mu)^2
+
+    with per-example gradients :math:`g_i` and their mean :math:`\mu`. Subtracted from
+    :math:`\mu^2` it gives an unbiased estimate of the squared population gradient [LG, Thm 6.5].
+    Dropout counts as part of the noise. Nothing is written to ``.grad``.
+
+    Args:
+        model: the module; batch normalization in eval mode.
+        loss: (outputs, targets) to one value per example, (b,).
+        batch: inputs (a tensor, a tuple for ``model(*x)`` or a dict for ``model(**x)``) and targets
+            (a tensor), b ≥ 2 examples.
+        params: names of the parameters that count, or a function of name and parameter.
+        chunk: examples per pass, ≥ 2, or a few more; None: all at once.
+
+    Returns:
+        By name, tensors of the parameters' shapes.
+
+    Raises:
+        TypeError, ValueError: if the loss is not one value per example, lengths differ, there is
+            only one example, no trainable parameter, or a batch normalization in train mode.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> losses = lambda out, y: (out * y).squeeze(1)
+        >>> batch = torch.ones(2, 1), torch.tensor([[1.0], [3.0]])
+        >>> grad_mean_var(model, losses, batch)["weight"]
+        tensor([[1.]])
+    """
+    inputs, targets = checks.check_pair("batch", batch)
+    named = trainable(model, params)
+    checks.check_no_batch_statistics(model)
+    x = as_inputs("batch inputs", inputs)
+    b = length(x)
+    checks.check_targets(targets, b)
+    checks.check_one_device(pytree.tree_leaves((x, targets)), named)
+    if chunk is not None:
+        checks.check_range("chunk", chunk, 2)
+    total: Moments | None = None
+    for rows in split(b, max(1, b // (chunk or b))):
+        with torch.enable_grad():
+            losses = loss(call(model, take(x, rows)), targets[rows])
+        checks.check_losses(losses, rows.stop - rows.start)
+        found = capture(losses, named).moments()
+        total = found if total is None else total.plus(found)
+    assert total is not None
+    return total.mean_var(b)

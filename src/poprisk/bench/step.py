@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from poprisk.bench import environment, write_json
 from poprisk.optimizer import PopRiskAdamW
 
 WARM_UP = 5
@@ -145,16 +144,5 @@ def bench_table(results: list[StepTime], *, threads: int) -> Table:
 
 def write_results(path: Path, results: list[StepTime], *, threads: int, steps: int) -> None:
     """Write the results and the environment they were measured in as JSON."""
-    content = {
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "threads": threads,
-            "steps": steps,
-            "gpu": "not measured",
-        },
-        "results": [r._asdict() for r in results],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    rows = [r._asdict() for r in results]
+    write_json(path, {"environment": environment(threads=threads, steps=steps), "results": rows})

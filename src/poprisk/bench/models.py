@@ -1,0 +1,99 @@
+"""Networks that kernels and gradient statistics are measured on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Case(NamedTuple):
+    """One network with inputs of one size.
+
+    Attributes:
+        kind: ``"mlp"``, ``"cnn"`` or ``"transformer"``.
+        examples: number of inputs.
+        width: hidden units, channels, or model dimension.
+        depth: hidden layers, residual blocks, or transformer layers.
+        length: positions of a sequence; ignored by the others.
+    """
+
+    kind: str
+    examples: int
+    width: int
+    depth: int = 2
+    length: int = 64
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        """A model in eval mode and its inputs."""
+        torch.manual_seed(0)
+        if self.kind == "mlp":
+            return mlp(self.width, self.depth), torch.randn(self.examples, 784)
+        if self.kind == "cnn":
+            return ResidualCNN(self.width, self.depth).eval(), torch.randn(self.examples, 3, 32, 32)
+        model = Transformer(self.width, self.depth, self.length).eval()
+        return model, torch.randint(0, Transformer.tokens, (self.examples, self.length))
+
+    def label(self) -> str:
+        """The case in a few words."""
+        length = f", {self.length} positions" if self.kind == "transformer" else ""
+        return f"{self.kind}, width {self.width}, depth {self.depth}{length}, n={self.examples}"
+
+
+def mlp(width: int, depth: int) -> nn.Sequential:
+    """784 inputs, ``depth`` hidden layers, 10 outputs."""
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers += [nn.Linear(784 if i == 0 else width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+@final
+class ResidualCNN(nn.Module):
+    """Residual blocks with group normalization on 3 × 32 × 32 pictures, 10 outputs."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.GroupNorm(4, width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.GroupNorm(4, width),
+            )
+            for _ in range(depth)
+        )
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 3, 32, 32) to (n, 10)."""
+        x = F.relu(self.stem(x))
+        for block in self.blocks:
+            x = F.relu(x + block(x))
+        return self.head(F.relu(self.down(x)).mean((2, 3)))
+
+
+@final
+class Transformer(nn.Module):
+    """Encoder layers on sequences of tokens, averaged over positions, 10 outputs."""
+
+    tokens = 64
+
+    def __init__(self, width: int, depth: int, length: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(self.tokens, width)
+        self.position = nn.Parameter(0.1 * torch.randn(length, width))
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, length) token numbers to (n, 10)."""
+        return self.head(self.layers(self.embedding(x) + self.position).mean(1))

@@ -1,0 +1,388 @@
+"""Where parameters meet examples: reading the autograd graph of per-example values.
+
+A backward pass leaves behind, in the nodes of its graph, all that per-example gradients are made
+of. This module finds the nodes at which something that belongs to single examples meets something
+that depends on parameters alone, and along which dimension the examples lie there.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+VIEWS = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "View UnsafeView ReshapeAlias Unsqueeze Squeeze Alias ToCopy Clone T Permute Transpose "
+        "Slice Select Split SplitWithSizes Unbind Detach"
+    ).split()
+)
+"""Nodes with one input whose output belongs to examples only if the input does."""
+
+PURE = frozenset(
+    f"{name}Backward{i}"
+    for i in range(2)
+    for name in (
+        "Mm Bmm Addmm Baddbmm Mv Dot Add Sub Mul Div Neg Pow Exp Log Sqrt Rsqrt Tanh Sigmoid Relu "
+        "Softplus Softmax LogSoftmax Sum Mean Norm LinalgVectorNorm WeightNormInterface Cat Stack"
+    ).split()
+)
+"""Nodes that compute from their inputs alone, if all of these have nodes of their own."""
+
+REORDERS = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Index IndexSelect IndexPut IndexAdd IndexCopy Gather Take Scatter ScatterAdd Embedding"
+    ).split()
+)
+"""Nodes that may exchange examples, as an index tensor says."""
+
+CONFIRMATIONS = 3
+"""Random halves of a batch that must agree with layouts learnt from smaller batches."""
+
+TRUSTED = 3
+"""Batches that must agree on where the examples lie before a structure is taken as known."""
+
+
+class Layout(NamedTuple):
+    """Where the examples lie in a tensor: along ``dim``, ``rows`` positions for each.
+
+    Attributes:
+        dim: the dimension, of size examples × rows.
+        rows: positions per example in that dimension.
+        major: whether the positions of one example are neighbours (else the examples are).
+    """
+
+    dim: int
+    rows: int
+    major: bool
+
+    def first(self, tensor: Tensor, examples: int) -> Tensor:
+        """View (k, ..., examples·rows, ...) as (k, examples, rows, ...)."""
+        moved = tensor.movedim(self.dim + 1, 1)
+        if self.major:
+            return moved.unflatten(1, (examples, self.rows))
+        return moved.unflatten(1, (self.rows, examples)).transpose(1, 2)
+
+    def of_example(self, tensor: Tensor, index: int, examples: int) -> Tensor:
+        """A view of the part of a tensor that belongs to one example."""
+        if self.major:
+            return tensor.narrow(self.dim, index * self.rows, self.rows)
+        return tensor.unflatten(self.dim, (self.rows, examples)).select(self.dim + 1, index)
+
+
+class Use(NamedTuple):
+    """One place where a parameter, or what is computed from parameters alone, meets examples.
+
+    Attributes:
+        node: position of the node in the order of the walk.
+        edge: which input of the node comes from the parameters.
+        layouts: where the examples lie in each output of the node; None: no gradient comes there.
+    """
+
+    node: int
+    edge: int
+    layouts: tuple[Layout | None, ...]
+
+
+class Graph(NamedTuple):
+    """The nodes between values and parameters, from the values down.
+
+    Attributes:
+        nodes: in topological order.
+        owners: name of the parameter of each ``AccumulateGrad`` node that is asked for.
+    """
+
+    nodes: list[Node]
+    owners: dict[Node, str]
+
+    def signature(self) -> str:
+        """What two graphs of equal structure share."""
+        position = {node: i for i, node in enumerate(self.nodes)}
+        return repr(
+            [
+                (
+                    node.name(),
+                    shapes(node),
+                    self.owners.get(node),
+                    _settings(node),
+                    [(position.get(cast(Node, n)), k) for n, k in node.next_functions],
+                )
+                for node in self.nodes
+            ]
+        )
+
+
+def _settings(node: Node) -> list[object]:
+    """What decides, besides shapes, where a node moves the examples: dimensions, sizes, offsets."""
+    names = _plain_names(type(node))
+    values = [getattr(node, name) for name in names] + list(getattr(node, "__dict__", {}).values())
+    plain: list[object] = [value for value in values if _is_plain(value)]
+    if node.name() in REORDERS:
+        plain += [_in_order(index) for index in _indices(node)]
+    return plain
+
+
+@functools.cache
+def _plain_names(kind: type) -> tuple[str, ...]:
+    """Saved attributes of a kind of node that are no tensors."""
+    names = set(dir(kind))
+    return tuple(sorted(n for n in names if n.startswith("_saved_") and f"_raw{n}" not in names))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, int | str)
+
+
+def _indices(node: Any) -> Iterator[Tensor | None]:
+    found = getattr(node, "_saved_indices", None)
+    if found is None:
+        found = getattr(node, "_saved_index", None)
+    yield from found if isinstance(found, (tuple, list)) else [found]
+
+
+def _in_order(index: Tensor | None) -> list[bool] | None:
+    """Whether an index is 0, 1, 2, ... as a whole, and along each dimension; None for a mask."""
+    if index is None or index.dtype == torch.bool:
+        return None
+    views = [index.flatten(), *(index.movedim(d, -1) for d in range(index.ndim))]
+    return [bool((v == torch.arange(v.shape[-1], device=v.device)).all()) for v in views]
+
+
+def shapes(node: Node) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a node's outputs."""
+    return tuple(tuple(meta.shape) for meta in cast(Any, node)._input_metadata)
+
+
+def as_matrix(values: Tensor) -> Tensor:
+    """Values (b,) or (b, k) as (b, k), at a node of its own above whatever computed them."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return values.unsqueeze(1) if values.ndim == 1 else values.view_as(values)
+
+
+def walk(root: Node, names: dict[int, str]) -> Graph:
+    """The nodes from ``root`` to the parameters named by ``names`` (id of tensor → name)."""
+    finished: dict[Node, bool] = {}
+    owners: dict[Node, str] = {}
+    order: list[Node] = []
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, expanded = stack.pop()
+        if node in finished:
+            continue
+        children = [child for child, _ in node.next_functions if child is not None]
+        if not expanded:
+            stack.append((node, True))
+            stack.extend((child, False) for child in children if child not in finished)
+            continue
+        name = names.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            owners[node] = name
+        finished[node] = name is not None or any(finished[child] for child in children)
+        if finished[node]:
+            order.append(node)
+    return Graph(order[::-1], owners)
+
+
+@dataclass
+class _Known:
+    """What batches of one structure have told.
+
+    Attributes:
+        candidates: by position of the node and by output, the layouts that fitted every batch;
+            None where no gradient came.
+        batches: how many of them left no doubt.
+        uses: the conclusion.
+    """
+
+    candidates: dict[int, list[set[Layout] | None]] = field(default_factory=dict)
+    batches: int = 0
+    uses: list[Use] = field(default_factory=list)
+
+    def belongs_to_examples(self, node: int) -> bool:
+        """Whether some layout fits each output that a gradient came to."""
+        return all(c is None or bool(c) for c in self.candidates[node])
+
+
+def find_uses(graph: Graph, values: Tensor) -> list[Use]:
+    """All places where parameters meet examples; remembered for graphs of equal structure."""
+    key = graph.signature()
+    known = _REMEMBERED.setdefault(key, _Known())
+    _REMEMBERED.move_to_end(key)
+    if len(_REMEMBERED) > 64:
+        _REMEMBERED.popitem(last=False)
+    if known.batches < TRUSTED:
+        reached = _find_layouts(graph, values, known)
+        known.uses = _boundary(graph, known)
+        known.batches += all(
+            use.node in reached
+            and all(c is None or len(c) == 1 for c in known.candidates[use.node])
+            for use in known.uses
+        )
+    return known.uses
+
+
+_REMEMBERED: OrderedDict[str, _Known] = OrderedDict()
+
+
+def is_trusted(graph: Graph) -> bool:
+    """Whether enough batches of this structure left no doubt."""
+    known = _REMEMBERED.get(graph.signature())
+    return known is not None and known.batches >= TRUSTED
+
+
+def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
+    """Backpropagate from some of the examples, in turns, and see which rows are zero.
+
+    What belongs to an example has a zero gradient when only other examples send one. Of any two
+    examples each sends once without the other, so no rearrangement of the examples goes unnoticed.
+
+    Returns:
+        The nodes, by position, to which a gradient other than zero came.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    reached: set[int] = set()
+    generator = torch.Generator().manual_seed(len(values))
+    weights = 0.5 + torch.rand(values.shape, generator=generator, dtype=torch.float64)
+    for senders in _groups(len(values)):
+
+        def watch(node: Node, grads: Sequence[Tensor | None], senders: Tensor = senders) -> None:
+            i = position[node]
+            if any(g is not None and g.any() for g in grads):
+                reached.add(i)
+            before = known.candidates.get(i, [None] * len(grads))
+            known.candidates[i] = [
+                old if g is None else _consistent(_all(old, g, len(senders)), g, senders)
+                for g, old in zip(grads, before, strict=True)
+            ]
+
+        cotangent = (weights * senders[:, None]).to(values.device, values.dtype)
+        _backward(graph, values, cotangent, watch)
+    return reached
+
+
+def confirmed(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool:
+    """Whether the layouts of ``uses`` agree with what comes back from random halves of a batch."""
+    layouts = {graph.nodes[use.node]: use.layouts for use in uses}
+    agreed = True
+    generator = torch.Generator().manual_seed(len(values))
+    for _ in range(CONFIRMATIONS):
+        senders = torch.randperm(len(values), generator=generator) < len(values) // 2
+
+        def watch(node: Node, grads: Sequence[Tensor | None], senders: Tensor = senders) -> None:
+            nonlocal agreed
+            for g, layout in zip(grads, layouts.get(node, ()), strict=False):
+                if g is not None:
+                    known = set() if layout is None else {layout}
+                    agreed &= bool(_consistent(known, g, senders)) or not bool(g.any())
+
+        cotangent = senders[:, None].expand(values.shape).to(values.device, values.dtype)
+        _backward(graph, values, cotangent, watch)
+    return agreed
+
+
+def _groups(examples: int) -> Tensor:
+    """Rows of booleans, as few as can be: of any two columns neither is below the other.
+
+    Subsets of equal size (Sperner's theorem).
+    """
+    count = next(m for m in itertools.count(2) if math.comb(m, m // 2) >= examples)
+    groups = torch.zeros(count, examples, dtype=torch.bool)
+    for i, members in zip(
+        range(examples), itertools.combinations(range(count), count // 2), strict=False
+    ):
+        groups[list(members), i] = True
+    return groups
+
+
+def _all(old: set[Layout] | None, grad: Tensor, examples: int) -> set[Layout]:
+    return set(_possible(tuple(grad.shape), examples)) if old is None else old
+
+
+def _possible(shape: tuple[int, ...], examples: int) -> list[Layout]:
+    """Every layout that a shape allows, the most common first."""
+    fitting = [(d, n // examples) for d, n in enumerate(shape) if n and n % examples == 0]
+    layouts = [Layout(d, rows, True) for d, rows in fitting]
+    return layouts + [Layout(d, rows, False) for d, rows in fitting if rows > 1]
+
+
+def _simplest(layouts: Collection[Layout]) -> Layout:
+    return min(layouts, key=lambda layout: (layout.rows > 1, layout.dim, not layout.major))
+
+
+def _consistent(layouts: set[Layout], grad: Tensor, senders: Tensor) -> set[Layout]:
+    """Those layouts in which every example that sent nothing has a zero gradient."""
+    examples = len(senders)
+    nonzero = grad.detach() != 0
+    found = set()
+    for layout in layouts:
+        others = [d for d in range(grad.ndim) if d != layout.dim]
+        rows = nonzero.any(dim=others) if others else nonzero
+        shape = (examples, -1) if layout.major else (-1, examples)
+        per_example = rows.reshape(shape).any(dim=1 if layout.major else 0).cpu()
+        if not bool((per_example & ~senders).any()):
+            found.add(layout)
+    return found
+
+
+Watch = Callable[[Node, Sequence[Tensor | None]], None]
+
+
+def _backward(graph: Graph, values: Tensor, cotangent: Tensor, watch: Watch) -> None:
+    """One backward pass that shows every node its incoming gradients."""
+    handles = [
+        node.register_prehook(functools.partial(watch, node))
+        for node in graph.nodes
+        if node not in graph.owners
+    ]
+    edges = [GradientEdge(node, 0) for node in graph.owners]
+    try:
+        torch.autograd.grad(values, edges, cotangent, retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _boundary(graph: Graph, known: _Known) -> list[Use]:
+    """The inputs of nodes of examples that come from nodes without examples.
+
+    Every path from the values to a parameter crosses the boundary once: what lies below a node
+    without examples counts as without, too.
+    """
+    without: set[Node] = set(graph.owners)
+    count = 0
+    while count < len(without):
+        count = len(without)
+        for i in range(len(graph.nodes) - 1, 0, -1):
+            if _is_without(graph.nodes[i], i, known, without):
+                without.add(graph.nodes[i])
+        for node in graph.nodes:
+            if node in without and node not in graph.owners:
+                without.update(child for child, _ in node.next_functions if child is not None)
+    return [
+        Use(i, edge, tuple(_simplest(c) if c else None for c in known.candidates[i]))
+        for i, node in enumerate(graph.nodes)
+        if node not in without and i in known.candidates
+        for edge, (child, _) in enumerate(node.next_functions)
+        if child in without
+    ]
+
+
+def _is_without(node: Node, i: int, known: _Known, without: Collection[Node | None]) -> bool:
+    children = [child for child, _ in node.next_functions]
+    if node.name() in VIEWS:
+        return any(child in without for child in children)
+    if node.name() in PURE and all(child in without for child in children):
+        return True
+    return i in known.candidates and not known.belongs_to_examples(i)

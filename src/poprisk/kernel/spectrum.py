@@ -1,0 +1,100 @@
+"""Spectra of symmetric operators that are known through their products alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error.
+
+    Attributes:
+        value: the estimate.
+        standard_error: of the value; 0 if it is exact.
+    """
+
+    value: float
+    standard_error: float
+
+
+class Eigenpairs(NamedTuple):
+    r"""Largest eigenvalues of a symmetric matrix K.
+
+    Attributes:
+        values: (k,), in descending order.
+        vectors: (n, k), orthonormal columns.
+        residuals: (k,), :math:`\|K v - \lambda v\|`: an eigenvalue of K lies that near.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+
+
+def top_eigenpairs(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    k: int,
+    *,
+    tolerance: float,
+    max_products: int,
+) -> Eigenpairs:
+    """Largest eigenpairs by a block Krylov method with full orthogonalization.
+
+    Args:
+        product: K times the columns of (n, s).
+        start: (n, s) random; with s ≥ the multiplicity of an eigenvalue all of it is found.
+        k: number of pairs.
+        tolerance: largest residual, relative to the largest eigenvalue.
+        max_products: columns that may be multiplied in all.
+    """
+    n = len(start)
+    basis = torch.linalg.qr(start).Q
+    images = product(basis)
+    block = basis
+    while True:
+        found = _ritz(basis, images, k)
+        limit = tolerance * float(found.values[0].abs())
+        full = basis.shape[1] >= min(n, max_products)
+        if full or (basis.shape[1] >= k and bool((found.residuals <= limit).all())):
+            return found
+        block = _orthogonal_part(images[:, -block.shape[1] :], basis)[:, : n - basis.shape[1]]
+        if block.shape[1] == 0:
+            return found
+        basis = torch.cat([basis, block], dim=1)
+        images = torch.cat([images, product(block)], dim=1)
+
+
+def _ritz(basis: Tensor, images: Tensor, k: int) -> Eigenpairs:
+    """The best approximations within the span of ``basis``."""
+    projected = basis.T @ images
+    values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+    values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
+    residuals = torch.linalg.vector_norm(images @ vectors - basis @ vectors * values, dim=0)
+    return Eigenpairs(values, basis @ vectors, residuals)
+
+
+def _orthogonal_part(block: Tensor, basis: Tensor) -> Tensor:
+    """An orthonormal basis of what ``block`` adds to the span of ``basis``."""
+    scale = torch.linalg.vector_norm(block, dim=0).max()
+    for _ in range(2):
+        block = block - basis @ (basis.T @ block)
+    u, s, _ = torch.linalg.svd(block, full_matrices=False)
+    kept = u[:, s > 100 * torch.finfo(block.dtype).eps * scale]
+    return torch.linalg.qr(kept - basis @ (basis.T @ kept)).Q
+
+
+def trace_estimate(product: Callable[[Tensor], Tensor], probes: Tensor) -> Estimate:
+    r"""Hutchinson's estimate of a trace, the mean of :math:`z^\top K z` over random signs z.
+
+    Args:
+        product: K times the columns of (n, s).
+        probes: (n, s) of independent random signs, s ≥ 2.
+    """
+    samples = (probes * product(probes)).sum(dim=0).double()
+    spread = samples.std() / len(samples) ** 0.5
+    return Estimate(float(samples.mean()), float(spread))
