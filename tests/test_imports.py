@@ -12,8 +12,8 @@ SRC = Path(__file__).parents[1] / "src"
 
 CHAIN: Sequence[str] = (
     "checks factors kernel path channel drift risk gate variance settings within update stats "
-    "fused optimizer gated controls monitor integrations tasks arms checkpoint training rundir compare "
-    "wording verdict explain reproduce report display bench cli"
+    "fused optimizer gated controls monitor integrations tasks arms checkpoint training rundir "
+    "compare wording verdict explain reproduce report display bench cli"
 ).split()
 
 # What a module outside the chain may import; no module imports one of these.
