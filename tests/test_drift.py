@@ -72,7 +72,7 @@ def walks(power: float, replicates: int = 40) -> list[Movement]:
     found = []
     for seed in range(replicates):
         walk = randn(128, 30, seed=seed).cumsum(0)
-        found.append(Movement(times, drift, walk[torch.tensor(times) - 1]))
+        found.append(Movement(times, drift, walk[torch.tensor(times) - 1], walk))
     return found
 
 

@@ -51,11 +51,13 @@ class Movement(NamedTuple):
         times: steps, ascending, geometrically spaced.
         drift: summed full-batch part at each, (times, r).
         diffusion: summed noise, (times, r).
+        walk: summed noise after every step, (steps, r).
     """
 
     times: list[int]
     drift: Tensor
     diffusion: Tensor
+    walk: Tensor
 
 
 class DriftLaws(NamedTuple):
@@ -149,10 +151,10 @@ def movement(
         carried = rule.from_momentum * rule.gain / (1 - rule.carry) + rule.from_gradient
         scale = rule.correction * rule.precondition * carried
         total += problem.jvp(w, x, scale * both)
-        if k + 1 in times:
-            sums.append(_along(total, directions))
-    seen = torch.stack(sums)
-    return Movement(times, seen[..., 0], seen[..., 1])
+        sums.append(_along(total, directions))
+    drift, walk = torch.stack(sums).unbind(-1)
+    marked = torch.tensor(times) - 1
+    return Movement(times, drift[marked], walk[marked], walk)
 
 
 def _along(total: Tensor, directions: Tensor | None) -> Tensor:
@@ -164,20 +166,44 @@ def _along(total: Tensor, directions: Tensor | None) -> Tensor:
 def exponents(movements: Sequence[Movement]) -> tuple[Exponent, Exponent]:
     r"""Powers of T in drift and diffusion, from replicates that differ in their batches.
 
-    The diffusion's is the mean over replicates. The drift is what their movements, drift and
-    diffusion together, have in common: :math:`\|\bar p\|^2 - s^2/R` for R replicates of variance
-    s², with an interval from the jackknife.
+    The drift is what the movements of the replicates, drift and diffusion together, have in
+    common: :math:`\|\bar p\|^2 - s^2/R` for R replicates of variance s². The diffusion is the root
+    of the mean squared displacement over all windows of T steps of all replicates, T up to a
+    quarter of the run. Both with an interval from the jackknife over replicates (three or more).
     """
     times = movements[0].times
     totals = torch.stack([m.drift + m.diffusion for m in movements])
-    diffusion = [slope(times, m.diffusion.norm(dim=1).tolist()) for m in movements]
+    squares, lags = _displacements(movements)
     if len(movements) < 3:
         drift = [slope(times, m.drift.norm(dim=1).tolist()) for m in movements]
-        return interval(drift), interval(diffusion)
-    R = len(totals)
-    whole = slope(times, _common(totals))
-    parts = [slope(times, _common(torch.cat([totals[:i], totals[i + 1 :]]))) for i in range(R)]
-    return interval([R * whole - (R - 1) * p for p in parts]), interval(diffusion)
+        return interval(drift), interval([slope(lags, row.sqrt().tolist()) for row in squares])
+    return (
+        jackknife(lambda kept: slope(times, _common(totals[kept])), len(movements)),
+        jackknife(lambda kept: slope(lags, _root_mean(squares[kept])), len(movements)),
+    )
+
+
+def jackknife(statistic: Callable[[Tensor], float], count: int) -> Exponent:
+    """A statistic of replicates, given by their indices, with the interval of the jackknife."""
+    every = torch.arange(count)
+    whole = statistic(every)
+    parts = [statistic(every[every != i]) for i in range(count)]
+    return interval([count * whole - (count - 1) * part for part in parts])
+
+
+def _displacements(movements: Sequence[Movement]) -> tuple[Tensor, list[int]]:
+    """Mean squared displacement of the noise over windows of each length, (R, lags)."""
+    steps = len(movements[0].walk)
+    longest = max(steps // 4, min(2, steps))
+    lags = [int(t) for t in np.unique(np.geomspace(1, longest, 8).round().astype(int))]
+    walks = torch.stack([m.walk for m in movements])
+    walks = torch.cat([torch.zeros_like(walks[:, :1]), walks], dim=1)
+    columns = [walks[:, ::lag].diff(dim=1).square().sum(2).mean(1) for lag in lags]
+    return torch.stack(columns, dim=1), lags
+
+
+def _root_mean(squares: Tensor) -> list[float]:
+    return squares.mean(0).sqrt().tolist()
 
 
 def _common(totals: Tensor) -> list[float]:
@@ -290,10 +316,8 @@ def sweep(
     drift, diffusion = exponents(by_batch[batch_sizes[0]])
     batch = noise = None
     if len(batch_sizes) > 1:
-        columns = zip(*by_batch.values(), strict=True)
-        batch = interval(
-            [slope(batch_sizes, [float(m.diffusion[-1].norm()) for m in c]) for c in columns]
-        )
+        squares = torch.stack([_displacements(m)[0].mean(1) for m in by_batch.values()], dim=1)
+        batch = jackknife(lambda kept: slope(batch_sizes, _root_mean(squares[kept])), len(seeds))
     if sizes is not None:
         noise = interval([slope(sizes, _noise_by_size(recipe, sizes, s)) for s in seeds])
     return DriftLaws(drift, diffusion, batch, noise, len(seeds))

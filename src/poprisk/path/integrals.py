@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from poprisk.path.checks import check_budget
+from poprisk.path.jacobian import JacobianRows
 from poprisk.path.quadrature import (
     OUTPUT_NODES,
     PathJacobian,
@@ -29,6 +30,9 @@ Progress = Callable[[int, int | None], None]
 
 WARN_ABOVE = 1e-2
 BUDGET = 3 * 2**30
+BLOCK = 2**21
+"""Entries of a piece of the matrices of P rows: temporaries of this size stay near the processor,
+and their memory is used again, where a fresh matrix of P rows would cost as much as a product."""
 
 
 class Closure(NamedTuple):
@@ -135,8 +139,13 @@ class Integrals:
 def dense_bytes(run: Run) -> float:
     """Memory that :func:`integrate` takes at its peak, roughly."""
     p, size, queries = run.problem, run.problem.size, run.problem.m * run.problem.c
-    outputs = run.problem.n * p.c
-    return 8.0 * (size * (5 * outputs + queries) + 6 * outputs * (outputs + queries))
+    outputs, batch = run.problem.n * p.c, max(len(i.examples) for i in run.intervals) * p.c
+    strided = 3 * outputs if run.stride > 1 else 0
+    return 8.0 * (
+        size * (2 * outputs + queries + batch + strided)
+        + 6 * outputs * (outputs + queries)
+        + 4 * BLOCK
+    )
 
 
 def integrate(
@@ -203,11 +212,16 @@ class _Walk:
         p = self.problem
         self.x, self.points = p.train[0], p.query[0]
         self.w = run.weights[0].double()
+        self.rows = jacobian.rows = JacobianRows(p, self.w)
         self.u, self.v = self._outputs(self.w)
         self.u0, self.v0 = self.u, self.v
         self.g0 = p.output_gradient(self.u).flatten()
         N, Nq = self.u.numel(), self.v.numel()
         zeros = {"dtype": torch.float64}
+        outputs = (p.n + p.m) * p.c
+        self.J = torch.empty(outputs, p.size, **zeros)  # path-averaged: training, then query rows
+        self.J_batch = torch.empty(0, p.size, **zeros)
+        self.inputs = torch.cat([self.x, self.points])
         self.X = torch.cat([torch.eye(N, **zeros), torch.zeros(N, 1, **zeros)], 1)
         self.Q = torch.zeros(p.size, N + 1, **zeros)
         self.Q[:, -1] = run.momentum_in.double()
@@ -224,12 +238,12 @@ class _Walk:
             return self.problem.outputs(w, self.x), self.problem.outputs(w, self.points)
 
     def _frozen(self) -> Tensor:
-        J, J_Q = (self.problem.jacobian(self.w, x) for x in (self.x, self.points))
+        J, J_Q = self._jacobian(self.w, self.inputs, self.J).tensor_split((len(self.X),))
         return J_Q @ J.T @ torch.linalg.pinv(J @ J.T, hermitian=True)
 
     def snapshot(self, step: int) -> None:
         """Keep the present state."""
-        J = self.problem.jacobian(self.w, self.x)
+        J = self._jacobian(self.w, self.x, self.J[: len(self.X)])
         g = self.problem.output_gradient(self.u).flatten()
         self.kept.append(
             Snapshot(step, self.G.clone(), self.u.flatten(), self.v.flatten(), g, J @ J.T)
@@ -244,46 +258,65 @@ class _Walk:
         rule, end = run.rule(k, torch.float64), run.weights[k + 1].double()
         u, v = self._outputs(end)
         B = average_hessian(problem, self.u, u - self.u)
-        J_S, J_Q = (self.average(self.w, end, x) for x in (self.x, self.points))
+        self.average(self.w, end, self.inputs, out=self.J)
         w = self.w if rule.steps == 1 else (self.w + end) / 2
-        gradient = self._gradient(k, rule, w, J_S, B)
-        V = self._step(rule, gradient, w)
-        del gradient
-        moved = J_S @ V
+        moved, seen = self._step(rule, *self._pulled(k, rule, w, B), w).tensor_split((len(self.X),))
         self.D += moved
-        self.G += J_Q @ V
+        self.G += seen
         self.X -= _blocks(B, moved)
         self._account(moved, u)
         self.w, self.u, self.v = end, u, v
 
-    def _step(self, rule: FlatRule, gradient: Tensor, w: Tensor) -> Tensor:
-        r"""Advance the momentum and return the step :math:`\eta M R/(1-\beta_1^{k+1})`, (P, N+1).
+    def _jacobian(self, w: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        """Rows of the Jacobian at ``w``, written to ``out``."""
+        return self.rows.write(out, [(w, 1.0)], x)
 
-        The usual momentum is read out as it is, without a copy: these matrices are large.
+    def _step(self, rule: FlatRule, J: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
+        r"""Take a step and return what it moves, (N+Nq, N+1).
+
+        Weights are gone through piece by piece: gradient :math:`J^T S P`, momentum, step
+        :math:`V = \eta M R/(1-\beta_1^{k+1})`, and :math:`\bar J V`.
         """
-        if rule.steps == 1 and rule.from_momentum == 1 and rule.from_gradient == 0:
-            self.Q.mul_(rule.carry).add_(gradient.mul_(rule.gain))
-            R = self.Q
-        else:
-            R = rule.readout(self.Q, gradient)
-            self.Q = rule.advance(self.Q, gradient)
-        self._dissipate(R, rule)
-        V = R * (rule.correction * rule.precondition)
-        V[:, -1:] += rule.decay * rule.steps * w[:, None]
-        return V
+        moved = torch.zeros(len(self.J), self.Q.shape[1], dtype=torch.float64)
+        size = max(1, BLOCK // self.Q.shape[1])
+        for start in range(0, len(w), size):
+            part = slice(start, start + size)
+            some, at = rule.part(part), w[part, None]
+            R = self._readout(some, self.Q[part], J[:, part].T, pulled, at)
+            self._dissipate(R[:, :-1], some)
+            V = R * (some.correction * some.precondition)
+            V[:, -1:] += some.decay * some.steps * at
+            moved.addmm_(self.J[:, part], V)
+        return moved
 
-    def _gradient(self, k: int, rule: FlatRule, w: Tensor, J_S: Tensor, B: Tensor) -> Tensor:
-        """Gradient of each column, (P, N+1): transposed Jacobian, sampling, decay, sign."""
+    def _readout(self, rule: FlatRule, Q: Tensor, JT: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
+        """Advance the momentum of some weights in place and return what the step reads of it."""
+        usual = rule.usual()
+        if usual is not None:
+            carry, gain = usual
+            Q.addmm_(JT, pulled, beta=carry, alpha=gain)
+            Q[:, -1:] += gain * rule.coupled * w
+            return Q
+        gradient = rule.sign * (JT @ pulled)
+        gradient[:, -1:] += rule.coupled * w
+        R = rule.readout(Q, gradient)
+        Q.copy_(rule.advance(Q, gradient))
+        return R
+
+    def _pulled(self, k: int, rule: FlatRule, w: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Jacobian of the batch, (b·c, P), and :math:`S P` on its rows, (b·c, N+1)."""
         interval, c = self.run.intervals[k], self.problem.c
         rows = (interval.examples[:, None] * c + torch.arange(c)).flatten()
         sampling = interval.sampling.repeat_interleave(c)[:, None]
+        J_S = self.J[: len(self.X)]
         if rule.steps == 1:
-            J, X = self.problem.jacobian(w, self.x[interval.examples]), self.X
+            if len(self.J_batch) < len(rows):
+                self.J_batch = torch.empty(len(rows), len(w), dtype=torch.float64)
+            J, X = self.J_batch[: len(rows)], self.X
+            self._jacobian(w, self.x[interval.examples], J)
         else:
             J, X = J_S[rows], self._interval_mean(rule, w, (J_S, rows, sampling), B)
-        gradient = rule.sign * (J.T @ (sampling * X[rows]))
-        gradient[:, -1:] += rule.coupled * w[:, None]
-        return gradient
+        return J, sampling * X[rows]
 
     def _interval_mean(
         self, rule: FlatRule, w: Tensor, sampled: tuple[Tensor, Tensor, Tensor], B: Tensor
@@ -307,10 +340,10 @@ class _Walk:
         return phi1 @ self.X - phi2 @ f
 
     def _dissipate(self, R: Tensor, rule: FlatRule) -> None:
-        r""":math:`W \mathrel{+}= V^T V` with :math:`V = (\eta M)^{1/2} R`."""
-        scale, R = rule.precondition, R[:, :-1]
+        r""":math:`W \mathrel{+}= V^T V` with :math:`V = (\eta M)^{1/2} R`, of some weights."""
+        scale = rule.precondition
         if isinstance(scale, Tensor):
-            self.W += R.T @ (scale.abs() * R) / rule.steps
+            self.W.addmm_(R.T, scale.abs() * R, alpha=1 / rule.steps)
         else:
             self.W.addmm_(R.T, R, alpha=abs(scale) / rule.steps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -94,7 +94,11 @@ class Problem:
         shapes = [p.shape for p in self.parameters]
         pieces = w.split([shape.numel() for shape in shapes])
         named = {k: v.view(s) for k, v, s in zip(self.names, pieces, shapes, strict=True)}
-        return functional_call(self.model, named, (x,)).reshape(len(x), -1)
+        return self.call(named, x)
+
+    def call(self, named: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Outputs (b, c) of inputs ``x`` (b, ...) with the named weights."""
+        return functional_call(self.model, dict(named), (x,)).reshape(len(x), -1)
 
     def jacobian(self, w: Tensor, x: Tensor) -> Tensor:
         r""":math:`J = \partial u/\partial w` of inputs (b, ...), as (b·c, P)."""

@@ -50,6 +50,19 @@ class FlatRule(NamedTuple):
     decay: Tensor | float
     sign: Tensor | float
 
+    def part(self, rows: slice) -> FlatRule:
+        """The rule over some of the weights."""
+        fields = (v[rows] if isinstance(v, Tensor) else v for v in self[1:])
+        return FlatRule(self.steps, *fields)
+
+    def usual(self) -> tuple[float, float] | None:
+        """Numbers a and c of one step that reads the momentum itself; None for any other rule."""
+        others = (self.from_momentum, self.from_gradient, self.sign)
+        numbers = [v for v in (self.carry, self.gain, *others) if not isinstance(v, Tensor)]
+        if self.steps != 1 or numbers[2:] != [1.0, 0.0, 1.0]:
+            return None
+        return numbers[0], numbers[1]
+
     def readout(self, momentum: Tensor, gradient: Tensor) -> Tensor:
         r"""Sum over the steps of :math:`r = p m + q \hat g`, with m before them."""
         carried, entered = self.weights()
