@@ -65,6 +65,8 @@ def closure() -> list[dict[str, Any]]:
          {"scale": 0.2, "target": 3.0}),
         ("cross-entropy, minibatch, SGD 0.2", lambda p: S(p, lr=0.2), {"b": 8, "classes": True}),
         ("cross-entropy, minibatch, SGD 0.5", lambda p: S(p, lr=0.5), {"b": 8, "classes": True}),
+        ("cross-entropy, minibatch, SGD 0.5, 5 points", lambda p: S(p, lr=0.5),
+         {"b": 8, "classes": True, "quadrature": "gauss5"}),
         ("cross-entropy, minibatch, AdamW 0.01, decay 0.1",
          lambda p: A(p, lr=0.01, weight_decay=0.1), {"b": 8, "classes": True}),
         ("cross-entropy, minibatch, PopRiskAdamW 0.01, decay 0.1",
@@ -89,6 +91,7 @@ def _close(
     refine: float | None = None,
     scale: float = 1.0,
     target: float = 1.0,
+    quadrature: str = "gauss3",
 ) -> dict[str, Any]:
     train, query = toy(24, 16, 2 if classes else 1, classes=classes, seed=seed)
     if not classes:
@@ -98,7 +101,7 @@ def _close(
     loss = "cross_entropy" if classes else "squared_error"
     batches = index_batches(24, b, 300, seed)
     run = record(net, loss, build(net.parameters()), batches, query, train=train)
-    ops = path_operators(run, refine=refine)
+    ops = path_operators(run, quadrature, refine=refine)
     coupling = ops.coupling()
     account = ops.accounting
     return {
@@ -134,7 +137,7 @@ def cells() -> list[dict[str, Any]]:
             batches = [b for _ in range(80) for b in torch.randperm(1000, generator=g).split(64)]
             run = record(model, task.loss, optimizer, batches, task.test, train=task.train)
             assert task.clean is not None
-            trace = trace_cells(run, task.clean, every=4, points=9)
+            trace = trace_cells(run, task.clean, every=1, points=9)
             for i, part in enumerate(trace.parts):
                 y = task.test[1]
                 rows.append({

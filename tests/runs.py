@@ -76,7 +76,7 @@ def recorded(
     optimizer: str | Build = "SGD",
     loss: str = "squared_error",
     *,
-    steps: int = 30,
+    steps: int = 16,
     b: int | None = 5,
     hidden: int = 6,
     act: type[nn.Module] = nn.Tanh,

@@ -99,12 +99,12 @@ def small_recipe(**changes: Any) -> Recipe:
 
 @pytest.mark.slow
 def test_the_powers_of_time_where_batches_are_independent() -> None:
-    laws = sweep(small_recipe(), batch_sizes=(4, 16), seeds=range(16))
+    laws = sweep(small_recipe(), batch_sizes=(4, 16), seeds=range(12))
     assert laws.drift.agrees(1.0)
     assert laws.diffusion.agrees(0.5)
     assert laws.batch is not None
     assert laws.batch.agrees(-0.5)
-    assert laws.replicates == 16
+    assert laws.replicates == 12
 
 
 def test_shuffled_passes_undo_their_noise() -> None:
@@ -122,10 +122,10 @@ def test_label_noise_shrinks_with_the_data() -> None:
 
 @pytest.mark.parametrize("loss", ["squared_error", "cross_entropy"])
 def test_fitted_noise_is_the_noise_gain(loss: str) -> None:
-    run = recorded("AdamW", loss)
-    estimate = fitted_noise(run, draws=400, generator=torch.Generator().manual_seed(0))
+    run = recorded("AdamW", loss, steps=6)
+    estimate = fitted_noise(run, draws=150, generator=torch.Generator().manual_seed(0))
     exact = path_operators(run).noise_gain().path ** 0.5
-    assert abs(estimate.value - exact) < 3 * estimate.standard_error < 0.2 * exact
+    assert abs(estimate.value - exact) < 3 * estimate.standard_error < 0.25 * exact
 
 
 def test_batches_are_drawn_as_said() -> None:

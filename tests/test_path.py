@@ -15,6 +15,7 @@ from poprisk.path import (
     record,
     trace_cells,
 )
+from poprisk.path.jacobian import JacobianRows
 from poprisk.path.quadrature import PathJacobian, composite
 from poprisk.reference import path as reference
 from runs import LOSSES, OPTIMIZERS, N, batches, data, network, recorded
@@ -333,6 +334,52 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.body(self.embed(tokens)).mean(1))
+
+
+class Twice(nn.Module):
+    """An embedding, a convolution, and one linear layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.again = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.conv(self.embed(tokens).mT).tanh().mT
+        return self.head(self.again(self.again(h).tanh()).mean(1))
+
+
+class Unwilling(nn.Module):
+    """Works on its weights as numbers, which no factor describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.3, 0.2, -0.4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cumprod(x * self.weight, dim=1).logsumexp(1, keepdim=True)
+
+
+@pytest.mark.parametrize("model", [Twice, Unwilling])
+def test_rows_are_those_of_torch_func(model: type[nn.Module]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = model().double()
+        x = torch.randint(5, (6, 3)) if model is Twice else torch.randn(6, 3, dtype=torch.float64)
+    c = 2 if model is Twice else 1
+    y = torch.zeros(6, c, dtype=torch.float64)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    problem = record(net, "squared_error", sgd, [torch.arange(6)], x, train=(x, y)).problem
+    a, b = randn(problem.size, seed=1), randn(problem.size, seed=2)
+    rows = JacobianRows(problem, a)
+    out = torch.empty(6 * c, problem.size, dtype=torch.float64)
+    found = rows.write(out, [(a, 0.3), (b, 2.0)], x)
+    close(found, 0.3 * problem.jacobian(a, x) + 2.0 * problem.jacobian(b, x), 1e-12)
+    one = rows.write(torch.empty_like(out[:c]), [(a, 1.0)], x[:1])
+    close(one, problem.jacobian(a, x[:1]), 1e-12)
+    assert model is not Twice or rows.factored
 
 
 @pytest.mark.slow

@@ -12,6 +12,9 @@ COUPLING = "test_channel.py::test_the_coupling_is_that_of_the_definition"
 GAIN = "test_channel.py::test_noise_gain_is_the_variance_of_noisy_labels"
 DRIFT = "test_drift.py::test_drift_and_diffusion_are_the_sums_of_the_definition"
 
+ROWS = "test_path.py::test_rows_are_those_of_torch_func"
+WALKS = "test_drift.py::test_known_powers_are_found[1.0]"
+
 MUTATIONS = {
     "propagator with the wrong sign": Mutation(
         "path/integrals.py",
@@ -22,26 +25,41 @@ MUTATIONS = {
     "dissipation of the transposed map": Mutation(
         "path/integrals.py",
         "self.W.addmm_(R.T, R, alpha=abs(scale) / rule.steps)",
-        "self.W += abs(scale) * R[: len(self.W)].T.contiguous().T @ R[: len(self.W)]",
+        "self.W += abs(scale) * R[: len(self.W)] @ R[: len(self.W)]",
         REFERENCE,
     ),
     "preconditioner left out of the dissipation": Mutation(
-        "path/integrals.py", "self.W += R.T @ (scale.abs() * R)", "self.W += R.T @ R", ADAMW
+        "path/integrals.py",
+        "self.W.addmm_(R.T, scale.abs() * R, alpha",
+        "self.W.addmm_(R.T, R, alpha",
+        ADAMW,
     ),
     "no bias correction of the momentum": Mutation(
         "path/integrals.py",
-        "V = R * (rule.correction * rule.precondition)",
-        "V = R * rule.precondition",
+        "V = R * (some.correction * some.precondition)",
+        "V = R * some.precondition",
         ADAMW,
     ),
     "decay left out of the affine part": Mutation(
         "path/integrals.py",
-        "V[:, -1:] += rule.decay * rule.steps * w[:, None]",
-        "V[:, -1:] -= rule.decay * rule.steps * w[:, None]",
+        "V[:, -1:] += some.decay * some.steps * at",
+        "V[:, -1:] -= some.decay * some.steps * at",
         ADAMW,
     ),
     "coupled decay left out": Mutation(
-        "path/integrals.py", "gradient[:, -1:] += rule.coupled * w[:, None]", "pass", REFERENCE
+        "path/integrals.py", "Q[:, -1:] += gain * rule.coupled * w", "pass", REFERENCE
+    ),
+    "a factor with the wrong sign": Mutation(
+        "path/jacobian.py", "(term.cot[:, k].mT, term.act)", "(term.cot[:, k].mT, -term.act)", ROWS
+    ),
+    "nodes of the quadrature that overwrite each other": Mutation(
+        "path/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
+    ),
+    "weights of the quadrature lost": Mutation(
+        "path/jacobian.py", "values = weight * self", "values = 1.0 * self", REFERENCE
+    ),
+    "windows that overlap the first point": Mutation(
+        "drift.py", "walks[:, ::lag].diff(dim=1)", "walks[:, 1::lag]", WALKS
     ),
     "momentum brought in forgotten": Mutation(
         "path/integrals.py",

@@ -26,6 +26,8 @@ from poprisk.training import score
 
 TOL = 1e-3
 DIRECTIONS = 40
+MOVES_PER_EPOCH = 8
+"""How often all outputs are moved in following the cells: ReLU needs short chords."""
 REPLICATES = 6
 REPLICATE_STEPS = 32
 
@@ -58,7 +60,11 @@ def measure_cells(plan: Plan, task: Task, *, gated: bool, say: Say) -> dict[str,
         progress=lambda done, total: say(f"training with {name}", done, total),
     )
     trace = trace_cells(
-        run, task.clean, progress=lambda done, total: say(f"splitting what {name} did", done, total)
+        run,
+        task.clean,
+        every=max(1, round(steps / epochs / MOVES_PER_EPOCH)),
+        quadrature="gauss2",
+        progress=lambda done, total: say(f"splitting what {name} did", done, total),
     )
     rows = [_cell_row(task, trace, i, steps / epochs) for i in range(len(trace.parts))]
     return {"optimizer": name, "steps": steps, "closure": _closure(trace.closure), "rows": rows}
