@@ -26,8 +26,6 @@ from poprisk.training import score
 
 TOL = 1e-3
 DIRECTIONS = 40
-MOVES_PER_EPOCH = 8
-"""How often all outputs are moved in following the cells: ReLU needs short chords."""
 REPLICATES = 6
 REPLICATE_STEPS = 32
 
@@ -62,7 +60,7 @@ def measure_cells(plan: Plan, task: Task, *, gated: bool, say: Say) -> dict[str,
     trace = trace_cells(
         run,
         task.clean,
-        every=max(1, round(steps / epochs / MOVES_PER_EPOCH)),
+        every=1,  # kinks of ReLU need short chords
         quadrature="gauss2",
         progress=lambda done, total: say(f"splitting what {name} did", done, total),
     )
