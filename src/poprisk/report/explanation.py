@@ -280,9 +280,20 @@ def _figure(
             "type": "log" if log_x else "linear",
             "rangemode": "tozero" if zero else "normal",
         },
-        yaxis={"type": "log" if log else "linear", "tickformat": tickformat, "exponentformat": "e"},
+        yaxis={
+            "type": "log" if log else "linear",
+            "dtick": 1 if log and _spans_decades(traces) else None,  # no clutter of 2s and 5s
+            "tickformat": tickformat,
+            "exponentformat": "e",
+        },
     )
     return Markup(go.Figure(list(traces), layout).to_json())
+
+
+def _spans_decades(traces: Sequence[go.Scatter]) -> bool:
+    """Whether there are at least two powers of ten to label."""
+    shown = [v for trace in traces for v in trace.y if v is not None and v > 0]
+    return bool(shown) and max(shown) > 100 * min(shown)
 
 
 def _json(values: Sequence[float]) -> list[float | None]:
