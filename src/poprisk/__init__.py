@@ -4,11 +4,13 @@ The public names, in the order of the theory. See the README for a first run and
 ``docs/theory.md`` for the table from equations to functions.
 """
 
+from poprisk.channel import PathOperators, path_operators
 from poprisk.dataparallel import observe_ranks
 from poprisk.gated import gated
 from poprisk.kernel import Kernel, entk
 from poprisk.monitor import RiskMonitor
 from poprisk.optimizer import PopRiskAdamW
+from poprisk.path import NotAnalysable, Recorder, Run, record, trace_cells
 from poprisk.risk import (
     Canaries,
     FreshBatchRisk,
@@ -36,10 +38,14 @@ __all__ = [
     "Kernel",
     "LooRisk",
     "Metric",
+    "NotAnalysable",
+    "PathOperators",
     "PopRiskAdamW",
     "RecordedRun",
+    "Recorder",
     "RiskEstimate",
     "RiskMonitor",
+    "Run",
     "Selection",
     "StoppingPoint",
     "Task",
@@ -50,6 +56,9 @@ __all__ = [
     "grad_mean_var",
     "loo_risk",
     "observe_ranks",
+    "path_operators",
+    "record",
     "select",
     "stopping_point",
+    "trace_cells",
 ]

@@ -1,4 +1,4 @@
-"""The command line: compare, report, bench, tasks."""
+"""The command line: compare, explain, report, bench, tasks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from poprisk.bench import write_results
 from poprisk.bench.kernel import bench_kernels, kernel_table
 from poprisk.bench.step import bench_cold_start, bench_steps, bench_table
 from poprisk.compare import Comparison, TrainingError, compare, environment, start_forkserver
-from poprisk.display import ProgressDisplay, twin_table, verdict_table
+from poprisk.display import PhaseDisplay, ProgressDisplay, twin_table, verdict_table
+from poprisk.explain import Plan, explain
+from poprisk.explain.words import headline
+from poprisk.path import NotAnalysable
 from poprisk.report import write_report
+from poprisk.report.explanation import sentences, write_explanation
 from poprisk.report.notes import notices
-from poprisk.rundir import RunDirectory, RunDirectoryError
+from poprisk.rundir import RunDirectory, RunDirectoryError, write_json
 from poprisk.selection import twin_report
 from poprisk.tasks import BUILT_IN, TaskError
 from poprisk.verdict import judge
@@ -113,6 +117,53 @@ def compare_command(
         _fail(str(error), code=1)
     except KeyboardInterrupt:
         _fail("stopped; repeat the command to go on where it was.", code=130)
+
+
+@app.command("explain")
+def explain_command(
+    task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
+    optimizer: Annotated[
+        str, typer.Option(help="SGD, Adam, AdamW, RMSprop or PopRiskAdamW.")
+    ] = "AdamW",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data; the task's, at most 40, if left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of data, initial weights and batches.")] = 0,
+    seconds: Annotated[float, typer.Option(help="That the dense operators may take.")] = 60.0,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Argument of the task's function, as in noise=0.2."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory; runs/explain-TASK if left out.")
+    ] = None,
+) -> None:
+    """Record a run of TASK and say what it learned, what it trapped and what noise got through."""
+    if epochs is not None and epochs < 1:
+        _fail(f"--epochs must be at least 1, but got {epochs}.")
+    settings = dict(_parse_setting(text) for text in setting or [])
+    plan = Plan(task, settings, seed, optimizer, lr, epochs, seconds)
+    directory = out or Path("runs") / f"explain-{_slug(task.removesuffix('.py'))}"
+    page = directory / "report.html"
+    try:
+        with PhaseDisplay(console) as display:
+            found = explain(plan, say=display)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "explanation.json", found)
+        write_explanation(found, environment(1), page)
+    except (TaskError, NotAnalysable, ValueError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"cannot write {directory}: {error.strerror or error}; choose another with --out.")
+    except KeyboardInterrupt:
+        _fail("stopped.", code=130)
+    for notice in found["notices"]:
+        _say(notice, style="yellow")
+    _say(f"\n{headline(found)}", style="bold")
+    for sentence in sentences(found):
+        _say(f"- {sentence}")
+    _say(f"\nReport: {page}")
 
 
 @app.command()
@@ -240,10 +291,15 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 
 def _default_name(comparison: Comparison) -> str:
     """A directory name that differs wherever the configuration does."""
-    parts = [re.sub(r"[^A-Za-z0-9_.-]+", "-", comparison.task.removesuffix(".py")).strip("-.")]
+    parts = [_slug(comparison.task.removesuffix(".py"))]
     parts += [f"{key}-{value}" for key, value in comparison.settings.items()]
     parts += [f"{comparison.epochs}-epochs"] if comparison.epochs else []
     parts += ["full"] if comparison.full else []
     parts += ["twin"] if comparison.twin else []
     parts += [f"{len(comparison.seeds)}-seeds"] if len(comparison.seeds) != DEFAULT_SEEDS else []
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).strip("-.")
+    return _slug("-".join(parts))
+
+
+def _slug(text: str) -> str:
+    """``text`` as a file name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")

@@ -1,4 +1,4 @@
-"""What `poprisk compare` shows while it runs and when it is done."""
+"""What `poprisk compare` and `explain` show while they run and when they are done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from poprisk.compare import Comparison
@@ -103,6 +103,41 @@ class ProgressDisplay:
             where = f"seed {seed}, epoch {row['epoch']}/{self.epochs}"
             grid.add_row(f"  [cyan]{self.labels[arm]}[/], {where}  {escape(so_far)}")
         return grid
+
+
+class PhaseDisplay:
+    """Live progress of one phase after another; one line a phase without a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.phases: dict[str, TaskID] = {}
+
+    def __enter__(self) -> PhaseDisplay:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, phase: str, done: int, total: int | None) -> None:
+        """Take how much of a phase is done."""
+        if phase not in self.phases:
+            self.phases[phase] = self.progress.add_task(escape(phase), total=total)
+            if not self.console.is_terminal:
+                self.console.print(phase, markup=False, highlight=False)
+        self.progress.update(self.phases[phase], completed=done)
 
 
 def verdict_table(verdict: Verdict, data: RunData) -> Table:

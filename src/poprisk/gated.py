@@ -18,6 +18,7 @@ from poprisk.optimizer import (
     tensor_names,
     warn_skipped,
 )
+from poprisk.path.rules import Facts, StepRule, describe
 from poprisk.settings import check_gate_settings, gate_of
 from poprisk.stats import GateStats, gate_sums, module_stats
 from poprisk.update import all_finite
@@ -158,21 +159,39 @@ class GatedOptimizer(Optimizer):
         estimator.observe_([state["grad_mean_var"]], [g], [state["exp_avg"]], self._clock(p))
         state["exp_avg"].lerp_(g, 1 - self.settings["betas"][0])
 
-    def _rewrite(self, p: Tensor, update: Tensor) -> Tensor:
+    @torch.no_grad()
+    def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
+        """The last step of ``param`` as a linear map of its gradient: the wrapped one's, masked."""
+        inner = facts._replace(state=self.optimizer.state.get(param, {}))
+        rule = describe(self.optimizer).rule(param, inner)
+        q, _ = self._masks(param)
+        return rule if q is None else rule._replace(precondition=q * rule.precondition)
+
+    def momentum_of(self, param: Tensor) -> Tensor | None:
+        """The wrapped optimizer's momentum."""
+        return describe(self.optimizer).momentum(param)
+
+    def _masks(self, p: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The mask and which coordinates pass the threshold; None while ungated."""
         state, clock, estimator = self.state[p], self._clock(p), Ema(self.settings["rho"])
         gate = gate_of(self.settings, clock, estimator)
-        u = _real(update)
-        active = (state["exp_avg"] != 0) | (state["grad_mean_var"] > 0)
         if gate is None:
-            state["sums"] = gate_sums(torch.ones_like(u), torch.ones_like(u), u, active)
-            return update
+            return None, None
         m, s = [state["exp_avg"]], [state["grad_mean_var"]]
         scales = {
             "mean_scale": clock.mean_scale,
             "var_scale": estimator.read(s, m, m, clock)[1],
         }
         q = gate(m, s, **scales)[0]
-        passed = gate._replace(mask=MASKS_["hard"], q_min=0.0)(m, s, **scales)[0]
+        return q, gate._replace(mask=MASKS_["hard"], q_min=0.0)(m, s, **scales)[0]
+
+    def _rewrite(self, p: Tensor, update: Tensor) -> Tensor:
+        state, u = self.state[p], _real(update)
+        active = (state["exp_avg"] != 0) | (state["grad_mean_var"] > 0)
+        q, passed = self._masks(p)
+        if q is None or passed is None:
+            state["sums"] = gate_sums(torch.ones_like(u), torch.ones_like(u), u, active)
+            return update
         state["sums"] = gate_sums(q, passed, u, active)
         gated_update = q * u
         return torch.view_as_complex(gated_update) if update.is_complex() else gated_update

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast, final, overload
+from typing import Any, NamedTuple, final, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from poprisk.checks import examples
 from poprisk.dataparallel import Observation, check_observations, take_observations_
 from poprisk.fused import fused_adamw_, gradients_are_finite
 from poprisk.gate import MASKS_, Mask, TensorList
+from poprisk.path.rules import Facts, StepRule
+from poprisk.replay import last_gate, last_step_rule
 from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
 from poprisk.sharding import (
     GlobalMeans,
@@ -24,7 +26,6 @@ from poprisk.sharding import (
     global_sums,
     gradient_of,
     layout_of,
-    local,
     locals_of,
 )
 from poprisk.state import ADAM_KEYS, completed_state, count_step, prepare_state
@@ -277,6 +278,15 @@ class PopRiskAdamW(Optimizer):
         return module_stats(self._tensor_gates(names))
 
     @torch.no_grad()
+    def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
+        """The last step of ``param`` as a linear map of its gradient, for :mod:`poprisk.path`.
+
+        The preconditioner contains the mask. A mask given as a function may draw at random, so it
+        is read off the step.
+        """
+        return last_step_rule(param, self.state[param], facts)
+
+    @torch.no_grad()
     def _tensor_gates(self, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
         for i, group in enumerate(self.param_groups):
             own = tensor_names(i, group)
@@ -462,20 +472,12 @@ def _columns(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
 
 
 def _tensor_gate(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Re-evaluate the gate of the last step from the state it left behind."""
-    estimator = cast(VarianceEstimator, estimator_of(group))
-    t, layout = int(state["step"].item()), layout_of(p)
-    clock = Clock(t, t - state["variance_start"], *group["betas"])
-    gate = gate_of(group, clock, estimator)
-    moments = [local(state[key]) for key in (*ADAM_KEYS, *estimator.state_keys)]
-    moments = [torch.view_as_real(x) if x.is_complex() else x for x in moments]
-    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
-    m, v = moments[:2]
+    """Re-evaluate the gate of the last step: the sums of its statistics."""
+    gate, slots, clock, estimator = last_gate(p, state, group)
+    (m,), (v,) = slots.exp_avgs, slots.exp_avg_sqs
     update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
     q = passed = torch.ones_like(m)
-    if gate is not None:
-        if layout is not None:
-            gate = gate._replace(pool=GlobalMeans(layout))
+    if gate is not None and estimator is not None:
         threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
         q, passed = (masks(slots, clock, estimator, g)[0] for g in (gate, threshold))
-    return global_sums(gate_sums(q, passed, update, v > 0), layout)
+    return global_sums(gate_sums(q, passed, update, v > 0), layout_of(p))

@@ -1,0 +1,34 @@
+"""Record a run and follow the output gradient along it, exactly.
+
+:func:`record` or :class:`Recorder` keeps what a run did; :func:`integrate` turns it into the
+operators P, Q, W, G, D of the theory, :func:`follow` into their action on a few vectors.
+"""
+
+from poprisk.path.cells import CellTrace, QueryParts, split_gradient, trace_cells
+from poprisk.path.checks import NotAnalysable
+from poprisk.path.follow import Applied, Followed, follow
+from poprisk.path.integrals import Closure, Integrals, integrate, phi_functions
+from poprisk.path.recorder import Recorder, record
+from poprisk.path.rules import Facts, StepRule, realized_update
+from poprisk.path.run import Run
+
+__all__ = [
+    "Applied",
+    "CellTrace",
+    "Closure",
+    "Facts",
+    "Followed",
+    "Integrals",
+    "NotAnalysable",
+    "QueryParts",
+    "Recorder",
+    "Run",
+    "StepRule",
+    "follow",
+    "integrate",
+    "phi_functions",
+    "realized_update",
+    "record",
+    "split_gradient",
+    "trace_cells",
+]

@@ -1,0 +1,131 @@
+r"""How much of the movement of the query outputs is signal, and how much label noise.
+
+Labels are clean ones plus noise, so the starting output gradient splits into
+:math:`g_0 = g_{signal} + g_{noise}`, and with it, exactly, all that training did. THEORY §4; the
+working form is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from poprisk.path.checks import check_clean
+from poprisk.path.follow import follow
+from poprisk.path.integrals import Closure
+from poprisk.path.run import Run
+
+Progress = Callable[[int, int | None], None]
+
+
+class QueryParts(NamedTuple):
+    """Parts of the movement of the query outputs since the start, each (m, c).
+
+    Attributes:
+        step: optimizer steps done.
+        signal: what the clean labels moved.
+        noise: what the label noise moved.
+        affine: what weight decay, and momentum brought in, moved.
+        outputs: realized outputs.
+    """
+
+    step: int
+    signal: Tensor
+    noise: Tensor
+    affine: Tensor
+    outputs: Tensor
+
+
+class CellTrace(NamedTuple):
+    """The result of :func:`trace_cells`.
+
+    Attributes:
+        start: query outputs before the run, (m, c).
+        parts: along the run; start + signal + noise + affine = outputs, up to the closure.
+        closure: how far that is off.
+        output_shape: of the outputs of one example.
+    """
+
+    start: Tensor
+    parts: list[QueryParts]
+    closure: Closure
+    output_shape: tuple[int, ...]
+
+    def without_noise(self, i: int = -1) -> Tensor:
+        """Query outputs (m, ...) as they would be without the label noise that got through."""
+        u = self.parts[i].outputs - self.parts[i].noise
+        return u.reshape(len(u), *self.output_shape)
+
+    def outputs(self, i: int = -1) -> Tensor:
+        """Realized query outputs (m, ...)."""
+        u = self.parts[i].outputs
+        return u.reshape(len(u), *self.output_shape)
+
+
+def split_gradient(run: Run, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    r""":math:`g_{signal}` and :math:`g_{noise}` at weights ``w``, each (n, c).
+
+    The first is the output gradient with the clean targets, the second the rest of it.
+
+    Raises:
+        ValueError: unless ``clean`` has the shape of the training targets.
+    """
+    problem = run.problem.to(w.dtype)
+    check_clean(clean, problem.train[1])
+    y = clean.to(w.dtype) if clean.is_floating_point() else clean
+    with torch.no_grad():
+        u = problem.outputs(w, problem.train[0])
+    signal = problem.output_gradient(u, y)
+    return signal, problem.output_gradient(u) - signal
+
+
+def trace_cells(
+    run: Run,
+    clean_targets: Tensor,
+    *,
+    every: int | None = None,
+    quadrature: str = "midpoint",
+    points: int = 30,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> CellTrace:
+    r"""Split the movement of the query outputs into signal and label noise, matrix-free.
+
+    Follows two vectors (and the affine part, where there is decay) through the recorded run. The
+    defaults are made to be cheap: all outputs are moved once per pass over the data, with one
+    Jacobian product each, and those of a batch when it is due. ``every=1, quadrature="gauss3"``
+    is exact.
+
+    Args:
+        run: a recorded run.
+        clean_targets: training targets without the label noise, in the form of the targets.
+        every: intervals between updates of all outputs; None: one pass over the data.
+        quadrature: of the chords in between.
+        points: how many moments to keep.
+        dtype: to compute in; None: that of the weights.
+        progress: told of each interval.
+
+    Raises:
+        ValueError: if ``clean_targets`` does not fit.
+    """
+    w = run.weights[0].to(dtype or run.weights.dtype)
+    probes = torch.stack(split_gradient(run, clean_targets, w), dim=-1)
+    seen = sum(len(i.examples) for i in run.intervals) / len(run)
+    stride = max(1, round(run.problem.n / seen)) if every is None else every
+    followed = follow(
+        run,
+        probes,
+        every=stride,
+        quadrature=quadrature,
+        points=points,
+        dtype=dtype,
+        progress=progress,
+    )
+    parts: list[QueryParts] = []
+    for moment in followed.moments:
+        signal, noise, affine = (-moment.query).unbind(-1)
+        parts.append(QueryParts(moment.step, signal, noise, affine, moment.outputs))
+    return CellTrace(parts[0].outputs, parts, followed.closure(), run.problem.output_shape)

@@ -1,0 +1,410 @@
+r"""The exact path operators P, Q, W, G, D of a recorded run, as dense matrices.
+
+Everything is affine in the starting output gradient :math:`g_0`. The matrices act on it; one more
+column carries what does not depend on it (weight decay, momentum brought in). Discrete time,
+THEORY §3 (ours).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from poprisk.path.checks import check_budget
+from poprisk.path.jacobian import JacobianRows
+from poprisk.path.quadrature import (
+    OUTPUT_NODES,
+    PathJacobian,
+    average_hessian,
+    composite,
+    gauss,
+)
+from poprisk.path.run import FlatRule, Run
+
+Progress = Callable[[int, int | None], None]
+
+WARN_ABOVE = 1e-2
+BUDGET = 3 * 2**30
+BLOCK = 2**21
+"""Entries of a piece of the matrices of P rows: temporaries of this size stay near the processor,
+and their memory is used again, where a fresh matrix of P rows would cost as much as a product."""
+
+
+class Closure(NamedTuple):
+    """Relative mismatch between what the operators predict and what happened.
+
+    Attributes:
+        train: of the displacement of the training outputs.
+        query: of the displacement of the query outputs.
+        gradient: of the final output gradient.
+    """
+
+    train: float
+    query: float
+    gradient: float
+
+    @property
+    def worst(self) -> float:
+        """The largest of them."""
+        return max(self)
+
+
+class Affine(NamedTuple):
+    """What does not depend on the starting output gradient.
+
+    Attributes:
+        gradient: h, its part of the final output gradient, (N,).
+        momentum: of the final momentum, (P,).
+        train: of the training displacement, (N,), to be subtracted like D g₀.
+        query: of the query displacement, (Nq,), to be subtracted like G g₀.
+    """
+
+    gradient: Tensor
+    momentum: Tensor
+    train: Tensor
+    query: Tensor
+
+
+class Snapshot(NamedTuple):
+    r"""The state of affairs after some steps.
+
+    Attributes:
+        step: optimizer steps done.
+        G: query transfer so far, (Nq, N+1), the affine part last.
+        train_outputs: realized, (N,).
+        query_outputs: realized, (Nq,).
+        gradient: realized output gradient, (N,).
+        kernel: :math:`K_{SS}` at the present weights, (N, N).
+    """
+
+    step: int
+    G: Tensor
+    train_outputs: Tensor
+    query_outputs: Tensor
+    gradient: Tensor
+    kernel: Tensor
+
+
+class Accounting(NamedTuple):
+    r"""Where the drop of the training loss went.
+
+    Attributes:
+        measured: :math:`\Phi_0 - \Phi_K`.
+        accounted: :math:`\sum_k \bar g_k^T \bar J_k (-\Delta w_k)`, with the predicted steps.
+        quadratic: :math:`g_0^T W g_0`, equal to the drop only as the step goes to 0.
+    """
+
+    measured: float
+    accounted: float
+    quadratic: float
+
+
+@dataclass
+class Integrals:
+    r"""The operators of a run; N = n·c training outputs, Nq = m·c query outputs.
+
+    Attributes:
+        P: propagator of the output gradient, :math:`g_K = P g_0 + h`, (N, N).
+        Q: momentum map, (P, N).
+        W: cumulative dissipation, positive semi-definite, (N, N).
+        G: query transfer, :math:`U_Q(K) - U_Q(0) = -G g_0 - G_{aff}`, (Nq, N).
+        D: training transfer, likewise, (N, N).
+        affine: what does not depend on :math:`g_0`.
+        g0: starting output gradient, (N,).
+        closure: how far the identities are off.
+        accounting: of the training loss.
+        frozen: the predictor of the kernel at the start,
+            :math:`K_{QS}(0) K_{SS}(0)^\dagger`, (Nq, N).
+        snapshots: over the run, the first before it and the last at its end.
+    """
+
+    P: Tensor
+    Q: Tensor
+    W: Tensor
+    G: Tensor
+    D: Tensor
+    affine: Affine
+    g0: Tensor
+    closure: Closure
+    accounting: Accounting
+    frozen: Tensor
+    snapshots: list[Snapshot] = field(default_factory=list)
+
+
+def dense_bytes(run: Run) -> float:
+    """Memory that :func:`integrate` takes at its peak, roughly."""
+    p, size, queries = run.problem, run.problem.size, run.problem.m * run.problem.c
+    outputs, batch = run.problem.n * p.c, max(len(i.examples) for i in run.intervals) * p.c
+    strided = 3 * outputs if run.stride > 1 else 0
+    return 8.0 * (
+        size * (2 * outputs + queries + batch + strided)
+        + 6 * outputs * (outputs + queries)
+        + 4 * BLOCK
+    )
+
+
+def integrate(
+    run: Run,
+    *,
+    quadrature: str = "gauss3",
+    segments: int = 1,
+    refine: float | None = None,
+    snapshots: int = 12,
+    budget: float = BUDGET,
+    progress: Progress | None = None,
+) -> Integrals:
+    """Compute the operators of a run in float64.
+
+    Args:
+        run: a recorded run.
+        quadrature: a name of :data:`poprisk.path.quadrature.QUADRATURES`.
+        segments: equal pieces of each step that the quadrature is applied to.
+        refine: halve the step of single examples until the relative error of their displacement
+            is below this (kinks of ReLU); None: do not.
+        snapshots: how many to keep.
+        budget: bytes that the matrices may take.
+        progress: told of each interval.
+
+    Raises:
+        NotAnalysable: if the matrices do not fit the budget.
+    """
+    check_budget(
+        dense_bytes(run),
+        budget,
+        f"dense operators for {run.problem.n * run.problem.c} training outputs and "
+        f"{run.problem.size} weights",
+        "follow single vectors with apply() or trace_cells(), take fewer examples or a smaller "
+        "model, or raise budget=.",
+    )
+    nodes = composite(quadrature, segments)
+    walk = _Walk(run, PathJacobian(run.problem.to(torch.float64), nodes, refine=refine))
+    count = min(max(snapshots, 2), len(run) + 1)
+    kept = {round(i * len(run) / (count - 1)) for i in range(count)}
+    for k in range(len(run)):
+        if k in kept:
+            walk.snapshot(run.steps * k // len(run))
+        walk.advance(k)
+        if progress is not None:
+            progress(k + 1, len(run))
+    walk.snapshot(run.steps)
+    result = walk.result()
+    if result.closure.worst > WARN_ABOVE:
+        warnings.warn(
+            f"the path operators are off by {result.closure.worst:.2g}: the realized movement is "
+            "not what they predict. Refine kinks (refine=1e-4), use segments=, or record every "
+            "step (stride=1).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return result
+
+
+class _Walk:
+    """The recursion along a run."""
+
+    def __init__(self, run: Run, jacobian: PathJacobian) -> None:
+        self.run, self.average, self.problem = run, jacobian, jacobian.problem
+        p = self.problem
+        self.x, self.points = p.train[0], p.query[0]
+        self.w = run.weights[0].double()
+        self.rows = jacobian.rows = JacobianRows(p, self.w)
+        self.u, self.v = self._outputs(self.w)
+        self.u0, self.v0 = self.u, self.v
+        self.g0 = p.output_gradient(self.u).flatten()
+        N, Nq = self.u.numel(), self.v.numel()
+        zeros = {"dtype": torch.float64}
+        outputs = (p.n + p.m) * p.c
+        self.J = torch.empty(outputs, p.size, **zeros)  # path-averaged: training, then query rows
+        self.J_batch = torch.empty(0, p.size, **zeros)
+        self.inputs = torch.cat([self.x, self.points])
+        self.X = torch.cat([torch.eye(N, **zeros), torch.zeros(N, 1, **zeros)], 1)
+        self.Q = torch.zeros(p.size, N + 1, **zeros)
+        self.Q[:, -1] = run.momentum_in.double()
+        self.W, self.D = torch.zeros(N, N, **zeros), torch.zeros(N, N + 1, **zeros)
+        self.G = torch.zeros(Nq, N + 1, **zeros)
+        self.accounted = 0.0
+        self.kept: list[Snapshot] = []
+        self.start = torch.ones(N + 1, **zeros)  # (g_0, 1), on which the columns act
+        self.start[:-1] = self.g0
+        self.frozen = self._frozen()
+
+    def _outputs(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return self.problem.outputs(w, self.x), self.problem.outputs(w, self.points)
+
+    def _frozen(self) -> Tensor:
+        J, J_Q = self._jacobian(self.w, self.inputs, self.J).tensor_split((len(self.X),))
+        return J_Q @ J.T @ torch.linalg.pinv(J @ J.T, hermitian=True)
+
+    def snapshot(self, step: int) -> None:
+        """Keep the present state."""
+        J = self._jacobian(self.w, self.x, self.J[: len(self.X)])
+        g = self.problem.output_gradient(self.u).flatten()
+        self.kept.append(
+            Snapshot(step, self.G.clone(), self.u.flatten(), self.v.flatten(), g, J @ J.T)
+        )
+
+    def advance(self, k: int) -> None:
+        r"""Follow interval k.
+
+        :math:`Q \leftarrow aQ + c J^T S P,\ P \leftarrow P - \bar B \bar J_S\, \eta M Q`.
+        """
+        run, problem = self.run, self.problem
+        rule, end = run.rule(k, torch.float64), run.weights[k + 1].double()
+        u, v = self._outputs(end)
+        B = average_hessian(problem, self.u, u - self.u)
+        self.average(self.w, end, self.inputs, out=self.J)
+        w = self.w if rule.steps == 1 else (self.w + end) / 2
+        moved, seen = self._step(rule, *self._pulled(k, rule, w, B), w).tensor_split((len(self.X),))
+        self.D += moved
+        self.G += seen
+        self.X -= _blocks(B, moved)
+        self._account(moved, u)
+        self.w, self.u, self.v = end, u, v
+
+    def _jacobian(self, w: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        """Rows of the Jacobian at ``w``, written to ``out``."""
+        return self.rows.write(out, [(w, 1.0)], x)
+
+    def _step(self, rule: FlatRule, J: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
+        r"""Take a step and return what it moves, (N+Nq, N+1).
+
+        Weights are gone through piece by piece: gradient :math:`J^T S P`, momentum, step
+        :math:`V = \eta M R/(1-\beta_1^{k+1})`, and :math:`\bar J V`.
+        """
+        moved = torch.zeros(len(self.J), self.Q.shape[1], dtype=torch.float64)
+        size = max(1, BLOCK // self.Q.shape[1])
+        for start in range(0, len(w), size):
+            part = slice(start, start + size)
+            some, at = rule.part(part), w[part, None]
+            R = self._readout(some, self.Q[part], J[:, part].T, pulled, at)
+            self._dissipate(R[:, :-1], some)
+            V = R * (some.correction * some.precondition)
+            V[:, -1:] += some.decay * some.steps * at
+            moved.addmm_(self.J[:, part], V)
+        return moved
+
+    def _readout(self, rule: FlatRule, Q: Tensor, JT: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
+        """Advance the momentum of some weights in place and return what the step reads of it."""
+        usual = rule.usual()
+        if usual is not None:
+            carry, gain = usual
+            Q.addmm_(JT, pulled, beta=carry, alpha=gain)
+            Q[:, -1:] += gain * rule.coupled * w
+            return Q
+        gradient = rule.sign * (JT @ pulled)
+        gradient[:, -1:] += rule.coupled * w
+        R = rule.readout(Q, gradient)
+        Q.copy_(rule.advance(Q, gradient))
+        return R
+
+    def _pulled(self, k: int, rule: FlatRule, w: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Jacobian of the batch, (b·c, P), and :math:`S P` on its rows, (b·c, N+1)."""
+        interval, c = self.run.intervals[k], self.problem.c
+        rows = (interval.examples[:, None] * c + torch.arange(c)).flatten()
+        sampling = interval.sampling.repeat_interleave(c)[:, None]
+        J_S = self.J[: len(self.X)]
+        if rule.steps == 1:
+            if len(self.J_batch) < len(rows):
+                self.J_batch = torch.empty(len(rows), len(w), dtype=torch.float64)
+            J, X = self.J_batch[: len(rows)], self.X
+            self._jacobian(w, self.x[interval.examples], J)
+        else:
+            J, X = J_S[rows], self._interval_mean(rule, w, (J_S, rows, sampling), B)
+        return J, sampling * X[rows]
+
+    def _interval_mean(
+        self, rule: FlatRule, w: Tensor, sampled: tuple[Tensor, Tensor, Tensor], B: Tensor
+    ) -> Tensor:
+        r"""Mean of the columns over an interval of several steps (exponential midpoint).
+
+        :math:`\dot X = -A X - f` with constant A and f has the mean
+        :math:`\varphi_1(-A) X - \varphi_2(-A) f`.
+        """
+        J_S, rows, sampling = sampled
+        carried, entered = rule.weights()
+        scale = rule.correction * rule.precondition
+        A = torch.zeros(len(J_S), len(J_S), dtype=torch.float64)
+        JT = rule.sign * J_S[rows].T
+        A[:, rows] = _blocks(B, J_S @ (scale * entered * JT)) * sampling.T
+        forcing = scale * carried * self.Q
+        coupled = scale * entered * rule.coupled + rule.decay * rule.steps
+        forcing[:, -1:] += coupled * w[:, None]
+        f = _blocks(B, J_S @ forcing)
+        phi1, phi2 = phi_functions(-A)
+        return phi1 @ self.X - phi2 @ f
+
+    def _dissipate(self, R: Tensor, rule: FlatRule) -> None:
+        r""":math:`W \mathrel{+}= V^T V` with :math:`V = (\eta M)^{1/2} R`, of some weights."""
+        scale = rule.precondition
+        if isinstance(scale, Tensor):
+            self.W.addmm_(R.T, scale.abs() * R, alpha=1 / rule.steps)
+        else:
+            self.W.addmm_(R.T, R, alpha=abs(scale) / rule.steps)
+
+    def _account(self, moved: Tensor, u: Tensor) -> None:
+        r"""Add :math:`\bar g^T \bar J (-\Delta w)`; the mean of g is :math:`g_k + \bar{\bar B}`."""
+        mean = _mean_gradient(self, u)
+        self.accounted += float(mean @ (moved @ self.start))
+
+    def result(self) -> Integrals:
+        """The operators with their closure."""
+        g = self.problem.output_gradient(self.u).flatten()
+        closure = Closure(
+            relative(-self.D @ self.start, (self.u - self.u0).flatten()),
+            relative(-self.G @ self.start, (self.v - self.v0).flatten()),
+            relative(self.X @ self.start, g),
+        )
+        drop = self.problem.training_loss(self.u0) - self.problem.training_loss(self.u)
+        accounting = Accounting(drop, self.accounted, float(self.g0 @ self.W @ self.g0))
+        affine = Affine(self.X[:, -1], self.Q[:, -1], self.D[:, -1], self.G[:, -1])
+        P, Q, G, D = (t[:, :-1] for t in (self.X, self.Q, self.G, self.D))
+        W = (self.W + self.W.T) / 2
+        return Integrals(
+            P, Q, W, G, D, affine, self.g0, closure, accounting, self.frozen, self.kept
+        )
+
+
+def _mean_gradient(walk: _Walk, u: Tensor) -> Tensor:
+    """Output gradient averaged over the straight line between two training outputs."""
+    du = u - walk.u
+    return sum(
+        (b * walk.problem.output_gradient(walk.u + x * du) for x, b in gauss(OUTPUT_NODES)),
+        torch.zeros((), dtype=u.dtype),
+    ).flatten()
+
+
+def phi_functions(Z: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Two integrals of the matrix exponential of a square matrix.
+
+    .. math:: \varphi_1(Z) = \int_0^1 e^{\tau Z} d\tau, \qquad
+              \varphi_2(Z) = \int_0^1 \varphi_1(\tau Z)\,\tau\, d\tau
+
+    Example:
+        >>> [float(phi) for phi in phi_functions(torch.zeros(1, 1))]
+        [1.0, 0.5]
+    """
+    n = len(Z)
+    big = torch.zeros(3 * n, 3 * n, dtype=Z.dtype)
+    big[:n, :n] = Z
+    big[:n, n : 2 * n] = torch.eye(n, dtype=Z.dtype)
+    big[n : 2 * n, 2 * n :] = torch.eye(n, dtype=Z.dtype)
+    exp = torch.linalg.matrix_exp(big)
+    return exp[:n, n : 2 * n], exp[:n, 2 * n :]
+
+
+def _blocks(B: Tensor, X: Tensor) -> Tensor:
+    """The block-diagonal (n, c, c) times a matrix (n·c, r)."""
+    n, c, _ = B.shape
+    return (B @ X.view(n, c, -1)).view(n * c, -1)
+
+
+def relative(predicted: Tensor, realized: Tensor) -> float:
+    """Norm of the difference over the norm of the second; of the first where that is zero."""
+    scale = float(realized.norm())
+    return float((predicted - realized).norm()) / scale if scale > 0 else float(predicted.norm())

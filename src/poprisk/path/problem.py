@@ -1,0 +1,204 @@
+r"""Outputs as a function of the flat weights, and their Jacobian in every form that is needed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from poprisk.path import losses
+from poprisk.path.losses import Loss
+
+CHUNK = 1024
+"""Examples whose products with the Jacobian are computed at once."""
+
+JACOBIAN_BYTES = 256 * 2**20
+"""Memory that the Jacobian of one chunk of examples may take."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    r"""A model, its loss, a training set S of n examples and a query set Q of m.
+
+    The weights are the P parameters called ``names``, flat and in that order; all other
+    parameters and buffers are constants.
+
+    Attributes:
+        model: a private copy; in the mode (train or eval) it was recorded in.
+        loss: per example.
+        train: inputs and targets of S.
+        query: inputs of Q and, if they are known, targets.
+        names: of the parameters that were trained.
+        output_shape: of the outputs of one example; c is their number.
+    """
+
+    model: nn.Module
+    loss: Loss
+    train: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor | None]
+    names: tuple[str, ...]
+    output_shape: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        """Training examples."""
+        return len(self.train[0])
+
+    @property
+    def m(self) -> int:
+        """Query examples."""
+        return len(self.query[0])
+
+    @property
+    def c(self) -> int:
+        """Outputs per example."""
+        return torch.Size(self.output_shape).numel()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trained parameters of the private copy."""
+        found = dict(self.model.named_parameters())
+        return [found[name] for name in self.names]
+
+    @property
+    def size(self) -> int:
+        """P, the number of weights."""
+        return sum(p.numel() for p in self.parameters)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same problem in another precision."""
+
+        def cast_to(t: Tensor) -> Tensor:
+            return t.to(dtype) if t.is_floating_point() else t
+
+        x, y = self.query
+        return Problem(
+            copy.deepcopy(self.model).to(dtype),
+            self.loss,
+            (cast_to(self.train[0]), cast_to(self.train[1])),
+            (cast_to(x), None if y is None else cast_to(y)),
+            self.names,
+            self.output_shape,
+        )
+
+    def outputs(self, w: Tensor, x: Tensor) -> Tensor:
+        """Outputs of inputs ``x`` (b, ...) at flat weights ``w`` (P,), as (b, c)."""
+        shapes = [p.shape for p in self.parameters]
+        pieces = w.split([shape.numel() for shape in shapes])
+        named = {k: v.view(s) for k, v, s in zip(self.names, pieces, shapes, strict=True)}
+        return self.call(named, x)
+
+    def call(self, named: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Outputs (b, c) of inputs ``x`` (b, ...) with the named weights."""
+        return functional_call(self.model, dict(named), (x,)).reshape(len(x), -1)
+
+    def jacobian(self, w: Tensor, x: Tensor) -> Tensor:
+        r""":math:`J = \partial u/\partial w` of inputs (b, ...), as (b·c, P)."""
+        chunk = max(1, JACOBIAN_BYTES // (self.c * self.size * w.element_size()))
+        w = w.detach()
+        rows = [_per_example(self, w, part) for part in x.split(chunk)]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).view(-1, len(w))
+
+    def each(self, w: Tensor, x: Tensor) -> Tensor:
+        """Outputs (b, c) of inputs (b, ...), each at its own weights (b, P)."""
+        with torch.no_grad():
+            return vmap(self._one)(w, x)
+
+    def jacobians(self, w: Tensor, x: Tensor) -> Tensor:
+        """Jacobians (b, c, P) of inputs (b, ...), each at its own weights (b, P)."""
+        return cast(Callable[..., Tensor], vmap(jacrev(self._one)))(w, x)
+
+    def _one(self, w: Tensor, example: Tensor) -> Tensor:
+        return self.outputs(w, example.unsqueeze(0))[0]
+
+    def jvp(self, w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+        """The Jacobian times ``vectors`` (P, r), as (b, c, r), without forming it."""
+
+        def product(v: Tensor, part: Tensor) -> Tensor:
+            def at(z: Tensor) -> Tensor:
+                return self.outputs(z, part)
+
+            return cast(Tensor, jvp(at, (w,), (v,))[1])
+
+        prepare_forward_mode()
+        # the fused attention kernels have no forward-mode derivative
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            parts = [
+                vmap(product, in_dims=(1, None), out_dims=-1)(vectors, part)
+                for part in x.split(CHUNK)
+            ]
+        return torch.cat(parts)
+
+    def pullback(self, w: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Outputs (b, c), and the transposed Jacobian as a map from (b, c, r) to (P, r)."""
+        with torch.enable_grad():
+            at = w.detach().requires_grad_()
+            u = self.outputs(at, x)
+
+        def pull(vectors: Tensor) -> Tensor:
+            columns = [
+                torch.autograd.grad(u, at, vectors[..., j], retain_graph=True)[0]
+                for j in range(vectors.shape[-1])
+            ]
+            return torch.stack(columns, dim=1)
+
+        return u.detach(), pull
+
+    def shaped(self, u: Tensor) -> Tensor:
+        """Outputs (b, c) in the shape that the loss takes."""
+        return u.reshape(len(u), *self.output_shape)
+
+    def output_gradient(self, u: Tensor, targets: Tensor | None = None) -> Tensor:
+        r""":math:`g = \nabla_u \Phi_S`, (n, c), for outputs (n, c) of the training set."""
+        y = self.train[1] if targets is None else targets
+        return losses.gradient(self.loss, self.shaped(u), y).reshape_as(u) / self.n
+
+    def output_hessian(self, u: Tensor) -> Tensor:
+        r""":math:`B = \nabla^2_u \Phi_S`, its diagonal blocks (n, c, c)."""
+        return losses.hessian(self.loss, self.shaped(u), self.train[1]) / self.n
+
+    def training_loss(self, u: Tensor) -> float:
+        r""":math:`\Phi_S(u)`."""
+        return losses.values(self.loss, self.shaped(u), self.train[1]).mean().item()
+
+
+@functools.cache
+def prepare_forward_mode() -> None:
+    """Let torch load what forward-mode derivatives need, without its own deprecation warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        jvp(torch.sin, (torch.zeros(1),), (torch.zeros(1),))
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector of all entries, detached and copied."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def _per_example(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
+    """Jacobians (b, c, P) of a chunk of examples; row by row if vmap cannot take the model."""
+    one = problem._one
+    try:
+        return cast(Callable[..., Tensor], vmap(jacrev(one), in_dims=(None, 0)))(w, x)
+    except RuntimeError as error:
+        warnings.warn(
+            f"the model cannot be vectorized over examples ({str(error).splitlines()[0]}); "
+            "Jacobians are computed row by row, which is slow.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    rows: list[Tensor] = []
+    for example in x:
+        z = w.detach().requires_grad_()
+        with torch.enable_grad():
+            u = one(z, example)
+        rows += [torch.autograd.grad(v, z, retain_graph=True)[0] for v in u]
+    return torch.stack(rows).view(len(x), problem.c, -1)

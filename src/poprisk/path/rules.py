@@ -1,0 +1,207 @@
+r"""One step of an optimizer as a linear map of its gradient.
+
+Along a realized run the second moments, masks and learning rates are numbers, so that a step of
+the usual optimizers is linear in the gradients seen so far. Of one parameter tensor, with the
+gradient :math:`\partial` and the weights w before the step:
+
+.. math::
+    \hat g = \sigma \partial + \lambda w, \quad
+    m \leftarrow a m + c \odot \hat g, \quad
+    r = p\, m + q\, \hat g, \quad
+    \Delta w = -\gamma\, \eta M \odot r - \delta w
+
+SGD, Adam, AdamW and RMSprop of torch are known here; an optimizer of ours describes itself by a
+method ``step_rule(param)``; for any other there is :func:`realized_update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from poprisk.path.checks import check_rule_known
+
+Diagonal = Tensor | float
+
+
+class StepRule(NamedTuple):
+    r"""What one step did to one tensor; tensors have its shape, floats hold for all entries.
+
+    Attributes:
+        precondition: :math:`\eta M`, learning rate times preconditioner (and gate), ≥ 0.
+        correction: :math:`\gamma`, bias correction of the momentum, :math:`1/(1-\beta_1^{k+1})`.
+        carry: a, how much of the momentum is kept.
+        gain: c, how the gradient enters the momentum.
+        from_momentum: p, share of the momentum in the step.
+        from_gradient: q, share of the present gradient in the step (Nesterov).
+        coupled: :math:`\lambda`, weight decay that enters the gradient.
+        decay: :math:`\delta`, decoupled weight decay times learning rate.
+        sign: :math:`\sigma`, -1 for an optimizer that maximizes.
+    """
+
+    precondition: Diagonal
+    correction: float = 1.0
+    carry: float = 0.0
+    gain: Diagonal = 1.0
+    from_momentum: float = 1.0
+    from_gradient: float = 0.0
+    coupled: float = 0.0
+    decay: float = 0.0
+    sign: float = 1.0
+
+
+class Facts(NamedTuple):
+    """What a rule may look at, besides the optimizer's state after the step.
+
+    Attributes:
+        group: the parameter's group.
+        state: the parameter's state after the step.
+        first: whether the tensor had no momentum before this step.
+        update: weights after the step minus weights before it.
+        grad: the gradient that the step used.
+        weight: the weights before the step.
+        momentum: the momentum before the step, as the rules so far imply it.
+    """
+
+    group: dict[str, Any]
+    state: dict[str, Any]
+    first: bool
+    update: Tensor
+    grad: Tensor
+    weight: Tensor
+    momentum: Tensor
+
+
+Rule = Callable[[Facts], StepRule]
+
+
+def sgd(facts: Facts) -> StepRule:
+    """``torch.optim.SGD``: the first momentum is the gradient itself, without dampening."""
+    group = facts.group
+    mu, nesterov = group["momentum"], group["nesterov"]
+    return StepRule(
+        precondition=float(group["lr"]),
+        carry=0.0 if facts.first else mu,
+        gain=1.0 if facts.first or mu == 0 else 1 - group["dampening"],
+        from_momentum=mu if nesterov else 1.0,
+        from_gradient=1.0 if nesterov else 0.0,
+        coupled=group["weight_decay"],
+        sign=_sign(group),
+    )
+
+
+def adam(facts: Facts) -> StepRule:
+    """``torch.optim.Adam`` and ``AdamW``, with and without AMSGrad."""
+    group, state = facts.group, facts.state
+    (beta1, beta2), t = group["betas"], float(state["step"])
+    v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    denom = v.sqrt() / (1 - beta2**t) ** 0.5 + group["eps"]
+    lr, decay = float(group["lr"]), group["weight_decay"]
+    decoupled = group.get("decoupled_weight_decay", False)
+    return StepRule(
+        precondition=lr / denom,
+        correction=1 / (1 - beta1**t),
+        carry=beta1,
+        gain=1 - beta1,
+        coupled=0.0 if decoupled else decay,
+        decay=lr * decay if decoupled else 0.0,
+        sign=_sign(group),
+    )
+
+
+def adamw(facts: Facts) -> StepRule:
+    """``torch.optim.AdamW``: decay is decoupled, whether or not the group says so."""
+    return adam(facts._replace(group={**facts.group, "decoupled_weight_decay": True}))
+
+
+def rmsprop(facts: Facts) -> StepRule:
+    """``torch.optim.RMSprop``, centred or not; its momentum averages preconditioned gradients."""
+    group, state = facts.group, facts.state
+    v, lr, mu = state["square_avg"], float(group["lr"]), group["momentum"]
+    if group["centered"]:
+        v = v - state["grad_avg"].square()
+    scale = 1 / (v.sqrt() + group["eps"])
+    common = {"coupled": group["weight_decay"], "sign": _sign(group)}
+    if mu > 0:
+        return StepRule(precondition=lr, carry=mu, gain=scale, **common)
+    return StepRule(precondition=lr * scale, **common)
+
+
+def realized_update(*, momentum: float = 0.0) -> Rule:
+    r"""The hook for any other optimizer: reads its preconditioner off the step that it took.
+
+    With :math:`m \leftarrow \beta m + (1-\beta)\partial`, β = ``momentum``, the preconditioner is
+    :math:`\eta M = -\Delta w / m` per coordinate, 0 where m is. Exact: the realized weights, so
+    that displacements and closure errors are those of the run. Not exact: how a step would answer
+    to another gradient. An optimizer that mixes coordinates (Muon, Shampoo) or carries another
+    momentum is described by a diagonal that happens to give the same steps; entries of it may be
+    negative, and count by their absolute value in W.
+    """
+
+    def rule(facts: Facts) -> StepRule:
+        m = momentum * facts.momentum + (1 - momentum) * facts.grad
+        scale = torch.where(m == 0, torch.zeros_like(m), -facts.update / m)
+        return StepRule(precondition=scale, carry=momentum, gain=1 - momentum)
+
+    return rule
+
+
+RULES: dict[type[Optimizer], tuple[Rule, str]] = {
+    torch.optim.SGD: (sgd, "momentum_buffer"),
+    torch.optim.Adam: (adam, "exp_avg"),
+    torch.optim.AdamW: (adamw, "exp_avg"),
+    torch.optim.RMSprop: (rmsprop, "momentum_buffer"),
+}
+"""Exact rules of torch's optimizers, and where each keeps its momentum."""
+
+
+class Description(NamedTuple):
+    """What the recorder needs to know about an optimizer.
+
+    Attributes:
+        rule: of a parameter's last step.
+        momentum: a parameter's momentum at present, None if it has none yet.
+    """
+
+    rule: Callable[[Tensor, Facts], StepRule]
+    momentum: Callable[[Tensor], Tensor | None]
+
+
+def describe(optimizer: Optimizer, rule: Rule | None = None) -> Description:
+    """Find the rule of an optimizer: the one given, its own ``step_rule``, or torch's.
+
+    Raises:
+        NotAnalysable: if there is none.
+    """
+    own = getattr(optimizer, "step_rule", None)
+    if rule is None and callable(own):
+        return Description(own, getattr(optimizer, "momentum_of", _Momentum(optimizer, "exp_avg")))
+    if rule is None:
+        check_rule_known(optimizer, type(optimizer) in RULES, [kind.__name__ for kind in RULES])
+        rule, key = RULES[type(optimizer)]
+    else:
+        key = ""
+    found = rule
+
+    def of_any(param: Tensor, facts: Facts) -> StepRule:
+        return found(facts)
+
+    return Description(of_any, _Momentum(optimizer, key))
+
+
+class _Momentum:
+    """Looks a parameter's momentum up in the state of its optimizer."""
+
+    def __init__(self, optimizer: Optimizer, key: str) -> None:
+        self.optimizer, self.key = optimizer, key
+
+    def __call__(self, p: Tensor) -> Tensor | None:
+        return self.optimizer.state.get(p, {}).get(self.key)
+
+
+def _sign(group: dict[str, Any]) -> float:
+    return -1.0 if group.get("maximize", False) else 1.0

@@ -1,0 +1,89 @@
+"""Rows of numbers that a recorded run keeps, in memory or in files, within a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poprisk.path.checks import check_budget
+
+
+@final
+class Storage:
+    """A budget in bytes that several tables of rows share.
+
+    Args:
+        budget: bytes that all rows together may take.
+        directory: where to keep them as raw binary files, one a table; None: in memory.
+    """
+
+    def __init__(self, budget: float, directory: str | Path | None = None) -> None:
+        self.budget = budget
+        self.directory = None if directory is None else Path(directory)
+        self.used = 0
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def table(self, name: str) -> Table:
+        """An empty table."""
+        return Table(self, name)
+
+    def take(self, size: int) -> None:
+        """Count ``size`` more bytes.
+
+        Raises:
+            NotAnalysable: if that is over the budget.
+        """
+        where = "disk" if self.directory is not None else "memory"
+        check_budget(
+            self.used + size,
+            self.budget,
+            f"recording this run to {where}",
+            "record fewer steps, every few steps (stride=8), to disk (directory=...), or raise "
+            "budget=.",
+        )
+        self.used += size
+
+
+@final
+class Table:
+    """Rows of one length and dtype; appended, then read in any order."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.storage = storage
+        self.rows: list[Tensor] = []
+        self.count = 0
+        self.dtype = torch.float64
+        self.width = 0
+        directory = storage.directory
+        self.path = None if directory is None else directory / f"{name}.bin"
+        if self.path is not None:
+            self.path.write_bytes(b"")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def append(self, row: Tensor) -> None:
+        """Add a copy of a vector."""
+        self.storage.take(row.numel() * row.element_size())
+        self.dtype, self.width = row.dtype, row.numel()
+        self.count += 1
+        if self.path is None:
+            self.rows.append(row.detach().cpu().clone())
+            return
+        with self.path.open("ab") as file:
+            file.write(row.detach().cpu().contiguous().numpy().tobytes())
+
+    def __getitem__(self, k: int) -> Tensor:
+        """Row ``k``, a new tensor where it comes from a file."""
+        if self.path is None:
+            return self.rows[k]
+        kind = torch.empty(0, dtype=self.dtype).numpy().dtype
+        k = range(self.count)[k]
+        offset = k * self.width * kind.itemsize
+        file = np.memmap(self.path, dtype=kind, mode="r", offset=offset, shape=(self.width,))
+        return torch.from_numpy(np.array(file))

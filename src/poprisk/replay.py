@@ -1,0 +1,56 @@
+"""The last step of a parameter, evaluated again from the state that it left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poprisk.gate import Gate
+from poprisk.path.rules import Facts, StepRule
+from poprisk.settings import estimator_of, gate_of
+from poprisk.sharding import GlobalMeans, layout_of, local
+from poprisk.state import ADAM_KEYS
+from poprisk.update import Slots, adam_denominator, masks
+from poprisk.variance import Clock, VarianceEstimator
+
+
+def last_gate(
+    p: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> tuple[Gate | None, Slots, Clock, VarianceEstimator | None]:
+    """The gate of the last step and what it looked at; of a DTensor, the part that is here."""
+    estimator, layout = estimator_of(group), layout_of(p)
+    t = int(state["step"].item())
+    clock = Clock(t, t - state.get("variance_start", t), *group["betas"])
+    gate = gate_of(group, clock, estimator)
+    if gate is not None and layout is not None:
+        gate = gate._replace(pool=GlobalMeans(layout))
+    keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
+    moments = [local(state[key]) for key in keys]
+    moments = [torch.view_as_real(x) if x.is_complex() else x for x in moments]
+    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
+    return gate, slots, clock, estimator
+
+
+def last_step_rule(p: Tensor, state: dict[str, Any], facts: Facts) -> StepRule:
+    """The last step of one parameter as a linear map of its gradient, from the state it left."""
+    group = facts.group
+    (beta1, _), lr, t = group["betas"], float(group["lr"]), int(state["step"].item())
+    rule = StepRule(
+        precondition=lr,
+        correction=1 / (1 - beta1**t),
+        carry=beta1,
+        gain=1 - beta1,
+        decay=lr * group["weight_decay"],
+        sign=-1.0 if group["maximize"] else 1.0,
+    )
+    if group["gate"] and callable(group["mask"]):
+        m = state["exp_avg"] * rule.correction
+        moved = -(facts.update + rule.decay * facts.weight)
+        return rule._replace(precondition=torch.where(m == 0, torch.zeros_like(m), moved / m))
+    gate, slots, clock, estimator = last_gate(p, state, group)
+    scale = lr / adam_denominator(slots.exp_avg_sqs, clock, group["eps"])[0]
+    if gate is not None and estimator is not None:
+        scale = scale * masks(slots, clock, estimator, gate)[0]
+    return rule._replace(precondition=scale)

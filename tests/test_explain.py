@@ -1,0 +1,186 @@
+"""poprisk explain: what it measures, says and shows, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from poprisk.cli import app
+from poprisk.explain import Plan, explain, words
+from poprisk.explain.plan import choose_size, full_steps
+from poprisk.path import NotAnalysable
+from poprisk.report.explanation import render
+from poprisk.tasks import Task, load_task
+
+TINY = """
+import torch, tiny, poprisk
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+def noisy(seed=0):
+    task = tiny.tiny(seed, epochs=6)
+    return poprisk.Task("noisy", net, task.loss, task.train, task.test, epochs=6, batch_size=8,
+                        clean=task.clean, description="two classes <b>")
+
+def unknown(seed=0):
+    task = noisy(seed)
+    return poprisk.Task("unknown", net, task.loss, task.train, task.test, epochs=6, batch_size=8)
+
+def wide(seed=0):
+    task = noisy(seed)
+    wide = lambda: nn.Sequential(nn.Linear(4, 3000), nn.Tanh(), nn.Linear(3000, 300),
+                                 nn.Linear(300, 2))
+    return poprisk.Task("wide", wide, task.loss, task.train, task.test, epochs=1, batch_size=20,
+                        clean=task.clean)
+
+def line(seed=0):
+    task = tiny.regression(seed)
+    return poprisk.Task("line", task.model, task.loss, task.train, task.test, metric="mse",
+                        epochs=6, batch_size=8, clean=task.clean)
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a file of tasks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(TINY, encoding="utf-8")
+    return tmp_path
+
+
+def silent(*_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("explain") / "mine.py"
+    path.write_text(TINY, encoding="utf-8")
+    return explain(Plan(f"{path}:noisy", {}, lr=0.01, seconds=3.0), say=silent)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["explain", *arguments])
+
+
+def refused(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    return line.removeprefix("poprisk: ")
+
+
+def test_everything_is_measured(explained: dict[str, Any]) -> None:
+    assert [arm["optimizer"] for arm in explained["arms"]] == ["AdamW", "PopRiskAdamW"]
+    for arm in explained["arms"]:
+        assert arm["rows"][0]["metric"] == arm["rows"][0]["without_noise"]
+        assert arm["rows"][-1]["noise"] > 0
+        assert arm["closure"]["query"] < 0.1
+    dense = explained["dense"]
+    assert max(dense["closure"].values()) < 1e-6
+    assert len(dense["spectrum"]["relative"]) == dense["n"] * 2
+    assert dense["cells"]["rows"][-1]["learned_signal"] > 0
+    assert dense["coupling"]["error"] < 1e-3
+    low, high = dense["drift"]["drift_exponent"][1:]
+    assert low < 1 < high
+    json.dumps(explained, allow_nan=False)
+
+
+def test_the_page_shows_each_plot_with_its_sentence(explained: dict[str, Any]) -> None:
+    page = render(explained, {"torch": "2"})
+    assert page == render(explained, {"torch": "2"})
+    assert page.count('class="plot"') == 10
+    assert page.count('class="says"') == 10
+    assert words.headline(explained) in page.replace("&#39;", "'")
+    assert "two classes &lt;b&gt;" in page
+    assert "closure error" in page
+    assert re.search(r"training movement \d\.\de-\d\d", page)
+    figures = re.findall(r'<script type="application/json">(.*?)</script>', page, flags=re.DOTALL)
+    assert all(json.loads(figure)["data"] for figure in figures)
+
+
+def test_what_the_sentences_say() -> None:
+    rows = [
+        {"metric": 0.1, "without_noise": 0.1, "signal": 0.0, "noise": 0.0},
+        {"metric": 0.9, "without_noise": 0.92, "signal": 2.0, "noise": 0.5},
+        {"metric": 0.8, "without_noise": 0.95, "signal": 2.0, "noise": 1.0},
+    ]
+    arm = {"optimizer": "AdamW", "rows": rows, "closure": {"query": 2e-3}}
+    task = {"metric": {"name": "accuracy", "percent": True}}
+    assert words.noise_sentence(arm, task) == (
+        "With AdamW, without the label noise that got through, test accuracy would be 95.0% "
+        "instead of 80.0%."
+    )
+    assert words.cells_sentence(arm) == (
+        "AdamW: label noise moves the test outputs 50% as much as the signal does (25% half-way, "
+        "so it is rising); closure error 0.002: trust it."
+    )
+    assert words.closure_words(0.05).endswith("take it with care")
+    assert words.closure_words(0.5).endswith("do not trust it")
+
+
+@pytest.mark.slow
+def test_a_run_from_end_to_end(here: Path) -> None:
+    result = run("mine.py:line", "--seed", "1", "--seconds", "3")
+    assert result.exit_code == 0, result.output
+    assert "without the label noise that got through, test mean squared error" in result.stdout
+    page = here / "runs" / "explain-mine.py-line" / "report.html"
+    assert f"Report: {page.relative_to(here)}" in result.stdout
+    assert page.exists()
+    found = json.loads((page.parent / "explanation.json").read_text())
+    assert found["plan"]["seed"] == 1
+
+
+@pytest.mark.slow
+def test_without_clean_targets_it_says_so(here: Path) -> None:
+    result = run("mine.py:unknown", "--seconds", "3")
+    assert result.exit_code == 0, result.output
+    assert "does not say what its clean targets are" in result.stdout
+    assert "directions; the others stayed" in result.stdout
+
+
+def test_too_large_for_operators_it_keeps_the_cells() -> None:
+    result = run("mine.py:wide", "--seconds", "0.5", "--out", "here")
+    assert result.exit_code == 0, result.output
+    assert "No operators: dense operators of a model with" in result.stdout
+    assert "give more time (--seconds)" in result.stdout
+    assert "test accuracy would be" in result.stdout
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_model_with_dropout() -> None:
+    tiny = Path(__file__).with_name("tiny.py")
+    assert "set dropout to 0" in refused(f"{tiny}:tiny")
+
+
+def test_an_optimizer_without_a_rule() -> None:
+    assert refused("mine.py:noisy", "--optimizer", "NAdam").startswith("NAdam has no rule")
+    assert refused("mine.py:noisy", "--optimizer", "Sofia").startswith("there is no optimizer")
+
+
+def test_bad_arguments(here: Path) -> None:
+    assert refused("digit").startswith("unknown task 'digit'")
+    assert refused("mine.py:noisy", "--epochs", "0") == "--epochs must be at least 1, but got 0."
+    (here / "file").write_text("")
+    assert refused("mine.py:line", "--out", "file/x", "--seconds", "3").startswith(
+        "cannot write file/x"
+    )
+
+
+def test_sizes_fit_the_time() -> None:
+    task: Task = load_task("digits", seed=0, hidden=32)
+    large, small = (choose_size(task, task.model(), s) for s in (1e4, 50.0))
+    assert large.n > small.n
+    assert large.m == large.n
+    with pytest.raises(NotAnalysable, match="even for 16 examples"):
+        choose_size(task, task.model(), 0.1)
+    assert full_steps(Plan("digits", {}), task) == (40, 640)
+    assert full_steps(Plan("digits", {}, epochs=3), task) == (3, 48)

@@ -1,0 +1,276 @@
+"""Recording: what is kept, in whose loop, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from poprisk import PopRiskAdamW
+from poprisk.path import Facts, NotAnalysable, Recorder, StepRule, integrate, record
+from poprisk.path.losses import gradient, hessian, hessian_product, squared_error
+from runs import LOSSES, batches, data, network, recorded
+from samplers import randn
+
+
+def half_mse(u: Tensor, y: Tensor) -> Tensor:
+    return (u - y).square().sum(1).mean() / 2
+
+
+def test_a_loop_of_your_own_gives_the_same_run() -> None:
+    train, query, _ = data()
+    net = network()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.9)
+    with Recorder(net, "squared_error", sgd, train=train, query=query) as recorder:
+        for batch in batches(12):
+            sgd.zero_grad()
+            half_mse(net(train[0][batch]), train[1][batch]).backward()
+            sgd.step()
+            schedule.step()
+            recorder.step(batch)
+    run = recorder.run
+    rates = [float(run.rule(k, torch.float64).precondition) for k in range(12)]
+    assert rates == pytest.approx([0.1 * 0.9**k for k in range(12)])
+    assert integrate(run).closure.worst < 1e-9
+
+
+def test_accumulated_gradients_are_one_batch() -> None:
+    train, query, _ = data()
+    net = network()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with Recorder(net, "squared_error", sgd, train=train, query=query) as recorder:
+        for batch in batches(8, b=6):
+            sgd.zero_grad()
+            for half in batch.split(3):
+                (half_mse(net(train[0][half]), train[1][half]) / 2).backward()
+            sgd.step()
+            recorder.step(batch)
+    assert integrate(recorder.run).closure.worst < 1e-9
+
+
+def test_a_skipped_step_is_left_out() -> None:
+    train, _, _ = data()
+    net = network()
+    optimizer = PopRiskAdamW(net.parameters(), lr=0.01)
+    with Recorder(net, "squared_error", optimizer, train=train) as recorder:
+        for k, batch in enumerate(batches(4)):
+            optimizer.zero_grad()
+            loss = half_mse(net(train[0][batch]), train[1][batch])
+            (loss * (float("nan") if k == 2 else 1.0)).backward()
+            if k == 2:
+                with pytest.warns(RuntimeWarning, match="skipped a step"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            recorder.step(batch)
+    assert recorder.run.steps == 3
+    assert integrate(recorder.run).closure.worst < 1e-9
+
+
+def test_a_frozen_layer_is_a_constant() -> None:
+    train, query, _ = data()
+    net = network()
+    net[0].requires_grad_(False)  # type: ignore[index]
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    run = record(net, "squared_error", sgd, batches(10), query, train=train)
+    assert run.problem.names == ("2.weight", "2.bias")
+    assert integrate(run).closure.worst < 1e-12
+
+
+def test_files_hold_what_memory_does(tmp_path: Path) -> None:
+    memory, disk = recorded("AdamW"), recorded("AdamW", directory=tmp_path / "run")
+    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == [
+        "gains.bin",
+        "preconditions.bin",
+        "weights.bin",
+    ]
+    for k in range(len(memory)):
+        assert torch.equal(memory.weights[k], disk.weights[k])
+        assert torch.equal(memory.preconditions[k], disk.preconditions[k])
+    assert torch.equal(memory.weights[-1], disk.weights[-1])
+    assert torch.equal(integrate(memory).G, integrate(disk).G)
+
+
+def test_pairs_are_found_in_the_training_set() -> None:
+    train, query, _ = data()
+    indices = batches(12)
+    runs = []
+    for given, known in (
+        (indices, train),
+        ([(train[0][i], train[1][i]) for i in indices], train),
+        ([(train[0][i], train[1][i]) for i in indices], None),
+    ):
+        net = network()
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        runs.append(record(net, "squared_error", sgd, given, query, train=known))
+    assert torch.equal(runs[0].weights[-1], runs[1].weights[-1])
+    assert [r.intervals[5].examples.tolist() for r in runs[:2]] == [sorted(indices[5].tolist())] * 2
+    assert runs[2].problem.n == len(set(torch.cat(indices).tolist()))
+    assert integrate(runs[2]).closure.worst < 1e-9
+
+
+def test_progress_is_told() -> None:
+    seen: list[tuple[int, int | None]] = []
+
+    def tell(done: int, total: int | None) -> None:
+        seen.append((done, total))
+
+    integrate(recorded(steps=3, progress=tell), progress=tell)
+    assert seen == [(1, 3), (2, 3), (3, 3)] * 2
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_have_the_derivatives_of_finite_differences(loss: str) -> None:
+    from poprisk.path.losses import resolve_loss
+
+    function = resolve_loss(LOSSES[loss])
+    u = randn(4, 2)
+    y = torch.tensor([0, 1, 1, 0]) if loss == "cross_entropy" else randn(4, 2, seed=5).sigmoid()
+    h = 1e-6
+    for j in range(2):
+        step = torch.zeros_like(u)
+        step[:, j] = h
+        slope = (function(u + step, y) - function(u - step, y)) / (2 * h)
+        torch.testing.assert_close(gradient(function, u, y)[:, j], slope, rtol=1e-6, atol=1e-8)
+        bend = (gradient(function, u + step, y) - gradient(function, u - step, y)) / (2 * h)
+        torch.testing.assert_close(hessian(function, u, y)[:, j], bend, rtol=1e-6, atol=1e-8)
+    v = randn(4, 2, 3, seed=6)
+    torch.testing.assert_close(hessian_product(function, u, y, v), hessian(function, u, y) @ v)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def refused(**changes: Any) -> str:
+    """The message of a recording that is refused."""
+    train, query, _ = data()
+    net = changes.pop("net", None) or network()
+    settings = {"train": train, "query": query, **changes}
+    optimizer = settings.pop("optimizer", torch.optim.SGD)(net.parameters(), lr=0.1)
+    given = settings.pop("batches", batches(4))
+    loss = settings.pop("loss", "squared_error")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        record(net, loss, optimizer, given, settings.pop("query"), **settings)
+    return str(caught.value)
+
+
+def test_an_optimizer_without_a_rule() -> None:
+    message = refused(optimizer=torch.optim.NAdam)
+    assert "NAdam has no rule" in message
+    assert "realized_update" in message
+
+
+def test_a_step_that_is_not_its_rule() -> None:
+    class Halved(torch.optim.SGD):
+        def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
+            return StepRule(precondition=0.05)
+
+    message = refused(optimizer=Halved)
+    assert message.startswith("the step of Halved is not the one its rule describes (relative")
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        (nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)), "other outputs when"),
+        (nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), "depend on the other"),
+    ],
+)
+def test_a_model_that_cannot_be_followed(net: nn.Module, expected: str) -> None:
+    assert expected in refused(net=net.double())
+
+
+def test_low_precision_weights() -> None:
+    assert "train in float32 or float64" in refused(net=nn.Linear(3, 2).bfloat16())
+
+
+def test_a_loss_that_is_reduced() -> None:
+    message = refused(loss=nn.MSELoss())
+    assert "pass reduction='none'" in message
+
+
+def test_an_unknown_loss() -> None:
+    assert refused(loss="hinge").startswith("loss must be one of 'squared_error'")
+
+
+def test_more_than_the_budget() -> None:
+    message = refused(budget=1000)
+    assert "over the budget" in message
+    assert "stride=8" in message
+
+
+def test_dense_operators_over_the_budget() -> None:
+    with pytest.raises(NotAnalysable, match="follow single vectors with apply"):
+        integrate(recorded(steps=1), budget=1000)
+
+
+def test_data_that_does_not_repeat() -> None:
+    stream = [(randn(5, 3, seed=s), randn(5, 2, seed=s)) for s in range(6)]
+    assert "the data does not repeat" in refused(batches=stream, train=None)
+    assert "is not in the training set" in refused(batches=stream)
+
+
+def test_indices_without_a_training_set() -> None:
+    assert "pass train=(inputs, targets)" in refused(train=None)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (torch.tensor([0, 14]), "names example 14, but the training set has 14"),
+        (torch.tensor([-1]), "names example -1"),
+        (torch.tensor([0.5]), "1-d tensor of example indices"),
+        (torch.zeros(2, 2, dtype=torch.long), "1-d tensor of example indices"),
+    ],
+)
+def test_a_batch_that_is_none(batch: Tensor, expected: str) -> None:
+    assert expected in refused(batches=[batch])
+
+
+def test_a_gradient_that_is_not_the_batch_s() -> None:
+    train, _, _ = data()
+    net = network()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with Recorder(net, "squared_error", sgd, train=train) as recorder:
+        (3 * half_mse(net(train[0]), train[1])).backward()
+        sgd.step()
+        with pytest.raises(NotAnalysable, match="the gradient of step 1 is not that of the rec"):
+            recorder.step(torch.arange(14))
+
+
+def test_weights_that_change_in_between() -> None:
+    train, _, _ = data()
+    net = network()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with Recorder(net, "squared_error", sgd, train=train):
+        with torch.no_grad():
+            next(net.parameters()).mul_(2)
+        half_mse(net(train[0]), train[1]).backward()
+        with pytest.raises(NotAnalysable, match="weights changed between two steps"):
+            sgd.step()
+
+
+def test_steps_and_batches_alternate() -> None:
+    train, _, _ = data()
+    net = network()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with Recorder(net, "squared_error", sgd, train=train) as recorder:
+        with pytest.raises(ValueError, match="once after each"):
+            recorder.step(torch.arange(14))
+        half_mse(net(train[0]), train[1]).backward()
+        sgd.step()
+        with pytest.raises(ValueError, match="once after each"):
+            sgd.step()
+
+
+def test_an_optimizer_of_another_model() -> None:
+    train, _, _ = data()
+    other = torch.optim.SGD(network().parameters(), lr=0.1)
+    with pytest.raises(NotAnalysable, match="trains 4 tensors that are no parameters"):
+        Recorder(network(), "squared_error", other, train=train)
+
+
+def test_squared_error_is_half_the_square() -> None:
+    assert squared_error(torch.tensor([[3.0]]), torch.tensor([[1.0]])).tolist() == [2.0]
