@@ -138,7 +138,7 @@ def cells() -> list[dict[str, Any]]:
             batches = [b for _ in range(80) for b in torch.randperm(1000, generator=g).split(64)]
             run = record(model, task.loss, optimizer, batches, task.test, train=task.train)
             assert task.clean is not None
-            trace = trace_cells(run, task.clean, every=1, points=9)
+            trace = trace_cells(run, task.clean, every=4, points=9)
             for i, part in enumerate(trace.parts):
                 y = task.test[1]
                 rows.append({
