@@ -26,9 +26,11 @@ property_test = settings(deadline=None, max_examples=25)
 def nothing_known() -> Iterator[None]:
     """Every test starts without remembered structures and said warnings."""
     graph._REMEMBERED.clear()
+    graph._CONFIRMED.clear()
     nodes._SAID.clear()
     yield
     graph._REMEMBERED.clear()
+    graph._CONFIRMED.clear()
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -267,6 +269,7 @@ def test_permuted_examples(fresh: bool) -> None:
     for order in map(torch.tensor, itertools.permutations(range(4))):
         if fresh:
             graph._REMEMBERED.clear()
+            graph._CONFIRMED.clear()
         h = torch.tanh(torch.randn(4, 3, dtype=torch.float64)[order] @ w) @ v
         values = torch.sin(h)[order.argsort()]
         rows = reference.jacobian(values, {"w": w, "v": v})

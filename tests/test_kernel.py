@@ -37,6 +37,7 @@ MODELS = (
 def nothing_known() -> Iterator[None]:
     """Every test starts without remembered structures; falling back is not news here."""
     graph._REMEMBERED.clear()
+    graph._CONFIRMED.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no factored form")
         yield

@@ -42,17 +42,17 @@ class Plan(NamedTuple):
         outline: of every node.
         shapes: of every node's outputs in the graph that it was learnt from.
         uses: found there, with layouts that do not depend on the number of examples.
-        confirmed: by number of examples, whether a batch agreed: the same operations may
-            rearrange larger batches.
     """
 
     outline: list[Outline]
     shapes: list[tuple[tuple[int, ...], ...]]
     uses: list[Use]
-    confirmed: dict[int, bool]
 
     def uses_in(self, graph: Graph, values: Tensor) -> list[Use] | None:
-        """The same uses in the graph of other values (b, k); None where they do not fit."""
+        """The same uses in the graph of other values (b, k); None where they do not fit.
+
+        Shapes alone do not tell: the same operations may rearrange larger batches.
+        """
         examples = len(values)
         if _outline(graph) != self.outline:
             return None
@@ -61,9 +61,7 @@ class Plan(NamedTuple):
             for before, now, layout in zip(self.shapes[use.node], found, use.layouts, strict=True):
                 if layout is not None and not _fits(before, now, layout, examples):
                     return None
-        if examples not in self.confirmed:
-            self.confirmed[examples] = confirmed(graph, values, self.uses)
-        return self.uses if self.confirmed[examples] else None
+        return self.uses if confirmed(graph, values, self.uses) else None
 
 
 def learn_plan(batches: Iterable[Tensor], params: Mapping[str, Tensor]) -> Plan | None:
@@ -86,7 +84,7 @@ def learn_plan(batches: Iterable[Tensor], params: Mapping[str, Tensor]) -> Plan 
         uses = find_uses(graph, matrix)
         plan = None
         if is_trusted(graph):
-            plan = Plan(_outline(graph), [shapes(node) for node in graph.nodes], uses, {})
+            plan = Plan(_outline(graph), [shapes(node) for node in graph.nodes], uses)
     return plan
 
 
