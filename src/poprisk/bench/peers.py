@@ -111,7 +111,7 @@ def opacus_moments(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     """Opacus' per-example gradients, squared and summed."""
     from opacus.grad_sample import GradSampleModule
 
-    own = GradSampleModule(copy.deepcopy(model), strict=False)
+    own = GradSampleModule(copy.deepcopy(model).train(), strict=False)
 
     def step() -> list[Tensor]:
         own.zero_grad()
