@@ -40,6 +40,7 @@ from poprisk.update import (
     cache_blocks,
     gated_adamw_,
     masks,
+    pieces,
     real_slots,
     state_dtype,
 )
@@ -472,12 +473,17 @@ def _columns(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
 
 
 def _tensor_gate(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Re-evaluate the gate of the last step: the sums of its statistics."""
+    """Re-evaluate the gate of the last step, piece by piece: the sums of its statistics."""
     gate, slots, clock, estimator = last_gate(p, state, group)
-    (m,), (v,) = slots.exp_avgs, slots.exp_avg_sqs
-    update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
-    q = passed = torch.ones_like(m)
-    if gate is not None and estimator is not None:
-        threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
-        q, passed = (masks(slots, clock, estimator, g)[0] for g in (gate, threshold))
-    return global_sums(gate_sums(q, passed, update, v > 0), layout_of(p))
+    slots = slots._replace(params=slots.exp_avgs)
+    whole = gate is not None and gate.per_tensor
+    total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
+    for piece in [slots] if whole else pieces(slots):
+        (m,), (v,) = piece.exp_avgs, piece.exp_avg_sqs
+        update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
+        q = passed = torch.ones_like(m)
+        if gate is not None and estimator is not None:
+            threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
+            q, passed = (masks(piece, clock, estimator, g)[0] for g in (gate, threshold))
+        total += gate_sums(q, passed, update, v > 0)
+    return global_sums(total, layout_of(p))

@@ -41,10 +41,12 @@ def gate_sums(q: Tensor, passed: Tensor, update: Tensor, active: Tensor) -> Tens
         update: ungated update.
         active: True where the coordinate has received gradient.
     """
-    n = active.double()
-    u = update.double() * n
-    parts = (n, q.double() * n, passed.double() * n, (q.double() * u).square(), u.square())
-    return torch.stack([x.sum() for x in parts])
+    u = torch.where(active, update, 0.0)
+    peak = u.abs().amax().clamp_min(torch.finfo(u.dtype).tiny)
+    u /= peak  # its squares neither vanish nor overflow
+    parts = (active, q * active, passed * active, (q * u).square(), u.square())
+    one, scale = torch.ones_like(peak).double(), peak.double().square()
+    return torch.stack([x.sum().double() for x in parts]) * torch.stack([one] * 3 + [scale] * 2)
 
 
 def module_stats(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, GateStats]:

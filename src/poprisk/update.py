@@ -66,7 +66,7 @@ def cache_blocks(slots: Slots, update_: Callable[[Slots], None]) -> None:
     size = 0
     for i, numel in enumerate(w.numel() for w in slots.params):
         if numel > CHUNK:
-            for piece in _pieces(slots.subset([i])):
+            for piece in pieces(slots.subset([i])):
                 update_(piece)
             continue
         if block and size + numel > BLOCK:
@@ -79,7 +79,7 @@ def cache_blocks(slots: Slots, update_: Callable[[Slots], None]) -> None:
         update_(slots.subset(block))
 
 
-def _pieces(slots: Slots) -> list[Slots]:
+def pieces(slots: Slots) -> list[Slots]:
     """The one tensor of ``slots`` in views of at most :data:`CHUNK` elements."""
     if not all(t.is_contiguous() for column in slots for t in column):
         return [slots]

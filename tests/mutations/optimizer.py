@@ -46,8 +46,8 @@ MUTATIONS = {
     "threshold ignored": Mutation("gate.py", "alpha=self.alpha,", "alpha=1.0,", THRESHOLDS),
     "foreach leaves the end of large tensors out": Mutation(
         "update.py",
-        "for piece in _pieces(slots.subset([i])):",
-        "for piece in _pieces(slots.subset([i]))[:1]:",
+        "for piece in pieces(slots.subset([i])):",
+        "for piece in pieces(slots.subset([i]))[:1]:",
         PATHS,
     ),
     "foreach leaves the last block out": Mutation(
