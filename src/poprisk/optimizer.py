@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, final, overload
+from typing import Any, final, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
+from poprisk.buckets import Bucket, captured_update, update_bucket
 from poprisk.checks import examples
 from poprisk.dataparallel import Observation, check_observations, take_observations_
-from poprisk.fused import fused_adamw_, gradients_are_finite
-from poprisk.gate import MASKS_, Mask, TensorList
+from poprisk.fused import gradients_are_finite
+from poprisk.gate import Mask, TensorList
 from poprisk.path.rules import Facts, StepRule
-from poprisk.replay import last_gate, last_step_rule
-from poprisk.settings import check_optimizer_settings, estimator_of, gate_of
+from poprisk.replay import gate_row, last_step_rule
+from poprisk.settings import check_optimizer_settings, estimator_of
 from poprisk.sharding import (
-    GlobalMeans,
-    Layout,
     all_agree,
-    global_sums,
-    gradient_of,
     layout_of,
     locals_of,
 )
 from poprisk.state import ADAM_KEYS, completed_state, count_step, prepare_state
-from poprisk.stats import GateStats, gate_sums, module_stats
+from poprisk.stats import GateStats, module_stats
 from poprisk.update import (
-    LOW_PRECISION,
-    AdamSettings,
-    Slots,
-    adam_denominator,
     all_finite,
     all_small,
-    cache_blocks,
-    gated_adamw_,
-    masks,
-    pieces,
-    real_slots,
     state_dtype,
 )
-from poprisk.variance import WITHIN_BATCH, Clock, VarianceEstimator
+from poprisk.variance import WITHIN_BATCH
 from poprisk.within import BatchParts, take_parts_
-
-
-class Bucket(NamedTuple):
-    """Parameters of one group that share dtype, device, layout and counters, updated together."""
-
-    group: dict[str, Any]
-    params: TensorList
-    states: list[dict[str, Any]]
-    t: Any
-    observations: Any
-    layout: Layout | None
 
 
 @final
@@ -194,7 +170,7 @@ class PopRiskAdamW(Optimizer):
         if parts is not None:
             take_parts_(parts, self.param_groups, self.state)
         for bucket in buckets:
-            _update_bucket(bucket)
+            update_bucket(bucket)
         self._use_parts()
         return loss
 
@@ -293,7 +269,7 @@ class PopRiskAdamW(Optimizer):
             own = tensor_names(i, group)
             for j, p in enumerate(group["params"]):
                 if group["gate"] and "variance_start" in self.state.get(p, {}):
-                    yield names.get(id(p), own[j]), _tensor_gate(p, self.state[p], group)
+                    yield names.get(id(p), own[j]), gate_row(p, self.state[p], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.AdamW`` (the variance starts fresh).
@@ -327,7 +303,7 @@ class PopRiskAdamW(Optimizer):
             group["skipped_steps"] = group["skipped_steps"] + (~finite).int()
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    _captured_update(group, p, self.state[p], finite)
+                    captured_update(group, p, self.state[p], finite)
 
     def _prepare_captured(self) -> None:
         """Make all state at once: none may be made while a step is captured."""
@@ -400,90 +376,3 @@ def warn_skipped(name: str, count: int) -> None:
             RuntimeWarning,
             stacklevel=5,
         )
-
-
-def _captured_update(
-    group: dict[str, Any], p: Tensor, state: dict[str, Any], finite: Tensor
-) -> None:
-    """Update one parameter unless a gradient of the step was not finite."""
-    estimator = estimator_of(group)
-    t = state["step"].double() + 1
-    bucket = Bucket(group, [p], [state], t, t - state.get("variance_start", 0), layout_of(p))
-    columns = _columns(bucket, estimator)
-    kept = [[x.clone() for x in column] for column in (columns.params, *columns[2:])]
-    _update_bucket(bucket)
-    for column, old in zip((columns.params, *columns[2:]), kept, strict=True):
-        for x, before in zip(column, old, strict=True):
-            x.copy_(torch.where(finite, x, before))
-    state["step"].add_(finite.to(state["step"].dtype))
-
-
-def _update_bucket(bucket: Bucket) -> None:
-    group, estimator = bucket.group, estimator_of(bucket.group)
-    beta1, beta2 = group["betas"]
-    clock = Clock(bucket.t, bucket.observations, beta1, beta2)
-    gate = gate_of(group, clock, estimator)
-    if gate is not None and bucket.layout is not None:
-        gate = gate._replace(pool=GlobalMeans(bucket.layout))
-    how = {
-        "settings": AdamSettings(
-            group["lr"] if clock.captured else float(group["lr"]),
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-        ),
-        "clock": clock,
-        "estimator": estimator,
-        "gate": gate,
-    }
-    columns = _columns(bucket, estimator)
-    if group["fused"]:
-        left = fused_adamw_(columns, **how, maximize=group["maximize"])
-        if not left:
-            return
-        columns = columns.subset(left)
-    slots = real_slots(columns, group["maximize"])
-    _update_slots(slots, group, functools.partial(gated_adamw_, **how))
-    for p, w in zip(columns.params, slots.params, strict=True):
-        if p.dtype in LOW_PRECISION:
-            p.copy_(w)
-
-
-def _update_slots(slots: Slots, group: dict[str, Any], update_: Callable[[Slots], None]) -> None:
-    """All tensors at once, block by block, or one at a time."""
-    whole_tensors = group["reduction"] is not None or callable(group["mask"])
-    if group["foreach"] is False:
-        for i in range(len(slots.params)):
-            update_(slots.subset([i]))
-    elif slots.params[0].device.type != "cpu" or whole_tensors:
-        update_(slots)
-    else:
-        cache_blocks(slots, update_)
-
-
-def _columns(bucket: Bucket, estimator: VarianceEstimator | None) -> Slots:
-    """The tensors of a bucket as they are, of DTensors the parts that are here."""
-    keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
-    columns = [bucket.params, [gradient_of(p, bucket.layout) for p in bucket.params]]
-    columns += [[state[key] for state in bucket.states] for key in keys]
-    if bucket.layout is not None:
-        columns = [locals_of(column) for column in columns]
-    return Slots(*columns, *([] for _ in range(5 - len(columns))))
-
-
-def _tensor_gate(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Re-evaluate the gate of the last step, piece by piece: the sums of its statistics."""
-    gate, slots, clock, estimator = last_gate(p, state, group)
-    slots = slots._replace(params=slots.exp_avgs)
-    whole = gate is not None and gate.per_tensor
-    total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
-    for piece in [slots] if whole else pieces(slots):
-        (m,), (v,) = piece.exp_avgs, piece.exp_avg_sqs
-        update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
-        q = passed = torch.ones_like(m)
-        if gate is not None and estimator is not None:
-            threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
-            q, passed = (masks(piece, clock, estimator, g)[0] for g in (gate, threshold))
-        total += gate_sums(q, passed, update, v > 0)
-    return global_sums(total, layout_of(p))

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poprisk.gate import Gate
+from poprisk.gate import MASKS_, Gate
 from poprisk.path.rules import Facts, StepRule
 from poprisk.settings import estimator_of, gate_of
-from poprisk.sharding import GlobalMeans, layout_of, local
+from poprisk.sharding import GlobalMeans, global_sums, layout_of, local
 from poprisk.state import ADAM_KEYS
-from poprisk.update import Slots, adam_denominator, masks
+from poprisk.stats import gate_sums
+from poprisk.update import Slots, adam_denominator, masks, pieces
 from poprisk.variance import Clock, VarianceEstimator
 
 
@@ -54,3 +55,20 @@ def last_step_rule(p: Tensor, state: dict[str, Any], facts: Facts) -> StepRule:
     if gate is not None and estimator is not None:
         scale = scale * masks(slots, clock, estimator, gate)[0]
     return rule._replace(precondition=scale)
+
+
+def gate_row(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """Re-evaluate the gate of the last step, piece by piece: the sums of its statistics."""
+    gate, slots, clock, estimator = last_gate(p, state, group)
+    slots = slots._replace(params=slots.exp_avgs)
+    whole = gate is not None and gate.per_tensor
+    total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
+    for piece in [slots] if whole else pieces(slots):
+        (m,), (v,) = piece.exp_avgs, piece.exp_avg_sqs
+        update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
+        q = passed = torch.ones_like(m)
+        if gate is not None and estimator is not None:
+            threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
+            q, passed = (masks(piece, clock, estimator, g)[0] for g in (gate, threshold))
+        total += gate_sums(q, passed, update, v > 0)
+    return global_sums(total, layout_of(p))

@@ -71,7 +71,7 @@ MUTATIONS = {
         "variance.py", "(clock.observations > 0).double()", "(clock.t > 0).double()", CAPTURED
     ),
     "captured: a NaN enters": Mutation(
-        "optimizer.py",
+        "buckets.py",
         "x.copy_(torch.where(finite, x, before))",
         "x.copy_(x)",
         "test_captured.py::test_a_compiled_step_is_one_graph[eager]",
