@@ -15,7 +15,7 @@ from poprisk import PopRiskAdamW, RiskMonitor
 from poprisk.bench import environment
 from poprisk.bench.models import Case
 
-CASES = (Case("mlp", 64, 1024), Case("mlp", 64, 256), Case("transformer", 64, 128))
+CASES = (Case("mlp", 64, 1024), Case("mlp", 64, 256), Case("transformer", 16, 128))
 EVERY, BLOCKS, WARM_UP = 50, 5, 4
 
 

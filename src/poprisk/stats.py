@@ -41,6 +41,8 @@ def gate_sums(q: Tensor, passed: Tensor, update: Tensor, active: Tensor) -> Tens
         update: ungated update.
         active: True where the coordinate has received gradient.
     """
+    if not update.numel():  # a shard that holds nothing of the tensor
+        return torch.zeros(5, dtype=torch.float64, device=update.device)
     u = torch.where(active, update, 0.0)
     peak = u.abs().amax().clamp_min(torch.finfo(u.dtype).tiny)
     u /= peak  # its squares neither vanish nor overflow
