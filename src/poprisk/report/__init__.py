@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from poprisk.report import figures, formats, notes
+from poprisk.report import figures, notes
 from poprisk.report.curves import EpochRow
 from poprisk.report.figures import Group, Quantity
+from poprisk.report.page import template, write_page
 from poprisk.report.series import OURS, arm_series, module_series
 from poprisk.report.table import run_table, verdict_table
 from poprisk.rundir import RunData
@@ -45,27 +44,13 @@ def write_report(data: RunData, verdict: Verdict, path: Path) -> None:
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
-    page = render(data, verdict)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_page(path, render(data, verdict))
 
 
 def render(data: RunData, verdict: Verdict) -> str:
     """Return the page as text; the same input gives the same text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["plain"] = formats.plain
-    template = environment.get_template("report.html.j2")
-    return template.render(context(data, verdict), plotly=Markup(get_plotlyjs()))
+    page = template("report.html.j2")
+    return page.render(context(data, verdict), plotly=Markup(get_plotlyjs()))
 
 
 def context(data: RunData, verdict: Verdict) -> dict[str, Any]:

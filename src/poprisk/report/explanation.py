@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from poprisk.explain import words
-from poprisk.report import formats
+from poprisk.report.page import template, write_page
 
 PARTS = {
     "learned_signal": ("signal learned", "early-stopping"),
@@ -41,30 +39,16 @@ def write_explanation(found: dict[str, Any], environment: dict[str, Any], path: 
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
-    page = render(found, environment)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_page(path, render(found, environment))
 
 
 def render(found: dict[str, Any], environment: dict[str, Any]) -> str:
     """Return the page as text; the same input gives the same text."""
-    engine = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    engine.filters["plain"] = formats.plain
     dense = found["dense"]
     sections = [("The whole task", arm_figures(found))] if found["arms"] else []
     if dense is not None:
         sections.append(("Inside a small run", dense_figures(dense)))
-    return engine.get_template("explain.html.j2").render(
+    return template("explain.html.j2").render(
         task=found["task"],
         dense=dense,
         headline=words.headline(found),
