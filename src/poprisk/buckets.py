@@ -12,7 +12,7 @@ from torch import Tensor
 from poprisk.fused import fused_adamw_
 from poprisk.gate import TensorList
 from poprisk.settings import estimator_of, gate_of
-from poprisk.sharding import GlobalMeans, Layout, gradient_of, layout_of, locals_of
+from poprisk.sharding import Layout, gradient_of, layout_of, locals_of
 from poprisk.state import ADAM_KEYS
 from poprisk.update import (
     LOW_PRECISION,
@@ -57,9 +57,7 @@ def update_bucket(bucket: Bucket) -> None:
     group, estimator = bucket.group, estimator_of(bucket.group)
     beta1, beta2 = group["betas"]
     clock = Clock(bucket.t, bucket.observations, beta1, beta2)
-    gate = gate_of(group, clock, estimator)
-    if gate is not None and bucket.layout is not None:
-        gate = gate._replace(pool=GlobalMeans(bucket.layout))
+    gate = gate_of(group, clock, estimator, bucket.layout)
     how = {
         "settings": AdamSettings(
             group["lr"] if clock.captured else float(group["lr"]),

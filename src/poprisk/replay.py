@@ -10,7 +10,7 @@ from torch import Tensor
 from poprisk.gate import MASKS_, Gate
 from poprisk.path.rules import Facts, StepRule
 from poprisk.settings import estimator_of, gate_of
-from poprisk.sharding import GlobalMeans, global_sums, layout_of, local
+from poprisk.sharding import global_sums, layout_of, local
 from poprisk.state import ADAM_KEYS
 from poprisk.stats import gate_sums
 from poprisk.update import Slots, adam_denominator, masks, pieces
@@ -21,12 +21,10 @@ def last_gate(
     p: Tensor, state: dict[str, Any], group: dict[str, Any]
 ) -> tuple[Gate | None, Slots, Clock, VarianceEstimator | None]:
     """The gate of the last step and what it looked at; of a DTensor, the part that is here."""
-    estimator, layout = estimator_of(group), layout_of(p)
+    estimator = estimator_of(group)
     t = int(state["step"].item())
     clock = Clock(t, t - state.get("variance_start", t), *group["betas"])
-    gate = gate_of(group, clock, estimator)
-    if gate is not None and layout is not None:
-        gate = gate._replace(pool=GlobalMeans(layout))
+    gate = gate_of(group, clock, estimator, layout_of(p))
     keys = (*ADAM_KEYS, *(estimator.state_keys if estimator else ()))
     moments = [local(state[key]) for key in keys]
     moments = [torch.view_as_real(x) if x.is_complex() else x for x in moments]

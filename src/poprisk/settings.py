@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from poprisk import checks
-from poprisk.gate import ALPHAS, MASKS_, Gate, momentum_noise, threshold
+from poprisk.gate import ALPHAS, MASKS_, Gate, local_means, momentum_noise, threshold
+from poprisk.sharding import GlobalMeans, Layout
 from poprisk.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
 
 MODES = ("auto", "paper")
@@ -53,9 +54,12 @@ def estimator_of(group: Mapping[str, Any]) -> VarianceEstimator | None:
 
 
 def gate_of(
-    group: Mapping[str, Any], clock: Clock, estimator: VarianceEstimator | None
+    group: Mapping[str, Any],
+    clock: Clock,
+    estimator: VarianceEstimator | None,
+    layout: Layout | None = None,
 ) -> Gate | None:
-    """The gate of one step; None where the step is not gated."""
+    """The gate of one step, None where it is not gated; averages go over all of a DTensor."""
     if estimator is None:
         return None
     alpha, paper = group["alpha"], group["mode"] == "paper"
@@ -79,4 +83,5 @@ def gate_of(
         q_min=group["q_min"],
         per_tensor=group["reduction"] == "per_tensor",
         opened=inflation == 0 if clock.captured and not paper else None,
+        pool=local_means if layout is None else GlobalMeans(layout),
     )
