@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from poprisk.factors.graph import (
+    TRUSTED,
     Graph,
     Layout,
     Use,
@@ -64,20 +66,31 @@ class Plan(NamedTuple):
         return self.uses if confirmed(graph, values, self.uses) else None
 
 
-def learn_plan(batches: Iterable[Tensor], params: Mapping[str, Tensor]) -> Plan | None:
+def learn_plan(
+    values_of: Callable[[list[int]], Tensor],
+    params: Mapping[str, Tensor],
+    *,
+    examples: int,
+    size: int,
+) -> Plan | None:
     """Where the examples lie in graphs of a model, from the values of a few small batches.
 
     Args:
-        batches: values (b, k) of several batches of one size, each with its graph.
+        values_of: from positions of examples to their values (b, k), with the graph.
         params: by name.
+        examples: how many there are to choose from.
+        size: of each batch.
 
     Returns:
         None if the batches leave doubts.
     """
     names = {id(p): name for name, p in params.items()}
+    generator = torch.Generator().manual_seed(0)
     plan = None
-    for values in batches:
-        matrix = as_matrix(values)
+    for _ in range(TRUSTED):
+        order = torch.randperm(examples, generator=generator)[:size]
+        with torch.enable_grad():
+            matrix = as_matrix(values_of(order.tolist()))
         if matrix.grad_fn is None:
             return None
         graph = walk(matrix.grad_fn, names)

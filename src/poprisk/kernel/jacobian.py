@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 
 from poprisk.checks import examples as checks
 from poprisk.factors import Factors, capture
-from poprisk.factors.graph import TRUSTED
 from poprisk.factors.plan import Plan, learn_plan
 
 Inputs = Any
@@ -160,17 +159,12 @@ class Jacobian:
         """Where the examples lie, learnt from a few batches of four."""
         if self.examples < 2 * LEARNT_FROM:
             return None
-        generator = torch.Generator().manual_seed(0)
+
+        def values_of(some: list[int]) -> Tensor:
+            return self.evaluate(take(self.inputs, some))
+
         with recording():
-            return learn_plan(
-                (
-                    self.evaluate(take(self.inputs, order[:LEARNT_FROM].tolist()))
-                    for order in (
-                        torch.randperm(self.examples, generator=generator) for _ in range(TRUSTED)
-                    )
-                ),
-                self.params,
-            )
+            return learn_plan(values_of, self.params, examples=self.examples, size=LEARNT_FROM)
 
     def footprint(self) -> Footprint:
         """What an example costs, measured on two."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from poprisk.factors import Factors, capture
-from poprisk.factors.graph import TRUSTED
 from poprisk.factors.plan import Plan, learn_plan
 from poprisk.factors.terms import OneHot, Outer, Term
 from poprisk.path.problem import JACOBIAN_BYTES, Problem
@@ -65,10 +64,11 @@ class JacobianRows:
     def _learn(self, w: Tensor, x: Tensor) -> Plan | None:
         """Where the examples lie, from orders of a few of them."""
         leaves = self._leaves(w)
-        generator = torch.Generator().manual_seed(0)
-        orders = (torch.randperm(len(x), generator=generator) for _ in range(TRUSTED))
-        with torch.enable_grad():
-            return learn_plan((1.0 * self.problem.call(leaves, x[o]) for o in orders), leaves)
+
+        def values_of(some: list[int]) -> Tensor:
+            return 1.0 * self.problem.call(leaves, x[some])
+
+        return learn_plan(values_of, leaves, examples=len(x), size=len(x))
 
     def _leaves(self, w: Tensor) -> dict[str, Tensor]:
         problem = self.problem
