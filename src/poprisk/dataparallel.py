@@ -8,14 +8,16 @@ squares along with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from poprisk import checks
+from poprisk.variance import GivenVariances
 
 
 class Observation(NamedTuple):
@@ -59,28 +61,16 @@ def observe_ranks(model: Any, optimizer: Optimizer) -> None:
     model.register_comm_hook(optimizer, lambda state, bucket: _reduce(state, bucket))  # pyrefly: ignore
 
 
-def _observing(groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    for group in groups:
-        if group["gate"] and group["variance"] == "data-parallel":
-            yield from ((p, group) for p in group["params"] if p.grad is not None and p.numel())
+def rank_variances(
+    params: Sequence[Tensor], observations: dict[Tensor, Observation]
+) -> GivenVariances:
+    """The variance of each gradient, as it is now.
 
-
-def check_observations(
-    groups: list[dict[str, Any]], observations: dict[Tensor, Observation]
-) -> None:
-    """Raise RuntimeError if a gradient that needs an observation has none."""
-    checks.check_observed(all(p in observations for p, _ in _observing(groups)))
-
-
-def take_observations_(
-    groups: list[dict[str, Any]], state: Any, observations: dict[Tensor, Observation]
-) -> None:
-    """Put the observations into the running averages, and forget them."""
-    for p, group in _observing(groups):
-        s, grad = state[p]["grad_mean_var"], p.grad
-        if grad is not None:
-            s.lerp_(observations[p].rescaled(grad).to(s.dtype), 1 - group["rho"])
-    observations.clear()
+    Raises:
+        RuntimeError: if a gradient has no observation.
+    """
+    checks.check_observed(all(p in observations for p in params))
+    return {p: partial(observations[p].rescaled, cast(Tensor, p.grad)) for p in params}
 
 
 def _reduce(optimizer: Any, bucket: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from poprisk import checks
 from poprisk.buckets import Bucket, captured_update, update_bucket
 from poprisk.checks import examples
-from poprisk.dataparallel import Observation, check_observations, take_observations_
+from poprisk.dataparallel import Observation, rank_variances
 from poprisk.fused import gradients_are_finite
 from poprisk.gate import Mask, TensorList
 from poprisk.path.rules import Facts, StepRule
@@ -24,15 +24,15 @@ from poprisk.sharding import (
     layout_of,
     locals_of,
 )
-from poprisk.state import ADAM_KEYS, completed_state, count_step, prepare_state
+from poprisk.state import ADAM_KEYS, completed_state, count_step, prepare_state, take_variances_
 from poprisk.stats import GateStats, module_stats
 from poprisk.update import (
     all_finite,
     all_small,
     state_dtype,
 )
-from poprisk.variance import WITHIN_BATCH
-from poprisk.within import BatchParts, take_parts_
+from poprisk.variance import WITHIN_BATCH, GivenVariances
+from poprisk.within import BatchParts
 
 
 @final
@@ -163,12 +163,10 @@ class PopRiskAdamW(Optimizer):
             warn_skipped("PopRiskAdamW", self._count_skip())
             self._use_parts()
             return loss
-        check_observations(self.param_groups, self.rank_observations)
-        parts = self._checked_parts()
+        given = self._given_variances()
         buckets = self._buckets()
-        take_observations_(self.param_groups, self.state, self.rank_observations)
-        if parts is not None:
-            take_parts_(parts, self.param_groups, self.state)
+        take_variances_(self.param_groups, self.state, given)
+        self.rank_observations.clear()
         for bucket in buckets:
             update_bucket(bucket)
         self._use_parts()
@@ -231,15 +229,20 @@ class PopRiskAdamW(Optimizer):
             self._parts.params = params
         return self._parts
 
-    def _checked_parts(self) -> BatchParts | None:
-        """The parts of the batch if a group needs them, found to be complete."""
-        within = [g for g in self.param_groups if g["variance"] in WITHIN_BATCH and g["gate"]]
-        params = [p for group in within for p in group["params"] if p.grad is not None]
-        if not params:
-            return None
-        parts = self._batch_parts()
-        parts.check(params)
-        return parts
+    def _given_variances(self) -> GivenVariances:
+        """The variances that parameters are given; checked before any state changes."""
+        within, between = (
+            [
+                p
+                for group in self.param_groups
+                if group["gate"] and group["variance"] in kinds
+                for p in group["params"]
+                if p.grad is not None and p.numel()
+            ]
+            for kinds in (WITHIN_BATCH, ("data-parallel",))
+        )
+        given = rank_variances(between, self.rank_observations)
+        return given | (self._batch_parts().variances(within) if within else {})
 
     def _modes(self) -> set[str]:
         return {group["variance"] for group in self.param_groups if group["gate"]}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from poprisk import checks
-from poprisk.settings import check_optimizer_settings
+from poprisk.settings import check_optimizer_settings, estimator_of
 from poprisk.update import state_dtype
-from poprisk.variance import VarianceEstimator
+from poprisk.variance import Given, GivenVariances, VarianceEstimator
 
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 NOT_LOADED = {
@@ -55,6 +55,18 @@ def count_step(states: list[dict[str, Any]]) -> list[int]:
     steps = [state["step"] for state in states]
     torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
     return [int(t) for t in torch.stack(steps).tolist()]
+
+
+def take_variances_(groups: list[dict[str, Any]], state: Any, given: GivenVariances) -> None:
+    """Put variances that were found elsewhere into the running averages."""
+    for group in groups:
+        estimator = estimator_of(group)
+        if isinstance(estimator, Given):
+            weight = 1 - estimator.decay(group["betas"][0])
+            for p in group["params"]:
+                if p in given:
+                    s = state[p]["grad_mean_var"]
+                    s.lerp_(given[p]().to(s.dtype), weight)
 
 
 def completed_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:

@@ -244,6 +244,9 @@ def add_scaled_squares_(x: TensorList, y: TensorList, scale: float | Tensor) -> 
         torch._foreach_addcmul_(x, y, y, scale)
 
 
+GivenVariances = dict[Tensor, Callable[[], Tensor]]
+"""By parameter, what computes the variance of its gradient when its turn comes."""
+
 WITHIN_BATCH = ("exact", "microbatch")
 ESTIMATORS = ("ema", *WITHIN_BATCH, "data-parallel", "second-moment")
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, final
+from functools import partial
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ from torch import Tensor
 from poprisk.checks import examples as checks
 from poprisk.factors import capture
 from poprisk.factors.moments import not_negative, squared
-from poprisk.settings import estimator_of
-from poprisk.variance import WITHIN_BATCH, Given
+from poprisk.variance import GivenVariances
 
 SCALED_TOLERANCE = 1e-2
 """Relative deviation from a common factor, beyond rounding, at which gradients count as changed."""
@@ -138,21 +138,19 @@ class BatchParts:
         self.examples += size
         self.parts += 1
 
-    def check(self, params: Iterable[Tensor]) -> None:
-        """Raise RuntimeError unless gradients are the sum of at least two parts, up to a factor."""
+    def variances(self, params: Sequence[Tensor]) -> GivenVariances:
+        """The variance of each gradient; a factor since (clipping by norm, unscaling) counts.
+
+        Raises:
+            RuntimeError: unless gradients are the sum of at least two parts, up to a factor.
+        """
         checks.check_parts(self.parts)
-        for p in params:
-            if p.grad is not None:
-                checks.check_seen(p in self._noted)
-                self._factor(p)
+        checks.check_seen(all(p in self._noted for p in params))
+        factors = {p: self._factor(p) for p in params}
+        return {p: partial(self._variance, p, factor) for p, factor in factors.items()}
 
     @torch.no_grad()
-    def mean_var(self, params: list[Tensor]) -> list[Tensor]:
-        """The variance of each gradient; a factor since (clipping by norm, unscaling) counts."""
-        return [self._mean_var(p) for p in params]
-
-    def _mean_var(self, p: Tensor) -> Tensor:
-        factor = self._factor(p)
+    def _variance(self, p: Tensor, factor: float) -> Tensor:
         total = self._noted[p].squares * (self.examples * factor**2)
         return not_negative((total - squared(_grad(p))) / (self.parts - 1))
 
@@ -198,20 +196,6 @@ class BatchParts:
         """A batch whose step was skipped leaves its parts behind; its gradients are gone."""
         if any(p.grad is None for p in self._noted):
             self.reset()
-
-
-@torch.no_grad()
-def take_parts_(parts: BatchParts, groups: list[dict[str, Any]], state: Any) -> None:
-    """Put the variances of a batch into the running averages of an optimizer's groups."""
-    for group in groups:
-        estimator = estimator_of(group)
-        if not isinstance(estimator, Given) or group["variance"] not in WITHIN_BATCH:
-            continue
-        weight = 1 - estimator.decay(group["betas"][0])
-        for p in group["params"]:
-            if p.grad is not None and p.numel():
-                s = state[p]["grad_mean_var"]
-                s.lerp_(parts.mean_var([p])[0].to(s.dtype), weight)
 
 
 def _grad(p: Tensor) -> Tensor:
