@@ -1,27 +1,18 @@
-"""A run directory: configuration, environment, an append-only record, checkpoints.
-
-``config.json`` and ``environment.json`` are written once; ``metrics.jsonl`` gets one JSON object
-a line, flushed, so that a killed run loses at most the line being written.
-"""
+"""The run directory of a comparison: its configuration, its rows by run, checkpoints."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
-FORMAT = 1
+from poprisk.records import FORMAT, RecordDirectory, RunDirectoryError, write_json
+
+__all__ = ["FORMAT", "Key", "RunData", "RunDirectory", "RunDirectoryError", "write_json"]
+
 EVENTS = {"start", "epoch", "end"}
 
 Key = tuple[str, int]
-
-
-class RunDirectoryError(ValueError):
-    """A run directory that cannot be used; the message says why and what to do."""
 
 
 class RunData(NamedTuple):
@@ -40,13 +31,19 @@ class RunData(NamedTuple):
     ends: dict[Key, dict[str, Any]]
 
 
+def _is_row(row: Any) -> bool:
+    known = row["event"] in EVENTS and isinstance(row["arm"], str)
+    return known and {type(row["seed"]), type(row["epoch"])} == {int}
+
+
+@final
 class RunDirectory:
-    """Reads and writes one run directory."""
+    """Reads and writes one run directory; see :class:`poprisk.records.RecordDirectory`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
+        self._record = RecordDirectory(path, keys={"task", "arms", "seeds"}, is_row=_is_row)
+        self.path, self.metrics = self._record.path, self._record.metrics
+        self.checkpoints = self._record.checkpoints
 
     def create(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
         """Make the directory, or check that an existing one holds the same configuration.
@@ -55,55 +52,19 @@ class RunDirectory:
             RunDirectoryError: if it cannot be written, is not a run directory, or holds another
                 configuration; nothing is changed then.
         """
-        try:
-            if (self.path / "config.json").exists():
-                self._check_same(config)
-                with self.locked():
-                    self._drop_torn_line()
-                self.checkpoints.mkdir(exist_ok=True)
-                return
-            if self.path.exists() and not self._is_blank():
-                raise RunDirectoryError(
-                    f"{self.path} exists and is not a run directory (no config.json); choose "
-                    "another with --out."
-                )
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "environment.json", environment)
-            self.metrics.touch()
-            write_json(self.path / "config.json", config)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write the run directory {self.path}: {error.strerror or error}; choose "
-                "another with --out."
-            ) from error
+        self._record.create(config, environment)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from writing here.
 
         Raises:
             RunDirectoryError: if one is writing already.
         """
-        with self.metrics.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunDirectoryError(
-                    f"another process is working in {self.path}; wait for it, or choose another "
-                    "directory with --out."
-                ) from None
-            yield
+        return self._record.locked()
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row to the record and flush it."""
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write {self.metrics}: {error.strerror or error}; what it holds is kept, "
-                "repeat the command to go on."
-            ) from error
+        self._record.append(row)
 
     def read(self) -> RunData:
         """Read everything back.
@@ -111,16 +72,10 @@ class RunDirectory:
         Raises:
             RunDirectoryError: if the directory is missing or a file in it is damaged.
         """
-        config = self._read_json("config.json")
-        known = isinstance(config, dict) and config.get("format") == FORMAT
-        if not known or not {"task", "arms", "seeds"} <= config.keys():
-            raise RunDirectoryError(
-                f"{self.path / 'config.json'} is not of format {FORMAT}; it was written by another "
-                "version of poprisk or damaged."
-            )
+        config = self._record.config()
         epochs: dict[Key, list[dict[str, Any]]] = {}
         ends: dict[Key, dict[str, Any]] = {}
-        for row in self._rows():
+        for row in self._record.rows():
             key = (row["arm"], row["seed"])
             if row["event"] == "start":
                 epochs[key] = [r for r in epochs.get(key, []) if r["epoch"] <= row["epoch"]]
@@ -130,82 +85,4 @@ class RunDirectory:
             else:
                 ends[key] = row
         rows = [row for run in epochs.values() for row in run]
-        return RunData(config, self._read_json("environment.json"), rows, ends)
-
-    def _rows(self) -> list[dict[str, Any]]:
-        try:
-            lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunDirectoryError(self._damaged("metrics.jsonl", str(error))) from error
-        rows = []
-        for number, line in enumerate(lines[:-1], start=1):  # the last piece was torn, or is empty
-            row: dict[str, Any] = {}
-            try:
-                row = json.loads(line)
-                valid = row["event"] in EVENTS and isinstance(row["arm"], str)
-                valid = valid and {type(row["seed"]), type(row["epoch"])} == {int}
-            except (json.JSONDecodeError, TypeError, KeyError):
-                valid = False
-            if not valid:
-                found = f"line {number} is not a record: {line[:60]!r}"
-                raise RunDirectoryError(self._damaged("metrics.jsonl", found))
-            rows.append(row)
-        return rows
-
-    def _is_blank(self) -> bool:
-        """Whether it is a directory with no more in it than an interrupted ``create`` leaves."""
-
-        def left_over(p: Path) -> bool:
-            if p.is_dir():
-                return p == self.checkpoints and not any(p.iterdir())
-            empty = p.stat().st_size == 0
-            return (
-                p.suffix == ".tmp" or p.name == "environment.json" or (p == self.metrics and empty)
-            )
-
-        return self.path.is_dir() and all(left_over(p) for p in self.path.iterdir())
-
-    def _check_same(self, config: dict[str, Any]) -> None:
-        found = self.read().config
-        if json.dumps(found, sort_keys=True) == json.dumps(config, sort_keys=True):
-            return
-        keys = sorted(k for k in {*found, *config} if found.get(k) != config.get(k))
-        raise RunDirectoryError(
-            f"{self.path} holds a run with another configuration (it differs in "
-            f"{', '.join(keys)}); repeat that command to resume it, or choose another directory "
-            "with --out."
-        )
-
-    def _drop_torn_line(self) -> None:
-        """Cut off a last line without a newline: the process was killed while writing it."""
-        try:
-            with self.metrics.open("r+b") as file:
-                content = file.read()
-                file.truncate(content.rfind(b"\n") + 1)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write {self.metrics}: {error.strerror or error}."
-            ) from error
-
-    def _read_json(self, name: str) -> Any:
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise RunDirectoryError(
-                f"{self.path} is not a run directory: it has no {name}."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise RunDirectoryError(self._damaged(name, str(error))) from error
-
-    def _damaged(self, name: str, found: str) -> str:
-        return (
-            f"{self.path / name} is damaged: {found}. Nothing was changed; mend the file, or start "
-            "anew in another directory with --out."
-        )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+        return RunData(config, self._record.environment(), rows, ends)

@@ -1,0 +1,87 @@
+"""Arithmetic modulo a prime, the data of grokking: a part of the table is seen, the rest is asked.
+
+[P]: A. Power et al., *Grokking: Generalization beyond overfitting on small algorithmic datasets*,
+arXiv:2201.02177.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from poprisk import checks
+from poprisk.tasks.digits import per_example_cross_entropy
+from poprisk.tasks.task import Task
+
+
+class ModularTransformer(nn.Module):
+    r"""One pre-norm Transformer block on ``x_1 … x_k =``, read at the equals sign.
+
+    Only what the answer depends on is computed: one query (that of the equals sign), and keys and
+    values once for each pair of a number and a place instead of once an example. The function is
+    that of an ordinary block without a causal mask; at p = 97 a step takes a sixth of the work.
+
+    Args:
+        p: how many numbers there are; the outputs are their logits (b, p).
+        operands: k, the length of an input (b, k) of int64 numbers.
+        width: of the residual stream.
+        heads: of the attention.
+        hidden: units of the feed-forward layer.
+    """
+
+    def __init__(
+        self, p: int, *, operands: int = 2, width: int = 128, heads: int = 4, hidden: int = 512
+    ) -> None:
+        super().__init__()
+        self.p, self.operands, self.heads = p, operands, heads
+        self.numbers = nn.Parameter(torch.randn(p, width) / width**0.5)
+        self.equals = nn.Parameter(torch.randn(width) / width**0.5)
+        self.places = nn.Parameter(torch.randn(operands + 1, width) / width**0.5)
+        self.before_attention = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.mix = nn.Linear(width, width, bias=False)
+        self.before_mlp = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.before_out = nn.LayerNorm(width)
+        self.out = nn.Linear(width, p, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (b, p) of the results of ``x`` (b, k)."""
+        last = self.equals + self.places[-1]
+        last = last + self.mix(self._attend(x, last))
+        last = last + self.down(F.relu(self.up(self.before_mlp(last))))
+        return self.out(self.before_out(last))
+
+    def _attend(self, x: Tensor, last: Tensor) -> Tensor:
+        """Attention of the equals sign to all k + 1 places, heads side by side (b, width)."""
+        width = last.shape[0]
+        seen = self.before_attention(self.numbers + self.places[:-1].unsqueeze(1))  # (k, p, width)
+        own = self.before_attention(last)
+        table = torch.cat([seen.flatten(0, 1), own.unsqueeze(0)])  # (k·p + 1, width)
+        query = self.query(own).view(self.heads, -1)
+        size = query.shape[1]
+        keys = self.key(table).view(len(table), self.heads, size)
+        scores = (keys * query).sum(2) / size**0.5  # (k·p + 1, heads)
+        rows = x + self.p * torch.arange(self.operands, device=x.device)
+        rows = torch.cat([rows, torch.full_like(rows[:, :1], len(table) - 1)], 1)  # (b, k + 1)
+        weights = F.embedding(rows, scores).softmax(1).unsqueeze(3)
+        values = F.embedding(rows, self.value(table)).view(*rows.shape, self.heads, size)
+        return (weights * values).sum(1).reshape(len(x), width)
+
+
+def division_table(p: int) -> tuple[Tensor, Tensor]:
+    r"""All pairs (a, b) with b ≠ 0, and :math:`a b^{-1} \bmod p`."""
+    pairs = torch.tensor(list(itertools.product(range(p), range(1, p))))
+    inverse = torch.tensor([0, *(pow(b, -1, p) for b in range(1, p))])
+    return pairs, pairs[:, 0] * inverse[pairs[:, 1]] % p
+
+
+def two_step_table(p: int) -> tuple[Tensor, Tensor]:
+    r"""All triples (a, b, c), and :math:`a b + c \bmod p`."""
+    triples = torch.tensor(list(itertools.product(range(p), repeat=3)))
+    return triples, (triples[:, 0] * triples[:, 1] + triples[:, 2]) % p
