@@ -1,4 +1,4 @@
-"""The command line: compare, explain, report, bench, tasks."""
+"""The command line: compare, explain, reproduce, report, bench, tasks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,26 @@ from poprisk.bench import write_results
 from poprisk.bench.kernel import bench_kernels, kernel_table
 from poprisk.bench.step import bench_cold_start, bench_steps, bench_table
 from poprisk.compare import Comparison, TrainingError, compare, environment, start_forkserver
-from poprisk.display import PhaseDisplay, ProgressDisplay, twin_table, verdict_table
+from poprisk.display import (
+    PhaseDisplay,
+    ProgressDisplay,
+    criteria_table,
+    summary_table,
+    twin_table,
+    verdict_table,
+)
 from poprisk.explain import Plan, explain
 from poprisk.explain.words import headline
 from poprisk.path import NotAnalysable
 from poprisk.report import write_report
+from poprisk.report.claims import notices as claim_notices
+from poprisk.report.claims import summary_rows, write_claim, write_summary
 from poprisk.report.explanation import sentences, write_explanation
 from poprisk.report.notes import notices
+from poprisk.reproduce import CLAIMS
+from poprisk.reproduce.command import ALL, chosen, directory_of, run_claim, summarize
+from poprisk.reproduce.record import Judged
+from poprisk.reproduce.run import ClaimDirectory
 from poprisk.rundir import RunDirectory, RunDirectoryError, write_json
 from poprisk.selection import twin_report
 from poprisk.tasks import BUILT_IN, TaskError
@@ -164,6 +177,80 @@ def explain_command(
     for sentence in sentences(found):
         _say(f"- {sentence}")
     _say(f"\nReport: {page}")
+
+
+@app.command("reproduce")
+def reproduce_command(
+    claim: Annotated[str, typer.Argument(help=f"One of {', '.join(CLAIMS)}, or {ALL}.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A first look, in minutes.")] = False,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Run nothing; a table of what is on record.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory; runs/reproduce-CLAIM if left out.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; one per core if left out.")
+    ] = None,
+) -> None:
+    """Run a claim of the paper with controls, and print a verdict; resumes when repeated."""
+    if workers is not None and workers < 1:
+        _fail(f"--workers must be at least 1, but got {workers}.")
+    try:
+        claims = chosen(claim)
+        if not summary:
+            for one in claims:
+                directory = directory_of(one, quick=quick, out=out, alone=claim != ALL)
+                _reproduce(directory, quick=quick, workers=workers or _cores())
+        if summary or claim == ALL:
+            _summarize(summarize(claim, quick=quick, out=out), out or Path("runs"))
+    except (RunDirectoryError, ValueError) as error:
+        _fail(str(error))
+    except TrainingError as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail("stopped; repeat the command to go on where it was.", code=130)
+
+
+def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
+    claim = directory.claim
+    _say(f"{claim.title}: {claim.statement}", style="bold")
+    _say(f"record in {directory.path} (stop at any time, repeat the command to go on)")
+    with PhaseDisplay(console) as display:
+        found = run_claim(
+            directory,
+            quick=quick,
+            workers=workers,
+            on_trial=lambda name, done, total: display("trials", done, total),
+        )
+    page = directory.path / "report.html"
+    try:
+        write_claim(found, page)
+    except OSError as error:
+        _fail(f"cannot write {page}: {error.strerror or error}.")
+    for notice in claim_notices(found):
+        _say(notice, style="yellow")
+    if found.findings is not None:
+        console.print(criteria_table(found.findings.criteria))
+        for sentence in found.findings.sentences:
+            _say(f"- {sentence}")
+        _say(f"- Controls: {found.findings.controls}" if found.findings.controls else "")
+        _say(f"\nVerdict: {found.verdict}: {found.findings.ours}", style="bold")
+    _say(f"Report: {page}\n")
+
+
+def _summarize(found: list[Judged], folder: Path) -> None:
+    if not found:
+        _say("Nothing is on record yet; run a claim first.")
+        return
+    console.print(summary_table(summary_rows(found)))
+    page = folder / "claims.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_summary(found, page)
+    except OSError as error:
+        _fail(f"cannot write {page}: {error.strerror or error}.")
+    _say(f"Page: {page}")
 
 
 @app.command()

@@ -1,9 +1,10 @@
-"""What `poprisk compare` and `explain` show while they run and when they are done."""
+"""What the commands show while they run and when they are done."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from poprisk.compare import Comparison
+from poprisk.report.claims import SummaryRow, criterion_line
+from poprisk.reproduce.judge import Criterion
 from poprisk.rundir import RunData
 from poprisk.selection import TwinReport
 from poprisk.training import Row as Record
@@ -178,6 +181,30 @@ def twin_table(twins: TwinReport, data: RunData) -> Table:
         held_out = "-" if row.held_out is None else f"{row.held_out:.3g}"
         cells = (f"{row.estimate:.3g} ± {row.error:.1g}", held_out, scale.value(row.metric))
         table.add_row(row.label, *cells, f"{row.epoch:.0f}")
+    return table
+
+
+def criteria_table(criteria: Sequence[Criterion]) -> Table:
+    """What a verdict rests on, for the terminal."""
+    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
+    for name in ("criterion", "needed", "paper", "found", "outcome"):
+        table.add_column(name, overflow="fold")
+    for line in map(criterion_line, criteria):
+        style = {"good": "green", "bad": "red"}.get(line.mark, "")
+        cells = (line.asks, line.bound, line.claimed or "-", line.found)
+        table.add_row(*map(escape, cells), f"[{style}]{line.outcome}[/]" if style else line.outcome)
+    return table
+
+
+def summary_table(rows: Sequence[SummaryRow]) -> Table:
+    """All claims, for the terminal."""
+    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD, show_lines=True)
+    for name in ("claim", "paper", "here", "controls", "verdict"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        style = {"good": "green", "bad": "red"}.get(row.mark, "yellow")
+        cells = (row.name, row.paper, row.ours, row.controls)
+        table.add_row(*map(escape, cells), f"[{style}]{row.verdict}[/]")
     return table
 
 

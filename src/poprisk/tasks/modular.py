@@ -12,10 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poprisk import checks
-from poprisk.tasks.digits import per_example_cross_entropy
-from poprisk.tasks.task import Task
-
 
 class ModularTransformer(nn.Module):
     r"""One pre-norm Transformer block on ``x_1 … x_k =``, read at the equals sign.

@@ -1,0 +1,74 @@
+"""The results on record: full runs of every claim, shipped with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from poprisk.records import write_json
+from poprisk.reproduce.claim import Claim, Done, Findings
+from poprisk.reproduce.judge import verdict
+from poprisk.reproduce.run import Progress
+
+FOLDER = Path(__file__).parent / "results"
+
+
+class Judged(NamedTuple):
+    """A claim with what was found.
+
+    Attributes:
+        claim: which.
+        progress: the trials.
+        findings: what they come to; None as long as there are too few to judge.
+        verdict: reproduced, partly, not, or undecided; "not run" without findings.
+    """
+
+    claim: Claim
+    progress: Progress
+    findings: Findings | None
+    verdict: str
+
+
+def judged(claim: Claim, progress: Progress) -> Judged:
+    """Judge a claim by its finished trials; only once none is left."""
+    if progress.left or not progress.done:
+        return Judged(claim, progress, None, "not run to the end")
+    findings = claim.judge(progress.done)
+    return Judged(claim, progress, findings, verdict(findings.criteria))
+
+
+def load_record(claim: Claim, folder: Path = FOLDER) -> Progress | None:
+    """The results on record for a claim; None if there are none."""
+    path = folder / f"{claim.name}.json"
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Progress(
+        done=[Done(row["settings"], row["found"]) for row in content["trials"]],
+        left=[],
+        missing=content["missing"],
+        quick=content["quick"],
+        environment=content["environment"],
+        seconds=content["seconds"],
+    )
+
+
+def save_record(claim: Claim, progress: Progress, folder: Path = FOLDER) -> None:
+    """Put a finished full run on record.
+
+    Raises:
+        ValueError: if trials are left, or it is the quick form.
+    """
+    if progress.left or progress.quick:
+        raise ValueError(f"only a finished full run goes on record; {claim.name} is not one.")
+    folder.mkdir(exist_ok=True)
+    content = {
+        "claim": claim.name,
+        "quick": progress.quick,
+        "seconds": round(progress.seconds, 1),
+        "missing": progress.missing,
+        "environment": progress.environment,
+        "trials": [{"settings": d.settings, "found": d.found} for d in progress.done],
+    }
+    write_json(folder / f"{claim.name}.json", content)

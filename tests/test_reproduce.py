@@ -1,0 +1,311 @@
+"""Claims: the rule of the verdict on results of both kinds, resuming, pages, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import toyclaim
+from poprisk import reproduce
+from poprisk.cli import app
+from poprisk.compare import TrainingError
+from poprisk.records import RunDirectoryError
+from poprisk.report.claims import notices, render_claim, summary_rows
+from poprisk.reproduce.claim import Done, Workspace, where
+from poprisk.reproduce.command import chosen, summarize
+from poprisk.reproduce.judge import (
+    Criterion,
+    Steps,
+    difference,
+    point,
+    ratio,
+    speed_up,
+    verdict,
+    written,
+)
+from poprisk.reproduce.record import judged, load_record, save_record
+from poprisk.reproduce.run import ClaimDirectory
+from poprisk.verdict import Interval
+
+NAN = math.nan
+
+
+def criterion(low: float, high: float, **more: float | bool) -> Criterion:
+    given = {"needed": 1.0, "claimed": 5.0, **more}
+    return Criterion("x", Interval((low + high) / 2, low, high), **given)  # pyrefly: ignore
+
+
+# --- the rule -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (criterion(4.0, 6.0), "as claimed"),
+        (criterion(1.5, 3.0), "smaller than claimed"),
+        (criterion(0.5, 6.0), "open"),
+        (criterion(0.2, 0.9), "does not hold"),
+        (criterion(1.0, 5.0), "as claimed"),  # the bounds belong to it
+        (criterion(NAN, NAN), "open"),
+        (criterion(0.1, 0.2, needed=0.5, claimed=0.15, at_most=True), "as claimed"),
+        (criterion(0.2, 0.3, needed=0.5, claimed=0.15, at_most=True), "smaller than claimed"),
+        (criterion(0.6, 0.7, needed=0.5, claimed=0.15, at_most=True), "does not hold"),
+        (criterion(0.4, 0.7, needed=0.5, claimed=0.15, at_most=True), "open"),
+    ],
+)
+def test_an_outcome_follows_from_the_whole_interval(given: Criterion, expected: str) -> None:
+    assert given.outcome == expected
+
+
+GOOD, LESS, OPEN, BAD = (
+    criterion(4.0, 6.0),
+    criterion(1.5, 3.0),
+    criterion(0.5, 6.0),
+    criterion(0.2, 0.9),
+)
+
+
+@pytest.mark.parametrize(
+    ("criteria", "expected"),
+    [
+        ([GOOD, GOOD], "reproduced"),
+        ([GOOD, LESS], "partly reproduced"),
+        ([GOOD, BAD], "partly reproduced"),
+        ([LESS], "partly reproduced"),
+        ([OPEN, BAD], "not reproduced"),
+        ([BAD], "not reproduced"),
+        ([OPEN], "not reproduced"),
+        ([GOOD, BAD._replace(decides=False)], "reproduced"),
+        ([BAD, GOOD._replace(decides=False)], "not reproduced"),
+        ([criterion(NAN, NAN)], "undecided"),
+        ([GOOD._replace(decides=False)], "undecided"),
+        ([], "undecided"),
+    ],
+)
+def test_a_verdict_follows_from_the_criteria_that_decide(
+    criteria: list[Criterion], expected: str
+) -> None:
+    assert verdict(criteria) == expected
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+def test_differences_and_ratios_are_paired_by_seed() -> None:
+    a, b = {0: 10.0, 1: 40.0, 7: 1.0}, {1: 20.0, 0: 5.0, 9: 3.0}
+    assert difference(a, b).mean == pytest.approx(12.5)
+    assert ratio(a, b) == pytest.approx((2.0, 2.0, 2.0))  # without pairing it would have a width
+
+
+def test_a_ratio_is_a_geometric_mean() -> None:
+    found = ratio({0: 1.0, 1: 100.0}, {0: 1.0, 1: 1.0})
+    assert found.mean == pytest.approx(10.0)
+    assert found.low * found.high == pytest.approx(100.0)
+
+
+def test_a_ratio_of_what_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        ratio({0: 0.0}, {0: 1.0})
+
+
+def test_a_slow_run_that_never_gets_there_counts_with_the_steps_it_had() -> None:
+    slow = Steps({0: None, 1: 800}, {0: 1000, 1: 1000})
+    fast = Steps({0: 100, 1: 80}, {0: 1000, 1: 1000})
+    assert slow.censored == 1
+    assert speed_up(slow, fast) == pytest.approx((10.0, 10.0, 10.0))
+
+
+def test_a_fast_run_that_never_gets_there_makes_no_speed_up() -> None:
+    fast = Steps({0: 100, 1: None}, {0: 1000, 1: 1000})
+    slow = Steps({0: 900, 1: 900}, {0: 1000, 1: 1000})
+    assert speed_up(slow, fast) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("interval", "percent", "expected"),
+    [
+        (Interval(5.06, 4.0, 6.125), False, "5.06 [4, 6.12]"),
+        (point(0.25), True, "25%"),
+        (Interval(0.1234, 0.1, 0.2), True, "12.3% [10%, 20%]"),
+        (Interval(3.0, NAN, NAN), False, "3"),
+        (point(29450), False, "29,450"),
+        (point(3.4e-9), False, "3.4e-09"),
+        (point(math.inf), False, "∞"),
+    ],
+)
+def test_intervals_in_words(interval: Interval, percent: bool, expected: str) -> None:
+    assert written(interval, percent=percent) == expected
+
+
+def test_trials_are_found_by_settings() -> None:
+    done = [Done({"arm": "a", "lr": lr}, {"x": lr}) for lr in (0.1, 0.2)]
+    assert [d.found["x"] for d in where(done, arm="a", lr=0.2)] == [0.2]
+    assert where(done, missing=1) == []
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def finish(path: Path, *, quick: bool = True) -> ClaimDirectory:
+    directory = ClaimDirectory(path, toyclaim.CLAIM)
+    directory.create(quick=quick, workers=1)
+    directory.work(workers=2, on_trial=lambda *_: None)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> ClaimDirectory:
+    """A toy claim that ran to the end."""
+    return finish(tmp_path_factory.mktemp("claims") / "toy")
+
+
+def test_trials_come_back_in_order_with_what_they_found(finished: ClaimDirectory) -> None:
+    progress = finished.read()
+    assert [d.found["steps"] for d in progress.done] == [100, 101, 20, 21]
+    assert progress.left == []
+    assert progress.missing == {"no_such_package": 1}
+
+
+def test_a_missing_package_is_named(finished: ClaimDirectory) -> None:
+    found = notices(judged(toyclaim.CLAIM, finished.read()))
+    assert any("1 trial left out" in n and "pip install 'no_such_package'" in n for n in found)
+
+
+def test_a_failing_trial_is_named_and_the_rest_goes_on_later(tmp_path: Path) -> None:
+    marker = tmp_path / "fail"
+    marker.write_text("fast-0")
+    claim = dataclasses.replace(
+        toyclaim.CLAIM, trials=lambda quick: toyclaim.trials(quick, str(marker))
+    )
+    directory = ClaimDirectory(tmp_path / "run", claim)
+    directory.create(quick=True, workers=1)
+    with pytest.raises(TrainingError, match=r"trial fast-0 failed.*told to fail"):
+        directory.work(workers=1, on_trial=lambda *_: None)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert 0 < len(directory.read().left) < 4
+    assert judged(toyclaim.CLAIM, directory.read()).verdict == "not run to the end"
+    marker.unlink()
+    seen: list[tuple[object, ...]] = []
+    directory.work(workers=1, on_trial=lambda *told: seen.append(told))
+    assert directory.read().left == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)
+    assert seen[-1][1:] == (4, 4)
+
+
+def test_the_quick_and_the_full_form_are_not_mixed(finished: ClaimDirectory) -> None:
+    with pytest.raises(RunDirectoryError, match="quick"):
+        finished.create(quick=False, workers=1)
+
+
+def test_a_workspace_keeps_a_state_for_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trial.safetensors"
+    workspace = Workspace(path)
+    workspace.save(lambda: {"step": 1})
+    assert not path.exists()  # too soon
+    monkeypatch.setattr("poprisk.reproduce.claim.CHECKPOINT_SECONDS", -1.0)
+    workspace.save(lambda: {"step": 2})
+    assert Workspace(path).load() == {"step": 2}
+    workspace.clear()
+    assert Workspace(path).load() is None
+    assert Workspace().load() is None
+
+
+# --- judging, record, pages -----------------------------------------------------------------------
+
+
+def test_a_finished_claim_is_judged(finished: ClaimDirectory) -> None:
+    assert judged(toyclaim.CLAIM, finished.read()).verdict == "reproduced"
+
+
+def test_a_full_run_goes_on_record_and_comes_back(tmp_path: Path) -> None:
+    progress = finish(tmp_path / "full", quick=False).read()
+    save_record(toyclaim.CLAIM, progress, tmp_path / "record")
+    loaded = load_record(toyclaim.CLAIM, tmp_path / "record")
+    assert loaded is not None
+    assert loaded.done == progress.done
+    assert judged(toyclaim.CLAIM, loaded).verdict == "reproduced"
+    assert load_record(toyclaim.CLAIM, tmp_path) is None
+
+
+def test_a_quick_run_does_not_go_on_record(finished: ClaimDirectory, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only a finished full run"):
+        save_record(toyclaim.CLAIM, finished.read(), tmp_path)
+
+
+def test_the_page_escapes_and_holds_everything(finished: ClaimDirectory) -> None:
+    text = render_claim(judged(toyclaim.CLAIM, finished.read()))
+    for wanted in ("Reproduced", "quick form", "A plot", "&lt;b&gt;markup", toyclaim.PIXEL, "≥ 1"):
+        assert wanted in text
+    figure = text.split('<script type="application/json">')[1].split("</script>")[0]
+    data = json.loads(figure)["data"]
+    assert [t["y"] for t in data][:3] == [[0.5, 0.5], [2.0, 2.0], [1.0, None]]
+    assert data[-1]["mode"] == "markers"
+
+
+def test_an_unfinished_claim_has_a_page_too(tmp_path: Path) -> None:
+    directory = ClaimDirectory(tmp_path / "run", toyclaim.CLAIM)
+    directory.create(quick=True, workers=1)
+    text = render_claim(judged(toyclaim.CLAIM, directory.read()))
+    assert "Not run to the end" in text
+    assert "4 trials still to do" in text
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "CLAIMS", {"toy": toyclaim.CLAIM})
+    monkeypatch.setattr("poprisk.reproduce.command.CLAIMS", {"toy": toyclaim.CLAIM})
+
+
+@pytest.mark.usefixtures("only_toy")
+def test_the_command_runs_judges_and_summarizes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    told = CliRunner().invoke(app, ["reproduce", "all", "--quick", "--out", str(out)])
+    assert told.exit_code == 0, told.output
+    assert "Verdict: reproduced: 4.9" in told.output
+    assert "pip install 'no_such_package'" in " ".join(told.output.split())
+    assert (out / "reproduce-toy-quick" / "report.html").exists()
+    assert "A toy" in (out / "claims.html").read_text()
+    again = CliRunner().invoke(app, ["reproduce", "all", "--quick", "--summary", "--out", str(out)])
+    assert "reproduced (quick form)" in " ".join(again.output.split())
+
+
+@pytest.mark.usefixtures("only_toy")
+def test_a_summary_without_any_result_says_so(tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["reproduce", "toy", "--summary", "--out", str(tmp_path)])
+    assert "Nothing is on record yet" in told.output
+
+
+@pytest.mark.usefixtures("only_toy")
+def test_a_damaged_directory_names_its_claim(tmp_path: Path) -> None:
+    finish(tmp_path / "toy")
+    (tmp_path / "toy" / "metrics.jsonl").write_text("nonsense\n")
+    with pytest.raises(RunDirectoryError, match=r"line 1 is not a record.*claim toy"):
+        summarize("toy", quick=True, out=tmp_path / "toy")
+
+
+def test_an_unknown_claim_is_named() -> None:
+    with pytest.raises(ValueError, match="there is no claim 'nope'; choose all or one of"):
+        chosen("nope")
+    told = CliRunner().invoke(app, ["reproduce", "nope"])
+    assert told.exit_code == 2
+
+
+def test_bad_workers_are_refused() -> None:
+    told = CliRunner().invoke(app, ["reproduce", "all", "--workers", "0"])
+    assert told.exit_code == 2
+
+
+def test_summary_rows_hold_paper_and_ours(finished: ClaimDirectory) -> None:
+    (row,) = summary_rows([judged(toyclaim.CLAIM, finished.read())])
+    assert (row.paper, row.verdict) == ("5×", "reproduced (quick form)")
+    assert row.ours.startswith("4.9")

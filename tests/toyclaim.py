@@ -1,0 +1,89 @@
+"""A claim for tests: one arm is faster than the other by a factor; trials take no time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from poprisk.reproduce.claim import (
+    Claim,
+    Curve,
+    Done,
+    Findings,
+    Found,
+    Picture,
+    Plot,
+    Trial,
+    Workspace,
+    by_seed,
+)
+from poprisk.reproduce.judge import Criterion, Steps, point, speed_up, written
+
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9Q"
+    "DwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def trials(quick: bool, marker: str = "") -> list[Trial]:
+    """Two arms on a few seeds."""
+    found = [
+        Trial(f"{arm}-{seed}", {"arm": arm, "seed": seed, "marker": marker})
+        for arm in ("slow", "fast")
+        for seed in range(2 if quick else 4)
+    ]
+    return [*found, Trial("peer", {"arm": "peer", "seed": 0}, ("no_such_package",))]
+
+
+def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+    """Pretend; a marker file makes the trial that it names fail."""
+    marker = Path(settings["marker"] or "none")
+    if marker.exists() and marker.read_text() == f"{settings['arm']}-{settings['seed']}":
+        raise RuntimeError("told to fail")
+    base = {"slow": 100, "fast": 20, "peer": 50}[settings["arm"]]
+    return {"steps": base + settings["seed"], "limit": 1000}
+
+
+def judge(done: Sequence[Done]) -> Findings:
+    """Five times faster."""
+    slow, fast = (
+        Steps(by_seed(done, "steps", arm=arm), by_seed(done, "limit", arm=arm))
+        for arm in ("slow", "fast")
+    )
+    faster = speed_up(slow, fast)
+    return Findings(
+        [
+            Criterion("times fewer steps", faster, needed=1.0, claimed=4.9),
+            Criterion("share of <runs> that end", point(1.0), 0.9, percent=True, decides=False),
+        ],
+        ours=f"{written(faster)} times fewer steps",
+        controls="none",
+        sentences=["A sentence with <b>markup</b>."],
+        table=[["arm", "steps"], ["slow", "100"], ["fast", "20"]],
+    )
+
+
+def show(done: Sequence[Done]) -> list[Plot | Picture]:
+    """A line with a band, and a picture."""
+    line = Curve("steps", [0, 1], [1.0, float("nan")], "poprisk", low=[0.5, 0.5], high=[2.0, 2.0])
+    dots = Curve("dots", [1, 10], [1.0, 2.0], "adamw", points=True)
+    return [
+        Plot("A plot", "step", "value", [line, dots], "How to read it.", log_y=True),
+        Picture("A picture", PIXEL, "One pixel."),
+    ]
+
+
+CLAIM = Claim(
+    name="toy",
+    title="A toy",
+    statement="The fast arm is five times faster.",
+    source="nowhere",
+    paper="5×",
+    published=["nothing"],
+    ours=["everything"],
+    trials=trials,
+    run=run,
+    judge=judge,
+    show=show,
+)
