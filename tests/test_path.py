@@ -129,6 +129,15 @@ def test_groups_with_their_own_settings_and_constants() -> None:
     assert integrate(run).closure.worst < 1e-9
 
 
+def test_a_weight_that_is_never_used_moves_nothing() -> None:
+    (x, y), query, _ = data()
+    net = network()
+    net.idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    run = record(net, "squared_error", sgd, batches(20), query, train=(x, y))
+    assert integrate(run).closure.worst < 1e-9
+
+
 def test_maximizing_is_descent_on_the_negative_loss() -> None:
     run = recorded(lambda ps: torch.optim.SGD(ps, lr=0.01, maximize=True, weight_decay=0.1))
     ops = integrate(run)

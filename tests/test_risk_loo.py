@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector
+from torch.optim import Optimizer
 
-from poprisk import RecordedRun, loo_risk
+import poprisk
+from poprisk import NotAnalysable, PopRiskAdamW, Recorder, Run, loo_risk, record
+from poprisk.path import realized_update
 from poprisk.reference import risk as reference
 from samplers import randn
 
 N = 60
+Make = Callable[[nn.Module], Optimizer]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def squared(u: Tensor, y: Tensor) -> Tensor:
@@ -46,52 +52,92 @@ def network() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)).double()
 
 
+def sgd(**settings: Any) -> Make:
+    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01, **settings}
+    return lambda model: torch.optim.SGD(model.parameters(), **settings)
+
+
+def batches(steps: int = 40, size: int = 15) -> list[Tensor]:
+    order = torch.Generator().manual_seed(3)
+    return [torch.randperm(N, generator=order)[:size] for _ in range(steps)]
+
+
 def train(
     model: nn.Module,
-    loss: Any,
+    loss: str | Loss,
+    y: Tensor,
+    make: Make | None = None,
+    *,
+    drawn: list[Tensor] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train on the batches, and record it."""
+    optimizer = (make or sgd())(model)
+    drawn = batches() if drawn is None else drawn
+    return record(model, loss, optimizer, drawn, train=(randn(N, 4), y), **settings)
+
+
+def retrained(
+    without: Tensor,
     y: Tensor,
     *,
-    without: Tensor | None = None,
-    steps: int = 40,
-    momentum: float = 0.9,
-    decay: float = 0.01,
-    batch: int = 15,
-) -> RecordedRun:
-    """Train and record; ``without`` some examples, whose terms are zero."""
-    x = randn(len(y), 4)
-    weights: list[Tensor] = []
-    batches: list[Tensor] = []
-    sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=momentum, weight_decay=decay)
-    order = torch.Generator().manual_seed(3)
-    kept = torch.ones(len(y), dtype=torch.float64)
-    if without is not None:
-        kept[without] = 0
-    for _ in range(steps):
-        index = torch.randperm(len(y), generator=order)[:batch]
-        weights.append(parameters_to_vector(model.parameters()).detach().clone())
-        batches.append(index)
-        sgd.zero_grad()
-        ((kept[index] * loss(model(x[index]), y[index])).sum() / batch).backward()
-        sgd.step()
-    weights.append(parameters_to_vector(model.parameters()).detach().clone())
-    return RecordedRun(model, loss, x, y, weights, batches, [0.02] * steps, momentum, decay)
+    make: Make | None = None,
+    schedule: bool = False,
+    network: Callable[[], nn.Module] = Features,
+) -> Tensor:
+    """Outputs of the examples that the terms of the loss were zero of."""
+    model, x = network(), randn(N, 4)
+    optimizer = (make or sgd())(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.5 if schedule else 1.0)
+    kept = torch.ones(N, dtype=torch.float64)
+    kept[without] = 0
+    for index in batches():
+        optimizer.zero_grad()
+        (kept[index] * squared(model(x[index]), y[index])).mean().backward()
+        optimizer.step()
+        scheduler.step()
+    return model(x[without]).detach()
 
 
-def retrained(without: Tensor, y: Tensor) -> Tensor:
-    model = Features()
-    run = train(model, squared, y, without=without)
-    return model(run.x[without]).detach()
+def every_example(y: Tensor, **settings: Any) -> Tensor:
+    return torch.cat([retrained(torch.tensor([i]), y, **settings) for i in range(N)])
 
 
-@pytest.mark.parametrize("form", ["gauss-newton", "hessian"])
-def test_a_frozen_kernel_equals_retraining_without_each_example(form: str) -> None:
-    y = randn(N, 1, seed=1)
-    found = loo_risk(train(Features(), squared, y), form=form)
-    expected = torch.cat([retrained(torch.tensor([i]), y) for i in range(N)])
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("gauss-newton", {}),
+        ("hessian", {}),
+        ("gauss-newton", {"nesterov": True}),
+        ("hessian", {"dampening": 0.5}),
+    ],
+)
+def test_a_frozen_kernel_equals_retraining_without_each_example(
+    form: str, settings: dict[str, Any]
+) -> None:
+    y, make = randn(N, 1, seed=1), sgd(**settings)
+    found = loo_risk(train(Features(), squared, y, make), form=form)
+    expected = every_example(y, make=make)
     torch.testing.assert_close(found.outputs, expected, rtol=1e-9, atol=1e-9)
     assert found.value == pytest.approx(float(squared(expected, y).mean()), rel=1e-9)
     assert found.valid
     assert torch.equal(found.index, torch.arange(N))
+
+
+def test_a_loop_of_ones_own_with_a_schedule_and_files(tmp_path: Path) -> None:
+    x, y, model = randn(N, 4), randn(N, 1, seed=1), Features()
+    optimizer = sgd()(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.5)
+    with Recorder(model, squared, optimizer, train=(x, y), directory=tmp_path) as recorder:
+        for index in batches():
+            optimizer.zero_grad()
+            squared(model(x[index]), y[index]).mean().backward()
+            optimizer.step()
+            recorder.step(index)
+            scheduler.step()
+    found = loo_risk(recorder.run)
+    expected = every_example(y, schedule=True)
+    torch.testing.assert_close(found.outputs, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_groups_equal_retraining_without_each_group() -> None:
@@ -111,71 +157,164 @@ def test_a_subset_is_part_of_the_whole() -> None:
     assert part.standard_error > whole.standard_error
 
 
+PRECONDITIONED: dict[str, Make] = {
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01),
+    "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.01, weight_decay=0.1),
+    "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.003, momentum=0.9),
+    "PopRiskAdamW": lambda m: PopRiskAdamW(m, lr=0.01, batch_size=15, dataset_size=N),
+    "GatedOptimizer": lambda m: poprisk.gated(torch.optim.SGD(m.parameters(), lr=0.05)),
+}
+
+
+def steps_of(run: Run) -> list[reference.Step]:
+    def plain(value: Any) -> Any:
+        return value.squeeze(1) if isinstance(value, Tensor) else value
+
+    found = []
+    for k, interval in enumerate(run.intervals):
+        r = run.rule(k, torch.float64)
+        found.append(
+            reference.Step(
+                interval.examples.tolist(),
+                (interval.sampling / N).tolist(),
+                plain(r.correction) * plain(r.precondition),
+                *map(plain, (r.carry, r.gain, r.from_momentum, r.from_gradient)),
+                *map(plain, (r.coupled, r.decay)),
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", PRECONDITIONED)
+def test_other_optimizers_take_their_own_steps_without_an_example(name: str) -> None:
+    """Naively retrained with the preconditioners of the run, and flagged for holding them."""
+    y, drawn = randn(N, 1, seed=1), batches(20)
+    run = train(Features(), squared, y, PRECONDITIONED[name], drawn=drawn)
+    found = loo_risk(run)
+    problem, x = run.problem, randn(N, 4)
+
+    def loss_of(w: Tensor, i: int) -> Tensor:
+        return squared(problem.outputs(w, x[i : i + 1]), y[i : i + 1]).sum()
+
+    for i in (0, 17, 59):
+        w = reference.train_without(loss_of, run.weights[0], steps_of(run), {i})
+        expected = problem.outputs(w, x[i : i + 1]).detach()[0]
+        torch.testing.assert_close(found.outputs[i], expected, rtol=1e-8, atol=1e-9)
+    assert (found.valid, found.reason) == (
+        False,
+        f"the preconditioner of {name} is held as it was with all examples",
+    )
+
+
 def test_the_probe_measures_the_trace() -> None:
     x, y = randn(N, 4), randn(N, 1, seed=1)
     model = nn.Linear(4, 1, bias=False).double()
     nn.init.zeros_(model.weight)
-
-    def half(u: Tensor, y: Tensor) -> Tensor:
-        return 0.5 * squared(u, y)
-
-    run = train(model, half, y, momentum=0.0, decay=0.05, batch=N)
+    make = sgd(momentum=0.0, weight_decay=0.05)
+    run = train(model, "squared_error", y, make, drawn=[torch.arange(N)] * 40)
     h = reference.descent_smoother(x, lr=0.02, decay=0.05, steps=40)
-    found = loo_risk(run)
-    exact = float(h.trace()) / N
-    assert found.freedom == pytest.approx(exact, abs=3 * reference.response_error(h))
+    found, error = [loo_risk(run, subset=2, seed=s) for s in range(20)], reference.response_error(h)
+    mean = sum(f.freedom for f in found) / len(found)
+    assert mean == pytest.approx(float(h.trace()) / N, abs=3 * error / len(found) ** 0.5)
+    assert sum(f.freedom_error for f in found) / len(found) == pytest.approx(error, rel=0.2)
 
 
 def test_forms_differ_where_features_move_and_both_are_close() -> None:
     y = randn(N, 1, seed=1)
-    run = train(network(), squared, y)
+    model = network()
+    run = train(model, squared, y)
     first, second = loo_risk(run), loo_risk(run, form="hessian")
     assert not torch.allclose(first.outputs, second.outputs)
-    left = []
-    for i in range(0, N, 10):
-        model = network()
-        train(model, squared, y, without=torch.tensor([i]))
-        left.append(model(run.x[i : i + 1]).detach())
-    exact, at = torch.cat(left), torch.arange(0, N, 10)
-    fitted = network()
-    train(fitted, squared, y)
-    naive = (fitted(run.x[at]).detach() - exact).abs().mean()
+    at = torch.arange(0, N, 10)
+    exact = torch.cat([retrained(at[i : i + 1], y, network=network) for i in range(len(at))])
+    naive = (model(randn(N, 4)[at]).detach() - exact).abs().mean()
     for found in (first, second):
         assert float((found.outputs[at] - exact).abs().mean()) < 0.35 * float(naive)
 
 
-def test_classes() -> None:
-    y = torch.arange(N) % 3
-    found = loo_risk(train(Features(3), cross_entropy, y))
+def test_classes_and_a_model_with_a_weight_that_is_never_used() -> None:
+    model = Features(3)
+    model.idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    found = loo_risk(train(model, cross_entropy, torch.arange(N) % 3))
     assert found.outputs.shape == (N, 3)
     assert 0 < found.freedom < 1
 
 
+def test_outputs_keep_the_shape_of_the_models() -> None:
+    class Folded(Features):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).reshape(len(x), 2, 3)
+
+    y = randn(N, 2, 3, seed=1)
+    found = loo_risk(train(Folded(6), "squared_error", y), subset=5)
+    flat = loo_risk(train(Features(6), "squared_error", y.reshape(N, 6)), subset=5)
+    assert found.outputs.shape == (5, 2, 3)
+    assert found.value == pytest.approx(flat.value)
+    assert found.freedom == pytest.approx(flat.freedom)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.unsqueeze(2) * torch.ones(4)
+        return self.out(self.read(z, z, z, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("form", ["gauss-newton", "hessian"])
+def test_attention_has_its_derivatives(form: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Attention()
+    x, y = randn(N, 4).float(), randn(N, 1, seed=1).float()
+    run = record(model, squared, sgd()(model), batches(5), train=(x, y))
+    found = loo_risk(run, form=form, subset=5)
+    assert found.valid
+    assert found.outputs.dtype == torch.float32
+    assert not torch.equal(found.outputs, model(x[found.index]))
+
+
 def test_an_estimate_that_blew_up_is_flagged() -> None:
-    y = randn(N, 1, seed=1)
-    run = train(Features(), squared, y, steps=5)
-    wild = loo_risk(replace(run, lr=[50.0] * 5))
+    run = train(Features(), squared, randn(N, 1, seed=1), drawn=batches(5))
+
+    def at(lr: float) -> Run:
+        uniform = torch.tensor([[lr, 1.0]] * 2, dtype=torch.float64)
+        return replace(run, intervals=[i._replace(uniform=uniform) for i in run.intervals])
+
+    wild = loo_risk(at(50.0))
     assert not wild.valid
     assert "times the training loss" in wild.reason
-    assert loo_risk(replace(run, lr=[1e300] * 5)).reason == "the response blew up"
+    assert loo_risk(at(1e300)).reason == "the response blew up"
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "message"),
+    ("settings", "message"),
     [
-        ({"batches": []}, {}, "the record is incomplete: 0 batches"),
-        ({"weights": []}, {}, "0 weights; K steps need K, K and K"),
-        ({"weights": [torch.zeros(3)] * 6}, {}, r"step 0 have shape \(3,\), but the model has 31"),
-        ({"batches": [torch.tensor([N])] * 5}, {}, "index must lie in 0..59"),
-        ({}, {"form": "newton"}, "form must be one of"),
-        ({}, {"subset": 1}, "subset must be an integer from 2 to 60"),
-        ({}, {"subset": 5, "group_ids": torch.arange(N)}, "cannot be combined"),
-        ({}, {"group_ids": torch.zeros(3)}, "groups must be a tensor of one id an example"),
+        ({"form": "newton"}, "form must be one of"),
+        ({"subset": 1}, "subset must be an integer from 2 to 60"),
+        ({"subset": 5, "group_ids": torch.arange(N)}, "cannot be combined"),
+        ({"group_ids": torch.zeros(3)}, "groups must be a tensor of one id an example"),
     ],
 )
-def test_bad_input_is_refused(
-    change: dict[str, Any], settings: dict[str, Any], message: str
-) -> None:
-    run = train(Features(), squared, randn(N, 1, seed=1), steps=5)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    run = train(Features(), squared, randn(N, 1, seed=1), drawn=batches(5))
     with pytest.raises(ValueError, match=message):
-        loo_risk(replace(run, **change), **settings)
+        loo_risk(run, **settings)
+
+
+def test_runs_that_cannot_be_followed_are_refused() -> None:
+    y = randn(N, 1, seed=1)
+    with pytest.raises(
+        TypeError, match=r"run must be what poprisk.record\(...\) returns, .* Tensor"
+    ):
+        loo_risk(y)  # pyrefly: ignore[bad-argument-type]
+    with pytest.raises(NotAnalysable, match="the run holds no step"):
+        loo_risk(train(Features(), squared, y, drawn=[]))
+    with pytest.raises(NotAnalysable, match="recorded every 4; record with stride=1"):
+        loo_risk(train(Features(), squared, y, stride=4))
+    read_off = train(Features(), squared, y, rule=realized_update(momentum=0.9))
+    with pytest.raises(NotAnalysable, match=r"SGD was read off its steps .* poprisk.TwinRisk"):
+        loo_risk(read_off)

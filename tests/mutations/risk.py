@@ -11,6 +11,7 @@ TILT = "test_risk_twin.py::test_the_twin_learns_tilted_labels"
 BITWISE = "test_risk_twin.py::test_the_model_is_trained_bitwise_as_alone"
 LINEAR = "test_risk_twin.py::test_h_of_a_linear_model_is_that_of_its_smoother"
 RETRAINED = "test_risk_loo.py::test_a_frozen_kernel_equals_retraining_without_each_example"
+OTHERS = "test_risk_loo.py::test_other_optimizers_take_their_own_steps_without_an_example"
 FRESH = "test_risk_fresh.py::test_equals_the_sum_over_pairs"
 MONITORED = "test_monitor.py::test_training_is_bitwise_the_same_with_and_without"
 SIGNAL = "test_monitor.py::test_numbers_are_those_of_all_parts_of_the_step"
@@ -80,10 +81,16 @@ MUTATIONS = {
         FRESH,
     ),
     "a deleted example keeps its curvature": Mutation(
-        "risk/loo.py", "kept = (~deleted).to(u)", "kept = (deleted | ~deleted).to(u)", RETRAINED
+        "risk/loo.py", "kept = share * ~deleted", "kept = share.expand(deleted.shape)", RETRAINED
     ),
     "the momentum of a displacement forgotten": Mutation(
-        "risk/loo.py", "m = run.momentum * m + change", "m = change", RETRAINED
+        "risk/loo.py", "m, d = rule.advance(m, g), d - step", "m, d = g, d - step", RETRAINED
+    ),
+    "decay of a displacement forgotten": Mutation(
+        "risk/loo.py", "+ rule.coupled * d\n", "\n", RETRAINED
+    ),
+    "decoupled decay of a displacement forgotten": Mutation(
+        "risk/loo.py", "d - step - rule.decay * d", "d - step", OTHERS
     ),
     "the monitor leaves dropout drawn": Mutation(
         "monitor/__init__.py", "        random.restore()\n", "        torch.rand(1)\n", MONITORED

@@ -282,29 +282,6 @@ def check_fresh(model: torch.nn.Module, b: int, fresh: Any, groups: Any) -> None
     check_no_batch_statistics(model)
 
 
-def check_recorded(run: Any) -> None:
-    """Raise ValueError unless a recorded run has a weight more than it has steps, and all of them.
-
-    Raises:
-        ValueError: if steps or weights are missing, or examples are named that do not exist.
-    """
-    steps = len(run.batches)
-    if steps == 0 or len(run.weights) != steps + 1 or len(run.lr) != steps:
-        raise ValueError(
-            f"the record is incomplete: {steps} batches, {len(run.lr)} learning rates and "
-            f"{len(run.weights)} weights; K steps need K, K and K + 1."
-        )
-    size = sum(p.numel() for p in run.model.parameters())
-    for k, w in enumerate(run.weights):
-        if w.shape != (size,):
-            raise ValueError(
-                f"the weights of step {k} have shape {tuple(w.shape)}, but the model has {size}."
-            )
-    for batch in run.batches:
-        check_index(batch, len(run.y))
-    check_no_batch_statistics(run.model)
-
-
 def check_subset(
     subset: Any, n: int, group_ids: Tensor | None, generator: torch.Generator
 ) -> Tensor:

@@ -71,6 +71,8 @@ class FlatRule(NamedTuple):
     def weights(self) -> tuple[Tensor | float, Tensor | float]:
         """How much of the momentum before, and of the gradient, the summed readout holds."""
         a, s = self.carry, self.steps
+        if s == 1:  # the sums below are 0/0 for a tensor that gets no gradient, a = 1
+            return self.from_momentum * a, self.from_momentum * self.gain + self.from_gradient
         carried = a * (1 - a**s) / (1 - a)
         entered = self.gain * (s - carried) / (1 - a)
         return self.from_momentum * carried, self.from_momentum * entered + self.from_gradient * s
@@ -78,6 +80,8 @@ class FlatRule(NamedTuple):
     def advance(self, momentum: Tensor, gradient: Tensor) -> Tensor:
         """The momentum after the steps."""
         a, s = self.carry, self.steps
+        if s == 1:
+            return a * momentum + self.gain * gradient
         return a**s * momentum + self.gain * (1 - a**s) / (1 - a) * gradient
 
 
@@ -117,6 +121,11 @@ class Run:
     def steps(self) -> int:
         """Optimizer steps."""
         return sum(interval.steps for interval in self.intervals)
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether steps were scaled by vectors, which the optimizer takes from its gradients."""
+        return len(self.preconditions) + len(self.gains) > 0
 
     def rule(self, k: int, dtype: torch.dtype) -> FlatRule:
         """The rule of interval ``k`` over all weights."""

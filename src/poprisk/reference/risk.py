@@ -3,7 +3,8 @@ r"""Population risk, naively: matrices written out, one example at a time, float
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +82,48 @@ def response_error(h: Tensor) -> float:
     n = len(h)
     both = (h + h.T).tril(-1)
     return math.sqrt(float(both.square().sum())) / n
+
+
+class Step(NamedTuple):
+    """One step of a recorded optimizer: its examples, and numbers or vectors (P,).
+
+    Attributes:
+        examples: their indices.
+        share: weight of each in the gradient.
+        scale: correction times learning rate times preconditioner.
+        carry: share of the momentum kept.
+        gain: how the gradient enters it.
+        from_momentum: share of the momentum in the step.
+        from_gradient: share of the present gradient in the step.
+        coupled: weight decay in the gradient.
+        decay: decoupled weight decay times learning rate.
+    """
+
+    examples: list[int]
+    share: list[float]
+    scale: Tensor | float
+    carry: float
+    gain: Tensor | float
+    from_momentum: float
+    from_gradient: float
+    coupled: float
+    decay: float
+
+
+def train_without(
+    losses: Callable[[Tensor, int], Tensor], w: Tensor, steps: Sequence[Step], without: set[int]
+) -> Tensor:
+    """Weights (P,) after the same steps on all but some examples; ``losses(w, i)`` is of one."""
+    m = torch.zeros_like(w)
+    for step in steps:
+        g = step.coupled * w
+        for i, share in zip(step.examples, step.share, strict=True):
+            if i not in without:
+                v = w.clone().requires_grad_()
+                g = g + share * torch.autograd.grad(losses(v, i), v)[0]
+        m = step.carry * m + step.gain * g
+        w = w - step.scale * (step.from_momentum * m + step.from_gradient * g) - step.decay * w
+    return w
 
 
 def fresh_change(rows: Tensor, m: Tensor, idle: Tensor) -> float:

@@ -1,11 +1,14 @@
 r"""Leave-one-out path response: what a recorded run would have been without each example.
 
 Along the realized path the displacement :math:`d_i` of the weights by deleting example i follows
+the optimizer's own step, which is linear in its gradients (:mod:`poprisk.path.rules`):
 
-.. math:: m_i \leftarrow \mu m_i + \sum_{j\ne i} s_j \nabla^2_w\ell_j\, d_i - s_i\nabla_w\ell_i
-          + \lambda d_i,\qquad d_i \leftarrow d_i - \eta m_i
+.. math:: \hat g_i = \tfrac1n\sum_{j\ne i} S_j \nabla^2_w\ell_j\, d_i
+          - \tfrac1n S_i\nabla_w\ell_i + \lambda d_i,\quad
+          m_i \leftarrow a m_i + c \odot \hat g_i,\quad
+          d_i \leftarrow d_i - \gamma\,\eta M \odot (p\, m_i + q\, \hat g_i) - \delta d_i
 
-with s the step's weights of examples, its own term removed from the curvature. ``"gauss-newton"``
+with the sampling S of the step, its own term removed from the curvature. ``"gauss-newton"``
 takes :math:`J_j^\top B_jJ_j` for the Hessian of an example (exact where outputs are linear in the
 weights, biased low where features adapt to the labels), ``"hessian"`` the full one (Flow-ALO,
 iterative approximate cross-validation: blows up in strongly overfit nonconvex runs). [LG, Thm G.10,
@@ -14,58 +17,29 @@ Cor. G.13; Luo, Ren, Barber 2023; the discrete form is ours].
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from poprisk import checks
 from poprisk.checks import risk as inputs
-from poprisk.risk.estimate import TwinOutputs, grouped_error, measure_freedom
-from poprisk.risk.links import PerExampleLoss, link_of
+from poprisk.path import Run
+from poprisk.path.checks import check_deletable
+from poprisk.path.problem import prepare_forward_mode
+from poprisk.path.run import Interval
+from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
+from poprisk.risk.links import link_of
 
 FORMS = ("gauss-newton", "hessian")
 CHUNK = 64
 """Deletions that are propagated at a time."""
 BLOWN_UP = 3.0
 """Largest ratio of the estimate to the training loss that is believed."""
-
-Map = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class RecordedRun:
-    """A run of SGD: what it was trained on, and its path.
-
-    Args:
-        model: its outputs are (b, c).
-        loss: one value an example; a step descends its mean over the batch.
-        x: training inputs (n, ...).
-        y: training targets (n, ...).
-        weights: flat weights before each step and at the end, K+1 of (P,), in the order of
-            ``model.parameters()``.
-        batches: indices of the examples of each step, K.
-        lr: learning rate of each step, K.
-        momentum: of ``torch.optim.SGD``.
-        weight_decay: likewise.
-    """
-
-    model: nn.Module
-    loss: PerExampleLoss
-    x: Tensor
-    y: Tensor
-    weights: Sequence[Tensor]
-    batches: Sequence[Tensor]
-    lr: Sequence[float]
-    momentum: float = 0.0
-    weight_decay: float = 0.0
 
 
 class LooRisk(NamedTuple):
@@ -77,9 +51,9 @@ class LooRisk(NamedTuple):
         valid: whether the value may be believed.
         reason: why not.
         cost: seconds.
-        freedom: degrees of freedom per output by the same form, for one random probe; what a twin
-            measures beyond it is the adaptation of features.
-        outputs: left-out outputs of the examples at ``index``, (k, c).
+        freedom: degrees of freedom per output by the same form, for one random probe.
+        freedom_error: its standard error.
+        outputs: left-out outputs of the examples at ``index``, (k, ...) in the model's shape.
         index: which examples were deleted, (k,).
     """
 
@@ -89,12 +63,13 @@ class LooRisk(NamedTuple):
     reason: str
     cost: float
     freedom: float
+    freedom_error: float
     outputs: Tensor
     index: Tensor
 
 
 def loo_risk(
-    run: RecordedRun,
+    run: Run,
     *,
     form: str = "gauss-newton",
     subset: int | None = None,
@@ -103,143 +78,159 @@ def loo_risk(
 ) -> LooRisk:
     """Estimate population risk by deleting every example of a run, or every group.
 
+    A step of SGD, with momentum, Nesterov and decay, is followed exactly. The preconditioner of
+    Adam, AdamW, RMSprop and the gate is held as it was in the run; what a deletion would change in
+    it is left out, and the estimate flagged.
+
     Args:
-        run: see :class:`RecordedRun`; in evaluation mode, in double precision for exact results.
+        run: from :func:`poprisk.record` or a :class:`poprisk.Recorder`, every step recorded; in
+            double precision for exact results.
         form: ``"gauss-newton"`` or ``"hessian"``.
         subset: how many examples to delete, drawn at random; None: all.
         group_ids: (n,), to delete examples together that depend on each other.
         seed: of the subset and of the probe.
 
     Raises:
-        ValueError, TypeError: if the record is incomplete or an argument is bad.
+        TypeError: if ``run`` is no recorded run.
+        NotAnalysable: if it cannot be followed without an example, or its files are gone.
+        ValueError: if another argument is bad.
+
+    Example:
+        >>> from poprisk import record
+        >>> net = torch.nn.Linear(1, 1, bias=False).double()
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> x = torch.tensor([[1.0], [2.0], [3.0]]).double()
+        >>> run = record(net, "squared_error", sgd, [torch.arange(3)] * 200, train=(x, x + 1))
+        >>> loo_risk(run).outputs.flatten()  # by the least squares of the other two
+        tensor([1.3846, 2.8000, 4.8000], dtype=torch.float64)
     """
     began = time.perf_counter()
     checks.check_choice("form", form, FORMS)
-    inputs.check_recorded(run)
-    n = len(run.y)
+    check_deletable(run, isinstance(run, Run))
+    n = run.problem.n
     generator = torch.Generator().manual_seed(seed)
     index = inputs.check_subset(subset, n, group_ids, generator)
-    deleted = torch.eye(n, dtype=torch.bool)[index]
-    if group_ids is not None:
-        ids = inputs.check_groups(group_ids, n)
-        deleted = torch.stack([ids == g for g in range(int(ids.max()) + 1)])
-    _prepare_forward_mode()
-    path = _Path(run, form)
-    left_out = torch.empty_like(path.final)
-    for rows in deleted.split(CHUNK):
-        moved = path.outputs_moved(path.displacements(rows, torch.zeros_like(path.final)))
-        for row, change in zip(rows, moved, strict=True):
-            left_out[row] = path.final[row] + change[row]
-    outputs = left_out[index]
-    losses = run.loss(outputs, run.y[index]).detach().double()
-    value, train = float(losses.mean()), float(run.loss(path.final, run.y).detach().mean())
     groups = None if group_ids is None else inputs.check_groups(group_ids, n)
-    error = grouped_error(losses - value, groups) / len(losses)
-    reason = _objection(value, train)
+    deleted = torch.eye(n, dtype=torch.bool)[index]
+    if groups is not None:
+        deleted = groups == torch.arange(int(groups.max()) + 1).unsqueeze(1)
+    path = _Path(run, form)
+    left_out = path.without(deleted)[index]
+    train, losses = path.losses(path.final), path.losses(left_out, index)
+    value = float(losses.mean())
+    reason = _objection(value, float(train.mean()), run)
     freedom = path.freedom(generator)
-    cost = time.perf_counter() - began
-    return LooRisk(value, error, not reason, reason, cost, freedom, outputs, index)
+    return LooRisk(
+        value=value,
+        standard_error=grouped_error(losses - value, groups) / len(losses),
+        valid=not reason,
+        reason=reason,
+        cost=time.perf_counter() - began,
+        freedom=freedom.value,
+        freedom_error=freedom.error,
+        outputs=path.problem.shaped(left_out),
+        index=index,
+    )
 
 
-def _objection(value: float, train: float) -> str:
+def _objection(value: float, train: float, run: Run) -> str:
     if not math.isfinite(value):
         return "the response blew up"
     if value > BLOWN_UP * train > 0:
         return f"the estimate is {value / train:.1f} times the training loss"
+    if run.preconditioned:
+        return f"the preconditioner of {run.optimizer} is held as it was with all examples"
     return ""
 
 
 class _Path:
-    """Propagates displacements of the weights along a run."""
+    """Propagates displacements of the weights along a run, in the precision of its weights."""
 
-    def __init__(self, run: RecordedRun, form: str) -> None:
-        self.run, self.form = run, form
-        named = dict(run.model.named_parameters())
-        self.names = list(named)
-        self.shapes = [p.shape for p in named.values()]
-        self.sizes = [p.numel() for p in named.values()]
+    def __init__(self, run: Run, form: str) -> None:
+        self.run, self.form, self.dtype = run, form, run.weights.dtype
+        self.problem = run.problem.to(self.dtype)
+        self.x, self.y = self.problem.train
+        self.w = run.weights[len(run)]
         with torch.no_grad():
-            self.final = self.outputs(run.weights[-1], run.x)
+            self.final = self.problem.outputs(self.w, self.x)
 
-    def outputs(self, w: Tensor, x: Tensor) -> Tensor:
-        """Outputs (b, c) at flat weights."""
-        parts = zip(self.names, w.split(self.sizes), self.shapes, strict=True)
-        return functional_call(self.run.model, {k: p.view(s) for k, p, s in parts}, (x,))
+    def losses(self, u: Tensor, index: Tensor | None = None) -> Tensor:
+        """Losses (k,) of outputs (k, c) of the examples at ``index``, or of all."""
+        y = self.y if index is None else self.y[index]
+        return self.problem.loss(self.problem.shaped(u), y).detach().double()
 
-    def displacements(self, deleted: Tensor, tilt: Tensor) -> Tensor:
-        """Displacements (G, P) at the end, by deletions (G, n) or a tilt of all losses (n, c)."""
-        run = self.run
-        d = run.weights[0].new_zeros(len(deleted), sum(self.sizes))
-        m = torch.zeros_like(d)
-        for w, batch, lr in zip(run.weights, run.batches, run.lr, strict=False):
-            change = self._gradient_change(w, batch, deleted[:, batch], tilt[batch], d)
-            m = run.momentum * m + change + run.weight_decay * d
-            d = d - lr * m
-        return d
+    def without(self, deleted: Tensor) -> Tensor:
+        """Outputs (n, c), each without the deletion (a row of (G, n)) that it is part of."""
+        left_out = self.final.clone()
+        for rows in deleted.split(CHUNK):
+            moved = self.moved(rows, torch.zeros_like(self.final))
+            for row, change in zip(rows, moved, strict=True):
+                left_out[row] += change[row]
+        return left_out
 
-    def outputs_moved(self, d: Tensor) -> Tensor:
-        """Changes (G, n, c) of the final outputs, to first order."""
-
-        def f(w: Tensor) -> Tensor:
-            return self.outputs(w, self.run.x)
-
-        return _along(f, self.run.weights[-1], d)
-
-    def freedom(self, generator: torch.Generator) -> float:
+    def freedom(self, generator: torch.Generator) -> Freedom:
         """Degrees of freedom per output, by Hutchinson's estimate with one probe."""
-        link = link_of(self.run.loss, self.final, self.run.y)
+        problem = self.run.problem.to(torch.float64)
+        u = problem.shaped(self.final.double())
+        link = link_of(problem.loss, u, problem.train[1])
         z = 2.0 * torch.randint(2, self.final.shape, generator=generator).to(self.final) - 1
         z = z - z.mean(1, keepdim=True) if link.gauge else z
-        nothing = torch.zeros(1, len(z), dtype=torch.bool)
-        moved = self.outputs_moved(self.displacements(nothing, z))[0]
-        return measure_freedom(link, self.final, [TwinOutputs(self.final + moved, z)]).value
+        moved = self.moved(torch.zeros(1, len(z), dtype=torch.bool), z)[0]
+        return measure_freedom(link, u, [TwinOutputs(u + problem.shaped(moved), z)])
+
+    def moved(self, deleted: Tensor, tilt: Tensor) -> Tensor:
+        """Changes (G, n, c) of the final outputs, to first order.
+
+        Args:
+            deleted: examples of each deletion, (G, n), boolean.
+            tilt: what is subtracted from all output gradients besides, (n, c).
+        """
+        return self.problem.jvp(self.w, self.x, self.displacements(deleted, tilt)).movedim(-1, 0)
+
+    def displacements(self, deleted: Tensor, tilt: Tensor) -> Tensor:
+        """Displacements (P, G) of the weights at the end; arguments as for :meth:`moved`."""
+        prepare_forward_mode()
+        d = torch.zeros(len(self.w), len(deleted), dtype=self.dtype)
+        m = torch.zeros_like(d)
+        # the fused attention kernels have no forward-mode derivative
+        with sdpa_kernel(SDPBackend.MATH):
+            for k, interval in enumerate(self.run.intervals):
+                rule, rows = self.run.rule(k, self.dtype), interval.examples
+                change = self._gradient_change(k, interval, deleted[:, rows], tilt[rows], d)
+                g = rule.sign * change + rule.coupled * d
+                step = rule.correction * rule.precondition * rule.readout(m, g)
+                m, d = rule.advance(m, g), d - step - rule.decay * d
+        return d
 
     def _gradient_change(
-        self, w: Tensor, batch: Tensor, deleted: Tensor, tilt: Tensor, d: Tensor
+        self, k: int, interval: Interval, deleted: Tensor, tilt: Tensor, d: Tensor
     ) -> Tensor:
-        """Change (G, P) of the step's gradient by deletions (G, b) and displacements so far."""
-        x, y, b = self.run.x[batch], self.run.y[batch], len(batch)
+        """Change (P, G) of a step's gradient by deletions (G, b) and displacements so far."""
+        w, x, y = self.run.weights[k], self.x[interval.examples], self.y[interval.examples]
+        share = interval.sampling.to(self.dtype) / self.problem.n
 
         def f(v: Tensor) -> Tensor:
-            return self.outputs(v, x)
+            return self.problem.outputs(v, x)
 
-        def total(u: Tensor, kept: Tensor) -> Tensor:
-            return (kept * self.run.loss(u, y)).sum() / b
+        def total(u: Tensor, weight: Tensor) -> Tensor:
+            return (weight * self.problem.loss(self.problem.shaped(u), y)).sum()
 
         u, back = vjp(f, w)[:2]
-        own = grad(total)(u, torch.ones_like(u[:, 0]))
-        kept = (~deleted).to(u)
-        source = own * deleted.unsqueeze(2) + tilt / b
+        own = grad(total)(u, share)
+        kept = share * ~deleted
+        source = own * deleted.unsqueeze(2) + share.unsqueeze(1) * tilt
 
-        def one(direction: Tensor, k: Tensor, from_own: Tensor) -> Tensor:
+        def one(direction: Tensor, weight: Tensor, from_own: Tensor) -> Tensor:
+            def weighted(v: Tensor) -> Tensor:
+                return total(v, weight)
+
+            def at(v: Tensor) -> Tensor:
+                return weighted(f(v))
+
             if self.form == "hessian":
-
-                def weighted(v: Tensor) -> Tensor:
-                    return total(f(v), k)
-
-                def slope(v: Tensor) -> Tensor:
-                    return grad(weighted)(v)
-
-                return jvp(slope, (w,), (direction,))[1] - back(from_own)[0]
+                return jvp(grad(at), (w,), (direction,))[1] - back(from_own)[0]
             moved = jvp(f, (w,), (direction,))[1]
-            curved = jvp(grad(total), (u, k), (moved, torch.zeros_like(k)))[1]
+            curved = jvp(grad(weighted), (u,), (moved,))[1]
             return back(curved - from_own)[0]
 
-        return vmap(one)(d, kept, source).detach()
-
-
-def _along(f: Map, w: Tensor, directions: Tensor) -> Tensor:
-    """Derivatives of f at w along each of the directions (G, P)."""
-
-    def one(direction: Tensor) -> Tensor:
-        return jvp(f, (w,), (direction,))[1]
-
-    return vmap(one)(directions).detach()
-
-
-@functools.cache
-def _prepare_forward_mode() -> None:
-    """Let torch load what forward-mode derivatives need, without its own deprecation warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        jvp(torch.sin, (torch.zeros(1),), (torch.zeros(1),))
+        return vmap(one, in_dims=(1, 0, 0), out_dims=1)(d, kept, source).detach()
