@@ -303,6 +303,17 @@ def test_following_vectors_is_applying_the_operators(optimizer: str) -> None:
             close(followed[..., 3].flatten(), affine, 1e-8)
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "Nesterov", "AdamW", "PopRiskAdamW soft"])
+def test_decay_that_acts_on_what_was_moved_adds_up_too(optimizer: str) -> None:
+    run = recorded(optimizer, "squared_error", steps=20)
+    start = run.problem.outputs(run.weights[0], run.problem.train[0])
+    probes = run.problem.output_gradient(start).unsqueeze(2) * torch.tensor([0.3, 0.7]).double()
+    plain, decaying = (follow(run, probes, decaying=d) for d in (False, True))
+    assert decaying.closure().worst < 1e-9
+    assert float((plain.applied.train - decaying.applied.train).norm()) > 1e-5
+    close(plain.applied.train.sum(-1), decaying.applied.train.sum(-1), 1e-9)
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_the_cells_add_up_to_the_movement(optimizer: str) -> None:
     run, clean = recorded(optimizer, "cross_entropy", steps=40), data("cross_entropy")[2]

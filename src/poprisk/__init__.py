@@ -12,6 +12,7 @@ from poprisk.monitor import RiskMonitor
 from poprisk.optimizer import PopRiskAdamW
 from poprisk.path import NotAnalysable, Recorder, Run, record, trace_cells
 from poprisk.risk import (
+    AdaptationGap,
     Canaries,
     FreshBatchRisk,
     LooRisk,
@@ -19,6 +20,7 @@ from poprisk.risk import (
     Selection,
     StoppingPoint,
     TwinRisk,
+    adaptation_gap,
     fresh_batch_risk,
     loo_risk,
     select,
@@ -31,6 +33,7 @@ from poprisk.variance import grad_mean_var
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptationGap",
     "Canaries",
     "FreshBatchRisk",
     "GateStats",
@@ -48,6 +51,7 @@ __all__ = [
     "StoppingPoint",
     "Task",
     "TwinRisk",
+    "adaptation_gap",
     "entk",
     "fresh_batch_risk",
     "gated",

@@ -37,8 +37,8 @@ MUTATIONS = {
     ),
     "random numbers not rewound": Mutation(
         "risk/twin.py",
-        "            start.restore()\n            run._seen.clear()\n",
-        "            run._seen.clear()\n",
+        "            start.restore()\n            run.inputs",
+        "            run.inputs",
         BITWISE,
     ),
     "random numbers left where the twin's are": Mutation(

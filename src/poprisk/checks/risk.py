@@ -105,17 +105,21 @@ def check_tilt_shape(shape: tuple[int, ...], outputs: Tensor, index: Tensor | No
 
 
 def check_same(name: str, mine: Any, twins: Any) -> None:
-    """Raise ValueError unless the model and its twin got the same tensors."""
-    if isinstance(mine, Tensor) and isinstance(twins, Tensor):
-        same = mine.shape == twins.shape and torch.equal(mine, twins)
-    else:
-        same = isinstance(mine, Tensor) == isinstance(twins, Tensor)
-    if not same:
+    """Raise ValueError unless the model and its twin got the same tensors, or lists of them."""
+    if not _same(mine, twins):
         raise ValueError(
             f"the {name} that the twin got differ from the model's at the same step: draw the "
             "batch before `for run in twin.runs(index)`, and let all that is random inside use "
             "torch's, numpy's or Python's global generator, which runs() rewinds."
         )
+
+
+def _same(mine: Any, twins: Any) -> bool:
+    if type(mine) is not type(twins):
+        return False
+    if isinstance(mine, list):
+        return len(mine) == len(twins) and all(map(_same, mine, twins))
+    return not isinstance(mine, Tensor) or (mine.shape == twins.shape and torch.equal(mine, twins))
 
 
 def check_groups(groups: Any, n: int) -> Tensor:
@@ -280,6 +284,16 @@ def check_fresh(model: torch.nn.Module, b: int, fresh: Any, groups: Any) -> None
             f"groups must be an integer from 2 to the batch's {b} examples, but got {groups!r}."
         )
     check_no_batch_statistics(model)
+
+
+def check_record_of_twin(now: list[Tensor], recorded: Tensor, twin_steps: int, steps: int) -> None:
+    """Raise ValueError unless a run ends with the weights that the twin's model has now."""
+    if not now or not torch.equal(torch.cat(now), recorded):
+        raise ValueError(
+            f"the run ({steps} steps) does not end with the weights of the twin's model (after "
+            f"{twin_steps} batches): wrap the whole loop in Recorder(twin.model, loss, "
+            "twin.optimizer, train=(x, y)), and call this before either is trained on."
+        )
 
 
 def check_subset(

@@ -175,23 +175,28 @@ def check_minibatches(batch: int, examples: int, stride: int) -> None:
         )
 
 
-def check_deletable(run: Any, recorded: bool) -> None:
-    """Raise TypeError unless ``run`` is ``recorded``, NotAnalysable unless each step is known."""
+def check_answers(run: Any, recorded: bool) -> None:
+    """Raise unless a run says how each of its steps answers to another gradient.
+
+    Raises:
+        TypeError: if ``run`` is not ``recorded``.
+        NotAnalysable: if it holds no steps, not every step, or not their exact rules.
+    """
     if not recorded:
         raise TypeError(
             "run must be what poprisk.record(...) returns, or the run of a poprisk.Recorder, but "
             f"got {type(run).__name__}."
         )
     if len(run) == 0:
-        raise NotAnalysable("the run holds no step, so no example has left a trace; record some.")
+        raise NotAnalysable("the run holds no step, so nothing has left a trace; record some.")
     if run.stride > 1:
         raise NotAnalysable(
-            f"deleting an example needs every step, but the run was recorded every {run.stride}; "
-            "record with stride=1."
+            f"the run was recorded every {run.stride} steps, but what a step answers to another "
+            "gradient needs every step; record with stride=1."
         )
     if not run.exact:
         raise NotAnalysable(
             f"the preconditioner of {run.optimizer} was read off its steps (realized_update), "
-            "which does not say how a step answers to a gradient without the example; train with "
-            "an optimizer that has an exact rule, or use poprisk.TwinRisk."
+            "which does not say how a step answers to another gradient; train with an optimizer "
+            "that has an exact rule, or use poprisk.TwinRisk alone."
         )

@@ -88,6 +88,7 @@ def follow(
     quadrature: str = "gauss3",
     segments: int = 1,
     points: int = 2,
+    decaying: bool = False,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Followed:
@@ -104,6 +105,9 @@ def follow(
         quadrature: of the chord.
         segments: pieces of the chord.
         points: moments to keep.
+        decaying: let weight decay act on what each probe moved, and on the weights of the start in
+            the affine part: how the run would have answered to other labels. Otherwise all of
+            decay is affine, as in :math:`D` and :math:`G`. Either way all columns add up.
         dtype: to compute in; None: that of the weights.
         progress: told of each interval.
 
@@ -112,7 +116,8 @@ def follow(
     """
     checks.check_positive("every", every)
     check_probes(probes, (run.problem.n, run.problem.c))
-    march = _March(run, probes, dtype or run.weights.dtype, composite(quadrature, segments))
+    nodes = composite(quadrature, segments)
+    march = _March(run, probes, dtype or run.weights.dtype, nodes, decaying=decaying)
     kept = {round(i * len(run) / max(points - 1, 1)) for i in range(points)}
     for k in range(len(run)):
         march.advance(k)
@@ -129,7 +134,9 @@ def follow(
 class _March:
     """The recursion on a few columns; the affine one comes last."""
 
-    def __init__(self, run: Run, probes: Tensor, dtype: torch.dtype, nodes: Nodes) -> None:
+    def __init__(
+        self, run: Run, probes: Tensor, dtype: torch.dtype, nodes: Nodes, *, decaying: bool
+    ) -> None:
         self.run, self.nodes, self.dtype = run, nodes, dtype
         self.problem = p = run.problem.to(dtype)
         self.affine = has_affine_part(run)
@@ -140,6 +147,10 @@ class _March:
         if self.affine:
             self.Q[:, -1] = run.momentum_in.to(dtype)
         self.w = self.origin = run.weights[0].to(dtype)
+        self.own: Tensor | None = None
+        if self.affine and decaying:  # the weights as the sum of what each column made of them
+            self.own = torch.zeros_like(self.Q)
+            self.own[:, -1] = self.w
         self.u, self.v = self._outputs()
         self.u0 = self.u
         self.D, self.G = torch.zeros_like(self.X), torch.zeros(*self.v.shape, r, dtype=dtype)
@@ -169,13 +180,22 @@ class _March:
         X = self.X[rows] if self.fresh else self._at(rows, w, u)
         gradient = pull(interval.sampling.to(self.dtype)[:, None, None] * X) * rule.sign
         if self.affine:
-            gradient[:, -1:] += rule.coupled * w[:, None]
+            self._decay(gradient, rule.coupled, w)
         V = rule.readout(self.Q, gradient) * rule.correction * rule.precondition
         self.Q = rule.advance(self.Q, gradient)
         if self.affine:
-            V[:, -1:] += rule.decay * rule.steps * w[:, None]
+            self._decay(V, rule.decay * rule.steps, w)
+        if self.own is not None:
+            self.own -= V
         self.moved += V
         self.w, self.fresh, self.steps = end, False, self.steps + rule.steps
+
+    def _decay(self, columns: Tensor, rate: Tensor | float, w: Tensor) -> None:
+        """Add weight decay to the affine column, or to each what it made of the weights."""
+        if self.own is None:
+            columns[:, -1:] += rate * w[:, None]
+        else:
+            columns += rate * self.own
 
     def _at(self, rows: Tensor, w: Tensor, u: Tensor) -> Tensor:
         """Columns of the batch at ``w``: what they were at the last refresh, moved since."""

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from poprisk import checks
 from poprisk.checks import risk as inputs
 from poprisk.path import Run
-from poprisk.path.checks import check_deletable
+from poprisk.path.checks import check_answers
 from poprisk.path.problem import prepare_forward_mode
 from poprisk.path.run import Interval
 from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
@@ -106,7 +106,7 @@ def loo_risk(
     """
     began = time.perf_counter()
     checks.check_choice("form", form, FORMS)
-    check_deletable(run, isinstance(run, Run))
+    check_answers(run, isinstance(run, Run))
     n = run.problem.n
     generator = torch.Generator().manual_seed(seed)
     index = inputs.check_subset(subset, n, group_ids, generator)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from poprisk.checks import risk as inputs
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
 from poprisk.risk.links import PerExampleLoss, is_gauge
 from poprisk.risk.randomness import RandomState
+from poprisk.risk.witness import Witness
 
 CHECKED_STEPS = 10
 CHECKED_EVERY = 100
@@ -50,6 +51,14 @@ class Probe:
         return (z - z.mean(1, keepdim=True)) * math.sqrt(c / (c - 1))
 
 
+class Answers(NamedTuple):
+    """Outputs of a model (n, ...), the targets, and what its twins put out."""
+
+    outputs: Tensor
+    targets: Tensor
+    twins: list[TwinOutputs]
+
+
 class Replica:
     """One of the models that are trained side by side.
 
@@ -63,9 +72,9 @@ class Replica:
         self.model, self.position = model, position
         self.optimizer = owner.make_optimizer(model)
         self.seconds = 0.0
+        self.inputs = Witness()
         self._owner = owner
-        self._seen: list[Any] = []
-        model.register_forward_pre_hook(self._note)
+        model.register_forward_pre_hook(self.inputs, with_kwargs=True)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of each example, (b,); for a twin with its labels perturbed.
@@ -84,10 +93,6 @@ class Replica:
             return losses
         follow = tilt.reshape(len(tilt), -1) * _full(outputs).reshape(len(tilt), -1)
         return losses - follow.sum(1).to(losses.dtype)
-
-    def _note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._owner._checking and args:
-            self._seen.append(args[0])
 
 
 @final
@@ -189,7 +194,7 @@ class TwinRisk:
         start = end = RandomState.now()
         for run in self.replicas:
             start.restore()
-            run._seen.clear()
+            run.inputs.watch(self._checking)
             began = time.perf_counter()
             yield run
             run.seconds += time.perf_counter() - began
@@ -199,7 +204,7 @@ class TwinRisk:
                 self._compare(run, end)
         end.restore()
         for run in self.replicas:
-            run._seen.clear()
+            run.inputs.watch(False)
         self.steps += 1
         self._checking, self._index, self._first = False, None, None
 
@@ -266,9 +271,12 @@ class TwinRisk:
         self.steps, self.doubt = state_dict["steps"], state_dict["doubt"]
         self._scale, self._shape = state_dict["scale"], state_dict["shape"]
 
-    def _estimate(
-        self, batches: Iterable[tuple[Any, Tensor, Tensor]], groups: Tensor | None
-    ) -> RiskEstimate:
+    def outputs(self, batches: Iterable[tuple[Any, Tensor, Tensor]]) -> Answers:
+        """Outputs of the model and its twins now, in evaluation mode.
+
+        Args:
+            batches: inputs, targets and index of all examples, in their order.
+        """
         columns: list[list[Tensor]] = [[] for _ in range(len(self.replicas) + 2)]
         with _evaluation([run.model for run in self.replicas]):
             for x, y, index in batches:
@@ -281,6 +289,12 @@ class TwinRisk:
             TwinOutputs(v, scale * probe.tilt(index, u.shape[1:], gauge=gauge))
             for v, probe in zip(others, self.probes, strict=True)
         ]
+        return Answers(u, y, twins)
+
+    def _estimate(
+        self, batches: Iterable[tuple[Any, Tensor, Tensor]], groups: Tensor | None
+    ) -> RiskEstimate:
+        u, y, twins = self.outputs(batches)
         seconds = [run.seconds for run in self.replicas]
         return estimate_risk(
             self.loss,
@@ -318,8 +332,8 @@ class TwinRisk:
         """Check that a twin was fed and drew what the model did."""
         model = self.replicas[0]
         if self._checking:
-            inputs.check_calls(len(model._seen), len(run._seen))
-            for mine, twins in zip(model._seen, run._seen, strict=True):
+            inputs.check_calls(len(model.inputs.seen), len(run.inputs.seen))
+            for mine, twins in zip(model.inputs.seen, run.inputs.seen, strict=True):
                 inputs.check_same("inputs", mine, twins)
         if not self.doubt and not end.same(RandomState.now()):
             self.doubt = "the twin drew other random numbers than the model"
