@@ -1,4 +1,4 @@
-"""A model and its twin one after the other, against both stacked: python benchmarks/stacked_twins.py
+"""A model and its twin in turn, against both stacked: python benchmarks/stacked_twins.py
 
 The stacked step is ``torch.func.functional_call`` under ``vmap`` over parameters of twice the size.
 """
