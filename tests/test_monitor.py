@@ -231,6 +231,29 @@ def test_rows_go_to_every_sink(tmp_path: Path) -> None:
     assert seen == [(0, {"a": 2.0, "b": math.inf})] * 2
 
 
+def test_a_sink_whose_folder_was_deleted_is_said_once_and_training_goes_on(tmp_path: Path) -> None:
+    model, (x, y) = network(), batch()
+    path = tmp_path / "deep" / "run.jsonl"
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = RiskMonitor(model, squared, sgd, every=1, sinks=[path])
+    path.parent.rmdir()
+    with pytest.warns(RuntimeWarning, match=r"cannot write to .*run\.jsonl: .* rows are in \.rows"):
+        monitor.step(x, y)
+    monitor.step(x, y)  # a second warning would be an error
+    assert len(monitor.rows) == 2
+
+
+def test_a_mean_that_is_spread_over_the_examples_is_said() -> None:
+    def loss(u: Tensor, y: Tensor) -> Tensor:
+        return squared(u, y).mean().expand(len(u))
+
+    model, (x, y) = network(), batch()
+    monitor = RiskMonitor(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.warns(RuntimeWarning, match=r"cannot measure gradients: loss .* reduction='none'"):
+        monitor.step(x, y)
+    assert math.isnan(monitor.rows[0][1]["loss"])
+
+
 def test_wandb_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 

@@ -1,5 +1,7 @@
 """Recording: what is kept, in whose loop, and what is refused."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from poprisk import PopRiskAdamW
-from poprisk.path import Facts, NotAnalysable, Recorder, StepRule, integrate, record
+from poprisk import PopRiskAdamW, loo_risk
+from poprisk.path import Facts, NotAnalysable, Recorder, Run, StepRule, integrate, record
 from poprisk.path.losses import gradient, hessian, hessian_product, squared_error
 from runs import LOSSES, batches, data, network, recorded
 from samplers import randn
@@ -91,6 +93,64 @@ def test_files_hold_what_memory_does(tmp_path: Path) -> None:
         assert torch.equal(memory.preconditions[k], disk.preconditions[k])
     assert torch.equal(memory.weights[-1], disk.weights[-1])
     assert torch.equal(integrate(memory).G, integrate(disk).G)
+
+
+def to_files(directory: Path, lr: float = 0.1) -> Run:
+    train, query, _ = data()
+    net = network()
+    sgd = torch.optim.SGD(net.parameters(), lr=lr)
+    return record(net, "squared_error", sgd, batches(4), query, train=train, directory=directory)
+
+
+def test_deleted_files_are_named(tmp_path: Path) -> None:
+    run = to_files(tmp_path)
+    (tmp_path / "weights.bin").unlink()
+    for use in (integrate, loo_risk):
+        with pytest.raises(NotAnalysable, match=r"weights\.bin, .* is gone; record again"):
+            use(run)
+
+
+def test_a_later_record_in_the_same_place_does_not_pass_for_the_first(tmp_path: Path) -> None:
+    first = to_files(tmp_path)
+    second = to_files(tmp_path, lr=0.2)
+    assert integrate(second).closure.worst < 1e-9
+    for use in (integrate, loo_risk):
+        with pytest.raises(NotAnalysable, match=r"weights\.bin, .* was changed since; .* its own"):
+            use(first)
+
+
+def test_files_cut_short_are_named(tmp_path: Path) -> None:
+    run = to_files(tmp_path)
+    os.truncate(tmp_path / "weights.bin", 100)
+    with pytest.raises(NotAnalysable, match="was changed since"):
+        integrate(run)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_files_deleted_while_recording_are_not_begun_anew(tmp_path: Path, whole: bool) -> None:
+    folder = tmp_path / "run"
+
+    def delete(step: int, steps: int | None) -> None:
+        if step == 2:
+            shutil.rmtree(folder) if whole else (folder / "weights.bin").unlink()
+
+    assert "weights.bin, which holds a part of the recorded run, is gone" in refused(
+        directory=folder, progress=delete
+    )
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_directory_that_cannot_be(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    message = refused(directory=tmp_path / place)
+    assert "cannot be written" in message
+    assert "choose another directory=" in message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full disk to write to")
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").symlink_to("/dev/full")
+    assert "No space left on device" in refused(directory=tmp_path)
 
 
 def test_pairs_are_found_in_the_training_set() -> None:
@@ -189,6 +249,11 @@ def test_low_precision_weights() -> None:
 def test_a_loss_that_is_reduced() -> None:
     message = refused(loss=nn.MSELoss())
     assert "pass reduction='none'" in message
+
+
+def test_a_mean_that_is_spread_over_the_examples() -> None:
+    message = refused(loss=lambda u, y: squared_error(u, y).mean().expand(len(u)))
+    assert "changes with the others of its batch" in message
 
 
 def test_an_unknown_loss() -> None:

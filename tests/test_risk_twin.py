@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import poprisk
 from asserts import assert_bitwise
@@ -233,10 +236,12 @@ def test_estimates_leave_modes_and_randomness_alone() -> None:
     assert twin.estimate(x[:30], y[:30]).losses.shape == (30,)
 
 
-def test_the_cost_is_that_of_all_runs() -> None:
+def test_the_cost_is_that_of_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(poprisk.risk.twin, "time", SimpleNamespace(perf_counter=clock.__next__))
     twin = make_twin(probes=2)
     train(twin, 1)
-    assert 2 < twin.estimate(*data()).cost < 6
+    assert twin.estimate(*data()).cost == 3
 
 
 def test_a_model_whose_outputs_are_wrapped() -> None:
@@ -295,6 +300,34 @@ def test_inputs_that_differ_later_are_refused() -> None:
     step(twin)
     with pytest.raises(ValueError, match="the inputs that the twin got differ"):
         step(twin, x=data()[0][20:40])
+
+
+class Named(nn.Module):
+    """Takes its inputs in a dictionary, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, *, batch: dict[str, Any]) -> Tensor:
+        return self.net(batch["parts"][0])
+
+
+@pytest.mark.parametrize("change", ["value", "count"])
+def test_inputs_by_name_that_differ_later_are_refused(change: str) -> None:
+    x, y = data()
+    twin = TwinRisk(Named, OPTIMIZERS["SGD"], cross_entropy, dataset_size=N)
+
+    def train(other: bool) -> None:
+        for run in twin.runs(torch.arange(20)):
+            parts = [x[:20]]
+            if other and run.position == 1:
+                parts = [x[20:40]] if change == "value" else [x[:20], y]
+            run.loss(run.model(batch={"parts": parts}), y[:20]).mean().backward()
+
+    train(other=False)
+    with pytest.raises(ValueError, match="the inputs that the twin got differ"):
+        train(other=True)
 
 
 def test_randomness_of_its_own_is_found() -> None:
@@ -357,6 +390,19 @@ def test_a_loss_that_is_a_mean_is_refused() -> None:
         step(twin)
 
 
+@pytest.mark.parametrize("kind", ["spread mean", "normalized"])
+def test_a_loss_that_mixes_examples_is_refused(kind: str) -> None:
+    def loss(u: Tensor, y: Tensor) -> Tensor:
+        losses = cross_entropy(u, y)
+        return losses.mean().expand(len(u)) if kind == "spread mean" else losses / losses.max()
+
+    twin = TwinRisk(network, OPTIMIZERS["SGD"], loss, dataset_size=N)
+    with pytest.raises(
+        ValueError, match=r"that of an example changes with the others of its batch"
+    ):
+        step(twin)
+
+
 def test_a_loss_without_a_scale_is_refused() -> None:
     flat: Loss = lambda u, y: 0 * u.sum(1)  # noqa: E731
     twin = TwinRisk(network, OPTIMIZERS["SGD"], flat, dataset_size=N)
@@ -372,12 +418,18 @@ def test_outputs_of_changing_shape_are_refused() -> None:
         run.loss(run.model(torch.ones(2, 4))[:, :2], torch.ones(2))
 
 
-class Stream(torch.utils.data.IterableDataset[int]):
+class Stream(IterableDataset[int]):
     def __iter__(self) -> Any:
         return iter(range(3))
 
 
-@pytest.mark.parametrize("size", [None, Stream(), 1, True, 2.0])
+def test_a_loader_counts_as_its_data() -> None:
+    loader = DataLoader(TensorDataset(*data()), batch_size=20)
+    twin = TwinRisk(network, OPTIMIZERS["SGD"], cross_entropy, dataset_size=loader)
+    assert twin.dataset_size == N
+
+
+@pytest.mark.parametrize("size", [None, Stream(), DataLoader(Stream()), iter([1]), 1, True, 2.0])
 def test_data_of_unknown_length_are_refused(size: Any) -> None:
     with pytest.raises(TypeError, match="dataset_size must be the number of training examples"):
         TwinRisk(network, OPTIMIZERS["SGD"], cross_entropy, dataset_size=size)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ def test_a_full_disk_is_told(run: RunDirectory) -> None:
     with pytest.raises(RunDirectoryError) as caught:
         run.append(row("epoch", "b", epoch=2))
     assert f"cannot write {run.metrics}: No space left on device" in str(caught.value)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_record_deleted_while_it_grows_does_not_go_on_half_empty(
+    run: RunDirectory, whole: bool
+) -> None:
+    shutil.rmtree(run.path) if whole else run.metrics.unlink()
+    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl was deleted while .* with --out"):
+        run.append(row("epoch", "b", epoch=2))
+    assert not run.metrics.exists()
 
 
 # --- resumed runs ---------------------------------------------------------------------------------

@@ -85,8 +85,13 @@ class RecordDirectory:
     def append(self, row: dict[str, Any]) -> None:
         """Add one row to the record and flush it."""
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
+            with open(self.metrics, "a", encoding="utf-8", opener=_open_existing) as file:
                 file.write(json.dumps(row) + "\n")
+        except FileNotFoundError:
+            raise RunDirectoryError(
+                f"{self.metrics} was deleted while runs were being trained, and with it what it "
+                "held; start anew in another directory with --out."
+            ) from None
         except OSError as error:
             raise RunDirectoryError(
                 f"cannot write {self.metrics}: {error.strerror or error}; what it holds is kept, "
@@ -182,6 +187,11 @@ class RecordDirectory:
             f"{self.path / name} is damaged: {found}. Nothing was changed; mend the file, or start "
             "anew in another directory with --out."
         )
+
+
+def _open_existing(path: str, flags: int) -> int:
+    """Open a file without making it: a record that was deleted must not go on half empty."""
+    return os.open(path, flags & ~os.O_CREAT)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -248,6 +249,29 @@ def check_losses(losses: Any, examples: int | None = None) -> None:
         raise ValueError(
             "the losses depend on no trainable parameter: all are frozen, or they were computed "
             "under torch.no_grad()."
+        )
+
+
+def check_separate(loss: Any, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
+    """Raise ValueError if an example's loss depends on the others of its batch.
+
+    Args:
+        loss: from outputs (b, ...) and targets (b, ...) to ``losses``; it is evaluated once more,
+            on either half of them.
+        outputs: of the batch.
+        targets: of the batch.
+        losses: per example, (b,).
+    """
+    half = len(losses) // 2
+    if half == 0:
+        return
+    parts = (loss(outputs[rows], targets[rows]) for rows in (slice(half), slice(half, None)))
+    alone = torch.cat([part.detach() for part in parts])
+    if not alone.allclose(losses.detach(), rtol=1e-3, equal_nan=True):
+        raise ValueError(
+            "loss gives one value per example, but that of an example changes with the others of "
+            "its batch (a mean spread over all, a normalization?); pass reduction='none', and take "
+            "the mean over examples yourself."
         )
 
 

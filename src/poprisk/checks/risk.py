@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from poprisk.checks.examples import check_no_batch_statistics
 
@@ -72,11 +73,13 @@ def _as_tensor(index: Any) -> Tensor:
 
 
 def check_dataset_size(size: Any) -> int:
-    """Return the number of training examples, given as such or as a sized data set.
+    """Return the number of training examples, given as such, as a data set or as its loader.
 
     Raises:
         TypeError: if its length is unknown.
     """
+    if isinstance(size, DataLoader):  # its own length counts batches
+        size = size.dataset
     if isinstance(size, Sized) and not isinstance(size, (str, bytes)):
         size = len(size)
     if isinstance(size, bool) or not isinstance(size, int) or size < 2:

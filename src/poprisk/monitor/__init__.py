@@ -165,14 +165,13 @@ class RiskMonitor:
         try:
             return measure()
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if name not in self._broken:
-                self._broken.add(name)
-                warnings.warn(
-                    f"the monitor cannot measure {name}: {error} Training goes on.",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+            self._warn_once(f"the monitor cannot measure {name}: {error} Training goes on.", name)
             return {"": float("nan")}
+
+    def _warn_once(self, message: str, about: str) -> None:
+        if about not in self._broken:
+            self._broken.add(about)
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         self.rows.append((step, row))
@@ -180,7 +179,14 @@ class RiskMonitor:
         if distributed and torch.distributed.get_rank() != 0:
             return
         for sink in self.sinks:
-            sink(step, row)
+            try:
+                sink(step, row)
+            except OSError as error:
+                self._warn_once(
+                    f"the monitor cannot write to {sink}: {error}. Its rows are in .rows; training "
+                    "goes on.",
+                    f"{sink}",
+                )
 
 
 def _call(model: nn.Module, x: Any) -> Tensor:

@@ -26,6 +26,9 @@ class Jsonl:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
+    def __repr__(self) -> str:
+        return str(self.path)
+
     def __call__(self, step: int, row: Row) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         with self.path.open("a", encoding="utf-8") as file:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from poprisk.checks import risk as inputs
+from poprisk.checks.examples import check_separate
 from poprisk.factors import capture
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -39,6 +40,7 @@ class Statistics:
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.params = params
+        self.checked = False
         self.clear()
 
     def clear(self) -> None:
@@ -54,6 +56,9 @@ class Statistics:
         with torch.enable_grad():
             outputs = forward(model, x)
             losses = inputs.check_losses(loss(outputs, y), outputs)
+            if not self.checked:
+                check_separate(loss, outputs, y, losses)
+                self.checked = True
             moments = capture(losses, self.params).moments()
         self.examples += len(losses)
         self.loss += float(losses.detach().double().sum())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,38 @@ def check_budget(needed: float, budget: float, what: str, instead: str) -> None:
             f"{what} needs {needed / 2**30:.3g} GiB, over the budget of {budget / 2**30:.3g} GiB; "
             f"{instead}"
         )
+
+
+FileState = tuple[int, int]
+"""Size of a file in bytes, and when it was last written, in ns."""
+
+
+def file_state(path: Path) -> FileState | None:
+    """The present state of a file; None if it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def check_kept(path: Path, written: FileState) -> None:
+    """Raise NotAnalysable unless a file of a recorded run is as it was written."""
+    found = file_state(path)
+    if found != written:
+        what = "is gone" if found is None else "was changed since"
+        raise NotAnalysable(
+            f"{path}, which holds a part of the recorded run, {what}; record again, each run into "
+            "a directory of its own that is kept while the run is used."
+        )
+
+
+def check_written(path: Path, error: OSError) -> NoReturn:
+    """Raise NotAnalysable for a file of a recorded run that cannot be written."""
+    raise NotAnalysable(
+        f"{path} cannot be written: {error.strerror or error}; choose another directory=, or leave "
+        "it out to record in memory."
+    ) from error
 
 
 def check_indices(indices: Tensor, examples: int) -> None:

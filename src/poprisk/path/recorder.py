@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
+from poprisk.checks.examples import check_separate
 from poprisk.path import checks as refuse
 from poprisk.path import losses
 from poprisk.path.batches import Batch, Examples
@@ -97,7 +98,9 @@ class Recorder:
         with torch.no_grad():
             first = model(train[0][:2])
         per_example = resolve_loss(loss)
-        losses.values(per_example, first, train[1][:2])
+        check_separate(
+            per_example, first, train[1][:2], losses.values(per_example, first, train[1][:2])
+        )
         shape = tuple(first.shape[1:])
         self.problem = Problem(
             copy.deepcopy(model), per_example, train, (x, y), tuple(named), shape

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poprisk.path.checks import check_budget
+from poprisk.path import checks as refuse
 
 
 @final
@@ -26,7 +26,10 @@ class Storage:
         self.directory = None if directory is None else Path(directory)
         self.used = 0
         if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                refuse.check_written(self.directory, error)
 
     def table(self, name: str) -> Table:
         """An empty table."""
@@ -39,7 +42,7 @@ class Storage:
             NotAnalysable: if that is over the budget.
         """
         where = "disk" if self.directory is not None else "memory"
-        check_budget(
+        refuse.check_budget(
             self.used + size,
             self.budget,
             f"recording this run to {where}",
@@ -61,8 +64,9 @@ class Table:
         self.width = 0
         directory = storage.directory
         self.path = None if directory is None else directory / f"{name}.bin"
+        self.written: refuse.FileState | None = None
         if self.path is not None:
-            self.path.write_bytes(b"")
+            self._write(self.path, b"", "wb")
 
     def __len__(self) -> int:
         return self.count
@@ -75,15 +79,28 @@ class Table:
         if self.path is None:
             self.rows.append(row.detach().cpu().clone())
             return
-        with self.path.open("ab") as file:
-            file.write(row.detach().cpu().contiguous().numpy().tobytes())
+        self._check_kept()
+        self._write(self.path, row.detach().cpu().contiguous().numpy().tobytes(), "ab")
 
     def __getitem__(self, k: int) -> Tensor:
         """Row ``k``, a new tensor where it comes from a file."""
         if self.path is None:
             return self.rows[k]
+        self._check_kept()
         kind = torch.empty(0, dtype=self.dtype).numpy().dtype
         k = range(self.count)[k]
         offset = k * self.width * kind.itemsize
         file = np.memmap(self.path, dtype=kind, mode="r", offset=offset, shape=(self.width,))
         return torch.from_numpy(np.array(file))
+
+    def _write(self, path: Path, content: bytes, mode: str) -> None:
+        try:
+            with path.open(mode) as file:
+                file.write(content)
+        except OSError as error:
+            refuse.check_written(path, error)
+        self.written = refuse.file_state(path)
+
+    def _check_kept(self) -> None:
+        if self.path is not None and self.written is not None:
+            refuse.check_kept(self.path, self.written)

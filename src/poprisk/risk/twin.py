@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from poprisk import checks
 from poprisk.checks import risk as inputs
+from poprisk.checks.examples import check_separate
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
 from poprisk.risk.links import PerExampleLoss, is_gauge
 from poprisk.risk.randomness import RandomState
@@ -352,7 +353,9 @@ def _gradient_scale(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> t
     """Standard deviation of the output gradient over a batch, and whether the loss has a gauge."""
     u = _full(outputs.detach()).requires_grad_()
     with torch.enable_grad():
-        (g,) = torch.autograd.grad(inputs.check_losses(loss(u, targets), u).sum(), u)
+        losses = inputs.check_losses(loss(u, targets), u)
+        check_separate(loss, u, targets, losses)
+        (g,) = torch.autograd.grad(losses.sum(), u)
     spread = (g - g.mean(0)) if len(g) > 1 else g
     scale = spread.square().mean().sqrt()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
