@@ -252,7 +252,10 @@ def test_a_loss_that_is_reduced() -> None:
 
 
 def test_a_mean_that_is_spread_over_the_examples() -> None:
-    message = refused(loss=lambda u, y: squared_error(u, y).mean().expand(len(u)))
+    def spread(u: Tensor, y: Tensor) -> Tensor:
+        return squared_error(u, y).mean().expand(len(u))
+
+    message = refused(loss=spread)
     assert "changes with the others of its batch" in message
 
 

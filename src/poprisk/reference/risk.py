@@ -126,6 +126,34 @@ def train_without(
     return w
 
 
+def tangent(
+    outputs: Callable[[Tensor], Tensor],
+    loss: Loss,
+    w: Tensor,
+    y: Tensor,
+    z: Tensor,
+    lrs: list[float],
+) -> Tensor:
+    r"""Forward-mode derivative of what gradient descent ends with by a tilt of its losses.
+
+    The outputs (n, c) after steps of size ``lrs`` from weights w (P,) on
+    :math:`\tfrac1n\sum_i\ell_i(u)-\delta z_i\cdot u`, differentiated by δ at 0 through every step.
+    """
+
+    def trained(delta: Tensor) -> Tensor:
+        def risk(v: Tensor) -> Tensor:
+            u = outputs(v)
+            return (loss(u, y) - delta * (z * u).sum(1)).mean()
+
+        v = w
+        for lr in lrs:
+            v = v - lr * torch.func.grad(risk)(v)
+        return outputs(v)
+
+    at = torch.zeros((), dtype=w.dtype)
+    return torch.func.jvp(trained, (at,), (torch.ones_like(at),))[1]
+
+
 def fresh_change(rows: Tensor, m: Tensor, idle: Tensor) -> float:
     r""":math:`-\tfrac1{b(b-1)}\sum_{i\ne j} g_i\cdot Mg_j + \Delta_0\cdot\mu`, gradients (b, P)."""
     b = len(rows)
