@@ -31,7 +31,7 @@ def cross_entropy(u: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(u, y, reduction="none")
 
 
-TARGETS = {squared: randn(N, 2, seed=1), cross_entropy: torch.arange(N) % 2}
+TARGETS: dict[Loss, Tensor] = {squared: randn(N, 2, seed=1), cross_entropy: torch.arange(N) % 2}
 each_loss = pytest.mark.parametrize("loss", [squared, cross_entropy])
 
 
