@@ -16,7 +16,7 @@ from poprisk.bench import environment
 from poprisk.bench.models import Case
 
 CASES = (Case("mlp", 64, 1024), Case("mlp", 64, 256), Case("transformer", 16, 128))
-EVERY, BLOCKS, WARM_UP = 50, 5, 4
+EVERY, BLOCKS, WARM_UP = 50, 9, 2
 
 
 def block_seconds(case: Case) -> dict[str, list[float]]:

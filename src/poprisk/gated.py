@@ -187,10 +187,11 @@ class GatedOptimizer(Optimizer):
 
     def _rewrite(self, p: Tensor, update: Tensor) -> Tensor:
         state, u = self.state[p], _real(update)
-        active = (state["exp_avg"] != 0) | (state["grad_mean_var"] > 0)
+        m, s = state["exp_avg"], state["grad_mean_var"]
+        active = ((m != 0) | (s > 0)).to(m.dtype)
         q, passed = self._masks(p)
         if q is None or passed is None:
-            state["sums"] = gate_sums(torch.ones_like(u), torch.ones_like(u), u, active)
+            state["sums"] = gate_sums(torch.ones_like(m), torch.ones_like(m), u, active)
             return update
         state["sums"] = gate_sums(q, passed, u, active)
         gated_update = q * u

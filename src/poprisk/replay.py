@@ -61,12 +61,14 @@ def gate_row(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     slots = slots._replace(params=slots.exp_avgs)
     whole = gate is not None and gate.per_tensor
     total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
+    eps = max(group["eps"], torch.finfo(slots.exp_avgs[0].dtype).tiny)  # 0/0 is no update
     for piece in [slots] if whole else pieces(slots):
         (m,), (v,) = piece.exp_avgs, piece.exp_avg_sqs
-        update = m * clock.mean_scale / adam_denominator([v], clock, group["eps"])[0]
-        q = passed = torch.ones_like(m)
-        if gate is not None and estimator is not None:
+        update = adam_denominator([v], clock, eps)[0].reciprocal_().mul_(m).mul_(clock.mean_scale)
+        if gate is None or estimator is None:
+            q = passed = torch.ones_like(m)
+        else:
             threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
             q, passed = (masks(piece, clock, estimator, g)[0] for g in (gate, threshold))
-        total += gate_sums(q, passed, update, v > 0)
+        total += gate_sums(q, passed, update, v.sign())
     return global_sums(total, layout_of(p))

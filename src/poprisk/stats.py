@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from torch import Tensor
 
 STARVED_BELOW = 0.02
 """A module is starved when its gated update has less than this share of the ungated RMS."""
+
+VANISHING = 1e-20
+"""Where a sum of squares is above it, squares that were lost to underflow do not matter."""
 
 
 class GateStats(NamedTuple):
@@ -36,19 +40,29 @@ def gate_sums(q: Tensor, passed: Tensor, update: Tensor, active: Tensor) -> Tens
     """What one tensor adds to its module's statistics: five sums, float64.
 
     Args:
-        q: mask, any shape that broadcasts to ``update``.
+        q: mask, float32 or float64, any shape that broadcasts to ``update``.
         passed: 1 where the threshold is passed, likewise.
-        update: ungated update.
-        active: True where the coordinate has received gradient.
+        update: ungated update, finite.
+        active: 1 where the coordinate has received gradient, else 0; of the shape of ``update`` and
+            the dtype of ``q``: sums of numbers are much faster than of booleans.
     """
     if not update.numel():  # a shard that holds nothing of the tensor
         return torch.zeros(5, dtype=torch.float64, device=update.device)
-    u = torch.where(active, update, 0.0)
-    peak = u.abs().amax().clamp_min(torch.finfo(u.dtype).tiny)
-    u /= peak  # its squares neither vanish nor overflow
-    parts = (active, q * active, passed * active, (q * u).square(), u.square())
-    one, scale = torch.ones_like(peak).double(), peak.double().square()
-    return torch.stack([x.sum().double() for x in parts]) * torch.stack([one] * 3 + [scale] * 2)
+    u = (update * active).flatten()
+    square, peak = u.dot(u).double(), 1.0
+    if not VANISHING < float(square) < math.inf:  # squares that get lost, or overflow
+        peak = float(u.abs().amax().clamp_min(torch.finfo(u.dtype).tiny))
+        u = u / peak
+        square = u.dot(u).double()
+    gated = q.expand_as(update).flatten() * u
+    counts = torch.stack([_dot(x, active) for x in (active, q, passed)]).double()
+    squares = torch.stack([gated.dot(gated).double(), square]) * peak**2
+    return torch.cat([counts, squares])
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """The inner product, in one pass without temporaries; x may have to be broadcast."""
+    return x.expand_as(y).flatten().dot(y.flatten())
 
 
 def module_stats(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, GateStats]:

@@ -97,8 +97,8 @@ MUTATIONS = {
     ),
     "variance of the mean divided by b": Mutation(
         "monitor/statistics.py",
-        ".clamp_min_(0).div_(b - 1)",
-        ".clamp_min_(0).div_(b)",
+        "pairs = self.examples * (self.examples - 1)",
+        "pairs = self.examples**2",
         SIGNAL,
     ),
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from poprisk.checks import risk as inputs
 from poprisk.checks.examples import check_separate
 from poprisk.factors import capture
+from poprisk.update import CHUNK
 
 Forward = Callable[[nn.Module, Any], Tensor]
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -82,17 +83,36 @@ class Statistics:
         return found
 
     def signals(self) -> dict[str, ModuleSignal]:
-        """The sums by module (a parameter's name without its last part)."""
-        rows: dict[str, list[float]] = {}
-        b = self.examples
+        r"""The sums by module (a parameter's name without its last part).
+
+        With S and Q the sums over examples of gradients and of their squares,
+        :math:`\mu^2-\Sigma_B/(b-1)` is the U-statistic :math:`(S^2-Q)/(b(b-1))`.
+        """
+        rows: dict[str, Tensor] = {}
         for name, total in self.sums.items():
-            mean_square = (total / b).square_()
-            variance = self.squares[name].div(b).sub_(mean_square).clamp_min_(0).div_(b - 1)
-            sums = [float(mean_square.sum()), float(variance.sum())]
-            new = [*sums, float(mean_square.sub_(variance).clamp_min_(0).sum())]
             module = name.rpartition(".")[0] or name
-            rows[module] = [a + c for a, c in zip(rows.get(module, [0.0] * 3), new, strict=True)]
-        return {module: ModuleSignal(*row) for module, row in rows.items()}
+            row = _square_sums(total.flatten(), self.squares[name].flatten(), self.examples)
+            rows[module] = rows[module] + row if module in rows else row
+        pairs = self.examples * (self.examples - 1)
+        found = {}
+        for module, row in rows.items():
+            square, spread, passed = row.tolist()
+            variance = max(spread / pairs, 0.0)
+            found[module] = ModuleSignal(square / self.examples**2, variance, passed / pairs)
+        return found
+
+
+def _square_sums(total: Tensor, squares: Tensor, examples: int) -> Tensor:
+    """Sums of S², Q-S²/b and (S²-Q)₊ over the coordinates of one parameter, float64.
+
+    Differences are taken coordinate by coordinate: sums would lose a small variance.
+    """
+    rows = []
+    for s, q in zip(total.split(CHUNK), squares.split(CHUNK), strict=True):
+        spread = torch.addcmul(q, s, s, value=-1 / examples)
+        signal = torch.addcmul(q, s, s, value=-1).clamp_max_(0)
+        rows.append(torch.stack([s.dot(s), spread.sum(), -signal.sum()]))
+    return torch.stack(rows).sum(0, dtype=torch.float64)
 
 
 def _summed(value: Tensor) -> Tensor:
