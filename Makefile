@@ -12,10 +12,10 @@ PIP  := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-dev run test lint types format docs bench chromium clean
+.PHONY: help setup setup-dev run test test-extras run-extras lint types format docs bench chromium clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: setup  ## Train on TASK (default: digits with wrong labels), print the verdict, write the report
 	$(BIN)/poprisk compare $(TASK) $(ARGS)
@@ -25,6 +25,12 @@ test: export MKL_NUM_THREADS := 1
 test: export OPENBLAS_NUM_THREADS := 1
 test: lint types  ## Lint, check types and run the tests; ARGS goes to pytest
 	$(BIN)/pytest -n 2 $(ARGS)
+
+test-extras:  ## Run the tests of the extras hf and lightning, in .venv-extras
+	$(MAKE) VENV=.venv-extras run-extras
+
+run-extras: $(VENV)/extras.stamp
+	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_lightning.py $(ARGS)
 
 lint: setup-dev  ## Check style and formatting
 	$(BIN)/ruff check .
@@ -52,7 +58,7 @@ chromium:  ## Install the browser of the browser tests (Debian, as root)
 	apt-get install --yes --no-install-recommends chromium
 
 clean:  ## Remove everything made here but runs/
-	rm -rf $(VENV) site build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-extras site build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: no later requirement then gets to choose another build of it.
@@ -72,3 +78,7 @@ $(VENV)/cli.stamp: $(VENV)/torch.stamp pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) -e '.[cli,dev]'
 	@touch $@ $(VENV)/cli.stamp
+
+$(VENV)/extras.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) -e '.[cli,dev,hf,lightning]'
+	@touch $@

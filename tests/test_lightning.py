@@ -16,7 +16,10 @@ from poprisk import PopRiskAdamW  # noqa: E402
 from poprisk.integrations.lightning import RiskCallback  # noqa: E402
 
 N = 24
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [  # Lightning asks PyTorch's trees in the old way
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
+]
 
 
 def squared(u: Tensor, y: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from poprisk import PopRiskAdamW  # noqa: E402
 from poprisk.integrations.transformers import RiskCallback, poprisk_optimizer  # noqa: E402
 
 N = 40
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.slow
 
 
 def cross_entropy(u: Tensor, y: Tensor) -> Tensor:

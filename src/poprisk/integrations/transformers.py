@@ -8,10 +8,16 @@ Example::
         optimizer_cls_and_kwargs=poprisk_optimizer(args, len(data)),
         callbacks=[RiskCallback(loss, sinks=["run.jsonl"])],
     )
+
+TRL's ``SFTTrainer`` and ``RewardTrainer`` take the same arguments, ``DPOTrainer`` an optimizer::
+
+    make, settings = poprisk_optimizer(args, len(data))
+    DPOTrainer(model, ..., optimizers=(make(model, **settings), None))
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -72,6 +78,7 @@ class RiskCallback(TrainerCallback):
         self.monitor: RiskMonitor | None = None
         self._parts: list[dict[str, Any]] = []
         self._hook: Any = None
+        self._said = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,7 +93,10 @@ class RiskCallback(TrainerCallback):
         """Measure, if it is time, on the batches since the last step."""
         parts = list(self._parts)
         self._parts.clear()
-        if state.global_step % self.every or not parts:
+        if state.global_step % self.every:
+            return
+        if not parts:
+            self._say_once()
             return
         if self.monitor is None:
             optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
@@ -107,10 +117,22 @@ class RiskCallback(TrainerCallback):
         """Stop watching."""
         self._hook.remove()
 
+    def _say_once(self) -> None:
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                f"RiskCallback measures nothing: the model is called without an input named "
+                f"{self.labels!r}. Pass labels= with the name of the input that holds the labels; "
+                "a loss over pairs of examples is not supported.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model.training and self.labels in kwargs:
             self._parts.append(kwargs)
 
     def _logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        kept = {k: v for k, v in batch.items() if k not in (self.labels, "num_items_in_batch")}
-        return model(**kept).logits
+        """The logits; what makes a model give its loss instead is left out."""
+        dropped = (self.labels, "num_items_in_batch", "fused_lm_head")  # the last is TRL's
+        return model(**{k: v for k, v in batch.items() if k not in dropped}).logits

@@ -1,0 +1,181 @@
+"""The optimizer and the monitor in TRL's trainers, on tiny models from a configuration."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install 'poprisk[hf]'")
+
+import datasets
+import tokenizers
+import transformers
+import trl
+
+from poprisk import PopRiskAdamW
+from poprisk.integrations.transformers import RiskCallback, poprisk_optimizer
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+(README_SNIPPET,) = (
+    code for code in re.findall(r"^```python\n(.*?)^```", README, re.S | re.M) if "trl" in code
+)
+N, WORDS, FLIPPED = 48, 16, 0.25
+pytestmark = [  # TRL's own settings have names that transformers is about to drop
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+def tokenizer() -> Any:
+    """A word a token; the better words are those of the second half."""
+    words = {f"w{i}": i for i in range(WORDS)} | {"<eos>": WORDS, "<pad>": WORDS + 1}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+def config() -> Any:
+    return transformers.LlamaConfig(
+        vocab_size=WORDS + 2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        num_labels=1,
+        pad_token_id=WORDS + 1,
+        eos_token_id=WORDS,
+        bos_token_id=None,
+    )
+
+
+def sentences(low: int, high: int, g: torch.Generator) -> list[str]:
+    rows = torch.randint(low, high, (N, 4), generator=g)
+    return [" ".join(f"w{i}" for i in row) for row in rows.tolist()]
+
+
+def preferences() -> Any:
+    """Pairs of answers, of which a quarter are the wrong way round."""
+    g = torch.Generator().manual_seed(0)
+    good, bad = sentences(WORDS // 2, WORDS, g), sentences(0, WORDS // 2, g)
+    flipped = (torch.rand(N, generator=g) < FLIPPED).tolist()
+    pairs = [(b, a) if wrong else (a, b) for a, b, wrong in zip(good, bad, flipped, strict=True)]
+    rows = [{"prompt": "w0 ", "chosen": c, "rejected": r} for c, r in pairs]
+    return datasets.Dataset.from_list(rows)
+
+
+def settings(folder: Path, steps: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "max_steps": steps,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+
+
+def gated(trainer: Any) -> PopRiskAdamW:
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert isinstance(optimizer, PopRiskAdamW)
+    group = optimizer.param_groups[0]
+    assert (group["batch_size"], group["dataset_size"]) == (16, N)
+    return optimizer
+
+
+def test_a_monitor_without_labels_says_so(tmp_path: Path) -> None:
+    trainer = trl.RewardTrainer(
+        transformers.LlamaForSequenceClassification(config()),
+        trl.RewardConfig(**settings(tmp_path, 2)),
+        train_dataset=preferences(),
+        processing_class=tokenizer(),
+        callbacks=[RiskCallback(next_words)],
+    )
+    with pytest.warns(RuntimeWarning, match="called without an input named 'labels'"):
+        trainer.train()
+
+
+def test_a_reward_model_learns_from_noisy_preferences(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(README_SNIPPET, names)
+    args = trl.RewardConfig(**settings(tmp_path, 20))
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(config())
+    trainer = names["train_reward_model"](model, tokenizer(), preferences(), args)
+    stats = gated(trainer).gate_stats(trainer.model)
+    assert "score" in stats
+    assert any(0 < gate.pass_rate < 1 for gate in stats.values())
+    g = torch.Generator().manual_seed(1)
+    good, bad = (
+        tokenizer()([f"w0 {s} <eos>" for s in sentences(low, high, g)], return_tensors="pt")
+        for low, high in ((WORDS // 2, WORDS), (0, WORDS // 2))
+    )
+    with torch.no_grad():
+        won = rewards(trainer.model, good) > rewards(trainer.model, bad)
+    assert float(won.double().mean()) > 0.9
+
+
+def rewards(model: Any, tokens: Any) -> Tensor:
+    return model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).logits
+
+
+def test_preferences_are_optimized_directly(tmp_path: Path) -> None:
+    args = trl.DPOConfig(**settings(tmp_path, 3))
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config())
+    before = [p.detach().clone() for p in model.parameters()]
+    cls, chosen = poprisk_optimizer(args, N)
+    trainer = trl.DPOTrainer(
+        model,
+        copy.deepcopy(model),
+        args,
+        train_dataset=preferences(),
+        processing_class=tokenizer(),
+        optimizers=(cls(model, **chosen), None),
+    )
+    losses = trainer.train().training_loss
+    assert losses == pytest.approx(0.69, abs=0.1)
+    assert set(gated(trainer).gate_stats()) >= {"lm_head", "model.embed_tokens"}
+    assert any(not torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+
+
+def next_words(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
+    return losses.mean(1)
+
+
+def test_the_monitor_watches_supervised_fine_tuning(tmp_path: Path) -> None:
+    args = trl.SFTConfig(**settings(tmp_path, 4))
+    g = torch.Generator().manual_seed(0)
+    texts = [{"text": text} for text in sentences(0, WORDS, g)]
+    path = tmp_path / "run.jsonl"
+    torch.manual_seed(0)
+    trainer = trl.SFTTrainer(
+        transformers.LlamaForCausalLM(config()),
+        args,
+        train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=tokenizer(),
+        optimizer_cls_and_kwargs=poprisk_optimizer(args, N),
+        callbacks=[RiskCallback(next_words, every=3, sinks=[path])],
+    )
+    trainer.train()
+    gated(trainer)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 3]
+    assert all(row["loss"] > 0 and 0 < row["signal/share"] < 1 for row in rows)
