@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from poprisk.reference import risk as reference
-from poprisk.risk.estimate import TwinOutputs, estimate_risk, measure_freedom
+from poprisk.risk.estimate import TwinOutputs, estimate_risk, measure_freedom, measure_parts
 from poprisk.risk.links import link_of
 from samplers import randn
 
@@ -161,6 +161,53 @@ def test_deep_interpolation_is_flagged(share: float, comparable: bool, reason: s
     found = estimate_risk(squared, u, y, [twin])
     assert (found.valid, found.comparable) == (not reason, comparable)
     assert reason in found.reason
+
+
+def test_parts_have_their_own_response() -> None:
+    n, shares = 200, torch.tensor([0.1, 0.3]).double()
+    y, parts = randn(n, 1), torch.arange(n) % 2
+    h = torch.diag(shares[parts])
+    found = estimate_risk(squared, h @ y, y, [twin_of(h, y, signs(n, 1))], parts=parts)
+    assert [p.value for p in found.parts] == pytest.approx([0.1, 0.3])
+    torch.testing.assert_close(found.outputs, reference.exact_leave_one_out(h, y))
+    assert found.freedom == pytest.approx(0.2)
+    one = estimate_risk(squared, h @ y, y, [twin_of(h, y, signs(n, 1))])
+    assert not torch.allclose(one.outputs, found.outputs)
+
+
+def test_parts_that_differ_by_their_noise_share_one_response() -> None:
+    n = 200
+    h, y, z = smoother(n, 0.3), randn(n, 1, seed=1), signs(n, 2)
+    one = estimate_risk(squared, h @ y, y, [twin_of(h, y, z)])
+    for parts in (torch.zeros(n).long(), torch.arange(n) % 5):
+        found = estimate_risk(squared, h @ y, y, [twin_of(h, y, z)], parts=parts)
+        assert {p.value for p in found.parts} == {one.freedom}
+        assert found.value == one.value
+        assert found.standard_error == one.standard_error
+
+
+def test_parts_are_drawn_together_by_what_is_not_noise() -> None:
+    n = 200
+    u, y, parts = randn(n, 1), randn(n, 1, seed=1), torch.arange(n) % 2
+    link, z = link_of(squared, u, y), signs(n, 3)
+    follows = torch.tensor([0.1, 0.3]).double()[parts].unsqueeze(1) * z
+    twins = [TwinOutputs(u + 0.3 * (follows + 0.4 * randn(n, 1, seed=4)), 0.6 * z)]
+    rows = [(parts == k).nonzero().squeeze(1) for k in range(2)]
+    own = [
+        measure_freedom(
+            link_of(squared, u[r], y[r]), u[r], [TwinOutputs(*(t[r] for t in twins[0]))]
+        )
+        for r in rows
+    ]
+    whole = measure_freedom(link, u, twins)
+    found = measure_parts(squared, u, y, twins, parts, whole=whole)
+    between = sum((o.value - whole.value) ** 2 - o.error**2 for o in own) / 2
+    for o, part in zip(own, found, strict=True):
+        w = between / (between + o.error**2)
+        assert 0 < w < 0.99
+        assert part.freedom.value == pytest.approx(whole.value + w * (o.value - whole.value))
+        error = math.hypot(w * o.error, (1 - w) * whole.error)
+        assert part.freedom.error == pytest.approx(error)
 
 
 def test_a_chaotic_twin_is_flagged() -> None:

@@ -466,3 +466,30 @@ def test_groups_that_are_none_are_refused(groups: Any) -> None:
     train(twin, 1)
     with pytest.raises(ValueError, match="groups must"):
         twin.estimate(*data(), groups=groups)
+
+
+def test_a_response_per_class() -> None:
+    twin, (x, y) = make_twin(), data()
+    train(twin, 1)
+    y = y.clamp(max=1)  # the third class is rare
+    found, one = twin.estimate(x, y, parts=y), twin.estimate(x, y)
+    assert len(found.parts) == 2
+    assert len(one.parts) == 1
+    assert found.freedom == one.freedom == one.parts[0].value
+    batches = [(x[i], y[i], i) for i in torch.arange(N).split(25)]
+    assert twin.estimate_batches(batches, parts=y).value == pytest.approx(found.value, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (torch.zeros(3), r"parts must be a tensor of one id an example, \(60,\), but got \(3,\)"),
+        ("class", "but got str"),
+        ((torch.arange(N) < 9).long(), "parts must have at least 10 examples .* one has 9"),
+    ],
+)
+def test_parts_that_are_none_are_refused(parts: Any, message: str) -> None:
+    twin = make_twin()
+    train(twin, 1)
+    with pytest.raises(ValueError, match=message):
+        twin.estimate(*data(), parts=parts)

@@ -13,9 +13,13 @@ GAIN = "test_channel.py::test_noise_gain_is_the_variance_of_noisy_labels"
 DRIFT = "test_drift.py::test_drift_and_diffusion_are_the_sums_of_the_definition"
 
 ROWS = "test_path.py::test_rows_are_those_of_torch_func"
+DECAYING = "test_path.py::test_decay_that_acts_on_what_was_moved_adds_up_too[AdamW]"
 WALKS = "test_drift.py::test_known_powers_are_found[1.0]"
 
 MUTATIONS = {
+    "decay that grows what was moved": Mutation(
+        "path/follow.py", "self.own -= V", "self.own += V", DECAYING
+    ),
     "propagator with the wrong sign": Mutation(
         "path/integrals.py",
         "self.X -= _blocks(B, moved)",

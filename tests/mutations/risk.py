@@ -12,6 +12,12 @@ BITWISE = "test_risk_twin.py::test_the_model_is_trained_bitwise_as_alone"
 LINEAR = "test_risk_twin.py::test_h_of_a_linear_model_is_that_of_its_smoother"
 RETRAINED = "test_risk_loo.py::test_a_frozen_kernel_equals_retraining_without_each_example"
 OTHERS = "test_risk_loo.py::test_other_optimizers_take_their_own_steps_without_an_example"
+GAP = "test_risk_gap.py::test_nothing_adapts_in_a_linear_model"
+PARTS = "test_risk_estimate.py::test_parts_are_drawn_together_by_what_is_not_noise"
+OWN = "test_risk_estimate.py::test_parts_have_their_own_response"
+BY_NAME = "test_risk_twin.py::test_inputs_by_name_that_differ_later_are_refused"
+OVERWRITTEN = "test_recorder.py::test_a_later_record_in_the_same_place_does_not_pass_for_the_first"
+DELETED = "test_rundir.py::test_a_record_deleted_while_it_grows_does_not_go_on_half_empty"
 FRESH = "test_risk_fresh.py::test_equals_the_sum_over_pairs"
 MONITORED = "test_monitor.py::test_training_is_bitwise_the_same_with_and_without"
 SIGNAL = "test_monitor.py::test_numbers_are_those_of_all_parts_of_the_step"
@@ -91,6 +97,39 @@ MUTATIONS = {
     ),
     "decoupled decay of a displacement forgotten": Mutation(
         "risk/loo.py", "d - step - rule.decay * d", "d - step", OTHERS
+    ),
+    "a gap that is all of the twin's answer": Mutation(
+        "risk/gap.py", "[(moved - d, z) for", "[(moved + 0 * d, z) for", GAP
+    ),
+    "decay of what a push moved forgotten": Mutation(
+        "risk/gap.py", "quadrature=quadrature, decaying=True", "quadrature=quadrature", GAP
+    ),
+    "a tilt per example that is not averaged": Mutation(
+        "risk/gap.py", "probes = tilts.to(w) / problem.n", "probes = tilts.to(w)", GAP
+    ),
+    "parts not drawn together": Mutation(
+        "risk/estimate.py",
+        "w = real / (real + own.error**2)",
+        "w = 1.0 + 0 * (own.error**2)",
+        PARTS,
+    ),
+    "left-out outputs of a part by its first examples": Mutation(
+        "risk/estimate.py",
+        "link.leave_one_out(flat[rows], f",
+        "link.leave_one_out(flat[: len(flat[rows])], f",
+        OWN,
+    ),
+    "inputs by name not compared": Mutation(
+        "risk/witness.py", "tree_leaves((args, kwargs))", "tree_leaves(args)", BY_NAME
+    ),
+    "the twin's tilt twice": Mutation(
+        "risk/twin.py", "self.delta * self._scale[0]", "2 * self.delta * self._scale[0]", TILT
+    ),
+    "an overwritten record is read": Mutation(
+        "path/checks.py", "    if found != written:", "    if found is None:", OVERWRITTEN
+    ),
+    "a deleted record is begun anew": Mutation(
+        "records.py", "flags & ~os.O_CREAT", "flags", DELETED
     ),
     "the monitor leaves dropout drawn": Mutation(
         "monitor/__init__.py", "        random.restore()\n", "        torch.rand(1)\n", MONITORED

@@ -140,6 +140,28 @@ def check_groups(groups: Any, n: int) -> Tensor:
     return ids
 
 
+PART_EXAMPLES = 10
+"""Examples from which a response of their own can be told."""
+
+
+def check_parts(parts: Any, n: int) -> Tensor:
+    """Return ids of parts as integers 0..K-1, one an example, with enough examples in each.
+
+    Raises:
+        ValueError: if the shape does not fit, or a part is too small.
+    """
+    if not isinstance(parts, Tensor) or parts.shape != (n,):
+        found = tuple(parts.shape) if isinstance(parts, Tensor) else type(parts).__name__
+        raise ValueError(f"parts must be a tensor of one id an example, ({n},), but got {found}.")
+    ids, counts = torch.unique(parts.cpu(), return_inverse=True, return_counts=True)[1:]
+    if int(counts.min()) < PART_EXAMPLES:
+        raise ValueError(
+            f"parts must have at least {PART_EXAMPLES} examples each to measure a response, but "
+            f"one has {int(counts.min())}; merge small ones."
+        )
+    return ids
+
+
 NOT_REPEATED = (
     "the twin's outputs differ from the model's at the first step although their weights are the "
     "same: the model or the batch is random in a way that runs() cannot repeat. Use torch's, "

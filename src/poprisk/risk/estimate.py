@@ -51,6 +51,7 @@ class RiskEstimate:
         accuracy: share of labels that leave-one-out outputs predict; None unless classes.
         outputs: leave-one-out outputs, shape of the model's, float64.
         losses: their losses, (n,), float64.
+        parts: degrees of freedom of each part of the examples; one unless parts were asked for.
     """
 
     value: float
@@ -66,6 +67,7 @@ class RiskEstimate:
     accuracy: float | None
     outputs: Tensor
     losses: Tensor
+    parts: tuple[Freedom, ...] = ()
 
     def __repr__(self) -> str:
         shown = f"value={self.value:.4g}, standard_error={self.standard_error:.2g}"
@@ -94,6 +96,7 @@ def estimate_risk(
     twins: Sequence[TwinOutputs],
     *,
     groups: Tensor | None = None,
+    parts: Tensor | None = None,
     cost: float = math.nan,
     doubt: str = "",
 ) -> RiskEstimate:
@@ -105,6 +108,7 @@ def estimate_risk(
         targets: (n, ...).
         twins: one or more.
         groups: ids of groups of dependent examples, 0..G-1, (n,); None: all independent.
+        parts: ids 0..K-1 of examples that share one response, (n,); None: all of them do.
         cost: passed on.
         doubt: a reason known beforehand why the estimate is not valid.
     """
@@ -116,23 +120,16 @@ def estimate_risk(
 
     if not all(bool(t.isfinite().all()) for t in (outputs, *(twin.outputs for twin in twins))):
         return _failed(u, scored(u), cost, "outputs are not finite")
-    link = link_of(loss if in_double else _cast(loss, outputs.dtype), u, y)
+    smooth = loss if in_double else _cast(loss, outputs.dtype)
+    link = link_of(smooth, u, y)
     found = measure_freedom(link, u, twins, groups)
-
-    def without(freedom: float) -> Tensor:
-        rows = link.leave_one_out(u.flatten(1) if u.ndim > 1 else u.unsqueeze(1), freedom)
-        return rows.reshape(u.shape)
-
-    left_out = without(found.value)
+    shared = [Part(slice(None), link, found)]
+    if parts is not None:
+        shared = measure_parts(smooth, u, y, twins, parts, whole=found, groups=groups)
+    left_out = _left_out(u, shared)
     losses = scored(left_out)
-    value, upper, lower = (
-        float(x.mean())
-        for x in (
-            losses,
-            scored(without(found.value + found.error)),
-            scored(without(found.value - found.error)),
-        )
-    )
+    value = float(losses.mean())
+    upper, lower = (float(scored(_left_out(u, shared, errors=e)).mean()) for e in (1.0, -1.0))
     sampling = grouped_error(losses - value, groups) / len(losses)
     train_loss = float(scored(u).mean())
     judged = (value, upper, train_loss, found.value, sampling)
@@ -151,7 +148,69 @@ def estimate_risk(
         accuracy=_accuracy(link, left_out, targets),
         outputs=left_out,
         losses=losses,
+        parts=tuple(part.freedom for part in shared),
     )
+
+
+class Part(NamedTuple):
+    """Examples that share one response: which, the link of their losses, and what was measured."""
+
+    rows: Tensor | slice
+    link: Link
+    freedom: Freedom
+
+
+def _left_out(u: Tensor, parts: Sequence[Part], *, errors: float = 0.0) -> Tensor:
+    """Leave-one-out outputs, every part's freedom raised by so many of its standard errors."""
+    flat = u.reshape(len(u), -1)
+    found = flat.clone()
+    for rows, link, freedom in parts:
+        found[rows] = link.leave_one_out(flat[rows], freedom.value + errors * freedom.error)
+    return found.reshape(u.shape)
+
+
+def measure_parts(
+    loss: PerExampleLoss,
+    outputs: Tensor,
+    targets: Tensor,
+    twins: Sequence[TwinOutputs],
+    parts: Tensor,
+    *,
+    whole: Freedom,
+    groups: Tensor | None = None,
+) -> list[Part]:
+    r"""The response of each part of the examples, drawn towards that of all by its own noise.
+
+    A part is measured with fewer signs, so with more error :math:`\epsilon_k`. Its freedom is
+    :math:`\varphi + w_k(\varphi_k-\varphi)` with :math:`w_k=\tau^2/(\tau^2+\epsilon_k^2)`, where
+    :math:`\tau^2` is what the parts differ by beyond their errors (empirical Bayes).
+
+    Args:
+        loss: one value an example.
+        outputs: (n, ...), float64.
+        targets: (n, ...).
+        twins: the perturbed runs.
+        parts: ids 0..K-1, (n,).
+        whole: freedom of all examples.
+        groups: as in :func:`estimate_risk`.
+    """
+    found: list[Part] = []
+    for k in range(int(parts.max()) + 1):
+        rows = (parts == k).nonzero().squeeze(1)
+        link = link_of(loss, outputs[rows], targets[rows])
+        mine = [TwinOutputs(t.outputs[rows], t.tilt[rows]) for t in twins]
+        own = None if groups is None else torch.unique(groups[rows], return_inverse=True)[1]
+        found.append(Part(rows, link, measure_freedom(link, outputs[rows], mine, own)))
+    noise = sum(p.freedom.error**2 for p in found) / len(found)
+    spread = sum((p.freedom.value - whole.value) ** 2 for p in found) / len(found)
+    real = max(spread - noise, 0.0)
+    return [p._replace(freedom=_drawn(p.freedom, whole, real)) for p in found]
+
+
+def _drawn(own: Freedom, whole: Freedom, real: float) -> Freedom:
+    w = real / (real + own.error**2) if real > 0 else 0.0
+    value = whole.value + w * (own.value - whole.value)
+    return Freedom(value, math.hypot(w * own.error, (1 - w) * whole.error), own.response)
 
 
 def measure_freedom(

@@ -216,6 +216,7 @@ class TwinRisk:
         *,
         index: Any = None,
         groups: Tensor | None = None,
+        parts: Tensor | None = None,
         batch_size: int = 1024,
     ) -> RiskEstimate:
         """Estimate the risk now, from the training examples in evaluation mode.
@@ -225,6 +226,7 @@ class TwinRisk:
             y: targets (n, ...).
             index: their positions in the training set; 0..n-1 if left out.
             groups: ids of dependent examples (one patient, one document), (n,), for the error.
+            parts: ids of examples whose response is measured apart, (n,), such as their classes.
             batch_size: examples per forward pass.
 
         Raises:
@@ -232,19 +234,24 @@ class TwinRisk:
         """
         index = inputs.check_index(range(len(y)) if index is None else index, self.dataset_size)
         pieces = [slice(i, i + batch_size) for i in range(0, len(y), batch_size)]
-        return self._estimate([(x[s], y[s], index[s]) for s in pieces], groups)
+        return self._estimate([(x[s], y[s], index[s]) for s in pieces], groups, parts)
 
     def estimate_batches(
-        self, batches: Iterable[tuple[Any, Tensor, Any]], *, groups: Tensor | None = None
+        self,
+        batches: Iterable[tuple[Any, Tensor, Any]],
+        *,
+        groups: Tensor | None = None,
+        parts: Tensor | None = None,
     ) -> RiskEstimate:
         """Estimate the risk from batches (inputs, targets, index), as training gets them.
 
         Args:
             batches: without augmentation; a part of the training set will do.
             groups: ids in the order of the examples.
+            parts: likewise.
         """
         checked = ((x, y, inputs.check_index(i, self.dataset_size)) for x, y, i in batches)
-        return self._estimate(checked, groups)
+        return self._estimate(checked, groups, parts)
 
     def state_dict(self) -> dict[str, Any]:
         """All replicas' weights and optimizers, and what the perturbation depends on."""
@@ -293,7 +300,10 @@ class TwinRisk:
         return Answers(u, y, twins)
 
     def _estimate(
-        self, batches: Iterable[tuple[Any, Tensor, Tensor]], groups: Tensor | None
+        self,
+        batches: Iterable[tuple[Any, Tensor, Tensor]],
+        groups: Tensor | None,
+        parts: Tensor | None,
     ) -> RiskEstimate:
         u, y, twins = self.outputs(batches)
         seconds = [run.seconds for run in self.replicas]
@@ -303,6 +313,7 @@ class TwinRisk:
             y,
             twins,
             groups=None if groups is None else inputs.check_groups(groups, len(y)),
+            parts=None if parts is None else inputs.check_parts(parts, len(y)),
             cost=sum(seconds) / seconds[0] if seconds[0] else math.nan,
             doubt=self.doubt,
         )
