@@ -126,7 +126,10 @@ MUTATIONS = {
         "risk/twin.py", "self.delta * self._scale[0]", "2 * self.delta * self._scale[0]", TILT
     ),
     "an overwritten record is read": Mutation(
-        "path/checks.py", "    if found != written:", "    if found is None:", OVERWRITTEN
+        "path/checks.py",
+        "    if found is None or found != written:",
+        "    if found is None:",
+        OVERWRITTEN,
     ),
     "a deleted record is begun anew": Mutation(
         "records.py", "flags & ~os.O_CREAT", "flags", DELETED

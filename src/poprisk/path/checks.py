@@ -139,10 +139,10 @@ def file_state(path: Path) -> FileState | None:
     return found.st_size, found.st_mtime_ns
 
 
-def check_kept(path: Path, written: FileState) -> None:
+def check_kept(path: Path, written: FileState | None) -> None:
     """Raise NotAnalysable unless a file of a recorded run is as it was written."""
     found = file_state(path)
-    if found != written:
+    if found is None or found != written:
         what = "is gone" if found is None else "was changed since"
         raise NotAnalysable(
             f"{path}, which holds a part of the recorded run, {what}; record again, each run into "

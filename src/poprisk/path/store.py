@@ -102,5 +102,5 @@ class Table:
         self.written = refuse.file_state(path)
 
     def _check_kept(self) -> None:
-        if self.path is not None and self.written is not None:
+        if self.path is not None:
             refuse.check_kept(self.path, self.written)
