@@ -1,0 +1,189 @@
+"""Runs of the grokking claims: one optimizer on a part of a modular table until it generalizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from poprisk.controls import RmsMatched, ShuffledMask, UpdateTrace
+from poprisk.optimizer import PopRiskAdamW
+from poprisk.reproduce.claim import Found, Workspace
+from poprisk.tasks.modular import ModularTransformer, split_table
+
+GOAL = 0.95
+KEPT = 60
+"""Points of a curve that are kept."""
+
+
+class Data(NamedTuple):
+    """A table: inputs (n, k) and results (n,), seen and asked."""
+
+    x: Tensor
+    y: Tensor
+    asked: Tensor
+    answers: Tensor
+
+
+def load(settings: dict[str, Any]) -> Data:
+    """The table of a trial."""
+    (x, y), (asked, answers) = split_table(
+        settings["table"], settings["p"], settings["fraction"], settings["seed"]
+    )
+    return Data(x, y, asked, answers)
+
+
+def build_model(settings: dict[str, Any]) -> nn.Module:
+    """The network of a trial, freshly initialized from its seed."""
+    torch.manual_seed(settings["seed"])
+    operands = {"division": 2, "two-step": 3}[settings["table"]]
+    return ModularTransformer(
+        settings["p"], operands=operands, width=settings["width"], hidden=settings["hidden"]
+    )
+
+
+def build(settings: dict[str, Any], model: nn.Module, n: int) -> Optimizer:
+    """The optimizer of a trial; ``n`` training examples."""
+    arm = settings["arm"]
+    shared = {
+        "lr": settings["lr"],
+        "betas": (0.9, settings["beta2"]),
+        "weight_decay": settings["weight_decay"],
+    }
+    batch = settings["batch"] or n
+    sizes = {"batch_size": batch, "dataset_size": n if batch < n else None}
+    if arm in ("poprisk", "paper"):
+        return PopRiskAdamW(model, **shared, **sizes, **settings["gate"])
+    if arm == "shuffled":
+        return PopRiskAdamW(
+            model, **shared, **sizes, **{**settings["gate"], "mask": ShuffledMask("soft")}
+        )
+    if arm == "rms-matched":
+        trace = record_trace(settings, n)
+        return RmsMatched(torch.optim.AdamW(model.parameters(), **shared), trace)
+    if arm == "adamw":
+        return torch.optim.AdamW(model.parameters(), **shared, fused=True)
+    import pytorch_optimizer as peers  # slow to import, and only needed here
+
+    if arm == "grokfast":
+        return peers.GrokFastAdamW(
+            model.parameters(), **shared, normalize_lr=False, **settings["gate"]
+        )
+    if arm == "orthograd":
+        return peers.OrthoGrad(torch.optim.AdamW(model.parameters(), **shared))
+    raise ValueError(f"there is no arm {arm!r}.")
+
+
+def record_trace(settings: dict[str, Any], n: int) -> UpdateTrace:
+    """RMS of the gated run's updates, step by step, up to the limit of the trial."""
+    gated = {**settings, "arm": "poprisk"}
+    data, model, trace = load(gated), build_model(gated), UpdateTrace()
+    optimizer = build(gated, model, n)
+    for index in _limited(batches(gated, n, 0), settings["limit"]):
+        gradient(model, optimizer, data, index)
+        trace.record_step(optimizer)
+    return trace
+
+
+def batches(settings: dict[str, Any], n: int, start: int) -> Iterator[Tensor | slice]:
+    """Index batches from step ``start`` on, for ever: shuffled passes, incomplete ones cut."""
+    size = settings["batch"] or n
+    if size >= n:
+        while True:
+            yield slice(None)
+    each = n // size
+    epoch = start // each
+    while True:
+        generator = torch.Generator().manual_seed(1_000_003 * (settings["seed"] + 1) + epoch)
+        parts = torch.randperm(n, generator=generator)[: each * size].split(size)
+        yield from parts[start % each if epoch == start // each else 0 :]
+        epoch += 1
+
+
+def _limited(source: Iterator[Tensor | slice], count: int) -> Iterator[Tensor | slice]:
+    for _ in range(count):
+        yield next(source)
+
+
+def gradient(model: nn.Module, optimizer: Optimizer, data: Data, index: Tensor | slice) -> float:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(data.x[index]), data.y[index])
+    loss.backward()
+    return loss.item()
+
+
+@torch.no_grad()
+def measure(model: nn.Module, data: Data) -> tuple[float, float, float, float]:
+    """Training loss and accuracy, test loss and accuracy."""
+    found: list[float] = []
+    for x, y in ((data.x, data.y), (data.asked, data.answers)):
+        outputs = model(x)
+        found.append(F.cross_entropy(outputs, y).item())
+        found.append((outputs.argmax(1) == y).double().mean().item())
+    return found[0], found[1], found[2], found[3]
+
+
+def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+    """Train until 95% of what was not seen is right, a little longer, or up to the limit.
+
+    Returns ``reached`` and ``memorized`` (first step measured at 95% of the test set and 99% of
+    the training set; None if never), ``best`` (test accuracy), ``jumps`` (steps at which the loss
+    more than doubled) and a ``curve`` of (step, training loss, training and test accuracy).
+    """
+    data, model = load(settings), build_model(settings)
+    optimizer = build(settings, model, len(data.y))
+    state: dict[str, Any] = {"step": 0, "jumps": 0, "before": None, "rows": []}
+    saved = workspace.load()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+    source = batches(settings, len(data.y), state["step"])
+    while state["step"] < settings["limit"]:
+        if state["step"] % settings["every"] == 0:
+            train_loss, train, _, test = measure(model, data)
+            state["rows"].append([state["step"], train_loss, train, test])
+            if _enough(state["rows"], settings):
+                break
+        loss = gradient(model, optimizer, data, next(source))
+        optimizer.step()
+        before = state["before"]
+        state["jumps"] += before is not None and loss > 2 * before + 0.02
+        state["before"], state["step"] = loss, state["step"] + 1
+        workspace.save(
+            lambda: {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "state": state,
+            }
+        )
+    return summarize(state, settings)
+
+
+def _enough(rows: list[list[float]], settings: dict[str, Any]) -> bool:
+    reached = first(rows, 3, GOAL)
+    return reached is not None and rows[-1][0] >= reached + settings["after"]
+
+
+def first(rows: list[list[float]], column: int, goal: float) -> int | None:
+    return next((int(row[0]) for row in rows if row[column] >= goal), None)
+
+
+def summarize(state: dict[str, Any], settings: dict[str, Any]) -> Found:
+    """What is kept of a run."""
+    rows = state["rows"]
+    every = -(-len(rows) // KEPT)
+    kept = [row for i, row in enumerate(rows) if i % every == 0 or i == len(rows) - 1]
+    return {
+        "reached": first(rows, 3, GOAL),
+        "memorized": first(rows, 2, 0.99),
+        "limit": settings["limit"],
+        "best": round(max(row[3] for row in rows), 5),
+        "jumps": int(state["jumps"]),
+        "steps": int(state["step"]),
+        "curve": [[int(s), *(float(f"{v:.4g}") for v in rest)] for s, *rest in kept],
+    }
