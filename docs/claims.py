@@ -53,13 +53,13 @@ def draw(plot: Plot, path: Path) -> None:
 
 def draw_curve(axes: plt.Axes, curve: Curve) -> None:
     """One line, its band, or its points."""
-    colour = COLOURS[curve.colour]
+    colour, label = COLOURS[curve.colour], curve.name or "_nolegend_"
     if len(curve.low):
         axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
     if curve.points:
-        axes.plot(curve.x, curve.y, ".", color=colour, label=curve.name, alpha=0.8)
+        axes.plot(curve.x, curve.y, ".", color=colour, label=label, alpha=0.8)
     else:
-        axes.plot(curve.x, curve.y, LINES[curve.dash], color=colour, label=curve.name, lw=1.8)
+        axes.plot(curve.x, curve.y, LINES[curve.dash], color=colour, label=label, lw=1.8)
 
 
 def page(found: Judged) -> str:

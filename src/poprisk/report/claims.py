@@ -196,7 +196,17 @@ def _traces(curve: Curve) -> list[go.Scatter]:
     look: dict[str, Any] = {"mode": "lines", "line": {"dash": curve.dash, "width": 2.4}}
     if curve.points:
         look = {"mode": "markers", "marker": {"size": 6, "opacity": 0.75}}
-    return [*found, go.Scatter(**shared, **look, y=_json(curve.y), name=curve.name, meta=meta)]
+    return [
+        *found,
+        go.Scatter(
+            **shared,
+            **look,
+            y=_json(curve.y),
+            name=curve.name,
+            showlegend=bool(curve.name),
+            meta=meta,
+        ),
+    ]
 
 
 def _json(values: Sequence[float]) -> list[float | None]:

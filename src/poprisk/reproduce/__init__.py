@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from poprisk.reproduce import grokking
 from poprisk.reproduce.claim import Claim
+from poprisk.reproduce.grokking import multistep
 
 __all__ = ["CLAIMS", "Claim"]
 
-CLAIMS: dict[str, Claim] = {}
+CLAIMS: dict[str, Claim] = {
+    claim.name: claim
+    for claim in (
+        grokking.CLAIM,
+        multistep.CLAIM,
+    )
+}
 """The claims, by name, in the order of the summary."""

@@ -41,7 +41,7 @@ class Curve(NamedTuple):
     """One line of a plot.
 
     Attributes:
-        name: in the legend.
+        name: in the legend; empty to leave it out.
         x: as many as ``y``.
         y: NaN where there is none.
         colour: a colour name of the page (``poprisk``, ``adamw``, ``peer``, ``other`` …).

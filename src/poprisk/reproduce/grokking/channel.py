@@ -3,11 +3,11 @@ r"""Whether the target enters the channel before the network generalizes.
 At moments of a run the tangent kernel of the outputs, averaged over the classes,
 :math:`\Theta_{ij} = \frac1c\sum_o \langle\nabla u_{io}, \nabla u_{jo}\rangle`, is computed at the
 weights of that moment. If they stayed, gradient flow would dissipate the residual along its leading
-directions and leave the rest: the *channel* is the leading ``rank`` directions, the *reservoir* what
-is below. The energy of the centred one-hot targets in the channel, and the test accuracy that the
-kernel alone would reach (ridge regression on the targets), are set beside the accuracy of the
-network. Ours, after [LG, §3]: the exact operators of a whole run are in :mod:`poprisk.channel`, but a
-table modulo p has too many outputs for them at the sizes where grokking is seen.
+directions and leave the rest: the *channel* is the leading ``rank`` directions, the *reservoir*
+what is below. The energy of the centred one-hot targets in the channel, and the test accuracy that
+the kernel alone would reach (ridge regression on the targets), are set beside the accuracy of the
+network. Ours, after [LG, §3]: the exact operators of a whole run are in :mod:`poprisk.channel`, but
+a table modulo p has too many outputs for them at the sizes where grokking is seen.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from poprisk.reproduce import grokking_runs as runs
 from poprisk.reproduce.claim import Found, Workspace
+from poprisk.reproduce.grokking import runs
 
 PROBES = 6
 RIDGE = 1e-3
@@ -80,7 +80,7 @@ def align(kernel: Tensor, n: int, y: Tensor, answers: Tensor, *, rank: int) -> A
 
 
 def run(settings: dict[str, Any], workspace: Workspace) -> Found:
-    """Train as :func:`grokking_runs.run` does, and align the kernel at each measurement.
+    """Train as :func:`runs.run` does, and align the kernel at each measurement.
 
     Returns a ``curve`` of (step, training accuracy, test accuracy, energy, kernel accuracy), and
     the first steps at which network and kernel have half of the test set right.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -47,32 +48,36 @@ def build_model(settings: dict[str, Any]) -> nn.Module:
 
 
 def build(settings: dict[str, Any], model: nn.Module, n: int) -> Optimizer:
-    """The optimizer of a trial; ``n`` training examples."""
+    """The optimizer of a trial; ``n`` training examples.
+
+    Raises:
+        ValueError: for an arm that does not exist.
+    """
     arm = settings["arm"]
-    shared = {
+    shared: dict[str, Any] = {
         "lr": settings["lr"],
         "betas": (0.9, settings["beta2"]),
         "weight_decay": settings["weight_decay"],
     }
     batch = settings["batch"] or n
-    sizes = {"batch_size": batch, "dataset_size": n if batch < n else None}
+    gate: dict[str, Any] = {
+        "batch_size": batch,
+        "dataset_size": n if batch < n else None,
+        **settings.get("gate", {}),
+    }
     if arm in ("poprisk", "paper"):
-        return PopRiskAdamW(model, **shared, **sizes, **settings["gate"])
+        return PopRiskAdamW(model, **shared, **gate)
     if arm == "shuffled":
-        return PopRiskAdamW(
-            model, **shared, **sizes, **{**settings["gate"], "mask": ShuffledMask("soft")}
-        )
+        return PopRiskAdamW(model, **shared, **{**gate, "mask": ShuffledMask("soft")})
+    if arm == "adamw":
+        return torch.optim.AdamW(model.parameters(), **shared, fused=True)
     if arm == "rms-matched":
         trace = record_trace(settings, n)
         return RmsMatched(torch.optim.AdamW(model.parameters(), **shared), trace)
-    if arm == "adamw":
-        return torch.optim.AdamW(model.parameters(), **shared, fused=True)
     import pytorch_optimizer as peers  # slow to import, and only needed here
 
     if arm == "grokfast":
-        return peers.GrokFastAdamW(
-            model.parameters(), **shared, normalize_lr=False, **settings["gate"]
-        )
+        return peers.GrokFastAdamW(model.parameters(), **shared, normalize_lr=False)
     if arm == "orthograd":
         return peers.OrthoGrad(torch.optim.AdamW(model.parameters(), **shared))
     raise ValueError(f"there is no arm {arm!r}.")
@@ -83,7 +88,7 @@ def record_trace(settings: dict[str, Any], n: int) -> UpdateTrace:
     gated = {**settings, "arm": "poprisk"}
     data, model, trace = load(gated), build_model(gated), UpdateTrace()
     optimizer = build(gated, model, n)
-    for index in _limited(batches(gated, n, 0), settings["limit"]):
+    for index in itertools.islice(batches(gated, n, 0), settings["limit"]):
         gradient(model, optimizer, data, index)
         trace.record_step(optimizer)
     return trace
@@ -104,12 +109,8 @@ def batches(settings: dict[str, Any], n: int, start: int) -> Iterator[Tensor | s
         epoch += 1
 
 
-def _limited(source: Iterator[Tensor | slice], count: int) -> Iterator[Tensor | slice]:
-    for _ in range(count):
-        yield next(source)
-
-
 def gradient(model: nn.Module, optimizer: Optimizer, data: Data, index: Tensor | slice) -> float:
+    """Put the gradient of the mean loss over a batch into the parameters; return that loss."""
     optimizer.zero_grad()
     loss = F.cross_entropy(model(data.x[index]), data.y[index])
     loss.backward()
@@ -170,6 +171,7 @@ def _enough(rows: list[list[float]], settings: dict[str, Any]) -> bool:
 
 
 def first(rows: list[list[float]], column: int, goal: float) -> int | None:
+    """The first step whose ``column`` is at least ``goal``; None if there is none."""
     return next((int(row[0]) for row in rows if row[column] >= goal), None)
 
 

@@ -1,0 +1,112 @@
+"""The table and the plots of the claim on grokking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from poprisk.reproduce.claim import Curve, Done, Picture, Plot, where
+from poprisk.reproduce.grokking.arms import LABELS
+
+COLOURS = {
+    "ours": "poprisk",
+    "adamw-same": "adamw",
+    "adamw-tuned": "early-stopping",
+    "ours-tuned": "rms-matched",
+    "letter-snr": "paper",
+    "shuffled": "shuffled",
+}
+
+
+def table(done: Sequence[Done]) -> list[list[str]]:
+    """A row an arm: when each seed had memorized and when it generalized."""
+    rows = [["arm", "lr", "decay", "seeds", "steps to 95% held-out, by seed", "99% training"]]
+    names = dict.fromkeys(d.settings["name"] for d in done if d.settings["kind"] == "run")
+    for name in names:
+        runs = where(done, name=name)
+        reached = [_step(d.found["reached"], d.found["limit"]) for d in runs]
+        memorized = [_step(d.found["memorized"], d.found["limit"]) for d in runs]
+        s = runs[0].settings
+        rows.append(
+            [
+                LABELS.get(name, name),
+                f"{s['lr']:g}",
+                f"{s['weight_decay']:g}",
+                str(len(runs)),
+                ", ".join(reached),
+                ", ".join(memorized),
+            ]
+        )
+    return rows
+
+
+def _step(step: int | None, limit: int) -> str:
+    return f">{limit:,}" if step is None else f"{step:,}"
+
+
+def show(done: Sequence[Done]) -> list[Plot | Picture]:
+    """Accuracy over training, the grids, and the channel."""
+    curves = []
+    for name, colour in COLOURS.items():
+        for d in where(done, name=name):
+            x, y = [max(r[0], 1) for r in d.found["curve"]], [r[3] for r in d.found["curve"]]
+            curves.append(Curve(f"{LABELS[name]}, seed {d.settings['seed']}", x, y, colour))
+    shown = [c for c in curves if c.name.endswith("seed 0")]
+    rest = [c._replace(name="") for c in curves if not c.name.endswith("seed 0")]
+    plots: list[Plot | Picture] = [
+        Plot(
+            "Held-out accuracy",
+            "step",
+            "accuracy",
+            [*shown, *rest],
+            "One line a seed. The training set is memorized within the first hundreds of steps.",
+            log_x=True,
+        )
+    ]
+    grid = [d for d in done if d.settings["name"].startswith(("grid-", "gate-grid-"))]
+    plots.append(
+        Plot(
+            "Steps against learning rate × decay",
+            "learning rate × decay",
+            "steps to 95%",
+            [
+                _pace("AdamW", [d for d in grid if d.settings["arm"] == "adamw"], "adamw"),
+                _pace("PopRiskAdamW", [d for d in grid if d.settings["arm"] != "adamw"], "poprisk"),
+            ],
+            "Each point is a setting on the tuning seed; those that never got there are left out. "
+            "The product sets the pace, with or without the gate.",
+            log_x=True,
+            log_y=True,
+        )
+    )
+    return [*plots, *(_channel_plot(d) for d in where(done, kind="channel", seed=0))]
+
+
+def _pace(name: str, grid: Sequence[Done], colour: str) -> Curve:
+    """Steps against learning rate × decay, a point a setting."""
+    x = [d.settings["lr"] * d.settings["weight_decay"] for d in grid]
+    y = [math.nan if d.found["reached"] is None else float(d.found["reached"]) for d in grid]
+    return Curve(name, x, y, colour, points=True)
+
+
+def _channel_plot(d: Done) -> Plot:
+    rows = d.found["curve"]
+    steps = [r[0] for r in rows]
+    names = (
+        "training accuracy",
+        "test accuracy",
+        "target's energy in the channel",
+        "test accuracy of the kernel alone",
+    )
+    looks = (("other", "dot"), ("adamw", "solid"), ("poprisk", "solid"), ("poprisk", "dash"))
+    return Plot(
+        f"The target enters the channel (p = {d.settings['p']})",
+        "step",
+        "share",
+        [
+            Curve(name, steps, [r[i] for r in rows], colour, dash)
+            for i, (name, (colour, dash)) in enumerate(zip(names, looks, strict=True), 1)
+        ],
+        f"The channel: the leading {d.settings['rank']} directions of the kernel at that moment; "
+        f"a random target would have {d.found['chance']:.0%} of its energy there.",
+    )

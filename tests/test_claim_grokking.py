@@ -1,0 +1,310 @@
+"""The claims on grokking: tables, the network, runs that resume, kernels, and what is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from poprisk.report.claims import render_claim
+from poprisk.reproduce.claim import Claim, Done, Workspace
+from poprisk.reproduce.grokking import CLAIM, channel, channel_lead, multistep, runs
+from poprisk.reproduce.judge import verdict
+from poprisk.reproduce.record import judged
+from poprisk.reproduce.run import ClaimDirectory
+from poprisk.tasks.modular import (
+    ModularTransformer,
+    division_table,
+    modular_division,
+    split_table,
+    two_step_table,
+)
+
+SMALL: dict[str, Any] = {
+    "kind": "run", "table": "division", "p": 7, "fraction": 0.5, "width": 16, "hidden": 16,
+    "batch": 8, "beta2": 0.98, "every": 4, "after": 0, "limit": 20, "lr": 1e-2,
+    "weight_decay": 1.0, "arm": "poprisk", "gate": {}, "seed": 3, "name": "ours",
+}  # fmt: skip
+
+
+# --- tables and network ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [2, 7, 13])
+def test_division_undoes_multiplication(p: int) -> None:
+    x, y = division_table(p)
+    assert len(x) == p * (p - 1)
+    assert len({tuple(row) for row in x.tolist()}) == len(x)
+    assert torch.equal(y * x[:, 1] % p, x[:, 0])
+
+
+def test_two_steps() -> None:
+    x, y = two_step_table(5)
+    assert len(x) == 125
+    assert y[(x == torch.tensor([3, 4, 2])).all(1)].item() == (3 * 4 + 2) % 5
+
+
+def test_a_split_keeps_every_pair_once() -> None:
+    (x, y), (asked, answers) = split_table("division", 7, 0.25, seed=1)
+    assert len(y) == round(0.25 * 42)
+    assert torch.equal(torch.cat([x, asked]).unique(dim=0), division_table(7)[0])
+    assert torch.equal(y * x[:, 1] % 7, x[:, 0])
+    assert torch.equal(answers * asked[:, 1] % 7, asked[:, 0])
+
+
+def test_a_split_without_training_or_test_examples_is_refused() -> None:
+    with pytest.raises(ValueError, match="training examples"):
+        split_table("division", 3, 0.0, seed=0)
+    with pytest.raises(ValueError, match="test examples"):
+        split_table("division", 3, 1.0, seed=0)
+    with pytest.raises(ValueError, match="division"):
+        split_table("addition", 3, 0.5, seed=0)
+
+
+def naive(model: ModularTransformer, x: Tensor) -> Tensor:
+    """An ordinary pre-norm block on all tokens, read at the last place."""
+    equals = model.equals.expand(len(x), 1, -1)
+    stream = torch.cat([model.numbers[x], equals], 1) + model.places
+    normed = model.before_attention(stream)
+
+    def split(t: Tensor) -> Tensor:
+        return t.unflatten(2, (model.heads, -1)).transpose(1, 2)
+
+    q, k, v = (split(f(normed)) for f in (model.query, model.key, model.value))
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    stream = stream + model.mix(mixed)
+    stream = stream + model.down(F.relu(model.up(model.before_mlp(stream))))
+    return model.out(model.before_out(stream))[:, -1]
+
+
+@pytest.mark.parametrize("operands", [2, 3])
+def test_the_network_is_an_ordinary_transformer_block(operands: int) -> None:
+    torch.manual_seed(0)
+    model = ModularTransformer(7, operands=operands, width=16, heads=4, hidden=24).double()
+    x = torch.randint(7, (20, operands))
+    fast, slow = model(x), naive(model, x)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    weights = [*model.parameters()]
+    ours = torch.autograd.grad(fast.square().sum(), weights)
+    theirs = torch.autograd.grad(slow.square().sum(), weights)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_task_can_be_compared() -> None:
+    task = modular_division(0, p=11)
+    assert task.model()(task.test[0]).shape == (len(task.test[1]), 11)
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def test_batches_are_whole_passes_and_resume_anywhere() -> None:
+    first = [next(b) for b in [runs.batches(SMALL, 21, 0)] for _ in range(5)]
+    assert all(len(i) == 8 for i in first)  # pyrefly: ignore
+    assert len(set(torch.cat(first[:2]).tolist())) == 16  # pyrefly: ignore
+    for start in range(4):
+        again = next(runs.batches(SMALL, 21, start))
+        assert torch.equal(again, first[start])  # pyrefly: ignore
+    assert next(runs.batches({**SMALL, "batch": 0}, 21, 0)) == slice(None)
+
+
+@pytest.mark.parametrize("arm", ["poprisk", "adamw", "shuffled", "grokfast", "orthograd"])
+def test_every_arm_trains(arm: str) -> None:
+    found = runs.run({**SMALL, "arm": arm}, Workspace())
+    assert found["steps"] == 20
+    assert found["curve"][0][1] != found["curve"][-1][1]
+    assert found["reached"] is None or found["reached"] <= 20
+
+
+def test_an_unknown_arm_is_refused() -> None:
+    with pytest.raises(ValueError, match="no arm 'sgd'"):
+        runs.run({**SMALL, "arm": "sgd"}, Workspace())
+
+
+def test_the_matched_run_moves_as_far_as_the_gated_one() -> None:
+    settings = {**SMALL, "batch": 0, "weight_decay": 0.0, "limit": 6}
+    trace = runs.record_trace(settings, 21)
+    data = runs.load(settings)
+    model = runs.build_model(settings)
+    optimizer = runs.build({**settings, "arm": "rms-matched"}, model, 21)
+    for step in range(6):
+        before = [p.detach().clone() for p in model.parameters()]
+        runs.gradient(model, optimizer, data, slice(None))
+        optimizer.step()
+        moved = [(p - q).double().square().mean().sqrt().item()
+                 for p, q in zip(model.parameters(), before, strict=True)]  # fmt: skip
+        assert moved == pytest.approx(trace.rms[step], rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("arm", ["poprisk", "adamw", "rms-matched"])
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
+) -> None:
+    settings = {**SMALL, "arm": arm}
+    whole = runs.run(settings, Workspace())
+    monkeypatch.setattr("poprisk.reproduce.claim.CHECKPOINT_SECONDS", -1.0)
+    path = tmp_path / "run.safetensors"
+    workspace, calls = Workspace(path), 0
+
+    def killed(state: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            raise KeyboardInterrupt
+        Workspace.save(workspace, state)
+
+    class Stopping:
+        load, save = staticmethod(workspace.load), staticmethod(killed)
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(settings, Stopping())  # pyrefly: ignore
+    assert Workspace(path).load()["state"]["step"] == 10
+    assert runs.run(settings, Workspace(path)) == whole
+
+
+def test_a_run_ends_a_while_after_it_got_there() -> None:
+    settings = {**SMALL, "p": 5, "fraction": 0.9, "batch": 0, "lr": 1e-2, "limit": 900,
+                "weight_decay": 0.5, "arm": "adamw", "every": 5, "after": 10}  # fmt: skip
+    found = runs.run({**settings, "seed": 0}, Workspace())
+    assert found["reached"] is not None
+    assert found["steps"] == found["reached"] + 10
+    assert found["best"] >= 0.95
+
+
+def test_at_most_sixty_points_of_a_curve_are_kept_the_last_among_them() -> None:
+    rows = [[i, 1.0, 0.5, i / 1000] for i in range(0, 1000, 5)]
+    state = {"rows": rows, "jumps": 2, "step": 1000}
+    found = runs.summarize(state, {**SMALL, "limit": 1000})
+    assert len(found["curve"]) <= 61
+    assert found["curve"][-1][0] == 995
+    assert (found["reached"], found["memorized"]) == (950, None)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+def test_the_kernel_is_that_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = ModularTransformer(3, width=8, heads=2, hidden=8)
+    x = division_table(3)[0]
+    rows = []
+    for one in x:
+        outputs = model(one.unsqueeze(0))[0]
+        grads = [torch.autograd.grad(o, [*model.parameters()], retain_graph=True) for o in outputs]
+        rows.append([torch.cat([g.flatten() for g in parts]) for parts in grads])
+    exact = torch.tensor(
+        [[sum(float(a @ b) for a, b in zip(i, j, strict=True)) / 3 for j in rows] for i in rows]
+    )
+    monkeypatch.setattr(channel, "PROBES", 400)
+    found = channel.class_kernel(model, x, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, exact, rtol=0.1, atol=0.05 * float(exact.max()))
+
+
+def test_a_kernel_that_knows_the_classes_has_the_target_in_its_channel() -> None:
+    y, answers = torch.arange(12) % 3, torch.arange(6) % 3
+    same = (torch.cat([y, answers]).unsqueeze(1) == torch.cat([y, answers])).float()
+    good = channel.align(same + 1e-6 * torch.eye(18), 12, y, answers, rank=3)
+    assert good.energy == pytest.approx(1.0, abs=1e-4)
+    assert good.accuracy == 1.0
+    blind = torch.eye(18) + torch.ones(18, 18)
+    assert channel.align(blind, 12, y, answers, rank=1).energy == pytest.approx(0.0, abs=1e-6)
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+def made_up(*, gate: int | None, channel_at: int) -> list[Done]:
+    """Results in which the gate needs ``gate`` steps and everything else 1,000."""
+    done = []
+    for trial in CLAIM.trials(False):
+        s = trial.settings
+        if s["kind"] == "channel":
+            curve = [[0, 0.1, 0.1, 0.1, 0.1], [50, 1.0, 0.9, 0.8, 0.9]]
+            found = {"network": 300, "kernel": 250, "channel": channel_at, "chance": 0.1}
+            done.append(Done(s, {**found, "curve": curve}))
+            continue
+        gated = s["name"] in ("ours", "letter-snr", "ours-512", "ours-tuned")
+        reached = gate if gated else 1000
+        reached = reached if reached is None else reached + s["seed"] % 7
+        done.append(
+            Done(s, {"reached": reached, "memorized": 100, "limit": s["limit"], "best": 1.0,
+                     "jumps": 3, "steps": 1000, "curve": [[0, 4.0, 0.0, 0.0], [9, 1.0, 1.0, 1.0]]})
+        )  # fmt: skip
+    return done
+
+
+@pytest.mark.parametrize(
+    ("gate", "channel_at", "expected"),
+    [
+        (190, 200, "reproduced"),
+        (500, 200, "partly reproduced"),
+        (None, 500, "not reproduced"),
+        (1200, 500, "not reproduced"),
+        (190, 500, "partly reproduced"),
+    ],
+)
+def test_the_verdict_follows_from_the_numbers(
+    gate: int | None, channel_at: int, expected: str
+) -> None:
+    findings = CLAIM.judge(made_up(gate=gate, channel_at=channel_at))
+    assert verdict(findings.criteria) == expected
+    assert all(len(row) == len(findings.table[0]) for row in findings.table)
+
+
+def test_the_lead_of_the_channel_is_counted_in_measurements() -> None:
+    assert channel_lead(made_up(gate=1, channel_at=200)).mean == pytest.approx(100 / 50)
+
+
+def test_the_sentences_name_the_fastest_adamw() -> None:
+    done = made_up(gate=190, channel_at=200)
+    fast = next(d for d in done if d.settings["name"] == "grid-lr0.003-wd3-b0.98")
+    fast.found["reached"] = 77
+    said = CLAIM.judge(done).sentences
+    assert any("lr 0.003, decay 3, β₂ 0.98: 77 steps" in s for s in said)
+
+
+def multistep_results(gap: float) -> list[Done]:
+    done = []
+    for trial in multistep.CLAIM.trials(False):
+        best = 0.9 + 0.001 * trial.settings["seed"]
+        best -= gap if trial.settings["name"] != "adamw" else 0.0
+        found = {"best": best, "reached": None, "limit": 4000, "curve": [[0, 1.0, 0.0, 0.1]]}
+        done.append(Done(trial.settings, found))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("gap", "expected"), [(0.0, "reproduced"), (0.3, "partly reproduced"), (0.85, "not reproduced")]
+)
+def test_two_steps_are_judged_by_accuracy(gap: float, expected: str) -> None:
+    assert verdict(multistep.CLAIM.judge(multistep_results(gap)).criteria) == expected
+
+
+# --- the quick forms ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", [CLAIM, multistep.CLAIM], ids=lambda c: c.name)
+def test_the_quick_form_runs_to_a_verdict_and_a_page(tmp_path: Path, claim: Claim) -> None:
+    directory = ClaimDirectory(tmp_path / "run", claim)
+    directory.create(quick=True, workers=2)
+    directory.work(workers=2, on_trial=lambda *_: None)
+    found = judged(claim, directory.read())
+    assert found.findings is not None
+    assert found.verdict in ("reproduced", "partly reproduced", "not reproduced", "undecided")
+    text = render_claim(found)
+    assert "quick form" in text
+    assert text.count('class="plot"') == len(claim.show(found.progress.done))
+
+
+def test_full_trials_have_unique_names_and_enough_seeds() -> None:
+    for claim in (CLAIM, multistep.CLAIM):
+        names = [t.name for t in claim.trials(False)]
+        assert len(names) == len(set(names))
+    seeds = [t.settings["seed"] for t in CLAIM.trials(False) if t.settings["name"] == "ours"]
+    assert seeds == [0, 1, 2, 3, 4]
