@@ -65,10 +65,10 @@ def build(settings: dict[str, Any], model: nn.Module, n: int) -> Optimizer:
         "dataset_size": n if batch < n else None,
         **settings.get("gate", {}),
     }
-    if arm in ("poprisk", "paper"):
-        return PopRiskAdamW(model, **shared, **gate)
     if arm == "shuffled":
-        return PopRiskAdamW(model, **shared, **{**gate, "mask": ShuffledMask("soft")})
+        gate["mask"] = ShuffledMask("soft")
+    if arm in ("poprisk", "paper", "shuffled"):
+        return PopRiskAdamW(model, **shared, **gate)
     if arm == "adamw":
         return torch.optim.AdamW(model.parameters(), **shared, fused=True)
     if arm == "rms-matched":
