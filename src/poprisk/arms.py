@@ -141,7 +141,8 @@ def build_optimizer(
     if kind == "poprisk":
         return PopRiskAdamW(model, **sizes, **settings)
     if kind == "shuffled":
-        return PopRiskAdamW(model, mask=ShuffledMask("soft"), **sizes, **settings)
+        mask = ShuffledMask(settings.get("mask", "soft"))
+        return PopRiskAdamW(model, **sizes, **{**settings, "mask": mask})
     if kind == "rms-matched":
         if trace is None:
             raise ValueError(f"arm {arm.name} needs the trace of arm {arm.follows}.")

@@ -10,6 +10,7 @@ arXiv:2109.01050).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, final
@@ -66,7 +67,7 @@ class PeriodicMLP(nn.Module):
     def __init__(self, *, width: int = 64, depth: int = 3) -> None:
         super().__init__()
         sizes = [3, *[width] * depth, 1]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
         for layer in self.layers:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -7,6 +7,7 @@ Functions in Low Dimensional Domains*, arXiv:2006.10739.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import final
@@ -35,7 +36,7 @@ class Siren(nn.Module):
     def __init__(self, *, width: int = 128, depth: int = 3) -> None:
         super().__init__()
         sizes = [2, *[width] * depth, 1]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
         for i, layer in enumerate(self.layers):
             bound = math.sqrt(6 / sizes[i]) / OMEGA if i else 1 / sizes[0]
             nn.init.uniform_(layer.weight, -bound, bound)
@@ -66,9 +67,7 @@ class FourierMLP(nn.Module):
         self.register_buffer("frequencies", FREQUENCY_STD / 2 * torch.randn(features, 2))
         sizes = [2 * features, *[width] * depth]
         hidden = [
-            part
-            for i, o in zip(sizes, sizes[1:], strict=False)
-            for part in (nn.Linear(i, o), nn.ReLU())
+            part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())
         ]
         self.layers = nn.Sequential(*hidden, nn.Linear(width, 1))
 

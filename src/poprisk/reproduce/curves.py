@@ -1,0 +1,51 @@
+"""Curves of several seeds as one line with a band."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from poprisk.reproduce.claim import Curve
+from poprisk.verdict import t_interval
+
+
+def mean_curve(
+    name: str,
+    x: Sequence[float],
+    rows: Sequence[Sequence[float]],
+    colour: str,
+    *,
+    dash: str = "solid",
+) -> Curve:
+    """The mean over seeds with its 95% interval at each point; no band for a single seed.
+
+    Args:
+        name: in the legend.
+        x: of the points.
+        rows: a row a seed, as long as ``x``.
+        colour: a colour name of the page.
+        dash: of the line.
+
+    Example:
+        >>> mean_curve("a", [0, 1], [[1.0, 2.0], [3.0, 2.0]], "adamw").y
+        [2.0, 2.0]
+    """
+    found = [t_interval(column) for column in zip(*rows, strict=True)]
+    mean = [i.mean for i in found]
+    if len(rows) < 2:
+        return Curve(name, x, mean, colour, dash)
+    return Curve(name, x, mean, colour, dash, [i.low for i in found], [i.high for i in found])
+
+
+def thinned(count: int, points: int) -> list[int]:
+    """Positions of at most so many of ``count`` entries, evenly spread, both ends included.
+
+    Example:
+        >>> thinned(9, 3)
+        [0, 4, 8]
+    """
+    return sorted({round(i * (count - 1) / (points - 1)) for i in range(points)})
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """To five significant digits, for the record."""
+    return [float(f"{v:.5g}") for v in values]
