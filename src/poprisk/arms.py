@@ -141,8 +141,8 @@ def build_optimizer(
     if kind == "poprisk":
         return PopRiskAdamW(model, **sizes, **settings)
     if kind == "shuffled":
-        mask = ShuffledMask(settings.get("mask", "soft"))
-        return PopRiskAdamW(model, **sizes, **{**settings, "mask": mask})
+        given: dict[str, Any] = {**settings, "mask": ShuffledMask(settings.get("mask", "soft"))}
+        return PopRiskAdamW(model, **sizes, **given)
     if kind == "rms-matched":
         if trace is None:
             raise ValueError(f"arm {arm.name} needs the trace of arm {arm.follows}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from poprisk.reproduce import grokking, image
+from poprisk.reproduce import grokking, image, pinn
 from poprisk.reproduce.claim import Claim
 from poprisk.reproduce.grokking import multistep
 
@@ -13,6 +13,7 @@ CLAIMS: dict[str, Claim] = {
     for claim in (
         grokking.CLAIM,
         multistep.CLAIM,
+        pinn.CLAIM,
         image.CLAIM,
     )
 }

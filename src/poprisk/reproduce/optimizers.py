@@ -22,6 +22,7 @@ ARMS: dict[str, Arm] = {
         Arm("soft", "Algorithm 1, soft mask", "paper", "poprisk", {**PAPER, "mask": "soft"}),
         Arm("snr", "Algorithm 1, snr mask", "paper", "poprisk", {**PAPER, "mask": "snr"}),
         Arm("auto", "PopRiskAdamW, defaults", "poprisk", "poprisk"),
+        Arm("stream", "PopRiskAdamW, defaults, data taken as a stream", "poprisk", "poprisk"),
         Arm("matched", "AdamW, RMS-matched", "rms-matched", "rms-matched"),
         Arm("shuffled-soft", "soft mask, shuffled", "shuffled", "shuffled", PAPER),
         Arm("shuffled-snr", "snr mask, shuffled", "shuffled", "shuffled", {**PAPER, "mask": "snr"}),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +68,18 @@ class PeriodicMLP(nn.Module):
         super().__init__()
         sizes = [3, *[width] * depth, 1]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
-        for layer in self.layers:
+        for layer in self.linear:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    @property
+    def linear(self) -> list[nn.Linear]:
+        """The layers."""
+        return cast("list[nn.Linear]", list(self.layers))
+
     def forward(self, points: Tensor) -> Tensor:
         """The values u (m,) at ``points`` (m, 2) of (x, t)."""
-        *hidden, last = self.layers
+        *hidden, last = self.linear
         h = periodic(points)
         for layer in hidden:
             h = layer(h).tanh()
@@ -97,15 +102,15 @@ def values_and_residuals(
     Returns:
         (k, n) values and (k, b) residuals.
     """
-    depth = len(models[0].layers)
+    layers = list(zip(*(m.linear for m in models), strict=True))
     n, both = initial.shape[1], initial.shape[1] + inside.shape[1]
     h, dh = periodic(torch.cat([initial, inside], 1)), periodic_tangent(inside)
-    for i in range(depth):
-        weight = torch.stack([m.layers[i].weight for m in models])
-        bias = torch.stack([m.layers[i].bias for m in models]).unsqueeze(1)
+    for i, same in enumerate(layers, start=1):
+        weight = torch.stack([layer.weight for layer in same])
+        bias = torch.stack([layer.bias for layer in same]).unsqueeze(1)
         z = torch.cat([h, dh], 1) @ weight.mT
         h, dh = z[:, :both] + bias, z[:, both:]
-        if i < depth - 1:
+        if i < len(layers):
             h = h.tanh()
             dh = (1 - h[:, n:].square()) * dh
     return h[:, :n, 0], dh[:, :, 0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,18 @@ class Siren(nn.Module):
         super().__init__()
         sizes = [2, *[width] * depth, 1]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.linear):
             bound = math.sqrt(6 / sizes[i]) / OMEGA if i else 1 / sizes[0]
             nn.init.uniform_(layer.weight, -bound, bound)
 
+    @property
+    def linear(self) -> list[nn.Linear]:
+        """The layers."""
+        return cast("list[nn.Linear]", list(self.layers))
+
     def forward(self, x: Tensor) -> Tensor:
         """Grey values (b, 1) at places ``x`` (b, 2) in [-1, 1]²."""
-        *hidden, last = self.layers
+        *hidden, last = self.linear
         for layer in hidden:
             x = (OMEGA * layer(x)).sin()
         return last(x)

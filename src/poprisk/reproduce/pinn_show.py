@@ -1,0 +1,130 @@
+"""The table and the plots of the claim of the differential equation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from poprisk.reproduce.claim import Curve, Done, Picture, Plot
+from poprisk.reproduce.curves import mean_curve
+from poprisk.reproduce.judge import written
+from poprisk.reproduce.optimizers import Contestant, of_arm
+from poprisk.reproduce.pinn_field import (
+    DECAY,
+    MAIN,
+    NOISES,
+    at_noise,
+    pair,
+    rivals,
+    slowness,
+    steps_of,
+    typical,
+)
+from poprisk.reproduce.pinn_runs import GOAL, STREAM
+from poprisk.verdict import Interval, t_interval
+
+
+def table(done: Sequence[Done]) -> list[list[str]]:
+    """Every contestant: steps to the goal, and its error."""
+    header = [
+        "Noise and optimizer",
+        f"Steps to {GOAL:g}",
+        "Reached by",
+        "Error at the end",
+        "Least",
+    ]
+    rows = [
+        [
+            f"{noise:g}: {c.label}",
+            f"{typical(steps_of(c)):,.0f}" if steps_of(c).censored < len(c.found) else "—",
+            f"{len(c.found) - steps_of(c).censored} of {len(c.found)}",
+            written(t_interval(list(c.values("final").values()))),
+            f"{c.mean('best'):.3f}",
+        ]
+        for noise in NOISES
+        for c in sorted(at_noise(done, noise), key=slowness)
+    ]
+    return [header, *rows]
+
+
+def show(done: Sequence[Done]) -> list[Plot | Picture]:
+    """Errors along training, steps by learning rate, and both figures by noise."""
+    main = at_noise(done, MAIN)
+    return [_along(main), _by_rate(main), _by_noise(done)]
+
+
+def _along(main: Sequence[Contestant]) -> Plot:
+    paper, auto, stream = pair(main, "snr", "soft"), pair(main, "auto"), pair(main, STREAM)
+    controls = [rival for _, _, rival in rivals(main)]
+    shown = [
+        (paper.fast_adamw, "solid"),
+        (paper.end_adamw, "dash"),
+        (paper.fast, "solid"),
+        (paper.end, "dash"),
+        (auto.end, "solid"),
+        (stream.fast, "dash"),
+        (controls[1], "dot"),
+        (controls[2], "dot"),
+    ]
+    unique = {c.label: (c, dash) for c, dash in reversed(shown)}
+    return Plot(
+        f"Error along training, noise {MAIN:g}",
+        "step",
+        "relative error",
+        [_line(c, dash) for c, dash in reversed(unique.values())],
+        f"The goal is {GOAL:g}. Bands: 95% intervals over seeds.",
+        log_y=True,
+    )
+
+
+def _line(contestant: Contestant, dash: str) -> Curve:
+    rows = list(contestant.values("errors").values())
+    at = next(iter(contestant.found.values()))["at"]
+    return mean_curve(contestant.label, at, rows, contestant.colour, dash=dash)
+
+
+def _by_rate(main: Sequence[Contestant]) -> Plot:
+    shown = {
+        "AdamW": (of_arm(main, "adamw", weight_decay=DECAY), "solid"),
+        "Algorithm 1, snr mask": (of_arm(main, "snr"), "solid"),
+        "Algorithm 1, soft mask": (of_arm(main, "soft"), "dash"),
+        "AdamW at the update sizes of snr": (of_arm(main, "matched"), "dot"),
+        "snr mask, shuffled": (of_arm(main, "shuffled-snr"), "dot"),
+    }
+    curves = [
+        Curve(
+            name,
+            [c.lr for c in group],
+            [typical(steps_of(c)) for c in group],
+            group[0].colour,
+            dash,
+        )
+        for name, (group, dash) in shown.items()
+    ]
+    return Plot(
+        f"Steps to {GOAL:g} by learning rate, noise {MAIN:g}",
+        "learning rate",
+        "steps",
+        curves,
+        "Geometric means over seeds; runs that did not get there count with the steps they had.",
+        log_x=True,
+        log_y=True,
+    )
+
+
+def _by_noise(done: Sequence[Done]) -> Plot:
+    found = [pair(at_noise(done, noise), "snr") for noise in NOISES]
+    return Plot(
+        "The snr mask against the best tuned AdamW, by noise",
+        "standard deviation of the noise",
+        "ratio",
+        [
+            _band("times fewer steps", [p.speed_up for p in found], "paper", "solid"),
+            _band("share of AdamW's error at the end", [p.error for p in found], "other", "dash"),
+        ],
+        "Above 1 for steps and below 1 for the error is better. Bands: 95% intervals over seeds.",
+    )
+
+
+def _band(name: str, intervals: list[Interval], colour: str, dash: str) -> Curve:
+    mean, low, high = (list(ends) for ends in zip(*intervals, strict=True))
+    return Curve(name, NOISES, mean, colour, dash, low, high)
