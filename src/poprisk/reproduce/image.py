@@ -36,7 +36,7 @@ def trials(quick: bool) -> list[Trial]:
     arms = [("adamw", lr, decay, False) for decay in grid for lr in grid[decay]]
     arms += [(a, lr, DECAY, a == "soft") for a in ("soft", "snr", "auto") for lr in rates]
     arms += [("shuffled-soft", lr, DECAY, False) for lr in rates]
-    size: dict[str, Any] = {"size": 24, "epochs": 20} if quick else {"size": 64, "epochs": 200}
+    size: dict[str, Any] = {"size": 24, "epochs": 10} if quick else {"size": 64, "epochs": 200}
     return [
         Trial(
             f"{network}-{arm}-lr{lr:g}-wd{decay:g}-{seed}",

@@ -33,7 +33,7 @@ def trials(quick: bool) -> list[Trial]:
     """Every optimizer at the main noise, AdamW and Algorithm 1 at the others, one by DeepXDE."""
     size: dict[str, Any] = {"steps": 3000, "every": 25, "keep": 3, "seeds": [0, 1, 2, 3, 4]}
     if quick:
-        size = {"steps": 250, "every": 25, "keep": 1, "seeds": [0, 1]}
+        size = {"steps": 100, "every": 25, "keep": 1, "seeds": [0, 1]}
     found = [
         Trial(
             f"{arm}-lr{lr:g}-wd{decay:g}-noise{noise:g}",

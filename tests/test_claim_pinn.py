@@ -1,0 +1,211 @@
+"""The claim of the differential equation: its verdict on results of both kinds, its runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from poprisk.report.claims import notices, render_claim
+from poprisk.reproduce.claim import Done, Found, Plot, Workspace
+from poprisk.reproduce.judge import verdict
+from poprisk.reproduce.pinn import CLAIM, judge, trials
+from poprisk.reproduce.pinn_runs import (
+    BATCH,
+    DEEPXDE,
+    _found,
+    batches,
+    physics_loss,
+    run,
+)
+from poprisk.reproduce.pinn_show import show
+from poprisk.reproduce.record import judged
+from poprisk.reproduce.run import ClaimDirectory
+from poprisk.tasks.convection import PeriodicMLP
+
+HAS_DEEPXDE = importlib.util.find_spec("deepxde") is not None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> ClaimDirectory:
+    """The quick form, run to the end."""
+    directory = ClaimDirectory(tmp_path_factory.mktemp("claims") / "pinn", CLAIM)
+    directory.create(quick=True, workers=1)
+    directory.work(workers=1, on_trial=lambda *_: None)
+    return directory
+
+
+def one(steps: int | None, final: float) -> Found:
+    return {
+        "steps": steps,
+        "limit": 3000,
+        "final": final,
+        "best": final / 2,
+        "at": [1500, 3000],
+        "errors": [0.5, final],
+    }
+
+
+def made_up(
+    snr: tuple[int | None, float], adamw: tuple[int | None, float], auto: int | None = None
+) -> list[Done]:
+    """Full-form trials with these steps and errors, a little different for each seed."""
+    done = []
+    for trial in trials(False):
+        arm, lr, seeds = (trial.settings[key] for key in ("arm", "lr", "seeds"))
+        steps, final = snr if arm in ("snr", DEEPXDE) else adamw
+        if arm == "auto":
+            steps = auto
+        worse = lr != 1e-2
+        runs = [
+            one(None if steps is None else steps + 100 * worse + s, final + 0.01 * (s + worse))
+            for s in seeds
+        ]
+        found: Found = {"runs": runs}
+        if trial.settings["matched"]:
+            found["matched"] = [one(900, 0.9 + 0.01 * s) for s in seeds]
+        done.append(Done(trial.settings, found))
+    return done
+
+
+# --- the verdict ----------------------------------------------------------------------------------
+
+
+def test_a_gate_that_is_faster_by_the_paper_s_factor_reproduces_the_claim() -> None:
+    found = judge(made_up(snr=(300, 0.1), adamw=(750, 0.3)))
+    assert verdict(found.criteria) == "reproduced"
+    assert found.ours.startswith("2.49 [")
+    assert "times fewer steps to 0.4" in found.ours
+
+
+def test_a_gate_that_is_faster_by_less_reproduces_it_partly() -> None:
+    found = judge(made_up(snr=(500, 0.1), adamw=(750, 0.3)))
+    assert verdict(found.criteria) == "partly reproduced"
+    assert [c.outcome for c in found.criteria if c.decides] == [
+        "smaller than claimed",
+        "as claimed",
+    ]
+
+
+def test_a_gate_that_is_slower_and_ends_worse_does_not() -> None:
+    found = judge(made_up(snr=(900, 0.5), adamw=(500, 0.3)))
+    # The soft mask, made up like AdamW, is the better form then: a tie is not faster.
+    assert [c.outcome for c in found.criteria if c.decides] != ["as claimed"] * 2
+    slower = [d for d in made_up((900, 0.5), (500, 0.3)) if d.settings["arm"] != "soft"]
+    found = judge(slower)
+    assert verdict(found.criteria) == "not reproduced"
+    assert {c.outcome for c in found.criteria if c.decides} == {"does not hold"}
+
+
+def test_a_gate_that_never_gets_there_is_told_so() -> None:
+    never = [d for d in made_up((None, 0.5), (500, 0.3)) if d.settings["arm"] != "soft"]
+    found = judge(never)
+    assert found.ours.startswith("0.4 not reached by every run")
+    assert any("did not reach 0.4 in 5 of 5 runs" in s for s in found.sentences)
+
+
+def test_starving_defaults_are_told_and_others_are_not() -> None:
+    starved = judge(made_up((300, 0.1), (750, 0.3))).sentences
+    assert any("without dataset_size" in s for s in starved)
+    fine = judge(made_up((300, 0.1), (750, 0.3), auto=700)).sentences
+    assert not any("without dataset_size" in s for s in fine)
+
+
+def test_the_run_through_deepxde_is_told_where_there_is_one() -> None:
+    done = made_up((300, 0.1), (750, 0.3))
+    (told,) = [s for s in judge(done).sentences if "DeepXDE" in s]
+    assert "0.4 after 300 steps, 0.100 at the end; by our own loop: 0.4 after 300" in told
+    without = [d for d in done if d.settings["arm"] != DEEPXDE]
+    assert not any("DeepXDE" in s for s in judge(without).sentences)
+    assert judge(without).criteria == judge(done).criteria
+
+
+def test_the_control_is_compared_at_one_learning_rate() -> None:
+    found = judge(made_up((300, 0.1), (750, 0.3)))
+    asked = {c.asks: c for c in found.criteria}
+    name = "snr mask, lr 0.01: times fewer steps than AdamW at its update sizes"
+    assert asked[name].found.mean == pytest.approx(900 / 302, rel=0.01)
+    assert not asked[name].decides
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def test_the_quick_form_gives_a_verdict_and_a_page(finished: ClaimDirectory) -> None:
+    found = judged(CLAIM, finished.read())
+    assert found.findings is not None
+    text = render_claim(found)
+    assert "Error along training, noise 1" in text
+    assert "Steps to 0.4 by learning rate" in text
+    assert all(isinstance(p, Plot) and p.curves for p in show(found.progress.done))
+    left_out = any("pip install 'deepxde'" in n for n in notices(found))
+    assert left_out != HAS_DEEPXDE
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    given = {"arm": "snr", "lr": 1e-2, "weight_decay": 0.01, "noise": 1.0, "matched": False}
+    return {**given, "seeds": [0, 1], "steps": 30, "every": 10, "keep": 1, **more}
+
+
+@pytest.mark.parametrize("arm", ["adamw", "snr"])
+def test_a_seed_trains_beside_others_as_alone(arm: str) -> None:
+    both = run(settings(arm=arm), Workspace())["runs"]
+    (alone,) = run(settings(arm=arm, seeds=[1]), Workspace())["runs"]
+    assert both[1]["errors"] == pytest.approx(alone["errors"], rel=1e-3)
+    assert both[0]["errors"] != pytest.approx(both[1]["errors"], rel=1e-3)
+
+
+def test_the_matched_control_is_another_run() -> None:
+    found = run(settings(matched=True), Workspace())
+    assert [len(found[key]) for key in ("runs", "matched")] == [2, 2]
+    assert found["matched"][0]["errors"] != pytest.approx(found["runs"][0]["errors"], rel=1e-3)
+
+
+def test_batches_hold_each_measurement_once_an_epoch_and_fresh_points() -> None:
+    taken = list(itertools.islice(batches([3, 4], 100), 6))
+    epoch = torch.cat([index for index, _ in taken[:3]], 1)
+    assert all(len(set(row.tolist())) == 3 * BATCH for row in epoch)
+    assert not torch.equal(epoch, torch.cat([index for index, _ in taken[3:]], 1))
+    points = torch.cat([points for _, points in taken], 1)
+    assert points.shape == (2, 6 * BATCH, 2)
+    assert float(points.min()) >= 0
+    assert float(points[..., 1].max()) <= 1
+    assert 1 < float(points[..., 0].max()) <= 2 * math.pi
+    assert len(torch.unique(points)) > 0.99 * points.numel()
+    for (index, points), (own, inside) in zip(taken, batches([4], 100), strict=False):
+        assert torch.equal(index[1:], own)
+        assert torch.equal(points[1:], inside)
+
+
+def test_the_loss_is_that_of_the_naive_way() -> None:
+    torch.manual_seed(0)
+    networks = [PeriodicMLP(width=8).double() for _ in range(2)]
+    x, y, inside = (torch.rand(2, *s, dtype=torch.float64) for s in ((4,), (4,), (5, 2)))
+    expected = torch.zeros((), dtype=torch.float64)
+    for net, place, target, own in zip(networks, x, y, inside.requires_grad_(), strict=True):
+        start = torch.stack([place, torch.zeros(4, dtype=torch.float64)], 1)
+        (slope,) = torch.autograd.grad(net(own).sum(), own)
+        residual = slope[:, 1] + 5 * slope[:, 0]
+        expected += (net(start) - target).square().sum() / 4 + residual.square().sum() / 5
+    found = physics_loss(networks, x, y, inside.detach())
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_kept_is_the_first_step_at_the_goal_and_both_ends() -> None:
+    found = _found(settings(keep=2), [0.9, 0.41, 0.4, 0.2, 0.6])
+    assert (found["steps"], found["final"], found["best"]) == (30, 0.6, 0.2)
+    assert (found["at"], found["errors"]) == ([20, 40, 50], [0.41, 0.2, 0.6])
+    assert _found(settings(), [0.9, 0.5])["steps"] is None
+
+
+@pytest.mark.skipif(not HAS_DEEPXDE, reason="needs deepxde: pip install 'poprisk[pinn]'")
+@pytest.mark.filterwarnings("ignore")
+def test_deepxde_trains_with_our_optimizer() -> None:
+    given = settings(arm=DEEPXDE, seeds=[0], steps=400, every=200, noise=0.1)
+    (found,) = run(given, Workspace())["runs"]
+    assert found["at"] == [200, 400]
+    assert found["errors"][1] < 0.9 * found["errors"][0] < 1.0
