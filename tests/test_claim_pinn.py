@@ -42,10 +42,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> ClaimDirectory:
 def one(steps: int | None, final: float) -> Found:
     return {
         "steps": steps,
-        "limit": 3000,
+        "limit": 2000,
         "final": final,
         "best": final / 2,
-        "at": [1500, 3000],
+        "at": [1000, 2000],
         "errors": [0.5, final],
     }
 

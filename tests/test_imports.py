@@ -27,7 +27,7 @@ OUTSIDE: dict[str, Sequence[str]] = {
 EXTRAS = (
     "typer rich plotly jinja2 sklearn skimage scipy safetensors pytorch_optimizer "
     "transformers trl accelerate datasets lightning jaxtyping beartype hypothesis pytest "
-    "nngeometry curvlinops backpack opacus"
+    "deepxde nngeometry curvlinops backpack opacus"
 ).split()
 
 

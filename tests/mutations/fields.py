@@ -1,0 +1,154 @@
+"""Plausible bugs of the claims on a differential equation and on a picture."""
+
+from mutations import Mutation
+
+SLOPES = "test_tasks_fields.py::test_residuals_are_derivatives_by_automatic_differentiation"
+NAIVE_GRADIENT = "test_tasks_fields.py::test_gradients_of_the_residuals_are_those_of_the_naive_way"
+ALONE = "test_tasks_fields.py::test_values_are_those_of_each_network_alone"
+SOLUTION = "test_tasks_fields.py::test_the_solution_solves_the_equation_and_starts_at_the_sine"
+CLEAN = "test_tasks_fields.py::test_the_test_set_is_the_picture_without_its_noise"
+PLACES = "test_tasks_fields.py::test_places_are_pixel_centres_row_by_row"
+SPREAD = "test_tasks_fields.py::test_a_siren_starts_with_layers_of_one_spread"
+LOSS = "test_claim_pinn.py::test_the_loss_is_that_of_the_naive_way"
+EPOCH = "test_claim_pinn.py::test_batches_hold_each_measurement_once_an_epoch_and_fresh_points"
+KEPT = "test_claim_pinn.py::test_what_is_kept_is_the_first_step_at_the_goal_and_both_ends"
+FASTER = "test_claim_pinn.py::test_a_gate_that_is_faster_by_the_paper_s_factor_reproduces_the_claim"
+SLOWER = "test_claim_pinn.py::test_a_gate_that_is_slower_and_ends_worse_does_not"
+STAYS = "test_claim_image.py::test_a_gate_that_stays_and_wins_reproduces_the_claim"
+FITS_NOISE = "test_claim_image.py::test_a_gate_that_fits_the_noise_too_does_not"
+HINDSIGHT = (
+    "test_claim_image.py::test_adamw_is_chosen_by_its_end_and_in_hindsight_by_its_best_moment"
+)
+DECIBELS = "test_claim_image.py::test_psnr_is_twenty_decibels_at_a_tenth"
+AS_FAR = "test_claim_optimizers.py::test_the_control_moves_as_far_as_the_arm_at_each_step"
+GROUPED = "test_claim_optimizers.py::test_trials_are_grouped_by_optimizer_and_controls_stand_apart"
+SHUFFLED = "test_claim_optimizers.py::test_a_shuffled_arm_shuffles_its_own_mask"
+
+MUTATIONS = {
+    "slope of tanh at the values of other points": Mutation(
+        "tasks/convection.py",
+        "dh = (1 - h[:, n:].square()) * dh",
+        "dh = (1 - h[:, : both - n].square()) * dh",
+        SLOPES,
+    ),
+    "slope of tanh held fixed in the gradient": Mutation(
+        "tasks/convection.py",
+        "dh = (1 - h[:, n:].square()) * dh",
+        "dh = (1 - h[:, n:].square()).detach() * dh",
+        NAIVE_GRADIENT,
+    ),
+    "bias added to the tangent": Mutation(
+        "tasks/convection.py",
+        "h, dh = z[:, :both] + bias, z[:, both:]",
+        "h, dh = z[:, :both] + bias, z[:, both:] + bias",
+        SLOPES,
+    ),
+    "one network's weights for all": Mutation(
+        "tasks/convection.py",
+        "weight = torch.stack([layer.weight for layer in same])",
+        "weight = torch.stack([same[0].weight for layer in same])",
+        ALONE,
+    ),
+    "the wave runs the other way": Mutation(
+        "tasks/convection.py",
+        "return (points[:, 0] - SPEED * points[:, 1]).sin()",
+        "return (points[:, 0] + SPEED * points[:, 1]).sin()",
+        SOLUTION,
+    ),
+    "tested on the noise": Mutation(
+        "tasks/image.py",
+        "test=(where, clean)",
+        "test=(where, noisy)",
+        CLEAN,
+    ),
+    "pixels column by column": Mutation(
+        "tasks/image.py",
+        "return torch.cartesian_prod(axis, axis)",
+        "return torch.cartesian_prod(axis, axis).flip(1)",
+        PLACES,
+    ),
+    "frequency left out of the start": Mutation(
+        "tasks/image.py",
+        "bound = math.sqrt(6 / sizes[i]) / OMEGA if i else 1 / sizes[0]",
+        "bound = math.sqrt(6 / sizes[i]) if i else 1 / sizes[0]",
+        SPREAD,
+    ),
+    "losses averaged over networks": Mutation(
+        "reproduce/pinn_runs.py",
+        "return (values - y).square().mean(1).sum() + residuals.square().mean(1).sum()",
+        "return (values - y).square().mean() + residuals.square().mean()",
+        LOSS,
+    ),
+    "measurements drawn with replacement": Mutation(
+        "reproduce/pinn_runs.py",
+        "torch.randperm(n, generator=g)",
+        "torch.randint(n, (n,), generator=g)",
+        EPOCH,
+    ),
+    "goal missed by a strict comparison": Mutation(
+        "reproduce/pinn_runs.py",
+        "if e <= GOAL",
+        "if e < GOAL",
+        KEPT,
+    ),
+    "speed-up upside down": Mutation(
+        "reproduce/pinn_field.py",
+        "return speed_up(steps_of(self.fast_adamw), steps_of(self.fast))",
+        "return speed_up(steps_of(self.fast), steps_of(self.fast_adamw))",
+        FASTER,
+    ),
+    "worse AdamW compared with": Mutation(
+        "reproduce/pinn_field.py",
+        "        min(adamw, key=slowness),",
+        "        max(adamw, key=slowness),",
+        FASTER,
+    ),
+    "error as a share of its own": Mutation(
+        "reproduce/pinn_field.py",
+        "return share(self.end, self.end_adamw)",
+        "return share(self.end, self.end)",
+        SLOWER,
+    ),
+    "gap to AdamW reversed": Mutation(
+        "reproduce/image.py",
+        'return difference(a.values("final"), b.values("final"))',
+        'return difference(b.values("final"), a.values("final"))',
+        STAYS,
+    ),
+    "loss from the best moment unbounded": Mutation(
+        "reproduce/image.py",
+        "            _lost(field.paper),\n            needed=LOST_AT_MOST,",
+        "            _lost(field.paper),\n            needed=10 * LOST_AT_MOST,",
+        FITS_NOISE,
+    ),
+    "AdamW in hindsight chosen by its end": Mutation(
+        "reproduce/image.py",
+        '_best(adamw, "best")',
+        "_best(adamw)",
+        HINDSIGHT,
+    ),
+    "decibels of the root": Mutation(
+        "reproduce/image_runs.py",
+        "-10 * math.log10(",
+        "-20 * math.log10(",
+        DECIBELS,
+    ),
+    "update sizes of the control not those of the arm": Mutation(
+        "reproduce/optimizers.py",
+        "runs = train(arm, None, trace.record_step)",
+        'runs = train("adamw", None, trace.record_step)',
+        AS_FAR,
+    ),
+    "controls counted as the arm": Mutation(
+        "reproduce/optimizers.py",
+        '("matched", arm, rate, decay)',
+        '(arm, "", rate, decay)',
+        GROUPED,
+    ),
+    "soft mask in every shuffled arm": Mutation(
+        "arms.py",
+        'ShuffledMask(settings.get("mask", "soft"))',
+        'ShuffledMask("soft")',
+        SHUFFLED,
+    ),
+}
