@@ -26,11 +26,12 @@ test: export OPENBLAS_NUM_THREADS := 1
 test: lint types  ## Lint, check types and run the tests; ARGS goes to pytest
 	$(BIN)/pytest -n 2 $(ARGS)
 
-test-extras:  ## Run the tests of the extras hf and lightning, in .venv-extras
+test-extras:  ## Run the tests of the extras hf, lightning and pinn, in .venv-extras
 	$(MAKE) VENV=.venv-extras run-extras
 
 run-extras: $(VENV)/extras.stamp
-	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_lightning.py $(ARGS)
+	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_lightning.py \
+		tests/test_claim_pinn.py $(ARGS)
 
 lint: setup-dev  ## Check style and formatting
 	$(BIN)/ruff check .
@@ -80,5 +81,5 @@ $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	@touch $@ $(VENV)/cli.stamp
 
 $(VENV)/extras.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) -e '.[cli,dev,hf,lightning]'
+	$(PIP) -e '.[cli,dev,hf,lightning,pinn]'
 	@touch $@
