@@ -250,28 +250,29 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
 
 def _plot(field: Field, every: int) -> Plot:
     auto = _best(of_arm(field.all, "auto"))
-    shown = [
-        (field.paper, "solid"),
-        (auto, "solid"),
-        (field.adamw, "solid"),
-        (field.same("adamw"), "dash"),
-        (field.same("matched", follows="soft"), "dot"),
-        (field.same("shuffled-soft"), "dot"),
+    lines = [
+        _line("Algorithm 1", field.paper, every, "solid"),
+        _line("defaults", auto, every, "solid"),
+        _line("AdamW, best end", field.adamw, every, "solid"),
+        _line("AdamW, same rate", field.same("adamw"), every, "dash"),
+        _line("RMS-matched", field.same("matched", follows="soft"), every, "dot"),
+        _line("shuffled", field.same("shuffled-soft"), every, "dot"),
     ]
     return Plot(
         f"{field.name}: PSNR to the clean picture",
         "epoch",
         "PSNR, dB",
-        [_line(c, every, dash) for c, dash in shown],
+        lines,
         "Nothing is stopped. A line that rises and falls fits the picture first and its noise "
-        "later. Bands: 95% intervals over seeds.",
+        f"later. {field.paper.label}; {auto.label}; best end: {field.adamw.label}; the others have "
+        f"the soft mask's learning rate, {field.soft.lr:g}. Bands: 95% intervals over seeds.",
     )
 
 
-def _line(contestant: Contestant, every: int, dash: str) -> Curve:
+def _line(name: str, contestant: Contestant, every: int, dash: str) -> Curve:
     rows = list(contestant.values("quality").values())
     epochs = [every * (i + 1) for i in range(len(rows[0]))]
-    return mean_curve(contestant.label, epochs, rows, contestant.colour, dash=dash)
+    return mean_curve(name, epochs, rows, contestant.colour, dash=dash)
 
 
 def _picture(field: Field, network: str, done: Sequence[Done]) -> Picture:

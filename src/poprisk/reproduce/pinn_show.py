@@ -56,39 +56,39 @@ def _along(main: Sequence[Contestant]) -> Plot:
     paper, auto, stream = pair(main, "snr", "soft"), pair(main, "auto"), pair(main, STREAM)
     controls = [rival for _, _, rival in rivals(main)]
     shown = [
-        (paper.fast_adamw, "solid"),
-        (paper.end_adamw, "dash"),
-        (paper.fast, "solid"),
-        (paper.end, "dash"),
-        (auto.end, "solid"),
-        (stream.fast, "dash"),
-        (controls[1], "dot"),
-        (controls[2], "dot"),
+        ("AdamW, fastest", paper.fast_adamw, "solid"),
+        ("AdamW, best end", paper.end_adamw, "dash"),
+        ("Algorithm 1, fastest", paper.fast, "solid"),
+        ("Algorithm 1, best end", paper.end, "dash"),
+        ("defaults", auto.end, "solid"),
+        ("defaults, stream", stream.end, "dash"),
+        ("RMS-matched", controls[1], "dot"),
+        ("shuffled", controls[2], "dot"),
     ]
-    unique = {c.label: (c, dash) for c, dash in reversed(shown)}
+    first = {c.label: name for name, c, _ in reversed(shown)}
     return Plot(
         f"Error along training, noise {MAIN:g}",
         "step",
         "relative error",
-        [_line(c, dash) for c, dash in reversed(unique.values())],
-        f"The goal is {GOAL:g}. Bands: 95% intervals over seeds.",
-        log_y=True,
+        [_line(name, c, dash) for name, c, dash in shown if first[c.label] == name],
+        f"The goal is {GOAL:g}. Fastest: {paper.fast_adamw.label}; {paper.fast.label}. Best end: "
+        f"{paper.end_adamw.label}; {paper.end.label}. Bands: 95% intervals over seeds.",
     )
 
 
-def _line(contestant: Contestant, dash: str) -> Curve:
+def _line(name: str, contestant: Contestant, dash: str) -> Curve:
     rows = list(contestant.values("errors").values())
     at = next(iter(contestant.found.values()))["at"]
-    return mean_curve(contestant.label, at, rows, contestant.colour, dash=dash)
+    return mean_curve(name, at, rows, contestant.colour, dash=dash)
 
 
 def _by_rate(main: Sequence[Contestant]) -> Plot:
     shown = {
         "AdamW": (of_arm(main, "adamw", weight_decay=DECAY), "solid"),
-        "Algorithm 1, snr mask": (of_arm(main, "snr"), "solid"),
-        "Algorithm 1, soft mask": (of_arm(main, "soft"), "dash"),
-        "AdamW at the update sizes of snr": (of_arm(main, "matched"), "dot"),
-        "snr mask, shuffled": (of_arm(main, "shuffled-snr"), "dot"),
+        "snr mask": (of_arm(main, "snr"), "solid"),
+        "soft mask": (of_arm(main, "soft"), "dash"),
+        "RMS-matched": (of_arm(main, "matched"), "dot"),
+        "shuffled": (of_arm(main, "shuffled-snr"), "dot"),
     }
     curves = [
         Curve(
@@ -119,7 +119,7 @@ def _by_noise(done: Sequence[Done]) -> Plot:
         "ratio",
         [
             _band("times fewer steps", [p.speed_up for p in found], "paper", "solid"),
-            _band("share of AdamW's error at the end", [p.error for p in found], "other", "dash"),
+            _band("share of AdamW's error", [p.error for p in found], "other", "dash"),
         ],
         "Above 1 for steps and below 1 for the error is better. Bands: 95% intervals over seeds.",
     )
