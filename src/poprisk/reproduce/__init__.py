@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from poprisk.reproduce import grokking, image, pinn
+from poprisk.reproduce import benign_overfitting, grokking, image, pinn
 from poprisk.reproduce.claim import Claim
 from poprisk.reproduce.grokking import multistep
 
@@ -15,6 +15,7 @@ CLAIMS: dict[str, Claim] = {
         multistep.CLAIM,
         pinn.CLAIM,
         image.CLAIM,
+        benign_overfitting.CLAIM,
     )
 }
 """The claims, by name, in the order of the summary."""
