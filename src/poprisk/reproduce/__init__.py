@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from poprisk.reproduce import benign_overfitting, grokking, image, pinn
+from poprisk.reproduce import benign_overfitting, double_descent, grokking, image, pinn
 from poprisk.reproduce.claim import Claim
 from poprisk.reproduce.grokking import multistep
 
@@ -16,6 +16,7 @@ CLAIMS: dict[str, Claim] = {
         pinn.CLAIM,
         image.CLAIM,
         benign_overfitting.CLAIM,
+        double_descent.CLAIM,
     )
 }
 """The claims, by name, in the order of the summary."""
