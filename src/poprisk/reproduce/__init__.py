@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from poprisk.reproduce import benign_overfitting, double_descent, grokking, image, pinn
+from poprisk.reproduce import (
+    benign_overfitting,
+    double_descent,
+    grokking,
+    image,
+    implicit_bias,
+    pinn,
+)
 from poprisk.reproduce.claim import Claim
 from poprisk.reproduce.grokking import multistep
 
@@ -17,6 +24,7 @@ CLAIMS: dict[str, Claim] = {
         image.CLAIM,
         benign_overfitting.CLAIM,
         double_descent.CLAIM,
+        implicit_bias.CLAIM,
     )
 }
 """The claims, by name, in the order of the summary."""

@@ -138,8 +138,9 @@ CLAIM = Claim(
         "Random ReLU features of 8 inputs (5 to 300) with a linear readout, gradient descent with "
         "momentum 0.98; a two-layer tanh network of 4 inputs (width 1 to 48, six weights each and "
         "one), Adam at 0.02.",
-        f"{STEPS[FEATURES]} and {STEPS[NETWORK]} full-batch steps, so that at the threshold the smallest directions are not "
-        "fitted to the end: the peak is finite where that of the minimum-norm solution is not.",
+        f"{STEPS[FEATURES]} and {STEPS[NETWORK]} full-batch steps: at the threshold the smallest "
+        "directions are not fitted to the end, and the peak is finite where that of the "
+        "minimum-norm solution is not.",
         "The threshold is where weights are as many as examples: 30 features, width 5.",
     ],
     trials=trials,
