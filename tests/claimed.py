@@ -1,0 +1,37 @@
+"""What the tests of the claims share: a quick form run to the end, and made-up trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from poprisk.report.claims import render_claim
+from poprisk.reproduce.claim import Claim, Done, Found
+from poprisk.reproduce.judge import verdict
+from poprisk.reproduce.record import judged
+from poprisk.reproduce.run import ClaimDirectory
+
+
+def quick_form(claim: Claim, path: Path) -> str:
+    """The page of the quick form of a claim, run to the end in a directory."""
+    directory = ClaimDirectory(path, claim)
+    directory.create(quick=True, workers=1)
+    directory.work(workers=1, on_trial=lambda *_: None)
+    progress = directory.read()
+    assert (progress.left, progress.missing.get("sklearn", 0)) == ([], 0)
+    found = judged(claim, progress)
+    assert found.verdict in ("reproduced", "partly reproduced", "not reproduced")
+    return render_claim(found)
+
+
+def made_up(claim: Claim, found: Callable[[dict[str, Any]], Found]) -> list[Done]:
+    """The full form's trials with what a function of their settings says they found."""
+    return [Done(trial.settings, found(trial.settings)) for trial in claim.trials(False)]
+
+
+def verdict_of(claim: Claim, found: Callable[[dict[str, Any]], Found]) -> str:
+    """The verdict on made-up trials; their plots must be drawable too."""
+    done = made_up(claim, found)
+    assert all(item.title for item in claim.show(done))
+    return verdict(claim.judge(done).criteria)

@@ -1,0 +1,123 @@
+"""The claim of benign overfitting: its verdict on results of both kinds, its figures, its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import claimed
+from poprisk.reproduce.benign_judge import factor, judge, mean_ratio
+from poprisk.reproduce.benign_overfitting import CLAIM, NOISE, SETTINGS, TOLERANCES, make, run
+from poprisk.reproduce.claim import Done, Found, Workspace
+from poprisk.reproduce.descent import descent, operators, predicted, recorded, train
+
+
+def made_up(
+    settings: dict[str, Any], *, miss: float, reservoir: float, harm: float = 20.0
+) -> Found:
+    """Excess error and harmful noise off their predictions by a factor."""
+    shift = 1 + 0.01 * settings["seed"]
+    scale = harm if settings["setting"].endswith("isotropic") else 0.1
+    excess = NOISE**2 * scale * shift
+    shares = {f"{t:g}": reservoir for t in TOLERANCES}
+    found: Found = {"steps": 100, "residual": 1e-5, "closure": 1e-9, "drift": 1.0}
+    found |= {"reservoir": shares, "unseen": shares, "harmful": excess, "terms": {}}
+    found |= {"dissipation": [1.0, 0.9], "gains": [1.0, 0.01]}
+    if settings["setting"].startswith("logistic"):
+        return {**found, "fitted": 1.0, "accuracy": 0.9 * shift}
+    found |= {"noise": NOISE**2, "excess": excess, "predicted": excess / miss}
+    return {**found, "frozen": excess / miss, "draw": excess * miss, "clean_error": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("miss", "reservoir", "harm", "expected"),
+    [
+        (1.02, 0.9, 20.0, "reproduced"),
+        (1.02, 0.0, 20.0, "partly reproduced"),  # no noise in the reservoir
+        (1.6, 0.9, 20.0, "partly reproduced"),  # less exact than claimed
+        (9.0, 0.0, 0.1, "partly reproduced"),  # benign everywhere, and explained by nothing
+    ],
+)
+def test_verdicts(miss: float, reservoir: float, harm: float, expected: str) -> None:
+    def found(settings: dict[str, Any]) -> Found:
+        return made_up(settings, miss=miss, reservoir=reservoir, harm=harm)
+
+    assert claimed.verdict_of(CLAIM, found) == expected
+
+
+def test_nothing_holds() -> None:
+    def found(settings: dict[str, Any]) -> Found:
+        bad = made_up(settings, miss=9.0, reservoir=0.0, harm=0.1)
+        if "noise" in bad:
+            tail = settings["setting"].endswith("tail")
+            bad |= {"excess": 5.0 if tail else 0.001, "frozen": 1.0, "predicted": 0.1}
+        return bad
+
+    assert claimed.verdict_of(CLAIM, found) == "not reproduced"
+
+
+def test_sentences_follow_the_numbers() -> None:
+    def found(reservoir: float) -> list[str]:
+        made = claimed.made_up(CLAIM, lambda s: made_up(s, miss=1.0, reservoir=reservoir))
+        return judge(made).sentences
+
+    assert any("not in the reservoir" in s for s in found(0.0))
+    assert not any("not in the reservoir" in s for s in found(0.9))
+
+
+def test_a_factor_counts_both_ways_and_the_worst_setting() -> None:
+    done = [
+        Done({"setting": name, "seed": seed}, {"a": a, "b": 1.0})
+        for name, pair in {"x": (2.0, 0.5), "y": (1.1, 1.1)}.items()
+        for seed, a in enumerate(pair)
+    ]
+    assert factor(done, "a", "b", ["x", "y"]) == pytest.approx((2.0, 2.0, 2.0))
+    assert factor(done, "a", "b", ["y"]).mean == pytest.approx(1.1)
+    found = mean_ratio(done, "a", "b", ["x"])  # 2 and 1/2: no factor on average, but uncertain
+    assert (found.mean, found.low) == (pytest.approx(1.0), 1.0)
+    assert found.high > 2
+
+
+def test_a_measured_excess_below_zero_is_far_from_any_prediction() -> None:
+    done = [Done({"setting": "x", "seed": s}, {"a": -1.0, "b": 1.0}) for s in (0, 1)]
+    assert mean_ratio(done, "a", "b", ["x"]).low > 1e6
+
+
+def test_the_gain_is_the_formula_of_the_singular_values() -> None:
+    setting = SETTINGS["linear, long tail"]._replace(tail=50)
+    data, model = make(setting, 0, classes=False)
+    net = model()
+    ops = operators(recorded(net, descent(net, data.x, 1.0, 0.9), data, data.clean, limit=400))
+    U, s, Vh = torch.linalg.svd(data.x, full_matrices=False)
+    by_hand = float(((data.query @ Vh.T).square().sum(0) / s**2).sum()) / len(data.query)
+    assert ops.noise_gain().path == pytest.approx(by_hand, rel=1e-9)
+    noise = torch.randn(data.clean.shape, dtype=torch.float64)
+    other = model()
+    train(other, descent(other, data.x, 1.0, 0.9), (data.x, data.clean + noise), limit=400)
+    moved = predicted(other, data.query) - predicted(net, data.query)
+    torch.testing.assert_close(moved, data.query @ (Vh.T / s) @ (U.T @ noise))
+
+
+def test_redrawn_noise_is_what_training_on_it_anew_does() -> None:
+    name = "linear, long tail"
+    found = run({"setting": name, "pairs": 400, "below": 1e-3, "seed": 3}, Workspace())
+    assert found["excess"] == pytest.approx(found["predicted"], rel=0.1)
+    assert found["draw"] == pytest.approx(found["harmful"], rel=1e-2)
+
+
+def test_the_noise_of_a_network_comes_in_pairs_and_has_its_own_run() -> None:
+    given = {"setting": "network, long tail", "pairs": 1, "below": 0.1, "seed": 0}
+    found = run(given, Workspace())
+    assert found["draw"] == pytest.approx(found["harmful"], rel=0.8)
+    assert found["closure"] < 1e-4
+    assert found == run(given, Workspace())
+
+
+@pytest.mark.slow
+def test_the_quick_form_gives_a_page(tmp_path: Path) -> None:
+    text = claimed.quick_form(CLAIM, tmp_path)
+    assert "Excess test error, predicted and measured" in text
+    assert "where G is soft" in text
