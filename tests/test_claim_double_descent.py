@@ -31,7 +31,7 @@ def made_up(settings: dict[str, Any], *, peak: bool, gain_at: float, share: floa
     def bump(at: float) -> float:
         return 0.2 + 2.0 * math.exp(-((math.log(weights / at)) ** 2))
 
-    test = shift * (bump(30) if peak else 0.1 + 3 / weights)
+    test = shift * (bump(30) if peak else 0.5 + 1 / weights)
     terms = {"bias": 0.1, "harmful noise": share * test, "bias × harmful noise": 0.0}
     found: Found = {"weights": weights, "test": test, "gain": bump(gain_at), "terms": terms}
     found |= {"frozen": 3.0, "clean_test": 0.1, "early_test": 0.2, "early_gain": 0.1}
@@ -96,8 +96,8 @@ def test_a_trial_closes_and_repeats() -> None:
 
 
 def test_noise_gets_through_as_the_gain_says() -> None:
-    given = {"model": FEATURES, "size": 60, "steps": 60}
-    found = [run({**given, "seed": seed}, Workspace()) for seed in range(6)]
+    given = {"model": FEATURES, "size": 60, "steps": 40}
+    found = [run({**given, "seed": seed}, Workspace()) for seed in range(4)]
     harmful = sum(f["terms"]["harmful noise"] for f in found)
     predicted = sum(NOISE_STD**2 * f["gain"] for f in found)
     assert 0.5 < harmful / predicted < 2

@@ -246,7 +246,7 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
 
 
 def _agreement(done: Sequence[Done]) -> Plot:
-    curves, ends = [], list[float]()
+    curves, ends = list[Curve](), list[float]()
     for name in (*LINEAR, *NETWORKS):
         rows = [d.found for d in where(done, setting=name) if d.found["excess"] > 0]
         x = [r["predicted"] for r in rows]

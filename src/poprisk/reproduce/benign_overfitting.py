@@ -78,7 +78,7 @@ SCALES = {True: (0.2, 0.2), False: (0.5, 0.2)}
 def trials(quick: bool) -> list[Trial]:
     """Every setting on every seed."""
     seeds, network = (2, 2) if quick else (6, 8)
-    found = []
+    found = list[Trial]()
     for name, setting in SETTINGS.items():
         given = {
             "setting": name,
@@ -187,7 +187,7 @@ def _one_run(ops: PathOperators, clean: Tensor) -> Found:
     u, target = ops.integrals.snapshots[0].train_outputs, ops.run.problem.train[1].flatten()
     last = ops.integrals.snapshots[-1].train_outputs
     noise = split_gradient(ops.run, clean, ops.run.weights[0])[1].flatten()
-    terms = {} if cells.error is None else cells.error.terms
+    assert cells.error is not None  # the queries have targets
     eigenvalues = ops.spectrum.eigenvalues
     gains = Spectrum.of(ops.G.T @ ops.G)
     return {
@@ -196,7 +196,7 @@ def _one_run(ops: PathOperators, clean: Tensor) -> Found:
         "closure": short(max(ops.closure)),
         "drift": short(max(value for _, value in ops.kernel_drift())),
         "harmful": short(mean_square(cells.cells.harmful_noise)),
-        "terms": {k: short(v) for k, v in terms.items()},
+        "terms": {k: short(v) for k, v in cells.error.terms.items()},
         "reservoir": {f"{t:g}": _outside(ops.channel(t), noise) for t in TOLERANCES},
         "unseen": {f"{t:g}": _outside(gains.channel(t), noise) for t in TOLERANCES},
         "dissipation": shorts(eigenvalues / eigenvalues[0]),
