@@ -87,19 +87,19 @@ def test_a_measured_excess_below_zero_is_far_from_any_prediction() -> None:
 
 
 def test_the_gain_is_the_formula_of_the_singular_values() -> None:
-    setting = SETTINGS["linear, long tail"]._replace(tail=50)
+    setting = SETTINGS["linear, long tail"]._replace(tail=200)
     data, model = make(setting, 0, classes=False)
     net = model()
     ops = operators(recorded(net, descent(net, data.x, 1.0, 0.9), data, data.clean, limit=200))
     U, s, Vh = torch.linalg.svd(data.x, full_matrices=False)
     by_hand = float(((data.query @ Vh.T).square().sum(0) / s**2).sum()) / len(data.query)
-    assert ops.noise_gain().path == pytest.approx(by_hand, rel=1e-6)
+    assert ops.noise_gain().path == pytest.approx(by_hand, rel=1e-4)
     noise = torch.randn(data.clean.shape, dtype=torch.float64)
     other = model()
     train(other, descent(other, data.x, 1.0, 0.9), (data.x, data.clean + noise), limit=200)
     moved = predicted(other, data.query) - predicted(net, data.query)
     expected = data.query @ (Vh.T / s) @ (U.T @ noise)
-    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_redrawn_noise_is_what_training_on_it_anew_does() -> None:

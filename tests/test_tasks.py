@@ -17,6 +17,13 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 import tiny
 from poprisk.tasks import BUILT_IN, METRICS, Metric, Task, TaskError, load_task
 from poprisk.tasks.digits import flip_labels
+from poprisk.tasks.interpolation import (
+    NOISE_STD,
+    SPIKES,
+    TAIL_ENERGY,
+    long_tail,
+    random_relu,
+)
 
 DIGITS = ("digits", "digits-cnn", "digits-clean")
 LINEAR = {"sparse-regression": 5, "dense-regression": 200}
@@ -49,6 +56,31 @@ def same_data(a: Task, b: Task) -> bool:
 
 
 # --- built-in tasks -------------------------------------------------------------------------------
+
+
+def test_a_long_tail_has_the_energy_of_the_spikes_however_long_it_is() -> None:
+    for tail in (50, 1_000):
+        x = long_tail(2_000, tail, torch.Generator().manual_seed(0))
+        spikes, rest = x[:, :SPIKES].square().sum(1).mean(), x[:, SPIKES:].square().sum(1).mean()
+        assert float(spikes) == pytest.approx(SPIKES, rel=0.1)
+        assert float(rest) == pytest.approx(TAIL_ENERGY, rel=0.1)
+
+
+def test_random_features_are_those_of_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.eye(2, dtype=torch.float64)
+    V = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = (V / 2**0.5).clamp_min(0) / 3**0.5
+    torch.testing.assert_close(random_relu(x, 3, generator), expected)
+
+
+@pytest.mark.parametrize("name", ["long-tail-regression", "random-features"])
+def test_the_noise_of_interpolation_tasks_is_known(name: str) -> None:
+    task = load_task(name, seed=0)
+    assert task.clean is not None
+    noise = task.train[1] - task.clean
+    assert float(noise.std()) == pytest.approx(NOISE_STD, rel=0.25)
+    assert task.model()(task.test[0]).shape == task.test[1].shape
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

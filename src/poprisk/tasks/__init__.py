@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from poprisk.tasks import digits as _digits
+from poprisk.tasks import interpolation as _interpolation
 from poprisk.tasks import regression as _regression
 from poprisk.tasks.task import METRICS, Metric, Task
 
@@ -21,6 +22,8 @@ BUILT_IN: dict[str, Callable[..., Task]] = {
     "digits-clean": _digits.digits_clean,
     "sparse-regression": _regression.sparse_regression,
     "dense-regression": _regression.dense_regression,
+    "long-tail-regression": _interpolation.long_tail_regression,
+    "random-features": _interpolation.random_features,
     "diabetes": _regression.diabetes,
 }
 
