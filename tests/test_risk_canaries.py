@@ -44,17 +44,42 @@ def test_the_same_seed_repeats_and_another_does_not() -> None:
     assert not torch.equal(a.index, c.index)
 
 
+def certain(classes: Tensor) -> Tensor:
+    return 50 * predicting(classes)
+
+
 def test_all_memorized_is_one_and_none_is_zero_on_average() -> None:
+    """A model that never saw the canaries has its own opinion of each, right or wrong."""
     y = labels()
+    opinion = predicting(y) + randn(N, K)
     rates = []
-    for seed in range(40):
+    for seed in range(60):
         canaries = Canaries(y, fraction=0.1, seed=seed)
-        assert canaries.memorization(predicting(canaries.targets)).value == pytest.approx(1)
-        found = canaries.memorization(predicting(y))
+        assert canaries.memorization(certain(canaries.targets)).value == pytest.approx(1)
+        assert canaries.memorization(certain(y)).value == pytest.approx(0)
+        found = canaries.memorization(opinion)
         rates.append(found.value / found.standard_error)
     z = torch.tensor(rates, dtype=torch.float64)
-    assert abs(float(z.mean())) < 3 / math.sqrt(40)
+    assert abs(float(z.mean())) < 3 / math.sqrt(60)
     assert 0.6 < float(z.std()) < 1.4
+
+
+def test_the_label_is_compared_with_other_wrong_ones() -> None:
+    y = torch.arange(400) % 4
+    canaries = Canaries(y, fraction=0.5)
+    p = torch.full((400, 4), 0.15, dtype=torch.float64)
+    p[torch.arange(400), canaries.targets] = 0.2
+    p[torch.arange(400), y] = 0.5
+    found = canaries.memorization(p.log())
+    assert found.value == pytest.approx(0.2 - 0.15)
+    assert found.standard_error == pytest.approx(0, abs=1e-9)
+
+
+def test_of_two_classes_chance_is_taken_off() -> None:
+    canaries = Canaries(torch.arange(N) % 2, fraction=0.1)
+    p = torch.full((N, 2), 0.3, dtype=torch.float64)
+    p[torch.arange(N), canaries.targets] = 0.7
+    assert canaries.memorization(p.log()).value == pytest.approx(0.4)
 
 
 def test_half_memorized_is_half() -> None:
@@ -62,9 +87,17 @@ def test_half_memorized_is_half() -> None:
     half = labels()
     first = canaries.index[:250]
     half[first] = canaries.targets[first]
-    found = canaries.memorization(predicting(half))
+    found = canaries.memorization(certain(half))
     assert found.value == pytest.approx(0.5, abs=3 * found.standard_error)
     assert found.cost == 0.5
+
+
+def test_what_is_not_logits_is_refused() -> None:
+    canaries = Canaries(labels())
+    with pytest.raises(ValueError, match=r"logits, but got probabilities: .* logarithms"):
+        canaries.memorization(randn(N, K).softmax(1))
+    with pytest.raises(ValueError, match=r"shape \(m, 10\), but got \(20, 7\)"):
+        canaries.memorization(randn(N, 7))
 
 
 @pytest.mark.parametrize("shape", [(N,), (N, 1), (N, 3)])
@@ -81,10 +114,11 @@ def test_numbers_have_the_share_of_the_noise(shape: tuple[int, ...], share: floa
 
 def test_outputs_of_the_canaries_alone_will_do() -> None:
     canaries = Canaries(labels(), fraction=0.1)
-    whole = canaries.memorization(predicting(labels()))
-    assert canaries.memorization(predicting(labels())[canaries.index]) == whole
+    outputs = randn(N, K)
+    whole = canaries.memorization(outputs)
+    assert canaries.memorization(outputs[canaries.index]) == whole
     with pytest.raises(ValueError, match=r"the 100 canaries .* of all 1000 .* but got 7 rows"):
-        canaries.memorization(predicting(labels())[:7])
+        canaries.memorization(outputs[:7])
 
 
 @pytest.mark.parametrize("y", [labels(), randn(N), randn(N, 2)], ids=["classes", "(n,)", "(n, 2)"])
@@ -122,7 +156,7 @@ def test_a_bound_that_says_nothing_is_flagged() -> None:
 
 
 def test_one_canary_is_flagged() -> None:
-    found = Canaries(labels(), fraction=0.001).memorization(predicting(labels()))
+    found = Canaries(labels(), fraction=0.001).memorization(certain(labels()))
     assert not found.valid
 
 

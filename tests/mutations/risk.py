@@ -22,6 +22,10 @@ FRESH = "test_risk_fresh.py::test_equals_the_sum_over_pairs"
 MONITORED = "test_monitor.py::test_training_is_bitwise_the_same_with_and_without"
 SIGNAL = "test_monitor.py::test_numbers_are_those_of_all_parts_of_the_step"
 
+NO_MEMORY = "test_risk_canaries.py::test_all_memorized_is_one_and_none_is_zero_on_average"
+CONTRAST = "test_risk_canaries.py::test_the_label_is_compared_with_other_wrong_ones"
+GATES = "test_optimizer.py::test_gate_stats_by_hand"
+
 MUTATIONS = {
     "labels pushed the wrong way": Mutation(
         "risk/twin.py",
@@ -142,5 +146,29 @@ MUTATIONS = {
         "pairs = self.examples * (self.examples - 1)",
         "pairs = self.examples**2",
         SIGNAL,
+    ),
+    "canaries that kept their label count": Mutation(
+        "risk/canaries.py", "/ (k - 2))[planted != original]", "/ (k - 2))", NO_MEMORY
+    ),
+    "a planted label against all others": Mutation(
+        "risk/canaries.py",
+        "own - (1 - own - replaced) / (k - 2)",
+        "own - (1 - own) / (k - 1)",
+        CONTRAST,
+    ),
+    "signal where the mean is below the noise counts": Mutation(
+        "monitor/statistics.py",
+        "torch.addcmul(q, s, s, value=-1).clamp_max_(0)",
+        "torch.addcmul(q, s, s, value=-1)",
+        SIGNAL,
+    ),
+    "spread of the gradients without their mean": Mutation(
+        "monitor/statistics.py", "value=-1 / examples)", "value=0)", SIGNAL
+    ),
+    "coordinates without a gradient count": Mutation(
+        "replay.py",
+        "gate_sums(q, passed, update, v.sign())",
+        "gate_sums(q, passed, update, v.sign() + 1)",
+        GATES,
     ),
 }

@@ -300,6 +300,20 @@ def check_canary_outputs(found: int, canaries: int, n: int) -> None:
         )
 
 
+def check_logits(outputs: Tensor, classes: int) -> Tensor:
+    """Return outputs (m, classes) if they are logits; probabilities would be taken for these."""
+    shape = tuple(outputs.shape)
+    if outputs.ndim != 2 or shape[1] != classes:
+        raise ValueError(f"outputs must be logits of shape (m, {classes}), but got {shape}.")
+    sums = outputs.double().sum(1)
+    if bool((outputs >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
+        raise ValueError(
+            "outputs must be logits, but got probabilities: each row is not negative and sums to "
+            "1; pass their logarithms."
+        )
+    return outputs
+
+
 def check_fresh(model: torch.nn.Module, b: int, fresh: Any, groups: Any) -> None:
     """Raise unless a batch of b can be cut into parts; see ``fresh_batch_risk``."""
     if not isinstance(fresh, bool):

@@ -13,10 +13,10 @@ from poprisk.checks import risk as inputs
 
 
 class Memorization(NamedTuple):
-    """How much of the canaries a model reproduces.
+    """How much of the canaries a model has memorized.
 
     Attributes:
-        value: 0: none, as expected of a model that never saw them; 1: all.
+        value: 0: none, as expected of a model that never saw them; 1: all, with certainty.
         standard_error: from canary to canary.
         valid: whether there are enough canaries to tell.
         reason: why not.
@@ -120,27 +120,34 @@ class Canaries:
     def memorization(self, outputs: Tensor) -> Memorization:
         r"""How much of the canaries' labels the outputs reproduce.
 
-        Classes: :math:`(a - 1/k)/(1 - 1/k)` for a share a of canaries predicted as labelled.
-        Numbers: the coefficient of the outputs' deviation from the original targets on the noise.
+        Classes: the probability of the planted label z beyond that of other labels as wrong,
+        :math:`p_z - (1-p_z-p_o)/(k-2)`, where o is the label it replaced and canaries with z = o
+        are left out (ours). Which wrong label is planted is chance, so the mean is 0 for a model
+        that never saw them. With two classes there is no other wrong label, and it is
+        :math:`2p_z-1` over all canaries. Numbers: the coefficient of the outputs' deviation from
+        the original targets on the noise.
 
         Args:
-            outputs: of the model on the whole training set (n, ...) or on the canaries alone.
+            outputs: of the model on the whole training set (n, ...) or on the canaries alone;
+                for classes logits (..., k).
+
+        Raises:
+            ValueError: for outputs of another number of examples, or probabilities.
         """
         u = self._on_canaries(outputs)
         if self.classes is not None:
-            chance = 1 / self.classes
-            hits = (u.argmax(1) == self.targets[self.index].to(u.device)).double()
-            values = (hits - chance) / (1 - chance)
+            values = self._label_contrast(inputs.check_logits(u, self.classes))
         else:
             drawn, original = self.targets[self.index], self.original
             noise = (drawn - original).double().flatten(1 if original.ndim > 1 else 0)
             follow = (u.reshape_as(original) - original).double().reshape_as(noise)
             product = noise * follow / noise.square().mean()
             values = product.mean(1) if product.ndim > 1 else product
-        value, error = float(values.mean()), _standard_error(values)
+        value = float(values.mean()) if len(values) else math.nan
+        error = _standard_error(values)
         few = f"{len(values)} canaries leave a standard error of {error:.2f}" if error > 0.2 else ""
-        few = few or ("one canary tells nothing" if len(values) < 2 else "")
-        return Memorization(value, error, not few, few, len(values) / len(self.targets))
+        few = "too few canaries to tell" if len(values) < 2 else few
+        return Memorization(value, error, not few, few, len(self.index) / len(self.targets))
 
     def error_bound(self, outputs: Tensor, *, confidence: float = 0.95) -> ErrorBound:
         r"""Bound on the error on fresh examples, from how badly the canaries are fitted.
@@ -174,6 +181,17 @@ class Canaries:
         error = math.hypot(_standard_error(fitted), k * _standard_error(planted))
         reason = "" if value < 1 else f"vacuous: {m} canaries are too few for {k} classes"
         return ErrorBound(value, expected, error, not reason, reason, m / len(wrong))
+
+    def _label_contrast(self, logits: Tensor) -> Tensor:
+        """The planted label's probability against that of other wrong labels, by canary."""
+        p = logits.double().softmax(1)
+        planted, original = self.targets[self.index].to(p.device), self.original.to(p.device)
+        own = p.gather(1, planted[:, None]).squeeze(1)
+        k = p.shape[1]
+        if k == 2:
+            return 2 * own - 1
+        replaced = p.gather(1, original[:, None]).squeeze(1)
+        return (own - (1 - own - replaced) / (k - 2))[planted != original]
 
     def _on_canaries(self, outputs: Tensor) -> Tensor:
         inputs.check_canary_outputs(len(outputs), len(self.index), len(self.targets))
