@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -16,11 +18,26 @@ from poprisk.bench import environment
 from poprisk.bench.models import Case
 
 CASES = (Case("mlp", 64, 1024), Case("mlp", 64, 256), Case("transformer", 16, 128))
-EVERY, BLOCKS, WARM_UP = 50, 9, 2
+EVERY, BLOCKS, WARM_UP = 50, 11, 3
 
 
-def block_seconds(case: Case) -> dict[str, list[float]]:
-    """Processor times of blocks of steps in which one measurement falls, with and without it."""
+class Added(NamedTuple):
+    """What the monitor adds, and what that was computed from; processor time in seconds.
+
+    Attributes:
+        added: share of training time: extra time of a measurement over that of 50 plain steps.
+        step: median of the steps in which nothing is measured.
+        extra: of each measurement: its step and the next, which finds other data in the caches,
+            less two plain steps.
+    """
+
+    added: float
+    step: float
+    extra: list[float]
+
+
+def added_by(case: Case) -> Added:
+    """Train with a monitor, and compare the steps in which it measures with the others."""
     model, x = case.build()
     y = torch.randint(0, 10, (len(x),))
     optimizer = PopRiskAdamW(model.parameters(), lr=1e-4, batch_size=64, dataset_size=10_000)
@@ -29,19 +46,18 @@ def block_seconds(case: Case) -> dict[str, list[float]]:
         return F.cross_entropy(outputs, targets, reduction="none")
 
     monitor = RiskMonitor(model, loss, optimizer, every=EVERY)
-    times: dict[str, list[float]] = {"without": [], "with": []}
-    for block in range(2 * (WARM_UP + BLOCKS)):
-        watched = block % 2 == 1
+    times: list[float] = []
+    for _ in range(EVERY * (WARM_UP + BLOCKS)):
         started = time.process_time()
-        for _ in range(EVERY):
-            optimizer.zero_grad()
-            loss(model(x), y).mean().backward()
-            if watched:
-                monitor.step(x, y)
-            optimizer.step()
-        if block >= 2 * WARM_UP:
-            times["with" if watched else "without"].append(time.process_time() - started)
-    return times
+        optimizer.zero_grad()
+        loss(model(x), y).mean().backward()
+        monitor.step(x, y)
+        optimizer.step()
+        times.append(time.process_time() - started)
+    blocks = [times[i : i + EVERY] for i in range(EVERY * WARM_UP, len(times), EVERY)]
+    step = statistics.median(t for block in blocks for t in block[2:])
+    extra = [block[0] + block[1] - 2 * step for block in blocks]
+    return Added(statistics.median(extra) / (EVERY * step), step, extra)
 
 
 def main(out: Path) -> None:
@@ -49,12 +65,10 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     rows = []
     for case in CASES:
-        times = block_seconds(case)
-        pairs = zip(times["with"], times["without"], strict=True)
-        added = statistics.median(a / b - 1 for a, b in pairs)
-        rows.append({"case": case.label(), "added": added, "seconds": times})
-        print(f"{case.label()}: {added:+.1%}")
-    settings = environment(threads=1, every=EVERY, blocks=BLOCKS)
+        found = added_by(case)
+        rows.append({"case": case.label(), **found._asdict()})
+        print(f"{case.label()}: {found.added:+.1%}", flush=True)
+    settings = environment(threads=1, every=EVERY, blocks=BLOCKS, load=os.getloadavg()[0])
     out.write_text(json.dumps({"environment": settings, "results": rows}, indent=1) + "\n")
 
 

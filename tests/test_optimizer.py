@@ -20,6 +20,7 @@ from cases import (
 )
 from poprisk import GateStats, PopRiskAdamW, gate
 from poprisk.reference.optimizer import ReferenceOptimizer
+from poprisk.stats import gate_sums
 from poprisk.update import CHUNK
 from samplers import copies, grad_rows, noisy_grads, parameter, randn, take_steps, trajectory
 
@@ -388,6 +389,21 @@ def test_an_ungated_step_passes_everything() -> None:
     opt = PopRiskAdamW([parameter(4)])
     take_steps(opt, [[g] for g in noisy_grads(1, 4)])
     assert opt.gate_stats()["groups[0]"] == GateStats(1.0, 1.0, 1.0, False, 4)
+
+
+def test_a_coordinate_without_gradient_is_left_out_also_without_eps() -> None:
+    opt = PopRiskAdamW([parameter(3)], eps=0.0)
+    take_steps(opt, [[torch.tensor([1.0, -2.0, 0.0])]])
+    assert opt.gate_stats()["groups[0]"] == GateStats(1.0, 1.0, 1.0, False, 2)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_squares_of_updates_neither_vanish_nor_overflow(scale: float) -> None:
+    update, active = scale * torch.tensor([3.0, -4.0, 5.0]), torch.tensor([1.0, 1.0, 0.0])
+    q, passed = torch.tensor([0.5, 1.0, 1.0]), torch.ones(())
+    sums = gate_sums(q, passed, update, active)
+    expected = [2.0, 1.5, 2.0, 18.25 * scale**2, 25.0 * scale**2]
+    assert sums.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def small_model() -> nn.Module:
