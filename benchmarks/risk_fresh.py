@@ -33,7 +33,7 @@ from poprisk.compare import environment
 
 RUNS = Path("runs/risk-fresh")
 RESULTS = Path(__file__).parent / "results" / "risk-fresh.json"
-SEEDS = range(70, 80)
+SEEDS = range(70, 85)
 BATCH, JUDGES = 32, 1024
 CHECKS = range(0, 128, 8)
 """Steps at which the estimate is made and judged."""

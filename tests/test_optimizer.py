@@ -393,7 +393,7 @@ def test_an_ungated_step_passes_everything() -> None:
 
 def test_a_coordinate_without_gradient_is_left_out_also_without_eps() -> None:
     opt = PopRiskAdamW([parameter(3)], eps=0.0)
-    take_steps(opt, [[torch.tensor([1.0, -2.0, 0.0])]])
+    take_steps(opt, [[torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)]])
     assert opt.gate_stats()["groups[0]"] == GateStats(1.0, 1.0, 1.0, False, 2)
 
 

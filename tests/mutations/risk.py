@@ -24,6 +24,8 @@ SIGNAL = "test_monitor.py::test_numbers_are_those_of_all_parts_of_the_step"
 
 NO_MEMORY = "test_risk_canaries.py::test_all_memorized_is_one_and_none_is_zero_on_average"
 CONTRAST = "test_risk_canaries.py::test_the_label_is_compared_with_other_wrong_ones"
+EXTREME = "test_optimizer.py::test_squares_of_updates_neither_vanish_nor_overflow"
+NO_EPS = "test_optimizer.py::test_a_coordinate_without_gradient_is_left_out_also_without_eps"
 GATES = "test_optimizer.py::test_gate_stats_by_hand"
 
 MUTATIONS = {
@@ -170,5 +172,14 @@ MUTATIONS = {
         "gate_sums(q, passed, update, v.sign())",
         "gate_sums(q, passed, update, v.sign() + 1)",
         GATES,
+    ),
+    "squares of updates overflow": Mutation(
+        "stats.py", "if not VANISHING < float(square) < math.inf:", "if False:", EXTREME
+    ),
+    "an update over no denominator": Mutation(
+        "replay.py",
+        'eps = max(group["eps"], torch.finfo(slots.exp_avgs[0].dtype).tiny)',
+        'eps = group["eps"]',
+        NO_EPS,
     ),
 }
