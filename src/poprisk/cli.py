@@ -217,12 +217,13 @@ def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
     _say(f"{claim.title}: {claim.statement}", style="bold")
     _say(f"record in {directory.path} (stop at any time, repeat the command to go on)")
     with PhaseDisplay(console) as display:
-        found = run_claim(
-            directory,
-            quick=quick,
-            workers=workers,
-            on_trial=lambda name, done, total: display("trials", done, total),
-        )
+
+        def tell(name: str, done: int, total: int) -> None:
+            display("trials", done, total)
+            if not console.is_terminal:
+                _say(f"[{done:3}/{total}] {name}")
+
+        found = run_claim(directory, quick=quick, workers=workers, on_trial=tell)
     page = directory.path / "report.html"
     try:
         write_claim(found, page)

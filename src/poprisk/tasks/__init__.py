@@ -11,6 +11,7 @@ from typing import Any
 
 from poprisk.tasks import digits as _digits
 from poprisk.tasks import interpolation as _interpolation
+from poprisk.tasks import modular as _modular
 from poprisk.tasks import regression as _regression
 from poprisk.tasks.task import METRICS, Metric, Task
 
@@ -25,6 +26,7 @@ BUILT_IN: dict[str, Callable[..., Task]] = {
     "long-tail-regression": _interpolation.long_tail_regression,
     "random-features": _interpolation.random_features,
     "diabetes": _regression.diabetes,
+    "grokking": _modular.modular_division,
 }
 
 
