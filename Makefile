@@ -44,9 +44,10 @@ format: setup-dev  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup-dev  ## Write the API reference to site/
+docs: setup-dev  ## Write the API reference to site/ and the pages of the claims to docs/claims/
 	$(PIP) -e '.[docs]'
 	$(BIN)/pdoc --docformat google --math --output-directory site poprisk
+	$(BIN)/python docs/claims.py
 
 bench: setup  ## Measure step times and print them beside AdamW's
 	$(BIN)/poprisk bench $(ARGS)

@@ -273,7 +273,7 @@ def multistep_results(gap: float) -> list[Done]:
     for trial in multistep.CLAIM.trials(False):
         best = 0.9 + 0.001 * trial.settings["seed"]
         best -= gap if trial.settings["name"] != "adamw" else 0.0
-        found = {"best": best, "reached": None, "limit": 4000, "curve": [[0, 1.0, 0.0, 0.1]]}
+        found = {"best": best, "reached": None, "limit": 3000, "curve": [[0, 1.0, 0.0, 0.1]]}
         done.append(Done(trial.settings, found))
     return done
 
