@@ -8,6 +8,7 @@ from poprisk.reproduce import (
     grokking,
     image,
     implicit_bias,
+    memorization,
     pinn,
 )
 from poprisk.reproduce.claim import Claim
@@ -25,6 +26,7 @@ CLAIMS: dict[str, Claim] = {
         benign_overfitting.CLAIM,
         double_descent.CLAIM,
         implicit_bias.CLAIM,
+        memorization.CLAIM,
     )
 }
 """The claims, by name, in the order of the summary."""
