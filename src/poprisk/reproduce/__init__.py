@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from poprisk.reproduce import (
     benign_overfitting,
+    coupling,
     double_descent,
     grokking,
     image,
@@ -26,6 +27,7 @@ CLAIMS: dict[str, Claim] = {
         benign_overfitting.CLAIM,
         double_descent.CLAIM,
         implicit_bias.CLAIM,
+        coupling.CLAIM,
         memorization.CLAIM,
     )
 }

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from poprisk.reproduce.claim import Claim, Curve, Done, Findings, Found, Plot, Trial, Workspace
+from poprisk.reproduce.claim import (
+    Claim,
+    Curve,
+    Done,
+    Findings,
+    Found,
+    Picture,
+    Plot,
+    Trial,
+    Workspace,
+)
 from poprisk.reproduce.curves import mean_curve, rounded, thinned
 from poprisk.reproduce.judge import Criterion, difference, written
 from poprisk.verdict import DEFAULT_ADAMW, Interval, t_interval
@@ -75,7 +85,7 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
 
 def _summary(rows: list[dict[str, Any]]) -> Found:
     *epochs, end = rows
-    kept = thinned(epochs, POINTS)
+    kept = thinned(len(epochs), POINTS)
     found = {
         "accuracy": end["final_metric"],
         "memorized": end["final_memorized"],
@@ -128,7 +138,7 @@ def judge(done: Sequence[Done]) -> Findings:
     """More accurate than AdamW at the same settings, less memorized, nothing lost without noise."""
     table = Table(done)
     lead = {n: difference(table.values(OURS, n), table.values(SAME, n)) for n in table.noises}
-    criteria = []
+    criteria = list[Criterion]()
     for noise in table.noisy:
         criteria += [
             _gain(f"{noise:.0%} wrong labels: accuracy gained on AdamW at equal settings",
@@ -274,7 +284,7 @@ COLOURS = {
 }
 
 
-def show(done: Sequence[Done]) -> list[Plot]:
+def show(done: Sequence[Done]) -> list[Plot | Picture]:
     """Accuracy and memorization by noise level, and along the runs at one level."""
     table = Table(done)
     at = min(table.noisy, key=lambda noise: abs(noise - 0.4))
