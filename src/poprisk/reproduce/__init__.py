@@ -6,6 +6,7 @@ from poprisk.reproduce import (
     benign_overfitting,
     coupling,
     double_descent,
+    feature_learning,
     grokking,
     image,
     implicit_bias,
@@ -28,6 +29,7 @@ CLAIMS: dict[str, Claim] = {
         double_descent.CLAIM,
         implicit_bias.CLAIM,
         coupling.CLAIM,
+        feature_learning.CLAIM,
         memorization.CLAIM,
     )
 }
