@@ -1,0 +1,142 @@
+"""The claim of the coupling: its verdict on results of both kinds, its predictors, its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import claimed
+from poprisk.channel import path_operators
+from poprisk.path import record
+from poprisk.reproduce.claim import Found
+from poprisk.reproduce.coupling import CLAIM, judge
+from poprisk.reproduce.coupling_runs import (
+    CASES,
+    FLIPPED,
+    NOISE,
+    TARGET,
+    data,
+    forecast,
+    frozen_ridge,
+    movement,
+    train,
+)
+
+
+def made_up(settings: dict[str, Any], *, peak: float, error: float, frozen: float) -> Found:
+    shift = 1 + 0.01 * settings["seed"]
+    found: Found = {"steps": [0, 300], "drift": [0.0, peak], "peak": peak * shift, "end": peak}
+    found |= {"closure": 1e-9, "strided_closure": 0.1}
+    for key in ("path", "strided", "other", "other_best"):
+        found[key] = {"error": error * shift, "correlation": 1 - error**2 / 2}
+    for key in ("frozen", "pseudo_inverse", "other_frozen"):
+        found[key] = {"error": frozen * shift, "correlation": 0.5}
+    if settings["drawn"]:
+        found |= {k: [1.0, 2.0] for k in ("realized", "predicted", "frozen_predicted")}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("peak", "error", "frozen", "expected"),
+    [
+        (4.8, 0.1, 0.6, "reproduced"),
+        (4.8, 0.3, 0.6, "partly reproduced"),  # an error that is larger than the paper's
+        (1.0, 0.1, 0.6, "partly reproduced"),  # the kernel hardly moves
+        (1.0, 0.9, 0.6, "not reproduced"),
+    ],
+)
+def test_verdicts(peak: float, error: float, frozen: float, expected: str) -> None:
+    def found(settings: dict[str, Any]) -> Found:
+        return made_up(settings, peak=peak, error=error, frozen=frozen)
+
+    assert claimed.verdict_of(CLAIM, found) == expected
+
+
+def test_the_worst_setting_counts() -> None:
+    def found(settings: dict[str, Any]) -> Found:
+        bad = settings["case"] == "classes-sgd"
+        return made_up(settings, peak=1.0 if bad else 9.0, error=0.7 if bad else 0.0, frozen=0.8)
+
+    drift, _, error, gain, *_ = judge(claimed.made_up(CLAIM, found)).criteria
+    assert [c.outcome for c in (drift, error, gain)] == [
+        "does not hold",
+        "does not hold",
+        "as claimed",
+    ]
+
+
+def test_forecasts_do_not_decide_and_say_which_is_better() -> None:
+    def found(settings: dict[str, Any]) -> Found:
+        row = made_up(settings, peak=4.8, error=0.1, frozen=0.6)
+        return row | {"other_best": {"error": 0.9, "correlation": 0.0}}
+
+    findings = judge(claimed.made_up(CLAIM, found))
+    other = [c for c in findings.criteria if "other labels" in c.asks]
+    assert [c.decides for c in other] == [False] * 4
+    assert sum("the kernel at the start is better" in s for s in findings.sentences) == 2
+
+
+def test_other_labels_leave_inputs_alone() -> None:
+    case = CASES["classes-sgd"]
+    (x, labels), query = data(case, 3, None)
+    (other_x, other_labels), other_query = data(case, 3, 77)
+    assert torch.equal(x, other_x)
+    assert torch.equal(query, other_query)
+    assert int((labels != other_labels).sum()) == FLIPPED
+    (_, y), _ = data(CASES["regression-sgd"], 3, None)
+    added = [data(CASES["regression-sgd"], 3, seed)[0][1] - y for seed in range(200)]
+    assert float(torch.stack(added).std()) == pytest.approx(TARGET * NOISE, rel=0.05)
+
+
+def test_movement_is_that_of_the_operators() -> None:
+    run = train(CASES["classes-adamw"], 0, 12)
+    first, last = (path_operators(run).integrals.snapshots[i] for i in (0, -1))
+    train_moved, query_moved = movement(run)
+    torch.testing.assert_close(train_moved, last.train_outputs - first.train_outputs)
+    torch.testing.assert_close(query_moved, last.query_outputs - first.query_outputs)
+
+
+def test_a_linear_model_has_a_frozen_kernel_that_predicts_exactly() -> None:
+    torch.manual_seed(0)
+    x, query = torch.randn(6, 9, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
+    net = nn.Linear(9, 1, bias=False).double()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+    y = torch.randn(6, 1, dtype=torch.float64)
+    run = record(net, "squared_error", sgd, [torch.arange(6)] * 20, query, train=(x, y))
+    train_moved, query_moved = movement(run)
+    found = frozen_ridge(run, train_moved, query_moved)
+    assert found.error < 1e-6
+    expected = query @ x.T @ torch.linalg.solve(x @ x.T, train_moved)
+    torch.testing.assert_close(found.movement, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_ridge_is_the_best_in_hindsight() -> None:
+    run = train(CASES["regression-full"], 1, 60)
+    train_moved, query_moved = movement(run)
+    problem, w = run.problem, run.weights[0]
+    J, J_query = (problem.jacobian(w, x) for x in (problem.train[0], problem.query[0]))
+    best = frozen_ridge(run, train_moved, query_moved).error
+    K = J @ J.T
+    for ridge in (1e-6, 1e-3, 1e-1):
+        damped = K + ridge * torch.linalg.matrix_norm(K, 2) * torch.eye(len(K))
+        moved = J_query @ J.T @ torch.linalg.solve(damped, train_moved)
+        assert best <= float((moved - query_moved).norm() / query_moved.norm()) * 1.2
+
+
+def test_a_forecast_of_the_run_itself_is_its_coupling() -> None:
+    run = train(CASES["regression-gated"], 0, 30)
+    ops = path_operators(run)
+    found = forecast(ops, *movement(run))[-1]
+    torch.testing.assert_close(found.movement, ops.coupling().prediction.movement)
+    assert found.error < 1e-6
+
+
+@pytest.mark.slow
+def test_the_quick_form(tmp_path: Path) -> None:
+    page = claimed.quick_form(CLAIM, tmp_path / "run")
+    for wanted in ("Kernel drift", "Movement of the test outputs", "it is an identity"):
+        assert wanted in page
