@@ -80,7 +80,7 @@ def test_a_draw_has_its_own_data_and_weights_and_repeats() -> None:
     runs = [r.run(BATCH, 24, 0).weights[6] for r in (first, again, other)]
     assert torch.equal(runs[0], runs[1])
     starts = [r.run(BATCH, 24, 0).weights[0] for r in (first, other)]
-    assert not torch.allclose(*starts)
+    assert not torch.allclose(starts[0], starts[1])
     assert not torch.allclose(first.train[0], other.train[0])
     assert recipe(PARTS["shuffled"], SETTINGS).replace is False
 

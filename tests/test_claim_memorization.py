@@ -40,8 +40,9 @@ def made_up(settings: dict[str, Any], good: dict[str, tuple[float, float]]) -> F
     """Arms named in ``good`` are as accurate and memorize as it says; the others 70% and 60%."""
     arm = settings["arm"]
     arms = [arm, MATCHED] if arm == OURS else [arm]
-    clean = settings["noise"] == 0
-    told = {a: (0.97, 0.0) if clean else good.get(a, (0.7, 0.6)) for a in arms}
+    told = {a: good.get(a, (0.7, 0.6)) for a in arms}
+    if settings["noise"] == 0:
+        told = {a: (0.98 if a in good and a in GRID else 0.97, 0.0) for a in arms}
     return {"arms": {a: result(a, settings, *told[a]) for a in arms}}
 
 
