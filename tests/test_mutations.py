@@ -16,7 +16,17 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "src" / "poprisk"
 
 NO_MUTATION = "no mutation"
-PARTS = ("optimizer", "fused", "factors", "kernel", "path", "risk", "fields", "interpolation", "claims_paths")
+PARTS = (
+    "optimizer",
+    "fused",
+    "factors",
+    "kernel",
+    "path",
+    "risk",
+    "fields",
+    "interpolation",
+    "claims_paths",
+)
 MUTATIONS: dict[str, Mutation] = {
     f"{part}: {name}": mutation
     for part in PARTS
