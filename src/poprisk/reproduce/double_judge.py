@@ -108,24 +108,23 @@ def judge(done: Sequence[Done]) -> Findings:
 def _criteria(done: Sequence[Done], model: str) -> list[Criterion]:
     return [
         Criterion(
-            f"test error at the threshold over that of the largest model ({model})",
+            f"test error, threshold over largest ({model})",
             rise(done, model, "test"),
             needed=1.5,
         ),
         Criterion(
-            f"test error and noise gain peak at the same number of weights, up to a factor of "
-            f"({model})",
+            f"weights between the peaks, a factor of ({model})",
             between_peaks(done, model),
             needed=2.0,
             at_most=True,
         ),
         Criterion(
-            f"rank correlation of test error and noise gain over capacity ({model})",
+            f"rank correlation of error and gain ({model})",
             over_seeds(done, model, rank_correlation),
             needed=0.5,
         ),
         Criterion(
-            f"share of the test error at the threshold that is harmful noise ({model})",
+            f"harmful noise in the error at the threshold ({model})",
             harmful_share(done, model),
             needed=0.5,
             percent=True,
@@ -140,14 +139,14 @@ def _controls(done: Sequence[Done], model: str) -> list[Criterion]:
     )
     return [
         Criterion(
-            f"clean labels: test error at the threshold over that of the largest model ({model})",
+            f"clean labels: error, threshold over largest ({model})",
             rise(done, model, "clean_test"),
             needed=1.5,
             at_most=True,
             decides=False,
         ),
         Criterion(
-            f"noise gain at the threshold, after a tenth of the steps over the end ({model})",
+            f"gain at the threshold, early over end ({model})",
             early,
             needed=0.5,
             at_most=True,
@@ -218,12 +217,12 @@ def _together(done: Sequence[Done], model: str) -> Plot:
     return Plot(
         f"Test error and noise gain: {model}",
         "weights (30 training examples)",
-        "mean squared error, or variance per unit of label noise",
+        "error, or gain",
         [
-            _line(done, model, "test error", lambda d: d.found["test"], "module-1"),
-            _line(done, model, "noise gain", lambda d: d.found["gain"], "module-2"),
-            _line(done, model, "clean labels", lambda d: d.found["clean_test"], "module-3"),
-            _line(done, model, "after a tenth of the steps", _early, "module-4"),
+            _line(done, model, "test error", lambda d: d.found["test"], "poprisk"),
+            _line(done, model, "noise gain", lambda d: d.found["gain"], "adamw"),
+            _line(done, model, "clean labels", lambda d: d.found["clean_test"], "peer"),
+            _line(done, model, "after a tenth of the steps", _early, "shuffled"),
         ],
         "Geometric means over data sets with 95% bands. The claim is that the first two peak "
         "together; the others are the test error of controls.",
@@ -242,11 +241,11 @@ def _parts(done: Sequence[Done], model: str) -> Plot:
         "weights (30 training examples)",
         "mean squared error",
         [
-            _line(done, model, "test error", lambda d: d.found["test"], "module-1"),
+            _line(done, model, "test error", lambda d: d.found["test"], "poprisk"),
             _line(
-                done, model, "harmful noise", lambda d: d.found["terms"]["harmful noise"], "peer"
+                done, model, "harmful noise", lambda d: d.found["terms"]["harmful noise"], "adamw"
             ),
-            _line(done, model, "bias", lambda d: d.found["terms"]["bias"], "module-3"),
+            _line(done, model, "bias", lambda d: d.found["terms"]["bias"], "peer"),
         ],
         "The four cells of each run; the cross term of bias and noise, which has either sign, is "
         "in the table.",

@@ -42,29 +42,29 @@ def judge(done: Sequence[Done]) -> Findings:
     zero = worst(done, "least", FROM_ZERO)
     criteria = [
         Criterion(
-            "rank correlation of W's eigenvalue (descending) and half-time (linear)",
+            "rank correlation of eigenvalue and half-time (linear)",
             straight,
             needed=0.9,
         ),
         Criterion(
-            "rank correlation of W's eigenvalue (descending) and half-time (network)",
+            "rank correlation of eigenvalue and half-time (network)",
             bent,
             needed=0.7,
         ),
         Criterion(
-            "distance to the interpolant of least norm, from 0 (descent, momentum, minibatches)",
+            "from 0: distance to the interpolant of least norm",
             zero,
             needed=ROUND_OFF,
             at_most=True,
         ),
         Criterion(
-            "distance to the interpolant nearest to another start",
+            "from another start: distance to the nearest interpolant",
             worst(done, "nearest", (ELSEWHERE,)),
             needed=ROUND_OFF,
             at_most=True,
         ),
         Criterion(
-            "query outputs against those of the frozen kernel's minimum-norm interpolant (descent)",
+            "from 0: query outputs against the frozen kernel's",
             worst(done, "frozen", (DESCENT,)),
             needed=ROUND_OFF,
             at_most=True,
@@ -88,19 +88,19 @@ def _controls(done: Sequence[Done]) -> list[Criterion]:
     closures = [d.found["closure"] for d in done if "closure" in d.found]
     return [
         Criterion(
-            "Adam's distance to the interpolant of least norm",
+            "Adam: distance to the interpolant of least norm",
             least(done, ADAM),
             needed=0.1,
             decides=False,
         ),
         Criterion(
-            "distance to the interpolant of least norm from another start",
+            "from another start: distance to that of least norm",
             least(done, ELSEWHERE),
             needed=0.1,
             decides=False,
         ),
         Criterion(
-            "rank correlation by W of the first tenth of the run (network)",
+            "rank correlation by early W (network)",
             order(done, NETWORK, "early W"),
             needed=0.5,
             decides=False,
@@ -185,7 +185,7 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
 
 def _half_times(done: Sequence[Done]) -> Plot:
     curves = []
-    for model, colour in zip(MODELS, ("module-1", "module-2"), strict=True):
+    for model, colour in zip(MODELS, ("poprisk", "adamw"), strict=True):
         trials = where(done, part="order", model=model)
         x = [i + 1 for d in trials for i in range(len(d.found["half_times"]))]
         y = [max(t, 0.5) for d in trials for t in d.found["half_times"]]
@@ -222,9 +222,9 @@ def _decay(done: Sequence[Done], model: str) -> Plot:
 
 def _distances(done: Sequence[Done]) -> Plot:
     curves = []
-    for colour, (key, name) in enumerate(
-        (("least", "interpolant of least norm"), ("nearest", "interpolant nearest to the start")),
-        start=1,
+    for key, name, colour in (
+        ("least", "interpolant of least norm", "poprisk"),
+        ("nearest", "interpolant nearest to the start", "adamw"),
     ):
         points = [
             (i + 1, max(d.found[key], 1e-17))
@@ -232,7 +232,7 @@ def _distances(done: Sequence[Done]) -> Plot:
             for d in where(done, part="norm", method=method)
         ]
         x, y = [p[0] for p in points], [p[1] for p in points]
-        curves.append(Curve(f"distance to the {name}", x, y, f"module-{colour}", points=True))
+        curves.append(Curve(f"distance to the {name}", x, y, colour, points=True))
     methods = ", ".join(f"{i + 1} {method}" for i, method in enumerate(METHODS))
     return Plot(
         "Where a linear model ends",
