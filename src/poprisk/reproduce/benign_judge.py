@@ -191,8 +191,7 @@ def _sentences(done: Sequence[Done], harm: dict[str, Interval], largest: Interva
         f"With a long tail, fitting noise of variance σ² adds {written(harm[LINEAR[0]])} σ² to the "
         f"test error of the linear model and {written(harm[NETWORKS[0]])} σ² to the network's; "
         f"with isotropic inputs {written(harm[LINEAR[1]])} σ² and {written(harm[NETWORKS[1]])} σ².",
-        f"The network's kernel changes by {written(drift)} times its norm (long tail), so that its "
-        "prediction is not that of a frozen kernel.",
+        f"The network's kernel changes by {written(drift)} times its norm (long tail).",
         f"Logistic regression fits {written(fitted, percent=True)} of the labels, wrong ones "
         f"included, and is right on {written(accuracy, percent=True)} of the queries.",
         f"The smallest eigenvalue of W is at least {flat:.2g} of the largest in every linear run: "

@@ -133,7 +133,7 @@ def _sentences(done: Sequence[Done]) -> list[str]:
         + ".",
         "For squared error an eigenvalue of W says how much of its direction was gone by the end "
         "(W = (n/2)(I - PᵀP) in continuous time): W of the whole run explains the order and "
-        "does not predict it. W of the first tenth predicts it.",
+        "does not predict it; W of the first tenth (early W) is a prediction.",
         f"The coupling of the linear run is the frozen kernel's to {written(coupling)}.",
         f"Adam's interpolant has {written(adam)} times the least norm; the part of a step that "
         "leaves the span of the inputs is round-off for descent, whatever its batches "
