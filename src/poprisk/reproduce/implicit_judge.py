@@ -212,7 +212,7 @@ def _decay(done: Sequence[Done], model: str) -> Plot:
     return Plot(
         f"Residual along directions of W: {model}, first data set",
         "step",
-        "residual over that at the start",
+        "relative residual",
         [c._replace(y=[max(v, 1e-12) for v in c.y]) for c in curves],
         "Directions by the rank of their eigenvalue of W. A residual that was small at the start "
         "can grow, where others leak into it.",
@@ -236,9 +236,9 @@ def _distances(done: Sequence[Done]) -> Plot:
     methods = ", ".join(f"{i + 1} {method}" for i, method in enumerate(METHODS))
     return Plot(
         "Where a linear model ends",
-        methods,
+        "method",
         "relative distance",
         curves,
-        "A point for each data set. From 0 both interpolants are the same one.",
+        f"{methods}. A point for each data set. From 0 both interpolants are the same one.",
         log_y=True,
     )
