@@ -94,13 +94,15 @@ def test_the_tangents_of_a_linear_model() -> None:
     torch.testing.assert_close(found.train, net(x).detach())
 
 
-def test_kernel_regression_is_that_of_the_definition() -> None:
+@pytest.mark.parametrize("outputs", [1.0, 9.0])
+def test_kernel_regression_is_that_of_the_definition(outputs: float) -> None:
     torch.manual_seed(1)
     (x, y), query, _ = data(PROBLEMS["wave"], 1)
     x, y, query = x[:40], y[:40], (query[0][:30], query[1][:30])
     net = nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     t = tangents(record(net, "squared_error", sgd, [torch.arange(40)], query, train=(x, y)), 0)
+    t = t._replace(train=outputs * t.train, query=outputs * torch.randn(30, 1).double())
     errors = []
     for ridge in (RIDGES * torch.linalg.matrix_norm(t.kernel, 2)).tolist():
         for start in (0.0, 1.0):

@@ -32,7 +32,7 @@ MUTATIONS = {
         "reproduce/feature_runs.py",
         "y - start * tangent.train",
         "y - tangent.train",
-        "test_claim_feature_learning.py::test_kernel_regression_is_that_of_the_definition",
+        "test_claim_feature_learning.py::test_kernel_regression_is_that_of_the_definition[9.0]",
     ),
     "the near end of the interval": Mutation(
         "reproduce/drift_diffusion.py",
