@@ -94,7 +94,7 @@ def judge(done: Sequence[Done]) -> Findings:
     return Findings(
         criteria,
         ours=f"correlation {written(least)}, relative error {written(worst)} (worst setting of "
-        f"each seed) at drift {written(_interval(_over(peak, _mean)))}",
+        f"each seed) at drift {written(_interval(_over(peak, _mean)))}; made from the same run",
         controls=f"kernel at the start, best ridge: error {_told(frozen)}; a run with other "
         f"labels: regression {_told(_some(other, False))}, cross-entropy "
         f"{_told(_some(other, True))}",
