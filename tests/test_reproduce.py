@@ -124,6 +124,8 @@ def test_a_fast_run_that_never_gets_there_makes_no_speed_up() -> None:
     fast = Steps({0: 100, 1: None}, {0: 1000, 1: 1000})
     slow = Steps({0: 900, 1: 900}, {0: 1000, 1: 1000})
     assert speed_up(slow, fast) == (0.0, 0.0, 0.0)
+    neither = Steps({0: 900, 1: None}, {0: 1000, 1: 1000})
+    assert all(math.isnan(v) for v in speed_up(neither, fast))
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,10 @@ def criterion_line(criterion: Criterion) -> Line:
     sign = "≤" if criterion.at_most else "≥"
     unit = 100.0 if criterion.percent else 1.0
     percent = "%" * criterion.percent
-    claimed = "" if criterion.claimed is None else f"{unit * criterion.claimed:g}{percent}"
+    claimed = "" if criterion.claimed is None else f"{unit * criterion.claimed:.3g}{percent}"
     return Line(
         criterion.asks + ("" if criterion.decides else " (control)"),
-        f"{sign} {unit * criterion.needed:g}{percent}",
+        f"{sign} {unit * criterion.needed:.3g}{percent}",
         claimed,
         written(criterion.found, percent=criterion.percent),
         criterion.outcome,

@@ -125,10 +125,13 @@ def speed_up(slow: Steps, fast: Steps) -> Interval:
     """How many times fewer steps ``fast`` needs, paired over seeds.
 
     A slow run that never reached the goal counts with the steps it had, which makes the ratio a
-    lower bound. A fast one that never did has no such bound to offer: the ratio then counts as 0.
+    lower bound. A fast one that never did has no such bound to offer: the ratio is 0 where the slow
+    one got there, and unknown (NaN) where neither did.
     """
-    if fast.censored:
-        return Interval(0.0, 0.0, 0.0)
+    lost = [seed for seed, step in fast.reached.items() if step is None]
+    if lost:
+        beaten = any(slow.reached.get(seed) is not None for seed in lost)
+        return Interval(*(3 * (0.0 if beaten else math.nan,)))
     return ratio(slow.at_least(), fast.at_least())
 
 
