@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from poprisk.records import replace_text
 from poprisk.report import figures, notes
 from poprisk.report.curves import EpochRow
 from poprisk.report.figures import Group, Quantity
-from poprisk.report.page import template, write_page
+from poprisk.report.page import template
 from poprisk.report.series import OURS, arm_series, module_series
 from poprisk.report.table import run_table, verdict_table
 from poprisk.rundir import RunData
@@ -44,7 +45,7 @@ def write_report(data: RunData, verdict: Verdict, path: Path) -> None:
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
-    write_page(path, render(data, verdict))
+    replace_text(path, render(data, verdict))
 
 
 def render(data: RunData, verdict: Verdict) -> str:

@@ -11,8 +11,9 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from poprisk.records import replace_text
 from poprisk.report.formats import plural
-from poprisk.report.page import template, write_page
+from poprisk.report.page import template
 from poprisk.reproduce.claim import Curve, Picture, Plot
 from poprisk.reproduce.judge import Criterion, written
 from poprisk.reproduce.record import Judged
@@ -64,7 +65,7 @@ def write_claim(judged: Judged, path: Path) -> None:
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
-    write_page(path, render_claim(judged))
+    replace_text(path, render_claim(judged))
 
 
 def render_claim(judged: Judged) -> str:
@@ -147,7 +148,7 @@ def write_summary(claims: Sequence[Judged], path: Path) -> None:
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
-    write_page(path, template("claims.html.j2").render(rows=summary_rows(claims)))
+    replace_text(path, template("claims.html.j2").render(rows=summary_rows(claims)))
 
 
 def _panel(item: Plot | Picture) -> Panel:

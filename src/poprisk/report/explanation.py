@@ -13,7 +13,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from poprisk.explain import words
-from poprisk.report.page import template, write_page
+from poprisk.records import replace_text
+from poprisk.report.page import template
 
 PARTS = {
     "learned_signal": ("signal learned", "early-stopping"),
@@ -39,7 +40,7 @@ def write_explanation(found: dict[str, Any], environment: dict[str, Any], path: 
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
-    write_page(path, render(found, environment))
+    replace_text(path, render(found, environment))
 
 
 def render(found: dict[str, Any], environment: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
-"""What every page shares: how templates are read, and how a page gets onto the disk."""
+"""What every page shares: how templates are read."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jinja2
@@ -21,17 +20,3 @@ def template(name: str) -> jinja2.Template:
     )
     engine.filters["plain"] = formats.plain
     return engine.get_template(name)
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write a page, atomically: a reader sees the old one or the new one.
-
-    Raises:
-        OSError: if it cannot be written; an existing file is left as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

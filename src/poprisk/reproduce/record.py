@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from poprisk.records import write_json
+from poprisk.records import replace_text
 from poprisk.reproduce.claim import Claim, Done, Findings
 from poprisk.reproduce.judge import verdict
 from poprisk.reproduce.run import Progress
@@ -63,12 +63,14 @@ def save_record(claim: Claim, progress: Progress, folder: Path = FOLDER) -> None
     if progress.left or progress.quick:
         raise ValueError(f"only a finished full run goes on record; {claim.name} is not one.")
     folder.mkdir(exist_ok=True)
-    content = {
+    head = {
         "claim": claim.name,
         "quick": progress.quick,
         "seconds": round(progress.seconds, 1),
         "missing": progress.missing,
         "environment": progress.environment,
-        "trials": [{"settings": d.settings, "found": d.found} for d in progress.done],
     }
-    write_json(folder / f"{claim.name}.json", content)
+    rows = [json.dumps({"settings": d.settings, "found": d.found}) for d in progress.done]
+    trials = ",\n".join(rows)  # a line a trial
+    text = json.dumps(head, indent=1)[:-2] + f',\n "trials": [\n{trials}\n]\n}}\n'
+    replace_text(folder / f"{claim.name}.json", text)
