@@ -79,6 +79,7 @@ def judge(done: Sequence[Done]) -> Findings:
         for name in ("ours", "adamw")
     )
     chance = 1 / done[0].settings["p"]
+    ends = {name: _final(done, name) for name in ARMS}
     learned = t_interval(list(best["ours"].values()))
     return Findings(
         [
@@ -86,30 +87,46 @@ def judge(done: Sequence[Done]) -> Findings:
             Criterion("test accuracy, gate minus AdamW", gap, LEVEL, percent=True),
             Criterion("Algorithm 1 (snr) minus AdamW", literal, LEVEL, percent=True, decides=False),
             Criterion(
+                "test accuracy at the end, gate minus AdamW",
+                difference(ends["ours"], ends["adamw"]),
+                LEVEL,
+                percent=True,
+                decides=False,
+            ),
+            Criterion(
                 "times fewer steps to 95% than AdamW", speed_up(adamw, ours), 1.0, decides=False
             ),
         ],
         ours=f"the gate reaches {written(learned, percent=True)} test accuracy, AdamW "
         f"{written(t_interval(list(best['adamw'].values())), percent=True)}",
-        controls=f"Algorithm 1 to the letter {written(literal, percent=True)} against AdamW",
+        controls=f"Algorithm 1 to the letter {written(literal, percent=True)} against AdamW; at "
+        f"the end of training the gate stands at "
+        f"{written(t_interval(list(ends['ours'].values())), percent=True)}, AdamW at "
+        f"{written(t_interval(list(ends['adamw'].values())), percent=True)}",
         sentences=[
             f"95% is reached by {len(ours.reached) - ours.censored} of {len(ours.reached)} gated "
             f"runs and by {len(adamw.reached) - adamw.censored} of AdamW's in "
             f"{done[0].settings['limit']:,} steps."
         ],
         table=[
-            ["arm", "seed", "best test accuracy", "steps to 95%"],
+            ["arm", "seed", "best test accuracy", "at the end", "steps to 95%"],
             *(
                 [
                     LABELS[d.settings["name"]][0],
                     str(d.settings["seed"]),
                     f"{100 * d.found['best']:.1f}%",
+                    f"{100 * d.found['curve'][-1][3]:.1f}%",
                     str(d.found["reached"] or "never"),
                 ]
                 for d in done
             ),
         ],
     )
+
+
+def _final(done: Sequence[Done], name: str) -> dict[int, float]:
+    """Test accuracy at the last measurement, by seed."""
+    return {d.settings["seed"]: d.found["curve"][-1][3] for d in where(done, name=name)}
 
 
 def show(done: Sequence[Done]) -> list[Plot | Picture]:
@@ -120,7 +137,7 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
             x, y = [r[0] for r in d.found["curve"]], [r[3] for r in d.found["curve"]]
             shown = label if d.settings["seed"] == 0 else ""
             curves.append(Curve(shown, x, y, colour))
-    about = "One line a seed. All arms have the training set right within a few hundred steps."
+    about = "One line a seed; the same network, learning rate and decay for all."
     return [Plot("Held-out accuracy", "step", "accuracy", curves, about)]
 
 
