@@ -108,6 +108,20 @@ def test_a_gate_that_never_gets_there_is_told_so() -> None:
     assert any("did not reach 0.4 in 5 of 5 runs" in s for s in found.sentences)
 
 
+def test_the_speed_up_is_told_for_the_seeds_where_both_got_there() -> None:
+    done = [d for d in made_up((400, 0.1), (800, 0.3)) if d.settings["arm"] != "soft"]
+    assert not any("where both" in s for s in judge(done).sentences)
+    for trial in done:
+        if trial.settings["arm"] == "snr":
+            trial.found["runs"][2]["steps"] = None
+    found = judge(done)
+    (told,) = [s for s in found.sentences if "where both" in s]
+    assert told == (
+        "Over the 4 seeds where both reached it, Algorithm 1 needed 2 [1.99, 2] times fewer steps."
+    )
+    assert found.criteria[0].found.mean == 0.0
+
+
 def test_starving_defaults_are_told_and_others_are_not() -> None:
     starved = judge(made_up((300, 0.1), (750, 0.3))).sentences
     assert any("without dataset_size" in s for s in starved)
