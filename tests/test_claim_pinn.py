@@ -117,7 +117,7 @@ def test_the_speed_up_is_told_for_the_seeds_where_both_got_there() -> None:
     found = judge(done)
     (told,) = [s for s in found.sentences if "where both" in s]
     assert told == (
-        "Over the 4 seeds where both reached it, Algorithm 1 needed 2 [1.99, 2] times fewer steps."
+        "Over the 4 seeds where both reached it, Algorithm 1 was 2 [1.99, 2] times as fast."
     )
     assert found.criteria[0].found.mean == 0.0
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from poprisk.reproduce.claim import Claim, Done, Findings, Trial, where
-from poprisk.reproduce.judge import Criterion, ratio, speed_up, written
+from poprisk.reproduce.judge import Criterion, speed_up, written
 from poprisk.reproduce.optimizers import Contestant, of_arm
 from poprisk.reproduce.pinn_field import (
     DECAY,
@@ -95,7 +95,7 @@ def _ours(paper: Pair) -> str:
     faster = f"{written(paper.speed_up)} times fewer steps to {GOAL:g} than the best AdamW"
     if steps_of(paper.fast).censored:
         faster = f"{GOAL:g} not reached by every run"
-    return f"{faster}; {written(paper.error)} of its error at the end"
+    return f"{faster}; {written(paper.error)} times its error at the end"
 
 
 def _criteria(name: str, found: Pair, *, decides: bool) -> list[Criterion]:
@@ -166,14 +166,11 @@ def _sentences(done: Sequence[Done], main: Sequence[Contestant], paper: Pair) ->
 
 def _where_both(paper: Pair) -> list[str]:
     """The speed-up over the seeds where both got there, said where that is not all of them."""
-    slow, fast = (steps_of(c).reached for c in (paper.fast_adamw, paper.fast))
-    both = [seed for seed in fast if fast[seed] is not None and slow.get(seed) is not None]
-    if len(both) in (0, len(fast)):
+    if len(paper.shared) in (0, len(paper.fast.found)):
         return []
-    found = ratio(*({seed: float(by[seed] or 0) for seed in both} for by in (slow, fast)))
     return [
-        f"Over the {len(both)} seeds where both reached it, Algorithm 1 needed "
-        f"{written(found)} times fewer steps."
+        f"Over the {len(paper.shared)} seeds where both reached it, Algorithm 1 was "
+        f"{written(paper.speed_up_where_both)} times as fast."
     ]
 
 

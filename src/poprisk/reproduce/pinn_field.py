@@ -38,6 +38,18 @@ class Pair(NamedTuple):
         return speed_up(steps_of(self.fast_adamw), steps_of(self.fast))
 
     @property
+    def shared(self) -> list[int]:
+        """The seeds where both got there."""
+        slow, fast = steps_of(self.fast_adamw).reached, steps_of(self.fast).reached
+        return [s for s in fast if fast[s] is not None and slow.get(s) is not None]
+
+    @property
+    def speed_up_where_both(self) -> Interval:
+        """The same over those seeds only."""
+        slow, fast = steps_of(self.fast_adamw).at_least(), steps_of(self.fast).at_least()
+        return ratio({s: slow[s] for s in self.shared}, fast)
+
+    @property
     def error(self) -> Interval:
         """Our error at the end as a share of AdamW's."""
         return share(self.end, self.end_adamw)
