@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from poprisk.report.claims import criterion_line, notices, summary_rows
 from poprisk.reproduce import CLAIMS
 from poprisk.reproduce.claim import Curve, Picture, Plot
-from poprisk.reproduce.record import Judged, judged, load_record
+from poprisk.reproduce.record import Judged, on_record
 
 FOLDER = Path(__file__).parent / "claims"
 COLOURS = {
@@ -137,7 +137,7 @@ def summary(found: list[Judged]) -> str:
         "|---|---|---|---|---|",
     ]
     for r in summary_rows(found):
-        name = f"[{r.name}]({r.name}.md)"
+        name = f"[{r.name}]({r.name}.md)" if r.ours else r.name
         lines.append(row((name, r.paper, r.ours, r.controls, f"**{r.verdict}**")))
     return "\n".join(lines) + "\n"
 
@@ -146,12 +146,10 @@ def main() -> None:
     """Write all pages."""
     mpl.rcParams.update({"svg.hashsalt": "poprisk", "font.size": 9, "svg.fonttype": "none"})
     FOLDER.mkdir(exist_ok=True)
-    found = []
-    for claim in CLAIMS.values():
-        record = load_record(claim)
-        if record is not None:
-            found.append(judged(claim, record))
-            (FOLDER / f"{claim.name}.md").write_text(page(found[-1]), encoding="utf-8")
+    found = [on_record(claim) for claim in CLAIMS.values()]
+    for one in found:
+        if one.findings is not None:
+            (FOLDER / f"{one.claim.name}.md").write_text(page(one), encoding="utf-8")
     (FOLDER / "README.md").write_text(summary(found), encoding="utf-8")
 
 

@@ -241,9 +241,6 @@ def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
 
 
 def _summarize(found: list[Judged], folder: Path) -> None:
-    if not found:
-        _say("Nothing is on record yet; run a claim first.")
-        return
     console.print(summary_table(summary_rows(found)))
     page = folder / "claims.html"
     try:

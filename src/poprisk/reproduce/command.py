@@ -7,7 +7,7 @@ from pathlib import Path
 from poprisk.records import RunDirectoryError
 from poprisk.reproduce import CLAIMS
 from poprisk.reproduce.claim import Claim
-from poprisk.reproduce.record import Judged, judged, load_record
+from poprisk.reproduce.record import Judged, judged, on_record
 from poprisk.reproduce.run import ClaimDirectory, OnTrial
 
 ALL = "all"
@@ -51,10 +51,7 @@ def summarize(name: str, *, quick: bool, out: Path | None) -> list[Judged]:
     found = []
     for claim in chosen(name):
         own = _finished(directory_of(claim, quick=quick, out=out, alone=name != ALL))
-        if own is not None:
-            found.append(own)
-        elif (shipped := load_record(claim)) is not None:
-            found.append(judged(claim, shipped))
+        found.append(own or on_record(claim))
     return found
 
 

@@ -21,7 +21,7 @@ class Judged(NamedTuple):
         claim: which.
         progress: the trials.
         findings: what they come to; None as long as there are too few to judge.
-        verdict: reproduced, partly, not, or undecided; "not run" without findings.
+        verdict: reproduced, partly, not, or undecided; without findings, that it was not run.
     """
 
     claim: Claim
@@ -32,7 +32,9 @@ class Judged(NamedTuple):
 
 def judged(claim: Claim, progress: Progress) -> Judged:
     """Judge a claim by its finished trials; only once none is left."""
-    if progress.left or not progress.done:
+    if not progress.done:
+        return Judged(claim, progress, None, "not run yet")
+    if progress.left:
         return Judged(claim, progress, None, "not run to the end")
     findings = claim.judge(progress.done)
     return Judged(claim, progress, findings, verdict(findings.criteria))
@@ -52,6 +54,12 @@ def load_record(claim: Claim, folder: Path = FOLDER) -> Progress | None:
         environment=content["environment"],
         seconds=content["seconds"],
     )
+
+
+def on_record(claim: Claim, folder: Path = FOLDER) -> Judged:
+    """The results on record for a claim, judged; "not run yet" if there are none."""
+    nothing = Progress([], claim.trials(False), {}, False, {}, 0.0)
+    return judged(claim, load_record(claim, folder) or nothing)
 
 
 def save_record(claim: Claim, progress: Progress, folder: Path = FOLDER) -> None:
