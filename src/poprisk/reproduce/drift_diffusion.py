@@ -207,13 +207,13 @@ def _table(done: Sequence[Done]) -> list[list[str]]:
 def show(done: Sequence[Done]) -> list[Plot | Picture]:
     """Drift and diffusion over time, with independent batches and beyond the limits."""
     return [
-        Plot("Drift", "steps", "relative to the first point", _lines(done, "drifts"),
-             "The summed full-batch part of one run a seed, mean with 95% intervals; slope 1 on "
-             "these axes until the mean gradient is used up.", log_x=True, log_y=True),
-        Plot("Diffusion", "steps", "relative to the first point of the drift",
-             _lines(done, "walks"),
-             "The summed noise of the same runs: slope 1/2, and turning back with shuffled "
-             "passes.", log_x=True, log_y=True),
+        Plot("Drift", "steps", "relative size", _lines(done, "drifts"),
+             "The summed full-batch part of one run a seed over its size at step 4, mean with 95% "
+             "intervals; slope 1 on these axes until the mean gradient is used up.",
+             log_x=True, log_y=True),
+        Plot("Diffusion", "steps", "relative size", _lines(done, "walks"),
+             "The summed noise of the same runs in the same unit: slope 1/2, and turning back with "
+             "shuffled passes.", log_x=True, log_y=True),
     ]  # fmt: skip
 
 

@@ -235,11 +235,23 @@ def _sentences(table: Table) -> list[str]:
             f"by the test set, it has {oracle:.1%}. The best of the grid is {_label(best)}; "
             f"against it PopRiskAdamW is {_told(gap)}."
         )
-    edges = {table.best(n) for n in table.noises} & {GRID[0], GRID[1], GRID[-2], GRID[-1]}
-    if edges:
-        found.append(
-            f"The best AdamW lies at the edge of the grid in learning rate ({_listed(edges)})."
+    if table.noisy:
+        shares = (
+            f"{LABELS[arm].removeprefix('Algorithm 1, ')} "
+            f"{_spread(table.values(arm, table.noisy[-1], 'memorized'))}"
+            for arm in table.arms
+            if arm.startswith("paper")
         )
+        found.append(
+            f"Memorized by Algorithm 1 to the letter, {table.noisy[-1]:.0%} wrong labels: "
+            f"{', '.join(shares)}."
+        )
+    for noise in table.noises:
+        if table.best(noise) in (GRID[0], GRID[1], GRID[-2], GRID[-1]):
+            found.append(
+                f"With {noise:.0%} wrong labels the best AdamW lies at the edge of the grid "
+                f"({_label(table.best(noise))}): a wider one may hold a better one."
+            )
     return found
 
 
@@ -255,10 +267,6 @@ def _label(arm: str) -> str:
         return LABELS[arm]
     lr, decay = arm.removeprefix("adamw-lr").split("-wd")
     return f"AdamW, lr {lr}, decay {decay}"
-
-
-def _listed(arms: set[str]) -> str:
-    return ", ".join(sorted(map(_label, arms)))
 
 
 def _rows(table: Table) -> list[list[str]]:
@@ -293,13 +301,13 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
              _by_noise(table, "accuracy", table.noises),
              "Mean over seeds with 95% intervals; no run was stopped early. The best AdamW is "
              "picked by the test set at each level."),
-        Plot("Memorization", "share of wrong labels", "share of them reproduced",
+        Plot("Memorization", "share of wrong labels", "share reproduced",
              _by_noise(table, "memorized", table.noisy),
              "How many of the wrong labels the trained net gives back, at the end."),
         Plot(f"Accuracy along the runs, {at:.0%} wrong labels", "epoch", "test accuracy",
              _along(table, "accuracies", at), "AdamW learns first and memorizes then."),
         Plot(f"Memorization along the runs, {at:.0%} wrong labels", "epoch",
-             "share of wrong labels reproduced", _along(table, "shares", at),
+             "share reproduced", _along(table, "shares", at),
              "One in ten or so is a chance agreement before anything is learned."),
     ]  # fmt: skip
 
