@@ -95,6 +95,8 @@ def test_adamw_is_chosen_by_its_end_and_in_hindsight_by_its_best_moment() -> Non
     ]
     assert hindsight.found.mean == pytest.approx(26.02 - 26.5)
     assert not hindsight.decides
+    (own,) = [s for s in found.sentences if s.startswith("SIREN: at their own best")]
+    assert "RMS-matched to Algorithm 1, soft mask, lr 0.001 ends at 22.0 dB and soft mask" in own
 
 
 # --- running --------------------------------------------------------------------------------------
