@@ -166,4 +166,6 @@ def _peer(kind: str, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
         return peers.MSVAG(model.parameters(), **settings)
     if kind == "adabelief":
         return peers.AdaBelief(model.parameters(), **settings)
+    if kind == "orthograd":
+        return peers.OrthoGrad(torch.optim.AdamW(model.parameters(), **settings))
     return peers.GrokFastAdamW(model.parameters(), **settings)

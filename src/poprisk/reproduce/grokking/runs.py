@@ -11,14 +11,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from poprisk.controls import RmsMatched, ShuffledMask, UpdateTrace
-from poprisk.optimizer import PopRiskAdamW
+from poprisk.arms import Arm, build_optimizer
+from poprisk.controls import UpdateTrace
 from poprisk.reproduce.claim import Found, Workspace
 from poprisk.tasks.modular import ModularTransformer, split_table
 
 GOAL = 0.95
 KEPT = 60
 """Points of a curve that are kept."""
+GATED = ("poprisk", "paper", "shuffled")
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "poprisk": ("poprisk", {}),
+    "paper": ("poprisk", {}),
+    "shuffled": ("shuffled", {}),
+    "adamw": ("adamw", {}),
+    "rms-matched": ("rms-matched", {}),
+    "grokfast": ("grokfast", {"normalize_lr": False}),
+    "orthograd": ("orthograd", {}),
+}
+"""What :func:`poprisk.arms.build_optimizer` makes for an arm, and its further settings."""
 
 
 class Data(NamedTuple):
@@ -54,33 +65,19 @@ def build(settings: dict[str, Any], model: nn.Module, n: int) -> Optimizer:
         ValueError: for an arm that does not exist.
     """
     arm = settings["arm"]
-    shared: dict[str, Any] = {
+    if arm not in KINDS:
+        raise ValueError(f"there is no arm {arm!r}.")
+    given: dict[str, Any] = {
         "lr": settings["lr"],
         "betas": (0.9, settings["beta2"]),
         "weight_decay": settings["weight_decay"],
+        **KINDS[arm][1],
+        **(settings["gate"] if arm in GATED else {}),
     }
     batch = settings["batch"] or n
-    gate: dict[str, Any] = {
-        "batch_size": batch,
-        "dataset_size": n if batch < n else None,
-        **settings.get("gate", {}),
-    }
-    if arm == "shuffled":
-        gate["mask"] = ShuffledMask("soft")
-    if arm in ("poprisk", "paper", "shuffled"):
-        return PopRiskAdamW(model, **shared, **gate)
-    if arm == "adamw":
-        return torch.optim.AdamW(model.parameters(), **shared, fused=True)
-    if arm == "rms-matched":
-        trace = record_trace(settings, n)
-        return RmsMatched(torch.optim.AdamW(model.parameters(), **shared), trace)
-    import pytorch_optimizer as peers  # slow to import, and only needed here
-
-    if arm == "grokfast":
-        return peers.GrokFastAdamW(model.parameters(), **shared, normalize_lr=False)
-    if arm == "orthograd":
-        return peers.OrthoGrad(torch.optim.AdamW(model.parameters(), **shared))
-    raise ValueError(f"there is no arm {arm!r}.")
+    sizes: dict[str, Any] = {"batch_size": batch, "dataset_size": n if batch < n else None}
+    trace = record_trace(settings, n) if arm == "rms-matched" else None
+    return build_optimizer(Arm(arm, arm, arm, KINDS[arm][0], given), model, **sizes, trace=trace)
 
 
 def record_trace(settings: dict[str, Any], n: int) -> UpdateTrace:
