@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from poprisk.optimizer import PopRiskAdamW
 from poprisk.report.claims import render_claim
 from poprisk.reproduce.claim import Claim, Done, Workspace
-from poprisk.reproduce.grokking import CLAIM, channel, channel_lead, multistep, runs
+from poprisk.reproduce.grokking import CLAIM, channel, channel_lead, forces, multistep, runs
+from poprisk.reproduce.grokking.decay import GatedDecay, last_mask
 from poprisk.reproduce.judge import verdict
 from poprisk.reproduce.record import judged
 from poprisk.reproduce.run import ClaimDirectory
@@ -77,16 +79,22 @@ def naive(model: ModularTransformer, x: Tensor) -> Tensor:
     q, k, v = (split(f(normed)) for f in (model.query, model.key, model.value))
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     stream = stream + model.mix(mixed)
-    stream = stream + model.down(F.relu(model.up(model.before_mlp(stream))))
+    for layer in model.mlp:
+        stream = stream + layer.down(F.relu(layer.up(layer.norm(stream))))
     return model.out(model.before_out(stream))[:, -1]
 
 
-@pytest.mark.parametrize("operands", [2, 3])
-def test_the_network_is_an_ordinary_transformer_block(operands: int) -> None:
+@pytest.mark.parametrize("form", ["forward", "per_example"])
+@pytest.mark.parametrize(("operands", "layers"), [(2, 1), (3, 2)])
+def test_the_network_is_an_ordinary_transformer_block(
+    operands: int, layers: int, form: str
+) -> None:
     torch.manual_seed(0)
-    model = ModularTransformer(7, operands=operands, width=16, heads=4, hidden=24).double()
+    model = ModularTransformer(
+        7, operands=operands, width=16, heads=4, hidden=24, layers=layers
+    ).double()
     x = torch.randint(7, (20, operands))
-    fast, slow = model(x), naive(model, x)
+    fast, slow = getattr(model, form)(x), naive(model, x)
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
     weights = [*model.parameters()]
     ours = torch.autograd.grad(fast.square().sum(), weights)
@@ -113,7 +121,9 @@ def test_batches_are_whole_passes_and_resume_anywhere() -> None:
     assert next(runs.batches({**SMALL, "batch": 0}, 21, 0)) == slice(None)
 
 
-@pytest.mark.parametrize("arm", ["poprisk", "adamw", "shuffled", "grokfast", "orthograd"])
+@pytest.mark.parametrize(
+    "arm", ["poprisk", "adamw", "shuffled", "grokfast", "orthograd", "decay-gated"]
+)
 def test_every_arm_trains(arm: str) -> None:
     found = runs.run({**SMALL, "arm": arm}, Workspace())
     assert found["steps"] == 20
@@ -141,7 +151,7 @@ def test_the_matched_run_moves_as_far_as_the_gated_one() -> None:
         assert moved == pytest.approx(trace.rms[step], rel=1e-4, abs=1e-9)
 
 
-@pytest.mark.parametrize("arm", ["poprisk", "adamw", "rms-matched"])
+@pytest.mark.parametrize("arm", ["poprisk", "adamw", "rms-matched", "shuffled", "decay-gated"])
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
 ) -> None:
@@ -183,6 +193,93 @@ def test_at_most_sixty_points_of_a_curve_are_kept_the_last_among_them() -> None:
     assert len(found["curve"]) <= 61
     assert found["curve"][-1][0] == 995
     assert (found["reached"], found["memorized"]) == (950, None)
+
+
+def test_a_variance_over_examples_leaves_the_gradient_as_it_is() -> None:
+    settings = {**SMALL, "gate": {"variance": "exact"}}
+    data, found = runs.load(settings), []
+    for given in (settings, SMALL):
+        model = runs.build_model(given)
+        loss = runs.gradient(model, runs.build(given, model, 21), data, slice(0, 8))
+        found.append([torch.tensor(loss), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
+
+
+def test_decay_behind_the_gate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 3, generator=generator)
+    wrapped, gated, plain = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    given: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.0}
+    ours = GatedDecay(PopRiskAdamW([wrapped], batch_size=8, **given), weight_decay=0.5)
+    others = [PopRiskAdamW([gated], batch_size=8, **given), torch.optim.AdamW([plain], **given)]
+    expected, masks = start.clone(), list[Tensor]()
+    for _ in range(12):
+        before = [gated.detach().clone(), plain.detach().clone()]
+        gradient = torch.randn(start.shape, generator=generator) + 0.3
+        wrapped.grad, gated.grad, plain.grad = (gradient.clone() for _ in range(3))
+        for optimizer in (ours, *others):
+            optimizer.step()
+        moved = gated.detach() - before[0]
+        masks.append(moved / (plain.detach() - before[1]))
+        expected = expected - 0.1 * 0.5 * masks[-1] * expected + moved
+        torch.testing.assert_close(wrapped.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert masks[-1].min() < 0.5 < masks[-1].max()
+
+
+# --- forces ---------------------------------------------------------------------------------------
+
+
+def test_growth_and_shrinkage_along_the_weights() -> None:
+    window = forces.Window()
+    before = torch.tensor([3.0, 4.0])
+    window.add(before, 0.9 * before + torch.tensor([0.6, 0.8]), 0.1)
+    window.add(before, 0.9 * before - torch.tensor([4.0, -3.0]), 0.1)
+    assert window.read() == pytest.approx([0.5, 0.5, 3.0])
+    assert window.read() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("arm", ["adamw", "poprisk"])
+def test_the_edge_is_the_largest_curvature_in_the_optimizers_metric(arm: str) -> None:
+    settings = {**SMALL, "p": 3, "width": 4, "hidden": 4, "batch": 0, "arm": arm}
+    data, model = runs.load(settings), runs.build_model(settings)
+    optimizer = runs.build(settings, model, len(data.y))
+    weights = [*model.parameters()]
+    for _ in range(40):
+        before = forces.flat(weights)
+        runs.gradient(model, optimizer, data, slice(None))
+        optimizer.step()
+    found = forces.edge(model, optimizer, data, forces.flat(weights) - before)
+
+    def loss(*values: Tensor) -> Tensor:
+        named = dict(zip([n for n, _ in model.named_parameters()], values, strict=True))
+        outputs = torch.func.functional_call(model, named, (data.x,))
+        return F.cross_entropy(outputs, data.y)
+
+    blocks = torch.autograd.functional.hessian(loss, tuple(weights))
+    sizes = [p.numel() for p in weights]
+    hessian = torch.cat([
+        torch.cat([blocks[i][j].reshape(m, n) for j, n in enumerate(sizes)], 1)
+        for i, m in enumerate(sizes)
+    ])  # fmt: skip
+    adam = [optimizer.state[p]["exp_avg_sq"].div(1 - 0.98**40).sqrt() + 1e-8 for p in weights]
+    scale = 1e-2 / forces.flat(adam)
+    if arm == "poprisk":
+        assert isinstance(optimizer, PopRiskAdamW)
+        update = forces.flat(weights) - before
+        parts = zip(weights, update.split(sizes), strict=True)
+        scale = scale * forces.flat([last_mask(optimizer, p, u.view_as(p)) for p, u in parts])
+    metric = scale.sqrt().unsqueeze(1) * hessian * scale.sqrt()
+    assert found == pytest.approx(float(torch.linalg.eigvalsh(metric)[-1]) / 38, rel=2e-2)
+
+
+def test_forces_are_told_until_the_goal_or_the_limit() -> None:
+    curve = forces.run({**SMALL, "every": 5}, Workspace())["curve"]
+    assert [row[0] for row in curve] == [0, 5, 10, 15, 20]
+    assert all(len(row) == len(forces.COLUMNS) for row in curve)
+    shrink = SMALL["lr"] * SMALL["weight_decay"]
+    norms = [row[3] for row in curve]
+    for row, norm, after in zip(curve[1:], norms, norms[1:], strict=False):
+        assert shrink * min(norm, after) * 0.99 <= row[5] <= shrink * max(norm, after) * 1.01
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -227,6 +324,11 @@ def made_up(*, gate: int | None, channel_at: int) -> list[Done]:
             curve = [[0, 0.1, 0.1, 0.1, 0.1], [50, 1.0, 0.9, 0.8, 0.9]]
             found = {"network": 300, "kernel": 250, "channel": channel_at, "chance": 0.1}
             done.append(Done(s, {**found, "curve": curve}))
+            continue
+        if s["kind"] == "forces":
+            curve = [[0, 4.0, 0.0, 26.0, 0.0, 0.0, 0.0, None],
+                     [250, 0.1, 0.5, 30.0, 0.03, 0.04, 0.05, 0.125]]  # fmt: skip
+            done.append(Done(s, {"curve": curve}))
             continue
         gated = s["name"] in ("ours", "letter-snr", "ours-512", "ours-tuned")
         reached = gate if gated else 1000

@@ -26,6 +26,7 @@ PARTS = (
     "fields",
     "interpolation",
     "claims_paths",
+    "grokking",
 )
 MUTATIONS: dict[str, Mutation] = {
     f"{part}: {name}": mutation

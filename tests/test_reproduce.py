@@ -126,6 +126,8 @@ def test_a_fast_run_that_never_gets_there_makes_no_speed_up() -> None:
     assert speed_up(slow, fast) == (0.0, 0.0, 0.0)
     neither = Steps({0: 900, 1: None}, {0: 1000, 1: 1000})
     assert all(math.isnan(v) for v in speed_up(neither, fast))
+    later = Steps({0: 900, 1: 1001}, {0: 3000, 1: 3000})
+    assert all(math.isnan(v) for v in speed_up(later, fast))
 
 
 @pytest.mark.parametrize(

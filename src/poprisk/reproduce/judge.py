@@ -125,12 +125,13 @@ def speed_up(slow: Steps, fast: Steps) -> Interval:
     """How many times fewer steps ``fast`` needs, paired over seeds.
 
     A slow run that never reached the goal counts with the steps it had, which makes the ratio a
-    lower bound. A fast one that never did has no such bound to offer: the ratio is 0 where the slow
-    one got there, and unknown (NaN) where neither did.
+    lower bound. A fast one that never did has no such bound to offer: the ratio is 0 if the slow
+    one got there within the steps that the fast one had, and unknown (NaN) otherwise.
     """
     lost = [seed for seed, step in fast.reached.items() if step is None]
     if lost:
-        beaten = any(slow.reached.get(seed) is not None for seed in lost)
+        times = [(slow.reached.get(seed), fast.limit[seed]) for seed in lost]
+        beaten = any(step is not None and step <= limit for step, limit in times)
         return Interval(*(3 * (0.0 if beaten else math.nan,)))
     return ratio(slow.at_least(), fast.at_least())
 

@@ -17,6 +17,19 @@ from poprisk.tasks.digits import per_example_cross_entropy
 from poprisk.tasks.task import Pair, Task
 
 
+class FeedForward(nn.Module):
+    """A pre-norm feed-forward layer with its residual connection, (b, width) to (b, width)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """What goes on: the stream and what the layer adds to it."""
+        return stream + self.down(F.relu(self.up(self.norm(stream))))
+
+
 class ModularTransformer(nn.Module):
     r"""One pre-norm Transformer block on ``x_1 … x_k =``, read at the equals sign.
 
@@ -29,7 +42,8 @@ class ModularTransformer(nn.Module):
         operands: k, the length of an input (b, k) of int64 numbers.
         width: of the residual stream.
         heads: of the attention.
-        hidden: units of the feed-forward layer.
+        hidden: units of a feed-forward layer.
+        layers: feed-forward layers after the attention; 1 in an ordinary block.
         scale: of the initial weights, in units of ``1/√width``.
     """
 
@@ -41,6 +55,7 @@ class ModularTransformer(nn.Module):
         width: int = 128,
         heads: int = 4,
         hidden: int = 256,
+        layers: int = 1,
         scale: float = 0.5,
     ) -> None:
         super().__init__()
@@ -53,8 +68,7 @@ class ModularTransformer(nn.Module):
         self.query, self.key, self.value, self.mix = (
             nn.Linear(width, width, bias=False) for _ in range(4)
         )
-        self.before_mlp = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.mlp = nn.Sequential(*(FeedForward(width, hidden) for _ in range(layers)))
         self.before_out = nn.LayerNorm(width)
         self.out = nn.Linear(width, p, bias=False)
         for module in self.modules():
@@ -64,24 +78,39 @@ class ModularTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (b, p) of the results of ``x`` (b, k)."""
         last = self.equals + self.places[-1]
-        last = last + self.mix(self._attend(x, last))
-        last = last + self.down(F.relu(self.up(self.before_mlp(last))))
-        return self.out(self.before_out(last))
-
-    def _attend(self, x: Tensor, last: Tensor) -> Tensor:
-        """Attention of the equals sign to all k + 1 places, heads side by side (b, width)."""
-        seen = self.before_attention(self.numbers + self.places[:-1].unsqueeze(1))  # (k, p, width)
         own = self.before_attention(last)
+        seen = self.before_attention(self.numbers + self.places[:-1].unsqueeze(1))  # (k, p, width)
         table = torch.cat([seen.flatten(0, 1), own.unsqueeze(0)])  # (k·p + 1, width)
-        query = self.query(own).view(self.heads, -1)
-        size = query.shape[1]
-        keys = self.key(table).view(len(table), self.heads, size)
-        scores = (keys * query).sum(2) / size**0.5  # (k·p + 1, heads)
+        query, keys, values = self._heads(own, table)
+        scores = (keys * query).sum(2) / query.shape[1] ** 0.5  # (k·p + 1, heads)
         rows = x + self.p * torch.arange(self.operands, device=x.device)
-        rows = torch.cat([rows, torch.full_like(rows[:, :1], len(table) - 1)], 1)  # (b, k + 1)
-        weights = F.embedding(rows, scores).softmax(1).unsqueeze(3)
-        values = F.embedding(rows, self.value(table)).view(*rows.shape, self.heads, size)
-        return (weights * values).sum(1).flatten(1)
+        rows = torch.cat([rows, torch.full_like(rows[:, :1], self.operands * self.p)], 1)
+        weights = F.embedding(rows, scores).softmax(1).unsqueeze(3)  # (b, k + 1, heads, 1)
+        attended = weights * F.embedding(rows, values.flatten(1)).unflatten(2, (self.heads, -1))
+        return self._answer(last + self.mix(attended.sum(1).flatten(1)))
+
+    def per_example(self, x: Tensor) -> Tensor:
+        """The same logits, computed from all tokens of each example.
+
+        Slower, and what :meth:`PopRiskAdamW.backward` needs: the gradient of an example is known
+        only where its part of the computation is its own.
+        """
+        equals = self.equals.expand(len(x), 1, -1)
+        stream = torch.cat([F.embedding(x, self.numbers), equals], 1) + self.places
+        normed = self.before_attention(stream)
+        query, keys, values = self._heads(normed[:, -1:], normed)
+        weights = ((keys * query).sum(3) / query.shape[3] ** 0.5).softmax(1)
+        attended = (weights.unsqueeze(3) * values).sum(1).flatten(1)
+        return self._answer(stream[:, -1] + self.mix(attended))
+
+    def _heads(self, asking: Tensor, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``asking``, keys and values of ``asked``: (…, width) to (…, heads, size)."""
+        parts = self.query(asking), self.key(asked), self.value(asked)
+        query, keys, values = (t.unflatten(-1, (self.heads, -1)) for t in parts)
+        return query, keys, values
+
+    def _answer(self, last: Tensor) -> Tensor:
+        return self.out(self.before_out(self.mlp(last)))
 
 
 def division_table(p: int) -> Pair:

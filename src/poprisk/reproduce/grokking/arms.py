@@ -1,10 +1,8 @@
-"""What the claim on grokking trains: arms, grids, seeds."""
+"""Settings of the claim on grokking: arms, grids, seeds."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from poprisk.reproduce.claim import Trial
 
 BASE: dict[str, Any] = {
     "kind": "run",
@@ -23,7 +21,7 @@ FINE = {"every": 25, "limit": 3000}
 LETTER = {"mode": "paper", "softness": 1.0, "alpha": 1.0, "mask": "snr"}
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {"arm": "poprisk", "gate": {}, **SAME, "limit": 12_000},
-    "adamw-same": {"arm": "adamw", **SAME, "limit": 27_000},
+    "adamw-same": {"arm": "adamw", **SAME, "limit": 30_000},
     "adamw-tuned": {"arm": "adamw", "lr": 5e-3, "weight_decay": 3.0, **FINE},
     "ours-tuned": {"arm": "poprisk", "lr": 5e-3, "weight_decay": 2.0, "gate": {"z": 3.0}, **FINE},
     "letter-snr": {"arm": "paper", "gate": LETTER, **SAME, "limit": 7000},
@@ -34,8 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 12_000},
 }
-SEEDS = {"ours": 5, "adamw-same": 5, "adamw-tuned": 5, "ours-tuned": 5}
-OTHER_SEEDS = 3
+SEEDS = 5
 TUNING_SEED = 100
 GRID = [
     (5e-3, 3.0),
@@ -88,29 +85,3 @@ LABELS = {
     "ours-512": "PopRiskAdamW, batch 512",
     "adamw-512": "AdamW, batch 512",
 }
-
-
-def trials(quick: bool) -> list[Trial]:
-    """Every arm on its seeds, the two grids on the tuning seed, and the channel."""
-    smaller = QUICK if quick else {}
-    found = [
-        _trial(name, {**BASE, **arm, **smaller}, seed)
-        for name, arm in ARMS.items()
-        for seed in range(2 if quick else SEEDS.get(name, OTHER_SEEDS))
-    ]
-    grid = [(lr, decay, 0.98) for lr, decay in GRID] + [(*GRID[0], beta2) for beta2 in BETAS]
-    for lr, decay, beta2 in grid[:2] if quick else grid:
-        arm = {"arm": "adamw", "lr": lr, "weight_decay": decay, **FINE, "beta2": beta2}
-        name = f"grid-lr{lr:g}-wd{decay:g}-b{beta2:g}"
-        found.append(_trial(name, {**BASE, **arm, **smaller}, TUNING_SEED))
-    for lr, decay, z in GATE_GRID[:1] if quick else GATE_GRID:
-        arm = {"arm": "poprisk", "lr": lr, "weight_decay": decay, "gate": {"z": z}, **FINE}
-        name = f"gate-grid-lr{lr:g}-wd{decay:g}-z{z:g}"
-        found.append(_trial(name, {**BASE, **arm, **smaller}, TUNING_SEED))
-    channel = {**CHANNEL, **smaller, "asked": 40, "rank": 19} if quick else CHANNEL
-    found += [_trial("channel", channel, seed) for seed in range(2 if quick else 3)]
-    return found
-
-
-def _trial(name: str, settings: dict[str, Any], seed: int) -> Trial:
-    return Trial(f"{name}-{seed}", {**settings, "name": name, "seed": seed})

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from poprisk.reproduce.claim import Curve, Done, Picture, Plot, where
 from poprisk.reproduce.grokking.arms import LABELS
+from poprisk.reproduce.grokking.changes import CHANGES
+from poprisk.reproduce.grokking.forces import COLUMNS, FORCES
 
 COLOURS = {
     "ours": "poprisk",
@@ -29,7 +31,7 @@ def table(done: Sequence[Done]) -> list[list[str]]:
         s = runs[0].settings
         rows.append(
             [
-                LABELS.get(name, name),
+                _label(name),
                 f"{s['lr']:g}",
                 f"{s['weight_decay']:g}",
                 str(len(runs)),
@@ -38,6 +40,13 @@ def table(done: Sequence[Done]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _label(name: str) -> str:
+    change = CHANGES.get(name.removeprefix("change-"))
+    if change is None:
+        return LABELS.get(name, name)
+    return f"{LABELS[change.arm]}: {change.label}"
 
 
 def _step(step: int | None, limit: int) -> str:
@@ -79,7 +88,35 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
             log_y=True,
         )
     )
+    plots += [
+        _forces_plot(
+            done,
+            "edge",
+            "How near to the edge of stability",
+            "share of the edge",
+            "Largest curvature of the training loss in the optimizer's metric, mask included, over "
+            "the largest that momentum can bear. Above 1 steps grow into a loss spike.",
+        ),
+        _forces_plot(
+            done,
+            "loss",
+            "Training loss",
+            "loss",
+            "Of the same runs, at the same moments.",
+        ),
+    ]
     return [*plots, *(_channel_plot(d) for d in where(done, kind="channel", seed=0))]
+
+
+def _forces_plot(done: Sequence[Done], column: str, title: str, y: str, about: str) -> Plot:
+    """A column of the runs whose steps were taken apart."""
+    at, curves = COLUMNS.index(column), list[Curve]()
+    for name in FORCES:
+        for d in where(done, name=f"forces-{name}"):
+            rows = [row for row in d.found["curve"] if row[at] and row[0]]
+            values = [row[at] for row in rows]
+            curves.append(Curve(LABELS[name], [r[0] for r in rows], values, COLOURS[name]))
+    return Plot(title, "step", y, curves, about, log_x=True, log_y=True)
 
 
 def _pace(name: str, grid: Sequence[Done], colour: str) -> Curve:

@@ -13,16 +13,19 @@ from torch.optim import Optimizer
 
 from poprisk.arms import Arm, build_optimizer
 from poprisk.controls import UpdateTrace
+from poprisk.optimizer import PopRiskAdamW
 from poprisk.reproduce.claim import Found, Workspace
+from poprisk.reproduce.grokking.decay import GatedDecay
 from poprisk.tasks.modular import ModularTransformer, split_table
 
 GOAL = 0.95
 KEPT = 60
 """Points of a curve that are kept."""
-GATED = ("poprisk", "paper", "shuffled")
+GATED = ("poprisk", "paper", "shuffled", "decay-gated")
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "poprisk": ("poprisk", {}),
     "paper": ("poprisk", {}),
+    "decay-gated": ("poprisk", {"weight_decay": 0.0}),
     "shuffled": ("shuffled", {}),
     "adamw": ("adamw", {}),
     "rms-matched": ("rms-matched", {}),
@@ -49,12 +52,16 @@ def load(settings: dict[str, Any]) -> Data:
     return Data(x, y, asked, answers)
 
 
-def build_model(settings: dict[str, Any]) -> nn.Module:
+def build_model(settings: dict[str, Any]) -> ModularTransformer:
     """The network of a trial, freshly initialized from its seed."""
     torch.manual_seed(settings["seed"])
     operands = {"division": 2, "two-step": 3}[settings["table"]]
     return ModularTransformer(
-        settings["p"], operands=operands, width=settings["width"], hidden=settings["hidden"]
+        settings["p"],
+        operands=operands,
+        width=settings["width"],
+        hidden=settings["hidden"],
+        layers=settings.get("layers", 1),
     )
 
 
@@ -70,6 +77,7 @@ def build(settings: dict[str, Any], model: nn.Module, n: int) -> Optimizer:
     given: dict[str, Any] = {
         "lr": settings["lr"],
         "betas": (0.9, settings["beta2"]),
+        "eps": settings.get("eps", 1e-8),
         "weight_decay": settings["weight_decay"],
         **KINDS[arm][1],
         **(settings["gate"] if arm in GATED else {}),
@@ -77,7 +85,11 @@ def build(settings: dict[str, Any], model: nn.Module, n: int) -> Optimizer:
     batch = settings["batch"] or n
     sizes: dict[str, Any] = {"batch_size": batch, "dataset_size": n if batch < n else None}
     trace = record_trace(settings, n) if arm == "rms-matched" else None
-    return build_optimizer(Arm(arm, arm, arm, KINDS[arm][0], given), model, **sizes, trace=trace)
+    made = build_optimizer(Arm(arm, arm, arm, KINDS[arm][0], given), model, **sizes, trace=trace)
+    if arm == "decay-gated":
+        assert isinstance(made, PopRiskAdamW)
+        return GatedDecay(made, settings["weight_decay"])
+    return made
 
 
 def record_trace(settings: dict[str, Any], n: int) -> UpdateTrace:
@@ -106,10 +118,17 @@ def batches(settings: dict[str, Any], n: int, start: int) -> Iterator[Tensor | s
         epoch += 1
 
 
-def gradient(model: nn.Module, optimizer: Optimizer, data: Data, index: Tensor | slice) -> float:
+def gradient(
+    model: ModularTransformer, optimizer: Optimizer, data: Data, index: Tensor | slice
+) -> float:
     """Put the gradient of the mean loss over a batch into the parameters; return that loss."""
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(data.x[index]), data.y[index])
+    x, y = data.x[index], data.y[index]
+    if isinstance(optimizer, PopRiskAdamW) and optimizer.defaults["variance"] == "exact":
+        losses = F.cross_entropy(model.per_example(x), y, reduction="none")
+        optimizer.backward(losses)
+        return losses.detach().mean().item()
+    loss = F.cross_entropy(model(x), y)
     loss.backward()
     return loss.item()
 
@@ -139,6 +158,7 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
         state = saved["state"]
     source = batches(settings, len(data.y), state["step"])
     while state["step"] < settings["limit"]:
@@ -155,11 +175,19 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
         workspace.save(
             lambda: {
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": _by_name(optimizer.state_dict()),
+                "random": torch.get_rng_state(),
                 "state": state,
             }
         )
     return summarize(state, settings)
+
+
+def _by_name(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without masks given as functions, which the next one has already."""
+    groups = optimizer.get("param_groups", [])
+    kept = [{k: v for k, v in g.items() if not callable(v)} for g in groups]
+    return {**optimizer, "param_groups": kept} if groups else optimizer
 
 
 def _enough(rows: list[list[float]], settings: dict[str, Any]) -> bool:

@@ -1,0 +1,132 @@
+r"""What moves the weights of a network that groks: the optimizer's update, or weight decay.
+
+Between two measurements every step is split into the decay :math:`-\eta\lambda w` and the update
+:math:`u`, the rest of it. Along the weights the two oppose each other: *growth*
+:math:`\langle u, w\rangle / \lVert w\rVert` against *shrinkage* :math:`\eta\lambda\lVert w\rVert`.
+
+Beside them stands how near the run is to the edge of stability. With H the Hessian of the training
+loss and :math:`\eta M` learning rate times preconditioner, mask included, a quadratic of that
+curvature would be left oscillating where
+
+.. math:: \lambda_{\max}\bigl((\eta M)^{1/2} H (\eta M)^{1/2}\bigr) \ge 2\frac{1+\beta_1}{1-\beta_1}
+
+(J. Cohen et al., *Adaptive gradient methods at the edge of stability*, arXiv:2207.14484; the mask
+in M is ours). The *edge* is the left side over the right.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from poprisk.path.rules import describe
+from poprisk.reproduce.claim import Found, Workspace
+from poprisk.reproduce.grokking import runs
+from poprisk.reproduce.grokking.decay import last_facts
+
+FORCES: dict[str, dict[str, Any]] = {
+    "ours": {"kind": "forces", "every": 250, "limit": 6500},
+    "adamw-same": {"kind": "forces", "every": 250, "limit": 6500},
+    "ours-tuned": {"kind": "forces", "every": 50, "limit": 1500},
+    "adamw-tuned": {"kind": "forces", "every": 50, "limit": 1500},
+}
+"""Arms whose forces are measured, and when."""
+COLUMNS = ("step", "loss", "accuracy", "norm", "growth", "shrinkage", "length", "edge")
+"""Of a curve: training loss, test accuracy, norm of the weights, mean growth, shrinkage and
+length of an update since the row before, and the edge."""
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """All entries in one vector."""
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+class Window:
+    """Means over the steps since it was last read."""
+
+    def __init__(self) -> None:
+        self._sums, self._count = torch.zeros(3, dtype=torch.float64), 0
+
+    def add(self, before: Tensor, after: Tensor, shrink: float) -> None:
+        """Add a step from ``before`` to ``after``; ``shrink`` is learning rate × decay."""
+        update = after - (1 - shrink) * before
+        norm = before.norm()
+        self._sums += torch.stack([update @ before / norm, shrink * norm, update.norm()]).double()
+        self._count += 1
+
+    def read(self) -> list[float]:
+        """Growth, shrinkage and length of a mean step; then start again."""
+        found = (self._sums / max(self._count, 1)).tolist()
+        self._sums, self._count = torch.zeros_like(self._sums), 0
+        return found
+
+
+def edge(model: nn.Module, optimizer: Optimizer, data: runs.Data, update: Tensor) -> float:
+    """How near the last step was to the edge of stability: 1 is at the edge.
+
+    Args:
+        model: after the step; its gradients are those of the step.
+        optimizer: that took it.
+        data: whose training part the loss is over.
+        update: weights after the step minus weights before it, flat.
+    """
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    scale = flat(_preconditioners(optimizer, weights, update)).sqrt()
+    loss = F.cross_entropy(model(data.x), data.y)
+    grads = torch.autograd.grad(loss, weights, create_graph=True)
+    slope = torch.cat([g.flatten() for g in grads])
+
+    def curve(v: np.ndarray) -> np.ndarray:
+        direction = scale * torch.from_numpy(v.ravel()).to(scale)
+        found = torch.autograd.grad(slope, weights, direction, retain_graph=True)
+        return (scale * flat([*found])).cpu().double().numpy()
+
+    size = len(scale)
+    operator = LinearOperator((size, size), matvec=curve, dtype=np.float64)
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
+    top = eigsh(operator, k=1, which="LA", tol=1e-2, v0=start, return_eigenvectors=False)[0]
+    beta = optimizer.param_groups[0]["betas"][0]
+    return float(top) * (1 - beta) / (2 * (1 + beta))
+
+
+def _preconditioners(optimizer: Optimizer, weights: list[Tensor], update: Tensor) -> list[Tensor]:
+    """Learning rate times preconditioner of the last step, as each weight was shaped."""
+    updates = update.split([p.numel() for p in weights])
+    rules, found = describe(optimizer), list[Tensor]()
+    for p, moved in zip(weights, updates, strict=True):
+        rule = rules.rule(p, last_facts(optimizer, p, moved.view_as(p)))
+        found.append(torch.as_tensor(rule.precondition).expand_as(p))
+    return found
+
+
+def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+    """Train as :func:`runs.run` does, and split each step.
+
+    Returns a ``curve`` of :data:`COLUMNS`; the edge is None at the first row.
+    """
+    data, model = runs.load(settings), runs.build_model(settings)
+    optimizer = runs.build(settings, model, len(data.y))
+    weights = [*model.parameters()]
+    source, window, rows = runs.batches(settings, len(data.y), 0), Window(), list[list[float]]()
+    shrink = settings["lr"] * settings["weight_decay"]
+    update = torch.zeros(())
+    for step in itertools.count():
+        if step % settings["every"] == 0:
+            loss, _, _, accuracy = runs.measure(model, data)
+            near = edge(model, optimizer, data, update) if step else None
+            rows.append([step, loss, accuracy, float(flat(weights).norm()), *window.read(), near])
+            if step >= settings["limit"] or accuracy >= runs.GOAL:
+                break
+        before = flat(weights)
+        runs.gradient(model, optimizer, data, next(source))
+        optimizer.step()
+        window.add(before, flat(weights), shrink)
+        update = flat(weights) - before
+    return {"curve": [[row[0], *(v and float(f"{v:.4g}") for v in row[1:])] for row in rows]}
