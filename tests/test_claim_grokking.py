@@ -19,6 +19,7 @@ from poprisk.reproduce.judge import verdict
 from poprisk.reproduce.record import judged
 from poprisk.reproduce.run import ClaimDirectory
 from poprisk.tasks.modular import (
+    FeedForward,
     ModularTransformer,
     division_table,
     modular_division,
@@ -80,6 +81,7 @@ def naive(model: ModularTransformer, x: Tensor) -> Tensor:
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     stream = stream + model.mix(mixed)
     for layer in model.mlp:
+        assert isinstance(layer, FeedForward)
         stream = stream + layer.down(F.relu(layer.up(layer.norm(stream))))
     return model.out(model.before_out(stream))[:, -1]
 
@@ -197,7 +199,7 @@ def test_at_most_sixty_points_of_a_curve_are_kept_the_last_among_them() -> None:
 
 def test_a_variance_over_examples_leaves_the_gradient_as_it_is() -> None:
     settings = {**SMALL, "gate": {"variance": "exact"}}
-    data, found = runs.load(settings), []
+    data, found = runs.load(settings), list[Any]()
     for given in (settings, SMALL):
         model = runs.build_model(given)
         loss = runs.gradient(model, runs.build(given, model, 21), data, slice(0, 8))

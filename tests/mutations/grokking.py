@@ -32,8 +32,7 @@ MUTATIONS = {
         "reproduce/grokking/runs.py",
         'torch.set_rng_state(saved["random"])',
         "pass",
-        "test_claim_grokking.py"
-        "::test_a_run_that_was_stopped_ends_with_the_same_numbers[shuffled]",
+        "test_claim_grokking.py::test_a_run_that_was_stopped_ends_with_the_same_numbers[shuffled]",
     ),
     "the equals sign asks from another place": Mutation(
         "tasks/modular.py",

@@ -17,15 +17,15 @@ in M is ours). The *edge* is the left side over the right.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from poprisk.kernel.spectrum import top_eigenpairs
 from poprisk.path.rules import describe
 from poprisk.reproduce.claim import Found, Workspace
 from poprisk.reproduce.grokking import runs
@@ -43,7 +43,11 @@ COLUMNS = ("step", "loss", "accuracy", "norm", "growth", "shrinkage", "length", 
 length of an update since the row before, and the edge."""
 
 
-def flat(tensors: list[Tensor]) -> Tensor:
+TOLERANCE, PRODUCTS = 1e-2, 80
+"""Residual of the largest curvature, relative to it, and Hessian products to spend on it."""
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
     """All entries in one vector."""
     return torch.cat([t.detach().flatten() for t in tensors])
 
@@ -83,15 +87,13 @@ def edge(model: nn.Module, optimizer: Optimizer, data: runs.Data, update: Tensor
     grads = torch.autograd.grad(loss, weights, create_graph=True)
     slope = torch.cat([g.flatten() for g in grads])
 
-    def curve(v: np.ndarray) -> np.ndarray:
-        direction = scale * torch.from_numpy(v.ravel()).to(scale)
-        found = torch.autograd.grad(slope, weights, direction, retain_graph=True)
-        return (scale * flat([*found])).cpu().double().numpy()
+    def product(columns: Tensor) -> Tensor:
+        directions = (scale.unsqueeze(1) * columns).unbind(1)
+        curved = [torch.autograd.grad(slope, weights, d, retain_graph=True) for d in directions]
+        return scale.unsqueeze(1) * torch.stack([flat(c) for c in curved], 1)
 
-    size = len(scale)
-    operator = LinearOperator((size, size), matvec=curve, dtype=np.float64)
-    start = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
-    top = eigsh(operator, k=1, which="LA", tol=1e-2, v0=start, return_eigenvectors=False)[0]
+    start = torch.randn(len(scale), 1, generator=torch.Generator().manual_seed(0)).to(scale)
+    top = top_eigenpairs(product, start, 1, tolerance=TOLERANCE, max_products=PRODUCTS).values[0]
     beta = optimizer.param_groups[0]["betas"][0]
     return float(top) * (1 - beta) / (2 * (1 + beta))
 
@@ -114,7 +116,11 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     data, model = runs.load(settings), runs.build_model(settings)
     optimizer = runs.build(settings, model, len(data.y))
     weights = [*model.parameters()]
-    source, window, rows = runs.batches(settings, len(data.y), 0), Window(), list[list[float]]()
+    source, window, rows = (
+        runs.batches(settings, len(data.y), 0),
+        Window(),
+        list[list[float | None]](),
+    )
     shrink = settings["lr"] * settings["weight_decay"]
     update = torch.zeros(())
     for step in itertools.count():
