@@ -8,7 +8,7 @@ from typing import Any
 from poprisk.reproduce.claim import Claim, Curve, Done, Findings, Picture, Plot, Trial
 from poprisk.reproduce.coupling_runs import CASES, FLIPPED, SCALE, STRIDE, UNITS, M, N, run
 from poprisk.reproduce.curves import mean_curve
-from poprisk.reproduce.judge import Criterion, difference, written
+from poprisk.reproduce.judge import Criterion, difference, geometric, written
 from poprisk.verdict import Interval, t_interval
 
 SEEDS = range(6)
@@ -64,7 +64,7 @@ def judge(done: Sequence[Done]) -> Findings:
     peak, error = _by_seed(done, "peak"), _by_seed(done, "path", "error")
     frozen, other = _by_seed(done, "frozen", "error"), _by_seed(done, "other", "error")
     least = _interval(_over(_by_seed(done, "path", "correlation"), min))
-    worst = _interval(_over(error, max))
+    worst = geometric(_over(error, max).values())
     criteria = [
         Criterion("kernel drift at its peak, least of the settings", _interval(_over(peak, min)),
                   2.0),
@@ -76,7 +76,7 @@ def judge(done: Sequence[Done]) -> Findings:
                   "that of the path, mean of the settings",
                   difference(_over(frozen, _mean), _over(error, _mean)), 0.0),
         Criterion(f"relative error from a record of every {STRIDE}th step, worst of the settings",
-                  _interval(_over(_by_seed(done, "strided", "error"), max)), 0.5, 0.165,
+                  geometric(_over(_by_seed(done, "strided", "error"), max).values()), 0.5, 0.165,
                   at_most=True, decides=False),
     ]  # fmt: skip
     for classes, name in ((False, "regression"), (True, "cross-entropy")):
@@ -86,7 +86,7 @@ def judge(done: Sequence[Done]) -> Findings:
         )
         criteria += [
             Criterion(f"another run with other labels, {name}: relative error, mean",
-                      _interval(there), 0.5, 0.165, at_most=True, decides=False),
+                      geometric(there.values()), 0.5, 0.165, at_most=True, decides=False),
             Criterion(f"another run with other labels, {name}: error with the kernel at the start "
                       "minus that of the path, both regularized in hindsight",
                       difference(start, best), 0.0, decides=False),
@@ -94,7 +94,8 @@ def judge(done: Sequence[Done]) -> Findings:
     return Findings(
         criteria,
         ours=f"correlation {written(least)}, relative error {written(worst)} (worst setting of "
-        f"each seed) at drift {written(_interval(_over(peak, _mean)))}; made from the same run",
+        f"each seed, geometric mean) at drift {written(_interval(_over(peak, _mean)))}; made from "
+        "the same run",
         controls=f"kernel at the start, best ridge: error {_told(frozen)}; a run with other "
         f"labels: regression {_told(_some(other, False))}, cross-entropy "
         f"{_told(_some(other, True))}",
@@ -104,7 +105,7 @@ def judge(done: Sequence[Done]) -> Findings:
 
 
 def _told(values: dict[str, dict[int, float]]) -> str:
-    return written(_interval(_over(values, _mean)))
+    return written(geometric(_over(values, _mean).values()))
 
 
 def _sentences(done: Sequence[Done]) -> list[str]:

@@ -191,11 +191,11 @@ def _ours(field: Field) -> str:
 
 
 def _controls_in_words(field: Field) -> str:
-    gaps = ", ".join(f"{written(gap)} dB over {name}" for name, gap in _rivals(field).items())
+    gaps = ", ".join(f"{name} {written(gap)}" for name, gap in _rivals(field).items())
     hindsight = difference(field.paper.values("final"), field.hindsight.values("best"))
     return (
-        f"{field.name}: the soft mask gains {gaps}; against AdamW stopped at its best moment, "
-        f"Algorithm 1 gains {written(hindsight)} dB."
+        f"{field.name}, dB gained by the soft mask on {gaps}; by Algorithm 1 on AdamW stopped at "
+        f"its best moment {written(hindsight)}."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from poprisk.verdict import Interval, t_interval
@@ -94,10 +94,28 @@ def ratio(a: Mapping[int, float], b: Mapping[int, float]) -> Interval:
         ValueError: if a value is not positive.
     """
     shared = [seed for seed in a if seed in b]
-    if any(a[seed] <= 0 or b[seed] <= 0 for seed in shared):
-        raise ValueError("a ratio needs positive values, but got one that is not.")
-    logs = t_interval([math.log(a[seed] / b[seed]) for seed in shared])
+    _check_positive([*(a[seed] for seed in shared), *(b[seed] for seed in shared)])
+    return geometric([a[seed] / b[seed] for seed in shared])
+
+
+def geometric(values: Collection[float]) -> Interval:
+    """Geometric mean with its interval, which reaches as far up as down in ratio.
+
+    Raises:
+        ValueError: if a value is not positive.
+
+    Example:
+        >>> round(geometric([0.01, 0.1, 1.0]).mean, 6)
+        0.1
+    """
+    _check_positive(values)
+    logs = t_interval([math.log(value) for value in values])
     return Interval(*(math.exp(v) for v in logs))
+
+
+def _check_positive(values: Collection[float]) -> None:
+    if any(value <= 0 for value in values):
+        raise ValueError("a ratio needs positive values, but got one that is not.")
 
 
 class Steps(NamedTuple):

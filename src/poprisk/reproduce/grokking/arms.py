@@ -54,7 +54,14 @@ GATE_GRID = [
     (3e-3, 3.0, 1.5),
     (3e-3, 3.0, 3.0),
     (1e-2, 1.0, 3.0),
+    (5e-3, 3.0, 1.5),
+    (5e-3, 3.0, 3.0),
+    (5e-3, 1.0, 1.5),
+    (3e-3, 3.0, 0.75),
+    (3e-3, 5.0, 1.5),
+    (1e-2, 2.0, 3.0),
 ]
+"""Learning rate, decay and z of the gate, tried on the tuning seed."""
 CHANNEL: dict[str, Any] = {
     **BASE,
     "kind": "channel",
