@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from poprisk.optimizer import PopRiskAdamW
 from poprisk.report.claims import render_claim
 from poprisk.reproduce.claim import Claim, Done, Workspace
 from poprisk.reproduce.grokking import CLAIM, channel, channel_lead, forces, multistep, runs
+from poprisk.reproduce.grokking.arms import ARMS, BASE
 from poprisk.reproduce.grokking.decay import GatedDecay, last_mask
 from poprisk.reproduce.judge import verdict
-from poprisk.reproduce.record import judged
+from poprisk.reproduce.record import judged, load_record
 from poprisk.reproduce.run import ClaimDirectory
 from poprisk.tasks.modular import (
     FeedForward,
@@ -207,6 +209,17 @@ def test_a_variance_over_examples_leaves_the_gradient_as_it_is() -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
 
+def test_below_the_floor_the_gradient_turns_round() -> None:
+    data, model = runs.load(SMALL), runs.build_model(SMALL)
+    optimizer, found = runs.build(SMALL, model, 21), list[Tensor]()
+    for floor in (0.0, 1.0, 100.0):
+        loss = runs.gradient(model, optimizer, data, slice(None), floor)
+        found.append(forces.flat([p.grad for p in model.parameters() if p.grad is not None]))
+    assert 1.0 < loss < 100.0
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], -found[0])
+
+
 def test_decay_behind_the_gate() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(5, 3, generator=generator)
@@ -236,8 +249,8 @@ def test_growth_and_shrinkage_along_the_weights() -> None:
     before = torch.tensor([3.0, 4.0])
     window.add(before, 0.9 * before + torch.tensor([0.6, 0.8]), 0.1)
     window.add(before, 0.9 * before - torch.tensor([4.0, -3.0]), 0.1)
-    assert window.read() == pytest.approx([0.5, 0.5, 3.0])
-    assert window.read() == [0.0, 0.0, 0.0]
+    assert window.read() == pytest.approx([0.5, 0.5, 3.0, math.hypot(3.4, 3.8) / 6])
+    assert window.read() == [0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("arm", ["adamw", "poprisk"])
@@ -328,8 +341,8 @@ def made_up(*, gate: int | None, channel_at: int) -> list[Done]:
             done.append(Done(s, {**found, "curve": curve}))
             continue
         if s["kind"] == "forces":
-            curve = [[0, 4.0, 0.0, 26.0, 0.0, 0.0, 0.0, None],
-                     [250, 0.1, 0.5, 30.0, 0.03, 0.04, 0.05, 0.125]]  # fmt: skip
+            curve = [[0, 4.0, 0.0, 26.0, 0.0, 0.0, 0.0, 0.0, None],
+                     [250, 0.1, 0.5, 30.0, 0.03, 0.04, 0.05, 0.3, 0.125]]  # fmt: skip
             done.append(Done(s, {"curve": curve}))
             continue
         gated = s["name"] in ("ours", "letter-snr", "ours-512", "ours-tuned")
@@ -412,3 +425,20 @@ def test_full_trials_have_unique_names_and_enough_seeds() -> None:
         assert len(names) == len(set(names))
     seeds = [t.settings["seed"] for t in CLAIM.trials(False) if t.settings["name"] == "ours"]
     assert seeds == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("tuned", "grid", "keys"),
+    [
+        ("adamw-tuned", "grid-", ("lr", "weight_decay", "beta2")),
+        ("ours-tuned", "gate-grid-", ("lr", "weight_decay", "gate")),
+    ],
+)
+def test_what_is_tuned_is_the_fastest_of_its_grid_on_record(
+    tuned: str, grid: str, keys: tuple[str, ...]
+) -> None:
+    record = load_record(CLAIM)
+    assert record is not None
+    tried = [d for d in record.done if d.settings["name"].startswith(grid)]
+    best = min(tried, key=lambda d: d.found["reached"] or d.settings["limit"] + 1)
+    assert all(best.settings[k] == ARMS[tuned].get(k, BASE.get(k)) for k in keys)

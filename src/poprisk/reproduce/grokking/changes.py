@@ -51,6 +51,8 @@ CHANGES = {
     "adamw-beta2": Change("β₂ 0.999", "adamw-same", {"beta2": 0.999}),
     "adamw-eps-5": Change("ε 1e-5", "adamw-same", {"eps": 1e-5}),
     "adamw-eps-4": Change("ε 1e-4", "adamw-same", {"eps": 1e-4}),
+    "adamw-floor-low": Change("training loss held at 0.03", "adamw-same", {"floor": 0.03}),
+    "adamw-floor-high": Change("training loss held at 0.1", "adamw-same", {"floor": 0.1}),
     "adamw-narrow": Change("half as wide", "adamw-same", NARROW),
     "adamw-deep": Change("two feed-forward layers", "adamw-same", {"layers": 2}),
 }

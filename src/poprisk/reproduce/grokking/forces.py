@@ -3,6 +3,8 @@ r"""What moves the weights of a network that groks: the optimizer's update, or w
 Between two measurements every step is split into the decay :math:`-\eta\lambda w` and the update
 :math:`u`, the rest of it. Along the weights the two oppose each other: *growth*
 :math:`\langle u, w\rangle / \lVert w\rVert` against *shrinkage* :math:`\eta\lambda\lVert w\rVert`.
+What the updates add up to is their *straightness*, :math:`\lVert\sum_k u_k\rVert / \sum_k\lVert
+u_k\rVert`: 1 for n updates in one direction, about :math:`n^{-1/2}` for unrelated ones.
 
 Beside them stands how near the run is to the edge of stability. With H the Hessian of the training
 loss and :math:`\eta M` learning rate times preconditioner, mask included, a quadratic of that
@@ -36,11 +38,14 @@ FORCES: dict[str, dict[str, Any]] = {
     "adamw-same": {"kind": "forces", "every": 250, "limit": 6500},
     "ours-tuned": {"kind": "forces", "every": 50, "limit": 1500},
     "adamw-tuned": {"kind": "forces", "every": 50, "limit": 1500},
+    "shuffled": {"kind": "forces", "every": 250, "limit": 6500},
 }
 """Arms whose forces are measured, and when."""
-COLUMNS = ("step", "loss", "accuracy", "norm", "growth", "shrinkage", "length", "edge")
-"""Of a curve: training loss, test accuracy, norm of the weights, mean growth, shrinkage and
-length of an update since the row before, and the edge."""
+COLUMNS = (
+    "step", "loss", "accuracy", "norm", "growth", "shrinkage", "length", "straightness", "edge",
+)  # fmt: skip
+"""Of a curve: training loss, test accuracy, norm of the weights; since the row before mean growth,
+shrinkage and length of an update, and the straightness; the edge."""
 
 
 TOLERANCE, PRODUCTS = 1e-2, 80
@@ -53,23 +58,25 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Window:
-    """Means over the steps since it was last read."""
+    """The steps since it was last read."""
 
     def __init__(self) -> None:
-        self._sums, self._count = torch.zeros(3, dtype=torch.float64), 0
+        self._sums, self._total, self._count = [0.0, 0.0, 0.0], torch.zeros(()), 0
 
     def add(self, before: Tensor, after: Tensor, shrink: float) -> None:
         """Add a step from ``before`` to ``after``; ``shrink`` is learning rate × decay."""
-        update = after - (1 - shrink) * before
-        norm = before.norm()
-        self._sums += torch.stack([update @ before / norm, shrink * norm, update.norm()]).double()
+        update, norm = after - (1 - shrink) * before, before.norm()
+        step = torch.stack([update @ before / norm, shrink * norm, update.norm()]).tolist()
+        self._sums = [old + new for old, new in zip(self._sums, step, strict=True)]
+        self._total = self._total + update
         self._count += 1
 
     def read(self) -> list[float]:
-        """Growth, shrinkage and length of a mean step; then start again."""
-        found = (self._sums / max(self._count, 1)).tolist()
-        self._sums, self._count = torch.zeros_like(self._sums), 0
-        return found
+        """Growth, shrinkage and length of a mean step, and the straightness; then start again."""
+        means = [value / max(self._count, 1) for value in self._sums]
+        straightness = float(self._total.norm()) / self._sums[2] if self._sums[2] else 0.0
+        self._sums, self._total, self._count = [0.0, 0.0, 0.0], torch.zeros(()), 0
+        return [*means, straightness]
 
 
 def edge(model: nn.Module, optimizer: Optimizer, data: runs.Data, update: Tensor) -> float:

@@ -119,9 +119,17 @@ def batches(settings: dict[str, Any], n: int, start: int) -> Iterator[Tensor | s
 
 
 def gradient(
-    model: ModularTransformer, optimizer: Optimizer, data: Data, index: Tensor | slice
+    model: ModularTransformer,
+    optimizer: Optimizer,
+    data: Data,
+    index: Tensor | slice,
+    floor: float = 0.0,
 ) -> float:
-    """Put the gradient of the mean loss over a batch into the parameters; return that loss."""
+    """Put the gradient of the mean loss over a batch into the parameters; return that loss.
+
+    Below ``floor`` the gradient is turned round, which holds the training loss there (flooding:
+    T. Ishida et al., arXiv:2002.08709).
+    """
     optimizer.zero_grad()
     x, y = data.x[index], data.y[index]
     if isinstance(optimizer, PopRiskAdamW) and optimizer.defaults["variance"] == "exact":
@@ -129,7 +137,7 @@ def gradient(
         optimizer.backward(losses)
         return losses.detach().mean().item()
     loss = F.cross_entropy(model(x), y)
-    loss.backward()
+    (loss - floor).abs().backward()
     return loss.item()
 
 
@@ -167,7 +175,7 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
             state["rows"].append([state["step"], train_loss, train, test])
             if _enough(state["rows"], settings):
                 break
-        loss = gradient(model, optimizer, data, next(source))
+        loss = gradient(model, optimizer, data, next(source), settings.get("floor", 0.0))
         optimizer.step()
         before = state["before"]
         state["jumps"] += before is not None and loss > 2 * before + 0.02
