@@ -26,6 +26,7 @@ from poprisk.reproduce.judge import (
     ratio,
     speed_up,
     verdict,
+    where_both,
     written,
 )
 from poprisk.reproduce.record import judged, load_record, save_record
@@ -128,6 +129,12 @@ def test_a_fast_run_that_never_gets_there_makes_no_speed_up() -> None:
     assert all(math.isnan(v) for v in speed_up(neither, fast))
     later = Steps({0: 900, 1: 1001}, {0: 3000, 1: 3000})
     assert all(math.isnan(v) for v in speed_up(later, fast))
+
+
+def test_seeds_on_which_both_got_there() -> None:
+    slow = Steps({0: 200, 1: None, 2: 800}, {0: 1000, 1: 1000, 2: 1000})
+    fast = Steps({0: 100, 1: 50, 2: None}, {0: 1000, 1: 1000, 2: 1000})
+    assert where_both(slow, fast).mean == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,15 @@ def speed_up(slow: Steps, fast: Steps) -> Interval:
     return ratio(slow.at_least(), fast.at_least())
 
 
+def where_both(slow: Steps, fast: Steps) -> Interval:
+    """How many times fewer steps ``fast`` needs on the seeds on which both got there."""
+    slow_steps, fast_steps = (
+        {seed: float(step) for seed, step in steps.reached.items() if step is not None}
+        for steps in (slow, fast)
+    )
+    return ratio(slow_steps, fast_steps)
+
+
 def written(interval: Interval, *, percent: bool = False) -> str:
     """An interval in words: ``5.1 [4.2, 6.3]``, the figure alone where it has no width."""
     unit = 100.0 if percent else 1.0

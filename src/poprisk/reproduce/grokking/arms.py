@@ -23,14 +23,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours": {"arm": "poprisk", "gate": {}, **SAME, "limit": 12_000},
     "adamw-same": {"arm": "adamw", **SAME, "limit": 30_000},
     "adamw-tuned": {"arm": "adamw", "lr": 5e-3, "weight_decay": 3.0, **FINE},
-    "ours-tuned": {"arm": "poprisk", "lr": 5e-3, "weight_decay": 2.0, "gate": {"z": 3.0}, **FINE},
+    "ours-tuned": {"arm": "poprisk", "lr": 5e-3, "weight_decay": 3.0, "gate": {"z": 3.0}, **FINE},
     "letter-snr": {"arm": "paper", "gate": LETTER, **SAME, "limit": 7000},
     "rms-matched": {"arm": "rms-matched", "gate": {}, **SAME, "limit": 7000},
     "shuffled": {"arm": "shuffled", "gate": {}, **SAME, "limit": 7000},
     "grokfast": {"arm": "grokfast", "gate": {}, **SAME, "limit": 7000},
     "orthograd": {"arm": "orthograd", "gate": {}, **SAME, "limit": 7000},
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
-    "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 12_000},
+    "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
 }
 SEEDS = 5
 TUNING_SEED = 100
@@ -44,6 +44,8 @@ GRID = [
     (2e-3, 5.0),
     (1e-3, 10.0),
     (1e-2, 3.0),
+    (1e-2, 2.0),
+    (5e-3, 5.0),
 ]
 """Learning rate and decay of AdamW, tried on the tuning seed."""
 BETAS = (0.95, 0.999)
@@ -60,6 +62,8 @@ GATE_GRID = [
     (3e-3, 3.0, 0.75),
     (3e-3, 5.0, 1.5),
     (1e-2, 2.0, 3.0),
+    (1e-2, 3.0, 3.0),
+    (5e-3, 5.0, 3.0),
 ]
 """Learning rate, decay and z of the gate, tried on the tuning seed."""
 CHANNEL: dict[str, Any] = {

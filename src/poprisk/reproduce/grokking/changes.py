@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from poprisk.reproduce.grokking.arms import ARMS, BASE
+from poprisk.reproduce.grokking.arms import ARMS, BASE, LETTER
 
 SEED = 0
 LIMIT = 6500
@@ -45,6 +45,8 @@ CHANGES = {
     "second-moment": _gate("variance from the second moment", variance="second-moment"),
     "narrow": Change("half as wide", "ours", NARROW),
     "deep": Change("two feed-forward layers", "ours", {"layers": 2}),
+    "paper-soft": Change("soft mask", "letter-snr", {"gate": {**LETTER, "mask": "soft"}}),
+    "paper-lr": Change("learning rate 3e-3", "letter-snr", {"lr": 3e-3}),
     "adamw-batch-128": Change("batches of 128", "adamw-same", {"batch": 128}),
     "adamw-lr": Change("learning rate 3e-3", "adamw-same", FASTER),
     "adamw-decay": Change("decay 3", "adamw-same", {"weight_decay": 3.0}),

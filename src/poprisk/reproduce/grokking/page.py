@@ -91,6 +91,14 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
     plots += [
         _forces_plot(
             done,
+            "straightness",
+            "How straight the way is",
+            "straightness",
+            "Length of the sum of all updates between two measurements, over the sum of their "
+            "lengths: 1 if every update goes on where the last one went.",
+        ),
+        _forces_plot(
+            done,
             "edge",
             "How near to the edge of stability",
             "share of the edge",

@@ -23,6 +23,7 @@ def sentences(done: Sequence[Done]) -> list[str]:
         _others(done),
         _time_constants(done),
         _changes(done, "ours"),
+        _changes(done, "letter-snr"),
         _changes(done, "adamw-same"),
         _jumps(done),
         _forces(done),
@@ -96,9 +97,9 @@ def _time_constants(done: Sequence[Done]) -> str:
 
 def _changes(done: Sequence[Done], arm: str) -> str:
     """Runs with one setting changed, sorted by how they compare with the run as it is."""
-    base = next(
-        (d.found["reached"] or d.settings["limit"] for d in where(done, name=arm, seed=SEED)), None
-    )
+    found = where(done, name=arm, seed=SEED)[0].found
+    base = found["reached"] or found["limit"]
+    as_it_is = f"{'' if found['reached'] else 'not by '}{base:,} steps"
     groups: dict[str, list[str]] = {"sooner": [], "as soon": [], "later": [], "not": []}
     for name, change in CHANGES.items():
         for d in where(done, name=f"change-{name}") if change.arm == arm else []:
@@ -106,14 +107,14 @@ def _changes(done: Sequence[Done], arm: str) -> str:
             if reached is None:
                 where_to = f"by {d.settings['limit']:,}: {100 * d.found['best']:.0f}%"
                 groups["not"].append(f"{change.label} ({where_to})")
-            elif base is not None:
+            else:
                 late = reached / base - 1
                 key = "as soon" if abs(late) <= AS_SOON else "later" if late > 0 else "sooner"
                 groups[key].append(f"{change.label} ({reached:,})")
     told = "; ".join(f"{key} with {', '.join(names)}" for key, names in groups.items() if names)
     if not told:
         return ""
-    return f"{LABELS[arm]}, one setting changed, seed {SEED} (as it is: {base:,} steps): {told}."
+    return f"{LABELS[arm]}, one setting changed, seed {SEED} (as it is: {as_it_is}): {told}."
 
 
 def _jumps(done: Sequence[Done]) -> str:
@@ -140,10 +141,10 @@ def _forces(done: Sequence[Done]) -> str:
             middle = {key: median(row[key] for row in rows) for key in COLUMNS} if rows else {}
             if middle:
                 parts.append(
-                    f"{LABELS[name]} {middle['edge']:.2g} of the edge of stability, training loss "
-                    f"{middle['loss']:.1e}, weights of norm {middle['norm']:.0f}, steps of length "
-                    f"{middle['length']:.3f}, growth {middle['growth']:.3f} and shrinkage "
-                    f"{middle['shrinkage']:.3f}"
+                    f"{LABELS[name]} straightness {middle['straightness']:.2f}, "
+                    f"{middle['edge']:.2g} of the edge of stability, training loss "
+                    f"{middle['loss']:.1e}, weights of norm {middle['norm']:.0f}, updates of "
+                    f"length {middle['length']:.3f}"
                 )
     return f"Medians over the second half of a run, seed 0: {'; '.join(parts)}." if parts else ""
 
