@@ -22,7 +22,7 @@ LETTER = {"mode": "paper", "softness": 1.0, "alpha": 1.0, "mask": "snr"}
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {"arm": "poprisk", "gate": {}, **SAME, "limit": 12_000},
     "adamw-same": {"arm": "adamw", **SAME, "limit": 30_000},
-    "adamw-tuned": {"arm": "adamw", "lr": 5e-3, "weight_decay": 3.0, **FINE},
+    "adamw-tuned": {"arm": "adamw", "lr": 1e-2, "weight_decay": 2.0, **FINE},
     "ours-tuned": {"arm": "poprisk", "lr": 5e-3, "weight_decay": 3.0, "gate": {"z": 3.0}, **FINE},
     "letter-snr": {"arm": "paper", "gate": LETTER, **SAME, "limit": 7000},
     "rms-matched": {"arm": "rms-matched", "gate": {}, **SAME, "limit": 7000},
@@ -32,9 +32,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
 }
-SEEDS = 5
+SEEDS = dict.fromkeys(ARMS, 5) | {"adamw-tuned": 20, "ours-tuned": 20}
+"""Seeds of each arm; more where runs are short and close to each other."""
 TUNING_SEED = 100
 GRID = [
+    (1e-2, 2.0),
     (5e-3, 3.0),
     (5e-3, 2.0),
     (5e-3, 1.0),
@@ -44,12 +46,12 @@ GRID = [
     (2e-3, 5.0),
     (1e-3, 10.0),
     (1e-2, 3.0),
-    (1e-2, 2.0),
     (5e-3, 5.0),
+    (2e-2, 1.0),
 ]
 """Learning rate and decay of AdamW, tried on the tuning seed."""
 BETAS = (0.95, 0.999)
-"""Values of β₂ beside 0.98, tried at the best of the grid."""
+"""Values of β₂ beside 0.98, tried at the two best of the grid."""
 GATE_GRID = [
     (5e-3, 2.0, 3.0),
     (5e-3, 2.0, 1.5),
@@ -64,6 +66,7 @@ GATE_GRID = [
     (1e-2, 2.0, 3.0),
     (1e-2, 3.0, 3.0),
     (5e-3, 5.0, 3.0),
+    (2e-2, 1.0, 3.0),
 ]
 """Learning rate, decay and z of the gate, tried on the tuning seed."""
 CHANNEL: dict[str, Any] = {

@@ -10,6 +10,8 @@ from poprisk.reproduce.grokking.arms import LABELS
 from poprisk.reproduce.grokking.changes import CHANGES
 from poprisk.reproduce.grokking.forces import COLUMNS, FORCES
 
+SHOWN = 5
+"""Seeds of an arm that are drawn."""
 COLOURS = {
     "ours": "poprisk",
     "adamw-same": "adamw",
@@ -57,7 +59,7 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
     """Accuracy over training, the grids, and the channel."""
     curves = []
     for name, colour in COLOURS.items():
-        for d in where(done, name=name):
+        for d in where(done, name=name)[:SHOWN]:
             x, y = [max(r[0], 1) for r in d.found["curve"]], [r[3] for r in d.found["curve"]]
             curves.append(Curve(f"{LABELS[name]}, seed {d.settings['seed']}", x, y, colour))
     shown = [c for c in curves if c.name.endswith("seed 0")]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from poprisk.reproduce.claim import Done, where
+from poprisk.reproduce.claim import Done, by_seed, where
 from poprisk.reproduce.grokking.arms import BASE, LABELS, TUNING_SEED
 from poprisk.reproduce.grokking.changes import CHANGES, SEED
 from poprisk.reproduce.grokking.forces import COLUMNS, FORCES
+from poprisk.reproduce.judge import Steps, where_both, written
 
 AS_SOON = 0.2
 """Relative difference in steps within which two single runs are said to be as fast."""
@@ -18,7 +19,8 @@ OTHERS = ("letter-snr", "rms-matched", "shuffled", "grokfast", "orthograd")
 def sentences(done: Sequence[Done]) -> list[str]:
     """Everything worth telling, in order."""
     said = [
-        _best_of_grid(done),
+        _best_of_grid(done, "grid-", "AdamW"),
+        _best_of_grid(done, "gate-grid-", "PopRiskAdamW"),
         _tuned(done),
         _others(done),
         _time_constants(done),
@@ -32,34 +34,34 @@ def sentences(done: Sequence[Done]) -> list[str]:
     return [s for s in said if s]
 
 
-def _best_of_grid(done: Sequence[Done]) -> str:
-    grid = [d for d in done if d.settings["name"].startswith("grid-")]
+def steps_of(done: Sequence[Done], name: str) -> Steps:
+    """When the runs of an arm had 95% of the test set right."""
+    return Steps(by_seed(done, "reached", name=name), by_seed(done, "limit", name=name))
+
+
+def _best_of_grid(done: Sequence[Done], prefix: str, optimizer: str) -> str:
+    grid = [d for d in done if d.settings["name"].startswith(prefix)]
     quick = [d for d in grid if d.found["reached"] is not None]
     best = min(quick, key=lambda d: d.found["reached"], default=None)
     if best is None:
         return ""
     s = best.settings
+    z = f", z {s['gate']['z']:g}" if "gate" in s else ""
     return (
-        f"Of {len(grid)} AdamW settings on seed {TUNING_SEED} the fastest is lr {s['lr']:g}, "
-        f"decay {s['weight_decay']:g}, β₂ {s['beta2']:g}: {best.found['reached']} steps; "
+        f"Of {len(grid)} {optimizer} settings on seed {TUNING_SEED} the fastest is lr {s['lr']:g}, "
+        f"decay {s['weight_decay']:g}, β₂ {s['beta2']:g}{z}: {best.found['reached']} steps; "
         f"{len(grid) - len(quick)} did not get there in {s['limit']}."
     )
 
 
 def _tuned(done: Sequence[Done]) -> str:
     """Counts, and the seeds on which both got there: no ratio covers runs that never did."""
-    steps = [
-        {d.settings["seed"]: d.found["reached"] for d in where(done, name=name)}
-        for name in ("ours-tuned", "adamw-tuned")
-    ]
-    ours, adamw = steps
-    both = [s for s in ours if ours[s] is not None and adamw.get(s) is not None]
-    counts = [f"{sum(v is not None for v in found.values())} of {len(found)}" for found in steps]
-    said = f"Tuned, the gate gets there on {counts[0]} seeds and AdamW on {counts[1]}"
-    if not both:
-        return f"{said}."
-    pairs = ", ".join(f"{ours[s]:,} against {adamw[s]:,}" for s in both)
-    return f"{said}; where both do, in {pairs} steps."
+    ours, adamw = steps_of(done, "ours-tuned"), steps_of(done, "adamw-tuned")
+    counts = [f"{len(s.reached) - s.censored} of {len(s.reached)}" for s in (ours, adamw)]
+    return (
+        f"Tuned, the gate gets there on {counts[0]} seeds and AdamW on {counts[1]}; where both do, "
+        f"AdamW takes {written(where_both(adamw, ours))} times the steps of the gate."
+    )
 
 
 def _others(done: Sequence[Done]) -> str:

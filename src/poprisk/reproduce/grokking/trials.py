@@ -31,7 +31,7 @@ def trials(quick: bool) -> list[Trial]:
     found = [
         _trial(name, {**BASE, **arm, **smaller}, seed)
         for name, arm in ARMS.items()
-        for seed in range(FEW if quick else SEEDS)
+        for seed in range(FEW if quick else SEEDS[name])
     ]
     grids = [[*_adamw_grid()], [*_gate_grid()], [*_changed()]]
     for grid in grids:
@@ -46,7 +46,8 @@ def trials(quick: bool) -> list[Trial]:
 
 
 def _adamw_grid() -> Iterator[tuple[str, dict[str, Any]]]:
-    points = [(lr, decay, 0.98) for lr, decay in GRID] + [(*GRID[0], beta2) for beta2 in BETAS]
+    points = [(lr, decay, 0.98) for lr, decay in GRID]
+    points += [(*point, beta2) for point in GRID[:2] for beta2 in BETAS]
     for lr, decay, beta2 in points:
         settings = {"arm": "adamw", "lr": lr, "weight_decay": decay, **FINE, "beta2": beta2}
         yield f"grid-lr{lr:g}-wd{decay:g}-b{beta2:g}", settings
