@@ -24,6 +24,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "adamw-same": {"arm": "adamw", **SAME, "limit": 30_000},
     "adamw-tuned": {"arm": "adamw", "lr": 1e-2, "weight_decay": 2.0, **FINE},
     "ours-tuned": {"arm": "poprisk", "lr": 5e-3, "weight_decay": 3.0, "gate": {"z": 3.0}, **FINE},
+    "grokfast-tuned": {
+        "arm": "grokfast",
+        "lr": 5e-3,
+        "weight_decay": 3.0,
+        "gate": {"grokfast_lamb": 0.5},
+        **FINE,
+    },
     "letter-snr": {"arm": "paper", "gate": LETTER, **SAME, "limit": 7000},
     "rms-matched": {"arm": "rms-matched", "gate": {}, **SAME, "limit": 7000},
     "shuffled": {"arm": "shuffled", "gate": {}, **SAME, "limit": 7000},
@@ -32,7 +39,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
 }
-SEEDS = dict.fromkeys(ARMS, 5) | {"adamw-tuned": 20, "ours-tuned": 20}
+SEEDS = dict.fromkeys(ARMS, 5) | {
+    "adamw-tuned": 20,
+    "ours-tuned": 20,
+    "grokfast-tuned": 10,
+}
 """Seeds of each arm; more where runs are short and close to each other."""
 TUNING_SEED = 100
 GRID = [
@@ -69,6 +80,19 @@ GATE_GRID = [
     (2e-2, 1.0, 3.0),
 ]
 """Learning rate, decay and z of the gate, tried on the tuning seed."""
+GROKFAST_GRID = [
+    (1e-2, 2.0, 2.0),
+    (5e-3, 3.0, 2.0),
+    (5e-3, 2.0, 2.0),
+    (3e-3, 3.0, 2.0),
+    (1e-2, 1.0, 2.0),
+    (5e-3, 5.0, 2.0),
+    (3e-3, 5.0, 2.0),
+    (1e-2, 3.0, 2.0),
+    (5e-3, 3.0, 0.5),
+    (5e-3, 3.0, 5.0),
+]
+"""Learning rate, decay and amplification λ of Grokfast, tried on the tuning seed."""
 CHANNEL: dict[str, Any] = {
     **BASE,
     "kind": "channel",
@@ -91,6 +115,7 @@ LABELS = {
     "adamw-same": "AdamW, same lr and decay",
     "adamw-tuned": "AdamW, tuned",
     "ours-tuned": "PopRiskAdamW, tuned",
+    "grokfast-tuned": "Grokfast, tuned",
     "letter-snr": "Algorithm 1, snr mask",
     "rms-matched": "AdamW, RMS-matched",
     "shuffled": "shuffled mask",

@@ -21,7 +21,8 @@ from poprisk.tasks.modular import ModularTransformer, split_table
 GOAL = 0.95
 KEPT = 60
 """Points of a curve that are kept."""
-GATED = ("poprisk", "paper", "shuffled", "decay-gated")
+WITH_MORE = ("poprisk", "paper", "shuffled", "decay-gated", "grokfast")
+"""Arms that take what their trial has under ``gate``."""
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "poprisk": ("poprisk", {}),
     "paper": ("poprisk", {}),
@@ -80,7 +81,7 @@ def build(settings: dict[str, Any], model: nn.Module, n: int) -> Optimizer:
         "eps": settings.get("eps", 1e-8),
         "weight_decay": settings["weight_decay"],
         **KINDS[arm][1],
-        **(settings["gate"] if arm in GATED else {}),
+        **(settings["gate"] if arm in WITH_MORE else {}),
     }
     batch = settings["batch"] or n
     sizes: dict[str, Any] = {"batch_size": batch, "dataset_size": n if batch < n else None}

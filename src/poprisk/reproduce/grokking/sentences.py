@@ -21,7 +21,9 @@ def sentences(done: Sequence[Done]) -> list[str]:
     said = [
         _best_of_grid(done, "grid-", "AdamW"),
         _best_of_grid(done, "gate-grid-", "PopRiskAdamW"),
-        _tuned(done),
+        _best_of_grid(done, "grokfast-grid-", "Grokfast"),
+        _tuned(done, "adamw-tuned"),
+        _tuned(done, "grokfast-tuned"),
         _others(done),
         _time_constants(done),
         _changes(done, "ours"),
@@ -46,21 +48,21 @@ def _best_of_grid(done: Sequence[Done], prefix: str, optimizer: str) -> str:
     if best is None:
         return ""
     s = best.settings
-    z = f", z {s['gate']['z']:g}" if "gate" in s else ""
+    more = "".join(f", {key} {value:g}" for key, value in s.get("gate", {}).items())
     return (
         f"Of {len(grid)} {optimizer} settings on seed {TUNING_SEED} the fastest is lr {s['lr']:g}, "
-        f"decay {s['weight_decay']:g}, β₂ {s['beta2']:g}{z}: {best.found['reached']} steps; "
+        f"decay {s['weight_decay']:g}, β₂ {s['beta2']:g}{more}: {best.found['reached']} steps; "
         f"{len(grid) - len(quick)} did not get there in {s['limit']}."
     )
 
 
-def _tuned(done: Sequence[Done]) -> str:
+def _tuned(done: Sequence[Done], name: str) -> str:
     """Counts, and the seeds on which both got there: no ratio covers runs that never did."""
-    ours, adamw = steps_of(done, "ours-tuned"), steps_of(done, "adamw-tuned")
-    counts = [f"{len(s.reached) - s.censored} of {len(s.reached)}" for s in (ours, adamw)]
+    ours, other = steps_of(done, "ours-tuned"), steps_of(done, name)
+    counts = [f"{len(s.reached) - s.censored} of {len(s.reached)}" for s in (ours, other)]
     return (
-        f"Tuned, the gate gets there on {counts[0]} seeds and AdamW on {counts[1]}; where both do, "
-        f"AdamW takes {written(where_both(adamw, ours))} times the steps of the gate."
+        f"Tuned, the gate gets there on {counts[0]} seeds and {LABELS[name]}, on {counts[1]}; "
+        f"where both do, the latter takes {written(where_both(other, ours))} times the steps."
     )
 
 

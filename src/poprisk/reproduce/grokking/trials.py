@@ -14,6 +14,7 @@ from poprisk.reproduce.grokking.arms import (
     FINE,
     GATE_GRID,
     GRID,
+    GROKFAST_GRID,
     QUICK,
     SEEDS,
     TUNING_SEED,
@@ -33,7 +34,7 @@ def trials(quick: bool) -> list[Trial]:
         for name, arm in ARMS.items()
         for seed in range(FEW if quick else SEEDS[name])
     ]
-    grids = [[*_adamw_grid()], [*_gate_grid()], [*_changed()]]
+    grids = [[*_adamw_grid()], [*_gate_grid()], [*_grokfast_grid()], [*_changed()]]
     for grid in grids:
         for name, settings in grid[:FEW] if quick else grid:
             seed = settings.get("seed", TUNING_SEED)
@@ -57,6 +58,13 @@ def _gate_grid() -> Iterator[tuple[str, dict[str, Any]]]:
     for lr, decay, z in GATE_GRID:
         settings = {"arm": "poprisk", "lr": lr, "weight_decay": decay, "gate": {"z": z}, **FINE}
         yield f"gate-grid-lr{lr:g}-wd{decay:g}-z{z:g}", settings
+
+
+def _grokfast_grid() -> Iterator[tuple[str, dict[str, Any]]]:
+    for lr, decay, strength in GROKFAST_GRID:
+        given = {"arm": "grokfast", "gate": {"grokfast_lamb": strength}, **FINE}
+        name = f"grokfast-grid-lr{lr:g}-wd{decay:g}-l{strength:g}"
+        yield name, {**given, "lr": lr, "weight_decay": decay}
 
 
 def _changed() -> Iterator[tuple[str, dict[str, Any]]]:
