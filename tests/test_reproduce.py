@@ -118,7 +118,10 @@ def test_a_slow_run_that_never_gets_there_counts_with_the_steps_it_had() -> None
     slow = Steps({0: None, 1: 800}, {0: 1000, 1: 1000})
     fast = Steps({0: 100, 1: 80}, {0: 1000, 1: 1000})
     assert slow.censored == 1
-    assert speed_up(slow, fast) == pytest.approx((10.0, 10.0, 10.0))
+    assert speed_up(slow, fast) == pytest.approx((10.0, 10.0, math.inf))
+    assert criterion(*speed_up(slow, fast)[1:], claimed=20.0).outcome == "as claimed"
+    cut_too_soon = Steps({0: None, 1: 800}, {0: 90, 1: 1000})
+    assert all(math.isnan(v) for v in speed_up(cut_too_soon, fast))
 
 
 def test_a_fast_run_that_never_gets_there_makes_no_speed_up() -> None:

@@ -11,8 +11,8 @@ MUTATIONS = {
     ),
     "the edge without the preconditioner": Mutation(
         "reproduce/grokking/forces.py",
-        "direction = scale * torch",
-        "direction = torch",
+        "(scale.unsqueeze(1) * columns).unbind(1)",
+        "columns.unbind(1)",
         "test_claim_grokking.py"
         "::test_the_edge_is_the_largest_curvature_in_the_optimizers_metric[adamw]",
     ),

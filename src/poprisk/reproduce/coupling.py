@@ -85,7 +85,7 @@ def judge(done: Sequence[Done]) -> Findings:
             for key in ("other", "other_best", "other_frozen")
         )
         criteria += [
-            Criterion(f"another run with other labels, {name}: relative error, mean",
+            Criterion(f"another run with other labels, {name}: relative error, geometric mean",
                       geometric(there.values()), 0.5, 0.165, at_most=True, decides=False),
             Criterion(f"another run with other labels, {name}: error with the kernel at the start "
                       "minus that of the path, both regularized in hindsight",

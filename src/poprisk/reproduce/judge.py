@@ -142,16 +142,22 @@ class Steps(NamedTuple):
 def speed_up(slow: Steps, fast: Steps) -> Interval:
     """How many times fewer steps ``fast`` needs, paired over seeds.
 
-    A slow run that never reached the goal counts with the steps it had, which makes the ratio a
-    lower bound. A fast one that never did has no such bound to offer: the ratio is 0 if the slow
-    one got there within the steps that the fast one had, and unknown (NaN) otherwise.
+    A slow run that never reached the goal counts with the steps it had: the mean is then a lower
+    bound and the interval open above; unknown (NaN) if the fast run had needed more. A fast run
+    that never got there has no bound to offer: the ratio is 0 if, on any such seed, the slow one
+    got there within the steps that the fast one had, and unknown otherwise.
     """
     lost = [seed for seed, step in fast.reached.items() if step is None]
     if lost:
         times = [(slow.reached.get(seed), fast.limit[seed]) for seed in lost]
         beaten = any(step is not None and step <= limit for step, limit in times)
         return Interval(*(3 * (0.0 if beaten else math.nan,)))
-    return ratio(slow.at_least(), fast.at_least())
+    cut = [seed for seed, step in slow.reached.items() if step is None and seed in fast.reached]
+    steps = slow.at_least(), fast.at_least()
+    if any(steps[0][seed] < steps[1][seed] for seed in cut):
+        return Interval(*(3 * (math.nan,)))
+    found = ratio(*steps)
+    return found._replace(high=math.inf) if cut else found
 
 
 def where_both(slow: Steps, fast: Steps) -> Interval:

@@ -45,6 +45,7 @@ SEEDS = dict.fromkeys(ARMS, 5) | {
     "grokfast-tuned": 10,
 }
 """Seeds of each arm; more where runs are short and close to each other."""
+CHANNEL_SEEDS = 6
 TUNING_SEED = 100
 GRID = [
     (1e-2, 2.0),

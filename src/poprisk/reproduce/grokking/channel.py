@@ -105,7 +105,7 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     return {
         "network": network,
         "kernel": kernel_first,
-        "channel": runs.first(rows, 3, middle),
+        "channel": runs.first(rows, 3, middle) if middle > rows[0][3] else None,
         "chance": settings["rank"] / n,
         "curve": [[int(row[0]), *(float(f"{v:.4g}") for v in row[1:])] for row in rows],
     }

@@ -13,7 +13,9 @@ from poprisk.path.rules import Facts, adam
 
 
 def last_facts(optimizer: Optimizer, p: Tensor, update: Tensor) -> Facts:
-    """What a step rule may look at, after a step of an optimizer with one group.
+    """What a step rule of Adam's kind looks at, after a step of an optimizer with one group.
+
+    The momentum is the one after the step, which these rules do not read.
 
     Args:
         optimizer: Adam or one of its kind, after the step.

@@ -4,7 +4,8 @@ Between two measurements every step is split into the decay :math:`-\eta\lambda 
 :math:`u`, the rest of it. Along the weights the two oppose each other: *growth*
 :math:`\langle u, w\rangle / \lVert w\rVert` against *shrinkage* :math:`\eta\lambda\lVert w\rVert`.
 What the updates add up to is their *straightness*, :math:`\lVert\sum_k u_k\rVert / \sum_k\lVert
-u_k\rVert`: 1 for n updates in one direction, about :math:`n^{-1/2}` for unrelated ones.
+u_k\rVert`: 1 for n updates in one direction. Momentum alone gives unrelated gradients about
+:math:`\sqrt{(1+\beta_1)/((1-\beta_1)n)}`, 0.28 in 250 steps and 0.62 in 50.
 
 Beside them stands how near the run is to the edge of stability. With H the Hessian of the training
 loss and :math:`\eta M` learning rate times preconditioner, mask included, a quadratic of that
@@ -38,9 +39,9 @@ FORCES: dict[str, dict[str, Any]] = {
     "adamw-same": {"kind": "forces", "every": 250, "limit": 6500},
     "ours-tuned": {"kind": "forces", "every": 50, "limit": 1500},
     "adamw-tuned": {"kind": "forces", "every": 50, "limit": 1500},
-    "shuffled": {"kind": "forces", "every": 250, "limit": 6500},
+    "shuffled": {"kind": "forces", "every": 250, "limit": 6500, "edge": False},
 }
-"""Arms whose forces are measured, and when."""
+"""Arms whose forces are measured, and when; a mask drawn anew at every step has no edge."""
 COLUMNS = (
     "step", "loss", "accuracy", "norm", "growth", "shrinkage", "length", "straightness", "edge",
 )  # fmt: skip
@@ -118,7 +119,8 @@ def _preconditioners(optimizer: Optimizer, weights: list[Tensor], update: Tensor
 def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     """Train as :func:`runs.run` does, and split each step.
 
-    Returns a ``curve`` of :data:`COLUMNS`; the edge is None at the first row.
+    Returns a ``curve`` of :data:`COLUMNS`; the edge is None at the first row, and where
+    ``settings["edge"]`` is False.
     """
     data, model = runs.load(settings), runs.build_model(settings)
     optimizer = runs.build(settings, model, len(data.y))
@@ -133,7 +135,8 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     for step in itertools.count():
         if step % settings["every"] == 0:
             loss, _, _, accuracy = runs.measure(model, data)
-            near = edge(model, optimizer, data, update) if step else None
+            has_edge = step > 0 and settings.get("edge", True)
+            near = edge(model, optimizer, data, update) if has_edge else None
             rows.append([step, loss, accuracy, float(flat(weights).norm()), *window.read(), near])
             if step >= settings["limit"] or accuracy >= runs.GOAL:
                 break

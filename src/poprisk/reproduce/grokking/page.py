@@ -70,7 +70,7 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
             "step",
             "accuracy",
             [*shown, *rest],
-            "One line a seed. The training set is memorized within the first hundreds of steps.",
+            "One line a seed.",
             log_x=True,
         )
     ]
@@ -84,8 +84,7 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
                 _pace("AdamW", [d for d in grid if d.settings["arm"] == "adamw"], "adamw"),
                 _pace("PopRiskAdamW", [d for d in grid if d.settings["arm"] != "adamw"], "poprisk"),
             ],
-            "Each point is a setting on the tuning seed; those that never got there are left out. "
-            "The product sets the pace, with or without the gate.",
+            "Each point is a setting on the tuning seed; those that never got there are left out.",
             log_x=True,
             log_y=True,
         )
@@ -97,7 +96,8 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
             "How straight the way is",
             "straightness",
             "Length of the sum of all updates between two measurements, over the sum of their "
-            "lengths: 1 if every update goes on where the last one went.",
+            "lengths: 1 if every update goes on where the last one went. Unrelated gradients would "
+            "come to 0.28 over 250 steps and to 0.62 over the 50 of the tuned arms.",
         ),
         _forces_plot(
             done,
@@ -105,7 +105,7 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
             "How near to the edge of stability",
             "share of the edge",
             "Largest curvature of the training loss in the optimizer's metric, mask included, over "
-            "the largest that momentum can bear. Above 1 steps grow into a loss spike.",
+            "the largest that momentum can bear: above 1 a step on a quadratic would overshoot.",
         ),
         _forces_plot(
             done,

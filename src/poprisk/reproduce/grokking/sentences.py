@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from poprisk.reproduce.claim import Done, by_seed, where
 from poprisk.reproduce.grokking.arms import BASE, LABELS, TUNING_SEED
@@ -48,7 +49,10 @@ def _best_of_grid(done: Sequence[Done], prefix: str, optimizer: str) -> str:
     if best is None:
         return ""
     s = best.settings
-    more = "".join(f", {key} {value:g}" for key, value in s.get("gate", {}).items())
+    more = "".join(
+        f", {key.replace('grokfast_lamb', 'λ')} {value:g}"
+        for key, value in s.get("gate", {}).items()
+    )
     return (
         f"Of {len(grid)} {optimizer} settings on seed {TUNING_SEED} the fastest is lr {s['lr']:g}, "
         f"decay {s['weight_decay']:g}, β₂ {s['beta2']:g}{more}: {best.found['reached']} steps; "
@@ -74,7 +78,7 @@ def _others(done: Sequence[Done]) -> str:
         reached = [d.found["reached"] for d in runs if d.found["reached"] is not None]
         steps = f" ({min(reached):,} to {max(reached):,} steps)" if reached else ""
         best = max((d.found["best"] for d in runs if d.found["reached"] is None), default=None)
-        short = "" if best is None else f", the best of the rest at {100 * best:.0f}%"
+        short = "" if best is None else f", the best of the rest at {100 * best:.1f}%"
         parts.append(f"{LABELS[name]} {len(reached)} of {len(runs)}{steps}{short}")
     limit = where(done, name=OTHERS[0])[0].settings["limit"]
     return f"At the same settings, 95% within {limit:,} steps: {'; '.join(parts)}."
@@ -109,10 +113,10 @@ def _changes(done: Sequence[Done], arm: str) -> str:
         for d in where(done, name=f"change-{name}") if change.arm == arm else []:
             reached = d.found["reached"]
             if reached is None:
-                where_to = f"by {d.settings['limit']:,}: {100 * d.found['best']:.0f}%"
+                where_to = f"by {d.settings['limit']:,}: {100 * d.found['best']:.1f}%"
                 groups["not"].append(f"{change.label} ({where_to})")
             else:
-                late = reached / base - 1
+                late = reached / base - 1 if found["reached"] else -1.0
                 key = "as soon" if abs(late) <= AS_SOON else "later" if late > 0 else "sooner"
                 groups[key].append(f"{change.label} ({reached:,})")
     told = "; ".join(f"{key} with {', '.join(names)}" for key, names in groups.items() if names)
@@ -130,8 +134,9 @@ def _jumps(done: Sequence[Done]) -> str:
             1000 * sum(d.found["jumps"] for d in runs) / sum(d.found["steps"] for d in runs)
         )
     return (
-        f"The training loss more than doubles from one step to the next {rates['adamw-same']:.1f} "
-        f"times in 1,000 steps of AdamW, and {rates['ours']:.1f} times with the gate."
+        "The training loss more than doubles, and rises by 0.02, from one step to the next "
+        f"{rates['adamw-same']:.1f} times in 1,000 steps of AdamW, and {rates['ours']:.1f} times "
+        "with the gate."
     )
 
 
@@ -140,24 +145,33 @@ def _forces(done: Sequence[Done]) -> str:
     parts = []
     for name in FORCES:
         for d in where(done, name=f"forces-{name}"):
-            rows = [dict(zip(COLUMNS, row, strict=True)) for row in d.found["curve"]]
-            rows = [row for row in rows[len(rows) // 2 :] if row["edge"] is not None]
-            middle = {key: median(row[key] for row in rows) for key in COLUMNS} if rows else {}
-            if middle:
-                parts.append(
-                    f"{LABELS[name]} straightness {middle['straightness']:.2f}, "
-                    f"{middle['edge']:.2g} of the edge of stability, training loss "
-                    f"{middle['loss']:.1e}, weights of norm {middle['norm']:.0f}, updates of "
-                    f"length {middle['length']:.3f}"
-                )
-    return f"Medians over the second half of a run, seed 0: {'; '.join(parts)}." if parts else ""
+            rows = [dict(zip(COLUMNS, row, strict=True)) for row in d.found["curve"][1:]]
+            rows = rows[len(rows) // 2 :]
+            if rows:
+                parts.append(f"{LABELS[name]} {_middle(rows)}")
+    return (
+        f"Medians over the second half of what was measured, seed 0: {'; '.join(parts)}."
+        if parts
+        else ""
+    )
+
+
+def _middle(rows: Sequence[dict[str, Any]]) -> str:
+    """The medians of some rows."""
+    known = {key: [row[key] for row in rows if row[key] is not None] for key in COLUMNS}
+    middle = {key: median(values) for key, values in known.items() if values}
+    edge = f"{middle['edge']:.2g} of the edge of stability, " if "edge" in middle else ""
+    return (
+        f"straightness {middle['straightness']:.2f}, {edge}training loss {middle['loss']:.1e}, "
+        f"weights of norm {middle['norm']:.0f}, updates of length {middle['length']:.3f}"
+    )
 
 
 def _after(done: Sequence[Done]) -> str:
     """Whether accuracy stays."""
     ends = [d.found["curve"][-1][3] for d in where(done, name="ours") if d.found["reached"]]
     return (
-        f"{BASE['after']} steps after it has reached 95%, the gated run stands at "
+        f"Up to {BASE['after']} steps after it has reached 95%, the gated run stands at "
         f"{100 * min(ends):.0f} to {100 * max(ends):.0f}%."
         if ends
         else ""

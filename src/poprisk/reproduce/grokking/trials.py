@@ -11,6 +11,7 @@ from poprisk.reproduce.grokking.arms import (
     BASE,
     BETAS,
     CHANNEL,
+    CHANNEL_SEEDS,
     FINE,
     GATE_GRID,
     GRID,
@@ -40,7 +41,7 @@ def trials(quick: bool) -> list[Trial]:
             seed = settings.get("seed", TUNING_SEED)
             found.append(_trial(name, {**BASE, **settings, **smaller}, seed))
     channel = {**CHANNEL, **smaller, "asked": 40, "rank": 19} if quick else CHANNEL
-    found += [_trial("channel", channel, seed) for seed in range(FEW if quick else 3)]
+    found += [_trial("channel", channel, seed) for seed in range(FEW if quick else CHANNEL_SEEDS)]
     for name in FORCES:
         found.append(_trial(f"forces-{name}", {**BASE, **ARMS[name], **FORCES[name], **smaller}, 0))
     return found
