@@ -218,6 +218,9 @@ def test_below_the_floor_the_gradient_turns_round() -> None:
     assert 1.0 < loss < 100.0
     assert torch.equal(found[1], found[0])
     assert torch.equal(found[2], -found[0])
+    exact = runs.build({**SMALL, "gate": {"variance": "exact"}}, model, 21)
+    with pytest.raises(ValueError, match="floor"):
+        runs.gradient(model, exact, data, slice(0, 8), 1.0)
 
 
 def test_decay_behind_the_gate() -> None:

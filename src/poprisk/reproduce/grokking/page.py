@@ -126,7 +126,7 @@ def _forces_plot(done: Sequence[Done], column: str, title: str, y: str, about: s
             rows = [row for row in d.found["curve"] if row[at] and row[0]]
             values = [row[at] for row in rows]
             curves.append(Curve(LABELS[name], [r[0] for r in rows], values, COLOURS[name]))
-    return Plot(title, "step", y, curves, about, log_x=True, log_y=True)
+    return Plot(title, "step", y, curves, about, log_x=True, log_y=column != "straightness")
 
 
 def _pace(name: str, grid: Sequence[Done], colour: str) -> Curve:

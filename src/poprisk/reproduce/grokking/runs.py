@@ -130,10 +130,15 @@ def gradient(
 
     Below ``floor`` the gradient is turned round, which holds the training loss there (flooding:
     T. Ishida et al., arXiv:2002.08709).
+
+    Raises:
+        ValueError: for a floor together with the variance over examples.
     """
     optimizer.zero_grad()
     x, y = data.x[index], data.y[index]
     if isinstance(optimizer, PopRiskAdamW) and optimizer.defaults["variance"] == "exact":
+        if floor:
+            raise ValueError("the loss cannot be held at a floor with the variance over examples.")
         losses = F.cross_entropy(model.per_example(x), y, reduction="none")
         optimizer.backward(losses)
         return losses.detach().mean().item()
