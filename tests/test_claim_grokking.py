@@ -388,6 +388,13 @@ def test_the_sentences_name_the_fastest_adamw() -> None:
     assert any("lr 0.003, decay 3, β₂ 0.98: 77 steps" in s for s in said)
 
 
+def test_runs_that_never_got_there_have_no_ratio_in_words() -> None:
+    done = made_up(gate=None, channel_at=200)
+    findings = CLAIM.judge([Done(d.settings, {**d.found, "reached": None}) for d in done])
+    assert "too few runs got there" in findings.ours
+    assert not any("n/a" in s for s in findings.sentences)
+
+
 def multistep_results(gap: float) -> list[Done]:
     done = []
     for trial in multistep.CLAIM.trials(False):

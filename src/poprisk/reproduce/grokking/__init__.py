@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,8 +92,8 @@ def judge(done: Sequence[Done]) -> Findings:
     return Findings(
         criteria,
         ours=f"{written(same)} times fewer steps than AdamW at the same settings"
-        f"{_bound(steps_of(done, 'adamw-same'))}, {written(minibatch)} with batches of 512"
-        f"{_bound(steps_of(done, 'adamw-512'))}; {written(best)} times with both tuned",
+        f"{_bound(same, steps_of(done, 'adamw-same'))}, {written(minibatch)} with batches of 512"
+        f"{_bound(minibatch, steps_of(done, 'adamw-512'))}; {written(best)} times with both tuned",
         controls="times the steps of the gate: "
         + ", ".join(
             f"{LABELS[name]} {written(against[name])}"
@@ -119,9 +120,11 @@ def channel_lead(done: Sequence[Done]) -> Interval:
     )
 
 
-def _bound(steps: Steps) -> str:
-    """A note that a ratio is a lower bound."""
+def _bound(found: Interval, steps: Steps) -> str:
+    """A note that a ratio is a lower bound, or that there is none."""
     total = len(steps.reached)
+    if math.isnan(found.mean):
+        return " (too few runs got there)"
     return f" (at least: {steps.censored} of {total} did not get there)" if steps.censored else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -64,10 +65,11 @@ def _tuned(done: Sequence[Done], name: str) -> str:
     """Counts, and the seeds on which both got there: no ratio covers runs that never did."""
     ours, other = steps_of(done, "ours-tuned"), steps_of(done, name)
     counts = [f"{len(s.reached) - s.censored} of {len(s.reached)}" for s in (ours, other)]
-    return (
-        f"Tuned, the gate gets there on {counts[0]} seeds and {LABELS[name]}, on {counts[1]}; "
-        f"where both do, the latter takes {written(where_both(other, ours))} times the steps."
-    )
+    said = f"Tuned, the gate gets there on {counts[0]} seeds and {LABELS[name]}, on {counts[1]}"
+    times = where_both(other, ours)
+    if math.isnan(times.mean):
+        return f"{said}."
+    return f"{said}; where both do, the latter takes {written(times)} times the steps."
 
 
 def _others(done: Sequence[Done]) -> str:
