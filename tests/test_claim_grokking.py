@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from poprisk.optimizer import PopRiskAdamW
+from poprisk.replay import last_mask
 from poprisk.report.claims import render_claim
 from poprisk.reproduce.claim import Claim, Done, Workspace
 from poprisk.reproduce.grokking import CLAIM, channel, channel_lead, forces, multistep, runs
 from poprisk.reproduce.grokking.arms import ARMS, BASE
-from poprisk.reproduce.grokking.decay import GatedDecay, last_mask
+from poprisk.reproduce.grokking.decay import GatedDecay
 from poprisk.reproduce.judge import verdict
 from poprisk.reproduce.record import judged, load_record
 from poprisk.reproduce.run import ClaimDirectory
@@ -283,9 +284,8 @@ def test_the_edge_is_the_largest_curvature_in_the_optimizers_metric(arm: str) ->
     scale = 1e-2 / forces.flat(adam)
     if arm == "poprisk":
         assert isinstance(optimizer, PopRiskAdamW)
-        update = forces.flat(weights) - before
-        parts = zip(weights, update.split(sizes), strict=True)
-        scale = scale * forces.flat([last_mask(optimizer, p, u.view_as(p)) for p, u in parts])
+        (group,) = optimizer.param_groups
+        scale = scale * forces.flat([last_mask(p, optimizer.state[p], group) for p in weights])
     metric = scale.sqrt().unsqueeze(1) * hessian * scale.sqrt()
     assert found == pytest.approx(float(torch.linalg.eigvalsh(metric)[-1]) / 38, rel=2e-2)
 

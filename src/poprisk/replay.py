@@ -50,9 +50,20 @@ def last_step_rule(p: Tensor, state: dict[str, Any], facts: Facts) -> StepRule:
         return rule._replace(precondition=torch.where(m == 0, torch.zeros_like(m), moved / m))
     gate, slots, clock, estimator = last_gate(p, state, group)
     scale = lr / adam_denominator(slots.exp_avg_sqs, clock, group["eps"])[0]
-    if gate is not None and estimator is not None:
-        scale = scale * masks(slots, clock, estimator, gate)[0]
-    return rule._replace(precondition=scale)
+    return rule._replace(precondition=scale * _mask(gate, slots, clock, estimator))
+
+
+def last_mask(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """The mask q of the last step, for masks by name; ones where the step was ungated."""
+    return _mask(*last_gate(p, state, group))
+
+
+def _mask(
+    gate: Gate | None, slots: Slots, clock: Clock, estimator: VarianceEstimator | None
+) -> Tensor:
+    if gate is None or estimator is None:
+        return torch.ones_like(slots.exp_avgs[0])
+    return masks(slots, clock, estimator, gate)[0]
 
 
 def gate_row(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from poprisk.checkpoint import load_checkpoint, save_checkpoint
-from poprisk.reproduce.judge import Criterion
+from poprisk.reproduce.judge import Criterion, Steps
 
 Found = dict[str, Any]
 """What a trial found; JSON values."""
@@ -177,3 +177,8 @@ def where(done: Iterable[Done], **settings: Any) -> list[Done]:
 def by_seed(done: Iterable[Done], key: str, **settings: Any) -> dict[int, Any]:
     """What the trials with these settings found under ``key``, by seed."""
     return {d.settings["seed"]: d.found[key] for d in where(done, **settings)}
+
+
+def steps_of(done: Sequence[Done], **settings: Any) -> Steps:
+    """When the runs with these settings reached their goal, by seed."""
+    return Steps(by_seed(done, "reached", **settings), by_seed(done, "limit", **settings))

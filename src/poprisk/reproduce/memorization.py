@@ -125,13 +125,20 @@ class Table:
 
     def averaged(self, arm: str, key: str) -> Values:
         """The mean over the noisy levels, by seed."""
-        levels = [self.values(arm, noise, key) for noise in self.noisy]
-        return {s: sum(v[s] for v in levels) / len(levels) for s in levels[0]} if levels else {}
+        return _mean([self.values(arm, noise, key) for noise in self.noisy])
+
+    def hindsight(self) -> Values:
+        """Mean accuracy over the noisy levels of the best AdamW of each, by seed."""
+        return _mean([self.values(self.best(noise), noise) for noise in self.noisy])
 
     def best(self, noise: float) -> str:
         """The AdamW of the grid with the best final test accuracy on average."""
         grid = [arm for arm in GRID if (arm, noise) in self.runs]
         return max(grid, key=lambda arm: t_interval([*self.values(arm, noise).values()]).mean)
+
+
+def _mean(levels: list[Values]) -> Values:
+    return {s: sum(v[s] for v in levels) / len(levels) for s in levels[0]} if levels else {}
 
 
 def judge(done: Sequence[Done]) -> Findings:
@@ -214,11 +221,9 @@ def _controls_in_words(table: Table) -> str:
     ours = table.averaged(OURS, "accuracy")
     if not ours:
         return ""
-    best = [table.values(table.best(noise), noise) for noise in table.noisy]
-    hindsight = {s: sum(v[s] for v in best) / len(best) for s in ours}
     rivals = {
         "AdamW": table.averaged(SAME, "accuracy"),
-        "the best AdamW of each level": hindsight,
+        "the best AdamW of each level": table.hindsight(),
         "AdamW at the same update sizes": table.averaged(MATCHED, "accuracy"),
         "a shuffled mask": table.averaged(SHUFFLED, "accuracy"),
     }

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from poprisk.reproduce.claim import Claim, Done, Findings, Found, Workspace, where
+from poprisk.reproduce.claim import Claim, Done, Findings, Found, Workspace, steps_of, where
 from poprisk.reproduce.grokking import channel, forces, runs
 from poprisk.reproduce.grokking.arms import ARMS, LABELS
 from poprisk.reproduce.grokking.page import show, table
-from poprisk.reproduce.grokking.sentences import sentences, steps_of
+from poprisk.reproduce.grokking.sentences import sentences
 from poprisk.reproduce.grokking.trials import trials
 from poprisk.reproduce.judge import (
     Criterion,
@@ -34,11 +34,11 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
 
 def judge(done: Sequence[Done]) -> Findings:
     """Five times fewer steps than AdamW; the target in the channel no later than it is learned."""
-    ours, tuned = steps_of(done, "ours"), steps_of(done, "ours-tuned")
-    against = {name: speed_up(steps_of(done, name), ours) for name in ARMS if name != "ours"}
-    literal = speed_up(steps_of(done, "adamw-same"), steps_of(done, "letter-snr"))
-    best = where_both(steps_of(done, "adamw-tuned"), tuned)
-    minibatch = speed_up(steps_of(done, "adamw-512"), steps_of(done, "ours-512"))
+    ours, tuned = steps_of(done, name="ours"), steps_of(done, name="ours-tuned")
+    against = {name: speed_up(steps_of(done, name=name), ours) for name in ARMS if name != "ours"}
+    literal = speed_up(steps_of(done, name="adamw-same"), steps_of(done, name="letter-snr"))
+    best = where_both(steps_of(done, name="adamw-tuned"), tuned)
+    minibatch = speed_up(steps_of(done, name="adamw-512"), steps_of(done, name="ours-512"))
     lead = channel_lead(done)
     criteria = [
         Criterion(
@@ -74,7 +74,7 @@ def judge(done: Sequence[Done]) -> Findings:
         ),
         Criterion(
             "times fewer steps than Grokfast, both tuned on another seed, where both got there",
-            where_both(steps_of(done, "grokfast-tuned"), tuned),
+            where_both(steps_of(done, name="grokfast-tuned"), tuned),
             1.0,
             decides=False,
         ),
@@ -92,8 +92,9 @@ def judge(done: Sequence[Done]) -> Findings:
     return Findings(
         criteria,
         ours=f"{written(same)} times fewer steps than AdamW at the same settings"
-        f"{_bound(same, steps_of(done, 'adamw-same'))}, {written(minibatch)} with batches of 512"
-        f"{_bound(minibatch, steps_of(done, 'adamw-512'))}; {written(best)} times with both tuned",
+        f"{_bound(same, steps_of(done, name='adamw-same'))}, {written(minibatch)} with batches "
+        f"of 512{_bound(minibatch, steps_of(done, name='adamw-512'))}; {written(best)} times with "
+        "both tuned",
         controls="times the steps of the gate: "
         + ", ".join(
             f"{LABELS[name]} {written(against[name])}"

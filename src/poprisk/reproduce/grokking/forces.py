@@ -29,10 +29,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from poprisk.kernel.spectrum import top_eigenpairs
-from poprisk.path.rules import describe
+from poprisk.path.rules import Facts, describe
 from poprisk.reproduce.claim import Found, Workspace
 from poprisk.reproduce.grokking import runs
-from poprisk.reproduce.grokking.decay import last_facts
 
 FORCES: dict[str, dict[str, Any]] = {
     "ours": {"kind": "forces", "every": 250, "limit": 6500},
@@ -111,9 +110,26 @@ def _preconditioners(optimizer: Optimizer, weights: list[Tensor], update: Tensor
     updates = update.split([p.numel() for p in weights])
     rules, found = describe(optimizer), list[Tensor]()
     for p, moved in zip(weights, updates, strict=True):
-        rule = rules.rule(p, last_facts(optimizer, p, moved.view_as(p)))
+        rule = rules.rule(p, _last_facts(optimizer, p, moved.view_as(p)))
         found.append(torch.as_tensor(rule.precondition).expand_as(p))
     return found
+
+
+def _last_facts(optimizer: Optimizer, p: Tensor, update: Tensor) -> Facts:
+    """What a step rule of Adam's kind looks at, after a step of an optimizer with one group.
+
+    The momentum is the one after the step, which these rules do not read.
+
+    Args:
+        optimizer: Adam or one of its kind, after the step.
+        p: the parameter, its gradient still that of the step.
+        update: weights after the step minus weights before it.
+    """
+    (group,) = optimizer.param_groups
+    state = optimizer.state[p]
+    assert p.grad is not None
+    weight = p.detach() - update
+    return Facts(group, state, False, update, p.grad, weight, state["exp_avg"])
 
 
 def run(settings: dict[str, Any], workspace: Workspace) -> Found:

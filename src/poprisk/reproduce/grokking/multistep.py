@@ -16,10 +16,11 @@ from poprisk.reproduce.claim import (
     Trial,
     Workspace,
     by_seed,
+    steps_of,
     where,
 )
 from poprisk.reproduce.grokking import runs
-from poprisk.reproduce.judge import Criterion, Steps, difference, speed_up, written
+from poprisk.reproduce.judge import Criterion, difference, speed_up, written
 from poprisk.verdict import t_interval
 
 BASE: dict[str, Any] = {
@@ -74,10 +75,7 @@ def judge(done: Sequence[Done]) -> Findings:
     best = {name: by_seed(done, "best", name=name) for name in ARMS}
     gap = difference(best["ours"], best["adamw"])
     literal = difference(best["letter-snr"], best["adamw"])
-    ours, adamw = (
-        Steps(by_seed(done, "reached", name=name), by_seed(done, "limit", name=name))
-        for name in ("ours", "adamw")
-    )
+    ours, adamw = (steps_of(done, name=name) for name in ("ours", "adamw"))
     chance = 1 / done[0].settings["p"]
     ends = {name: _final(done, name) for name in ARMS}
     learned = t_interval(list(best["ours"].values()))

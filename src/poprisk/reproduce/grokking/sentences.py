@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from poprisk.reproduce.claim import Done, by_seed, where
+from poprisk.reproduce.claim import Done, steps_of, where
 from poprisk.reproduce.grokking.arms import BASE, LABELS, TUNING_SEED
 from poprisk.reproduce.grokking.changes import CHANGES, SEED
 from poprisk.reproduce.grokking.forces import COLUMNS, FORCES
-from poprisk.reproduce.judge import Steps, where_both, written
+from poprisk.reproduce.judge import where_both, written
 
 AS_SOON = 0.2
 """Relative difference in steps within which two single runs are said to be as fast."""
@@ -38,11 +38,6 @@ def sentences(done: Sequence[Done]) -> list[str]:
     return [s for s in said if s]
 
 
-def steps_of(done: Sequence[Done], name: str) -> Steps:
-    """When the runs of an arm had 95% of the test set right."""
-    return Steps(by_seed(done, "reached", name=name), by_seed(done, "limit", name=name))
-
-
 def _best_of_grid(done: Sequence[Done], prefix: str, optimizer: str) -> str:
     grid = [d for d in done if d.settings["name"].startswith(prefix)]
     quick = [d for d in grid if d.found["reached"] is not None]
@@ -63,7 +58,7 @@ def _best_of_grid(done: Sequence[Done], prefix: str, optimizer: str) -> str:
 
 def _tuned(done: Sequence[Done], name: str) -> str:
     """Counts, and the seeds on which both got there: no ratio covers runs that never did."""
-    ours, other = steps_of(done, "ours-tuned"), steps_of(done, name)
+    ours, other = steps_of(done, name="ours-tuned"), steps_of(done, name=name)
     counts = [f"{len(s.reached) - s.censored} of {len(s.reached)}" for s in (ours, other)]
     said = f"Tuned, the gate gets there on {counts[0]} seeds and {LABELS[name]}, on {counts[1]}"
     times = where_both(other, ours)
