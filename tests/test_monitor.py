@@ -21,8 +21,8 @@ from asserts import assert_bitwise, complete_state
 from poprisk import Canaries, PopRiskAdamW, RiskMonitor
 from poprisk.monitor import CanaryMemorization, Kernel, Loss, Measured, Risk, Signal
 from poprisk.monitor.statistics import Statistics
+from poprisk.randomness import RandomState
 from poprisk.reference import monitor as reference
-from poprisk.risk.randomness import RandomState
 from samplers import randn
 
 B = 12

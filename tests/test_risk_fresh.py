@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 import poprisk
 from asserts import assert_bitwise, nothing_changes
 from poprisk import PopRiskAdamW, fresh_batch_risk
+from poprisk.randomness import RandomState
 from poprisk.reference import risk as reference
-from poprisk.risk.randomness import RandomState
 from samplers import randn
 
 B = 8

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import poprisk
 from asserts import assert_bitwise
 from poprisk import PopRiskAdamW, TwinRisk
+from poprisk.randomness import RandomState
 from poprisk.reference import risk as reference
-from poprisk.risk.randomness import RandomState
 from samplers import randn
 
 N = 60

@@ -9,8 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from poprisk.evaluation import Forward
 from poprisk.monitor import Quantity, RiskMonitor
-from poprisk.monitor.statistics import Forward, PerExampleLoss
+from poprisk.monitor.statistics import PerExampleLoss
 
 Split = Callable[[Any], tuple[Any, Tensor]]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from poprisk import checks
 from poprisk.checks import monitor as inputs
+from poprisk.evaluation import Forward, call, evaluating
 from poprisk.monitor.quantities import (
     CanaryMemorization,
     Gates,
@@ -25,8 +25,7 @@ from poprisk.monitor.quantities import (
     Signal,
 )
 from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sink
-from poprisk.monitor.statistics import Forward, PerExampleLoss, Statistics
-from poprisk.risk.randomness import RandomState
+from poprisk.monitor.statistics import PerExampleLoss, Statistics
 
 __all__ = [
     "CanaryMemorization",
@@ -100,7 +99,7 @@ class RiskMonitor:
         self.sinks = [as_sink(sink) for sink in sinks]
         self.model = _unwrapped(model)
         self.loss, self.optimizer, self.every = loss, optimizer, every
-        self.accumulate, self.forward = accumulate, forward or _call
+        self.accumulate, self.forward = accumulate, forward or call
         self.calls = 0
         self.rows: list[tuple[int, dict[str, float]]] = []
         trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
@@ -123,7 +122,7 @@ class RiskMonitor:
             return
         if part == 0:
             self._statistics.clear()
-        with _unnoticed(self.model):
+        with evaluating(self.model):
             if any(q.gradients for q in self.quantities):
                 self._attempt("gradients", lambda: self._add(x, y))
             if part == self.accumulate - 1:
@@ -140,7 +139,7 @@ class RiskMonitor:
             The numbers, by name.
         """
         self._statistics.clear()
-        with _unnoticed(self.model):
+        with evaluating(self.model):
             if any(q.gradients for q in self.quantities):
                 for x, y in parts:
                     self._attempt("gradients", lambda x=x, y=y: self._add(x, y))
@@ -189,28 +188,7 @@ class RiskMonitor:
                 )
 
 
-def _call(model: nn.Module, x: Any) -> Tensor:
-    return model(x)
-
-
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside of a data-parallel wrapper, whose forward pass would wait for others."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     return model.module if isinstance(model, wrappers) else model
-
-
-@contextmanager
-def _unnoticed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; random numbers, modes and gradients as before afterwards."""
-    random = RandomState.now()
-    modes = [(module, module.training) for module in model.modules()]
-    grads = [(p, p.grad) for p in model.parameters()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for p, grad in grads:
-            p.grad = grad
-        random.restore()

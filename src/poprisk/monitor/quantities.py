@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk.checks import monitor as inputs
+from poprisk.evaluation import Forward, outputs_of
 from poprisk.kernel import entk
-from poprisk.monitor.statistics import Forward, ModuleSignal, Statistics
+from poprisk.monitor.statistics import ModuleSignal, Statistics
 from poprisk.risk import Canaries, RiskEstimate
 
 
@@ -140,8 +141,7 @@ class CanaryMemorization:
         self.canaries, self.x = canaries, x
 
     def measure(self, moment: Moment) -> dict[str, float]:
-        with torch.no_grad():
-            found = self.canaries.memorization(moment.forward(moment.model, self.x))
+        found = self.canaries.memorization(outputs_of(moment.model, self.x, moment.forward))
         return {"": found.value, "error": found.standard_error}
 
 

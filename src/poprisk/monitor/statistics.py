@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from poprisk.checks import risk as inputs
 from poprisk.checks.examples import check_separate
+from poprisk.evaluation import Forward
 from poprisk.factors import capture
 from poprisk.update import CHUNK
 
-Forward = Callable[[nn.Module, Any], Tensor]
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk.checks import risk as inputs
+from poprisk.randomness import RandomState
 from poprisk.risk.links import PerExampleLoss
-from poprisk.risk.randomness import RandomState
 
 Named = Mapping[str, Tensor]
 

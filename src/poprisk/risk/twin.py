@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 
 import torch
@@ -16,15 +15,14 @@ from torch.optim import Optimizer
 from poprisk import checks
 from poprisk.checks import risk as inputs
 from poprisk.checks.examples import check_separate
+from poprisk.evaluation import Forward, call, evaluating, outputs_of
+from poprisk.randomness import RandomState
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
 from poprisk.risk.links import PerExampleLoss, is_gauge
-from poprisk.risk.randomness import RandomState
 from poprisk.risk.witness import Witness
 
 CHECKED_STEPS = 10
 CHECKED_EVERY = 100
-
-Forward = Callable[[nn.Module, Any], Tensor]
 
 
 class Probe:
@@ -155,7 +153,7 @@ class TwinRisk:
         checks.check_positive("probes", probes)
         inputs.check_factories(make_model, make_optimizer, loss)
         self.make_optimizer, self.loss = make_optimizer, loss
-        self.forward: Forward = forward or _call
+        self.forward: Forward = forward or call
         model = inputs.check_module(make_model())
         copies = [copy.deepcopy(model) for _ in range(probes)]
         self.replicas = [Replica(self, m, i) for i, m in enumerate([model, *copies])]
@@ -286,9 +284,11 @@ class TwinRisk:
             batches: inputs, targets and index of all examples, in their order.
         """
         columns: list[list[Tensor]] = [[] for _ in range(len(self.replicas) + 2)]
-        with _evaluation([run.model for run in self.replicas]):
+        with evaluating(*(run.model for run in self.replicas)):
             for x, y, index in batches:
-                rows = [_full(self.forward(run.model, x)).cpu() for run in self.replicas]
+                rows = [
+                    _full(outputs_of(run.model, x, self.forward)).cpu() for run in self.replicas
+                ]
                 for column, part in zip(columns, (y.cpu(), index.cpu(), *rows), strict=True):
                     column.append(part)
         y, index, u, *others = (torch.cat(column) for column in columns)
@@ -356,10 +356,6 @@ def _full(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def _call(model: nn.Module, x: Any) -> Tensor:
-    return model(x)
-
-
 def _gradient_scale(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> tuple[float, bool]:
     """Standard deviation of the output gradient over a batch, and whether the loss has a gauge."""
     u = _full(outputs.detach()).requires_grad_()
@@ -374,17 +370,3 @@ def _gradient_scale(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> t
         scale /= torch.distributed.get_world_size()
     gauge = g.ndim > 1 and is_gauge(g.reshape(g.shape[0], g.shape[1], -1).sum(2))
     return inputs.check_scale(float(scale)), gauge
-
-
-@contextmanager
-def _evaluation(models: list[nn.Module]) -> Iterator[None]:
-    """No gradients, evaluation mode, and each submodule's own mode again afterwards."""
-    modes = [(m, m.training) for model in models for m in model.modules()]
-    try:
-        with torch.no_grad():
-            for model in models:
-                model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
