@@ -141,7 +141,19 @@ MUTATIONS = {
         "records.py", "flags & ~os.O_CREAT", "flags", DELETED
     ),
     "the monitor leaves dropout drawn": Mutation(
-        "monitor/__init__.py", "        random.restore()\n", "        torch.rand(1)\n", MONITORED
+        "evaluation.py", "        random.restore()\n", "        torch.rand(1)\n", MONITORED
+    ),
+    "a look writes to the model's own buffers": Mutation(
+        "evaluation.py",
+        'own["_buffers"][name] = _copied(buffer, memo)',
+        "pass",
+        "test_evaluation.py::test_nothing_is_left_of_a_look",
+    ),
+    "a model that renormalized once is trusted ever after": Mutation(
+        "evaluation.py",
+        "_WRITES_WEIGHTS[model] = any(p in written for p in model.parameters())",
+        "_WRITES_WEIGHTS[model] = False",
+        "test_evaluation.py::test_weights_written_by_a_forward_pass_are_restored_at_every_look",
     ),
     "variance of the mean divided by b": Mutation(
         "monitor/statistics.py",
