@@ -26,6 +26,7 @@ from poprisk.checks import examples as checks
 from poprisk.factors import Factors, capture
 from poprisk.factors.graph import leaves_of
 from poprisk.factors.moments import not_negative, squared
+from poprisk.factors.visible import check_whole
 from poprisk.variance import GivenVariances
 
 SCALED_TOLERANCE = 1e-2
@@ -140,6 +141,7 @@ class BatchParts:
         """
         self._restart_if_cleared()
         checks.check_step_size(self.examples + size, size, batch_size)
+        check_whole(self.params, "what one part of a batch adds to its gradient is not seen whole")
         changes = [self._changes(p) for p in self.params.values() if p.grad is not None]
         checks.check_some_backward(any(changes))
         for p in self.params.values():
@@ -293,11 +295,10 @@ def _ratio(now: Tensor, then: Tensor) -> float:
 
 def _unseen(name: str, p: Tensor) -> RuntimeError:
     """The error for a gradient that is not the sum of the shares that the graph shows."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
     cause = (
         "a wrapper such as DistributedDataParallel averages it over processes. Use "
         'variance="data-parallel" with observe_ranks(model, optimizer)'
-        if several and torch.distributed.get_world_size() > 1
+        if checks.processes() > 1
         else "it takes a way that the graph does not show, such as a backward pass that a custom "
         "autograd.Function runs itself, or a hook on its AccumulateGrad node. Remove that, or use "
         "another variance"

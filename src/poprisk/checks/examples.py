@@ -435,11 +435,23 @@ def check_same_grad(same: bool) -> None:
 def check_one_backward(same: bool, changes: int) -> None:
     """Raise RuntimeError unless one backward pass at most added to a gradient."""
     if not same or changes > 1:
+        wrapped = (
+            " A wrapper that averages gradients over processes writes them, too: under "
+            'DistributedDataParallel use variance="data-parallel" with observe_ranks(model, '
+            "optimizer)."
+        )
         raise RuntimeError(
             "call optimizer.microbatch(size) once after each backward pass, and "
-            "optimizer.zero_grad() between steps: the gradients were changed "
-            f"{changes if same else 'otherwise'} times since the last call."
+            "optimizer.zero_grad() between steps: the gradients were "
+            f"{f'changed {changes} times' if same else 'replaced by other tensors'} since the last "
+            f"call.{wrapped if processes() > 1 else ''}"
         )
+
+
+def processes() -> int:
+    """How many there are, 1 without torch.distributed."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if several else 1
 
 
 def check_some_backward(some: bool) -> None:

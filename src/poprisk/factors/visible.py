@@ -37,15 +37,22 @@ SHARDED = {
 """Attributes by which a parameter tells that the graph holds another tensor in its place."""
 
 
-def check_whole(params: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a parameter that is split between processes."""
+def check_whole(
+    params: Mapping[str, Tensor], lost: str = "per-example gradients of it cannot be read"
+) -> None:
+    """Raise ValueError for a parameter that is split between processes.
+
+    Args:
+        params: by name.
+        lost: what cannot be done therefore.
+    """
     for name, p in params.items():
         for attribute, what in SHARDED.items():
             if getattr(p, attribute, None) not in (None, False):
                 raise ValueError(
-                    f"parameter {name} is {what}: the graph holds a gathered copy in its place, "
-                    "so per-example gradients of it cannot be read. Use the model before it is "
-                    'sharded, and variance="ema" or "second-moment" to train it.'
+                    f"parameter {name} is {what}, with a gathered copy in its place while a batch "
+                    f"goes through: {lost}. Measure the model before it is sharded; train it with "
+                    'variance="ema" or "second-moment".'
                 )
 
 
