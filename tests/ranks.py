@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from poprisk import PopRiskAdamW, observe_ranks
+from poprisk import PopRiskAdamW, entk, grad_mean_var, observe_ranks
 
 WORLD = 2
 BATCH = 8
@@ -153,6 +153,84 @@ def observed() -> dict[str, Any]:
     return {"apart": apart, "message": message, "moved": moved}
 
 
+def within_batches(wrapper: str) -> dict[str, Any]:
+    """What looks within a batch, beside the plain model: a difference, or the words of a refusal.
+
+    All parts of the first step are done, so that a refusal comes after no more than these.
+    """
+    x, y = batch(0)
+    x, y = x[mine()], y[mine()]
+
+    def per_example(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum(1)
+
+    def exact(model: nn.Module, opt: PopRiskAdamW) -> None:
+        opt.backward(per_example(model(x), y))
+        opt.step()
+
+    def microbatch(model: nn.Module, opt: PopRiskAdamW) -> None:
+        for half in (slice(0, 2), slice(2, 4)):
+            (per_example(model(x[half]), y[half]).mean() / 2).backward()
+            opt.microbatch(2)
+        opt.step()
+
+    def without_sync(model: Any, opt: PopRiskAdamW) -> None:
+        with model.no_sync():
+            (per_example(model(x[:2]), y[:2]).mean() / 2).backward()
+        opt.microbatch(2)
+        (per_example(model(x[2:]), y[2:]).mean() / 2).backward()
+        opt.microbatch(2)
+        opt.step()
+
+    def told(model: Any, opt: PopRiskAdamW) -> None:
+        observe_ranks(model, opt)
+
+    steps: dict[str, tuple[str, Callable[[Any, PopRiskAdamW], None]]] = {
+        "exact": ("exact", exact),
+        "microbatch": ("microbatch", microbatch),
+    }
+    if wrapper == "fsdp":
+        steps["observe_ranks"] = ("data-parallel", told)
+    else:
+        steps["microbatch without synchronization"] = ("microbatch", without_sync)
+    found: dict[str, Any] = {}
+    for name, (variance, step) in steps.items():
+        model, wrapped = wrapped_model(wrapper)
+        opt = PopRiskAdamW(model.parameters(), variance=variance)
+        found[name] = {"message": words(step, wrapped, opt)}
+        found[name]["unchanged"] = torch.equal(weights(model), weights(build())) and not opt.state
+    _, wrapped = wrapped_model(wrapper)
+    measures: dict[str, Callable[[nn.Module], Tensor]] = {
+        "grad_mean_var": lambda model: flat(grad_mean_var(model, per_example, (x, y))),
+        "entk": lambda model: entk(model, x).dense().flatten(),
+    }
+    for name, measure in measures.items():
+        try:
+            found[name] = float((measure(wrapped) - measure(build())).abs().max())
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def wrapped_model(wrapper: str) -> tuple[nn.Module, Any]:
+    model = build()
+    if wrapper == "fsdp":
+        return model, fully_shard(model)
+    return model, DistributedDataParallel(model, gradient_as_bucket_view=wrapper == "ddp views")
+
+
+def words(step: Callable[[Any, PopRiskAdamW], None], model: Any, opt: PopRiskAdamW) -> str:
+    try:
+        step(model, opt)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return str(error)
+    return ""
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors.values()])
+
+
 def skipped() -> dict[str, Any]:
     """A NaN in the shard of one process makes every process skip."""
     model = build()
@@ -211,6 +289,7 @@ def main() -> None:
         "fsdp": fsdp(),
         "statistics": statistics(),
         "observed": observed(),
+        "within": {w: within_batches(w) for w in ("ddp", "ddp views", "fsdp")},
         "skipped": skipped(),
         "checkpoint": checkpoint(folder / "checkpoint"),
     }

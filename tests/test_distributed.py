@@ -67,6 +67,28 @@ def test_processes_tell_the_variance_of_their_mean(results: list[dict[str, Any]]
         assert "observe_ranks" in result["observed"]["message"]
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "ddp views", "fsdp"])
+def test_what_looks_within_a_batch_is_refused_before_weights_move(
+    results: list[dict[str, Any]], wrapper: str
+) -> None:
+    for result in results:
+        steps = {k: v for k, v in result["within"][wrapper].items() if isinstance(v, dict)}
+        assert len(steps) == 3
+        for name, found in steps.items():
+            assert found["unchanged"]
+            expected = "DTensor" if wrapper == "fsdp" else "DistributedDataParallel"
+            assert ("Distributed" if name == "observe_ranks" else expected) in found["message"]
+
+
+@pytest.mark.parametrize("measure", ["grad_mean_var", "entk"])
+def test_measurements_look_through_ddp_and_refuse_shards(
+    results: list[dict[str, Any]], measure: str
+) -> None:
+    for result in results:
+        assert result["within"]["ddp"][measure] <= 1e-12
+        assert "DTensor (FSDP2" in result["within"]["fsdp"][measure]
+
+
 def test_every_process_skips_what_one_process_must_skip(results: list[dict[str, Any]]) -> None:
     assert [result["skipped"] for result in results] == [{"skipped": 1, "unchanged": True}] * WORLD
 

@@ -176,7 +176,7 @@ class PopRiskAdamW(Optimizer):
         """Compute gradients for ``variance="exact"``, in place of ``losses.mean().backward()``.
 
         Adds ``weight`` times the gradient of the mean loss to ``.grad`` of this optimizer's
-        parameters and notes the square of each example's share.
+        parameters, by autograd's own backward pass, and notes the square of each example's share.
 
         Args:
             losses: (b,), one per example, b ≥ 2; after ``GradScaler.scale`` under AMP.
@@ -184,11 +184,17 @@ class PopRiskAdamW(Optimizer):
                 takes several calls.
 
         Raises:
-            TypeError, ValueError: if the losses are not one per example.
-            RuntimeError: if gradients from elsewhere are left.
+            TypeError, ValueError: if the losses are not one per example or more than
+                ``batch_size``, a layer mixes the examples (batch normalization in train mode), or
+                gradients take a way that the graph does not show (a compiled model, reentrant
+                checkpointing, sharded parameters).
+            RuntimeError: if gradients from elsewhere are left, a hook on a parameter does more than
+                zero entries or scale, or something else changes gradients on their way
+                (DistributedDataParallel, say). ``.grad`` and weights are then as before.
         """
         examples.check_within("backward", self._modes(), "exact")
-        self._batch_parts().backward(losses, weight)
+        examples.check_weight(weight)
+        self._batch_parts().backward(losses, float(weight), self._step_size("exact"))
 
     def microbatch(self, size: int) -> None:
         """Note one part of an accumulated batch, for ``variance="microbatch"``.
@@ -204,7 +210,7 @@ class PopRiskAdamW(Optimizer):
         """
         examples.check_within("microbatch", self._modes(), "microbatch")
         checks.check_positive("size", size)
-        self._batch_parts().part(size)
+        self._batch_parts().part(size, self._step_size("microbatch"))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the parts of a batch that were noted."""
@@ -243,6 +249,11 @@ class PopRiskAdamW(Optimizer):
         )
         given = rank_variances(between, self.rank_observations)
         return given | (self._batch_parts().variances(within) if within else {})
+
+    def _step_size(self, variance: str) -> int | None:
+        """The least examples behind one step that a group with this variance was told of."""
+        groups = [g for g in self.param_groups if g["gate"] and g["variance"] == variance]
+        return min((g["batch_size"] for g in groups if g["batch_size"] is not None), default=None)
 
     def _modes(self) -> set[str]:
         return {group["variance"] for group in self.param_groups if group["gate"]}

@@ -18,9 +18,22 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from poprisk.checks import examples as checks
+from poprisk.evaluation import evaluating, outputs_of
 from poprisk.factors import Moments, capture
 from poprisk.gate import TensorList, momentum_noise, scaled
-from poprisk.kernel.jacobian import Selection, as_inputs, call, length, split, take, trainable
+from poprisk.kernel.jacobian import (
+    Inputs,
+    Selection,
+    as_inputs,
+    call,
+    close,
+    inner,
+    length,
+    recording,
+    split,
+    take,
+    trainable,
+)
 
 
 class Clock(NamedTuple):
@@ -260,9 +273,13 @@ def make_estimator(name: str, *, rho: float, paper: bool) -> VarianceEstimator:
     return Given(None if name == "exact" else rho)
 
 
+PerExampleLoss = Callable[[Any, Any], Tensor]
+"""From outputs and targets of b examples to their losses, (b,)."""
+
+
 def grad_mean_var(
     model: nn.Module,
-    loss: Callable[[Tensor, Any], Tensor],
+    loss: PerExampleLoss,
     batch: tuple[Any, Any],
     *,
     params: Selection = None,
@@ -288,8 +305,12 @@ def grad_mean_var(
         By name, tensors of the parameters' shapes.
 
     Raises:
-        TypeError, ValueError: if the loss is not one value per example, lengths differ, there is
-            only one example, no trainable parameter, or a batch normalization in train mode.
+        TypeError, ValueError: if the loss is not one value per example that depends on this
+            example alone, or not finite; if lengths differ, there is only one example, no
+            trainable parameter, or a batch normalization in train mode; or if gradients take a way
+            that the graph does not show: sharded parameters, hooks on parameters, reentrant
+            checkpointing. Wrappers (DistributedDataParallel, torch.compile) are looked through;
+            the variance is that of this process's batch.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -300,6 +321,7 @@ def grad_mean_var(
     """
     inputs, targets = checks.check_pair("batch", batch)
     named = trainable(model, params)
+    model = inner(model)
     checks.check_no_batch_statistics(model)
     x = as_inputs("batch inputs", inputs)
     b = length(x)
@@ -307,12 +329,61 @@ def grad_mean_var(
     checks.check_one_device(pytree.tree_leaves((x, targets)), named)
     if chunk is not None:
         checks.check_range("chunk", chunk, 2)
+    _check_unmixed(model, loss, x, targets)
     total: Moments | None = None
     for rows in split(b, max(1, b // (chunk or b))):
-        with torch.enable_grad():
-            losses = loss(call(model, take(x, rows)), targets[rows])
-        checks.check_losses(losses, rows.stop - rows.start)
+        with recording():
+            outputs, losses = _losses(model, loss, take(x, rows), targets[rows])
+            checks.check_losses(losses, rows.stop - rows.start)
+            checks.check_numbers("losses", losses, start=rows.start)
+            if isinstance(outputs, Tensor) and len(outputs) == len(losses):
+                checks.check_separate(loss, outputs, targets[rows], losses)
         found = capture(losses, named).moments()
         total = found if total is None else total.plus(found)
     assert total is not None
     return total.mean_var(b)
+
+
+TRIED = 8
+"""Examples whose losses are compared with those of half as many."""
+
+
+def _losses(model: nn.Module, loss: PerExampleLoss, x: Inputs, y: Tensor) -> tuple[Any, Any]:
+    """Outputs of a model and their losses.
+
+    Raises:
+        TypeError: for outputs of a form that the loss does not take.
+    """
+    outputs = call(model, x)
+    try:
+        return outputs, loss(outputs, y)
+    except (TypeError, AttributeError) as error:
+        checks.check_loss_takes(outputs, error)
+        raise
+
+
+def _check_unmixed(model: nn.Module, loss: PerExampleLoss, x: Inputs, targets: Tensor) -> None:
+    """Raise ValueError if model or loss, in evaluation mode, look across the batch.
+
+    What draws at random in evaluation mode, too, cannot be compared and is let through.
+    """
+    count = min(TRIED, length(x))
+
+    def losses(rows: slice) -> Tensor:
+        def of_loss(model: nn.Module, some: Inputs) -> Tensor:
+            return _losses(model, loss, some, targets[rows])[1]
+
+        found = outputs_of(model, take(x, rows), of_loss)
+        checks.check_values(found, rows.stop)
+        return found
+
+    half = slice(0, (count + 1) // 2)
+    with evaluating(model):
+        whole = losses(slice(0, count))
+        try:
+            part = losses(half)
+        except (RuntimeError, IndexError) as error:
+            checks.check_part(half.stop, length(x), error)
+            raise
+        same = close(part, whole[half])
+        checks.check_unmixed(same or not close(part, losses(half)))

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import cast, final
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor
 
 from poprisk.checks import examples as checks
-from poprisk.factors import capture
+from poprisk.factors import Factors, capture
+from poprisk.factors.graph import leaves_of
 from poprisk.factors.moments import not_negative, squared
+from poprisk.factors.visible import check_whole
 from poprisk.variance import GivenVariances
 
 SCALED_TOLERANCE = 1e-2
@@ -89,43 +92,56 @@ class BatchParts:
         self._share: float | None = None
         self._noted.clear()
 
-    def backward(self, losses: Tensor, weight: float) -> None:
+    def backward(self, losses: Tensor, weight: float, batch_size: int | None = None) -> None:
         """Add ``weight`` times the mean gradient to ``.grad``, and note each example's share.
+
+        The gradient is autograd's own, hooks included; the squares come from the graph. Where the
+        shares do not add up to that gradient, ``.grad`` stays as it was.
 
         Args:
             losses: (b,), one per example.
             weight: share of these examples in the batch.
+            batch_size: examples of a whole step, if it is known.
 
         Raises:
-            TypeError, ValueError: if the losses are not one per example, for at least two.
-            RuntimeError: if ``.grad`` holds something that is no part of this batch.
+            TypeError, ValueError: if the losses are not one per example, for at least two, or more
+                than ``batch_size``, or if gradients take a way that the graph does not show.
+            RuntimeError: if ``.grad`` holds something that is no part of this batch, or something
+                outside the graph changes gradients.
         """
         checks.check_losses(losses)
         self._restart_if_cleared()
         share, before = weight / len(losses), self._share
         checks.check_same_share(before is None or math.isclose(share, before, rel_tol=1e-6))
+        checks.check_step_size(self.examples + len(losses), len(losses) / weight, batch_size)
+        values = losses * share
+        leaves = [*leaves_of(values), *self.params.values()]
+        checks.check_no_post_hooks(any(p._post_accumulate_grad_hooks for p in leaves))
+        with _set_aside(leaves):
+            found = _shares(capture(values, self.params, accumulate=True))
+        for p in found:
+            self._check_untouched(p)
         self._share = share
-        factors = capture(losses * share, self.params)
-        for name in factors.terms:
-            self._check_untouched(self.params[name])
-        for name, sums, squares in factors.each_moments():
-            p = self.params[name]
+        for p, (grad, squares) in found.items():
             if p.grad is None:
-                p.grad = sums.to(p.dtype)
+                p.grad = grad
             else:
-                p.grad.add_(sums)
+                p.grad.add_(grad)
             self._note(p, squares)
         self.examples += len(losses)
         self.parts += len(losses)
 
     @torch.no_grad()
-    def part(self, size: int) -> None:
+    def part(self, size: int, batch_size: int | None = None) -> None:
         """Note what the last backward pass added to ``.grad``, for ``size`` examples.
 
         Raises:
+            ValueError: if there are more examples than ``batch_size``, that of a whole step.
             RuntimeError: if there was no or more than one backward pass since the last part.
         """
         self._restart_if_cleared()
+        checks.check_step_size(self.examples + size, size, batch_size)
+        check_whole(self.params, "what one part of a batch adds to its gradient is not seen whole")
         changes = [self._changes(p) for p in self.params.values() if p.grad is not None]
         checks.check_some_backward(any(changes))
         for p in self.params.values():
@@ -196,6 +212,123 @@ class BatchParts:
         """A batch whose step was skipped leaves its parts behind; its gradients are gone."""
         if any(p.grad is None for p in self._noted):
             self.reset()
+
+
+@contextmanager
+def _set_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Leaves without gradients, which are put back afterwards."""
+    grads = {p: p.grad for p in leaves}
+    try:
+        for p in grads:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in grads.items():
+            p.grad = grad
+
+
+@torch.no_grad()
+def _shares(factors: Factors) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    """What autograd has put into ``.grad``, and the sums of squared shares of the examples.
+
+    Raises:
+        RuntimeError: if a gradient is not the sum of the shares. Rounding is compared with the
+            largest gradient of the model: some are zero but for rounding, such as that of the bias
+            of the keys in attention.
+    """
+    found: dict[Tensor, tuple[Tensor, Tensor]] = {}
+    gaps: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, sums, squares in factors.each_moments():
+        p = factors.params[name]
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gap, size = _gap(grad, sums, squares)
+        if p._backward_hooks and bool(gap > _tolerance(p) * size):
+            squares = _behind_hook(name, grad, sums, squares)
+        else:
+            gaps[name] = gap, size
+        found[p] = grad, squares
+    for name, p in factors.params.items():
+        if p not in found and p.grad is not None:
+            if bool(p.grad.any()):
+                raise _unseen(name, p)
+            found[p] = p.grad, squared(p.grad)
+    largest = max((float(size) for _, size in gaps.values() if size.isfinite()), default=0.0)
+    for name, (gap, size) in gaps.items():
+        p = factors.params[name]
+        small = gap <= _tolerance(p) * size + _rounding(p) * largest
+        if not bool(small) and bool(found[p][0].to_dense().isfinite().all()):
+            raise _unseen(name, p)
+    return found
+
+
+def _gap(grad: Tensor, sums: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of a gradient from the sum of shares, and the size to compare it with."""
+    now, then = _real(grad.to_dense()).to(_real(sums).dtype), _real(sums)
+    size = torch.linalg.vector_norm(then) + _real(squares).sum().sqrt()
+    return torch.linalg.vector_norm(now - then), size
+
+
+def _behind_hook(name: str, grad: Tensor, sums: Tensor, squares: Tensor) -> Tensor:
+    """Squares of shares behind a hook that sets entries to zero, multiplies by a number, or both.
+
+    Raises:
+        RuntimeError: for any other; what it makes of one share is not known.
+    """
+    now, kept = grad.to_dense(), grad.to_dense() != 0
+    then = torch.where(kept, sums, 0)
+    factor = _ratio(_real(now), _real(then))
+    squares = torch.where(kept, squares * factor**2, 0)
+    gap, size = _gap(grad, then * factor, squares)
+    if bool(now.isfinite().all()) and not bool(gap <= _tolerance(grad) * size):
+        raise RuntimeError(
+            f"a hook on {_described(name, grad)} (register_hook) changes its gradient by more than "
+            "a factor or zeros at some entries: what it makes of one example, which "
+            'variance="exact" needs, is not known; remove it, or use another variance.'
+        )
+    return squares
+
+
+def _ratio(now: Tensor, then: Tensor) -> float:
+    total = float(then.square().sum())
+    return float((now.to(then.dtype) * then).sum()) / total if total > 0 else 0.0
+
+
+def _unseen(name: str, p: Tensor) -> RuntimeError:
+    """The error for a gradient that is not the sum of the shares that the graph shows."""
+    cause = (
+        "a wrapper such as DistributedDataParallel averages it over processes. Use "
+        'variance="data-parallel" with observe_ranks(model, optimizer)'
+        if checks.processes() > 1
+        else "it takes a way that the graph does not show, such as a backward pass that a custom "
+        "autograd.Function runs itself, or a hook on its AccumulateGrad node. Remove that, or use "
+        "another variance"
+    )
+    return RuntimeError(
+        f"the gradient that autograd gives for {_described(name, p)} is not the sum of its "
+        f'examples\' shares, which variance="exact" needs: {cause}. Nothing was changed.'
+    )
+
+
+def _described(name: str, p: Tensor) -> str:
+    group, _, place = name.partition(".")
+    return f"parameter {place} of group {group}, of shape {tuple(p.shape)},"
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _tolerance(p: Tensor) -> float:
+    """Deviation of a gradient from the sum of its shares, relative to both, that may be rounding.
+
+    Of products in half precision, too, that autocast may have taken.
+    """
+    return 1e-3 if p.dtype in (torch.float64, torch.complex128) else 2e-2
+
+
+def _rounding(p: Tensor) -> float:
+    """The same, relative to the largest gradient of the model."""
+    return 1e-6 if p.dtype in (torch.float64, torch.complex128) else 1e-2
 
 
 def _grad(p: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,11 @@ def check_inputs(name: str, leaves: Sequence[Any]) -> None:
             )
     lengths = sorted({len(leaf) for leaf in leaves})
     if len(lengths) > 1:
-        raise ValueError(f"{name} holds tensors of different lengths, {lengths}.")
+        raise ValueError(
+            f"{name} holds tensors of different lengths, {lengths}; the first dimension of each "
+            "must count the examples (a graph's list of edges does not: there, each example must "
+            "be a graph of its own)."
+        )
 
 
 def check_outputs(outputs: Any, examples: int) -> None:
@@ -95,7 +100,8 @@ def check_outputs(outputs: Any, examples: int) -> None:
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"the model must return a tensor, but returned {type(outputs).__name__}; wrap it in a "
-            "module that returns the one that counts, such as its logits."
+            "module whose forward returns the one that counts, such as model(x)[0] or "
+            "model(x).logits."
         )
     if not outputs.is_floating_point():
         raise TypeError(f"the outputs must be real floating-point, but are {outputs.dtype}.")
@@ -103,6 +109,48 @@ def check_outputs(outputs: Any, examples: int) -> None:
         raise ValueError(
             f"the model returned shape {tuple(outputs.shape)} for {examples} examples; its first "
             "dimension must count examples."
+        )
+
+
+def check_part(part: int, examples: int, error: Exception) -> None:
+    """Raise ValueError for a model or loss that failed on some of the examples alone."""
+    raise ValueError(
+        f"the model (or loss) fails on the first {part} of {examples} examples alone "
+        f"({_first_line(error)}); the first dimension of every input must count examples that can "
+        "be passed by themselves, which the nodes of one graph, say, cannot."
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def check_numbers(what: str, values: Tensor, *, start: int = 0, finite: bool = True) -> None:
+    """Raise ValueError if an example has NaN or Inf.
+
+    Args:
+        what: the values are.
+        values: (b, ...).
+        start: position of the first example.
+        finite: False where Inf may be meant, such as in masked logits.
+    """
+    wrong = ~values.detach().isfinite() if finite else values.detach().isnan()
+    bad = wrong.flatten(1).any(dim=1) if wrong.ndim > 1 else wrong
+    if bool(bad.any()):
+        first = start + int(bad.nonzero()[0])
+        raise ValueError(
+            f"the {what} of {int(bad.sum())} of {len(bad)} examples are NaN or Inf, the first at "
+            f"position {first}: look at its inputs, and at the weights."
+        )
+
+
+def check_finite_kernel(finite: bool) -> None:
+    """Raise ValueError if a kernel holds NaN or Inf."""
+    if not finite:
+        raise ValueError(
+            "the kernel, or its product with a vector, holds NaN or Inf: a derivative of the "
+            "outputs is not finite, or its square overflows; look for NaN or Inf in the inputs and "
+            "the weights, or use float64."
         )
 
 
@@ -230,8 +278,8 @@ def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, but got {tuple(tensor.shape)}.")
 
 
-def check_losses(losses: Any, examples: int | None = None) -> None:
-    """Raise unless losses are one differentiable value per example, for at least two."""
+def check_values(losses: Any, examples: int | None = None) -> None:
+    """Raise unless losses are one value per example."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"the losses must be a tensor, but got {type(losses).__name__}.")
     if losses.ndim != 1 or (examples is not None and len(losses) != examples):
@@ -241,6 +289,11 @@ def check_losses(losses: Any, examples: int | None = None) -> None:
             f"{tuple(losses.shape)}; pass reduction='none' and average over all dimensions but "
             "the first."
         )
+
+
+def check_losses(losses: Any, examples: int | None = None) -> None:
+    """Raise unless losses are one differentiable value per example, for at least two."""
+    check_values(losses, examples)
     if len(losses) < 2:
         raise ValueError(
             f"a variance between examples needs at least two of them, but got {len(losses)}."
@@ -277,12 +330,66 @@ def check_separate(loss: Any, outputs: Tensor, targets: Tensor, losses: Tensor) 
         )
 
 
+def check_unmixed(same: bool) -> None:
+    """Raise ValueError if the loss of an example depends on the others of its batch."""
+    if not same:
+        raise ValueError(
+            "the loss of an example changes with the others of its batch: the model or loss looks "
+            "across the batch (contrast, normalization, division by a number of the batch's), so "
+            "there are no per-example gradients. Each loss must depend on its own example alone."
+        )
+
+
+def check_loss_takes(outputs: Any, error: Exception) -> None:
+    """Raise TypeError if a loss failed on outputs that are no tensor."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model returned {type(outputs).__name__}, on which loss failed "
+            f"({_first_line(error)}); let loss take what counts of it, as in lambda out, y: "
+            "loss(out[0], y) or loss(out.logits, y)."
+        ) from error
+
+
 def check_same_share(same: bool) -> None:
     """Raise ValueError if the examples of one step count differently."""
     if not same:
         raise ValueError(
             "weight must give every example of a step the same share: the number of losses over "
             "the batch size, also for a smaller last part."
+        )
+
+
+def check_weight(weight: Any) -> None:
+    """Raise unless ``weight`` is a positive number."""
+    if isinstance(weight, bool) or not isinstance(weight, SupportsFloat):
+        raise TypeError(f"weight must be a number, but got {type(weight).__name__}.")
+    if not 0 < float(weight) < math.inf:
+        raise ValueError(f"weight must be positive and finite, but got {weight}.")
+
+
+def check_step_size(examples: int, implied: float, batch_size: int | None) -> None:
+    """Raise ValueError if a step has more examples than its optimizer was told.
+
+    Args:
+        examples: seen in this step so far.
+        implied: what the weight of the last part says of the whole; weights may be rounded.
+        batch_size: the setting; of all processes, so more than those seen here is no contradiction.
+    """
+    if batch_size is not None and (examples > batch_size or implied > 1.05 * batch_size):
+        raise ValueError(
+            f"batch_size={batch_size}, but this step has {max(examples, round(implied))} examples; "
+            "set batch_size to the examples behind one step (batch × accumulation steps × "
+            "processes), and weight to a part's share of them."
+        )
+
+
+def check_no_post_hooks(found: bool) -> None:
+    """Raise RuntimeError if a hook could use a gradient before it is known to be whole."""
+    if found:
+        raise RuntimeError(
+            "a parameter has a hook by register_post_accumulate_grad_hook(), which may step or "
+            "change gradients within the backward pass; optimizer.backward(losses) cannot see "
+            'what it does: remove it, or use another variance than "exact".'
         )
 
 
@@ -328,11 +435,23 @@ def check_same_grad(same: bool) -> None:
 def check_one_backward(same: bool, changes: int) -> None:
     """Raise RuntimeError unless one backward pass at most added to a gradient."""
     if not same or changes > 1:
+        wrapped = (
+            " A wrapper that averages gradients over processes writes them, too: under "
+            'DistributedDataParallel use variance="data-parallel" with observe_ranks(model, '
+            "optimizer)."
+        )
         raise RuntimeError(
             "call optimizer.microbatch(size) once after each backward pass, and "
-            "optimizer.zero_grad() between steps: the gradients were changed "
-            f"{changes if same else 'otherwise'} times since the last call."
+            "optimizer.zero_grad() between steps: the gradients were "
+            f"{f'changed {changes} times' if same else 'replaced by other tensors'} since the last "
+            f"call.{wrapped if processes() > 1 else ''}"
         )
+
+
+def processes() -> int:
+    """How many there are, 1 without torch.distributed."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if several else 1
 
 
 def check_some_backward(some: bool) -> None:

@@ -15,19 +15,22 @@ alone, and says so once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, cast, final
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from poprisk.factors.gram import gram_, mirror_, squared_norms
-from poprisk.factors.graph import Graph, Use, as_matrix, find_uses, walk
+from poprisk.factors.graph import Graph, Use, as_matrix, find_uses, silenced, walk
 from poprisk.factors.moments import moments, not_negative, squared
 from poprisk.factors.nodes import terms_of
 from poprisk.factors.plan import Plan
 from poprisk.factors.terms import ALL, Term, merged, products
+from poprisk.factors.visible import check_reached, check_visible
 
 WORKSPACE = 1 << 25
 """Default size of temporaries, in elements."""
@@ -173,35 +176,67 @@ class Factors:
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
-def capture(values: Tensor, params: Mapping[str, Tensor], *, plan: Plan | None = None) -> Factors:
+def capture(
+    values: Tensor,
+    params: Mapping[str, Tensor],
+    *,
+    plan: Plan | None = None,
+    accumulate: bool = False,
+) -> Factors:
     """The per-example gradients of ``values``, read from their autograd graph.
+
+    Hooks on activations act as in any backward pass. Hooks on leaves are left out, but for the one
+    pass that ``accumulate`` asks for.
 
     Args:
         values: (b,) or (b, k), b ≥ 2; row i depends on example i alone. Its graph stays usable.
         params: leaves to differentiate with respect to, by name.
         plan: from small batches of the same model (:func:`poprisk.factors.plan.learn_plan`);
             saves the search for the examples, a few backward passes.
+        accumulate: let the same backward pass (k = 1) add the sum over examples to ``.grad``, of
+            whatever leaves ``values`` depend on, by autograd's own path.
 
     Returns:
         The factors; parameters that ``values`` do not depend on have gradient zero.
+
+    Raises:
+        ValueError: where gradients take a way that the graph does not show
+            (:mod:`poprisk.factors.visible`), or a layer mixes the examples; before any of it.
     """
     matrix = as_matrix(values)
     size = (matrix.shape[0], matrix.shape[1])
     terms: dict[str, list[Term]] = {name: [] for name in params}
     if matrix.grad_fn is not None:
         graph = walk(matrix.grad_fn, {id(p): name for name, p in params.items()})
-        known = plan.uses_in(graph, matrix) if plan is not None else None
-        uses = (find_uses(graph, matrix) if graph.owners else []) if known is None else known
-        grads = _gradients(graph, uses, matrix)
-        with torch.no_grad():
+        check_visible(graph, matrix, params)
+        if not accumulate:
+            check_reached(graph, params)
+        with silenced(params.values()):
+            known = plan.uses_in(graph, matrix) if plan is not None else None
+            uses = (find_uses(graph, matrix) if graph.owners else []) if known is None else known
+        grads = _accumulated(graph, uses, matrix) if accumulate else _gradients(graph, uses, matrix)
+        with torch.no_grad(), silenced(params.values()):
             for use in uses:
                 for name, term in terms_of(graph, use, grads[use.node], size):
                     terms[name].append(term)
     return Factors(terms, params, examples=size[0], values=size[1])
 
 
-def _gradients(graph: Graph, uses: list[Use], values: Tensor) -> dict[int, list[Tensor | None]]:
-    """Gradients (k, *shape) of each of the values at the outputs of the nodes of ``uses``."""
+def check_graph(values: Tensor, params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where :func:`capture` would, without taking a gradient."""
+    matrix = as_matrix(values)
+    if matrix.grad_fn is not None:
+        graph = walk(matrix.grad_fn, {id(p): name for name, p in params.items()})
+        check_visible(graph, matrix, params)
+        check_reached(graph, params)
+
+
+Places = dict[int, list[Tensor | None]]
+"""Gradients (k, *shape) of each of the values at the outputs of nodes, by position."""
+
+
+def _gradients(graph: Graph, uses: list[Use], values: Tensor) -> Places:
+    """Gradients at the nodes of ``uses``, by one backward pass per value that ends there."""
     places = [
         (node, output)
         for node, layouts in {use.node: use.layouts for use in uses}.items()
@@ -209,13 +244,16 @@ def _gradients(graph: Graph, uses: list[Use], values: Tensor) -> dict[int, list[
         if layout is not None
     ]
     edges = [GradientEdge(graph.nodes[node], output) for node, output in places]
-    found: dict[int, list[Tensor | None]] = {u.node: [None] * len(u.layouts) for u in uses}
+    found: Places = {u.node: [None] * len(u.layouts) for u in uses}
     count = values.shape[1]
     for k in range(count if places else 0):
         cotangent = torch.zeros_like(values)
         cotangent[:, k] = 1
-        grads = torch.autograd.grad(values, edges, cotangent, retain_graph=True)
+        with _watching(graph, uses) as seen:
+            grads = torch.autograd.grad(values, edges, cotangent, retain_graph=True)
         for (node, output), grad in zip(places, grads, strict=True):
+            # Above other nodes of uses, autograd hands out a gradient before the hooks on it ran.
+            grad = seen[node][output] if node in seen else grad
             if count == 1:
                 found[node][output] = grad[None]
                 continue
@@ -223,6 +261,38 @@ def _gradients(graph: Graph, uses: list[Use], values: Tensor) -> dict[int, list[
                 found[node][output] = grad.new_empty(count, *grad.shape)
             cast(Tensor, found[node][output])[k] = grad
     return found
+
+
+def _accumulated(graph: Graph, uses: list[Use], values: Tensor) -> Places:
+    """Gradients at the nodes of ``uses``, seen while autograd accumulates those of the leaves."""
+    with _watching(graph, uses) as seen:
+        torch.autograd.backward(values, torch.ones_like(values), retain_graph=True)
+    return {
+        use.node: [
+            None if layout is None or use.node not in seen else seen[use.node][output][None]
+            for output, layout in enumerate(use.layouts)
+        ]
+        for use in uses
+    }
+
+
+@contextlib.contextmanager
+def _watching(graph: Graph, uses: list[Use]) -> Iterator[dict[int, list[Any]]]:
+    """What comes to the nodes of ``uses`` that a backward pass runs through, hooks applied."""
+    seen: dict[int, list[Any]] = {}
+
+    def watch(node: int, grads: Sequence[Tensor | None]) -> None:
+        seen[node] = [None if grad is None else grad.detach() for grad in grads]
+
+    handles = [
+        graph.nodes[node].register_prehook(functools.partial(watch, node))
+        for node in {use.node for use in uses}
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _weight(precondition: Mapping[str, Tensor] | None, name: str, param: Tensor) -> Tensor | None:

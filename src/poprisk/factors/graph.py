@@ -7,11 +7,12 @@ that depends on parameters alone, and along which dimension the examples lie the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -100,10 +101,12 @@ class Graph(NamedTuple):
     Attributes:
         nodes: in topological order.
         owners: name of the parameter of each ``AccumulateGrad`` node that is asked for.
+        others: nodes below the values from which none of these parameters is reached.
     """
 
     nodes: list[Node]
     owners: dict[Node, str]
+    others: list[Node]
 
     def signature(self) -> str:
         """What two graphs of equal structure share."""
@@ -171,11 +174,27 @@ def as_matrix(values: Tensor) -> Tensor:
         return values.unsqueeze(1) if values.ndim == 1 else values.view_as(values)
 
 
+def leaves_of(values: Tensor) -> list[Tensor]:
+    """The leaves that autograd accumulates gradients in, as far as the graph shows them."""
+    stack = [] if values.grad_fn is None else [values.grad_fn]
+    seen: set[Node] = set(stack)
+    found = [] if stack else [values]
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            found.append(cast(Any, node).variable)
+        children = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= children
+        stack.extend(children)
+    return found
+
+
 def walk(root: Node, names: dict[int, str]) -> Graph:
     """The nodes from ``root`` to the parameters named by ``names`` (id of tensor → name)."""
     finished: dict[Node, bool] = {}
     owners: dict[Node, str] = {}
     order: list[Node] = []
+    others: list[Node] = []
     stack: list[tuple[Node, bool]] = [(root, False)]
     while stack:
         node, expanded = stack.pop()
@@ -190,9 +209,8 @@ def walk(root: Node, names: dict[int, str]) -> Graph:
         if name is not None:
             owners[node] = name
         finished[node] = name is not None or any(finished[child] for child in children)
-        if finished[node]:
-            order.append(node)
-    return Graph(order[::-1], owners)
+        (order if finished[node] else others).append(node)
+    return Graph(order[::-1], owners, others)
 
 
 @dataclass
@@ -352,6 +370,20 @@ def _consistent(layouts: set[Layout], grad: Tensor, senders: Tensor) -> set[Layo
     return found
 
 
+@contextlib.contextmanager
+def silenced(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Leave hooks on leaves out of backward passes that are no gradient of the user's."""
+    hooks = [own for p in leaves if (own := p._backward_hooks)]
+    kept = [dict(own) for own in hooks]
+    try:
+        for own in hooks:
+            own.clear()
+        yield
+    finally:
+        for own, before in zip(hooks, kept, strict=True):
+            own.update(before)
+
+
 Watch = Callable[[Node, Sequence[Tensor | None]], None]
 
 
@@ -364,7 +396,8 @@ def _backward(graph: Graph, values: Tensor, cotangent: Tensor, watch: Watch) -> 
     ]
     edges = [GradientEdge(node, 0) for node in graph.owners]
     try:
-        torch.autograd.grad(values, edges, cotangent, retain_graph=True, allow_unused=True)
+        with silenced(cast(Any, node).variable for node in graph.owners):
+            torch.autograd.grad(values, edges, cotangent, retain_graph=True, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,8 +21,10 @@ from poprisk.kernel.jacobian import (
     Jacobian,
     Selection,
     as_inputs,
+    check_readable_model,
     check_repeatable_model,
     chunks,
+    inner,
     trainable,
 )
 from poprisk.kernel.spectrum import Eigenpairs, Estimate, top_eigenpairs, trace_estimate
@@ -65,8 +67,11 @@ def entk(
 
     Raises:
         TypeError, ValueError: for wrong shapes, an empty batch, no trainable parameter, mixed
-            devices, dropout or batch statistics, outputs or data that change between passes, or a
-            budget too small for one example.
+            devices, dropout or batch statistics, outputs or data that change between passes,
+            outputs that are NaN, examples that cannot be passed alone (the nodes of a graph), a
+            budget too small for one example, or gradients that the graph does not show: sharded
+            parameters, hooks on parameters, reentrant checkpointing. Wrappers
+            (DistributedDataParallel, torch.compile) are looked through.
 
     Example:
         >>> linear = torch.nn.Linear(2, 1, bias=False)
@@ -78,6 +83,7 @@ def entk(
     if isinstance(outputs, str):
         checks.check_choice("outputs", outputs, ("all", "sum", "trace"))
     named = trainable(model, params)
+    model = inner(model)
     examples.check_no_batch_statistics(model)
     weights = _weights(precondition, named)
     kept = None if outputs == "all" else outputs
@@ -88,6 +94,7 @@ def entk(
             examples.check_one_device(pytree.tree_leaves(inputs), named)
             sides.append(Jacobian(model, named, inputs, kept))
             check_repeatable_model(sides[-1])
+            check_readable_model(sides[-1])
     left, right = sides[0], sides[-1]
     examples.check_same_values(left.values, right.values)
     return Kernel(left, right, weights=weights, trace=outputs == "trace", max_memory=max_memory)
@@ -161,7 +168,7 @@ class Kernel:
             factors = self._left.factors(rows)
             norms = factors.squared_norms(precondition=self._weights, workspace=workspace)
             parts.append(norms.sum(dim=1) if self._trace else norms.flatten())
-        return torch.cat(parts)
+        return _finite(torch.cat(parts))
 
     def trace(
         self, probes: int | None = None, *, generator: torch.Generator | None = None
@@ -220,13 +227,13 @@ class Kernel:
     def _block(self, left: Factors, right: Factors, workspace: int) -> Tensor:
         weights = self._weights
         if not self._trace:
-            return left.gram(right, precondition=weights, workspace=workspace)
+            return _finite(left.gram(right, precondition=weights, workspace=workspace))
         total = self._zeros(left.examples, right.examples)
         for k in range(left.values):
             one = left.part(values=slice(k, k + 1))
             other = one if left is right else right.part(values=slice(k, k + 1))
             total += one.gram(other, precondition=weights, workspace=workspace)
-        return total
+        return _finite(total)
 
     def _formed_product(self, columns: Tensor) -> Tensor:
         out = columns.new_zeros(self.shape[0], columns.shape[1])
@@ -239,7 +246,8 @@ class Kernel:
 
     def _free_product(self, columns: Tensor) -> Tensor:
         _, block = self._budget(0)
-        return torch.stack([self._one_product(column, block) for column in columns.T], dim=1)
+        products = [_finite(self._one_product(column, block)) for column in columns.T]
+        return torch.stack(products, dim=1)
 
     def _one_product(self, column: Tensor, block: int) -> Tensor:
         if not self._trace:
@@ -285,6 +293,16 @@ class Kernel:
     def _like(self, tensor: Tensor) -> Tensor:
         like = self._zeros(1)
         return tensor.to(like.device, like.dtype)
+
+
+def _finite(kernel: Tensor) -> Tensor:
+    """Entries of a kernel, or of its product with a vector, as they are.
+
+    Raises:
+        ValueError: if one is NaN or Inf.
+    """
+    examples.check_finite_kernel(bool(kernel.isfinite().all()))
+    return kernel
 
 
 def _weights(

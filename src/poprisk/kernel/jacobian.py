@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
@@ -15,8 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from poprisk.checks import examples as checks
-from poprisk.factors import Factors, capture
+from poprisk.evaluation import outputs_of
+from poprisk.factors import Factors, capture, check_graph
 from poprisk.factors.plan import Plan, learn_plan
+from poprisk.factors.visible import check_unhooked, check_whole
 
 Inputs = Any
 """A tensor for ``model(x)``, a tuple of tensors for ``model(*x)`` or a dict for ``model(**x)``."""
@@ -35,7 +38,8 @@ def trainable(model: nn.Module, chosen: Selection = None) -> dict[str, nn.Parame
         chosen: names, or a function of name and parameter; None: all.
 
     Raises:
-        ValueError: if a name is unknown or frozen, nothing is left, or devices are mixed.
+        ValueError: if a name is unknown or frozen, nothing is left, devices are mixed, or a
+            parameter is sharded or has a hook.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if callable(chosen):
@@ -44,7 +48,23 @@ def trainable(model: nn.Module, chosen: Selection = None) -> dict[str, nn.Parame
         checks.check_names("params", chosen, params)
         params = {name: params[name] for name in chosen}
     checks.check_some_parameters(params)
+    check_whole(params)
+    check_unhooked(params)
     return params
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile.
+
+    These change no output; but the first waits for other processes, and the graph of the last is
+    closed.
+    """
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        found = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        if not isinstance(found, nn.Module):
+            return model
+        model = found
 
 
 def as_inputs(name: str, data: Any) -> Inputs:
@@ -129,8 +149,23 @@ class Jacobian:
         self.inputs = inputs
         self.outputs = outputs
         self.examples = length(inputs)
-        with torch.no_grad():
-            self.values = self.evaluate(take(inputs, slice(0, 1))).shape[1]
+        self.values = self._first_alone().shape[1]
+
+    def _first_alone(self) -> Tensor:
+        """The outputs of the first example.
+
+        Raises:
+            ValueError: if the model takes no single examples.
+        """
+        try:
+            return self.outputs_of(take(self.inputs, slice(0, 1)))
+        except (RuntimeError, IndexError) as error:
+            checks.check_part(1, self.examples, error)
+            raise
+
+    def outputs_of(self, inputs: Inputs) -> Tensor:
+        """The outputs that count, (b, k), without a graph."""
+        return outputs_of(self.model, inputs, lambda _, x: self.evaluate(x))
 
     def evaluate(self, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The outputs that count, (b, k), with other weights if given."""
@@ -151,6 +186,7 @@ class Jacobian:
         with recording():
             values = self.evaluate(take(inputs, [0, 0]) if alone else inputs)
             checks.check_differentiable(values.requires_grad)
+            checks.check_numbers("outputs", values, start=examples.start or 0, finite=False)
             captured = capture(values, self.params, plan=self._plan)
         return captured.part(slice(0, 1)) if alone else captured
 
@@ -192,6 +228,7 @@ class Jacobian:
             with recording():
                 values = self.evaluate(take(self.inputs, rows))
                 checks.check_differentiable(values.requires_grad)
+                checks.check_numbers("outputs", values, start=rows.start, finite=False)
             grads = torch.autograd.grad(
                 values, list(self.params.values()), parts[rows], allow_unused=True
             )
@@ -271,9 +308,18 @@ def call(model: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None 
     """The model's output for inputs of any form, with other weights if given."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    if weights is None:
-        return model(*args, **kwargs)
-    return torch.func.functional_call(model, dict(weights), args, kwargs, tie_weights=False)
+    with _eagerly():
+        if weights is None:
+            return model(*args, **kwargs)
+        return torch.func.functional_call(model, dict(weights), args, kwargs, tie_weights=False)
+
+
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    """What torch.compile has compiled runs as it was written, with a graph that can be read."""
+    # Nothing is compiled before this module is there, and importing it takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def chunks(count: int, size: int) -> list[slice]:
@@ -295,16 +341,31 @@ def check_repeatable_model(jacobian: Jacobian) -> None:
             example random or dependent on the other examples.
     """
     some = take(jacobian.inputs, slice(0, 8))
-    with torch.no_grad():
-        first, again = jacobian.evaluate(some), jacobian.evaluate(some)
-        checks.check_deterministic(_close(first, again), jacobian.model)
-        if len(first) > 1:
-            order = list(range(len(first) - 1, 0, -1))
-            for rows in ([0], order):
-                alone = jacobian.evaluate(take(some, rows))
-                checks.check_independent(_close(first[rows], alone))
+    first, again = jacobian.outputs_of(some), jacobian.outputs_of(some)
+    checks.check_numbers("outputs", first, finite=False)
+    checks.check_deterministic(close(first, again), jacobian.model)
+    if len(first) > 1:
+        order = list(range(len(first) - 1, 0, -1))
+        for rows in ([0], order):
+            alone = jacobian.outputs_of(take(some, rows))
+            checks.check_independent(close(first[rows], alone))
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-3 if a.dtype != torch.float64 else 1e-8
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
+def check_readable_model(jacobian: Jacobian) -> None:
+    """Raise unless gradients can be read from the graph of the outputs, tried on two examples.
+
+    Raises:
+        ValueError: for reentrant checkpointing, say, or outputs that depend on no parameter.
+    """
+    with recording():
+        values = jacobian.evaluate(take(jacobian.inputs, [0, 0]))
+        checks.check_differentiable(values.requires_grad)
+        check_graph(values, jacobian.params)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether outputs are the same but for rounding, which the shape of a batch can change."""
+    tolerance = 1e-8 if a.dtype == torch.float64 else max(1e-3, 16 * torch.finfo(a.dtype).eps)
+    finite = a[a.isfinite()]
+    size = float(finite.abs().max()) if len(finite) else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size)
