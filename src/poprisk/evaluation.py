@@ -160,7 +160,7 @@ def _hooks_suspended(owners: list[Any]) -> Iterator[None]:
     ]
     try:
         for owner, name, hooks in kept:
-            setattr(owner, name, type(hooks)() if isinstance(owner, nn.Module) else None)
+            setattr(owner, name, type(hooks)())
         yield
     finally:
         for owner, name, hooks in kept:

@@ -63,8 +63,9 @@ def holders_in(parts: Iterable[Any]) -> list[Holder]:
     """
     parts = list(parts)
     modules = {id(m) for part in parts if isinstance(part, nn.Module) for m in part.modules()}
-    found: list[Holder] = [_Cells(p) for p in parts if isinstance(p, types.FunctionType)]
-    queue = deque([*parts, *(value for cells in found for value in cells.kept.values())])  # pyrefly: ignore
+    cells = [_Cells(part) for part in parts if isinstance(part, types.FunctionType)]
+    found: list[Holder] = list(cells)
+    queue = deque([*parts, *(value for each in cells for _, value in each.kept)])
     seen: dict[int, Any] = {}
     while queue:
         item = queue.popleft()
@@ -138,7 +139,8 @@ def _slots(item: Any) -> Iterator[tuple[str, Any]]:
         return
     for cls in type(item).__mro__:
         for name, slot in cls.__dict__.items():
-            if isinstance(slot, types.MemberDescriptorType) and hasattr(item, name):
+            here = isinstance(slot, types.MemberDescriptorType) and name != "__dict__"
+            if here and hasattr(item, name):
                 yield name, slot
 
 
@@ -246,19 +248,19 @@ class _Cells:
 
     def __init__(self, owner: types.FunctionType) -> None:
         self.owner = owner
-        self.kept: dict[Any, Any] = {}
+        self.kept: list[tuple[Any, Any]] = []
         for cell in owner.__closure__ or ():
             try:
-                self.kept[cell] = cell.cell_contents
+                self.kept.append((cell, cell.cell_contents))
             except ValueError:  # assigned later
                 continue
 
     def lend_copies(self, memo: dict[int, Any]) -> None:
-        for cell, value in self.kept.items():
+        for cell, value in self.kept:
             cell.cell_contents = copied(value, memo)
 
     def restore(self) -> None:
-        for cell, value in self.kept.items():
+        for cell, value in self.kept:
             cell.cell_contents = value
 
 

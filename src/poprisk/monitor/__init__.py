@@ -257,7 +257,7 @@ class RiskMonitor:
         """Add batches to the statistics; a failure is one of all quantities that need them."""
         found, needed = self._statistics, bool(self._gradient_names)
         try:
-            with evaluating(self.model, self.loss, self.forward):
+            with evaluating(self.model, self.forward):
                 for x, y in parts:
                     found.parts += 1
                     if needed and self._sharding != "FSDP1":

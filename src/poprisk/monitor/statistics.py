@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from poprisk.checks import risk as inputs
 from poprisk.checks.examples import check_separate
-from poprisk.evaluation import Forward, outputs_of
+from poprisk.evaluation import Forward, evaluating, outputs_of
 from poprisk.factors import WORKSPACE, capture
 from poprisk.factors.gram import gram_, mirror_
 from poprisk.factors.moments import total, wide
@@ -81,9 +81,14 @@ class Statistics:
         """
         with torch.inference_mode(False), torch.enable_grad():
             outputs = forward(model, x) if gradients else outputs_of(model, x, forward)
-            losses = inputs.check_losses(loss(outputs, y), outputs)
+
+            def unchanged(u: Tensor, targets: Tensor) -> Tensor:
+                with evaluating(loss):  # each call finds the same state
+                    return loss(u, targets)
+
+            losses = inputs.check_losses(unchanged(outputs, y), outputs)
             if not self.checked:
-                check_separate(loss, outputs, y, losses)
+                check_separate(unchanged, outputs, y, losses)
                 self.checked = True
             counting = counted(loss, y, len(losses))
             self.whole &= gradients
