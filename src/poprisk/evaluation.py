@@ -8,29 +8,29 @@ which ``torch.no_grad()`` forbids. Whatever measures a model does it through thi
 
 from __future__ import annotations
 
-import copy
-from collections import deque
+import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
+from poprisk.holders import Holder, holders_in
 from poprisk.randomness import RandomState
+from poprisk.sharding import local
 
 Forward = Callable[[nn.Module, Any], Any]
 
 _WRITES_WEIGHTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Models that were evaluated before, and whether that changed their weights."""
 
-_OWN = frozenset(
-    name for name in nn.Module().__dict__ if name.startswith("_") and name != "_buffers"
-)
-"""Attributes in which ``nn.Module`` keeps parameters, children and hooks."""
+_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
+"""Where a user's hooks on backward passes stand, of modules and of parameters."""
 
 
 def call(model: nn.Module, x: Any) -> Any:
@@ -39,42 +39,49 @@ def call(model: nn.Module, x: Any) -> Any:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*parts: Any) -> Iterator[None]:
     """Evaluation mode inside; afterwards the models are as if nobody had looked.
 
-    Restored are modes, buffers, attributes (tensors, arrays, generators and built-in containers of
-    them with their contents; of other objects the reference), gradients, the global random numbers,
-    and weights that the forward pass itself writes to.
+    Restored, whatever is done inside and however it ends:
+
+    - modes, and which buffers, parameters, submodules and hooks every module has;
+    - buffers and attributes: tensors of any kind, arrays, generators and built-in containers with
+      their contents; objects of other classes with their attributes (caches, running statistics),
+      unless they refer back to the model, as a trainer does; modules hidden in lists;
+    - weights that the forward pass itself writes to, gradients, and what requires them;
+    - the global random numbers of torch, numpy and Python.
+
+    Inside, everything works on copies, so that a graph in flight keeps what it has saved. Backward
+    hooks of modules and parameters are suspended; forward hooks are part of the function and run.
+    Compiled modules run uncompiled, and FSDP2's modules are left sharded.
+
+    Out of reach: class attributes, module-level globals, memory inside of objects of C, files, what
+    forward hooks and closures write to elsewhere, and a lazy module's first call, which makes its
+    weights. A model is taken to write to its weights if it did so the first time, or if a part of
+    it has ``max_norm``; if it begins later, that is said.
 
     Args:
-        models: to look at; those that share modules count once.
+        parts: modules to look at (those that share modules count once); other objects or functions
+            that are used on the way, such as losses, keep their state too.
     """
-    random = RandomState.now()
-    modules = list(dict.fromkeys(m for model in models for m in model.modules()))
-    params = list(dict.fromkeys(p for model in models for p in model.parameters()))
-    grads = [p.grad for p in params]
-    # Copies of all weights cost memory: taken at the first look, to learn which models need them.
-    suspects = [m for m in models if _WRITES_WEIGHTS.get(m, True)]
-    weights: dict[Tensor, Tensor] = {}
-    for model in suspects:
-        weights |= {p: p.detach().clone() for p in model.parameters()}
-    kept = [_Kept.of(module) for module in modules]
-    memo: dict[int, Any] = {}
-    try:
-        for each in kept:
-            each.lend_copies(memo)
+    with ExitStack() as undo:
+        undo.callback(RandomState.now().restore)
+        models = [part for part in parts if isinstance(part, nn.Module)]
+        _reshard([m for model in models for m in model.modules()])
+        holders = holders_in(parts)
+        modules = [h.owner for h in holders if isinstance(h.owner, nn.Module)]
+        params: list[Tensor] = list(
+            dict.fromkeys(p for m in modules for p in m.parameters(recurse=False))
+        )
+        undo.enter_context(_weights_kept(models))
+        undo.enter_context(_gradients_kept(params))
+        undo.enter_context(_lent(holders))
+        undo.enter_context(_hooks_suspended([*modules, *params]))
+        undo.enter_context(_uncompiled())
+        undo.callback(_reshard, modules)
         for model in models:
             model.eval()
         yield
-    finally:
-        for each in kept:
-            each.restore()
-        written = _restore_weights(weights)
-        for model in suspects:
-            _WRITES_WEIGHTS[model] = any(p in written for p in model.parameters())
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
-        random.restore()
 
 
 def outputs_of(model: nn.Module, x: Any, forward: Forward = call) -> Any:
@@ -115,80 +122,122 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-class _Kept(NamedTuple):
-    """A module's attributes and buffers, the very objects, while it works on copies of them."""
-
-    module: nn.Module
-    attributes: dict[str, Any]
-    buffers: dict[str, Any]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Kept:
-        attributes = {k: v for k, v in module.__dict__.items() if k not in _OWN}
-        return cls(module, attributes, dict(attributes.pop("_buffers")))
-
-    def lend_copies(self, memo: dict[int, Any]) -> None:
-        """Copies, not later repair: a write to the original would spoil a graph that saved it."""
-        own = self.module.__dict__
-        for name, value in self.attributes.items():
-            own[name] = _copied(value, memo)
-        for name, buffer in self.buffers.items():
-            own["_buffers"][name] = _copied(buffer, memo)
-
-    def restore(self) -> None:
-        own = self.module.__dict__
-        for name in [k for k in own if k not in _OWN and k != "_buffers"]:
-            del own[name]
-        own.update(self.attributes)
-        own["_buffers"].clear()
-        own["_buffers"].update(self.buffers)
+@contextmanager
+def _lent(holders: list[Holder]) -> Iterator[None]:
+    """Copies, not later repair: a write to the original would spoil a graph that saved it."""
+    memo: dict[int, Any] = {}
+    with ExitStack() as undo:
+        for holder in holders:
+            undo.callback(holder.restore)
+            holder.lend_copies(memo)
+        yield
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of what a forward pass may write to in place; objects of other kinds are shared.
+@contextmanager
+def _gradients_kept(params: list[Tensor]) -> Iterator[None]:
+    """A backward pass inside adds to copies of the gradients, in place."""
+    grads = [p.grad for p in params]
+    needed = [p.requires_grad for p in params]
+    try:
+        for p, grad in zip(params, grads, strict=True):
+            if grad is not None:
+                p.grad = grad.detach().clone()
+        yield
+    finally:
+        for p, grad, need in zip(params, grads, needed, strict=True):
+            p.requires_grad_(need)
+            p.grad = grad
 
-    Args:
-        value: of an attribute.
-        memo: copies by the identity of the original, so that two names of a thing stay one.
+
+@contextmanager
+def _hooks_suspended(owners: list[Any]) -> Iterator[None]:
+    """A user's backward hooks see no gradients but those of the training."""
+    kept = [
+        (owner, name, hooks)
+        for owner in owners
+        for name in _HOOKS
+        if (hooks := getattr(owner, name, None))
+    ]
+    try:
+        for owner, name, hooks in kept:
+            setattr(owner, name, type(hooks)())
+        yield
+    finally:
+        for owner, name, hooks in kept:
+            setattr(owner, name, hooks)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Without compiling anew for evaluation, nor graphs whose memory is donated to one backward."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    if "torch._dynamo" not in sys.modules or stance is None or torch.compiler.is_compiling():
+        yield
+        return
+    with stance("force_eager"):
+        yield
+
+
+def _reshard(modules: list[nn.Module]) -> None:
+    """Free FSDP2's whole weights: the next pass would take them for up to date."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in modules:
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def _weights_kept(models: list[nn.Module]) -> Iterator[None]:
+    """Write back what a forward pass changes in weights.
+
+    Copies of all weights cost memory: they are taken at the first look, to learn which models need
+    them, in the host's memory.
     """
-    if id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, nn.Parameter):
-        return value
-    if isinstance(value, Tensor):
-        found = value.detach().clone().requires_grad_(value.requires_grad)
-    elif isinstance(value, np.ndarray):
-        found = value.copy()
-    elif isinstance(value, torch.Generator):
-        found = value.clone_state()
-    else:
-        return _copied_container(value, memo)
-    memo[id(value)] = found
-    return found
+    suspects = [m for m in models if _WRITES_WEIGHTS.get(m, True) or _renormalizes(m)]
+    copies: dict[Tensor, Tensor] = {}
+    versions: dict[Tensor, int] = {}
+    for model in models:
+        for p in filter(_has_values, model.parameters()):
+            if model in suspects:
+                copies[p] = local(p.detach()).to("cpu", copy=True)
+            elif not p.is_inference():
+                versions[p] = p._version
+    try:
+        yield
+    finally:
+        written = _restore_weights(copies)
+        for model in suspects:
+            _WRITES_WEIGHTS[model] = any(p in written for p in model.parameters())
+        late = {p for p, version in versions.items() if p not in copies and p._version != version}
+        for model in models:
+            if not late.isdisjoint(model.parameters()):
+                _WRITES_WEIGHTS[model] = True
+                warnings.warn(
+                    f"{type(model).__name__} wrote to its weights while it was evaluated, for the "
+                    "first time now; from the next time on they are restored.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
 
-def _copied_container(value: Any, memo: dict[int, Any]) -> Any:
-    if type(value) is tuple:
-        return tuple(_copied(v, memo) for v in value)
-    if not isinstance(value, (list, deque, dict, set, bytearray)):
-        return value
-    # A shallow copy keeps what subclasses know, such as a deque's maxlen; then the contents.
-    found: Any = copy.copy(value)
-    memo[id(value)] = found
-    if isinstance(found, dict):
-        found.update({k: _copied(v, memo) for k, v in found.items()})
-    elif isinstance(found, (list, deque)):
-        for i, v in enumerate(found):
-            found[i] = _copied(v, memo)
-    return found
+def _renormalizes(model: nn.Module) -> bool:
+    return any(getattr(m, "max_norm", None) is not None for m in model.modules())
 
 
-def _restore_weights(weights: dict[Tensor, Tensor]) -> set[Tensor]:
+def _has_values(p: Tensor) -> bool:
+    return not (is_lazy(p) or p.is_meta)
+
+
+def _restore_weights(copies: dict[Tensor, Tensor]) -> set[Tensor]:
     """Write back what differs from its copy; NaN is no difference."""
     written = set()
     with torch.no_grad():
-        for p, before in weights.items():
-            if not bool(((p == before) | (p.isnan() & before.isnan())).all()):
-                p.copy_(before)
+        for p, before in copies.items():
+            mine = local(p.detach())
+            kept = before.to(mine.device)
+            strided = mine.layout == torch.strided
+            if not strided or not bool(((mine == kept) | (mine.isnan() & kept.isnan())).all()):
+                # Not p.copy_: the bits are those that a graph in flight has saved.
+                mine.data.copy_(kept)
                 written.add(p)
     return written

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,3 +55,55 @@ def check_gated(optimizer: Any) -> None:
         raise TypeError(
             f"Gates() needs PopRiskAdamW or poprisk.gated(...), but got {type(optimizer).__name__}."
         )
+
+
+def check_trains(optimizer: Any, model: torch.nn.Module, sharding: str | None) -> None:
+    """Raise unless an optimizer trains parameters of a model."""
+    groups = getattr(optimizer, "param_groups", None)
+    if not groups:
+        raise TypeError(
+            f"optimizer must be a torch optimizer, or around one, but got "
+            f"{type(optimizer).__name__}."
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("model has no trainable parameter: all are frozen (requires_grad=False).")
+    own = {id(p) for p in trained}
+    # FSDP shows other parameters while weights are whole.
+    if sharding is None and not any(id(p) in own for g in groups for p in g["params"]):
+        raise ValueError(
+            "optimizer trains none of the model's parameters; pass the optimizer of this model, "
+            "made after it was moved or wrapped."
+        )
+
+
+def check_state(state_dict: Any) -> int:
+    """Return the number of steps in a monitor's state."""
+    steps = state_dict.get("steps") if isinstance(state_dict, dict) else None
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(
+            f"state_dict must be what RiskMonitor.state_dict() returned, but got {state_dict!r}."
+        )
+    return steps
+
+
+def check_whole(whole: bool) -> None:
+    """Raise RuntimeError if there are no per-example gradients of whole weights."""
+    if not whole:
+        raise RuntimeError(
+            "it needs per-example gradients of whole weights, and FSDP spreads them over "
+            "processes; it is left out."
+        )
+
+
+def unwritable(path: Path, error: OSError) -> OSError:
+    """The error for a file that cannot be written."""
+    return OSError(f"sinks: cannot write to {path}: {error.strerror or error}.")
+
+
+def check_file(path: Path) -> None:
+    """Raise OSError unless a file can be appended to, without making it."""
+    if path.is_dir():
+        raise OSError(f"sinks: cannot write to {path}: it is a folder; name a file in it.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OSError(f"sinks: cannot write to {path}: no permission.")

@@ -17,7 +17,7 @@ def moments(terms: list[Term]) -> tuple[Tensor, Tensor]:
     With one position per example the squares are the product of the squared factors; otherwise
     gradients are formed for a few examples at a time.
     """
-    terms = [_wide(term) for term in terms]
+    terms = [wide(term) for term in terms]
     if len(terms) == 1 and isinstance(terms[0], Outer):
         term = terms[0]
         if isinstance(term.act, OneHot):
@@ -27,7 +27,7 @@ def moments(terms: list[Term]) -> tuple[Tensor, Tensor]:
     return _formed(terms)
 
 
-def _wide(term: Term) -> Term:
+def wide(term: Term) -> Term:
     """In float32 at least: squares of scaled float16 gradients overflow."""
     if isinstance(term, Dense):
         return term._replace(grads=_at_least_float32(term.grads))
@@ -94,3 +94,22 @@ def not_negative(variance: Tensor) -> Tensor:
     if variance.is_complex():
         return torch.complex(variance.real.clamp(min=0), variance.imag.clamp(min=0))
     return variance.clamp_(min=0)
+
+
+def total(terms: list[Term]) -> Tensor:
+    r""":math:`\sum_i G_i` alone, flat, in the parameter's order, of one value per example."""
+    found: Tensor | int = 0
+    for term in map(wide, terms):
+        found = found + _total_of(term)
+    return torch.as_tensor(found)
+
+
+def _total_of(term: Term) -> Tensor:
+    if isinstance(term, Dense):
+        return term.grads.flatten(0, 1).sum(dim=0)
+    cot, act = term.cot.flatten(0, 2), term.act
+    if isinstance(act, OneHot):
+        table = cot.new_zeros(act.size, cot.shape[1]).index_add_(0, act.indices.flatten(), cot)
+        return (table if term.flipped else table.mT).flatten()
+    rows = act.flatten(0, 1)
+    return (rows.T @ cot if term.flipped else cot.T @ rows).flatten()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from poprisk import checks
 from poprisk.checks import monitor as inputs
@@ -24,8 +23,11 @@ from poprisk.monitor.quantities import (
     Risk,
     Signal,
 )
-from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sink
+from poprisk.monitor.ranks import Ranks, writes
+from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
 from poprisk.monitor.statistics import PerExampleLoss, Statistics
+from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch
+from poprisk.monitor.wrappers import sharding_of, unwrapped
 
 __all__ = [
     "CanaryMemorization",
@@ -45,27 +47,40 @@ __all__ = [
 
 @final
 class RiskMonitor:
-    """Measure a training run every so many steps, without changing it.
+    """Measure a training run every so many steps, without changing it and without ending it.
 
-    Weights, gradients, optimizer and random numbers are bitwise what they would be without it.
-    Numbers are of the step's own examples, in evaluation mode (no dropout, running statistics),
-    per-example gradients exact. Over several ranks sums are pooled and rank 0 writes.
+    Weights, gradients, optimizer, random numbers and whatever layers keep are bitwise what they
+    would be without it (:func:`poprisk.evaluation.evaluating` says how far that goes). Numbers are
+    of the examples of one step of the optimizer, at the weights before it, in evaluation mode (no
+    dropout, running statistics), per-example gradients exact. What fails is warned about once, by
+    name, and becomes NaN.
+
+    A row belongs to a step of the optimizer: all calls of :meth:`step` before it are parts of its
+    batch, however many, and the row goes to the sinks when the optimizer steps. A step that a
+    GradScaler leaves out is counted, too: it is over when gradients are cleared. Over several
+    ranks, sums are pooled when the optimizer steps, and rank 0 writes. FSDP's modules have a loss
+    but no signal.
 
     Args:
-        model: the module, wrapped by DistributedDataParallel or not.
+        model: the module, wrapped by DistributedDataParallel or torch.compile or not.
         loss: one value an example, from outputs (b, ...) and targets (b, ...).
-        optimizer: its optimizer.
-        every: steps between measurements; the first step is measured.
+        optimizer: its optimizer, wrapped or not.
+        every: steps of the optimizer between measurements; the first step is measured.
         quantities: what to measure; loss, signal and, if there is one, the gate, if left out.
-        sinks: paths of JSONL files, TensorBoard writers, wandb runs, or functions of step and row.
-        accumulate: calls of :meth:`step` (parts of a batch) behind one optimizer step.
+        sinks: paths of JSONL files, TensorBoard writers, wandb runs, or functions of step and row;
+            or one of these.
+        accumulate: parts of a batch behind one step, if known: the row is written after so many,
+            without waiting for the step. Needed only where neither the step can be seen nor
+            gradients are cleared by ``zero_grad(set_to_none=True)``.
         forward: from a model and inputs to outputs; ``model(x)`` if left out.
 
     Attributes:
-        rows: steps and numbers measured so far.
+        rows: steps and numbers measured so far; the last may lack parts still to come.
+        steps: of the optimizer, so far.
 
     Raises:
         TypeError, ValueError: for a bad argument.
+        OSError: if a file cannot be written.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -80,53 +95,62 @@ class RiskMonitor:
         self,
         model: nn.Module,
         loss: PerExampleLoss,
-        optimizer: Optimizer,
+        optimizer: Any,
         *,
         every: int = 50,
         quantities: Sequence[Quantity] | None = None,
-        sinks: Sequence[Any] = (),
-        accumulate: int = 1,
+        sinks: Any = (),
+        accumulate: int | None = None,
         forward: Forward | None = None,
     ) -> None:
         inputs.check_monitored(model, loss)
         checks.check_positive("every", every)
-        checks.check_positive("accumulate", accumulate)
+        if accumulate is not None:
+            checks.check_positive("accumulate", accumulate)
+        self.model, self.optimizer = unwrapped(model), innermost(optimizer)
+        self.loss, self.every, self.forward = loss, every, forward or call
+        self.accumulate = accumulate
+        self._sharding = sharding_of(self.model)
+        inputs.check_trains(self.optimizer, self.model, self._sharding)
         if quantities is None:
-            gates: list[Quantity] = [Gates()] if hasattr(optimizer, "gate_stats") else []
+            gates: list[Quantity] = [Gates()] if hasattr(self.optimizer, "gate_stats") else []
             quantities = [Loss(), Signal(), *gates]
         self.quantities = [inputs.check_quantity(q) for q in quantities]
         inputs.check_unique(q.name for q in self.quantities)
-        self.sinks = [as_sink(sink) for sink in sinks]
-        self.model = _unwrapped(model)
-        self.loss, self.optimizer, self.every = loss, optimizer, every
-        self.accumulate, self.forward = accumulate, forward or call
-        self.calls = 0
+        self.sinks = as_sinks(sinks)
         self.rows: list[tuple[int, dict[str, float]]] = []
-        trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        self._statistics = Statistics(trained)
+        self.steps = 0
+        self._gradient_names = " and ".join(q.name for q in self.quantities if q.gradients)
+        self._statistics = Statistics(self._trained())
+        self._gradients = Gradients()
+        self._parts = self._measured = 0
+        self._expected = accumulate or 1
+        self._row: dict[str, float] | None = None
+        self._unwritten = False
+        self._inside = self._heard = False
         self._broken: set[str] = set()
+        self._ranks = Ranks()
+        self._watched = watch(self.optimizer, self)
+        if not self._watched:
+            warn_unwatched(optimizer, self._expected)
 
     def step(self, x: Any, y: Tensor) -> None:
-        """Count a batch, or part of one, and measure if it is time.
+        """Note a batch, or part of one, and measure if it is time.
 
-        Call it before the optimizer steps: the numbers are of the present weights. A
-        quantity that fails is warned about once and becomes NaN; training goes on.
+        Call it before the optimizer steps: the numbers are of the present weights.
 
         Args:
             x: inputs of the batch.
             y: targets.
         """
-        step, part = divmod(self.calls, self.accumulate)
-        self.calls += 1
-        if step % self.every:
-            return
-        if part == 0:
-            self._statistics.clear()
-        with evaluating(self.model):
-            if any(q.gradients for q in self.quantities):
-                self._attempt("gradients", lambda: self._add(x, y))
-            if part == self.accumulate - 1:
-                self._write(step, self._measure())
+        if self._parts and not self._goes_on():
+            if self._inside:  # a closure that is evaluated again; the first time counts
+                return
+            self._close()
+        if self._is_time():
+            self._add_part(x, y)
+        self._parts += 1
+        self._gradients.note(self._statistics.params)
 
     def measure(self, parts: Iterable[tuple[Any, Tensor]], *, step: int) -> dict[str, float]:
         """Measure now, whatever the schedule says; for loops that are not one's own.
@@ -138,57 +162,171 @@ class RiskMonitor:
         Returns:
             The numbers, by name.
         """
-        self._statistics.clear()
-        with evaluating(self.model):
-            if any(q.gradients for q in self.quantities):
-                for x, y in parts:
-                    self._attempt("gradients", lambda x=x, y=y: self._add(x, y))
-            row = self._measure()
+        self._statistics.clear(self._trained())
+        self._add(parts)
+        row = self._numbers(self._pooled())
+        self.rows.append((step, row))
         self._write(step, row)
         return row
 
-    def _add(self, x: Any, y: Tensor) -> dict[str, float]:
-        self._statistics.add(self.model, self.loss, self.forward, x, y)
-        return {}
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on counting."""
+        return {"steps": self.steps}
 
-    def _measure(self) -> dict[str, float]:
-        moment = Moment(self.model, self.optimizer, self._statistics.pooled(), self.forward)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting where another monitor was.
+
+        Raises:
+            ValueError: if this is no state of a monitor.
+        """
+        self.steps = inputs.check_state(state_dict)
+
+    def before_step(self) -> None:
+        """What the optimizer calls before each of its steps; not for you."""
+        self._heard = True
+        self._inside = self._parts == 0
+        if self._parts:
+            self._close()
+        elif self._is_time() and self._ranks.pool():
+            # A rank without a batch of its own must not let the others wait.
+            self._statistics.clear(self._trained())
+            self._finish()
+            self._publish()
+
+    def after_step(self) -> None:
+        """What the optimizer calls after each of its steps; not for you."""
+        if self._inside:  # by a closure, in which step() may have been called
+            self._close()
+        self._inside = False
+
+    def _is_time(self) -> bool:
+        return self.steps % self.every == 0
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+
+    def _goes_on(self) -> bool:
+        """Whether a call belongs to the same step of the optimizer as the last one."""
+        complete = self._parts >= self._expected
+        counting = not self._watched or (self.accumulate is not None and not self._heard)
+        if counting and complete:
+            return False
+        cleared = self._gradients.cleared(self._statistics.params)
+        if cleared is None:  # nothing to go by: no backward pass has come between
+            return self.accumulate is not None and not complete
+        return not cleared
+
+    def _add_part(self, x: Any, y: Tensor) -> None:
+        if not self._parts:
+            self._statistics.clear(self._trained())
+        self._add([(x, y)])
+        # Ranks wait for each other, and are sure to meet only where the optimizer steps.
+        if self._statistics.parts >= self._expected and not self._ranks.pool():
+            self._finish()
+            if self._statistics.parts == self.accumulate:
+                self._publish()
+
+    def _close(self) -> None:
+        """The step is over, whether the optimizer took it or not."""
+        if self._parts and self._is_time():
+            if self._row is None or self._measured < self._statistics.parts:
+                self._finish()
+            self._publish()
+        if self.accumulate is None and self._watched:
+            self._expected = max(self._expected, self._parts)
+        self._parts, self._row = 0, None
+        self.steps += 1
+
+    def _finish(self) -> None:
+        """Measure what there is of the step, in place of what was measured of it before."""
+        statistics = self._pooled()
+        if not statistics.parts:
+            return
+        row = self._numbers(statistics)
+        if self._row is not None:
+            self.rows.pop()
+        self.rows.append((self.steps, row))
+        self._row, self._unwritten, self._measured = row, True, self._statistics.parts
+
+    def _publish(self) -> None:
+        if self._row is not None and self._unwritten:
+            self._write(self.steps, self._row)
+            self._unwritten = False
+
+    def _add(self, parts: Iterable[tuple[Any, Tensor]]) -> None:
+        """Add batches to the statistics; a failure is one of all quantities that need them."""
+        found, needed = self._statistics, bool(self._gradient_names)
+        try:
+            with evaluating(self.model, self.forward):
+                for x, y in parts:
+                    found.parts += 1
+                    if needed and self._sharding != "FSDP1":
+                        whole = self._sharding is None
+                        found.add(self.model, self.loss, self.forward, x, y, gradients=whole)
+        except Exception as error:
+            found.parts += not found.parts
+            found.failed += 1
+            self._warn_once(self._gradient_names or "the batch", error)
+
+    def _pooled(self) -> Statistics:
+        found = self._statistics
+        try:
+            return found.pooled() if self._ranks.pool() else found
+        except Exception as error:
+            found.failed += 1
+            self._warn_once("the other ranks", error)
+            return found
+
+    def _numbers(self, statistics: Statistics) -> dict[str, float]:
+        moment = Moment(self.model, self.optimizer, statistics, self.forward)
         row: dict[str, float] = {}
-        for quantity in self.quantities:
-            found = self._attempt(quantity.name, lambda q=quantity: q.measure(moment))
-            row |= {f"{quantity.name}/{k}" if k else quantity.name: v for k, v in found.items()}
+        left = list(self.quantities)
+        try:
+            with evaluating(self.model, self.forward):
+                while left:
+                    row |= self._measured_by(left[0], moment)
+                    left.pop(0)
+        except Exception as error:
+            for quantity in left:
+                row |= _unknown(quantity)
+            self._warn_once(" and ".join(q.name for q in left) or "the model's state", error)
         return row
 
-    def _attempt(self, name: str, measure: Any) -> dict[str, float]:
-        """What ``measure`` returns; NaN, and a warning the first time, if it fails."""
+    def _measured_by(self, quantity: Quantity, moment: Moment) -> dict[str, float]:
+        """The numbers of a quantity; NaN, and a warning the first time, if it fails."""
         try:
-            return measure()
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            self._warn_once(f"the monitor cannot measure {name}: {error} Training goes on.", name)
-            return {"": float("nan")}
+            found = quantity.measure(moment)
+            return {_key(quantity, part): float(value) for part, value in found.items()}
+        except Exception as error:
+            self._warn_once(quantity.name, error)
+            return _unknown(quantity)
 
-    def _warn_once(self, message: str, about: str) -> None:
+    def _warn_once(self, name: str, error: Exception) -> None:
+        said = f"the monitor cannot measure {name}: {error or type(error).__name__}"
+        self._say_once(f"{said.rstrip('.')}. Training goes on.", name)
+
+    def _say_once(self, message: str, about: str) -> None:
         if about not in self._broken:
             self._broken.add(about)
-            warnings.warn(message, RuntimeWarning, stacklevel=5)
+            warnings.warn(message, RuntimeWarning, stacklevel=6)
 
     def _write(self, step: int, row: dict[str, float]) -> None:
-        self.rows.append((step, row))
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_rank() != 0:
-            return
-        for sink in self.sinks:
+        for sink in self.sinks if writes() else ():
             try:
                 sink(step, row)
-            except OSError as error:
-                self._warn_once(
-                    f"the monitor cannot write to {sink}: {error}. Its rows are in .rows; training "
-                    "goes on.",
+            except Exception as error:
+                self._say_once(
+                    f"the monitor cannot write to {sink}: {error or type(error).__name__}. Its "
+                    "rows are in .rows; training goes on.",
                     f"{sink}",
                 )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of a data-parallel wrapper, whose forward pass would wait for others."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return model.module if isinstance(model, wrappers) else model
+def _key(quantity: Quantity, part: str) -> str:
+    return f"{quantity.name}/{part}" if part else quantity.name
+
+
+def _unknown(quantity: Quantity) -> dict[str, float]:
+    """NaN under the names that a quantity is known to have."""
+    parts = getattr(quantity, "parts", ("",))
+    return {_key(quantity, part): math.nan for part in parts}

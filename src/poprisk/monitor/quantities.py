@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from poprisk.checks import monitor as inputs
 from poprisk.evaluation import Forward, outputs_of
 from poprisk.kernel import entk
-from poprisk.monitor.statistics import ModuleSignal, Statistics
+from poprisk.monitor import signal as norms
+from poprisk.monitor.statistics import Statistics
 from poprisk.risk import Canaries, RiskEstimate
 
 
@@ -36,6 +37,8 @@ class Quantity(Protocol):
     Attributes:
         name: prefix of its numbers.
         gradients: whether it needs the statistics of per-example gradients.
+
+    One that also has ``parts``, the names of its numbers, is NaN under these where it fails.
     """
 
     name: str
@@ -48,44 +51,58 @@ class Quantity(Protocol):
 
 @final
 class Loss:
-    """Mean loss of the step's examples before the step."""
+    """Mean loss of the step's examples before the step, without those whose label is ignored.
+
+    An example is ignored if it has no label but the loss's ``ignore_index``, or -100.
+    """
 
     name, gradients = "loss", True
 
     def measure(self, moment: Moment) -> dict[str, float]:
         found = moment.statistics
-        return {"": found.loss / found.examples if found.examples else math.nan}
+        known = found.examples > 0 and not found.failed
+        return {"": found.loss / found.examples if known else math.nan}
 
 
 @final
 class Signal:
     r"""How much of the gradient is signal, in total and by module.
 
-    share: :math:`\sum(\mu^2-\Sigma_B/(b-1))_+/\sum\mu^2`; snr:
-    :math:`\sum\mu^2 / \sum\Sigma_B/(b-1)`, 1 for pure noise; noise_scale: the batch size at which
-    signal and noise are equal, :math:`b\sum\Sigma_B/(b-1) / \sum(\mu^2-\Sigma_B/(b-1))` (McCandlish
-    et al. 2018), infinite where no signal is seen.
+    With :math:`S=\sum(\mu^2-\Sigma_B/(b-1))`, which is unbiased for :math:`|\nabla R|^2`, and
+    noise :math:`V=\sum\Sigma_B/(b-1)` (:mod:`poprisk.monitor.signal`):
+
+    - share: :math:`S/(V+|S|)`, which is :math:`S/\sum\mu^2` unless S is negative. Pure noise has
+      0 on average (for :math:`S/\sum\mu^2` it would be less, its denominator being small where
+      S is); share_error: its standard error.
+    - snr: :math:`\sum\mu^2/V`, 1 for pure noise.
+    - noise_scale: the batch size at which signal and noise are equal, :math:`bV/S` (McCandlish et
+      al. 2018), infinite where no signal is seen; noise_scale_low and noise_scale_high: two
+      standard errors of its reciprocal away. An infinite upper end says that S cannot be told
+      from 0, and that noise_scale is no more than its lower end.
+
+    Errors are of the examples' drawing, and NaN where no part of the batch, on no rank, has three
+    of them.
 
     Args:
         modules: whether to write modules one by one too.
     """
 
-    name, gradients = "signal", True
+    name, gradients, parts = "signal", True, norms.NAMES
 
     def __init__(self, *, modules: bool = True) -> None:
         self.modules = modules
 
     def measure(self, moment: Moment) -> dict[str, float]:
-        b = moment.statistics.examples
-        if b < 2:
-            return {"": math.nan}
-        by_module = moment.statistics.signals()
-        total = ModuleSignal(*(sum(column) for column in zip(*by_module.values(), strict=True)))
-        rows = {"": total, **(by_module if self.modules else {})}
+        found = moment.statistics
+        inputs.check_whole(found.whole)
+        if found.failed or found.examples < 2:
+            return dict.fromkeys(norms.NAMES, math.nan)
+        signals = found.signals()
         return {
             "/".join(filter(None, (part, module))): value
-            for module, row in rows.items()
-            for part, value in _signal_parts(row, b).items()
+            for module, row in signals.items()
+            if self.modules or not module
+            for part, value in row.parts().items()
         }
 
 
@@ -188,12 +205,3 @@ class Measured:
     def measure(self, moment: Moment) -> dict[str, float]:
         found = self.function()
         return dict(found) if isinstance(found, Mapping) else {"": float(found)}
-
-
-def _signal_parts(row: ModuleSignal, b: int) -> dict[str, float]:
-    signal = row.mean_square - row.variance
-    return {
-        "share": row.passed / row.mean_square if row.mean_square > 0 else 0.0,
-        "snr": row.mean_square / row.variance if row.variance > 0 else math.inf,
-        "noise_scale": b * row.variance / signal if signal > 0 else math.inf,
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ class Jsonl:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise inputs.unwritable(self.path, error) from error
+        inputs.check_file(self.path)
 
     def __repr__(self) -> str:
         return str(self.path)
@@ -56,14 +60,21 @@ class WeightsAndBiases:
         self.run.log(row, step=step)
 
 
+def as_sinks(sinks: Any) -> list[Sink]:
+    """Make sinks of several things, or of one that is not in a list."""
+    several = isinstance(sinks, Iterable) and not isinstance(sinks, (str, Path))
+    return [as_sink(sink) for sink in (sinks if several else [sinks])]
+
+
 def as_sink(sink: Any) -> Sink:
     """Make a sink of a path, a writer, a run, the word ``"wandb"``, or a function.
 
     Raises:
         TypeError: if it is none of these.
+        OSError: if a file cannot be written.
         ImportError: for ``"wandb"`` where it is not installed.
     """
-    if sink == "wandb":
+    if isinstance(sink, str) and sink == "wandb":
         import wandb
 
         return WeightsAndBiases(wandb)

@@ -1,118 +1,204 @@
-r"""Exact statistics of the per-example gradients behind one step, pooled over parts and ranks."""
+r"""Loss and gradient statistics of the examples behind one step, pooled over parts and ranks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from poprisk.checks import risk as inputs
 from poprisk.checks.examples import check_separate
-from poprisk.evaluation import Forward
-from poprisk.factors import capture
+from poprisk.evaluation import Forward, evaluating, outputs_of
+from poprisk.factors import WORKSPACE, capture
+from poprisk.factors.gram import gram_, mirror_
+from poprisk.factors.moments import total, wide
+from poprisk.factors.terms import Dense, Term
+from poprisk.monitor.signal import SUMS, Counts, Signal, sums_of
 from poprisk.update import CHUNK
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
+BLOCK = 256
+"""Examples whose inner products are taken at once; errors do without those between blocks."""
 
-class ModuleSignal(NamedTuple):
-    r"""Sums over the coordinates of one module.
-
-    Attributes:
-        mean_square: :math:`\sum\mu^2`.
-        variance: :math:`\sum\Sigma_B/(b-1)`, what the batch mean has of noise.
-        passed: :math:`\sum(\mu^2-\Sigma_B/(b-1))_+`.
-    """
-
-    mean_square: float
-    variance: float
-    passed: float
+IGNORED = -100
+"""The label that torch's losses ignore unless told otherwise."""
 
 
 class Statistics:
-    """Loss, number of examples, and sums and squares of their gradients by parameter.
+    r"""Losses and gradients of the examples of one step.
 
     Args:
         params: by name.
+
+    Attributes:
+        parts: batches that were added, or could not be.
+        failed: batches that could not be.
+        whole: whether gradients were taken of all of them.
+        examples: that count, without those whose label is ignored.
+        loss: sum over them.
+        sums: of their gradients, by name of the parameter.
+        rows: :func:`poprisk.monitor.signal.sums_of` by module; under "" of the whole gradient.
+        counts: behind ``rows``.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self.params = params
         self.checked = False
-        self.clear()
+        self.clear(params)
 
-    def clear(self) -> None:
+    def clear(self, params: Mapping[str, Tensor]) -> None:
         """Forget all examples."""
-        self.examples, self.loss = 0, 0.0
+        self.params = dict(params)
+        self.parts = self.failed = self.examples = 0
+        self.whole = True
+        self.loss = 0.0
         self.sums: dict[str, Tensor] = {}
-        self.squares: dict[str, Tensor] = {}
+        self.counts = Counts()
+        names = dict.fromkeys(["", *map(module_of, self.params)])
+        self.rows = {name: torch.zeros(SUMS, dtype=torch.float64) for name in names}
 
     def add(
-        self, model: nn.Module, loss: PerExampleLoss, forward: Forward, x: Any, y: Tensor
+        self,
+        model: nn.Module,
+        loss: PerExampleLoss,
+        forward: Forward,
+        x: Any,
+        y: Tensor,
+        *,
+        gradients: bool = True,
     ) -> None:
-        """Add the examples of a batch, at the present weights."""
-        with torch.enable_grad():
-            outputs = forward(model, x)
-            losses = inputs.check_losses(loss(outputs, y), outputs)
+        """Add the examples of a batch, at the present weights.
+
+        Args:
+            model: in evaluation mode.
+            loss: one value an example.
+            forward: from model and inputs to outputs.
+            x: inputs.
+            y: targets.
+            gradients: whether to take those, or the loss alone.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            outputs = forward(model, x) if gradients else outputs_of(model, x, forward)
+
+            def unchanged(u: Tensor, targets: Tensor) -> Tensor:
+                with evaluating(loss):  # each call finds the same state
+                    return loss(u, targets)
+
+            losses = inputs.check_losses(unchanged(outputs, y), outputs)
             if not self.checked:
-                check_separate(loss, outputs, y, losses)
+                check_separate(unchanged, outputs, y, losses)
                 self.checked = True
-            moments = capture(losses, self.params).moments()
-        self.examples += len(losses)
+            counting = counted(loss, y, len(losses))
+            self.whole &= gradients
+            if gradients:
+                self._add_gradients(losses, counting)
+        self.examples += int(counting.sum())
         self.loss += float(losses.detach().double().sum())
-        for mine, theirs in ((self.sums, moments.sums), (self.squares, moments.squares)):
-            for name, value in theirs.items():
-                mine[name] = mine[name] + value if name in mine else value
+
+    def _add_gradients(self, losses: Tensor, counting: Tensor) -> None:
+        factors = capture(losses, self.params) if len(losses) > 1 else None
+        terms = _single(losses, self.params) if factors is None else factors.terms
+        with torch.no_grad():
+            kept = {name: [wide(t) for t in ts] for name, ts in terms.items() if ts}
+            for name, own in kept.items():
+                value = total(own)
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+            for start in range(0, len(losses), BLOCK):
+                block = slice(start, min(start + BLOCK, len(losses)))
+                self._add_block(kept, block)
+                # An ignored example has gradient zero: it is in no sum, and in no pair.
+                self.counts = self.counts.plus(Counts.of(int(counting[block].sum())))
+
+    def _add_block(self, terms: Mapping[str, list[Term]], block: slice) -> None:
+        whole: Tensor | None = None
+        for module, grams in _grams(terms, block):
+            self.rows[module] += sums_of(grams).cpu()
+            whole = grams.double() if whole is None else whole + grams
+        if whole is not None:
+            self.rows[""] += sums_of(whole).cpu()
 
     def pooled(self) -> Statistics:
-        """The sum over all ranks; takes part in the collective even if it has nothing to add."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self
+        """The sums over all ranks; takes part in the collectives whatever happened before."""
         device = next(iter(self.params.values())).device
-        counts = torch.tensor([self.examples, self.loss], dtype=torch.float64)
         found = Statistics(self.params)
-        total = _summed(counts.to(device, torch.float32)).tolist()
-        found.examples, found.loss = round(total[0]), total[1]
-        for mine, theirs in ((self.sums, found.sums), (self.squares, found.squares)):
-            for name, param in self.params.items():
-                value = mine.get(name, torch.full_like(param, math.nan))
-                theirs[name] = _summed(value.detach().clone())
+        found.whole = self.whole
+        own = [self.parts, self.failed, self.examples, self.loss, *self.counts]
+        rows = torch.stack(list(self.rows.values()))
+        counts = torch.tensor(own, dtype=torch.float64)
+        pooled = _summed(torch.cat([counts, rows.flatten()]).to(device)).cpu()
+        parts, failed, examples, found.loss, *pairs = pooled[: len(own)].tolist()
+        found.parts, found.failed, found.examples = int(parts), int(failed), int(examples)
+        found.counts = Counts(*map(int, pairs))
+        found.rows = dict(zip(self.rows, pooled[len(own) :].reshape(rows.shape), strict=True))
+        if found.failed or not found.whole:
+            return found
+        for name, p in self.params.items():
+            size = p.numel() * (2 if p.is_complex() else 1)
+            dtype = torch.promote_types(p.dtype.to_real(), torch.float32)
+            nothing = torch.zeros(size, dtype=dtype, device=device)
+            found.sums[name] = _summed(self.sums.get(name, nothing).clone())
         return found
 
-    def signals(self) -> dict[str, ModuleSignal]:
-        r"""The sums by module (a parameter's name without its last part).
-
-        With S and Q the sums over examples of gradients and of their squares,
-        :math:`\mu^2-\Sigma_B/(b-1)` is the U-statistic :math:`(S^2-Q)/(b(b-1))`.
-        """
-        rows: dict[str, Tensor] = {}
-        for name, total in self.sums.items():
-            module = name.rpartition(".")[0] or name
-            row = _square_sums(total.flatten(), self.squares[name].flatten(), self.examples)
-            rows[module] = rows[module] + row if module in rows else row
-        pairs = self.examples * (self.examples - 1)
-        found = {}
-        for module, row in rows.items():
-            square, spread, passed = row.tolist()
-            variance = max(spread / pairs, 0.0)
-            found[module] = ModuleSignal(square / self.examples**2, variance, passed / pairs)
-        return found
+    def signals(self) -> dict[str, Signal]:
+        """Signal and noise by module, and under "" of the whole gradient."""
+        squares = dict.fromkeys(self.rows, 0.0)
+        for name, value in self.sums.items():
+            square = sum(float(part.dot(part)) for part in value.split(CHUNK))
+            squares[""] += square
+            squares[module_of(name)] += square
+        counts = self.counts._replace(examples=self.examples)
+        return {
+            module: Signal.of(squares[module], row.tolist(), counts)
+            for module, row in self.rows.items()
+        }
 
 
-def _square_sums(total: Tensor, squares: Tensor, examples: int) -> Tensor:
-    """Sums of S², Q-S²/b and (S²-Q)₊ over the coordinates of one parameter, float64.
+def module_of(name: str) -> str:
+    """The module that a parameter belongs to: its name without the last part."""
+    return name.rpartition(".")[0] or name
 
-    Differences are taken coordinate by coordinate: sums would lose a small variance.
-    """
-    rows = []
-    for s, q in zip(total.split(CHUNK), squares.split(CHUNK), strict=True):
-        spread = torch.addcmul(q, s, s, value=-1 / examples)
-        signal = torch.addcmul(q, s, s, value=-1).clamp_max_(0)
-        rows.append(torch.stack([s.dot(s), spread.sum(), -signal.sum()]))
-    return torch.stack(rows).sum(0, dtype=torch.float64)
+
+def counted(loss: PerExampleLoss, y: Any, examples: int) -> Tensor:
+    """Which examples count, (b,): a loss over classes ignores those without any other label."""
+    everything = torch.ones(examples, dtype=torch.bool)
+    classes = isinstance(y, Tensor) and y.ndim > 0 and len(y) == examples and y.numel() > 0
+    if not classes or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        return everything
+    ignored = y.reshape(examples, -1) == getattr(loss, "ignore_index", IGNORED)
+    return ~ignored.all(1).cpu()
+
+
+def _single(losses: Tensor, params: Mapping[str, Tensor]) -> dict[str, list[Term]]:
+    """The gradient of one example is the gradient."""
+    grads = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)
+    return {
+        name: [Dense(_real(g).reshape(1, 1, -1), tuple(g.shape))]
+        for name, g in zip(params, grads, strict=True)
+        if g is not None
+    }
+
+
+def _real(g: Tensor) -> Tensor:
+    return torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+
+
+def _grams(terms: Mapping[str, list[Term]], block: slice) -> Iterator[tuple[str, Tensor]]:
+    """Inner products of the gradients of a block of examples, module by module."""
+    b = block.stop - block.start
+    by_module: dict[str, list[str]] = {}
+    for name in terms:
+        by_module.setdefault(module_of(name), []).append(name)
+    for module, names in by_module.items():
+        like = terms[names[0]][0]
+        factor = like.grads if isinstance(like, Dense) else like.cot
+        gram = factor.new_zeros(b, b)
+        for name in names:
+            own = [t.part(block) for t in terms[name]]
+            gram_(gram, own, own, None, WORKSPACE)
+        mirror_(gram, b, 1)
+        yield module, gram
 
 
 def _summed(value: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,50 @@ def example_gradients(
 
 
 def signal(rows: Tensor) -> dict[str, float]:
-    """Share, signal-to-noise ratio and noise scale of gradients (b, P), as defined."""
+    r"""Signal and noise of gradients (b, P), b ≥ 4, coordinate by coordinate and tuple by tuple.
+
+    The variance of S is unbiased but for the two terms being cut off at zero: means of products of
+    inner products over pairs, triples and quadruples of different examples.
+    """
     b = len(rows)
-    square = noise = passed = 0.0
+    square = noise = 0.0
     for column in rows.T.tolist():
         mean = sum(column) / b
-        variance = sum((g - mean) ** 2 for g in column) / b / (b - 1)
-        square, noise = square + mean**2, noise + variance
-        passed += max(mean**2 - variance, 0.0)
+        square += mean**2
+        noise += sum((g - mean) ** 2 for g in column) / b / (b - 1)
+    signal, size = square - noise, noise + abs(square - noise)
+    k = (rows @ rows.T).tolist()
+    own = [k[i][i] for i in range(b)]
+    mean_own = sum(own) / b
+    pair = _mean(k[i][j] ** 2 for i, j in permutations(range(b), 2))
+    triple = _mean(k[i][j] * k[i][m] for i, j, m in permutations(range(b), 3))
+    quadruple = _mean(k[i][j] * k[m][n] for i, j, m, n in permutations(range(b), 4))
+    along, across = max(triple - quadruple, 0.0), max(pair - 2 * triple + quadruple, 0.0)
+    signal_variance = 4 * along / b + 2 * across / (b * (b - 1))
+    own_variance = sum((n - mean_own) ** 2 for n in own) / b / (b - 1)
+    with_own = _mean(k[i][j] * own[i] for i, j in permutations(range(b), 2))
+    covariance = 2 * (with_own - signal * mean_own) / b
+
+    def error(by_signal: float, by_own: float) -> float:
+        variance = by_signal**2 * signal_variance + by_own**2 * own_variance
+        return math.sqrt(max(variance + 2 * by_signal * by_own * covariance, 0.0))
+
+    inverse = signal / (b * noise)
+    apart = 2 * error(mean_own / (b * noise) ** 2, -signal / (b * noise) ** 2)
     return {
-        "share": passed / square,
+        "share": signal / size,
+        "share_error": error(mean_own / b / size**2, -signal / b / size**2),
         "snr": square / noise,
-        "noise_scale": b * noise / (square - noise),
+        "noise_scale": _reciprocal(inverse),
+        "noise_scale_low": _reciprocal(inverse + apart),
+        "noise_scale_high": _reciprocal(inverse - apart),
     }
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _reciprocal(value: float) -> float:
+    return 1 / value if value > 0 else math.inf
