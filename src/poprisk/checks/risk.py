@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -232,15 +232,44 @@ def check_twin_state(state_dict: Any, replicas: int) -> None:
         )
 
 
-def check_estimates(lengths: list[int]) -> None:
-    """Raise ValueError unless there are estimates, all of equally many examples."""
-    if not lengths:
+def check_estimates(estimates: Any, kind: type) -> None:
+    """Raise unless there are estimates, all of equally many examples.
+
+    Raises:
+        TypeError: if one is of another kind, such as its value alone.
+        ValueError: if there is none, or they are not of the same examples.
+    """
+    single = isinstance(estimates, (kind, str)) or not isinstance(estimates, Iterable)
+    found: list[Any] = [estimates] if single else list(estimates)
+    wrong = next((e for e in found if not isinstance(e, kind)), estimates if single else None)
+    if wrong is not None:
+        raise TypeError(
+            f"estimates must be a sequence of what twin.estimate(x, y) returned ({kind.__name__}), "
+            f"but got {type(wrong).__name__}: their values alone have no errors to compare."
+        )
+    if not found:
         raise ValueError("there is no estimate to choose from; call twin.estimate(x, y) first.")
+    lengths = [len(e.losses) for e in found]
     if len(set(lengths)) > 1:
         raise ValueError(
             f"estimates must be of the same training examples, but they are of {min(lengths)} to "
             f"{max(lengths)}; pass the same x and y each time."
         )
+
+
+def check_arms(arms: Any) -> None:
+    """Raise unless arms are named.
+
+    Raises:
+        TypeError: if they are no mapping.
+        ValueError: if there is none.
+    """
+    if not isinstance(arms, Mapping):
+        raise TypeError(
+            f"arms must be a dict from names to estimates, but got {type(arms).__name__}."
+        )
+    if not arms:
+        raise ValueError("there is no estimate to choose from; call twin.estimate(x, y) first.")
 
 
 def check_canaries(targets: Any, fraction: float) -> int:

@@ -24,6 +24,7 @@ same numbers for squared error.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -87,6 +88,8 @@ class RiskEstimate:
             (probes, n), float64; the response's share of ``standard_error`` is the root of its
             summed squares. Estimates along a run share most of it.
         groups: ids of dependent examples that errors were computed with, (n,), or None.
+        signs: which signs the twins were pushed by; estimates of other signs share no error.
+        counted: which examples have a loss, (n,), boolean; None: all of them.
 
     Means, errors and accuracy are over the examples that have a loss. Others (unlabelled by
     ``ignore_index``, masked, of weight zero: those whose loss is 0 whatever the outputs) count
@@ -109,6 +112,8 @@ class RiskEstimate:
     parts: tuple[Freedom, ...] = ()
     influence: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     groups: Tensor | None = None
+    signs: int = 0
+    counted: Tensor | None = None
 
     def __repr__(self) -> str:
         shown = f"value={self.value:.4g}, standard_error={self.standard_error:.2g}"
@@ -202,7 +207,14 @@ def estimate_risk(
         parts=tuple(part.freedom for part in shared),
         influence=_spread_out(float(slopes.sum()) * found.influence, some, len(given)),
         groups=groups,
+        signs=_signature(twins),
+        counted=torch.zeros(len(given), dtype=torch.bool).index_fill(0, some, True),
     )
+
+
+def _signature(twins: Sequence[TwinOutputs]) -> int:
+    """A number that two sets of twins share if they were pushed by the same signs."""
+    return zlib.crc32(b"".join((t.tilt > 0).cpu().numpy().tobytes() for t in twins))
 
 
 class Response(NamedTuple):
