@@ -490,6 +490,30 @@ def check_fresh(model: torch.nn.Module, b: int, fresh: Any, groups: Any) -> None
     check_no_batch_statistics(model)
 
 
+def check_some_loss(counted: int) -> None:
+    """Raise ValueError if no example of a batch has a loss."""
+    if not counted:
+        raise ValueError(
+            "no example of the batch has a loss: all labels are ignored, masked or of weight zero."
+        )
+
+
+def check_transformable(problem: Any, w: Tensor) -> None:
+    """Raise ValueError if a model's outputs have no derivative along the weights by torch.func.
+
+    Args:
+        problem: of a recorded run.
+        w: flat weights, (P,).
+    """
+    try:
+        problem.jvp(w, problem.train[0][:1], torch.zeros_like(w).unsqueeze(1))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model's outputs cannot be differentiated along its weights ({error}): a forward "
+            "pass that calls torch.autograd.grad cannot be followed, one with torch.func.grad can."
+        ) from error
+
+
 def check_record_of_twin(now: list[Tensor], recorded: Tensor, twin_steps: int, steps: int) -> None:
     """Raise ValueError unless a run ends with the weights that the twin's model has now."""
     if not now or not torch.equal(torch.cat(now), recorded):

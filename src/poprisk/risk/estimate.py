@@ -34,10 +34,13 @@ from torch import Tensor
 
 from poprisk.risk.links import (
     LARGEST_GAIN,
+    Bend,
     Link,
     PerExampleLoss,
+    bend_of,
     gradient_of,
     ignored_examples,
+    is_bent,
     link_of,
     on_logits,
 )
@@ -52,8 +55,6 @@ MAX_COMPARABLE = 3.0
 """Largest such ratio for which it still orders the estimates of a run."""
 FEW_EXAMPLES = 0.2
 """Largest standard error of the mean loss, as a share of the estimate."""
-BENT = 0.5
-"""Share of the gradients' change, from model to twin, that the curvature may leave open."""
 MOST_USED = 0.95
 """Largest share of the freedom for which a gain is computed; it is flagged far below."""
 SEPARABLE = 0.995
@@ -285,7 +286,7 @@ def _respond(
     freedom = measure_freedom(link, outputs, twins, groups)
     gains = _curved_gains(link, freedom)
     deviations = [a.follows - freedom.value * a.size for a in answers]
-    bent = _bent(answers) > BENT or gains[1] >= LARGEST_GAIN
+    bent = is_bent([a.bend for a in answers]) or gains[1] >= LARGEST_GAIN
     if bent:
         freedom, gains, deviations = _by_gradients(answers, groups)
     influence = torch.stack(deviations)
@@ -309,16 +310,14 @@ class _Answer(NamedTuple):
         moved: outputs along it.
         follows: the curvature's gradient change along it.
         turned: the gradients' change along it.
-        change: norm of the gradients' change.
-        open: norm of what of it the curvature leaves open.
+        bend: how far the loss is from quadratic over what moved.
     """
 
     size: Tensor
     moved: Tensor
     follows: Tensor
     turned: Tensor
-    change: float
-    open: float
+    bend: Bend
 
 
 def _answer(
@@ -327,21 +326,13 @@ def _answer(
     t = twin.tilt.double().reshape(len(outputs), -1)
     moved = (twin.outputs.double() - outputs).reshape_as(t)
     turned = gradient_of(loss, twin.outputs.double(), targets).double() - link.gradient
-    gap = turned - link.curvature(moved)
     return _Answer(
         t.square().sum(1),
         (t * moved).sum(1),
         (link.curvature(t) * moved).sum(1),
         (t * turned).sum(1),
-        float(turned.norm()),
-        float(gap.norm()) if float(turned.norm()) > 0 else float(moved.norm()),
+        bend_of(loss, link, outputs, targets, moved),
     )
-
-
-def _bent(answers: Sequence[_Answer]) -> float:
-    """Share of the gradients' change from model to twins that the curvature leaves open."""
-    gap, change = (math.hypot(*(getattr(a, k) for a in answers)) for k in ("open", "change"))
-    return gap / max(change, TINY)
 
 
 class _ByGradients(NamedTuple):

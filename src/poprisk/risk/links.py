@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -222,6 +222,44 @@ def link_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Link:
 def gradient_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Tensor:
     """Derivative of each example's loss by its outputs (n, ...), (n, c)."""
     return _differentiated(loss, outputs, targets, twice=False)[1]
+
+
+class Bend(NamedTuple):
+    """How far gradients change otherwise than the curvature says, both norms.
+
+    Attributes:
+        change: of the gradients.
+        open: of what of it the curvature leaves open.
+    """
+
+    change: float
+    open: float
+
+
+NO_CURVATURE = (
+    "the loss is not quadratic over what moves: its curvature (zero but at kinks?) does not tell "
+    "how its gradients change, and a linear response goes by nothing else"
+)
+BENT = 0.5
+"""Share of the gradients' change from which on a loss is not quadratic over what moved."""
+
+
+def bend_of(
+    loss: PerExampleLoss, link: Link, outputs: Tensor, targets: Tensor, moved: Tensor
+) -> Bend:
+    """How far a loss is from quadratic between outputs (n, ...) and these moved by (n, c)."""
+    there = gradient_of(loss, outputs + moved.reshape(outputs.shape), targets).double()
+    turned = there - link.gradient
+    change = float(turned.norm())
+    # Outputs that move while no gradient does have no curvature to be judged by.
+    gap = turned - link.curvature(moved) if change > 0 else moved
+    return Bend(change, float(gap.norm()))
+
+
+def is_bent(bends: Sequence[Bend]) -> bool:
+    """Whether the curvature leaves more open than :data:`BENT` of what the gradients did."""
+    gap, change = math.hypot(*(b.open for b in bends)), math.hypot(*(b.change for b in bends))
+    return gap > BENT * change
 
 
 def on_logits(loss: PerExampleLoss, outputs: Tensor) -> PerExampleLoss:
