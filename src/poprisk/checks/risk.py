@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -218,24 +218,147 @@ def check_scale(scale: float) -> float:
     if not 0 < scale < float("inf"):
         raise ValueError(
             f"the loss has an output gradient of size {scale} on the first batch, which gives no "
-            "scale for the perturbation; check labels and outputs for NaN, or for a loss that is 0."
+            "scale for the perturbation; check labels and outputs for NaN, or for a loss that is 0 "
+            "(are all labels of the batch ignored?)."
         )
     return scale
 
 
-def check_twin_state(state_dict: Any, replicas: int) -> None:
-    """Raise ValueError unless ``state_dict`` is one of a twin with as many replicas."""
+def check_twin_state(state_dict: Any, models: list[Any], settings: dict[str, Any]) -> None:
+    """Raise unless ``state_dict`` is one of a twin with the same replicas and settings.
+
+    Args:
+        state_dict: to load.
+        models: state dicts of the replicas it is to be loaded into.
+        settings: of the twin; a state of an earlier version has none.
+
+    Raises:
+        TypeError: if it is no dict.
+        ValueError: if it does not fit.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dict, but got {type(state_dict).__name__}.")
     found = len(state_dict["models"]) if "models" in state_dict else 0
-    if found != replicas:
+    if found != len(models):
         raise ValueError(
-            f"state_dict does not fit: it holds {found} models, this one {replicas} (probes + 1)."
+            f"state_dict does not fit: it holds {found} models, this one {len(models)} (probes + "
+            "1)."
+        )
+    missing = {"optimizers", "steps", "scale", "shape", "doubt"} - state_dict.keys()
+    if missing:
+        raise ValueError(f"state_dict is not a twin's: it has no {sorted(missing)}.")
+    for name, value in state_dict.get("settings", {}).items():
+        if name in settings and settings[name] != value:
+            raise ValueError(
+                f"state_dict was saved with {name}={value!r}, but this twin has "
+                f"{settings[name]!r}; the estimates depend on it: use the same settings."
+            )
+    for mine, theirs in zip(models, state_dict["models"], strict=True):
+        check_same_shapes(mine, theirs)
+
+
+def check_same_shapes(mine: Any, theirs: Any) -> None:
+    """Raise ValueError unless two state dicts of a model have the same tensors."""
+    for name in {**mine, **theirs}:
+        found, needed = (_shape(state.get(name)) for state in (theirs, mine))
+        if found != needed:
+            raise ValueError(
+                f"state_dict is of another model: {name} is {found} there and {needed} here."
+            )
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_same_loss(loss: Any, sample: Any) -> None:
+    """Raise ValueError unless a loss gives what it gave on a sample of examples.
+
+    Args:
+        loss: one value an example.
+        sample: outputs, targets and losses of a few examples, or None.
+    """
+    if sample is None:
+        return
+    outputs, targets, losses = sample
+    try:
+        found = loss(outputs, targets)
+    except Exception as error:
+        raise ValueError(
+            f"state_dict was saved with another loss: this one fails on its examples ({error})."
+        ) from error
+    same = isinstance(found, Tensor) and found.shape == losses.shape
+    if not same or not found.detach().allclose(losses, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            "state_dict was saved with another loss: this one gives other values on its examples; "
+            "the estimates depend on it."
         )
 
 
-def check_estimates(lengths: list[int]) -> None:
-    """Raise ValueError unless there are estimates, all of equally many examples."""
-    if not lengths:
+def check_defined_around(loss: Any, outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError if a loss fails a step away from the outputs of a model.
+
+    Leave-one-out outputs lie anywhere around a model's own; a loss of probabilities does not.
+    """
+    for step in (-1.0, 1.0):
+        moved = outputs + step * (1 + outputs.abs())
+        try:
+            good = bool(loss(moved, targets).detach().isfinite().all())
+        except (RuntimeError, ValueError, AssertionError) as error:
+            good, why = False, f"raises {type(error).__name__}"
+        else:
+            why = "is not finite"
+        if not good:
+            raise ValueError(
+                f"loss must be defined for any outputs, but {why} at some that lie a step beyond "
+                "the model's; if these are probabilities, let the model put out logits and use "
+                "binary_cross_entropy_with_logits or cross_entropy."
+            )
+
+
+SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+
+
+def check_not_sharded(name: str, model: torch.nn.Module) -> None:
+    """Raise ValueError if a model's parameters are sharded over processes."""
+    kinds = {kind.__name__ for m in model.modules() for kind in type(m).__mro__}
+    if kinds & set(SHARDED) or any(hasattr(p, "to_local") for p in model.parameters()):
+        raise ValueError(
+            f"{name} does not take models whose parameters are sharded (FSDP, DTensor), which "
+            "cannot be copied; use DistributedDataParallel, or measure on one process."
+        )
+
+
+def check_not_parallel(name: str, model: torch.nn.Module) -> None:
+    """Raise ValueError if a model's gradients are those of several processes."""
+    check_not_sharded(name, model)
+    parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    if any(isinstance(m, parallel) for m in model.modules()):
+        raise ValueError(
+            f"{name} takes this process's batch only, but the step of a {type(model).__name__} is "
+            "made of all processes' batches; gather the batch and pass model.module with an "
+            "optimizer of its parameters, on one process."
+        )
+
+
+def check_estimates(estimates: Any, kind: type) -> None:
+    """Raise unless there are estimates, all of equally many examples.
+
+    Raises:
+        TypeError: if one is of another kind, such as its value alone.
+        ValueError: if there is none, or they are not of the same examples.
+    """
+    single = isinstance(estimates, (kind, str)) or not isinstance(estimates, Iterable)
+    found: list[Any] = [estimates] if single else list(estimates)
+    wrong = next((e for e in found if not isinstance(e, kind)), estimates if single else None)
+    if wrong is not None:
+        raise TypeError(
+            f"estimates must be a sequence of what twin.estimate(x, y) returned ({kind.__name__}), "
+            f"but got {type(wrong).__name__}: their values alone have no errors to compare."
+        )
+    if not found:
         raise ValueError("there is no estimate to choose from; call twin.estimate(x, y) first.")
+    lengths = [len(e.losses) for e in found]
     if len(set(lengths)) > 1:
         raise ValueError(
             f"estimates must be of the same training examples, but they are of {min(lengths)} to "
@@ -243,12 +366,27 @@ def check_estimates(lengths: list[int]) -> None:
         )
 
 
-def check_canaries(targets: Any, fraction: float) -> int:
-    """Return how many of the targets become canaries.
+def check_arms(arms: Any) -> None:
+    """Raise unless arms are named.
 
     Raises:
-        TypeError: if targets are not a tensor of numbers or classes.
-        ValueError: if no label, or every label, would be replaced.
+        TypeError: if they are no mapping.
+        ValueError: if there is none.
+    """
+    if not isinstance(arms, Mapping):
+        raise TypeError(
+            f"arms must be a dict from names to estimates, but got {type(arms).__name__}."
+        )
+    if not arms:
+        raise ValueError("there is no estimate to choose from; call twin.estimate(x, y) first.")
+
+
+def check_labels(targets: Any) -> Tensor:
+    """Return targets if some of them can be replaced by others.
+
+    Raises:
+        TypeError: if they are not a tensor of numbers or of one class an example.
+        ValueError: if they are classes in floating point, of which noise would make no labels.
     """
     if not isinstance(targets, Tensor) or targets.is_complex() or targets.ndim == 0:
         raise TypeError(f"targets must be a tensor of labels, but got {type(targets).__name__}.")
@@ -256,24 +394,51 @@ def check_canaries(targets: Any, fraction: float) -> int:
         raise TypeError(
             f"class targets must have shape (n,), but got {tuple(targets.shape)}; flatten tokens."
         )
-    count = round(fraction * len(targets))
-    if not 1 <= count < len(targets):
+    if targets.is_floating_point():
+        known = targets[~targets.isnan()]
+        if len(known) and bool(((known == 0) | (known == 1)).all()):
+            raise ValueError(
+                f"targets hold only 0 and 1 as {targets.dtype}: class labels, which noise cannot "
+                "be added to; pass integer classes (n,): targets.long(), or targets.argmax(1) for "
+                "one-hot rows."
+            )
+    return targets
+
+
+def check_canaries(labels: int, fraction: float) -> int:
+    """Return how many of the labels become canaries.
+
+    Raises:
+        ValueError: if no label, or every label, would be replaced.
+    """
+    count = round(fraction * labels)
+    if not 1 <= count < labels:
         raise ValueError(
-            f"fraction={fraction} of {len(targets)} labels makes {count} canaries; choose one that "
+            f"fraction={fraction} of {labels} labels makes {count} canaries; choose one that "
             "makes at least one and leaves some labels as they are."
         )
     return count
 
 
-def check_classes(targets: Tensor, classes: int | None) -> int:
-    """Return the number of classes, counted if not given; at least two, and all labels below it."""
+def check_classes(targets: Tensor, classes: int | None, dtype: torch.dtype) -> int:
+    """Return the number of classes, counted if not given; at least two, and all labels below it.
+
+    Args:
+        targets: labels, (n,), 64 bits.
+        classes: given number of them.
+        dtype: of the labels as they came, which has to hold the last class.
+    """
     found = int(targets.max()) + 1
+    classes = max(found, 2) if classes is None and dtype == torch.bool else classes
     classes = found if classes is None else classes
     if classes < max(found, 2) or int(targets.min()) < 0:
         raise ValueError(
             f"labels must lie in 0..classes-1 with at least two classes, but got "
             f"{int(targets.min())}..{found - 1} and classes={classes}."
         )
+    largest = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+    if classes - 1 > largest:
+        raise ValueError(f"classes={classes} do not fit into labels of {dtype}; widen them.")
     return classes
 
 
@@ -323,6 +488,30 @@ def check_fresh(model: torch.nn.Module, b: int, fresh: Any, groups: Any) -> None
             f"groups must be an integer from 2 to the batch's {b} examples, but got {groups!r}."
         )
     check_no_batch_statistics(model)
+
+
+def check_some_loss(counted: int) -> None:
+    """Raise ValueError if no example of a batch has a loss."""
+    if not counted:
+        raise ValueError(
+            "no example of the batch has a loss: all labels are ignored, masked or of weight zero."
+        )
+
+
+def check_transformable(problem: Any, w: Tensor) -> None:
+    """Raise ValueError if a model's outputs have no derivative along the weights by torch.func.
+
+    Args:
+        problem: of a recorded run.
+        w: flat weights, (P,).
+    """
+    try:
+        problem.jvp(w, problem.train[0][:1], torch.zeros_like(w).unsqueeze(1))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model's outputs cannot be differentiated along its weights ({error}): a forward "
+            "pass that calls torch.autograd.grad cannot be followed, one with torch.func.grad can."
+        ) from error
 
 
 def check_record_of_twin(now: list[Tensor], recorded: Tensor, twin_steps: int, steps: int) -> None:

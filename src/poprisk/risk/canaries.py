@@ -55,21 +55,24 @@ class Canaries:
     r"""Replace a known small fraction of labels at random, and see how many of them are fitted.
 
     Class labels are drawn anew, uniformly over all classes; numbers get noise of random sign. A
-    model that has not memorized predicts a canary's label by chance only.
+    model that has not memorized predicts a canary's label by chance only. Examples without a label
+    (``ignore_index``, or a NaN among an example's numbers) become no canaries and do not count.
 
     Args:
-        targets: training labels, (n,) integers or (n, ...) numbers.
-        fraction: share of them to replace.
+        targets: training labels: (n,) integers of any width or booleans, or (n, ...) numbers.
+        fraction: share of the labelled ones to replace.
         classes: number of classes; counted if left out.
         spread: for numbers, size of the noise in standard deviations of the targets.
         seed: of the choice and of the labels.
+        ignore_index: the class label that stands for none, as in torch's losses.
 
     Attributes:
         targets: the labels to train on; a copy.
         index: positions of the canaries, in order.
 
     Raises:
-        TypeError, ValueError: for a bad argument, or if no label would be replaced.
+        TypeError, ValueError: for a bad argument, if no label would be replaced, or if classes come
+            as floating-point zeros and ones.
 
     Example:
         >>> canaries = Canaries(torch.arange(1000) % 10)
@@ -85,25 +88,31 @@ class Canaries:
         classes: int | None = None,
         spread: float = 1.0,
         seed: int = 0,
+        ignore_index: int = -100,
     ) -> None:
         checks.check_number("fraction", fraction, low=0.0, high=1.0, include_low=False)
         checks.check_number("spread", spread, low=0.0, include_low=False)
-        count = inputs.check_canaries(targets, fraction)
+        targets = inputs.check_labels(targets)
+        self.labelled = _labelled(targets, ignore_index)
+        known = self.labelled.nonzero().squeeze(1)
+        count = inputs.check_canaries(len(known), fraction)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(targets), generator=generator)
-        self.index = order[:count].sort().values.to(targets.device)
-        self.original = targets[self.index].clone()
-        self.targets = targets.clone()
+        order = torch.randperm(len(known), generator=generator)[:count]
+        self.index = known[order.sort().values.to(known.device)]
+        # In 64 bits: torch indexes and compares few of the narrower kinds.
+        numbers = targets if targets.is_floating_point() else targets.long()
+        original = numbers[self.index]
         self.classes: int | None = None
         if targets.is_floating_point():
-            size = spread * float(targets.double().std())
+            size = spread * float(targets[known].double().std())
             shape = (count, *targets.shape[1:])
             signs = 2 * torch.randint(2, shape, generator=generator) - 1
-            drawn = self.original + size * signs.to(targets.device, targets.dtype)
+            drawn = original + size * signs.to(targets.device, targets.dtype)
         else:
-            self.classes = inputs.check_classes(targets, classes)
-            drawn = torch.randint(self.classes, (count,), generator=generator).to(targets)
-        self.targets[self.index] = drawn
+            self.classes = inputs.check_classes(numbers[known], classes, targets.dtype)
+            drawn = torch.randint(self.classes, (count,), generator=generator).to(original)
+        self.original = original.to(targets.dtype)
+        self.targets = numbers.index_copy(0, self.index, drawn).to(targets.dtype)
 
     def relabel(self, targets: Tensor, index: Tensor) -> Tensor:
         """The labels to train on for a batch of a data set that is read piece by piece.
@@ -147,7 +156,7 @@ class Canaries:
         error = _standard_error(values)
         few = f"{len(values)} canaries leave a standard error of {error:.2f}" if error > 0.2 else ""
         few = "too few canaries to tell" if len(values) < 2 else few
-        return Memorization(value, error, not few, few, len(self.index) / len(self.targets))
+        return Memorization(value, error, not few, few, self._cost)
 
     def error_bound(self, outputs: Tensor, *, confidence: float = 0.95) -> ErrorBound:
         r"""Bound on the error on fresh examples, from how badly the canaries are fitted.
@@ -170,22 +179,23 @@ class Canaries:
         """
         k = inputs.check_bound(self.classes, outputs, len(self.targets))
         checks.check_number("confidence", confidence, low=0.0, high=1.0, include_high=False)
-        wrong = (outputs.argmax(1) != self.targets.to(outputs.device)).double()
-        others = torch.ones(len(wrong), dtype=torch.bool, device=wrong.device)
-        others[self.index] = False
-        fitted, planted = wrong[others], wrong[self.index]
+        wrong = (outputs.argmax(1) != self.targets.to(outputs.device, torch.long)).double()
+        others = self.labelled.to(wrong.device, copy=True)
+        others[self.index.to(wrong.device)] = False
+        fitted, planted = wrong[others], wrong[self.index.to(wrong.device)]
         m, n = len(planted), max(len(fitted), 1)
         expected = float(fitted.mean()) + (k - 1) - k * float(planted.mean())
         c = 2 * k + math.sqrt(k) + m / (n * math.sqrt(k))
         value = expected + c * math.sqrt(math.log(4 / (1 - confidence)) / (2 * m))
         error = math.hypot(_standard_error(fitted), k * _standard_error(planted))
         reason = "" if value < 1 else f"vacuous: {m} canaries are too few for {k} classes"
-        return ErrorBound(value, expected, error, not reason, reason, m / len(wrong))
+        return ErrorBound(value, expected, error, not reason, reason, self._cost)
 
     def _label_contrast(self, logits: Tensor) -> Tensor:
         """The planted label's probability against that of other wrong labels, by canary."""
         p = logits.double().softmax(1)
-        planted, original = self.targets[self.index].to(p.device), self.original.to(p.device)
+        planted = self.targets[self.index].to(p.device, torch.long)
+        original = self.original.to(p.device, torch.long)
         own = p.gather(1, planted[:, None]).squeeze(1)
         k = p.shape[1]
         if k == 2:
@@ -193,10 +203,22 @@ class Canaries:
         replaced = p.gather(1, original[:, None]).squeeze(1)
         return (own - (1 - own - replaced) / (k - 2))[planted != original]
 
+    @property
+    def _cost(self) -> float:
+        """Share of the training labels that is given up."""
+        return len(self.index) / int(self.labelled.sum())
+
     def _on_canaries(self, outputs: Tensor) -> Tensor:
         inputs.check_canary_outputs(len(outputs), len(self.index), len(self.targets))
         whole = len(outputs) == len(self.targets)
         return outputs[self.index.to(outputs.device)] if whole else outputs
+
+
+def _labelled(targets: Tensor, ignore_index: int) -> Tensor:
+    """Which examples have a label, (n,)."""
+    if targets.is_floating_point():
+        return ~targets.isnan().reshape(len(targets), -1).any(1)
+    return targets.long() != ignore_index
 
 
 def _standard_error(values: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ class StoppingPoint(NamedTuple):
 
     Attributes:
         index: position in the sequence of estimates.
-        low: first position around it that is not worse by more than two standard errors.
-        high: last such position.
+        low: first position that is not worse by more than two standard errors.
+        high: last such position; those between ``low`` and ``high`` may be worse.
         estimate: the one at ``index``.
         valid: whether any estimate was comparable.
         reason: why the search ended where it did; empty if all estimates were comparable.
@@ -52,12 +53,15 @@ def stopping_point(estimates: Sequence[RiskEstimate]) -> StoppingPoint:
     r"""The comparable estimate of least value, before the run's first two in a row that are not.
 
     Past those the network interpolates its labels, and a later small value would be an accident.
-    The interval compares the leave-one-out losses of the same examples, pair by pair.
+    The interval holds every moment that the estimates cannot tell from that one: the error of a
+    difference of two estimates is that of the leave-one-out losses of the same examples, pair by
+    pair, and of what their responses, measured by the same signs, do not share.
 
     Args:
         estimates: of one run, in the order of training, on the same examples.
 
     Raises:
+        TypeError: if they are no estimates.
         ValueError: if there is none, or they are not of the same examples.
 
     Example:
@@ -68,17 +72,14 @@ def stopping_point(estimates: Sequence[RiskEstimate]) -> StoppingPoint:
         >>> stopping_point([estimate(3.0), estimate(1.0), estimate(2.0)]).index
         1
     """
-    inputs.check_estimates([len(e.losses) for e in estimates])
+    inputs.check_estimates(estimates, RiskEstimate)
     positions = comparable_positions([e.comparable for e in estimates])
     if not positions:
         return StoppingPoint(0, 0, 0, estimates[0], False, estimates[0].reason)
     best = min(positions, key=lambda i: estimates[i].value)
     reason = next((e.reason for e in estimates if not e.comparable), "")
-    low = high = best
-    while low - 1 in positions and _ties(estimates[low - 1], estimates[best]):
-        low -= 1
-    while high + 1 in positions and _ties(estimates[high + 1], estimates[best]):
-        high += 1
+    equal = [i for i in positions if _ties(estimates[i], estimates[best])]
+    low, high = min(equal), max(equal)
     return StoppingPoint(best, low, high, estimates[best], True, reason)
 
 
@@ -91,10 +92,14 @@ def select(arms: Mapping[str, RiskEstimate | Sequence[RiskEstimate]]) -> Selecti
         arms: by name, one estimate or those of a run; all of the same training examples.
 
     Raises:
+        TypeError: if ``arms`` is no mapping to estimates.
         ValueError: if there is no arm, or they are not of the same examples.
     """
-    runs = {k: [v] if isinstance(v, RiskEstimate) else list(v) for k, v in arms.items()}
-    inputs.check_estimates([len(e.losses) for run in runs.values() for e in run])
+    inputs.check_arms(arms)
+    runs = {k: [v] if isinstance(v, RiskEstimate) else v for k, v in arms.items()}
+    for run in runs.values():
+        inputs.check_estimates(run, RiskEstimate)
+    inputs.check_estimates([e for run in runs.values() for e in run], RiskEstimate)
     points = {name: stopping_point(run) for name, run in runs.items()}
     left_out = {name: p.reason for name, p in points.items() if not p.valid}
     usable = {name: p for name, p in points.items() if p.valid}
@@ -118,7 +123,24 @@ def comparable_positions(comparable: Sequence[bool]) -> list[int]:
 
 
 def _ties(other: RiskEstimate, best: RiskEstimate) -> bool:
-    """Whether the mean difference of the losses is within two of its standard errors."""
-    difference = other.losses - best.losses
-    mean = float(difference.mean())
-    return mean <= Z * grouped_error(difference - mean, None) / len(difference)
+    """Whether the difference of two estimates is within two of its standard errors."""
+    return other.value - best.value <= Z * difference_error(other, best)
+
+
+def difference_error(a: RiskEstimate, b: RiskEstimate) -> float:
+    r"""Standard error of the difference of two estimates of the same examples.
+
+    .. math:: \mathrm{se}^2 = \frac1{n^2}\sum_i(\Delta\ell_i-\overline{\Delta\ell})^2
+              + \sum_{k,i}(\rho_{ki}^a-\rho_{ki}^b)^2
+
+    with each example's share ρ in the error of the response by probe k; what both share cancels.
+    Those of runs with other signs, or other numbers of them, are independent.
+    """
+    rows = slice(None) if b.counted is None else b.counted
+    change = (a.losses - b.losses)[rows]
+    groups = a.groups if a.groups is not None else b.groups
+    own = None if groups is None else groups[rows]
+    sampling = grouped_error(change - change.mean(), own) / len(change)
+    shared = a.signs == b.signs and a.influence.shape == b.influence.shape
+    apart = [*(a.influence - b.influence)] if shared else [*a.influence, *b.influence]
+    return math.hypot(sampling, *(grouped_error(row[rows], own) for row in apart))

@@ -6,19 +6,44 @@ A twin trained on the tilted losses :math:`\ell_i(u) - \delta z_i\cdot u`, z ran
 
 estimates the degrees of freedom per output (Hutchinson). :mod:`poprisk.risk.links` turns them into
 leave-one-out outputs; the estimate is the mean of their losses.
+
+That takes a loss for quadratic over what the twin moved. Where it is not (absolute error,
+quantiles, hinge: no curvature but at kinks, which a second derivative does not see) the response of
+the gradients stands for :math:`B_iH_i`. From :math:`A^{-1}du + d\nabla\ell = dt` follows without
+any second derivative
+
+.. math:: A = \frac{h}{1-\varphi},\qquad
+          h = \frac{\sum_i z_i\cdot(u_i'-u_i)}{\delta\sum_i|z_i|^2},\quad
+          \varphi = \frac{\sum_i z_i\cdot(\nabla\ell_i(u_i')-\nabla\ell_i(u_i))}
+                         {\delta\sum_i|z_i|^2}.
+
+For absolute error this φ is the share of labels that are fitted exactly. Ours; both ways give the
+same numbers for squared error.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from poprisk.risk.links import Link, PerExampleLoss, link_of
+from poprisk.risk.links import (
+    LARGEST_GAIN,
+    Bend,
+    Link,
+    PerExampleLoss,
+    bend_of,
+    gradient_of,
+    ignored_examples,
+    is_bent,
+    link_of,
+    on_logits,
+)
 
 MAX_UNCERTAINTY = 0.2
 """Largest share of the estimate by which one standard error of the response may raise it."""
@@ -30,6 +55,14 @@ MAX_COMPARABLE = 3.0
 """Largest such ratio for which it still orders the estimates of a run."""
 FEW_EXAMPLES = 0.2
 """Largest standard error of the mean loss, as a share of the estimate."""
+MOST_USED = 0.95
+"""Largest share of the freedom for which a gain is computed; it is flagged far below."""
+SEPARABLE = 0.995
+"""Share of fitted labels from which on a classification has no finite best fit."""
+TINY = 1e-300
+"""What nothing is divided by."""
+SPREAD = 1.15
+"""Mean of a squared normal number over its mean absolute deviation from its median."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +83,18 @@ class RiskEstimate:
         freedom_error: standard error of φ.
         accuracy: share of labels that leave-one-out outputs predict; None unless classes.
         outputs: leave-one-out outputs, shape of the model's, float64.
-        losses: their losses, (n,), float64.
+        losses: their losses, (n,), float64; 0 for examples that have none.
         parts: degrees of freedom of each part of the examples; one unless parts were asked for.
+        influence: how much the twins' answer at each example adds to the error of the value,
+            (probes, n), float64; the response's share of ``standard_error`` is the root of its
+            summed squares. Estimates along a run share most of it.
+        groups: ids of dependent examples that errors were computed with, (n,), or None.
+        signs: which signs the twins were pushed by; estimates of other signs share no error.
+        counted: which examples have a loss, (n,), boolean; None: all of them.
+
+    Means, errors and accuracy are over the examples that have a loss. Others (unlabelled by
+    ``ignore_index``, masked, of weight zero: those whose loss is 0 whatever the outputs) count
+    neither as right nor as wrong, as in torch's own mean with an ``ignore_index``.
     """
 
     value: float
@@ -68,10 +111,18 @@ class RiskEstimate:
     outputs: Tensor
     losses: Tensor
     parts: tuple[Freedom, ...] = ()
+    influence: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    groups: Tensor | None = None
+    signs: int = 0
+    counted: Tensor | None = None
 
     def __repr__(self) -> str:
         shown = f"value={self.value:.4g}, standard_error={self.standard_error:.2g}"
         return f"RiskEstimate({shown}, valid={self.valid}, reason={self.reason!r})"
+
+
+Gains = tuple[float, float, float]
+ALONE: Gains = (0.0, 0.0, 0.0)
 
 
 class TwinOutputs(NamedTuple):
@@ -112,61 +163,201 @@ def estimate_risk(
         cost: passed on.
         doubt: a reason known beforehand why the estimate is not valid.
     """
-    u, in_double = outputs.double(), _in_double(loss, outputs, targets)
-    y = _double(targets) if in_double else targets
-
-    def scored(v: Tensor) -> Tensor:
-        return loss(v if in_double else v.to(outputs.dtype), y).detach().double()
-
+    in_double = _in_double(loss, outputs, targets)
+    u, y = outputs.double(), _double(targets) if in_double else targets
+    smooth = on_logits(loss if in_double else _cast(loss, outputs.dtype), u)
+    losses = _scored(smooth, u, y)
     if not all(bool(t.isfinite().all()) for t in (outputs, *(twin.outputs for twin in twins))):
-        return _failed(u, scored(u), cost, "outputs are not finite")
-    smooth = loss if in_double else _cast(loss, outputs.dtype)
-    link = link_of(smooth, u, y)
-    found = measure_freedom(link, u, twins, groups)
-    shared = [Part(slice(None), link, found)]
+        return _failed(u, losses, cost, "outputs are not finite")
+    some = (~ignored_examples(smooth, u, y)).nonzero().squeeze(1)
+    if not len(some):
+        return _failed(u, losses, cost, "no example has a loss: all are masked or of weight zero")
+    given, u, y = u, u[some], y[some]
+    pushed = _rows(twins, some)
+    found = _respond(smooth, u, y, pushed, _of(groups, some))
+    shared = [Part(slice(None), found.link, found.freedom, found.gains)]
     if parts is not None:
-        shared = measure_parts(smooth, u, y, twins, parts, whole=found, groups=groups)
-    left_out = _left_out(u, shared)
-    losses = scored(left_out)
-    value = float(losses.mean())
-    upper, lower = (float(scored(_left_out(u, shared, errors=e)).mean()) for e in (1.0, -1.0))
-    sampling = grouped_error(losses - value, groups) / len(losses)
-    train_loss = float(scored(u).mean())
-    judged = (value, upper, train_loss, found.value, sampling)
-    reason = doubt or _objection(*judged, limit=MAX_CORRECTION)
+        ids, own = _of(parts, some), _of(groups, some)
+        shared = (
+            _parts_by_gradients(smooth, u, y, pushed, ids, whole=found, groups=own)
+            if found.by_gradients
+            else measure_parts(smooth, u, y, pushed, ids, whole=found.freedom, groups=own)
+        )
+    left_out, higher, lower = (_left_out(u, shared, errors=e) for e in (0, 1, -1))
+    mine, upper, under = (_scored(smooth, v, y) for v in (left_out, higher, lower))
+    value, fitted = float(mine.mean()), losses[some]
+    sampling = grouped_error(mine - value, _of(groups, some)) / len(mine)
+    slopes = 0.5 * (upper - under) / len(mine)
+    right = _accuracy(smooth, found.link, u, y)
+    judged = _Judged(value, float(upper.mean()), fitted, found.freedom.value, sampling, right)
+    reason = doubt or judged.objection(MAX_CORRECTION)
     return RiskEstimate(
         value=value,
-        standard_error=math.hypot(sampling, 0.5 * (upper - lower)),
+        standard_error=math.hypot(sampling, 0.5 * float(upper.mean() - under.mean())),
         valid=not reason,
         reason=reason,
-        comparable=not (doubt or _objection(*judged, limit=MAX_COMPARABLE)),
+        comparable=not (doubt or judged.objection(MAX_COMPARABLE)),
         cost=cost,
-        train_loss=train_loss,
-        response=found.response,
-        freedom=found.value,
-        freedom_error=found.error,
-        accuracy=_accuracy(link, left_out, targets),
-        outputs=left_out,
-        losses=losses,
+        train_loss=float(fitted.mean()),
+        response=found.freedom.response,
+        freedom=found.freedom.value,
+        freedom_error=found.freedom.error,
+        accuracy=_accuracy(smooth, found.link, left_out, y),
+        outputs=given.index_copy(0, some, left_out),
+        losses=torch.zeros_like(losses).index_copy(0, some, mine),
         parts=tuple(part.freedom for part in shared),
+        influence=_spread_out(float(slopes.sum()) * found.influence, some, len(given)),
+        groups=groups,
+        signs=_signature(twins),
+        counted=torch.zeros(len(given), dtype=torch.bool).index_fill(0, some, True),
     )
 
 
+def _signature(twins: Sequence[TwinOutputs]) -> int:
+    """A number that two sets of twins share if they were pushed by the same signs."""
+    return zlib.crc32(b"".join((t.tilt > 0).cpu().numpy().tobytes() for t in twins))
+
+
+class Response(NamedTuple):
+    """How examples answer that share one gain.
+
+    Attributes:
+        link: of their losses.
+        freedom: measured.
+        gains: that explain it: less one standard error, as measured, and more by one.
+        influence: of each example's answer on the error, (probes, n), of unit length.
+        by_gradients: whether the gradients' response stood for the curvature's.
+    """
+
+    link: Link
+    freedom: Freedom
+    gains: Gains
+    influence: Tensor
+    by_gradients: bool
+
+
 class Part(NamedTuple):
-    """Examples that share one response: which, the link of their losses, and what was measured."""
+    """Examples that share one response: which, the link of their losses, what was measured."""
 
     rows: Tensor | slice
     link: Link
     freedom: Freedom
+    gains: Gains
 
 
-def _left_out(u: Tensor, parts: Sequence[Part], *, errors: float = 0.0) -> Tensor:
-    """Leave-one-out outputs, every part's freedom raised by so many of its standard errors."""
+def _left_out(u: Tensor, parts: Sequence[Part], *, errors: int = 0) -> Tensor:
+    """Leave-one-out outputs, every part's response raised by so many of its standard errors."""
     flat = u.reshape(len(u), -1)
     found = flat.clone()
-    for rows, link, freedom in parts:
-        found[rows] = link.leave_one_out(flat[rows], freedom.value + errors * freedom.error)
+    for rows, link, _, gains in parts:
+        found[rows] = flat[rows] + gains[1 + errors] * link.gradient
     return found.reshape(u.shape)
+
+
+def _rows(twins: Sequence[TwinOutputs], rows: Tensor) -> list[TwinOutputs]:
+    return [TwinOutputs(t.outputs[rows], t.tilt[rows]) for t in twins]
+
+
+def _scored(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Tensor:
+    return loss(outputs, targets).detach().double()
+
+
+def _of(ids: Tensor | None, rows: Tensor) -> Any:
+    """Ids 0..K-1 of some of the examples."""
+    return None if ids is None else torch.unique(ids[rows], return_inverse=True)[1]
+
+
+def _spread_out(values: Tensor, some: Tensor, n: int) -> Tensor:
+    """Values (k, m) of some of n examples among all, zero at the others."""
+    found = torch.zeros(len(values), n, dtype=values.dtype, device=values.device)
+    return found.index_copy(1, some, values)
+
+
+def _respond(
+    loss: PerExampleLoss,
+    outputs: Tensor,
+    targets: Tensor,
+    twins: Sequence[TwinOutputs],
+    groups: Tensor | None,
+) -> Response:
+    """The response of examples, from the curvature of their losses or from their gradients."""
+    link = link_of(loss, outputs, targets)
+    answers = [_answer(loss, link, outputs, targets, twin) for twin in twins]
+    freedom = measure_freedom(link, outputs, twins, groups)
+    gains = _curved_gains(link, freedom)
+    deviations = [a.follows - freedom.value * a.size for a in answers]
+    bent = is_bent([a.bend for a in answers]) or gains[1] >= LARGEST_GAIN
+    if bent:
+        freedom, gains, deviations = _by_gradients(answers, groups)
+    influence = torch.stack(deviations)
+    return Response(link, freedom, gains, influence / influence.norm().clamp_min(TINY), bent)
+
+
+def _curved_gains(link: Link, freedom: Freedom) -> Gains:
+    low, middle, high = (link.gain(freedom.value + e * freedom.error) for e in (-1, 0, 1))
+    return low, middle, high
+
+
+def _around(gain: float, error: float) -> Gains:
+    return max(gain - error, 0.0), max(gain, 0.0), max(gain + error, 0.0)
+
+
+class _Answer(NamedTuple):
+    """What one twin did at each example (n,), and how far its gradients are off the curvature's.
+
+    Attributes:
+        size: squared tilt.
+        moved: outputs along it.
+        follows: the curvature's gradient change along it.
+        turned: the gradients' change along it.
+        bend: how far the loss is from quadratic over what moved.
+    """
+
+    size: Tensor
+    moved: Tensor
+    follows: Tensor
+    turned: Tensor
+    bend: Bend
+
+
+def _answer(
+    loss: PerExampleLoss, link: Link, outputs: Tensor, targets: Tensor, twin: TwinOutputs
+) -> _Answer:
+    t = twin.tilt.double().reshape(len(outputs), -1)
+    moved = (twin.outputs.double() - outputs).reshape_as(t)
+    turned = gradient_of(loss, twin.outputs.double(), targets).double() - link.gradient
+    return _Answer(
+        t.square().sum(1),
+        (t * moved).sum(1),
+        (link.curvature(t) * moved).sum(1),
+        (t * turned).sum(1),
+        bend_of(loss, link, outputs, targets, moved),
+    )
+
+
+class _ByGradients(NamedTuple):
+    freedom: Freedom
+    gains: Gains
+    deviations: list[Tensor]
+
+
+def _by_gradients(answers: Sequence[_Answer], groups: Tensor | None) -> _ByGradients:
+    """Freedom, the gains and the examples' deviations, without the curvature."""
+    total = sum(float(a.size.sum()) for a in answers)
+    h = sum(float(a.moved.sum()) for a in answers) / total
+    used = sum(float(a.turned.sum()) for a in answers) / total
+    left = max(1 - used, 1 - MOST_USED)
+    gain = h / left
+    # The total differential of h / (1 - φ), so that errors the two share are counted once.
+    deviations = [
+        math.sqrt(2) * (a.moved + gain * a.turned - (h + gain * used) * a.size) / (left * total)
+        for a in answers
+    ]
+    turned = [math.sqrt(2) * (a.turned - used * a.size) / total for a in answers]
+    error, used_error = (
+        math.hypot(*(grouped_error(d, groups) for d in rows)) for rows in (deviations, turned)
+    )
+    return _ByGradients(Freedom(used, used_error, h), _around(gain, error), deviations)
 
 
 def measure_parts(
@@ -198,13 +389,42 @@ def measure_parts(
     for k in range(int(parts.max()) + 1):
         rows = (parts == k).nonzero().squeeze(1)
         link = link_of(loss, outputs[rows], targets[rows])
-        mine = [TwinOutputs(t.outputs[rows], t.tilt[rows]) for t in twins]
-        own = None if groups is None else torch.unique(groups[rows], return_inverse=True)[1]
-        found.append(Part(rows, link, measure_freedom(link, outputs[rows], mine, own)))
+        freedom = measure_freedom(link, outputs[rows], _rows(twins, rows), _of(groups, rows))
+        found.append(Part(rows, link, freedom, ALONE))
     noise = sum(p.freedom.error**2 for p in found) / len(found)
     spread = sum((p.freedom.value - whole.value) ** 2 for p in found) / len(found)
     real = max(spread - noise, 0.0)
-    return [p._replace(freedom=_drawn(p.freedom, whole, real)) for p in found]
+    drawn = [p._replace(freedom=_drawn(p.freedom, whole, real)) for p in found]
+    return [p._replace(gains=_curved_gains(p.link, p.freedom)) for p in drawn]
+
+
+def _parts_by_gradients(
+    loss: PerExampleLoss,
+    outputs: Tensor,
+    targets: Tensor,
+    twins: Sequence[TwinOutputs],
+    parts: Tensor,
+    *,
+    whole: Response,
+    groups: Tensor | None,
+) -> list[Part]:
+    """As :func:`measure_parts`, of gains where freedom has no curvature to be told by."""
+    found: list[Part] = []
+    for k in range(int(parts.max()) + 1):
+        rows = (parts == k).nonzero().squeeze(1)
+        u, y, mine = outputs[rows], targets[rows], _rows(twins, rows)
+        link = link_of(loss, u, y)
+        own = _by_gradients([_answer(loss, link, u, y, t) for t in mine], _of(groups, rows))
+        found.append(Part(rows, link, own.freedom, own.gains))
+    errors = [0.5 * (p.gains[2] - p.gains[0]) for p in found]
+    middle, error = whole.gains[1], 0.5 * (whole.gains[2] - whole.gains[0])
+    noise = sum(e**2 for e in errors) / len(found)
+    real = max(sum((p.gains[1] - middle) ** 2 for p in found) / len(found) - noise, 0.0)
+    gains = [
+        _drawn(Freedom(p.gains[1], e, 0.0), Freedom(middle, error, 0.0), real)
+        for p, e in zip(found, errors, strict=True)
+    ]
+    return [p._replace(gains=_around(g.value, g.error)) for p, g in zip(found, gains, strict=True)]
 
 
 def _drawn(own: Freedom, whole: Freedom, real: float) -> Freedom:
@@ -265,34 +485,89 @@ def _label_scale(link: Link) -> float:
     return float(diagonal.mean()) if spread <= 1e-9 * float(diagonal.max()) else 1.0
 
 
-def _objection(
-    value: float, upper: float, train: float, freedom: float, sampling: float, *, limit: float
-) -> str:
-    """Why an estimate is not to be believed; empty if nothing speaks against it."""
-    if not math.isfinite(value) or not math.isfinite(upper):
-        return "the estimate is not finite"
-    size = abs(value)
-    if freedom > MAX_FREEDOM:
-        return f"deep interpolation: {freedom:.0%} of the outputs' freedom is used up"
-    if value > limit * train > 0:
-        return f"deep interpolation: the estimate is {value / train:.1f} times the training loss"
-    if upper - value > MAX_UNCERTAINTY * size:
+class _Judged(NamedTuple):
+    """What an estimate is judged by.
+
+    Attributes:
+        value: the estimate.
+        upper: the same with a response higher by one standard error.
+        fitted: losses as trained, (n,).
+        freedom: share of the outputs' freedom that is used up.
+        sampling: standard error of the mean loss.
+        right: share of labels that the trained outputs predict; None unless classes.
+    """
+
+    value: float
+    upper: float
+    fitted: Tensor
+    freedom: float
+    sampling: float
+    right: float | None
+
+    def objection(self, limit: float) -> str:
+        """Why the estimate is not to be believed; empty if nothing speaks against it."""
+        if not math.isfinite(self.value) or not math.isfinite(self.upper):
+            return "the estimate is not finite"
+        return self._deep(limit) or self._uncertain()
+
+    def _deep(self, limit: float) -> str:
+        train = float(self.fitted.mean())
+        above, base = self.value - train, _base(self.fitted)
+        if self.freedom > MAX_FREEDOM:
+            return f"deep interpolation: {self.freedom:.0%} of the outputs' freedom is used up"
+        if self.right is not None and self.right >= SEPARABLE:
+            return (
+                f"separable: {self.right:.1%} of the training labels are fitted, so that the loss "
+                "falls without end and an output no longer follows its own label"
+            )
+        if not base > 0:
+            return "deep interpolation: no training loss is left"
+        if above <= (limit - 1) * base:
+            return ""
+        if base == train:
+            times = self.value / train
+            return f"deep interpolation: the estimate is {times:.1f} times the training loss"
         return (
-            f"the twin's response is uncertain: one standard error changes the estimate by "
-            f"{(upper - value) / size:.0%}; use more probes or a larger delta"
+            f"deep interpolation: the estimate lies {above / base:.1f} times the spread of the "
+            "training losses above their mean"
         )
-    if sampling > FEW_EXAMPLES * size:
-        return f"too few examples: their losses alone leave {sampling / size:.0%} uncertainty"
-    return ""
+
+    def _uncertain(self) -> str:
+        size = max(abs(self.value), _base(self.fitted))
+        if self.upper - self.value > MAX_UNCERTAINTY * size:
+            return (
+                f"the twin's response is uncertain: one standard error changes the estimate by "
+                f"{(self.upper - self.value) / size:.0%}; use more probes or a larger delta"
+            )
+        if self.sampling > FEW_EXAMPLES * size:
+            share = self.sampling / size
+            return f"too few examples: their losses alone leave {share:.0%} uncertainty"
+        return ""
 
 
-def _accuracy(link: Link, left_out: Tensor, targets: Tensor) -> float | None:
+def _base(losses: Tensor) -> float:
+    """What a correction is compared with: the mean loss, or the spread of losses below zero.
+
+    A log-likelihood of numbers has no zero of its own. Half a squared normal number has a mean of
+    :data:`SPREAD` times its mean absolute deviation, so that both are one scale.
+    """
+    if float(losses.min()) >= 0:
+        return float(losses.mean())
+    return SPREAD * float((losses - losses.median()).abs().mean())
+
+
+def _accuracy(loss: PerExampleLoss, link: Link, outputs: Tensor, targets: Tensor) -> float | None:
     """Share of right classes; None where targets are not classes."""
-    if link.gauge and left_out.ndim == 2:
+    if link.gauge and outputs.ndim == 2:
         classes = targets if targets.ndim == 1 else targets.argmax(1)
-        return float((left_out.argmax(1) == classes).double().mean())
-    binary = targets.shape == left_out.shape and bool(((targets == 0) | (targets == 1)).all())
-    return float(((left_out > 0) == (targets > 0.5)).double().mean()) if binary else None
+        return float((outputs.argmax(1) == classes).double().mean())
+    if targets.shape != outputs.shape or not bool(((targets == 0) | (targets == 1)).all()):
+        return None
+    # Squared error on 0/1 labels is least at the label itself, a logistic loss beyond it.
+    y = targets.to(outputs)
+    at, beyond = _scored(loss, y, targets), _scored(loss, 3 * y - 1, targets)
+    boundary = 0.5 if bool((at <= beyond).all()) else 0.0
+    return float(((outputs > boundary) == (targets > 0.5)).double().mean())
 
 
 def _failed(u: Tensor, losses: Tensor, cost: float, reason: str) -> RiskEstimate:

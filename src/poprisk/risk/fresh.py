@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk.checks import risk as inputs
-from poprisk.randomness import RandomState
-from poprisk.risk.links import PerExampleLoss
+from poprisk.evaluation import evaluating
+from poprisk.risk.links import PerExampleLoss, ignored_examples
 
 Named = Mapping[str, Tensor]
 
@@ -86,7 +87,8 @@ def fresh_batch_risk(
     """Estimate what the next step on a batch will do to population risk; changes nothing.
 
     Unbiased in one-pass training only: gradients of examples seen before are no estimate of the
-    population's.
+    population's. The step is that of the mean loss over the batch; what is told of risk is told per
+    example that has a loss, without those that are masked or of weight zero.
 
     Args:
         model: in the mode it is trained in; batch norm in training mode is refused.
@@ -100,17 +102,21 @@ def fresh_batch_risk(
 
     Raises:
         ValueError: for a loss that is not one value an example, fewer examples than groups, or
-            batch norm in training mode.
+            batch norm in training mode, no example that has a loss, or a model whose gradients
+            are those of several processes (DDP, FSDP).
         TypeError: if ``fresh`` is not a bool.
     """
+    inputs.check_not_parallel("fresh_batch_risk", model)
     inputs.check_fresh(model, len(x), fresh, groups)
-    start = RandomState.now()
+    modes = [(m, m.training) for m in model.modules()]
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     pieces = list(zip(x.tensor_split(groups), y.tensor_split(groups), strict=True))
     shares = [len(part) / len(x) for part, _ in pieces]
-    found = [_gradient(model, loss, *piece, params) for piece in pieces]
-    start.restore()
-    rows = [g for _, g in found]
+    with evaluating(model), _as_trained(modes):
+        found = [_gradient(model, loss, *piece, params) for piece in pieces]
+    counted = sum(n for _, _, n in found)
+    inputs.check_some_loss(counted)
+    rows = [g for _, g, _ in found]
     mean = _combined(rows, shares)
     step = _Rehearsal(optimizer, params)
     idle = step({k: torch.zeros_like(g) for k, g in mean.items()})
@@ -119,7 +125,10 @@ def fresh_batch_risk(
     rested = torch.stack([_total(_dot(g, idle)) for g in rows])
     value = _combined(judged, shares)
     empirical = _dot(mean, step(mean))
-    influence = 2 * torch.stack([_total(j) for j in judged]) - rested
+    influence = (2 * torch.stack([_total(j) for j in judged]) - rested) * len(x) / counted
+    value, empirical = (
+        {k: v * len(x) / counted for k, v in change.items()} for change in (value, empirical)
+    )
     modules = _by_module(value, empirical)
     total = ModuleChange(float(_total(value)), float(_total(empirical)))
     return FreshBatchRisk(
@@ -128,22 +137,32 @@ def fresh_batch_risk(
         valid=fresh,
         reason="" if fresh else "examples were seen before: a rate of noise fitting, not of risk",
         cost=1.0,
-        level=sum(s * level for s, (level, _) in zip(shares, found, strict=True)),
+        level=sum(total for total, _, _ in found) / counted,
         empirical=total.empirical,
         noise=total.noise,
         modules=modules,
     )
 
 
+@contextmanager
+def _as_trained(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """The modes that the model is trained in, inside of ``evaluating``, which restores the rest."""
+    for module, training in modes:
+        module.training = training
+    yield
+
+
 def _gradient(
     model: nn.Module, loss: PerExampleLoss, x: Tensor, y: Tensor, params: Named
-) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss of a part of the batch, and its gradient by parameter."""
+) -> tuple[float, dict[str, Tensor], int]:
+    """Sum of the losses of a part of the batch, gradient of their mean, and how many have one."""
     outputs = model(x)
-    value = inputs.check_losses(loss(outputs, y), outputs).mean()
-    grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+    losses = inputs.check_losses(loss(outputs, y), outputs)
+    grads = torch.autograd.grad(losses.mean(), list(params.values()), allow_unused=True)
     named = zip(params, grads, strict=True)
-    return float(value.detach()), {k: g for k, g in named if g is not None}
+    counted = len(x) - int(ignored_examples(loss, outputs, y).sum())
+    total = float(losses.detach().double().sum())
+    return total, {k: g for k, g in named if g is not None}, counted
 
 
 class _Rehearsal:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from poprisk.checks import risk as inputs
+from poprisk.evaluation import outputs_of
 from poprisk.path import Closure, Followed, Run, follow
 from poprisk.path.checks import check_answers
 from poprisk.risk.estimate import Freedom, TwinOutputs, measure_freedom
-from poprisk.risk.links import link_of
+from poprisk.risk.links import NO_CURVATURE, bend_of, is_bent, link_of
 from poprisk.risk.twin import TwinRisk
 
 
@@ -36,6 +37,8 @@ class AdaptationGap(NamedTuple):
         twin: degrees of freedom per output as the twins answer, all adaptation included.
         path: the same with the path held as it was, :math:`\\mathrm{tr}(BD)/(nN)`.
         closure: how far the path's identities are off.
+        valid: whether the loss has the curvature that both are measured by.
+        reason: why not.
     """
 
     value: float
@@ -43,6 +46,8 @@ class AdaptationGap(NamedTuple):
     twin: Freedom
     path: Freedom
     closure: Closure
+    valid: bool = True
+    reason: str = ""
 
 
 def adaptation_gap(
@@ -95,7 +100,10 @@ def adaptation_gap(
         (t.outputs.double() - u, d.reshape(u.shape), t.tilt)
         for t, d in zip(twins, along, strict=False)
     ]
-    link = link_of(twin.loss, u, y.double() if y.is_floating_point() else y)
+    targets = y.double() if y.is_floating_point() else y
+    link = link_of(twin.loss, u, targets)
+    bends = [bend_of(twin.loss, link, u, targets, moved.flatten(1)) for moved, _, _ in pairs]
+    reason = NO_CURVATURE if is_bent(bends) else ""
     gap, full, path = (
         measure_freedom(link, u, [TwinOutputs(u + moved, z) for moved, z in found], ids)
         for found in (
@@ -104,15 +112,15 @@ def adaptation_gap(
             [(d, z) for _, d, z in pairs],
         )
     )
-    return AdaptationGap(gap.value, gap.error, full, path, followed.closure())
+    return AdaptationGap(gap.value, gap.error, full, path, followed.closure(), not reason, reason)
 
 
 def _follow(run: Run, tilts: Tensor, quadrature: str) -> Followed:
     """Follow tilts (n, c, r) of the loss; the rest of the output gradient is one more column."""
     w = run.weights[0]
     problem = run.problem.to(w.dtype)
-    with torch.no_grad():
-        u = problem.outputs(w, problem.train[0])
+    inputs.check_transformable(problem, w)
+    u = outputs_of(problem.model, problem.train[0], lambda _, x: problem.outputs(w, x))
     probes = tilts.to(w) / problem.n
     rest = problem.output_gradient(u) - probes.sum(-1)
     columns = torch.cat([probes, rest.unsqueeze(-1)], -1)

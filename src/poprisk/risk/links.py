@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ DENSE_LIMIT = 128
 TOLERANCE = 1e-6
 LARGEST_GAIN = 1e9
 BISECTIONS = 80
+NORMALIZED = 1e-4
+"""Largest logarithm of the sum of an example's probabilities, if its outputs are their logs."""
+SHIFTS = (1.0, -1.0, 30.0, -30.0)
+"""Relative to an output's size: where else a loss is looked at to see that it is always zero."""
+NOT_TWICE = ("not implemented", "differentiate twice")
+"""Autograd's words for a derivative that has no derivative."""
 
 
 class Link(ABC):
@@ -154,30 +160,53 @@ class Coupled(Link):
         return float((scaled / (1 + scaled)).sum(1).mean()) / self.dimensions
 
 
+@final
+class Unknown(Link):
+    """A loss whose second derivative autograd does not have, such as ``multi_margin_loss``.
+
+    Its curvature counts as zero; what it is stands in the response of its gradients alone.
+
+    Args:
+        gradient: (n, c).
+    """
+
+    def __init__(self, gradient: Tensor, *, gauge: bool) -> None:
+        super().__init__(gradient)
+        self.gauge = gauge
+
+    def curvature(self, v: Tensor) -> Tensor:
+        return torch.zeros_like(v)
+
+    def freedom(self, gain: float) -> float:
+        return 0.0
+
+
 def link_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Link:
     """Find the link of a loss from its derivatives at the outputs.
 
     Args:
         loss: from outputs (n, ...) and targets (n, ...) to one value an example, (n,).
-        outputs: (n, ...), float64.
+        outputs: (n, ...), float64; log-probabilities count as the logits they are.
         targets: as the loss takes them.
 
     Raises:
         ValueError: if the loss does not give one differentiable value an example, or couples more
             than :data:`DENSE_LIMIT` outputs in another way than softmax.
     """
-    shape, c = outputs.shape, outputs[0].numel()
-    u = outputs.detach().reshape(len(outputs), c).requires_grad_()
-    with torch.enable_grad():
-        value = inputs.check_losses(loss(u.reshape(shape), targets), u)
-        (g,) = torch.autograd.grad(value.sum(), u, create_graph=True)
-    gradient = g.detach()
+    loss = on_logits(loss, outputs)
+    u, g = _differentiated(loss, outputs, targets, twice=True)
+    gradient, c = g.detach(), g.shape[1]
 
     def product(v: Tensor) -> Tensor:
         return _derivative(g, u, v)
 
     v = _directions(u, seed=0)
-    along, other = product(v), product(_directions(u, seed=1))
+    try:
+        along, other = product(v), product(_directions(u, seed=1))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NOT_TWICE):
+            raise
+        return Unknown(gradient, gauge=is_gauge(gradient))
     softmax = _softmax(gradient, u.detach(), v, along) if outputs.ndim == 2 and c > 1 else None
     if softmax is not None:
         return softmax
@@ -188,6 +217,99 @@ def link_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Link:
     columns = [product(torch.eye(c, dtype=u.dtype)[j].expand_as(u)) for j in range(c)]
     hessian = torch.stack(columns, dim=2)
     return Coupled(gradient, 0.5 * (hessian + hessian.mT), gauge=is_gauge(gradient))
+
+
+def gradient_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Derivative of each example's loss by its outputs (n, ...), (n, c)."""
+    return _differentiated(loss, outputs, targets, twice=False)[1]
+
+
+class Bend(NamedTuple):
+    """How far gradients change otherwise than the curvature says, both norms.
+
+    Attributes:
+        change: of the gradients.
+        open: of what of it the curvature leaves open.
+    """
+
+    change: float
+    open: float
+
+
+NO_CURVATURE = (
+    "the loss is not quadratic over what moves: its curvature (zero but at kinks?) does not tell "
+    "how its gradients change, and a linear response goes by nothing else"
+)
+BENT = 0.5
+"""Share of the gradients' change from which on a loss is not quadratic over what moved."""
+
+
+def bend_of(
+    loss: PerExampleLoss, link: Link, outputs: Tensor, targets: Tensor, moved: Tensor
+) -> Bend:
+    """How far a loss is from quadratic between outputs (n, ...) and these moved by (n, c)."""
+    there = gradient_of(loss, outputs + moved.reshape(outputs.shape), targets).double()
+    turned = there - link.gradient
+    change = float(turned.norm())
+    # Outputs that move while no gradient does have no curvature to be judged by.
+    gap = turned - link.curvature(moved) if change > 0 else moved
+    return Bend(change, float(gap.norm()))
+
+
+def is_bent(bends: Sequence[Bend]) -> bool:
+    """Whether the curvature leaves more open than :data:`BENT` of what the gradients did."""
+    gap, change = math.hypot(*(b.open for b in bends)), math.hypot(*(b.change for b in bends))
+    return gap > BENT * change
+
+
+def on_logits(loss: PerExampleLoss, outputs: Tensor) -> PerExampleLoss:
+    r"""The loss as one of logits, where a model puts out log-probabilities; else the loss itself.
+
+    A negative log-likelihood of log-probabilities is linear in them: all of its curvature lies in
+    the normalization, which the model does. Log-probabilities are logits, those whose normalization
+    changes nothing, so that :math:`\ell\circ\mathrm{logsoftmax}` has the same values there.
+
+    Args:
+        loss: from outputs (n, c, ...) and targets.
+        outputs: (n, c, ...), classes in the second dimension.
+    """
+    if outputs.ndim < 2 or outputs.shape[1] < 2:
+        return loss
+    total = outputs.detach().double().logsumexp(1)
+    if not bool((total.abs() < NORMALIZED).all()):
+        return loss
+    return lambda u, y: loss(u.log_softmax(1), y)
+
+
+def ignored_examples(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Which examples have no loss whatever their outputs (n,): unlabelled, masked, of weight zero.
+
+    A loss that is zero at the outputs only, such as the hinge beyond its margin, is one.
+
+    Args:
+        loss: one value an example.
+        outputs: (n, ...).
+        targets: as the loss takes them.
+    """
+    u = outputs.detach()
+    found = loss(u, targets).detach() == 0
+    for shift in SHIFTS:
+        if not bool(found.any()):
+            break
+        moved = u + shift * (1 + u.abs()) * _directions(u, seed=2)
+        found &= loss(moved, targets).detach() == 0
+    return found
+
+
+def _differentiated(
+    loss: PerExampleLoss, outputs: Tensor, targets: Tensor, *, twice: bool
+) -> tuple[Tensor, Tensor]:
+    """Outputs (n, c) that require gradients, and the derivative of the losses by them."""
+    u = outputs.detach().reshape(len(outputs), -1).requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        value = inputs.check_losses(loss(u.reshape(outputs.shape), targets), u)
+        (g,) = torch.autograd.grad(value.sum(), u, create_graph=twice)
+    return u, g
 
 
 def is_gauge(gradient: Tensor) -> bool:

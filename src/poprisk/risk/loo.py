@@ -28,12 +28,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from poprisk import checks
 from poprisk.checks import risk as inputs
+from poprisk.evaluation import outputs_of
 from poprisk.path import Run
 from poprisk.path.checks import check_answers
 from poprisk.path.problem import prepare_forward_mode
 from poprisk.path.run import Interval
 from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
-from poprisk.risk.links import link_of
+from poprisk.risk.links import NO_CURVATURE, bend_of, is_bent, link_of
 
 FORMS = ("gauss-newton", "hessian")
 CHUNK = 64
@@ -66,6 +67,10 @@ class LooRisk(NamedTuple):
     freedom_error: float
     outputs: Tensor
     index: Tensor
+
+    def __repr__(self) -> str:
+        shown = f"value={self.value:.4g}, standard_error={self.standard_error:.2g}"
+        return f"LooRisk({shown}, valid={self.valid}, reason={self.reason!r})"
 
 
 def loo_risk(
@@ -119,6 +124,8 @@ def loo_risk(
     train, losses = path.losses(path.final), path.losses(left_out, index)
     value = float(losses.mean())
     reason = _objection(value, float(train.mean()), run)
+    if not reason and path.bent(left_out, index):
+        reason = NO_CURVATURE
     freedom = path.freedom(generator)
     return LooRisk(
         value=value,
@@ -151,13 +158,25 @@ class _Path:
         self.problem = run.problem.to(self.dtype)
         self.x, self.y = self.problem.train
         self.w = run.weights[len(run)]
-        with torch.no_grad():
-            self.final = self.problem.outputs(self.w, self.x)
+        inputs.check_transformable(self.problem, self.w)
+        self.final = outputs_of(
+            self.problem.model, self.x, lambda _, x: self.problem.outputs(self.w, x)
+        )
 
     def losses(self, u: Tensor, index: Tensor | None = None) -> Tensor:
         """Losses (k,) of outputs (k, c) of the examples at ``index``, or of all."""
         y = self.y if index is None else self.y[index]
         return self.problem.loss(self.problem.shaped(u), y).detach().double()
+
+    def bent(self, left_out: Tensor, index: Tensor) -> bool:
+        """Whether the loss is not quadratic over what deletions move, up or down."""
+        problem = self.run.problem.to(torch.float64)
+        u, y = self.final[index].double(), problem.train[1][index]
+        link = link_of(problem.loss, problem.shaped(u), y)
+        moved = left_out.double() - u
+        return is_bent(
+            [bend_of(problem.loss, link, problem.shaped(u), y, s * moved) for s in (1.0, -1.0)]
+        )
 
     def without(self, deleted: Tensor) -> Tensor:
         """Outputs (n, c), each without the deletion (a row of (G, n)) that it is part of."""

@@ -18,11 +18,22 @@ from poprisk.checks.examples import check_separate
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
 from poprisk.randomness import RandomState
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
-from poprisk.risk.links import PerExampleLoss, is_gauge
+from poprisk.risk.links import (
+    PerExampleLoss,
+    gradient_of,
+    ignored_examples,
+    is_gauge,
+    link_of,
+    on_logits,
+)
 from poprisk.risk.witness import Witness
 
 CHECKED_STEPS = 10
 CHECKED_EVERY = 100
+TRIED = 8
+"""Examples of the first batch that the loss is tried on for all that an estimate asks of it."""
+CONSTANT = 1e-6
+"""Spread of the output gradients, as a share of their size, that rounding may make up."""
 
 
 class Probe:
@@ -91,7 +102,11 @@ class Replica:
         if tilt is None:
             return losses
         follow = tilt.reshape(len(tilt), -1) * _full(outputs).reshape(len(tilt), -1)
-        return losses - follow.sum(1).to(losses.dtype)
+        follow = follow.sum(1).to(losses.dtype)
+        if bool((losses.detach() == 0).any()):
+            # What has no label has none that could be perturbed.
+            follow = follow * ~ignored_examples(self._owner.loss, outputs, targets)
+        return losses - follow
 
 
 @final
@@ -114,13 +129,18 @@ class TwinRisk:
         loss: one value an example, from outputs (b, ...) and targets (b, ...).
         dataset_size: number of training examples, or the data set itself.
         delta: size of the label perturbation, in standard deviations of the output gradient over
-            the first batch (for squared error: of the labels).
+            the first batch (for squared error: of the labels); in its root mean square where it is
+            the same for all, as for preferences whose chosen side always comes first.
         probes: twins.
         seed: of the perturbations.
         forward: from a model and an input batch to outputs; ``model(x)`` if left out.
 
+    The first call of ``run.loss`` tries the loss on a few examples: that it is one value an
+    example, differentiable, and defined around the outputs.
+
     Raises:
-        TypeError, ValueError: for a bad argument.
+        TypeError, ValueError: for a bad argument, or a model that is sharded (FSDP); under DDP let
+            ``make_model`` return the wrapped model.
 
     Example:
         >>> x, y = torch.randn(100, 3), torch.randn(100, 1)
@@ -154,13 +174,16 @@ class TwinRisk:
         inputs.check_factories(make_model, make_optimizer, loss)
         self.make_optimizer, self.loss = make_optimizer, loss
         self.forward: Forward = forward or call
+        self.seed = seed
         model = inputs.check_module(make_model())
+        inputs.check_not_sharded("TwinRisk", model)
         copies = [copy.deepcopy(model) for _ in range(probes)]
         self.replicas = [Replica(self, m, i) for i, m in enumerate([model, *copies])]
         self.probes = [Probe(self.dataset_size, seed * 1009 + k) for k in range(probes)]
         self.steps = 0
         self.doubt = ""
         self._scale: tuple[float, bool] | None = None
+        self._sample: tuple[Tensor, Tensor, Tensor] | None = None
         self._shape: tuple[int, ...] = ()
         self._index: Tensor | None = None
         self._first: tuple[Tensor, Tensor] | None = None
@@ -256,6 +279,8 @@ class TwinRisk:
         return {
             "models": [run.model.state_dict() for run in self.replicas],
             "optimizers": [run.optimizer.state_dict() for run in self.replicas],
+            "settings": self._settings(),
+            "sample": self._sample,
             "steps": self.steps,
             "scale": self._scale,
             "shape": self._shape,
@@ -263,19 +288,47 @@ class TwinRisk:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned.
+        """Load what :meth:`state_dict` returned, under the settings it was saved with.
+
+        A state of an earlier version does not say what these were: it is taken for this twin's, and
+        the estimates are flagged.
 
         Raises:
-            ValueError: if it has another number of twins; nothing is changed then.
+            TypeError, ValueError: if it is no such state, or one of other settings (``delta``,
+                ``seed``, ``probes``, ``dataset_size``), another loss, model or optimizer; nothing
+                is changed then.
         """
-        inputs.check_twin_state(state_dict, len(self.replicas))
+        models = [run.model.state_dict() for run in self.replicas]
+        inputs.check_twin_state(state_dict, models, self._settings())
+        inputs.check_same_loss(self.loss, state_dict.get("sample"))
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._load(state_dict)
+        except Exception:
+            self._load(before)  # an optimizer's own check may refuse late
+            raise
+        if "settings" not in state_dict and not self.doubt:
+            self.doubt = "the state that was loaded does not say which settings it was made under"
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         for run, model, optimizer in zip(
             self.replicas, state_dict["models"], state_dict["optimizers"], strict=True
         ):
-            run.model.load_state_dict(model)
             run.optimizer.load_state_dict(optimizer)
+            run.model.load_state_dict(model)
         self.steps, self.doubt = state_dict["steps"], state_dict["doubt"]
         self._scale, self._shape = state_dict["scale"], state_dict["shape"]
+        self._sample = state_dict.get("sample")
+
+    def _settings(self) -> dict[str, Any]:
+        """What the numbers depend on besides the weights."""
+        return {
+            "delta": self.delta,
+            "seed": self.seed,
+            "probes": len(self.probes),
+            "dataset_size": self.dataset_size,
+            "optimizer": type(self.optimizer).__name__,
+        }
 
     def outputs(self, batches: Iterable[tuple[Any, Tensor, Tensor]]) -> Answers:
         """Outputs of the model and its twins now, in evaluation mode.
@@ -336,8 +389,8 @@ class TwinRisk:
     def _set_scale(self, outputs: Tensor, targets: Tensor) -> tuple[float, bool]:
         """Size of the tilt and whether the loss has a gauge; settled by the first batch."""
         if self._scale is None:
-            self._shape = tuple(outputs.shape[1:])
-            self._scale = _gradient_scale(self.loss, outputs, targets)
+            scale, sample = _gradient_scale(self.loss, outputs, targets)
+            self._scale, self._sample, self._shape = scale, sample, tuple(outputs.shape[1:])
         return self.delta * self._scale[0], self._scale[1]
 
     def _compare(self, run: Replica, end: RandomState) -> None:
@@ -356,17 +409,35 @@ def _full(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def _gradient_scale(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> tuple[float, bool]:
-    """Standard deviation of the output gradient over a batch, and whether the loss has a gauge."""
-    u = _full(outputs.detach()).requires_grad_()
-    with torch.enable_grad():
-        losses = inputs.check_losses(loss(u, targets), u)
-        check_separate(loss, u, targets, losses)
-        (g,) = torch.autograd.grad(losses.sum(), u)
+Sample = tuple[Tensor, Tensor, Tensor]
+"""Outputs and targets of a few examples, and their losses."""
+
+
+def _gradient_scale(
+    loss: PerExampleLoss, outputs: Tensor, targets: Tensor
+) -> tuple[tuple[float, bool], Sample]:
+    """Spread of the output gradient over a batch, and whether the loss has a gauge; a sample."""
+    u = _full(outputs.detach())
+    losses = inputs.check_losses(loss(u.requires_grad_(), targets), u)
+    check_separate(loss, u, targets, losses)
+    labelled = (~ignored_examples(loss, u, targets)).nonzero().squeeze(1)
+    sample = (u.detach()[:TRIED].clone(), targets[:TRIED].clone(), losses.detach()[:TRIED].clone())
+    _try_out(loss, u.detach()[labelled[:TRIED]], targets[labelled[:TRIED]])
+    g = gradient_of(on_logits(loss, u), u, targets).reshape(u.shape)[labelled]
+    inputs.check_scale(float(g.abs().sum()))
     spread = (g - g.mean(0)) if len(g) > 1 else g
-    scale = spread.square().mean().sqrt()
+    size, scale = (v.square().mean().sqrt() for v in (g, spread))
+    scale = scale if float(scale) > CONSTANT * float(size) else size
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(scale)
         scale /= torch.distributed.get_world_size()
     gauge = g.ndim > 1 and is_gauge(g.reshape(g.shape[0], g.shape[1], -1).sum(2))
-    return inputs.check_scale(float(scale)), gauge
+    return (inputs.check_scale(float(scale)), gauge), sample
+
+
+def _try_out(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> None:
+    """Do on a few examples what an estimate does, so that it does not fail after training."""
+    if not len(outputs):
+        return
+    link_of(loss, outputs, targets)
+    inputs.check_defined_around(loss, outputs, targets)

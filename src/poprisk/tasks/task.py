@@ -31,15 +31,20 @@ class Metric(NamedTuple):
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Share of rows of ``outputs`` (n, c) whose largest entry is at ``targets`` (n,)."""
+    """Share of rows of ``outputs`` (n, c, ...) whose largest entry is at ``targets`` (n, ...).
+
+    Labels that are no class (-100, or another ``ignore_index`` outside of 0..c-1) stand for none:
+    they count neither as right nor as wrong. NaN if there is no other.
+    """
     checks.check_class_scores(outputs, targets)
-    return (outputs.argmax(1) == targets).double().mean().item()
+    labelled = (targets >= 0) & (targets < outputs.shape[1])
+    return (outputs.argmax(1) == targets)[labelled].double().mean().item()
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> float:
-    """Mean of the squared difference; both of one shape."""
+    """Mean of the squared difference; both of one shape, NaN targets are masked."""
     checks.check_one_shape("mse", outputs, targets)
-    return (outputs - targets).double().square().mean().item()
+    return (outputs - targets)[~targets.isnan()].double().square().mean().item()
 
 
 METRICS = {
