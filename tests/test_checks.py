@@ -159,12 +159,6 @@ def test_sparse_gradients_are_refused_before_anything_changes(steps: int) -> Non
         opt.step()
 
 
-def test_no_closure_result() -> None:
-    with pytest.raises(ValueError, match=r"closure.*returned None.*return loss"):
-        checks.check_closure_result(None)
-    checks.check_closure_result(0.0)
-
-
 def test_state_shapes() -> None:
     state = {"exp_avg": torch.zeros(2), "step": torch.tensor(1.0)}
     checks.check_state_shapes(0, torch.zeros(2), state, ("exp_avg", "exp_avg_sq"))

@@ -139,7 +139,8 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     w = parameter(8, dtype=dtype)
     opt = gated(sgd([w]))
     take_steps(opt, grad_rows([w], 5))
-    assert {opt.state[w][key].dtype for key in ("exp_avg", "grad_mean_var")} == {torch.float32}
+    expected = torch.complex64 if dtype.is_complex else torch.float32
+    assert {opt.state[w][key].dtype for key in ("exp_avg", "grad_mean_var")} == {expected}
     assert bool(w.isfinite().all())
 
 
@@ -152,7 +153,7 @@ def test_the_gradient_is_never_written() -> None:
 
 
 NOT_WRAPPED: dict[str, tuple[Callable[[list[Parameter]], Any], str]] = {
-    "LBFGS": (torch.optim.LBFGS, "LBFGS.*closure several times"),
+    "LBFGS": (torch.optim.LBFGS, "LBFGS cannot be gated: it needs a closure"),
     "PopRiskAdamW": (PopRiskAdamW, "PopRiskAdamW is gated already"),
     "gated": (lambda ps: gated(sgd(ps)), "GatedOptimizer is gated already"),
     "class": (lambda _: torch.optim.SGD, "takes a torch optimizer, but got type"),
@@ -204,7 +205,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     with pytest.warns(RuntimeWarning, match="gated optimizer skipped") as record:
         opt.step()
     opt.step()
-    assert_bitwise(total_state(opt), {**before, "skipped_steps": 2})
+    assert opt.skipped_steps == opt.state_dict()["param_groups"][0]["gate_skipped_steps"] == 2
+    before["param_groups"][0]["gate_skipped_steps"] = 2
+    assert_bitwise(total_state(opt), before)
     assert (len(record), record[0].filename) == (1, __file__)
 
 
@@ -222,8 +225,7 @@ def test_a_closure_is_evaluated_once_with_gradients() -> None:
     loss: Any = opt.step(closure)  # pyrefly: ignore
     assert loss.requires_grad
     assert calls == [True]
-    with pytest.raises(ValueError, match="returned None"):
-        opt.step(lambda: None)  # pyrefly: ignore
+    assert opt.step(lambda: None) is None
 
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
@@ -281,7 +283,7 @@ def test_loading_a_state_of_before_the_first_step_forgets_all_steps() -> None:
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
-    "the wrapped optimizer's": lambda: sgd([parameter(3)]).state_dict(),
+    "another optimizer's": lambda: stepped(torch.optim.Adam, parameter(3)).state_dict(),
     "another shape": lambda: stepped(sgd, parameter(4)).state_dict(),
     "more parameters": lambda: stepped(sgd, parameter(3), parameter(2)).state_dict(),
     "empty": dict,

@@ -232,7 +232,8 @@ def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
 def test_a_state_dict_survives_a_file_bit_for_bit(layout: str, variance: str) -> None:
     opt = stepped([LAYOUTS[layout](), parameter(2)], variance=variance, batch_size=4)
     state = saved_and_loaded(opt.state_dict())
-    loaded = PopRiskAdamW(copies([p for g in opt.param_groups for p in g["params"]]), lr=5.0)
+    params = copies([p for g in opt.param_groups for p in g["params"]])
+    loaded = PopRiskAdamW(params, lr=5.0, variance=variance, batch_size=4)
     loaded.load_state_dict(state)
     assert_bitwise(complete_state(loaded), complete_state(opt))
 
@@ -249,7 +250,7 @@ def test_going_on_after_a_load_equals_never_having_stopped(
 
     first = PopRiskAdamW(copies(starts), **changes, **path)
     weights = take_steps(first, rows[:4])
-    second = PopRiskAdamW(copies(weights[-1]), **path)
+    second = PopRiskAdamW(copies(weights[-1]), **changes, **path)
     second.load_state_dict(saved_and_loaded(first.state_dict()))
     assert_bitwise(weights + take_steps(second, rows[4:]), expected)
 

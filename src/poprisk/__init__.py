@@ -6,7 +6,7 @@ The public names, in the order of the theory. See the README for a first run and
 
 from poprisk.channel import PathOperators, path_operators
 from poprisk.dataparallel import observe_ranks
-from poprisk.gated import gated
+from poprisk.gated import GatedOptimizer, gated
 from poprisk.kernel import Kernel, entk
 from poprisk.monitor import RiskMonitor
 from poprisk.optimizer import PopRiskAdamW
@@ -37,6 +37,7 @@ __all__ = [
     "Canaries",
     "FreshBatchRisk",
     "GateStats",
+    "GatedOptimizer",
     "Kernel",
     "LooRisk",
     "Metric",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from poprisk.fused import fused_adamw_
 from poprisk.gate import TensorList
-from poprisk.settings import estimator_of, gate_of
+from poprisk.settings import estimator_of, gate_of, plain_settings
 from poprisk.sharding import Layout, gradient_of, layout_of, locals_of
 from poprisk.state import ADAM_KEYS
 from poprisk.update import (
@@ -40,6 +40,7 @@ def captured_update(
     group: dict[str, Any], p: Tensor, state: dict[str, Any], finite: Tensor
 ) -> None:
     """Update one parameter unless a gradient of the step was not finite."""
+    group = plain_settings(group)
     estimator = estimator_of(group)
     t = state["step"].double() + 1
     bucket = Bucket(group, [p], [state], t, t - state.get("variance_start", 0), layout_of(p))
@@ -77,13 +78,13 @@ def update_bucket(bucket: Bucket) -> None:
             return
         columns = columns.subset(left)
     slots = real_slots(columns, group["maximize"])
-    _update_slots(slots, group, functools.partial(gated_adamw_, **how))
+    update_slots(slots, group, functools.partial(gated_adamw_, **how))
     for p, w in zip(columns.params, slots.params, strict=True):
         if p.dtype in LOW_PRECISION:
             p.copy_(w)
 
 
-def _update_slots(slots: Slots, group: dict[str, Any], update_: Callable[[Slots], None]) -> None:
+def update_slots(slots: Slots, group: dict[str, Any], update_: Callable[[Slots], None]) -> None:
     """All tensors at once, block by block, or one at a time."""
     whole_tensors = group["reduction"] is not None or callable(group["mask"])
     if group["foreach"] is False:

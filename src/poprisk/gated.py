@@ -2,101 +2,212 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, final, overload
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, final, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
-from poprisk.gate import MASKS_, Mask
+from poprisk.behaviour import Behaviour, Decay, Kind, behaviours, kind_of
+from poprisk.buckets import update_slots
+from poprisk.gate import MASKS_, Gate, Mask, TensorList
 from poprisk.optimizer import (
+    Patience,
     PopRiskAdamW,
     checked_gradients,
     evaluate,
     tensor_names,
-    warn_skipped,
 )
 from poprisk.path.rules import Facts, StepRule, describe
-from poprisk.settings import check_gate_settings, gate_of
+from poprisk.settings import check_gate_settings, gate_of, plain_settings, tell_differences
+from poprisk.sharding import (
+    Layout,
+    all_agree,
+    global_sums,
+    gradient_of,
+    layout_of,
+    local,
+    locals_of,
+)
+from poprisk.state import count_step, hooked_state, loaded_hooks
 from poprisk.stats import GateStats, gate_sums, module_stats
-from poprisk.update import all_finite
+from poprisk.update import LOW_PRECISION, Slots, all_finite, masks, pieces, real_slots, state_dtype
 from poprisk.variance import Clock, Ema
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]
+PREFIX = "gate_"
+"""What the gate's own entries of a saved state begin with, beside those of the optimizer."""
+
+STATE = ("step", "exp_avg", "grad_mean_var")
+SETTINGS = (
+    *("beta1", "rho", "mask", "alpha", "z", "softness"),
+    *("batch_size", "dataset_size", "reduction", "q_min"),
+)
 
 
 def rewrite_step(optimizer: Optimizer, rewrite: Rewrite) -> None:
     """Let ``optimizer`` take its step and replace each tensor's update by ``rewrite``'s result.
 
-    ``rewrite(p, update)`` sees the parameter after the step and its ungated update, without
-    decoupled weight decay, which is applied unchanged; it returns the update to take instead.
-    The optimizer's own state advances as it would alone.
+    ``rewrite(p, update)`` sees the parameter after the step and its update without decoupled weight
+    decay, which is applied unchanged; it returns the update to take instead. The optimizer's own
+    state advances as it would alone.
     """
-    decays = [_decoupled_decay(optimizer, group) for group in optimizer.param_groups]
-    before = [
-        [p.detach().clone() if p.grad is not None else None for p in group["params"]]
-        for group in optimizer.param_groups
-    ]
-    kept = [group.get("weight_decay") for group in optimizer.param_groups]
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        if decay:
-            group["weight_decay"] = 0.0
-    try:
+    found = behaviours(optimizer, optimizer.param_groups)
+    decays = [found[kind_of(group)].decay for group in optimizer.param_groups]
+    groups = [[p for p in g["params"] if p.grad is not None] for g in optimizer.param_groups]
+    before = [[p.detach().clone() for p in params] for params in groups]
+    with without_decay(optimizer, decays):
         optimizer.step()
+    for group, decay, params, starts in zip(
+        optimizer.param_groups, decays, groups, before, strict=True
+    ):
+        share, last = _share(decay, group)
+        for p, start in zip(params, starts, strict=True):
+            update = rewrite(p, p - start).to(p.dtype)
+            p.copy_((start + update) * (1 - share) if last else start * (1 - share) + update)
+
+
+@contextmanager
+def without_decay(optimizer: Optimizer, decays: list[Decay | None]) -> Iterator[None]:
+    """Set the decoupled weight decay of the groups to 0 for a while."""
+    kept = [
+        (g, g["weight_decay"]) for g, d in zip(optimizer.param_groups, decays, strict=True) if d
+    ]
+    for group, _ in kept:
+        group["weight_decay"] = 0.0
+    try:
+        yield
     finally:
-        for group, decay, value in zip(optimizer.param_groups, decays, kept, strict=True):
-            if decay:
-                group["weight_decay"] = value
-    for group, decay, starts in zip(optimizer.param_groups, decays, before, strict=True):
-        for p, start in zip(group["params"], starts, strict=True):
-            if start is not None:
-                update = rewrite(p, p - start)
-                p.copy_(start * (1 - float(group["lr"]) * decay) + update.to(p.dtype))
+        for group, value in kept:
+            group["weight_decay"] = value
 
 
-def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
-    """The group's weight decay if it shrinks weights directly, 0 if it enters the gradient."""
-    muon = getattr(torch.optim, "Muon", torch.optim.AdamW)
-    decoupled = isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adafactor, muon))
-    if decoupled or group.get("decoupled_weight_decay", False):
-        return float(group["weight_decay"])
-    return 0.0
+def _share(decay: Decay | None, group: dict[str, Any]) -> tuple[float, bool]:
+    """The share of the weights that decay takes, and whether after the update."""
+    return (0.0, False) if decay is None else (decay.share(group), decay.last)
+
+
+class _Bucket(NamedTuple):
+    """Parameters of one group that share dtype, device, layout and the number of their steps.
+
+    Attributes:
+        starts: the weights before the step; after it, the ungated update without decay.
+    """
+
+    group: dict[str, Any]
+    decay: Decay | None
+    t: int
+    layout: Layout | None
+    params: TensorList
+    states: list[dict[str, Any]]
+    starts: TensorList
+
+    def slots(self, second: TensorList) -> Slots:
+        """Weights, gradients or starts, and moments, as real tensors that share memory."""
+        moments = ([state[key] for state in self.states] for key in STATE[1:])
+        m, s = (locals_of(column) for column in moments)
+        columns = Slots(locals_of(self.params), locals_of(second), m, [], s)
+        return real_slots(columns, maximize=False)
 
 
 @final
 class GatedOptimizer(Optimizer):
     """See :func:`gated`; ``param_groups`` are the wrapped optimizer's own."""
 
+    settings: dict[str, Any]
+    skipped_steps: int
+    _wrapped: Optimizer
+    _behaviours: dict[Kind, Behaviour]
+
     def __init__(self, optimizer: Optimizer, settings: dict[str, Any]) -> None:
-        self.optimizer = optimizer
-        self.settings = settings
-        self.skipped_steps = 0
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self.param_groups = optimizer.param_groups
+        found = behaviours(optimizer, optimizer.param_groups)
+        self.__setstate__(
+            {
+                "defaults": optimizer.defaults,
+                "state": defaultdict(dict),
+                "settings": settings,
+                "skipped_steps": 0,
+                "_wrapped": optimizer,
+                "_behaviours": found,
+            }
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("optimizer", "settings", "skipped_steps")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+        own = ("settings", "skipped_steps", "_wrapped", "_behaviours")
+        state = {"defaults": self.defaults, "state": self.state}
+        return {**state, **{key: getattr(self, key) for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._patience = Patience("gated optimizer")
+        self._updates: dict[Tensor, Tensor] = {}
+
+    def __repr__(self) -> str:
+        gate = ", ".join(f"{name}={value!r}" for name, value in self._own_settings().items())
+        inner = repr(self._wrapped).replace("\n", "\n  ")
+        return f"GatedOptimizer (\n  gate: {gate}\n  optimizer: {inner}\n)"
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._wrapped
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's groups."""
+        return self._wrapped.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._wrapped.param_groups = groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer, unless a gate on it could not be kept."""
+        groups = self._wrapped.param_groups
+        self._wrapped.add_param_group(param_group)
+        try:
+            self._decays()
+        except TypeError:
+            groups.pop()
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Any]) -> Any: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one gated step; ``closure`` re-evaluates the model and returns the loss."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one gated step; ``closure`` re-evaluates the model and returns the loss.
+
+        If the wrapped optimizer raises an error, the weights are put back.
+        """
         loss = evaluate(closure)
         grads = checked_gradients(self)
-        if not all_finite(grads):
+        decays = self._decays()
+        if not all_agree(all_finite(locals_of(grads)), grads):
             self.skipped_steps += 1
-            warn_skipped("gated optimizer", self.skipped_steps)
+            self._patience.skipped(self.skipped_steps)
             return loss
-        params = (p for g in self.param_groups for p in g["params"] if p.grad is not None)
-        for p, g in zip(params, grads, strict=True):
-            self._observe(p, g)
-        rewrite_step(self.optimizer, self._rewrite)
+        self._patience.took(grads)
+        buckets = [
+            b for g, d in zip(self.param_groups, decays, strict=True) for b in self._take(g, d)
+        ]
+        for bucket in buckets:
+            self._observe(bucket)
+        try:
+            with without_decay(self._wrapped, decays):
+                self._wrapped.step()
+        except BaseException:
+            for bucket in buckets:
+                torch._foreach_copy_(locals_of(bucket.params), bucket.starts)
+            raise
+        for bucket in buckets:
+            self._rewrite(bucket)
         return loss
 
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
@@ -106,100 +217,262 @@ class GatedOptimizer(Optimizer):
         for i, group in enumerate(self.param_groups):
             own = tensor_names(i, group)
             for j, p in enumerate(group["params"]):
-                if "sums" in self.state.get(p, {}):
-                    rows.append((names.get(id(p), own[j]), self.state[p]["sums"]))
+                if p in self._updates:
+                    rows.append((names.get(id(p), own[j]), self._row(p)))
         return module_stats(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state and the gate's, by position of the parameter."""
-        params = [p for g in self.param_groups for p in g["params"]]
-        gate = {i: dict(self.state[p]) for i, p in enumerate(params) if p in self.state}
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "gate": gate,
-            "skipped_steps": self.skipped_steps,
-        }
+        """The wrapped optimizer's state with the gate's entries beside its own.
+
+        The gate's begin with ``gate_``: of each parameter its state, of each group the settings and
+        the number of skipped steps.
+        """
+        return hooked_state(self, self._state)
+
+    def _state(self) -> dict[str, Any]:
+        saved = self._wrapped.state_dict()
+        indices = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = dict(saved["state"])
+        for i, p in zip(indices, params, strict=True):
+            if self.state.get(p):
+                own = {PREFIX + key: self.state[p][key] for key in STATE}
+                state[i] = {**state.get(i, {}), **own}
+        gate = {**self._own_settings(), "skipped_steps": self.skipped_steps}
+        marked = {PREFIX + key: value for key, value in gate.items()}
+        groups = [{**group, **marked} for group in saved["param_groups"]]
+        return {**saved, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned.
+        """Load a state of this class, or of the wrapped optimizer alone (the gate starts fresh).
+
+        As with torch, saved settings replace present ones; a RuntimeWarning tells which of the
+        gate's differed.
 
         Raises:
-            ValueError: if it is not such a state or does not fit; nothing is changed then.
+            TypeError, ValueError: if it is not such a state or does not fit; nothing is changed
+                then.
         """
-        checks.check_state_keys(state_dict, ("optimizer", "gate", "skipped_steps"), "a gated")
-        params = [p for g in self.param_groups for p in g["params"]]
-        for i, state in state_dict["gate"].items():
-            if i >= len(params):
-                raise ValueError(
-                    f"state_dict does not fit this optimizer: it has state for parameter {i}, but "
-                    f"there are {len(params)}."
-                )
-            checks.check_state_shapes(i, params[i], state, ("exp_avg", "grad_mean_var"))
-        self.optimizer.load_state_dict(state_dict["optimizer"])
-        self.param_groups = self.optimizer.param_groups
-        self.skipped_steps = state_dict["skipped_steps"]
-        self.state.clear()
-        for i, state in state_dict["gate"].items():
-            self.state[params[i]] = {
-                k: v.to(params[i].device, copy=True) if isinstance(v, Tensor) else v
-                for k, v in state.items()
-            }
+        with loaded_hooks(self, state_dict) as hooked:
+            self._load(hooked)
 
-    def _clock(self, p: Tensor) -> Clock:
-        t = self.state[p]["step"]
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        inner, own, settings, skipped = self._checked(state_dict)
+        kept = dict(vars(self._wrapped))
+        try:
+            self._wrapped.load_state_dict(inner)
+        except BaseException:
+            vars(self._wrapped).update(kept)
+            raise
+        before = self._own_settings()
+        self.settings, self.skipped_steps = settings, skipped
+        self.state.clear()
+        self._updates.clear()
+        for p, state in own.items():
+            tensors = {
+                k: v.to(p.device, state_dtype(p), copy=True)
+                for k, v in state.items()
+                if k != "step"
+            }
+            self.state[p] = {"step": torch.tensor(float(state["step"])), **tensors}
+        tell_differences("gated optimizer", [(before, self._own_settings())])
+
+    def _checked(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]], dict[str, Any], int]:
+        """The wrapped optimizer's state, the gate's, its settings, skipped steps; all checked."""
+        if "gate" in state_dict and "optimizer" in state_dict:
+            state_dict = _today(state_dict)
+        checks.check_state_keys(state_dict, ("state", "param_groups"), "a gated or plain")
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        checks.check_group_sizes(groups, self.param_groups)
+        marked = [_pop_marked(group) for group in groups]
+        for group, mine in zip(groups, self.param_groups, strict=True):
+            checks.check_hyperparameters(group, self.defaults)
+            group.update({k: v for k, v in mine.items() if k not in group and k != "params"})
+        found = behaviours(
+            self._wrapped,
+            [{**g, "params": m["params"]} for g, m in zip(groups, self.param_groups, strict=True)],
+        )
+        state, own = dict(state_dict["state"]), dict[Tensor, dict[str, Any]]()
+        for group, mine in zip(groups, self.param_groups, strict=True):
+            kind = kind_of({**group, "params": mine["params"]})
+            for i, p in zip(group["params"], mine["params"], strict=True):
+                entries = checks.check_is_state(i, state.get(i, {}))
+                rest = dict(entries)
+                gate = _pop_marked(rest)
+                checks.check_state_complete(i, rest, found[kind].keys[p.dim()])
+                checks.check_state_shapes(i, p, rest, found[kind].keys[p.dim()])
+                if gate:
+                    checks.check_state_complete(i, gate, STATE)
+                    checks.check_state_shapes(i, p, gate, STATE[1:])
+                    own[p] = gate
+                if i in state:
+                    state[i] = rest
+        settings = {**self.settings, **_gate_settings(marked[0])} if marked else self.settings
+        check_gate_settings(settings)
+        skipped = int(marked[0].get("skipped_steps", 0)) if marked else 0
+        self._behaviours.update(found)
+        return {**state_dict, "state": state, "param_groups": groups}, own, settings, skipped
+
+    def _decays(self) -> list[Decay | None]:
+        """The decoupled decay of each group; kinds of groups that are new are tried out first."""
+        kinds = [kind_of(group) for group in self.param_groups]
+        new = [
+            g for g, k in zip(self.param_groups, kinds, strict=True) if k not in self._behaviours
+        ]
+        if new:
+            self._behaviours.update(behaviours(self._wrapped, new))
+        return [self._behaviours[kind].decay for kind in kinds]
+
+    def _take(self, group: dict[str, Any], decay: Decay | None) -> list[_Bucket]:
+        """The group's parameters with gradients, counted on, with copies of their weights."""
+        params = [p for p in group["params"] if p.grad is not None and p.numel()]
+        for p in params:
+            if not self.state[p]:
+                moments = {k: torch.zeros_like(p, dtype=state_dtype(p)) for k in STATE[1:]}
+                self.state[p].update(step=torch.tensor(0.0), **moments)
+            if p not in self._updates:
+                self._updates[p] = torch.empty_like(local(p), dtype=state_dtype(p))
+        buckets = dict[Any, _Bucket]()
+        steps = count_step([self.state[p] for p in params])
+        for p, t in zip(params, steps, strict=True):
+            layout = layout_of(p)
+            kind = (p.device, p.dtype, t, layout)
+            if kind not in buckets:
+                buckets[kind] = _Bucket(group, decay, t, layout, [], [], [])
+            bucket = buckets[kind]
+            bucket.params.append(p)
+            bucket.states.append(self.state[p])
+            bucket.starts.append(self._updates[p])
+        for bucket in buckets.values():
+            torch._foreach_copy_(bucket.starts, locals_of(bucket.params))
+        return list(buckets.values())
+
+    def _clock(self, t: int) -> Clock:
         return Clock(t, t - 1, *self.settings["betas"])
 
-    def _observe(self, p: Tensor, grad: Tensor) -> None:
-        state = self.state[p]
-        g = _real(grad).to(torch.promote_types(_real(grad).dtype, torch.float32))
-        if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(g), grad_mean_var=torch.zeros_like(g))
-        state["step"] += 1
-        estimator = Ema(self.settings["rho"])
-        estimator.observe_([state["grad_mean_var"]], [g], [state["exp_avg"]], self._clock(p))
-        state["exp_avg"].lerp_(g, 1 - self.settings["betas"][0])
+    def _observe(self, bucket: _Bucket) -> None:
+        grads = [gradient_of(p, bucket.layout) for p in bucket.params]
+        slots, clock = bucket.slots(grads), self._clock(bucket.t)
+        observe_ = functools.partial(
+            observe_slots_, clock=clock, estimator=Ema(self.settings["rho"])
+        )
+        update_slots(slots, self.settings, observe_)
+
+    def _rewrite(self, bucket: _Bucket) -> None:
+        estimator, clock = Ema(self.settings["rho"]), self._clock(bucket.t)
+        gate = gate_of(self.settings, clock, estimator, bucket.layout)
+        share, last = _share(bucket.decay, bucket.group)
+        slots = bucket.slots(bucket.starts)
+        keep_ = functools.partial(
+            keep_slots_, clock=clock, estimator=estimator, gate=gate, share=share, last=last
+        )
+        update_slots(slots, self.settings, keep_)
+        for p, w in zip(locals_of(bucket.params), slots.params, strict=True):
+            if p.dtype in LOW_PRECISION:
+                p.copy_(w)
+
+    def _row(self, p: Tensor) -> Tensor:
+        """The gate of the last step evaluated again: the sums of its statistics."""
+        state, layout = self.state[p], layout_of(p)
+        bucket = _Bucket({}, None, int(state["step"]), layout, [p], [state], [self._updates[p]])
+        slots = bucket.slots(bucket.starts)
+        gate, clock, estimator = self._last_gate(p)
+        total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
+        for piece in [slots] if gate is not None and gate.per_tensor else pieces(slots):
+            (update,), (m,), (s,) = piece.grads, piece.exp_avgs, piece.variances
+            q = passed = torch.ones_like(m)
+            if gate is not None:
+                threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
+                q, passed = (masks(piece, clock, estimator, g)[0] for g in (gate, threshold))
+            total += gate_sums(q, passed, update, ((m != 0) | (s > 0)).to(m.dtype))
+        return global_sums(total, layout)
+
+    def _last_gate(self, p: Tensor) -> tuple[Gate | None, Clock, Ema]:
+        clock, estimator = self._clock(int(self.state[p]["step"])), Ema(self.settings["rho"])
+        return gate_of(self.settings, clock, estimator, layout_of(p)), clock, estimator
 
     @torch.no_grad()
     def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
         """The last step of ``param`` as a linear map of its gradient: the wrapped one's, masked."""
-        inner = facts._replace(state=self.optimizer.state.get(param, {}))
-        rule = describe(self.optimizer).rule(param, inner)
-        q, _ = self._masks(param)
-        return rule if q is None else rule._replace(precondition=q * rule.precondition)
+        inner = facts._replace(state=self._wrapped.state.get(param, {}))
+        rule = describe(self._wrapped).rule(param, inner)
+        gate, clock, estimator = self._last_gate(param)
+        if gate is None:
+            return rule
+        state = self.state[param]
+        bucket = _Bucket({}, None, clock.t, None, [param], [state], [param])
+        q = masks(bucket.slots([param]), clock, estimator, gate)[0]
+        return rule._replace(precondition=q * rule.precondition)
 
     def momentum_of(self, param: Tensor) -> Tensor | None:
         """The wrapped optimizer's momentum."""
-        return describe(self.optimizer).momentum(param)
+        return describe(self._wrapped).momentum(param)
 
-    def _masks(self, p: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The mask and which coordinates pass the threshold; None while ungated."""
-        state, clock, estimator = self.state[p], self._clock(p), Ema(self.settings["rho"])
-        gate = gate_of(self.settings, clock, estimator)
-        if gate is None:
-            return None, None
-        m, s = [state["exp_avg"]], [state["grad_mean_var"]]
-        scales = {
-            "mean_scale": clock.mean_scale,
-            "var_scale": estimator.read(s, m, m, clock)[1],
-        }
-        q = gate(m, s, **scales)[0]
-        return q, gate._replace(mask=MASKS_["hard"], q_min=0.0)(m, s, **scales)[0]
-
-    def _rewrite(self, p: Tensor, update: Tensor) -> Tensor:
-        state, u = self.state[p], _real(update)
-        m, s = state["exp_avg"], state["grad_mean_var"]
-        active = ((m != 0) | (s > 0)).to(m.dtype)
-        q, passed = self._masks(p)
-        if q is None or passed is None:
-            state["sums"] = gate_sums(torch.ones_like(m), torch.ones_like(m), u, active)
-            return update
-        state["sums"] = gate_sums(q, passed, u, active)
-        gated_update = q * u
-        return torch.view_as_complex(gated_update) if update.is_complex() else gated_update
+    def _own_settings(self) -> dict[str, Any]:
+        return {"beta1": self.settings["betas"][0], **{k: self.settings[k] for k in SETTINGS[1:]}}
 
 
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t) if t.is_complex() else t
+def observe_slots_(slots: Slots, *, clock: Clock, estimator: Ema) -> None:
+    """Update the variance and then the average gradient, which must not contain it yet."""
+    _, g, m, _, s = slots
+    estimator.observe_(s, g, m, clock)
+    torch._foreach_lerp_(m, g, 1 - clock.beta1)
+
+
+def keep_slots_(
+    slots: Slots, *, clock: Clock, estimator: Ema, gate: Gate | None, share: float, last: bool
+) -> None:
+    r"""Let a step that was taken keep :math:`q \odot \Delta w`, and apply decoupled decay.
+
+    Interpolation between the weights before and after is exact at both ends: where q is 1, the step
+    is the optimizer's own, bit for bit.
+
+    Args:
+        slots: weights after the step; in the place of gradients, the weights before it, which are
+            replaced by the ungated update; moments.
+        clock: counters and decay rates.
+        estimator: of the variance.
+        gate: None: keep all.
+        share: of the weights that decay takes.
+        last: whether decay takes it after the update.
+    """
+    w, start = slots.params, slots.grads
+    update = torch._foreach_sub(w, start)
+    new = w
+    if gate is not None:
+        q = [x.expand_as(y) for x, y in zip(masks(slots, clock, estimator, gate), w, strict=True)]
+        new = torch._foreach_lerp(start, w, q)
+    if share != 0:
+        lost = new if last else start
+        new = torch._foreach_sub(new, lost, alpha=share)
+    if new is not w:
+        torch._foreach_copy_(w, new)
+    torch._foreach_copy_(start, update)
+
+
+def _pop_marked(group: dict[str, Any]) -> dict[str, Any]:
+    """Take the gate's entries out of a saved group, or of the state of a parameter."""
+    keys = [key for key in group if key.startswith(PREFIX)]
+    return {key.removeprefix(PREFIX): group.pop(key) for key in keys}
+
+
+def _gate_settings(marked: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings of a gate as it keeps them."""
+    found = {key: marked[key] for key in SETTINGS[1:] if key in marked}
+    return {**found, "betas": (marked["beta1"], 0.0)} if "beta1" in marked else found
+
+
+def _today(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state of version 0.1.0, which kept the gate's beside the optimizer's, in this layout."""
+    inner = state_dict["optimizer"]
+    state = dict(inner["state"])
+    for i, own in state_dict["gate"].items():
+        state[i] = {**state.get(i, {}), **{PREFIX + key: own[key] for key in STATE}}
+    skipped = {PREFIX + "skipped_steps": state_dict.get("skipped_steps", 0)}
+    groups = [{**group, **skipped} for group in inner["param_groups"]]
+    return {**inner, "state": state, "param_groups": groups}
 
 
 def gated(
@@ -219,9 +492,11 @@ def gated(
     r"""Put the population-risk gate on any ``torch.optim`` optimizer, without touching its code.
 
     The wrapped optimizer takes its own step :math:`\Delta w`; the gate then keeps
-    :math:`q \odot \Delta w`. Decoupled weight decay (AdamW, Muon, ``decoupled_weight_decay=True``)
-    is not gated; decay that enters the gradient is part of the gradient. Two state vectors of
-    its own: the average gradient and the variance of the batch mean.
+    :math:`q \odot \Delta w`. Decoupled weight decay is not gated; decay that enters the gradient
+    is part of the gradient. Which of them an optimizer applies, and that nothing in its state is a
+    copy of the weights, is found by trying it on stand-ins (:mod:`poprisk.behaviour`), here and
+    when groups change. Two state vectors of its own, the average gradient and the variance of the
+    batch mean, and one of working memory.
 
     Args:
         optimizer: any optimizer that takes one step per gradient; its ``param_groups`` stay in
@@ -238,8 +513,10 @@ def gated(
         q_min: floor of the mask.
 
     Raises:
-        TypeError: if ``optimizer`` is no torch optimizer, is gated already, or evaluates its
-            closure several times per step (LBFGS).
+        TypeError: if ``optimizer`` is no torch optimizer, is gated already, or does what a gate
+            could not keep its promise for: wraps another optimizer, keeps other weights (averages,
+            lookahead, schedule-free), needs a closure, moves weights without gradient, or applies
+            weight decay of another form than lr·weight_decay or weight_decay times the weights.
         ValueError: for a bad setting.
 
     Example:
@@ -254,8 +531,6 @@ def gated(
         raise TypeError(f"gated() takes a torch optimizer, but got {type(optimizer).__name__}.")
     if isinstance(optimizer, (PopRiskAdamW, GatedOptimizer)):
         raise TypeError(f"{type(optimizer).__name__} is gated already.")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates its closure several times per step and cannot be gated.")
     checks.check_number("beta1", beta1, low=0.0, high=1.0, include_high=False)
     settings = {
         "betas": (beta1, 0.0),
@@ -271,6 +546,9 @@ def gated(
         "reduction": reduction,
         "q_min": q_min,
         "gate": True,
+        "foreach": None,
+        "eps": 0.0,
+        "weight_decay": 0.0,
     }
     check_gate_settings(settings)
-    return GatedOptimizer(optimizer, settings)
+    return GatedOptimizer(optimizer, plain_settings(settings))

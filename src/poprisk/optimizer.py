@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, final, overload
 
@@ -18,13 +19,26 @@ from poprisk.fused import gradients_are_finite
 from poprisk.gate import Mask, TensorList
 from poprisk.path.rules import Facts, StepRule
 from poprisk.replay import gate_row, last_step_rule
-from poprisk.settings import check_optimizer_settings, estimator_of
+from poprisk.settings import (
+    check_optimizer_settings,
+    estimator_of,
+    make_plain_,
+    plain_settings,
+    tell_differences,
+)
 from poprisk.sharding import (
     all_agree,
     layout_of,
     locals_of,
 )
-from poprisk.state import ADAM_KEYS, completed_state, count_step, prepare_state, take_variances_
+from poprisk.state import (
+    ADAM_KEYS,
+    completed_state,
+    count_step,
+    loaded_hooks,
+    prepare_state,
+    take_variances_,
+)
 from poprisk.stats import GateStats, module_stats
 from poprisk.update import (
     all_finite,
@@ -82,7 +96,8 @@ class PopRiskAdamW(Optimizer):
         gate: False for a group that is to be plain AdamW.
 
     A step whose gradients hold a NaN or Inf changes nothing; it is counted in
-    :attr:`skipped_steps` and reported once as a RuntimeWarning. State is kept in float32 for
+    :attr:`skipped_steps` and reported as a RuntimeWarning, once, and again after 100 in a row; so
+    are ten steps in a row that find no gradient at all. State is kept in float32 for
     float16 and bfloat16 parameters. Complex parameters are gated per real component, as AdamW
     treats them.
 
@@ -97,8 +112,6 @@ class PopRiskAdamW(Optimizer):
         >>> w.detach()
         tensor([0.9000])
     """
-
-    _parts: BatchParts | None = None
 
     def __init__(
         self,
@@ -126,13 +139,30 @@ class PopRiskAdamW(Optimizer):
         gate: bool = True,
     ) -> None:
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        self.rank_observations: dict[Tensor, Observation] = {}
+        self._notes = _Notes(params if isinstance(params, nn.Module) else None)
         if isinstance(params, nn.Module):
             params = params.named_parameters()
-        self.rank_observations: dict[Tensor, Observation] = {}
+        if params is None:
+            raise TypeError(
+                "params must be parameters, parameter groups or a module, but got None; pass "
+                "model or model.parameters()."
+            )
         super().__init__(params, {**defaults, "skipped_steps": 0})
+        if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
+            warnings.warn(
+                "PopRiskAdamW was given parameters none of which requires a gradient: it will "
+                "train nothing until some do (requires_grad_()).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rank_observations": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_notes", _Notes(None))
 
     @property
     def skipped_steps(self) -> int:
@@ -140,18 +170,53 @@ class PopRiskAdamW(Optimizer):
         return int(self.param_groups[0]["skipped_steps"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its settings; missing ones come from the defaults."""
+        """Add a group after checking its settings; missing ones come from the defaults.
+
+        Where the other groups have names and this one has none, they are looked up in the module
+        that the constructor was given, else made up from the position; and the other way round.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group).__name__}.")
         check_optimizer_settings({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        self._parts = None
+        unnamed = self._agree_on_names(param_group)
+        try:
+            super().add_param_group(param_group)
+        except BaseException:
+            for group in unnamed:
+                del group["param_names"]
+            raise
+        make_plain_(self.param_groups[-1])
+        self._notes.parts = None
         self._prepare_captured()
+
+    def _agree_on_names(self, new: dict[str, Any]) -> list[dict[str, Any]]:
+        """Name the new group, or the present ones, where only the other side has names.
+
+        Returns:
+            The present groups that have got names.
+        """
+        params = new.get("params", ())
+        new["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        named = "param_names" in new or any(isinstance(p, tuple) for p in params)
+        old = [group for group in self.param_groups if "param_names" in group]
+        if named:
+            unnamed = [group for group in self.param_groups if "param_names" not in group]
+            for i, group in enumerate(self.param_groups):
+                group.setdefault("param_names", tensor_names(i, group))
+            return unnamed
+        if old:
+            known = {id(p): name for name, p in self._notes.named_parameters()}
+            i = len(self.param_groups)
+            names = [known.get(id(p), f"groups[{i}].{j}") for j, p in enumerate(params)]
+            new["params"] = list(zip(names, params, strict=True))
+        return []
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Any]) -> Any: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
         loss = evaluate(closure)
         grads = checked_gradients(self)
@@ -160,9 +225,10 @@ class PopRiskAdamW(Optimizer):
             return loss
         finite = gradients_are_finite if self._any("fused") else all_finite
         if not all_agree(finite(locals_of(grads)), grads):
-            warn_skipped("PopRiskAdamW", self._count_skip())
+            self._notes.patience.skipped(self._count_skip())
             self._use_parts()
             return loss
+        self._notes.patience.took(grads)
         given = self._given_variances()
         buckets = self._buckets()
         take_variances_(self.param_groups, self.state, given)
@@ -215,25 +281,26 @@ class PopRiskAdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the parts of a batch that were noted."""
         super().zero_grad(set_to_none)
-        if self._parts is not None:
-            self._parts.reset()
+        if self._notes.parts is not None:
+            self._notes.parts.reset()
 
     def _use_parts(self) -> None:
-        if self._parts is not None:
-            self._parts.use()
+        if self._notes.parts is not None:
+            self._notes.parts.use()
 
     def _batch_parts(self) -> BatchParts:
         """The parts of this batch; at its start, of what is trainable by now."""
-        if self._parts is None or self._parts.parts == 0:
+        parts = self._notes.parts
+        if parts is None or parts.parts == 0:
             params = {
                 f"{i}.{j}": p
                 for i, group in enumerate(self.param_groups)
                 for j, p in enumerate(group["params"])
                 if p.requires_grad
             }
-            self._parts = self._parts or BatchParts(params)
-            self._parts.params = params
-        return self._parts
+            parts = self._notes.parts = parts or BatchParts(params)
+            parts.params = params
+        return parts
 
     def _given_variances(self) -> GivenVariances:
         """The variances that parameters are given; checked before any state changes."""
@@ -288,19 +355,26 @@ class PopRiskAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.AdamW`` (the variance starts fresh).
 
-        Tensors keep their saved precision (float32 for low-precision parameters). Settings that
-        the saved groups lack keep their present values.
+        Tensors keep their saved precision (float32 for low-precision parameters). As with torch,
+        saved settings replace present ones, and a RuntimeWarning tells which of the gate's
+        differed; settings that the saved groups lack keep their present values.
 
         Raises:
             ValueError: if groups or shapes do not match or the state is AMSGrad's; nothing is
                 changed then.
         """
+        with loaded_hooks(self, state_dict) as hooked:
+            self._load(hooked)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         completed = completed_state(state_dict, self.param_groups)
         params = [p for g in self.param_groups for p in g["params"]]
         indices = [i for g in completed["param_groups"] for i in g["params"]]
         saved = {p: completed["state"].get(i, {}) for p, i in zip(params, indices, strict=True)}
         for i, (p, state) in enumerate(saved.items()):
             checks.check_state_shapes(i, p, state, (*ADAM_KEYS, "grad_mean_var"))
+        pairs = zip(self.param_groups, completed["param_groups"], strict=True)
+        tell_differences("PopRiskAdamW", list(pairs))
         super().load_state_dict(completed)
         for p, state in saved.items():
             for key in (*ADAM_KEYS, "grad_mean_var"):
@@ -338,6 +412,7 @@ class PopRiskAdamW(Optimizer):
         return [bucket for group in self.param_groups for bucket in self._group_buckets(group)]
 
     def _group_buckets(self, group: dict[str, Any]) -> list[Bucket]:
+        group = plain_settings(group)
         estimator = estimator_of(group)
         params = [p for p in group["params"] if p.grad is not None and p.numel()]
         states = [self.state[p] for p in params]
@@ -358,14 +433,85 @@ class PopRiskAdamW(Optimizer):
         return list(buckets.values())
 
 
-def evaluate(closure: Callable[[], float] | None) -> float | None:
-    """The loss of a closure passed to ``step``, with gradients enabled; None without one."""
+class _Notes:
+    """What an optimizer remembers of a run beside its state; neither saved nor copied.
+
+    It is one object, so that a wrapper that imitates the optimizer, as Lightning's does, shares it.
+
+    Args:
+        model: the module whose parameters are optimized, if it is known; not kept alive.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = weakref.ref(model) if model is not None else None
+        self.parts: BatchParts | None = None
+        self.patience = Patience("PopRiskAdamW")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Notes:
+        return _Notes(None)
+
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        """The present parameters of the module."""
+        model = self.model() if self.model is not None else None
+        return list(model.named_parameters()) if model is not None else []
+
+
+class Patience:
+    """Counts steps in a row that did nothing, and says so when they become many.
+
+    Args:
+        name: of the optimizer, for messages.
+    """
+
+    SKIPS = 100
+    IDLE = 10
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.skips = self.idle = 0
+        self.told_idle = False
+
+    def skipped(self, count: int) -> None:
+        """Note a step that was left out, the ``count``-th in all."""
+        self.skips += 1
+        if count == 1:
+            warnings.warn(
+                f"{self.name} skipped a step because a gradient holds NaN or Inf (or its square "
+                "would); weights and state are unchanged. Further skips are only counted "
+                f"(optimizer.skipped_steps), until {self.SKIPS} in a row.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        elif self.skips == self.SKIPS:
+            warnings.warn(
+                f"{self.name} has skipped {self.SKIPS} steps in a row: NOTHING IS BEING TRAINED. "
+                "Every gradient since holds NaN or Inf; look for NaN in the data or the weights, "
+                "or lower the learning rate.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def took(self, grads: TensorList) -> None:
+        """Note a step that was not left out."""
+        self.skips = 0
+        self.idle = 0 if grads else self.idle + 1
+        if self.idle == self.IDLE and not self.told_idle:
+            self.told_idle = True
+            warnings.warn(
+                f"{self.name} has found no gradient at all in {self.IDLE} steps in a row: nothing "
+                "is being trained. Call backward() before step(), and check that the parameters "
+                "given to the optimizer are those that the loss depends on.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """What a closure passed to ``step`` returns, with gradients enabled; None without one."""
     if closure is None:
         return None
     with torch.enable_grad():
-        loss = closure()
-    checks.check_closure_result(loss)
-    return loss
+        return closure()
 
 
 def checked_gradients(optimizer: Optimizer) -> TensorList:
@@ -378,15 +524,3 @@ def checked_gradients(optimizer: Optimizer) -> TensorList:
 def tensor_names(index: int, group: dict[str, Any]) -> list[str]:
     """Names of a group's parameters: those given to the constructor, or their positions."""
     return group.get("param_names") or [f"groups[{index}].{j}" for j in range(len(group["params"]))]
-
-
-def warn_skipped(name: str, count: int) -> None:
-    """Say once that steps are being left out."""
-    if count == 1:
-        warnings.warn(
-            f"{name} skipped a step because a gradient holds NaN or Inf (or its square would); "
-            "weights and state are unchanged. Further skips are only counted "
-            "(optimizer.skipped_steps).",
-            RuntimeWarning,
-            stacklevel=5,
-        )

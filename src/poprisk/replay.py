@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poprisk.gate import MASKS_, Gate
 from poprisk.path.rules import Facts, StepRule
-from poprisk.settings import estimator_of, gate_of
+from poprisk.settings import estimator_of, gate_of, plain_settings
 from poprisk.sharding import global_sums, layout_of, local
 from poprisk.state import ADAM_KEYS
 from poprisk.stats import gate_sums
@@ -21,6 +21,7 @@ def last_gate(
     p: Tensor, state: dict[str, Any], group: dict[str, Any]
 ) -> tuple[Gate | None, Slots, Clock, VarianceEstimator | None]:
     """The gate of the last step and what it looked at; of a DTensor, the part that is here."""
+    group = plain_settings(group)
     estimator = estimator_of(group)
     t = int(state["step"].item())
     clock = Clock(t, t - state.get("variance_start", t), *group["betas"])
@@ -34,7 +35,7 @@ def last_gate(
 
 def last_step_rule(p: Tensor, state: dict[str, Any], facts: Facts) -> StepRule:
     """The last step of one parameter as a linear map of its gradient, from the state it left."""
-    group = facts.group
+    group = plain_settings(facts.group)
     (beta1, _), lr, t = group["betas"], float(group["lr"]), int(state["step"].item())
     rule = StepRule(
         precondition=lr,
@@ -72,7 +73,7 @@ def gate_row(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     slots = slots._replace(params=slots.exp_avgs)
     whole = gate is not None and gate.per_tensor
     total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
-    eps = max(group["eps"], torch.finfo(slots.exp_avgs[0].dtype).tiny)  # 0/0 is no update
+    eps = max(float(group["eps"]), torch.finfo(slots.exp_avgs[0].dtype).tiny)  # 0/0 is no update
     for piece in [slots] if whole else pieces(slots):
         (m,), (v,) = piece.exp_avgs, piece.exp_avg_sqs
         update = adam_denominator([v], clock, eps)[0].reciprocal_().mul_(m).mul_(clock.mean_scale)

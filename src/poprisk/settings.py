@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from poprisk import checks
 from poprisk.gate import ALPHAS, MASKS_, Gate, local_means, momentum_noise, threshold
@@ -11,6 +14,63 @@ from poprisk.sharding import GlobalMeans, Layout
 from poprisk.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
 
 MODES = ("auto", "paper")
+
+NUMBERS = ("eps", "weight_decay", "rho", "alpha", "z", "softness", "batch_size", "dataset_size")
+NUMBERS = (*NUMBERS, "q_min")
+
+GATE_SETTINGS = (
+    *("gate", "variance", "mode", "rho", "mask", "alpha", "z", "softness"),
+    *("batch_size", "dataset_size", "reduction", "q_min"),
+)
+
+
+def plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with Python numbers for numpy's and for tensors of one element.
+
+    The learning rate may stay a tensor: schedulers write to it, and captured steps read it there.
+    """
+    numbers = {key: checks.plain(group[key]) for key in NUMBERS}
+    return {**group, **numbers, "betas": tuple(map(checks.plain, group["betas"]))}
+
+
+def make_plain_(group: dict[str, Any]) -> None:
+    """Replace numpy's numbers in a group, which ``torch.load(weights_only=True)`` would refuse.
+
+    Tensors stay the user's own, except where steps are captured, which must not look into them.
+    """
+    captured = bool(group["capturable"])
+    for key in ("lr", *NUMBERS):
+        if not isinstance(group[key], Tensor) or (captured and key != "lr"):
+            group[key] = checks.plain(group[key])
+    if captured or not any(isinstance(beta, Tensor) for beta in group["betas"]):
+        group["betas"] = tuple(map(checks.plain, group["betas"]))
+
+
+def tell_differences(
+    name: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> None:
+    """Warn where settings of the gate that a load takes up differ from the present ones."""
+    found = dict.fromkeys(
+        f"{key}={theirs[key]!r} (was {mine[key]!r})"
+        for mine, theirs in pairs
+        for key in ("beta1", *GATE_SETTINGS)
+        if key in mine and key in theirs and _differ(mine[key], theirs[key])
+    )
+    if found:
+        warnings.warn(
+            f"{name} goes on with the settings that the state was saved under: {', '.join(found)}.",
+            RuntimeWarning,
+            stacklevel=6,
+        )
+
+
+def _differ(mine: Any, theirs: Any) -> bool:
+    """Whether two values of a setting differ; of functions, which may be copies, their types."""
+    if callable(mine) and callable(theirs):
+        return type(mine) is not type(theirs) or getattr(mine, "__name__", "") != getattr(
+            theirs, "__name__", ""
+        )
+    return bool(checks.plain(mine) != checks.plain(theirs))
 
 
 def check_gate_settings(group: Mapping[str, Any]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from poprisk import checks
-from poprisk.settings import check_optimizer_settings, estimator_of
+from poprisk.settings import check_optimizer_settings, estimator_of, plain_settings
 from poprisk.update import state_dtype
 from poprisk.variance import Given, GivenVariances, VarianceEstimator
 
@@ -59,7 +63,7 @@ def count_step(states: list[dict[str, Any]]) -> list[int]:
 
 def take_variances_(groups: list[dict[str, Any]], state: Any, given: GivenVariances) -> None:
     """Put variances that were found elsewhere into the running averages."""
-    for group in groups:
+    for group in map(plain_settings, groups):
         estimator = estimator_of(group)
         if isinstance(estimator, Given):
             weight = 1 - estimator.decay(group["betas"][0])
@@ -73,12 +77,7 @@ def completed_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) ->
     """A shallow copy of ``state_dict`` whose groups have every setting."""
     checks.check_state_dict(state_dict, ADAM_KEYS)
     saved = state_dict["param_groups"]
-    sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
-    if sizes != own:
-        raise ValueError(
-            f"state_dict does not fit this optimizer: its groups hold {sizes} parameters, the "
-            f"optimizer's {own}."
-        )
+    checks.check_group_sizes(saved, groups)
     if any(group.get("amsgrad") for group in saved):
         raise ValueError(
             "state_dict comes from AdamW(amsgrad=True), whose maximum of v̂ PopRiskAdamW does "
@@ -91,3 +90,40 @@ def completed_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) ->
     for group in filled:
         check_optimizer_settings(group)
     return {"state": state_dict["state"], "param_groups": filled}
+
+
+PRE_HOOKS, POST_HOOKS = (f"_optimizer_load_state_dict_{when}_hooks" for when in ("pre", "post"))
+
+
+@contextmanager
+def loaded_hooks(optimizer: Optimizer, state_dict: Any) -> Iterator[dict[str, Any]]:
+    """The state that the hooks before a load make of ``state_dict``; those after it run at the end.
+
+    Checks and conversions thus see what hooks before the load made, and hooks after it have the
+    last word, as with torch. Within the block torch's own load runs no hooks.
+    """
+    checks.check_state_keys(state_dict, (), "an")
+    state_dict = dict(state_dict)
+    for hook in getattr(optimizer, PRE_HOOKS).values():
+        changed = hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    kept = {name: getattr(optimizer, name) for name in (PRE_HOOKS, POST_HOOKS)}
+    optimizer.__dict__.update({name: OrderedDict() for name in kept})
+    try:
+        yield state_dict
+    finally:
+        optimizer.__dict__.update(kept)
+    for hook in kept[POST_HOOKS].values():
+        hook(optimizer)
+
+
+def hooked_state(optimizer: Optimizer, state_of: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``state_of()`` returns, with the hooks of ``state_dict()`` around it as with torch."""
+    hooks: Any = optimizer
+    for hook in hooks._optimizer_state_dict_pre_hooks.values():
+        hook(optimizer)
+    state_dict = state_of()
+    for hook in hooks._optimizer_state_dict_post_hooks.values():
+        changed = hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    return state_dict

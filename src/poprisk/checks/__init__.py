@@ -6,11 +6,20 @@ A message names the argument, says what was found and what to do instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def plain(value: Any) -> Any:
+    """The Python value of a numpy scalar or of a tensor of one element; anything else itself."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        size = value.numel() if isinstance(value, Tensor) else value.size
+        return value.item() if size == 1 else value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_number(
@@ -25,11 +34,10 @@ def check_number(
     """Return ``value`` as a float within the given bounds.
 
     Raises:
-        TypeError: if ``value`` is not a real number (a one-element tensor counts as one).
+        TypeError: if ``value`` is not a real number (numpy's and a tensor of one element are).
         ValueError: if it is NaN or outside the bounds; infinity lies outside of every bound.
     """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, but got {value!r} ({type(value).__name__}).")
     include_low, include_high = include_low and low > -math.inf, include_high and high < math.inf
@@ -51,7 +59,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 def check_betas(betas: Any) -> tuple[float, float]:
     """Return ``betas`` as two floats in [0, 1)."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+    if not isinstance(betas, (tuple, list, np.ndarray)) or len(betas) != 2:
         raise ValueError(f"betas must be a pair such as (0.9, 0.999), but got {betas!r}.")
     beta1 = check_number("betas[0]", betas[0], low=0.0, high=1.0, include_high=False)
     beta2 = check_number("betas[1]", betas[1], low=0.0, high=1.0, include_high=False)
@@ -66,6 +74,7 @@ def check_batch(batch_size: Any, dataset_size: Any) -> None:
         ValueError: if one is not positive, the batch is missing although the data set is finite,
             or the batch is not smaller than the data set.
     """
+    batch_size, dataset_size = plain(batch_size), plain(dataset_size)
     for name, value in (("batch_size", batch_size), ("dataset_size", dataset_size)):
         if value is None:
             continue
@@ -100,22 +109,13 @@ def check_gradients(grads: Iterable[Tensor]) -> None:
             )
 
 
-def check_closure_result(loss: Any) -> None:
-    """Raise ValueError if a closure forgot to return its loss."""
-    if loss is None:
-        raise ValueError(
-            "the closure passed to step() returned None; it must return the loss, as in "
-            "`def closure(): ...; loss.backward(); return loss`."
-        )
-
-
 def check_state_shapes(
     index: int, param: Tensor, state: Mapping[str, Any], keys: Iterable[str]
 ) -> None:
     """Raise ValueError if a loaded per-parameter state does not fit its parameter."""
     for key in keys:
         value = state.get(key)
-        if value is not None and tuple(value.shape) != tuple(param.shape):
+        if isinstance(value, Tensor) and tuple(value.shape) != tuple(param.shape):
             raise ValueError(
                 f"state_dict does not fit this optimizer: state {key!r} of parameter {index} has "
                 f"shape {tuple(value.shape)}, but the parameter has shape {tuple(param.shape)}. "
@@ -179,6 +179,7 @@ def check_captured_variance(variance: str, *, capturable: bool) -> None:
 
 def check_positive(name: str, value: Any) -> None:
     """Raise unless ``value`` is an integer above zero."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, but got {value!r} ({type(value).__name__}).")
     if value <= 0:
@@ -274,7 +275,10 @@ def check_task(task: Any) -> None:
 
 
 def check_state_dict(state_dict: Any, moments: Collection[str]) -> None:
-    """Raise unless ``state_dict`` is the state of an optimizer of Adam's kind."""
+    """Raise unless ``state_dict`` is the state of an optimizer of Adam's kind.
+
+    Entries of the state that belong to no parameter of a group are left to whoever put them there.
+    """
     check_state_keys(state_dict, ("state", "param_groups"), "an")
     for group in state_dict["param_groups"]:
         if "params" not in group or "betas" not in group:
@@ -282,12 +286,56 @@ def check_state_dict(state_dict: Any, moments: Collection[str]) -> None:
                 "state_dict does not come from AdamW or PopRiskAdamW: a group of it has no "
                 "'params' or no 'betas'."
             )
-    for index, state in state_dict["state"].items():
-        if not all(isinstance(state.get(key), Tensor) for key in moments):
-            raise ValueError(
-                f"state_dict does not come from AdamW or PopRiskAdamW: its state of parameter "
-                f"{index} lacks a tensor {' or '.join(moments)}."
-            )
+        for index in group["params"]:
+            state = check_is_state(index, state_dict["state"].get(index, {}))
+            if state and not all(isinstance(state.get(key), Tensor) for key in moments):
+                raise ValueError(
+                    f"state_dict does not come from AdamW or PopRiskAdamW: its state of parameter "
+                    f"{index} lacks a tensor {' or '.join(moments)}."
+                )
+
+
+def check_is_state(index: Any, state: Any) -> Mapping[str, Any]:
+    """Return the state of a parameter; raise ValueError if it is no mapping."""
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"state_dict is damaged: its state of parameter {index} is a {type(state).__name__}, "
+            "not a dict."
+        )
+    return state
+
+
+def check_state_complete(index: Any, state: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise ValueError if the state of a parameter lacks what the optimizer keeps for it."""
+    missing = sorted(set(keys) - set(state))
+    if state and missing:
+        raise ValueError(
+            f"state_dict does not come from an optimizer of this kind: its state of parameter "
+            f"{index} has {sorted(state)}, but not {missing}."
+        )
+
+
+def check_group_sizes(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless saved groups hold as many parameters as the optimizer's."""
+    if any("params" not in group for group in saved):
+        raise ValueError("state_dict is damaged: a group of it has no 'params'.")
+    sizes, mine = [len(g["params"]) for g in saved], [len(g["params"]) for g in own]
+    if sizes != mine:
+        raise ValueError(
+            f"state_dict does not fit this optimizer: its groups hold {sizes} parameters, the "
+            f"optimizer's {mine}. Load it into an optimizer with the groups that it was saved "
+            "from, and add groups after that."
+        )
+
+
+def check_hyperparameters(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError if a saved group lacks a number that optimizers of this kind have."""
+    numbers = {k for k, v in defaults.items() if type(v) in (int, float, tuple)}
+    if missing := sorted(numbers - set(saved)):
+        raise ValueError(
+            "state_dict does not come from an optimizer of this kind: a group of it lacks "
+            f"{missing}."
+        )
 
 
 def check_state_keys(state_dict: Any, keys: Collection[str], kind: str) -> None:
