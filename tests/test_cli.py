@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import poprisk.cli
 import tiny
 from poprisk.cli import app
+from poprisk.records import LOCK
 from poprisk.rundir import RunDirectory
 from poprisk.tasks import BUILT_IN
 
@@ -47,6 +48,7 @@ def contents(path: Path) -> dict[str, bytes | None]:
     return {
         str(p.relative_to(path)): p.read_bytes() if p.is_file() else None
         for p in sorted(path.rglob("*"))
+        if p.name != LOCK
     }
 
 
@@ -240,7 +242,7 @@ def verdict_in(text: str) -> str:
 
 def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[Path, str]) -> None:
     path, text = finished
-    names = {p.name for p in path.iterdir()}
+    names = {p.name for p in path.iterdir()} - {LOCK}
     expected = {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "report.html"}
     assert names == expected
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
