@@ -106,17 +106,20 @@ def test_a_missing_file(here: Path) -> None:
         ),
         (
             "return dataclasses.replace(tiny.tiny(), metric=poprisk.Metric('m', lambda o, y: 1/0))",
-            "task mine.py:make failed: ZeroDivisionError",
+            "task mine.py:make failed: ValueError: metric 'm' failed on the train set: "
+            "ZeroDivisionError",
         ),
         (
             "return dataclasses.replace(tiny.tiny(), test=(torch.zeros(9, 3), torch.zeros(9)))",
-            "task mine.py:make failed: RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+            "task mine.py:make failed: ValueError: model failed on the test inputs, float32 of "
+            "shape (9, 3): RuntimeError: mat1 and mat2 shapes cannot be multiplied",
         ),
         (
             "return dataclasses.replace(tiny.regression(), clean=None, "
             "**{p: (v[0], v[1][:, 0]) for p, v in vars(tiny.regression()).items() "
             "if p in ('train', 'test')}, loss=lambda o, y: (o[:, 0] - y).square())",
-            "task mine.py:make failed: ValueError: mse needs outputs and targets of one shape",
+            "task mine.py:make failed: ValueError: metric 'mean squared error' failed on the train "
+            "set: ValueError: mse needs outputs and targets of one shape",
         ),
         (
             "t = tiny.tiny(); "

@@ -25,7 +25,7 @@ from poprisk.arms import Arm
 from poprisk.checkpoint import load_checkpoint, save_checkpoint
 from poprisk.rundir import FORMAT, Key, RunDirectory, RunDirectoryError
 from poprisk.tasks import Task, TaskError, load_task
-from poprisk.training import Row, Run, score
+from poprisk.training import Row, Run
 
 OnRow = Callable[[Row], None]
 
@@ -104,9 +104,9 @@ class Comparison:
                 "batch_size": task.batch_size,
                 "train_examples": len(task.train[1]),
                 "test_examples": len(task.test[1]),
-                "parameters": sum(p.numel() for p in task.model().parameters()),
+                "parameters": sum(p.numel() for p in task.new_model().parameters()),
                 "data": data,
-                "noise_known": self._measure(task) is not None,
+                "noise_known": task.noise_known,
             },
             "arms": [arm.as_json() for arm in self.arms],
             "seeds": self.seeds,
@@ -114,16 +114,6 @@ class Comparison:
             "device": self.device,
             **({"twin": True} if self.twin else {}),
         }
-
-    def _measure(self, task: Task) -> float | None:
-        """Memorization of a fresh model; a task that cannot be measured fails here, not later."""
-        try:
-            with torch.no_grad():
-                model = task.model().eval()
-                score(task, model(task.test[0]), task.test[1])
-                return task.memorized(model(task.train[0]))
-        except Exception as error:
-            raise TaskError(f"task {self.task} failed: {type(error).__name__}: {error}") from error
 
 
 def _fingerprint(source: str, task: Task) -> str:
