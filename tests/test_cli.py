@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import poprisk.cli
 import tiny
 from poprisk.cli import app
+from poprisk.records import LOCK
 from poprisk.rundir import RunDirectory
 from poprisk.tasks import BUILT_IN
 
@@ -47,6 +48,7 @@ def contents(path: Path) -> dict[str, bytes | None]:
     return {
         str(p.relative_to(path)): p.read_bytes() if p.is_file() else None
         for p in sorted(path.rglob("*"))
+        if p.name != LOCK
     }
 
 
@@ -104,17 +106,20 @@ def test_a_missing_file(here: Path) -> None:
         ),
         (
             "return dataclasses.replace(tiny.tiny(), metric=poprisk.Metric('m', lambda o, y: 1/0))",
-            "task mine.py:make failed: ZeroDivisionError",
+            "task mine.py:make failed: ValueError: metric 'm' failed on the train set: "
+            "ZeroDivisionError",
         ),
         (
             "return dataclasses.replace(tiny.tiny(), test=(torch.zeros(9, 3), torch.zeros(9)))",
-            "task mine.py:make failed: RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+            "task mine.py:make failed: ValueError: model failed on the test inputs, float32 of "
+            "shape (9, 3): RuntimeError: mat1 and mat2 shapes cannot be multiplied",
         ),
         (
             "return dataclasses.replace(tiny.regression(), clean=None, "
             "**{p: (v[0], v[1][:, 0]) for p, v in vars(tiny.regression()).items() "
             "if p in ('train', 'test')}, loss=lambda o, y: (o[:, 0] - y).square())",
-            "task mine.py:make failed: ValueError: mse needs outputs and targets of one shape",
+            "task mine.py:make failed: ValueError: metric 'mean squared error' failed on the train "
+            "set: ValueError: mse needs outputs and targets of one shape",
         ),
         (
             "t = tiny.tiny(); "
@@ -240,7 +245,7 @@ def verdict_in(text: str) -> str:
 
 def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[Path, str]) -> None:
     path, text = finished
-    names = {p.name for p in path.iterdir()}
+    names = {p.name for p in path.iterdir()} - {LOCK}
     expected = {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "report.html"}
     assert names == expected
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from poprisk.records import LOCK
 from poprisk.rundir import FORMAT, RunDirectory, RunDirectoryError, write_json
 
 CONFIG: dict[str, Any] = {
@@ -29,10 +30,11 @@ def row(event: str, arm: str = "a", seed: int = 0, epoch: int = 0, **more: Any) 
 
 
 def contents(path: Path) -> dict[str, bytes | None]:
-    """Every file below a path with its bytes, and every directory."""
+    """Every file below a path with its bytes, and every directory; all but the lock."""
     return {
         str(p.relative_to(path)): p.read_bytes() if p.is_file() else None
         for p in sorted(path.rglob("*"))
+        if p.name != LOCK
     }
 
 

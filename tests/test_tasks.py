@@ -280,6 +280,7 @@ def test_memorization_compares_example_with_example() -> None:
     flat = replace(
         task,
         train=(x, y[:, 0]),
+        test=(task.test[0], task.test[1][:, 0]),
         clean=task.clean[:, 0],
         loss=first_column_error,
         metric=Metric("error", mean_first_column_error),
@@ -354,13 +355,13 @@ BAD_PARTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"loss": F.cross_entropy},
         ValueError,
-        r"loss must give one value per example, shape \(2,\) for two examples, but gave \(\); "
+        r"loss must give one value per example, shape \(40,\) for 40 examples, but gave \(\); "
         "pass reduction='none'",
     ),
     (
         {"loss": lambda outputs, targets: outputs},
         ValueError,
-        r"loss must give one value per example.* but gave \(2, 2\)",
+        r"loss must give one value per example.* but gave \(40, 2\)",
     ),
     (
         {"loss": lambda outputs, targets: 0.5},

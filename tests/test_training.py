@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +55,9 @@ def recorded(task: Task) -> tuple[Task, list[Tensor]]:
             batches.append(targets.clone())
         return task.loss(outputs, targets)
 
-    return replace(task, loss=loss), batches
+    observed = replace(task, loss=loss)
+    batches.clear()  # of the trial when the task is made
+    return observed, batches
 
 
 def positions(batches: list[Tensor], task: Task) -> list[list[int]]:
@@ -164,13 +167,15 @@ def scripted(
     held_out: list[float], test: list[float], *, higher: bool, epochs: int | None = None
 ) -> list[Row]:
     """Rows of a held-out run whose metric is what the two lists say."""
-    scores = {8: iter(held_out), tiny.TEST: iter(test)}
+    scores: dict[int, Iterator[float]] = {}
 
     def metric(outputs: Tensor, targets: Tensor) -> float:
         return next(scores[len(targets)]) if len(targets) in scores else 0.0
 
     task = tiny.tiny(epochs=epochs or len(test))
-    return finished(replace(task, metric=Metric("scripted", metric, higher)), STOPPED)[1]
+    task = replace(task, metric=Metric("scripted", metric, higher))
+    scores |= {8: iter(held_out), tiny.TEST: iter(test)}
+    return finished(task, STOPPED)[1]
 
 
 NAN = math.nan
@@ -376,7 +381,9 @@ def test_a_gate_that_skips_steps_says_so() -> None:
         poison = torch.is_grad_enabled() and next(calls) == 7
         return tiny.cross_entropy(outputs, targets) * (math.nan if poison else 1.0)
 
+    task = replace(tiny.tiny(), loss=loss)
+    calls = iter(range(100))  # after the trial when the task is made
     with pytest.warns(RuntimeWarning, match="skipped a step"):
-        _, rows = finished(replace(tiny.tiny(), loss=loss), ARMS["poprisk"])
+        _, rows = finished(task, ARMS["poprisk"])
     assert rows[-1]["skipped_steps"] == 1
     assert math.isfinite(rows[-1]["final_metric"])

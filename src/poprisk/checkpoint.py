@@ -38,7 +38,8 @@ def load_checkpoint(path: Path) -> Any:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        # Copies: Windows replaces no file that is mapped into memory.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         return _unpack(json.loads(file.metadata()["value"]), tensors)
 
 

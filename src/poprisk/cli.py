@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from poprisk.arms import default_arms
 from poprisk.bench import write_results
 from poprisk.bench.kernel import bench_kernels, kernel_table
 from poprisk.bench.step import bench_cold_start, bench_steps, bench_table
-from poprisk.compare import Comparison, TrainingError, compare, environment, start_forkserver
+from poprisk.compare import Comparison, TrainingError, compare, environment, warm_up_workers
 from poprisk.display import (
     PhaseDisplay,
     ProgressDisplay,
@@ -95,7 +96,7 @@ def compare_command(
     for name, value in (("--seeds", seeds), ("--epochs", epochs), ("--workers", workers)):
         if value is not None and value < 1:
             _fail(f"{name} must be at least 1, but got {value}.")
-    start_forkserver()
+    warm_up_workers()
     comparison = Comparison(
         task=task,
         arms=default_arms(full=full),
@@ -321,6 +322,10 @@ def _write(out: Path, results: Sequence[Any], **settings: Any) -> None:
 
 def main() -> None:
     """Entry point of the ``poprisk`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # A Greek letter that the terminal cannot show must not end a run: Windows' is cp1252.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()
 
 

@@ -7,13 +7,15 @@ import multiprocessing
 import os
 import platform
 import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from poprisk.arms import Arm
 from poprisk.checkpoint import load_checkpoint, save_checkpoint
 from poprisk.rundir import FORMAT, Key, RunDirectory, RunDirectoryError
 from poprisk.tasks import Task, TaskError, load_task
-from poprisk.training import Row, Run, score
+from poprisk.training import Row, Run
 
 OnRow = Callable[[Row], None]
 
@@ -102,9 +104,9 @@ class Comparison:
                 "batch_size": task.batch_size,
                 "train_examples": len(task.train[1]),
                 "test_examples": len(task.test[1]),
-                "parameters": sum(p.numel() for p in task.model().parameters()),
+                "parameters": sum(p.numel() for p in task.new_model().parameters()),
                 "data": data,
-                "noise_known": self._measure(task) is not None,
+                "noise_known": task.noise_known,
             },
             "arms": [arm.as_json() for arm in self.arms],
             "seeds": self.seeds,
@@ -112,16 +114,6 @@ class Comparison:
             "device": self.device,
             **({"twin": True} if self.twin else {}),
         }
-
-    def _measure(self, task: Task) -> float | None:
-        """Memorization of a fresh model; a task that cannot be measured fails here, not later."""
-        try:
-            with torch.no_grad():
-                model = task.model().eval()
-                score(task, model(task.test[0]), task.test[1])
-                return task.memorized(model(task.train[0]))
-        except Exception as error:
-            raise TaskError(f"task {self.task} failed: {type(error).__name__}: {error}") from error
 
 
 def _fingerprint(source: str, task: Task) -> str:
@@ -202,17 +194,37 @@ def _trace_kept(comparison: Comparison, directory: RunDirectory, arm: Arm, seed:
     return not _is_followed(comparison, arm) or _trace_path(directory, arm.name, seed).exists()
 
 
-def start_forkserver() -> None:
+def worker_context() -> BaseContext:
+    """How workers are started: forked from a server where there is one, else from nothing."""
+    methods = multiprocessing.get_all_start_methods()  # Windows has no forkserver
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+
+
+def warm_up_workers() -> None:
     """Let the process that workers are forked from begin its imports; they take seconds.
 
     It ignores Ctrl-C, which is the parent's to handle.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = worker_context()
+    if context.get_start_method() != "forkserver":
+        return
+    from multiprocessing import forkserver
+
     # Constructing any torch optimizer imports torch._dynamo, a second of work: once for all.
     context.set_forkserver_preload(["poprisk.training", "torch._dynamo"])
+    with _deaf_to_interrupts():
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside inherit that Ctrl-C is ignored, where the system hands it on."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        forkserver.ensure_running()
+        yield
     finally:
         signal.signal(signal.SIGINT, handler)
 
@@ -221,16 +233,17 @@ class _Pool:
     """Worker processes, each with a pipe; a worker ends when its pipe does."""
 
     def __init__(self, comparison: Comparison, directory: RunDirectory, size: int) -> None:
-        start_forkserver()
-        context = multiprocessing.get_context("forkserver")
+        warm_up_workers()
+        context: Any = worker_context()  # the type of a context does not tell its Process
         self.directory = directory
-        self.workers: dict[Connection, ForkServerProcess] = {}
+        self.workers: dict[Connection, BaseProcess] = {}
         for _ in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_work, args=(theirs, comparison, directory.path), daemon=True
             )
-            process.start()
+            with _deaf_to_interrupts():
+                process.start()
             theirs.close()
             self.workers[ours] = process
 
@@ -288,6 +301,7 @@ class _Pool:
 
 def _work(pipe: Connection, comparison: Comparison, path: Path) -> None:
     """Body of a worker: train what comes through the pipe until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows does not hand it on
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     directory = RunDirectory(path)

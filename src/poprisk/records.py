@@ -6,15 +6,17 @@ a line, flushed, so that a killed run loses at most the line being written.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+LOCK = ".lock"
+"""Of the process that writes; where the system locks by the file's being there, it ends with it."""
 
 
 class RunDirectoryError(ValueError):
@@ -72,15 +74,23 @@ class RecordDirectory:
         Raises:
             RunDirectoryError: if one is writing already.
         """
-        with self.metrics.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunDirectoryError(
-                    f"another process is working in {self.path}; wait for it, or choose another "
-                    "directory with --out."
-                ) from None
+        lock = _file_lock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except TimeoutError:
+            raise RunDirectoryError(
+                f"another process is working in {self.path}; wait for it, or choose another "
+                "directory with --out."
+            ) from None
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write the run directory {self.path}: {error.strerror or error}; choose "
+                "another with --out."
+            ) from error
+        try:
             yield
+        finally:
+            lock.release()
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row to the record and flush it."""
@@ -143,10 +153,8 @@ class RecordDirectory:
         def left_over(p: Path) -> bool:
             if p.is_dir():
                 return p == self.checkpoints and not any(p.iterdir())
-            empty = p.stat().st_size == 0
-            return (
-                p.suffix == ".tmp" or p.name == "environment.json" or (p == self.metrics and empty)
-            )
+            empty = p in (self.metrics, self.path / LOCK) and p.stat().st_size == 0
+            return p.suffix == ".tmp" or p.name == "environment.json" or empty
 
         return self.path.is_dir() and all(left_over(p) for p in self.path.iterdir())
 
@@ -187,6 +195,15 @@ class RecordDirectory:
             f"{self.path / name} is damaged: {found}. Nothing was changed; mend the file, or start "
             "anew in another directory with --out."
         )
+
+
+def _file_lock(path: Path) -> Any:
+    """The system's own lock of a file; a file that is made exclusively where it has none."""
+    with warnings.catch_warnings():  # filelock says at import which of them it is
+        warnings.simplefilter("ignore")
+        import filelock
+
+        return filelock.FileLock(path)
 
 
 def _open_existing(path: str, flags: int) -> int:

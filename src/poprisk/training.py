@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,8 +18,10 @@ from torch.optim import Optimizer
 from poprisk.arms import Arm, build_optimizer
 from poprisk.checkpoint import load_checkpoint, save_checkpoint
 from poprisk.controls import UpdateTrace
+from poprisk.evaluation import evaluating, outputs_of
 from poprisk.optimizer import PopRiskAdamW
 from poprisk.risk import TwinRisk
+from poprisk.tasks.batches import split_batches
 from poprisk.tasks.task import Pair, Task
 
 EVALUATIONS = 50
@@ -71,7 +75,7 @@ class Run:
     with_twin: bool = False
 
     def __post_init__(self) -> None:
-        torch.manual_seed(self.seed)
+        _seed_all(self.seed)
         x, y = self.task.train
         n, fifth = len(y), len(y) // 5
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
@@ -80,7 +84,7 @@ class Run:
         self.held_out = _to((x[order[:fifth]], y[order[:fifth]]), self.device)
         self.everything = _to((x, y), self.device)
         self.test = _to(self.task.test, self.device)
-        self.model = self.task.model().to(self.device)
+        self.model = self.task.new_model(self.device)
         self.twin: TwinRisk | None = None
         if self.with_twin:
             self.twin = TwinRisk(
@@ -131,23 +135,26 @@ class Run:
 
     def _train_epoch(self) -> None:
         p = self.progress
-        x, y = self.data
-        torch.manual_seed(1_000_003 * (self.seed + 1) + p.epoch)  # alike in all arms and on resume
-        order = torch.randperm(len(y)).to(self.device)
+        _seed_all(1_000_003 * (self.seed + 1) + p.epoch)  # alike in all arms and on resume
+        order = torch.randperm(len(self.data[1])).to(self.device)
         trace = UpdateTrace(p.trace) if self.record else None
         self.model.train()
         if self.twin is not None:
             self.twin.replicas[1].model.train()
-        for batch in order.split(self.task.batch_size):
-            if self.twin is None:
-                loss = self.task.loss(self.model(x[batch]), y[batch])
-                self._update(self.optimizer, loss, trace)
-            else:
-                for run in self.twin.runs(batch):
-                    loss = run.loss(run.model(x[batch]), y[batch])
-                    self._update(run.optimizer, loss, None if run.position else trace)
+        for batch in split_batches(order, self.task.batch_size):
+            self._train_batch(batch, trace)
             p.step += 1
         p.epoch += 1
+
+    def _train_batch(self, batch: Tensor, trace: UpdateTrace | None) -> None:
+        x, y = self.data
+        if self.twin is None:
+            loss = self.task.loss(self.model(x[batch]), y[batch])
+            self._update(self.optimizer, loss, trace)
+            return
+        for run in self.twin.runs(batch):
+            loss = run.loss(run.model(x[batch]), y[batch])
+            self._update(run.optimizer, loss, None if run.position else trace)
 
     def _update(self, optimizer: Optimizer, loss: Tensor, trace: UpdateTrace | None) -> None:
         optimizer.zero_grad()
@@ -160,17 +167,17 @@ class Run:
     @torch.no_grad()
     def _evaluate(self) -> Row:
         p, task = self.progress, self.task
-        self.model.eval()
-        fitted = self.model(self.everything[0])
-        outputs = self.model(self.test[0])
+        with evaluating(self.model):
+            fitted = outputs_of(self.model, self.everything[0])
+            outputs = outputs_of(self.model, self.test[0])
+            left = outputs_of(self.model, self.held_out[0]) if self.arm.held_out else None
         metric = score(task, outputs, self.test[1])
         memorized = task.memorized(fitted.cpu())
         p.final_metric, p.final_memorized = metric, memorized
         if self._better(metric, p.best_metric):
             p.best_metric, p.best_epoch = metric, p.epoch
         held_out = held_out_loss = None
-        if self.arm.held_out:
-            left = self.model(self.held_out[0])
+        if left is not None:
             held_out = score(task, left, self.held_out[1])
             held_out_loss = task.loss(left, self.held_out[1]).mean().item()
             if self._better(held_out, p.held_out_best):
@@ -257,6 +264,13 @@ def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
         return state
     groups = [{k: v for k, v in g.items() if not callable(v)} for g in state["param_groups"]]
     return {**state, "param_groups": groups}
+
+
+def _seed_all(seed: int) -> None:
+    """Seed every global generator that a model may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _to(pair: Pair, device: str) -> Pair:

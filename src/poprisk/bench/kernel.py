@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -72,7 +71,7 @@ def bench_kernels(*, threads: int, repeats: int, growth: bool) -> list[Measured]
     return results
 
 
-def kernel_seconds(case: Case, method: str, repeats: int) -> tuple[list[float], float]:
+def kernel_seconds(case: Case, method: str, repeats: int) -> tuple[list[float], float | None]:
     """Processor times in this process, and the peak of its memory on top of the model, in MiB."""
     model, x = case.build()
     KERNELS[method](*case._replace(examples=8, width=16).build())  # loads libraries and kernels
@@ -82,7 +81,8 @@ def kernel_seconds(case: Case, method: str, repeats: int) -> tuple[list[float], 
         started = time.process_time()
         KERNELS[method](model, x)
         times.append(time.process_time() - started)
-    return times, _peak_mib() - before
+    peak = _peak_mib()
+    return times, None if before is None or peak is None else peak - before
 
 
 def moment_seconds(case: Case, repeats: int) -> dict[str, list[float] | str]:
@@ -181,8 +181,14 @@ def _moment_rows(case: Case, threads: int, repeats: int) -> list[Measured]:
     return rows
 
 
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _peak_mib() -> float | None:
+    """The most memory this process has held; None on a system that does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    kib = 1024 if sys.platform == "darwin" else 1  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kib / 1024
 
 
 def _reason(error: Exception) -> str:

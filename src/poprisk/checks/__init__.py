@@ -240,40 +240,6 @@ def check_tensors(name: str, pair: Any) -> None:
         )
 
 
-def check_task(task: Any) -> None:
-    """Raise unless the callables of a task work on its first examples and shapes fit."""
-    if isinstance(task.model, torch.nn.Module):
-        raise TypeError(
-            f"model must be a function that returns a torch.nn.Module, but got a "
-            f"{type(task.model).__name__}; pass what makes a new one, as in lambda: Net(64)."
-        )
-    for name in ("model", "loss"):
-        if not callable(getattr(task, name)):
-            raise TypeError(f"{name} must be callable, but got {getattr(task, name)!r}.")
-    clean, targets = task.clean, task.train[1]
-    if clean is not None and (not isinstance(clean, Tensor) or clean.shape != targets.shape):
-        found = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
-        raise ValueError(
-            f"clean must have the shape of the training targets, {tuple(targets.shape)}, but got "
-            f"{found}."
-        )
-    model = task.model()
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"model must be a function that returns a torch.nn.Module, but it returned "
-            f"{type(model).__name__}."
-        )
-    x, y = task.train
-    with torch.no_grad():
-        losses = task.loss(model.eval()(x[:2]), y[:2])
-    if not isinstance(losses, Tensor) or tuple(losses.shape) != (min(2, len(x)),):
-        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"loss must give one value per example, shape (2,) for two examples, but gave {found}; "
-            "pass reduction='none' and average over all dimensions but the first."
-        )
-
-
 def check_state_dict(state_dict: Any, moments: Collection[str]) -> None:
     """Raise unless ``state_dict`` is the state of an optimizer of Adam's kind.
 

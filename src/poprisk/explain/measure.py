@@ -41,7 +41,7 @@ def measure_cells(plan: Plan, task: Task, *, gated: bool, say: Say) -> dict[str,
     """
     assert task.clean is not None  # the caller has it
     torch.manual_seed(plan.seed)
-    model = task.model()
+    model = task.new_model()
     n = len(task.train[1])
     optimizer = make_optimizer(
         plan, model, gated=gated, batch_size=min(task.batch_size, n - 1), dataset_size=n
@@ -88,7 +88,7 @@ def measure_operators(plan: Plan, task: Task, *, say: Say) -> dict[str, Any]:
         NotAnalysable: if the run cannot be recorded or its operators are too large.
     """
     torch.manual_seed(plan.seed)
-    size = choose_size(task, task.model(), plan.seconds)
+    size = choose_size(task, task.new_model(), plan.seconds)
     run = _small_run(plan, task, size, epoch_batches(size.n, size.batch, size.steps, plan.seed))
     ops = path_operators(
         run,
@@ -120,7 +120,7 @@ def measure_operators(plan: Plan, task: Task, *, say: Say) -> dict[str, Any]:
 
 def _small_run(plan: Plan, task: Task, size: Size, batches: Sequence[Tensor]) -> Run:
     torch.manual_seed(plan.seed)
-    model = task.model().double()
+    model = task.new_model().double()
     optimizer = make_optimizer(plan, model, gated=False, batch_size=size.batch, dataset_size=size.n)
     (x, y), (xq, yq) = task.train, task.test
     return record(

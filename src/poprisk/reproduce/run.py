@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import json
-import multiprocessing
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 
-from poprisk.compare import TrainingError, environment, start_forkserver
+from poprisk.compare import TrainingError, environment, warm_up_workers, worker_context
 from poprisk.records import FORMAT, RecordDirectory
 from poprisk.reproduce.claim import Claim, Done, Found, Trial, Workspace
 
@@ -102,10 +101,10 @@ class ClaimDirectory:
                 self._work(progress.left, total, workers, on_trial)
 
     def _work(self, left: list[Trial], total: int, workers: int, on_trial: OnTrial) -> None:
-        start_forkserver()
+        warm_up_workers()
         pool = concurrent.futures.ProcessPoolExecutor(
             min(workers, len(left)),
-            mp_context=multiprocessing.get_context("forkserver"),
+            mp_context=worker_context(),
             initializer=_prepare,
         )
         count = total - len(left)

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from poprisk import checks
+from poprisk.tasks.trial import try_task
 
 Pair = tuple[Tensor, Tensor]
 
@@ -69,8 +71,12 @@ class Task:
         clean: training targets without label noise, where they are known: shape of the targets.
         description: one line for the report.
 
+    When it is made, a fresh model is evaluated on both sets, scored, and trained on one batch of
+    each size that occurs (:mod:`poprisk.tasks.trial`), so that nothing fails in the middle of a
+    comparison.
+
     Raises:
-        TypeError, ValueError: if a part has the wrong type or the shapes do not fit.
+        TypeError, ValueError: if a part has the wrong type, or the parts do not fit each other.
     """
 
     name: str
@@ -92,7 +98,22 @@ class Task:
             object.__setattr__(self, "metric", METRICS[self.metric])
         checks.check_positive("epochs", self.epochs)
         checks.check_task_batch(self.batch_size, len(self.train[1]))
-        checks.check_task(self)
+        try_task(self, by_class=self.scored_by is METRICS["accuracy"])
+
+    def new_model(self, device: str = "cpu") -> nn.Module:
+        """A fresh model on a device; lazy modules take their shapes from the first examples."""
+        model = self.model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a function that returns a torch.nn.Module, but it returned "
+                f"{type(model).__name__}."
+            )
+        model = model.to(device)
+        if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+            model.eval()
+            model(self.train[0][:2].to(device))
+            model.train()
+        return model
 
     @property
     def scored_by(self) -> Metric:
@@ -103,6 +124,11 @@ class Task:
     def classification(self) -> bool:
         """Whether targets are class indices."""
         return not self.train[1].is_floating_point() and not self.train[1].is_complex()
+
+    @property
+    def noise_known(self) -> bool:
+        """Whether some training target is known to be wrong."""
+        return self.clean is not None and bool((self.train[1] != self.clean).any())
 
     def memorized(self, outputs: Tensor) -> float | None:
         r"""How much of the label noise ``outputs`` on the training set reproduce.
@@ -135,9 +161,8 @@ def as_pair(name: str, data: Any) -> Pair:
     elif isinstance(data, Sized) and hasattr(data, "__getitem__") and len(data) > 0:
         rows = [cast(Any, data)[i] for i in range(len(data))]
         checks.check_rows(name, rows)
-        pair = tuple(
-            torch.stack([torch.as_tensor(v) for v in col]) for col in zip(*rows, strict=True)
-        )
+        columns = zip(("input", "target"), zip(*rows, strict=True), strict=True)
+        pair = tuple(_stacked(name, part, column) for part, column in columns)
     else:
         raise TypeError(
             f"{name} must be a pair (inputs, targets) of tensors or a non-empty data set of such "
@@ -145,3 +170,23 @@ def as_pair(name: str, data: Any) -> Pair:
         )
     checks.check_tensors(name, pair)
     return cast(Pair, pair)
+
+
+def _stacked(name: str, part: str, values: tuple[Any, ...]) -> Tensor:
+    """One column of a data set as a tensor."""
+    tensors: list[Tensor] = []
+    for i, value in enumerate(values):
+        try:
+            tensors.append(torch.as_tensor(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name}[{i}] must hold a tensor or numbers as {part}, but got "
+                f"{type(value).__name__}; convert it in the data set."
+            ) from error
+        if tensors[i].shape != tensors[0].shape:
+            raise ValueError(
+                f"{name} must hold {part}s of one shape, but {name}[0] has "
+                f"{tuple(tensors[0].shape)} and {name}[{i}] {tuple(tensors[i].shape)}; pad or crop "
+                "them in the data set."
+            )
+    return torch.stack(tensors)

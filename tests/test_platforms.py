@@ -1,0 +1,187 @@
+"""What the package needs of the system: nothing at import that only POSIX systems have."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from poprisk.records import LOCK, RecordDirectory, RunDirectoryError
+
+SRC = Path(__file__).parents[1] / "src" / "poprisk"
+
+POSIX_MODULES = (
+    "fcntl grp posix pwd pty readline resource syslog termios tty crypt nis spwd _posixsubprocess "
+    "multiprocessing.forkserver multiprocessing.popen_fork multiprocessing.popen_forkserver"
+).split()
+"""Modules that Windows lacks, or that do nothing there."""
+
+POSIX_NAMES = {
+    "os": (
+        "fork forkpty getuid geteuid getgid getegid getpgid getpgrp setsid killpg mkfifo "
+        "sched_getaffinity sched_setaffinity getloadavg nice sysconf uname chown"
+    ).split(),
+    "signal": "SIGKILL SIGALRM SIGHUP SIGUSR1 SIGUSR2 SIGCHLD alarm setitimer pause".split(),
+    "time": ["tzset", "clock_gettime"],
+    "multiprocessing.context": ["ForkServerProcess", "ForkProcess", "ForkContext"],
+}
+
+WITHOUT = f"""
+import sys, multiprocessing, os
+for name in {["fcntl", "resource", "pwd", "grp", "termios"]!r}:
+    sys.modules[name] = None
+del os.sched_getaffinity
+multiprocessing.get_all_start_methods = lambda: ["spawn"]
+sys.modules["multiprocessing.forkserver"] = None
+"""
+"""Makes an interpreter that lacks what Windows lacks, as far as one can from inside."""
+
+
+def at_import(tree: ast.AST) -> list[ast.stmt]:
+    """The statements that run when a module is imported: all but the bodies of functions."""
+    found: list[ast.stmt] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.stmt):
+            found.append(node)
+        found += at_import(node)
+    return found
+
+
+def posix_only(text: str) -> list[str]:
+    """POSIX-only modules imported at import, and POSIX-only names used unasked anywhere."""
+    tree = ast.parse(text)
+    found: list[str] = []
+    for node in at_import(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
+        found += [n for n in names if n in POSIX_MODULES]
+        found += [
+            n for n in names if n.rpartition(".")[2] in POSIX_NAMES.get(n.rpartition(".")[0], ())
+        ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            asked = f'hasattr({node.value.id}, "{node.attr}")' in text
+            if node.attr in POSIX_NAMES.get(node.value.id, ()) and not asked:
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
+def test_a_module_needs_no_posix_system_to_be_imported(file: Path) -> None:
+    assert posix_only(file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import fcntl", ["fcntl"]),
+        ("import os\ntry:\n    import resource\nfinally:\n    pass", ["resource"]),
+        ("class A:\n    import pwd", ["pwd"]),
+        ("def f():\n    import fcntl", []),
+        ("from multiprocessing import forkserver", ["multiprocessing.forkserver"]),
+        (
+            "from multiprocessing.context import ForkServerProcess",
+            ["multiprocessing.context.ForkServerProcess"],
+        ),
+        ("import os\ndef f():\n    return os.sched_getaffinity(0)", ["os.sched_getaffinity"]),
+        ('import os\na = os.getuid() if hasattr(os, "getuid") else 0', []),
+        ("import signal\nsignal.SIGKILL", ["signal.SIGKILL"]),
+    ],
+)
+def test_the_checker_sees_what_only_posix_has(text: str, expected: list[str]) -> None:
+    assert posix_only(text) == expected
+
+
+def python(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT + code, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+
+
+def test_the_command_starts_where_posix_is_missing(tmp_path: Path) -> None:
+    code = "import poprisk.bench.kernel, poprisk.cli; poprisk.cli.main()"
+    done = python(code, "tasks", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "grokking" in done.stdout
+
+
+COMPARE = f"""
+from pathlib import Path
+from poprisk.arms import default_arms
+from poprisk.compare import Comparison, compare, environment
+from poprisk.rundir import RunDirectory, RunDirectoryError
+if __name__ == "__main__":
+    what = Comparison(task={tiny.source("tiny")!r}, arms=default_arms(full=False)[1:3], seeds=[0])
+    run = RunDirectory(Path("run"))
+    run.create(what.config(), environment(1))
+    rows = []
+    def taken(row):
+        rows.append(row["event"])
+        try:
+            with RunDirectory(Path("run")).locked():
+                rows.append("not locked")
+        except RunDirectoryError:
+            pass
+    compare(what, run, taken)
+    print(rows.count("end"), "not locked" in rows, len(run.read().ends))
+"""
+
+
+def test_a_comparison_is_trained_where_posix_is_missing(tmp_path: Path) -> None:
+    """By spawned workers, and under a lock."""
+    done = python(COMPARE, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "2 False 2\n"
+
+
+@pytest.mark.parametrize("prelude", ["", WITHOUT], ids=["flock", "no flock"])
+def test_a_lock_ends_with_the_process_that_was_killed(tmp_path: Path, prelude: str) -> None:
+    """Else a run directory could never be taken up again."""
+    record = RecordDirectory(tmp_path / "run", keys=set(), is_row=bool)
+    record.create({"format": 1}, {})
+    code = (
+        "import os, sys; from pathlib import Path\nfrom poprisk.records import RecordDirectory\n"
+        "with RecordDirectory(Path('run'), keys=set(), is_row=bool).locked():\n"
+    )
+    held = subprocess.Popen(
+        [sys.executable, "-c", f"{prelude}\n{code}    print('held', flush=True); sys.stdin.read()"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert held.stdout is not None
+        assert held.stdout.readline() == "held\n"
+        assert (tmp_path / "run" / LOCK).exists()
+        if not prelude:
+            with pytest.raises(RunDirectoryError, match="another process is working in"):
+                record.locked().__enter__()
+        other = [sys.executable, "-c", f"{prelude}\n{code}    print('taken')"]
+        done = subprocess.run(other, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "another process is working in run; wait for it" in done.stderr
+    finally:
+        held.kill()
+        held.communicate()
+    done = subprocess.run(other, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "taken\n", done.stderr
+
+
+def test_a_terminal_that_knows_no_greek_ends_no_command(tmp_path: Path) -> None:
+    done = python("import poprisk.cli; poprisk.cli.main()", "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "compare" in done.stdout
