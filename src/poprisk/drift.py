@@ -234,8 +234,7 @@ def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Es
     """
     checks.check_positive("draws", draws)
     problem = run.problem.to(torch.float64)
-    with torch.no_grad():
-        u = problem.outputs(run.weights[0].double(), problem.train[0])
+    u = problem.values(run.weights[0].double(), problem.train[0])
     noise = torch.randn(*u.shape, draws, generator=generator, dtype=torch.float64)
     probes = label_response(problem, u) @ noise
     moved = follow(run, probes, dtype=torch.float64).applied.query[..., :draws]

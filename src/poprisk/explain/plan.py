@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poprisk import checks
+from poprisk.evaluation import evaluating, outputs_of
 from poprisk.optimizer import PopRiskAdamW
 from poprisk.path import NotAnalysable
 from poprisk.tasks import Task, load_task
@@ -83,8 +84,8 @@ def choose_size(task: Task, model: nn.Module, seconds: float) -> Size:
         NotAnalysable: if not even the smallest does.
     """
     P = sum(p.numel() for p in model.parameters())
-    with torch.no_grad():
-        c = model(task.train[0][:2])[0].numel()
+    with evaluating(model):
+        c = outputs_of(model, task.train[0][:2])[0].numel()
     for examples, steps in SIZES:
         n = min(examples, len(task.train[1]))
         size = Size(n, min(n, len(task.test[1])), max(2, min(task.batch_size, n // 4)), steps)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from poprisk.checks import examples as checks
 from poprisk.factors import Factors, capture
 from poprisk.factors.plan import Plan, learn_plan
+from poprisk.forward_mode import plain_kernels
 
 Inputs = Any
 """A tensor for ``model(x)``, a tuple of tensors for ``model(*x)`` or a dict for ``model(**x)``."""
@@ -236,9 +235,7 @@ class Jacobian:
         def outputs(weights: dict[str, Tensor]) -> Tensor:
             return self.evaluate(inputs, weights)
 
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            # PyTorch scripts its own forward-mode rules when they are first used.
-            warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        with plain_kernels(self.model):
             return torch.func.jvp(outputs, (weights,), (tangents,))[1]
 
     def part(self, examples: slice) -> Jacobian:

@@ -76,8 +76,7 @@ def split_gradient(run: Run, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     problem = run.problem.to(w.dtype)
     check_clean(clean, problem.train[1])
     y = clean.to(w.dtype) if clean.is_floating_point() else clean
-    with torch.no_grad():
-        u = problem.outputs(w, problem.train[0])
+    u = problem.values(w, problem.train[0])
     signal = problem.output_gradient(u, y)
     return signal, problem.output_gradient(u) - signal
 

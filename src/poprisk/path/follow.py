@@ -160,11 +160,10 @@ class _March:
         self.keep()
 
     def _outputs(self) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            parts = [
-                torch.cat([self.problem.outputs(self.w, part) for part in x.split(1024)])
-                for x in (self.problem.train[0], self.problem.query[0])
-            ]
+        parts = [
+            torch.cat([self.problem.values(self.w, part) for part in x.split(1024)])
+            for x in (self.problem.train[0], self.problem.query[0])
+        ]
         return parts[0], parts[1]
 
     def keep(self) -> None:

@@ -234,8 +234,7 @@ class _Walk:
         self.frozen = self._frozen()
 
     def _outputs(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return self.problem.outputs(w, self.x), self.problem.outputs(w, self.points)
+        return self.problem.values(w, self.x), self.problem.values(w, self.points)
 
     def _frozen(self) -> Tensor:
         J, J_Q = self._jacobian(self.w, self.inputs, self.J).tensor_split((len(self.X),))

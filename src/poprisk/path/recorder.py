@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from poprisk import checks
 from poprisk.checks.examples import check_separate
+from poprisk.evaluation import outputs_of
+from poprisk.forward_mode import plain_kernels
 from poprisk.path import checks as refuse
 from poprisk.path import losses
 from poprisk.path.batches import Batch, Examples
@@ -95,8 +97,8 @@ class Recorder:
         points = (train[0], None) if query is None else query
         x, y = points if isinstance(points, (tuple, list)) else (points, None)
         refuse.check_repeatable(model, train[0][:8])
-        with torch.no_grad():
-            first = model(train[0][:2])
+        with plain_kernels(model):
+            first = outputs_of(model, train[0][:2])
         per_example = resolve_loss(loss)
         check_separate(
             per_example, first, train[1][:2], losses.values(per_example, first, train[1][:2])
