@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from poprisk import checks
 from poprisk.channel.coupling import label_response
+from poprisk.intervals import t_interval
 from poprisk.path import Run, follow, record
 from poprisk.path.checks import check_minibatches, check_probes
 from poprisk.path.losses import Loss, gradient
-
-CONFIDENCE = 0.95
 
 
 class Exponent(NamedTuple):
@@ -31,7 +30,7 @@ class Exponent(NamedTuple):
 
     Attributes:
         value: of the power.
-        low: end of the interval; NaN with one replicate.
+        low: end of the interval; NaN with fewer than three replicates.
         high: the other.
     """
 
@@ -78,29 +77,9 @@ class DriftLaws(NamedTuple):
     replicates: int
 
 
-def student_quantile(p: float, df: int) -> float:
-    r"""Quantile of Student's t, by integrating over :math:`\theta = \arctan(t/\sqrt{df})`.
-
-    Example:
-        >>> round(student_quantile(0.975, 10), 3)
-        2.228
-    """
-    theta = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
-    density = np.cos(theta) ** (df - 1)
-    mass = np.cumsum((density[1:] + density[:-1]) / 2)
-    at = float(np.interp(p, mass / mass[-1], theta[1:]))
-    return math.sqrt(df) * math.tan(at)
-
-
 def interval(values: Sequence[float]) -> Exponent:
     """Mean and 95% interval of replicates."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Exponent(mean, math.nan, math.nan)
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    quantile = student_quantile(0.5 + CONFIDENCE / 2, len(values) - 1)
-    half = quantile * deviation / math.sqrt(len(values))
-    return Exponent(mean, mean - half, mean + half)
+    return Exponent(*t_interval(values)[:3])
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
