@@ -23,6 +23,7 @@ from poprisk.intervals import t_interval
 from poprisk.path import Run, follow, record
 from poprisk.path.checks import check_minibatches, check_probes
 from poprisk.path.losses import Loss, gradient
+from poprisk.printing import short_repr
 
 
 class Exponent(NamedTuple):
@@ -37,6 +38,8 @@ class Exponent(NamedTuple):
     value: float
     low: float
     high: float
+
+    __repr__ = short_repr
 
     def agrees(self, expected: float) -> bool:
         """Whether the interval holds ``expected``."""
@@ -58,6 +61,8 @@ class Movement(NamedTuple):
     diffusion: Tensor
     walk: Tensor
 
+    __repr__ = short_repr
+
 
 class DriftLaws(NamedTuple):
     """What :func:`sweep` measured; None where it was not asked for.
@@ -75,6 +80,8 @@ class DriftLaws(NamedTuple):
     batch: Exponent | None
     noise: Exponent | None
     replicates: int
+
+    __repr__ = short_repr
 
 
 def interval(values: Sequence[float]) -> Exponent:
@@ -199,6 +206,8 @@ class Estimate(NamedTuple):
     value: float
     standard_error: float
 
+    __repr__ = short_repr
+
 
 def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Estimate:
     r"""Root mean square movement of a query output per unit of label noise, :math:`\sqrt{gain}`.
@@ -243,6 +252,8 @@ class Recipe(NamedTuple):
     lr: float = 0.01
     steps: int = 64
     replace: bool = True
+
+    __repr__ = short_repr
 
     def run(self, batch_size: int, n: int, seed: int) -> Run:
         """Record one run."""

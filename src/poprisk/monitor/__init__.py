@@ -26,6 +26,7 @@ from poprisk.monitor.quantities import (
 )
 from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sink
 from poprisk.monitor.statistics import PerExampleLoss, Statistics
+from poprisk.printing import described
 
 __all__ = [
     "CanaryMemorization",
@@ -105,6 +106,11 @@ class RiskMonitor:
         trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         self._statistics = Statistics(trained)
         self._broken: set[str] = set()
+
+    def __repr__(self) -> str:
+        measured = f"{len(self.rows):,} measurements, one every {self.every} steps"
+        names = ", ".join(q.name for q in self.quantities)
+        return described("RiskMonitor", type(self.model).__name__, measured, f"of {names}")
 
     def step(self, x: Any, y: Tensor) -> None:
         """Count a batch, or part of one, and measure if it is time.

@@ -17,6 +17,7 @@ from poprisk.evaluation import outputs_of
 from poprisk.forward_mode import plain_kernels
 from poprisk.path import losses
 from poprisk.path.losses import Loss
+from poprisk.printing import brief, described
 
 CHUNK = 1024
 """Examples whose products with the Jacobian are computed at once."""
@@ -47,6 +48,10 @@ class Problem:
     query: tuple[Tensor, Tensor | None]
     names: tuple[str, ...]
     output_shape: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        sizes = f"{self.n:,} training and {self.m:,} query examples", f"{self.size:,} weights"
+        return described("Problem", type(self.model).__name__, brief(self.loss), *sizes)
 
     @property
     def n(self) -> int:

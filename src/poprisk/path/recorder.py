@@ -24,6 +24,7 @@ from poprisk.path.problem import Problem, flat
 from poprisk.path.rules import Facts, Rule, StepRule, describe
 from poprisk.path.run import SCALARS, Interval, Run
 from poprisk.path.store import Storage
+from poprisk.printing import described
 
 Progress = Callable[[int, int | None], None]
 """Called with how many steps are done, and of how many (None: unknown)."""
@@ -115,6 +116,10 @@ class Recorder:
         self.pending: list[_Step] = []
         self.count, self.rule_error = 0, 0.0
         self._taken: tuple[list[StepRule], Tensor] | None = None
+
+    def __repr__(self) -> str:
+        optimizer = type(self.optimizer).__name__
+        return described("Recorder", optimizer, f"{self.count:,} steps so far", stride=self.stride)
 
     def __enter__(self) -> Recorder:
         self.before = [p.detach().clone() for p in self.params]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poprisk.printing import described, short_repr
 from poprisk.risk.links import Link, PerExampleLoss, link_of
 
 MAX_UNCERTAINTY = 0.2
@@ -71,7 +72,7 @@ class RiskEstimate:
 
     def __repr__(self) -> str:
         shown = f"value={self.value:.4g}, standard_error={self.standard_error:.2g}"
-        return f"RiskEstimate({shown}, valid={self.valid}, reason={self.reason!r})"
+        return described("RiskEstimate", shown, valid=self.valid, reason=self.reason)
 
 
 class TwinOutputs(NamedTuple):
@@ -80,6 +81,8 @@ class TwinOutputs(NamedTuple):
     outputs: Tensor
     tilt: Tensor
 
+    __repr__ = short_repr
+
 
 class Freedom(NamedTuple):
     """Measured degrees of freedom per output, their standard error, and the plain response."""
@@ -87,6 +90,8 @@ class Freedom(NamedTuple):
     value: float
     error: float
     response: float
+
+    __repr__ = short_repr
 
 
 def estimate_risk(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk.checks import risk as inputs
+from poprisk.printing import short_repr
 from poprisk.randomness import RandomState
 from poprisk.risk.links import PerExampleLoss
 
@@ -40,6 +41,8 @@ class ModuleChange(NamedTuple):
 
     value: float
     empirical: float
+
+    __repr__ = short_repr
 
     @property
     def noise(self) -> float:
@@ -71,6 +74,8 @@ class FreshBatchRisk(NamedTuple):
     empirical: float
     noise: float
     modules: dict[str, ModuleChange]
+
+    __repr__ = short_repr
 
 
 def fresh_batch_risk(

@@ -21,6 +21,7 @@ from torch import Tensor
 from poprisk.checks import risk as inputs
 from poprisk.path import Closure, Followed, Run, follow
 from poprisk.path.checks import check_answers
+from poprisk.printing import short_repr
 from poprisk.risk.estimate import Freedom, TwinOutputs, measure_freedom
 from poprisk.risk.links import link_of
 from poprisk.risk.twin import TwinRisk
@@ -43,6 +44,8 @@ class AdaptationGap(NamedTuple):
     twin: Freedom
     path: Freedom
     closure: Closure
+
+    __repr__ = short_repr
 
 
 def adaptation_gap(

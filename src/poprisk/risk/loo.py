@@ -31,6 +31,7 @@ from poprisk.path import Run
 from poprisk.path import losses as of_outputs
 from poprisk.path.checks import check_answers, check_forward_mode
 from poprisk.path.run import Interval
+from poprisk.printing import short_repr
 from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
 from poprisk.risk.links import link_of
 
@@ -65,6 +66,8 @@ class LooRisk(NamedTuple):
     freedom_error: float
     outputs: Tensor
     index: Tensor
+
+    __repr__ = short_repr
 
 
 def loo_risk(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import checks
+from poprisk.printing import described, short_repr
 
 Pair = tuple[Tensor, Tensor]
 
@@ -28,6 +29,8 @@ class Metric(NamedTuple):
     function: Callable[[Tensor, Tensor], float]
     higher_is_better: bool = True
     percent: bool = False
+
+    __repr__ = short_repr
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
@@ -78,6 +81,11 @@ class Task:
     batch_size: int = 64
     clean: Tensor | None = None
     description: str = ""
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.train[1]):,} training and {len(self.test[1]):,} test examples"
+        epochs, batches = f"{self.epochs} epochs", f"batches of {self.batch_size}"
+        return described("Task", repr(self.name), sizes, self.scored_by.name, epochs, batches)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", as_pair("train", self.train))
