@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from poprisk.intervals import Interval
 from poprisk.rundir import RunDirectory
-from poprisk.verdict import Interval, Row, judge
+from poprisk.verdict import Row, judge
 
 
 def interval(value: Interval | None) -> list[float | None] | None:
     """Mean, low and high; None where there is no number."""
-    return None if value is None else [x if math.isfinite(x) else None for x in value]
+    return None if value is None else [x if math.isfinite(x) else None for x in value[:3]]
 
 
 def row(value: Row) -> dict[str, Any]:

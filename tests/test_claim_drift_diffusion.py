@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import claimed
+from poprisk.intervals import Interval
 from poprisk.reproduce.claim import Found
 from poprisk.reproduce.drift_diffusion import (
     BATCH,
@@ -20,7 +21,6 @@ from poprisk.reproduce.drift_diffusion import (
     power,
     recipe,
 )
-from poprisk.verdict import Interval
 
 SETTINGS = {"seed": 3, "n": 24, "steps": 6, "replicates": 3}
 

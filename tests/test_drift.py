@@ -18,9 +18,9 @@ from poprisk.drift import (
     interval,
     movement,
     slope,
-    student_quantile,
     sweep,
 )
+from poprisk.intervals import student_quantile
 from poprisk.path import NotAnalysable
 from runs import recorded
 from samplers import randn

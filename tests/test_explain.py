@@ -58,6 +58,59 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def silent(*_: object) -> None: ...
 
 
+def made_up(
+    *, channel: int = 5, total: int = 8, arms: bool = True, higher: bool = True
+) -> dict[str, Any]:
+    """What explain found, made up: two runs in which noise costs 15 points, and a small one."""
+    rows = [
+        {"step": s, "epoch": s / 8, "metric": m, "without_noise": w, "signal": 2.0, "noise": 0.5}
+        | {"affine": 0.1}
+        for s, m, w in ((0, 0.1, 0.1), (40, 0.9, 0.92), (80, 0.8, 0.95))
+    ]
+    names = ("AdamW", "PopRiskAdamW") if arms else ()
+    metric = {"name": "accuracy", "percent": True, "higher_is_better": higher}
+    cells = {"learned_signal": 2.0, "harmful_noise": 0.5, "trapped_signal": 0.0}
+    cells |= {"benign_noise": 0.0, "affine": 0.1}
+    closure = {"train": 1e-9, "query": 2e-3, "gradient": 1e-9}
+    dense = {
+        "n": 24,
+        "m": 24,
+        "steps": 128,
+        "parameters": 963,
+        "smaller": {"hidden": 32},
+        "closure": closure,
+        "notes": ["Exact."],
+        "spectrum": {
+            "relative": [10.0**-k for k in range(total)],
+            "tol": 1e-3,
+            "channel": channel,
+            "dissipation_dimension": 3.14,
+        },
+        "residual": [[0, 1.0, 0.5], [128, 0.2, 0.05 if channel < total else 0.0]],
+        "coupling": {"realized": [0.0, 1.0], "predicted": [0.0, 1.0], "frozen": [0.1, 0.7]}
+        | {"correlation": 1.0, "error": 1e-5, "frozen_correlation": 0.9, "frozen_error": 0.3},
+        "kernel_drift": [[0, 0.0], [128, 0.34]],
+        "cells": {"closure": 1e-4, "rows": [{"step": s, **cells} for s in (0, 128)]},
+        "drift": {"times": [1, 32], "drift": [0.1, 3.0], "diffusion": [0.1, 0.6]}
+        | {"drift_exponent": [1.0, 0.9, 1.1], "diffusion_exponent": [0.5, 0.4, 0.6]},
+    }
+    return {
+        "task": {"name": "made up", "description": "", "metric": metric, "train_examples": 1500},
+        "plan": {},
+        "arms": [{"optimizer": n, "steps": 80, "closure": closure, "rows": rows} for n in names],
+        "dense": dense,
+        "notices": [],
+    }
+
+
+def edited(found: dict[str, Any], *, now: float, without: float) -> dict[str, Any]:
+    """The same, with another metric at the end."""
+    for arm in found["arms"]:
+        arm["rows"] = [*arm["rows"][:-1], {**arm["rows"][-1], "metric": now}]
+        arm["rows"][-1]["without_noise"] = without
+    return found
+
+
 @pytest.fixture(scope="module")
 def explained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("explain") / "mine.py"
@@ -125,11 +178,64 @@ def test_what_the_sentences_say() -> None:
     assert words.closure_words(0.5).endswith("do not trust it")
 
 
+@pytest.mark.parametrize(
+    ("now", "without", "higher", "said"),
+    [
+        (0.80, 0.95, True, "test accuracy would be 95.0% instead of 80.0%."),
+        (0.934, 0.928, True, "does no harm: test accuracy is 93.4%, and would be 92.8% without"),
+        (0.934, 0.934, True, "costs nothing: test accuracy is 93.4% with it and without it."),
+        (0.9340001, 0.934, True, "costs nothing: test accuracy is 93.4% with it and without it."),
+        (0.3, 0.2, False, "test accuracy would be 20.0% instead of 30.0%."),
+        (0.2, 0.3, False, "does no harm: test accuracy is 20.0%, and would be 30.0% without it."),
+    ],
+)
+def test_noise_that_cost_nothing_is_no_headline_of_harm(
+    now: float, without: float, higher: bool, said: str
+) -> None:
+    found = edited(made_up(higher=higher), now=now, without=without)
+    assert said in words.headline(found)
+    assert said in render(found, {}).replace("&#39;", "'")
+
+
+@pytest.mark.parametrize("used", [0, 5, 7, 8])
+def test_there_are_no_others_when_all_directions_are_used(used: int) -> None:
+    found = made_up(channel=used, arms=False)
+    text = " ".join([words.headline(found), render(found, {})])
+    others = ("the others stayed", "the rest is trapped", "which training hardly moved")
+    assert [phrase in text for phrase in others] == [used < 8] * 3
+    if used == 8:
+        assert words.headline(found).startswith("Training used all 8 directions; none stayed")
+        assert "the soft reservoir is empty" in text
+        assert "nothing lies in the reservoir" in text
+
+
+@pytest.mark.parametrize(
+    ("peak", "kind"),
+    [
+        (0.02, "features hardly changed"),
+        (0.34, "features changed in part"),
+        (0.5, "features were learned"),
+        (50.0, "features were learned"),
+    ],
+)
+def test_how_far_features_moved(peak: float, kind: str) -> None:
+    assert words.kernel_sentence({"kernel_drift": [[0, 0.0], [9, peak]]}).endswith(f": {kind}.")
+
+
+def test_how_small_the_explained_run_is() -> None:
+    whole, small = words.size_sentences(made_up())
+    assert "runs of 10 epochs (80 steps) on all 1,500 training examples" in whole
+    assert "24 of 1,500 training examples, 128 steps, 963 weights, hidden=32" in small
+    assert small in render(made_up(), {})
+    assert words.size_sentences(made_up(arms=False)) == [small]
+    assert words.size_sentences({**made_up(), "dense": None}) == [whole]
+
+
 @pytest.mark.slow
 def test_a_run_from_end_to_end(here: Path) -> None:
     result = run("mine.py:line", "--seed", "1", "--seconds", "3")
     assert result.exit_code == 0, result.output
-    assert "without the label noise that got through, test mean squared error" in result.stdout
+    assert re.search(r"label noise that got through.* test mean squared error", result.stdout)
     page = here / "runs" / "explain-mine.py-line" / "report.html"
     assert f"Report: {page.relative_to(here)}" in result.stdout
     assert page.exists()
@@ -142,7 +248,8 @@ def test_without_clean_targets_it_says_so(here: Path) -> None:
     result = run("mine.py:unknown", "--seconds", "3")
     assert result.exit_code == 0, result.output
     assert "does not say what its clean targets are" in result.stdout
-    assert "directions; the others stayed" in result.stdout
+    assert re.search(r"Training used (all \d+ directions|\d+ of \d+ directions)", result.stdout)
+    assert re.search(r"small run of its own: \d+ of \d+ training examples", result.stdout)
 
 
 def test_too_large_for_operators_it_keeps_the_cells() -> None:

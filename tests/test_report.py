@@ -14,12 +14,15 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
+from poprisk.display import table_cells
+from poprisk.intervals import Interval, t_interval
 from poprisk.report import render, write_report
 from poprisk.report.curves import Curve, curve, thin
 from poprisk.report.formats import Format, format_for, listed, plain, plural
 from poprisk.report.series import FAMILIES, SHADES
 from poprisk.rundir import RunData
-from poprisk.verdict import Interval, Verdict, judge, t_interval
+from poprisk.verdict import Verdict, judge
+from poprisk.wording import scale_of
 
 EPOCHS = 50
 NAN = float("nan")
@@ -278,7 +281,12 @@ def test_the_table_says_what_the_verdict_says(run: tuple[RunData, Verdict], page
     assert len(page.tables[0]) == len(rows) + 1
 
     def half(value: Interval) -> str:
-        return f"{100 * value.mean:.1f} ±{50 * (value.high - value.low):.1f}"
+        low, high = max(value.low, 0.0), min(value.high, 1.0)
+        if value.alike:
+            return f"{100 * value.mean:.1f} (all alike)"
+        if (low, high) != (value.low, value.high):
+            return f"{100 * value.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{100 * value.mean:.1f} ±{50 * (high - low):.1f}"
 
     for row, cells in zip(rows, page.tables[0][1:], strict=True):
         assert cells[0].startswith(row.label)
@@ -288,7 +296,7 @@ def test_the_table_says_what_the_verdict_says(run: tuple[RunData, Verdict], page
         if row.difference is None:
             assert cells[4] == "reference"
         else:
-            mean, low, high = (f"{100 * v:+.1f}" for v in row.difference)
+            mean, low, high = (f"{100 * v:+.1f}" for v in row.difference[:3])
             assert cells[4] == f"{mean} [{low}, {high}]".replace("-", "−")
 
 
@@ -327,7 +335,7 @@ def test_the_lines_are_means_and_the_bands_their_intervals(
             at = line["x"].index(75)
             expected = t_interval([row[key] for row in rows])
             assert line["y"][at] == pytest.approx(expected.mean, rel=1e-4)
-            assert line["customdata"][at] == pytest.approx(expected[1:], rel=1e-3, abs=1e-4)
+            assert line["customdata"][at] == pytest.approx(expected[1:3], rel=1e-3, abs=1e-4)
             (band,) = [t for t in traces(figure, "bands") if t["meta"] == line["meta"]]
             edges = [y for x, y in zip(band["x"], band["y"], strict=True) if x == 75]
             cut = [min(expected.high, 1.0), max(expected.low, 0.0)]
@@ -429,6 +437,41 @@ def test_one_diverged_arm_does_not_squeeze_the_drawn_differences() -> None:
     assert max(dots) - min(d for d in dots if d) > 20
 
 
+def test_two_seeds_are_shown_in_place_of_intervals() -> None:
+    data, verdict = synthetic(seeds=2)
+    page = Page(render(data, verdict))
+    assert "2 are too few for intervals" in page.text
+    assert "2 seeds are too few for bands" in page.text
+    assert "±" not in " ".join(page.tables[0][1])
+    finals = [data.ends["poprisk", seed]["final_metric"] for seed in (0, 1)]
+    assert page.tables[0][1][1].endswith("({:.1f}, {:.1f})".format(*(100 * v for v in finals)))
+    assert [traces(figure, "bands") for figure in page.figures] == [[]] * 6
+    classes = [v for _, key, v in page.attributes if key == "class" and v.startswith("difference")]
+    assert not any("better" in v or "worse" in v for v in classes)
+    assert "Student" not in page.text
+
+
+def test_accuracies_stay_between_nothing_and_all() -> None:
+    data, _ = synthetic()
+    for (arm, seed), end in data.ends.items():
+        end["final_metric"] = 0.99 if arm == "poprisk" else [0.02, 0.95, 0.99][seed]
+    verdict = judge(data)
+    numbers = [
+        float(v.replace("−", "-"))
+        for row in Page(render(data, verdict)).tables[0][1:]
+        for v in re.findall(r"\[([+−\d.]+), ([+−\d.]+)\]", row[1])[0:1]
+        for v in v
+    ]
+    assert numbers
+    assert all(0 <= v <= 100 for v in numbers)
+    shown = [table_cells(row, scale_of(data.config)) for row in verdict.rows]
+    assert "(all alike)" in shown[0][1]
+    assert all("± 0.0" not in " ".join(cells) for cells in shown)
+    gains = [v for cells in shown for v in re.findall(r"[+-][\d.]+", cells[4])]
+    assert gains
+    assert all(-100 <= float(v) <= 100 for v in gains)
+
+
 def test_one_seed_has_no_intervals() -> None:
     page = Page(render(*synthetic(seeds=1)))
     assert "One seed, so no intervals." in page.text
@@ -519,7 +562,7 @@ def test_values_over_many_magnitudes_get_a_logarithmic_axis() -> None:
 
 
 def test_fifty_arms() -> None:
-    data, verdict = synthetic(full_arms(), seeds=2)
+    data, verdict = synthetic(full_arms(), seeds=3)
     page = Page(render(data, verdict))
     assert len(data.config["arms"]) == 49
     assert f"The rest of the grid ({len(verdict.other)})" in page.text
@@ -589,9 +632,9 @@ def test_write_report_replaces_or_leaves_the_file(
 
 
 def test_curve_pools_arms_within_a_seed_first() -> None:
-    values = [(0, 1.0), (0, 3.0), (1, 5.0), (2, None)]
+    values = [(0, 1.0), (0, 3.0), (1, 5.0), (2, None), (3, 8.0)]
     rows = [{"epoch": 1, "seed": seed, "v": v} for seed, v in values]
-    assert curve(rows, "v") == Curve([1], [3.5], *([v] for v in t_interval([2.0, 5.0])[1:]))
+    assert curve(rows, "v") == Curve([1], [5.0], *([v] for v in t_interval([2.0, 5.0, 8.0])[1:3]))
 
 
 def test_thin_keeps_both_ends() -> None:

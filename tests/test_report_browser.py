@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+import toyclaim
 from poprisk.report import render
+from poprisk.report.claims import SummaryRow, render_claim
+from poprisk.report.explanation import render as render_explanation
+from poprisk.report.page import template
+from poprisk.reproduce.claim import Done, Workspace
+from poprisk.reproduce.record import judged
+from poprisk.reproduce.run import Progress
+from test_explain import made_up
 from test_report import REGRESSION, synthetic
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -96,19 +106,52 @@ def test_opening_details_and_clicking_the_legend(tmp_path: Path) -> None:
     assert "data-seen=\"[[true,false],[false,true,'false']]\"" in page.dom
 
 
-def test_a_phone_need_not_scroll_sideways(tmp_path: Path) -> None:
-    (tmp_path / "inner.html").write_text(render(*synthetic()), encoding="utf-8")
-    outer = """<body><iframe src="inner.html" width="390" height="800"></iframe><script>
-        setTimeout(() => {
+LONG = "paper: correlation 0.991, relative error 0.165; drift peaks near 4.8, ends near 2.4, " * 2
+
+
+def claim_page() -> str:
+    """A claim whose facts and figures are as long as the longest."""
+    claim = dataclasses.replace(toyclaim.CLAIM, paper=LONG)
+    trials = [t for t in toyclaim.trials(True) if not t.needs]
+    done = [Done(t.settings, toyclaim.run(t.settings, Workspace())) for t in trials]
+    return render_claim(judged(claim, Progress(done, [], {}, True, {"torch": LONG}, 0.0)))
+
+
+def summary_page() -> str:
+    rows = [SummaryRow("claim-name", "A title", LONG, LONG, LONG, "partly reproduced", "")] * 3
+    return template("claims.html.j2").render(rows=rows)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "compare": lambda: render(*synthetic()),
+    "compare, two seeds": lambda: render(*synthetic(seeds=2)),
+    "claim": claim_page,
+    "claims": summary_page,
+    "explain": lambda: render_explanation(made_up(), {}),
+}
+HIDDEN = """
+    const sees = e => { const r = e.getBoundingClientRect(); return r.width && r.right <= 390; };
+    const told = [...inner.querySelectorAll(".told, .numbers .difference")];
+    const out = told.filter(e => !sees(e)).length;
+"""
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_phone_need_not_scroll_sideways(name: str, tmp_path: Path) -> None:
+    (tmp_path / "inner.html").write_text(PAGES[name](), encoding="utf-8")
+    outer = f"""<body><iframe src="inner.html" width="390" height="800"></iframe><script>
+        setTimeout(() => {{
           const inner = document.querySelector("iframe").contentDocument;
-          const boxes = [inner.documentElement, inner.querySelector(".scroll")];
+          const boxes = [inner.documentElement, inner.querySelector(".scroll")].filter(b => b);
+          {HIDDEN}
           document.body.dataset.wide = boxes.filter(b => b.scrollWidth > b.clientWidth).length;
           document.body.dataset.width = inner.documentElement.clientWidth;
-        }, 2000);
+          document.body.dataset.hidden = out;
+        }}, 2000);
     </script></body>"""
     page = open_page(outer, tmp_path, "--allow-file-access-from-files", "--hide-scrollbars")
     assert page.console == []
-    assert 'data-wide="0" data-width="390"' in page.dom
+    assert 'data-wide="0" data-width="390" data-hidden="0"' in page.dom
 
 
 def test_a_script_error_would_be_seen(tmp_path: Path) -> None:

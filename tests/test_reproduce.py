@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,17 @@ import toyclaim
 from poprisk import reproduce
 from poprisk.cli import app
 from poprisk.compare import TrainingError
+from poprisk.intervals import Interval, t_interval
 from poprisk.records import RunDirectoryError
 from poprisk.report.claims import notices, render_claim, summary_rows
-from poprisk.reproduce.claim import Done, Workspace, where
+from poprisk.reproduce.claim import Done, Trial, Workspace, where
 from poprisk.reproduce.command import chosen, summarize
+from poprisk.reproduce.curves import mean_curve
 from poprisk.reproduce.judge import (
     Criterion,
     Steps,
     difference,
+    geometric,
     point,
     ratio,
     speed_up,
@@ -30,8 +34,7 @@ from poprisk.reproduce.judge import (
     written,
 )
 from poprisk.reproduce.record import judged, load_record, save_record
-from poprisk.reproduce.run import ClaimDirectory
-from poprisk.verdict import Interval
+from poprisk.reproduce.run import ClaimDirectory, Progress
 
 NAN = math.nan
 
@@ -86,6 +89,10 @@ GOOD, LESS, OPEN, BAD = (
         ([criterion(NAN, NAN)], "undecided"),
         ([GOOD._replace(decides=False)], "undecided"),
         ([], "undecided"),
+        ([Criterion("two seeds", t_interval([4.0, 6.0]), needed=1.0)], "undecided"),
+        ([GOOD, Criterion("two seeds", t_interval([4.0, 6.0]), needed=1.0)], "undecided"),
+        ([Criterion("one seed", t_interval([4.0]), needed=1.0), BAD], "undecided"),
+        ([GOOD, Criterion("two seeds", t_interval([4.0, 6.0]), 1.0, decides=False)], "reproduced"),
     ],
 )
 def test_a_verdict_follows_from_the_criteria_that_decide(
@@ -98,15 +105,17 @@ def test_a_verdict_follows_from_the_criteria_that_decide(
 
 
 def test_differences_and_ratios_are_paired_by_seed() -> None:
-    a, b = {0: 10.0, 1: 40.0, 7: 1.0}, {1: 20.0, 0: 5.0, 9: 3.0}
-    assert difference(a, b).mean == pytest.approx(12.5)
-    assert ratio(a, b) == pytest.approx((2.0, 2.0, 2.0))  # without pairing it would have a width
+    a, b = {0: 10.0, 1: 40.0, 2: 6.0, 7: 1.0}, {1: 20.0, 0: 5.0, 2: 3.0, 9: 3.0}
+    assert difference(a, b).mean == pytest.approx(28 / 3)
+    without_width = ratio(a, b)[:3]  # without pairing it would have one
+    assert without_width == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_a_ratio_is_a_geometric_mean() -> None:
-    found = ratio({0: 1.0, 1: 100.0}, {0: 1.0, 1: 1.0})
+    found = ratio({0: 1.0, 1: 100.0, 2: 10.0}, {0: 1.0, 1: 1.0, 2: 1.0})
     assert found.mean == pytest.approx(10.0)
     assert found.low * found.high == pytest.approx(100.0)
+    assert found.values == pytest.approx((1.0, 100.0, 10.0))
 
 
 def test_a_ratio_of_what_is_not_positive_is_refused() -> None:
@@ -115,23 +124,24 @@ def test_a_ratio_of_what_is_not_positive_is_refused() -> None:
 
 
 def test_a_slow_run_that_never_gets_there_counts_with_the_steps_it_had() -> None:
-    slow = Steps({0: None, 1: 800}, {0: 1000, 1: 1000})
-    fast = Steps({0: 100, 1: 80}, {0: 1000, 1: 1000})
+    limit = {0: 1000, 1: 1000, 2: 1000}
+    slow = Steps({0: None, 1: 800, 2: 500}, limit)
+    fast = Steps({0: 100, 1: 80, 2: 50}, limit)
     assert slow.censored == 1
-    assert speed_up(slow, fast) == pytest.approx((10.0, 10.0, math.inf))
-    assert criterion(*speed_up(slow, fast)[1:], claimed=20.0).outcome == "as claimed"
-    cut_too_soon = Steps({0: None, 1: 800}, {0: 90, 1: 1000})
-    assert all(math.isnan(v) for v in speed_up(cut_too_soon, fast))
+    assert speed_up(slow, fast)[:3] == pytest.approx((10.0, 10.0, math.inf))
+    assert criterion(*speed_up(slow, fast)[1:3], claimed=20.0).outcome == "as claimed"
+    cut_too_soon = Steps({0: None, 1: 800, 2: 500}, {**limit, 0: 90})
+    assert all(math.isnan(v) for v in speed_up(cut_too_soon, fast)[:3])
 
 
 def test_a_fast_run_that_never_gets_there_makes_no_speed_up() -> None:
     fast = Steps({0: 100, 1: None}, {0: 1000, 1: 1000})
     slow = Steps({0: 900, 1: 900}, {0: 1000, 1: 1000})
-    assert speed_up(slow, fast) == (0.0, 0.0, 0.0)
+    assert speed_up(slow, fast) == point(0.0)
     neither = Steps({0: 900, 1: None}, {0: 1000, 1: 1000})
-    assert all(math.isnan(v) for v in speed_up(neither, fast))
+    assert all(math.isnan(v) for v in speed_up(neither, fast)[:3])
     later = Steps({0: 900, 1: 1001}, {0: 3000, 1: 3000})
-    assert all(math.isnan(v) for v in speed_up(later, fast))
+    assert all(math.isnan(v) for v in speed_up(later, fast)[:3])
 
 
 def test_seeds_on_which_both_got_there() -> None:
@@ -147,6 +157,10 @@ def test_seeds_on_which_both_got_there() -> None:
         (point(0.25), True, "25%"),
         (Interval(0.1234, 0.1, 0.2), True, "12.3% [10%, 20%]"),
         (Interval(3.0, NAN, NAN), False, "3"),
+        (t_interval([4.0]), False, "4"),
+        (t_interval([4.0, 7.0]), False, "5.5 (4 and 7)"),
+        (t_interval([0.5, 0.5]), True, "50% (50% and 50%)"),
+        (geometric([1.0, 100.0]), False, "10 (1 and 100)"),
         (point(29450), False, "29,450"),
         (point(3.4e-9), False, "3.4e-09"),
         (point(math.inf), False, "∞"),
@@ -180,7 +194,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> ClaimDirectory:
 
 def test_trials_come_back_in_order_with_what_they_found(finished: ClaimDirectory) -> None:
     progress = finished.read()
-    assert [d.found["steps"] for d in progress.done] == [100, 101, 20, 21]
+    assert [d.found["steps"] for d in progress.done] == [100, 101, 102, 20, 21, 22]
     assert progress.left == []
     assert progress.missing == {"no_such_package": 1}
 
@@ -201,14 +215,14 @@ def test_a_failing_trial_is_named_and_the_rest_goes_on_later(tmp_path: Path) -> 
     with pytest.raises(TrainingError, match=r"trial fast-0 failed.*told to fail"):
         directory.work(workers=1, on_trial=lambda *_: None)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert 0 < len(directory.read().left) < 4
+    assert 0 < len(directory.read().left) < 6
     assert judged(toyclaim.CLAIM, directory.read()).verdict == "not run to the end"
     marker.unlink()
     seen: list[tuple[object, ...]] = []
     directory.work(workers=1, on_trial=lambda *told: seen.append(told))
     assert directory.read().left == []
     assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)
-    assert seen[-1][1:] == (4, 4)
+    assert seen[-1][1:] == (6, 6)
 
 
 def test_the_quick_and_the_full_form_are_not_mixed(finished: ClaimDirectory) -> None:
@@ -268,7 +282,7 @@ def test_an_unfinished_claim_has_a_page_too(tmp_path: Path) -> None:
     directory.create(quick=True, workers=1)
     text = render_claim(judged(toyclaim.CLAIM, directory.read()))
     assert "Not run yet" in text
-    assert "4 trials still to do" in text
+    assert "6 trials still to do" in text
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -285,7 +299,7 @@ def test_the_command_runs_judges_and_summarizes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = CliRunner().invoke(app, ["reproduce", "all", "--quick", "--out", str(out)])
     assert told.exit_code == 0, told.output
-    assert "Verdict: reproduced: 4.9" in told.output
+    assert "Verdict: reproduced: 4.8" in told.output
     assert "pip install 'no_such_package'" in " ".join(told.output.split())
     assert (out / "reproduce-toy-quick" / "report.html").exists()
     assert "A toy" in (out / "claims.html").read_text()
@@ -324,4 +338,31 @@ def test_bad_workers_are_refused() -> None:
 def test_summary_rows_hold_paper_and_ours(finished: ClaimDirectory) -> None:
     (row,) = summary_rows([judged(toyclaim.CLAIM, finished.read())])
     assert (row.paper, row.verdict) == ("5×", "reproduced (quick form)")
-    assert row.ours.startswith("4.9")
+    assert row.ours.startswith("4.8")
+
+
+def test_two_seeds_have_no_verdict_and_the_page_says_how_many_it_takes() -> None:
+    def trials(quick: bool) -> list[Trial]:
+        return [t for t in toyclaim.trials(quick) if t.settings["seed"] < 2 and not t.needs]
+
+    claim = dataclasses.replace(toyclaim.CLAIM, trials=trials)
+    done = [Done(t.settings, toyclaim.run(t.settings, Workspace())) for t in trials(True)]
+    found = judged(claim, Progress(done, [], {}, True, {}, 0.0))
+    assert found.verdict == "undecided"
+    (few,) = [n for n in notices(found) if "seeds" in n and "takes" in n]
+    assert few.startswith("2 seeds, so no intervals")
+    assert few.endswith("which takes at least 3.")
+    text = render_claim(found)
+    assert "4.9 (5 and 4.81) times fewer steps" in text
+    assert "Undecided" in text
+    assert not re.search(r"4\.9\d* \[", text)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_a_band_takes_three_seeds_and_a_norm_has_none_below_zero(seeds: int) -> None:
+    rows = [[0.0, 0.1], [5.0, 0.2], [1.0, 9.0]][:seeds]
+    found = mean_curve("norm", [0, 1], rows, "adamw")
+    assert len(found.low) == len(found.high) == (2 if seeds == 3 else 0)
+    assert all(low == 0.0 for low in found.low)
+    signed = mean_curve("difference", [0, 1], [[-v for v in row] for row in rows], "adamw")
+    assert not any(high <= 0 for high in signed.high)

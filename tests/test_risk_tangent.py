@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
 from poprisk import Recorder, Run, TwinRisk, loo_risk
-from poprisk.path.problem import prepare_forward_mode
+from poprisk.forward_mode import prepare_forward_mode
 from poprisk.reference import risk as reference
 from poprisk.risk.estimate import TwinOutputs, measure_freedom
 from poprisk.risk.links import link_of

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
+from poprisk.convergence import still_improving
+from poprisk.intervals import Interval, student_quantile, t_interval
 from poprisk.rundir import RunData
-from poprisk.verdict import Interval, Row, Verdict, judge, t_interval
+from poprisk.verdict import Row, Verdict, judge
 from poprisk.wording import Field, Scale, compared, headline, scale_of
 
 NAN = math.nan
@@ -84,27 +87,56 @@ def sentence_with(verdict: Verdict, words: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "values", [[0.9, 0.8], [1.0, 2.0, 4.0], [0.1 * i**2 for i in range(10)], [-3.0, 5.0, 1e3]]
+    "values", [[1.0, 2.0, 4.0], [0.1 * i**2 for i in range(10)], [-3.0, 5.0, 1e3]]
 )
 def test_an_interval_is_student_s(values: list[float]) -> None:
     n = len(values)
     error = stats.sem(values)
     low, high = stats.t.interval(0.95, n - 1, loc=sum(values) / n, scale=error)
-    assert t_interval(values) == pytest.approx((sum(values) / n, low, high))
+    assert t_interval(values)[:3] == pytest.approx((sum(values) / n, low, high))
 
 
 def test_an_interval_by_hand() -> None:
-    """Two values: t = 12.706 at one degree of freedom, standard error half their distance."""
-    interval = t_interval([1.0, 3.0])
-    assert interval == pytest.approx((2.0, 2 - 12.7062, 2 + 12.7062), rel=1e-5)
+    """Three values: t = 4.3027 at two degrees of freedom, standard error 1 / sqrt(3)."""
+    interval = t_interval([1.0, 2.0, 3.0])
+    assert interval[:3] == pytest.approx((2.0, 2 - 2.48414, 2 + 2.48414), rel=1e-5)
 
 
-def test_one_value_has_no_interval_and_none_has_no_mean() -> None:
-    one, none = t_interval([0.7]), t_interval([])
-    assert one.mean == 0.7
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-    assert all(math.isnan(v) for v in none)
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 10, 99, 1000])
+def test_student_s_quantile(df: int) -> None:
+    for p in (0.5, 0.8, 0.975, 0.999):
+        assert student_quantile(p, df) == pytest.approx(float(stats.t.ppf(p, df)), abs=1e-9)
+
+
+@pytest.mark.parametrize("values", [[0.7], [0.6, 0.8], [0.8, 0.8], [0.0, 0.0]])
+def test_fewer_than_three_values_have_no_interval(values: list[float]) -> None:
+    few, none = t_interval(values), t_interval([])
+    assert few.mean == pytest.approx(sum(values) / len(values))
+    assert few.values == tuple(values)
+    assert math.isnan(few.low)
+    assert math.isnan(few.high)
+    assert few.few
+    assert few.sign == 0
+    assert not few.known
+    assert all(math.isnan(v) for v in none[:3])
+    assert not none.few
+
+
+def test_seeds_that_agree_exactly_tell_nothing_until_there_are_many() -> None:
+    """Six that all go one way: 2 · 0.5⁶ = 3%."""
+    assert t_interval([0.1] * 5).sign == 0
+    assert t_interval([0.1] * 6).sign == 1
+    assert t_interval([-0.1] * 6).sign == -1
+    assert t_interval([0.0] * 9).sign == 0
+    assert t_interval([0.1, 0.1, 0.100001]).sign == 1
+    assert Interval(0.1, 0.1, 0.1).sign == 1
+
+
+def test_an_interval_is_cut_to_what_can_be() -> None:
+    wide = t_interval([0.9, 0.99, 0.8])
+    assert wide.high > 1
+    assert wide.clipped(0.0, 1.0)[:3] == (wide.mean, wide.low, 1.0)
+    assert Interval(1.2, 0.9, 1.5).clipped(0.0, 1.0) == Interval(1.2, 0.9, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +167,7 @@ def test_the_best_adamw_is_the_one_with_the_best_final_mean() -> None:
     )
     verdict = judge(data)
     assert verdict.reference == "label of mid"
-    assert row_of(verdict, "poprisk").difference == pytest.approx(t_interval([0.14, 0.14]))
+    assert row_of(verdict, "poprisk").difference == t_interval([0.9 - 0.76] * 2)
 
 
 def test_the_best_adamw_of_an_error_is_the_lowest() -> None:
@@ -175,36 +207,47 @@ def test_a_row_holds_means_over_seeds() -> None:
     verdict = judge(comparison({"poprisk": [0.9, 0.92], "mid": [0.7, 0.7]}, more=more))
     ours = row_of(verdict, "poprisk")
     assert ours.seeds == 2
-    assert ours.final == pytest.approx(t_interval([0.9, 0.92]))
-    assert ours.best == pytest.approx(t_interval([0.95, 0.97]))
-    assert ours.memorized == pytest.approx(t_interval([0.02, 0.04]))
+    assert ours.final == t_interval([0.9, 0.92])
+    assert ours.best == t_interval([0.95, 0.97])
+    assert ours.memorized == t_interval([0.02, 0.04])
 
 
 def test_differences_are_paired_over_common_seeds_only() -> None:
     data = comparison({"poprisk": [0.9, None, 0.7, 0.5], "mid": [0.8, 0.1, None, 0.45]})
     ours = row_of(judge(data), "poprisk")
     assert ours.seeds == 3
-    assert ours.difference == pytest.approx(t_interval([0.1, 0.05]))
     assert ours.difference is not None
+    assert ours.difference.values == pytest.approx((0.1, 0.05))
     assert ours.difference.mean == pytest.approx(0.075)
 
 
 def test_pairing_takes_the_spread_between_seeds_out() -> None:
     finals = {"poprisk": [0.50, 0.70, 0.90], "mid": [0.48, 0.68, 0.88]}
     difference = row_of(judge(comparison(finals)), "poprisk").difference
-    assert difference == pytest.approx((0.02, 0.02, 0.02))
+    assert difference is not None
+    assert difference[:3] == pytest.approx((0.02, 0.02, 0.02))
 
 
 # --- the headline ---------------------------------------------------------------------------------
 
 
 def test_the_gate_wins() -> None:
-    verdict = judge(comparison({"poprisk": [0.93, 0.95], "mid": [0.70, 0.72], "low": [0.6, 0.6]}))
-    assert verdict.headline == (
-        "PopRiskAdamW, default settings, ends at 94.0% accuracy, 23.0 points better than the best "
-        "of 2 AdamW settings, picked by the test set (71.0%); 95% interval of the gain +23.0 to "
-        "+23.0."
+    finals = {"poprisk": [0.93, 0.95, 0.94], "mid": [0.70, 0.72, 0.70], "low": [0.6, 0.6, 0.6]}
+    assert judge(comparison(finals)).headline == (
+        "PopRiskAdamW, default settings, ends at 94.0% accuracy, 23.3 points better than the best "
+        "of 2 AdamW settings, picked by the test set (70.7%); 95% interval of the gain +21.9 to "
+        "+24.8."
     )
+
+
+@pytest.mark.parametrize("ours", [0.93, 0.6])
+def test_a_difference_without_a_spread_is_no_verdict(ours: float) -> None:
+    headline = judge(comparison({"poprisk": [ours] * 3, "mid": [0.8] * 3})).headline
+    assert "not told apart" in headline
+    assert headline.endswith("the same on all 3 seeds, which says nothing about their spread.")
+    more = judge(comparison({"poprisk": [ours] * 6, "mid": [0.8] * 6})).headline
+    assert more.startswith("The gate loses here") == (ours < 0.8)
+    assert "not told apart" not in more
 
 
 def test_the_gate_loses_and_is_told_so() -> None:
@@ -224,11 +267,11 @@ def test_a_tie_is_called_level() -> None:
 
 
 def test_a_lower_error_is_a_gain() -> None:
-    finals = {"poprisk": [1.0, 1.1, 0.9], "mid": [2.0, 2.1, 1.9]}
+    finals = {"poprisk": [1.0, 1.2, 0.8], "mid": [2.0, 2.1, 1.9]}
     verdict = judge(comparison(finals, metric=ERROR))
     assert verdict.headline == (
         "PopRiskAdamW, default settings, ends at 1 mean squared error, 50.0% better than the best "
-        "of 1 AdamW settings, picked by the test set (2); 95% interval of the gain +50.0 to +50.0%."
+        "of 1 AdamW settings, picked by the test set (2); 95% interval of the gain +37.6 to +62.4%."
     )
 
 
@@ -253,10 +296,10 @@ def test_a_score_below_zero_keeps_its_sign() -> None:
 
 def test_a_reference_of_zero_gives_differences_not_percents() -> None:
     score = {"name": "score", "higher_is_better": True, "percent": False}
-    finals = {"poprisk": [0.59, 0.61], "mid": [0.0, 0.0]}
+    finals = {"poprisk": [0.59, 0.6, 0.61], "mid": [0.0, 0.0, 0.0]}
     verdict = judge(comparison(finals, metric=score))
     assert "0.6 better than" in verdict.headline
-    assert verdict.headline.endswith("95% interval of the gain +0.473 to +0.727.")
+    assert verdict.headline.endswith("95% interval of the gain +0.575 to +0.625.")
 
 
 def interval_in(text: str) -> tuple[float, float]:
@@ -280,8 +323,30 @@ def test_one_seed_has_no_interval(
 ) -> None:
     verdict = judge(comparison({"poprisk": [ours], "mid": [best]}, metric=metric))
     assert side in verdict.headline
-    assert verdict.headline.endswith("; one seed, so no interval.")
+    assert "; one seed, so no interval and no verdict" in verdict.headline
+    assert verdict.headline.endswith("which take at least 3 (--seeds 3).")
     assert verdict.sentences[-1].startswith("One seed says nothing about chance")
+
+
+@pytest.mark.parametrize("metric", [ACCURACY, ERROR])
+@pytest.mark.parametrize("ours", [[0.59, 0.61], [0.9, 0.99], [0.61, 0.61], [0.72, 0.70]])
+def test_two_seeds_are_shown_and_are_no_verdict(metric: dict[str, Any], ours: list[float]) -> None:
+    finals = {"poprisk": ours, "mid": [0.72, 0.70], "rms-matched": [0.5, 0.6]}
+    verdict = judge(comparison(finals, metric=metric))
+    text = " ".join([verdict.headline, *verdict.sentences])
+    assert "95% interval" not in text
+    assert "loses" not in text
+    assert "2 seeds (" in verdict.headline
+    assert "no interval and no verdict, which take at least 3 (--seeds 3)" in verdict.headline
+    assert sentence_with(verdict, "Controls reach").endswith(TOO_FEW)
+    assert verdict.sentences[-1].startswith("Only 2 seeds, too few for intervals")
+
+
+def test_the_seeds_stand_where_an_interval_would() -> None:
+    finals = {"poprisk": [0.6, 0.7], "mid": [0.5, 0.55]}
+    assert "2 seeds (+10.0 and +15.0)" in judge(comparison(finals)).headline
+    low = {"poprisk": [1.0, 1.5], "mid": [2.0, 2.0]}
+    assert "2 seeds (+50.0% and +25.0%)" in judge(comparison(low, metric=ERROR)).headline
 
 
 @pytest.mark.parametrize(
@@ -336,7 +401,7 @@ def test_early_stopping_chooses_by_the_held_out_score(
     finals |= {"stopped-low": [0.1, 0.1], "stopped-high": [0.1, 0.1]}
     verdict = judge(comparison(finals, metric=metric, more=more))
     row = row_of(verdict, "early-stopping")
-    assert row.final == pytest.approx(t_interval(chosen))
+    assert row.final == t_interval(chosen)
     assert row.arms == ("stopped-low", "stopped-high")
     assert row.memorized is None
     assert [r.family for r in verdict.rows].count("early-stopping") == 1
@@ -432,6 +497,7 @@ def test_nothing_is_said_about_noise_that_is_not_known() -> None:
 
 SMALLER_STEP = "a smaller step explains the result as well as the gate does."
 THE_GATE = "come with smaller steps and {} with which weights pass."
+TOO_FEW = "fewer than 3 seeds do not say what explains the result."
 ONLY_WEIGHTS = "which weights pass matters."
 WRONG_WEIGHTS = "the mask helps by its size here, not by which weights it picks."
 NOT_ENOUGH = "the gate does more than a smaller step, though not enough to win here."
@@ -454,7 +520,11 @@ NOT_ENOUGH = "the gate does more than a smaller step, though not enough to win h
 def test_controls_say_what_the_smaller_step_explains(
     metric: dict[str, Any], ours: float, best: float, matched: float, shuffled: float, tail: str
 ) -> None:
-    finals = {"poprisk": [ours], "mid": [best], "rms-matched": [matched], "shuffled": [shuffled]}
+    means = {"poprisk": ours, "mid": best, "rms-matched": matched, "shuffled": shuffled}
+    finals = {
+        name: [mean - 0.001 * i, mean, mean + 0.001 * i]
+        for i, (name, mean) in enumerate(means.items(), start=1)
+    }
     verdict = judge(comparison(finals, metric=metric))
     assert sentence_with(verdict, "Controls reach").endswith(tail)
 
@@ -507,7 +577,8 @@ def test_controls_within_the_noise_are_a_tie() -> None:
 
 
 def test_controls_that_are_missing_are_passed_over() -> None:
-    verdict = judge(comparison({"poprisk": [0.9], "mid": [0.7], "shuffled": [0.8]}))
+    finals = {"poprisk": [0.9, 0.9, 0.91], "mid": [0.7] * 3, "shuffled": [0.8] * 3}
+    verdict = judge(comparison(finals))
     assert sentence_with(verdict, "Controls reach") == (
         f"Controls reach 80.0% with the mask's values shuffled over the weights: {ONLY_WEIGHTS}"
     )
@@ -547,3 +618,125 @@ def test_a_headline_needs_ours_and_a_reference() -> None:
     nothing = "Not enough runs have finished for a verdict."
     nobody = Field([], None, None, None, None, None, None, {}, "")
     assert headline(None, nobody, POINTS) == nothing
+
+
+# --- runs that had not converged ------------------------------------------------------------------
+
+EPOCHS = 50
+
+
+def curve(shape: str, seed: int, *, size: float = 1.0) -> list[float]:
+    """A made-up curve of 50 evaluations; ``size`` scales its scatter and slope."""
+    random = np.random.default_rng(seed)
+    t = np.arange(1, EPOCHS + 1) / EPOCHS
+    lines = {
+        "rising": 0.5 + 0.3 * t,
+        "saturating": 0.8 - 0.3 * np.exp(-2 * t),
+        "flat": 0.7 + 0.0 * t,
+        "settled": 0.8 - 0.3 * np.exp(-40 * t),
+        "falling": 0.9 - 0.2 * t,
+        "noisy": 0.7 + 0.02 * random.standard_normal(EPOCHS),
+    }
+    return (size * (lines[shape] + 2e-4 * random.standard_normal(EPOCHS))).tolist()
+
+
+def with_curves(data: RunData, arm: str, shape: str, **more: Any) -> RunData:
+    """The record with epoch rows of one arm."""
+    data.config["task"]["epochs"] = EPOCHS
+    sign = 1.0 if data.config["task"]["metric"]["higher_is_better"] else -1.0
+    rows = [
+        {"arm": arm, "seed": seed, "epoch": i + 1, "test_metric": sign * value, **more}
+        for seed in data.config["seeds"]
+        for i, value in enumerate(curve(shape, seed))
+    ]
+    return data._replace(epochs=[*data.epochs, *rows])
+
+
+LOSING = {"poprisk": [0.70, 0.72, 0.71], "mid": [0.75, 0.76, 0.77], "rms-matched": [0.8, 0.81, 0.8]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "unsettled"),
+    [
+        ("rising", True),
+        ("saturating", True),
+        ("flat", False),
+        ("settled", False),
+        ("falling", False),
+        ("noisy", False),
+    ],
+)
+@pytest.mark.parametrize("metric", [ACCURACY, ERROR])
+def test_a_loss_of_a_run_that_still_improves_is_not_settled(
+    shape: str, unsettled: bool, metric: dict[str, Any]
+) -> None:
+    sign = 1.0 if metric is ACCURACY else -1.0
+    finals = {name: [sign * v for v in values] for name, values in LOSING.items()}
+    verdict = judge(with_curves(comparison(finals, metric=metric), "poprisk", shape))
+    assert verdict.headline.startswith("Not settled: PopRisk" if unsettled else "The gate loses")
+    assert any("still improves at its end" in s for s in verdict.sentences) == unsettled
+    if unsettled:
+        assert "loses" not in verdict.headline
+        assert "--epochs 200" in verdict.sentences[0]
+        assert "(lr 0.003)" in verdict.sentences[0]
+        assert ": so far the gate" in sentence_with(verdict, "Controls reach")
+
+
+@pytest.mark.parametrize(
+    ("loss", "unsettled"),
+    [("rising", False), ("falling", True), ("flat", False), ("noisy", False)],
+)
+def test_the_test_loss_tells_where_the_metric_is_too_coarse(loss: str, unsettled: bool) -> None:
+    data = with_curves(comparison(LOSING), "poprisk", "noisy")
+    for row in data.epochs:
+        row["test_loss"] = curve(loss, row["seed"])[row["epoch"] - 1]
+    verdict = judge(data)
+    assert verdict.headline.startswith("Not settled") == unsettled
+    assert any("its test loss falls by" in s for s in verdict.sentences) == unsettled
+
+
+def test_a_metric_that_falls_is_not_improved_by_its_loss() -> None:
+    data = with_curves(comparison(LOSING), "poprisk", "falling")
+    for row in data.epochs:
+        row["test_loss"] = curve("falling", row["seed"])[row["epoch"] - 1]
+    assert judge(data).headline.startswith("The gate loses here")
+
+
+def test_noisy_curves_are_seldom_called_rising() -> None:
+    found = [
+        still_improving(
+            [
+                {"seed": seed, "epoch": e, "test_metric": value}
+                for seed in range(3)
+                for e, value in enumerate(curve("noisy", 3 * trial + seed))
+            ],
+            higher_is_better=True,
+            percent=True,
+        )
+        for trial in range(300)
+    ]
+    assert sum(f is not None for f in found) < 15  # 2.5% expected, one-sided
+
+
+def test_the_best_adamw_may_not_have_converged_either() -> None:
+    winning = {"poprisk": [0.93, 0.95, 0.94], "mid": [0.70, 0.72, 0.70]}
+    verdict = judge(with_curves(comparison(winning), "mid", "rising"))
+    assert "23.3 points better" in verdict.headline
+    assert verdict.sentences[0].startswith("The best AdamW still improves at its end (accuracy")
+    both = with_curves(with_curves(comparison(LOSING), "mid", "rising"), "poprisk", "rising")
+    losing = judge(both._replace(config={**both.config, "arms": ARMS[:3]}))
+    assert "like the best AdamW" in losing.sentences[0]
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 3])
+def test_short_runs(evaluations: int) -> None:
+    """Two points of several seeds show a rise, one point shows none."""
+    data = with_curves(comparison(LOSING), "poprisk", "rising")
+    rows = [row for row in data.epochs if row["epoch"] <= evaluations]
+    assert judge(data._replace(epochs=rows)).headline.startswith("Not settled") == (evaluations > 1)
+
+
+def test_curves_that_are_not_finite_do_not_rise() -> None:
+    data = with_curves(comparison(LOSING), "poprisk", "rising")
+    data.epochs[-1]["test_metric"] = NAN
+    assert judge(data).headline.startswith("The gate loses here")

@@ -31,7 +31,7 @@ def trials(quick: bool, marker: str = "") -> list[Trial]:
     found = [
         Trial(f"{arm}-{seed}", {"arm": arm, "seed": seed, "marker": marker})
         for arm in ("slow", "fast")
-        for seed in range(2 if quick else 4)
+        for seed in range(3 if quick else 4)
     ]
     return [*found, Trial("peer", {"arm": "peer", "seed": 0}, ("no_such_package",))]
 

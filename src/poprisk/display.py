@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,13 +14,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from poprisk.compare import Comparison
+from poprisk.intervals import Interval
 from poprisk.report.claims import SummaryRow, criterion_line
+from poprisk.report.formats import MINUS, Format, format_for
+from poprisk.report.table import difference_cell, plus_minus
 from poprisk.reproduce.judge import Criterion
 from poprisk.rundir import RunData
 from poprisk.selection import TwinReport
 from poprisk.training import Row as Record
 from poprisk.verdict import Verdict
-from poprisk.wording import Interval, Row, Scale, scale_of
+from poprisk.wording import Row, Scale, scale_of
 
 
 class ProgressDisplay:
@@ -211,36 +213,27 @@ def summary_table(rows: Sequence[SummaryRow]) -> Table:
 def table_cells(row: Row, scale: Scale) -> tuple[str, str, str, str, str]:
     """The texts of one line."""
     memorized = f"{row.memorized.mean:.1%}" if row.memorized else "-"
+    form = format_for([row.final.mean], percent=scale.percent)
+    final = plus_minus(row.final, form)
     return (
         row.label,
-        _with_half_width(row.final, scale),
+        f"{scale.value(row.final.mean)} {_spaced(final.note)}".strip(),
         scale.value(row.best.mean),
         memorized,
-        _difference(row.difference, scale),
+        _gain(row.difference, scale, form),
     )
 
 
-def _with_half_width(interval: Interval, scale: Scale) -> str:
-    half = (interval.high - interval.low) / 2
-    if math.isnan(half):
-        return scale.value(interval.mean)
-    return (
-        f"{scale.value(interval.mean)} ± {100 * half:.1f}"
-        if scale.percent
-        else (f"{scale.value(interval.mean)} ± {half:.2g}")
-    )
-
-
-def _difference(d: Interval | None, scale: Scale) -> str:
-    if d is None:
+def _gain(difference: Interval | None, scale: Scale, form: Format) -> str:
+    """A difference as gain, better is positive."""
+    if difference is None:
         return "(reference)"
-    unit = 100.0 if scale.percent else 1.0
-    mean = scale.gain(d.mean) * unit
-    if math.isnan(d.low):
-        return f"{mean:+.1f}" if scale.percent else f"{mean:+.3g}"
-    low, high = sorted((scale.gain(d.low) * unit, scale.gain(d.high) * unit))
-    return (
-        f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-        if scale.percent
-        else (f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]")
+    ends = sorted(scale.gain(v) for v in difference[1:3])
+    gain = Interval(
+        scale.gain(difference.mean), ends[0], ends[1], tuple(map(scale.gain, difference.values))
     )
+    return " ".join(difference_cell(gain, form)).strip().replace(MINUS, "-")
+
+
+def _spaced(note: str) -> str:
+    return note.replace("±", "± ").replace(MINUS, "-")

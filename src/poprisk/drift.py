@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from poprisk import checks
 from poprisk.channel.coupling import label_response
+from poprisk.intervals import t_interval
 from poprisk.path import Run, follow, record
 from poprisk.path.checks import check_minibatches, check_probes
 from poprisk.path.losses import Loss, gradient
-
-CONFIDENCE = 0.95
+from poprisk.printing import short_repr
 
 
 class Exponent(NamedTuple):
@@ -31,13 +31,15 @@ class Exponent(NamedTuple):
 
     Attributes:
         value: of the power.
-        low: end of the interval; NaN with one replicate.
+        low: end of the interval; NaN with fewer than three replicates.
         high: the other.
     """
 
     value: float
     low: float
     high: float
+
+    __repr__ = short_repr
 
     def agrees(self, expected: float) -> bool:
         """Whether the interval holds ``expected``."""
@@ -59,6 +61,8 @@ class Movement(NamedTuple):
     diffusion: Tensor
     walk: Tensor
 
+    __repr__ = short_repr
+
 
 class DriftLaws(NamedTuple):
     """What :func:`sweep` measured; None where it was not asked for.
@@ -77,30 +81,12 @@ class DriftLaws(NamedTuple):
     noise: Exponent | None
     replicates: int
 
-
-def student_quantile(p: float, df: int) -> float:
-    r"""Quantile of Student's t, by integrating over :math:`\theta = \arctan(t/\sqrt{df})`.
-
-    Example:
-        >>> round(student_quantile(0.975, 10), 3)
-        2.228
-    """
-    theta = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
-    density = np.cos(theta) ** (df - 1)
-    mass = np.cumsum((density[1:] + density[:-1]) / 2)
-    at = float(np.interp(p, mass / mass[-1], theta[1:]))
-    return math.sqrt(df) * math.tan(at)
+    __repr__ = short_repr
 
 
 def interval(values: Sequence[float]) -> Exponent:
     """Mean and 95% interval of replicates."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Exponent(mean, math.nan, math.nan)
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    quantile = student_quantile(0.5 + CONFIDENCE / 2, len(values) - 1)
-    half = quantile * deviation / math.sqrt(len(values))
-    return Exponent(mean, mean - half, mean + half)
+    return Exponent(*t_interval(values)[:3])
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -220,6 +206,8 @@ class Estimate(NamedTuple):
     value: float
     standard_error: float
 
+    __repr__ = short_repr
+
 
 def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Estimate:
     r"""Root mean square movement of a query output per unit of label noise, :math:`\sqrt{gain}`.
@@ -234,8 +222,7 @@ def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Es
     """
     checks.check_positive("draws", draws)
     problem = run.problem.to(torch.float64)
-    with torch.no_grad():
-        u = problem.outputs(run.weights[0].double(), problem.train[0])
+    u = problem.values(run.weights[0].double(), problem.train[0])
     noise = torch.randn(*u.shape, draws, generator=generator, dtype=torch.float64)
     probes = label_response(problem, u) @ noise
     moved = follow(run, probes, dtype=torch.float64).applied.query[..., :draws]
@@ -265,6 +252,8 @@ class Recipe(NamedTuple):
     lr: float = 0.01
     steps: int = 64
     replace: bool = True
+
+    __repr__ = short_repr
 
     def run(self, batch_size: int, n: int, seed: int) -> Run:
         """Record one run."""

@@ -6,9 +6,9 @@ import math
 from collections import defaultdict
 from typing import Any, NamedTuple
 
+from poprisk.intervals import Interval, t_interval
 from poprisk.risk.choose import comparable_positions
 from poprisk.rundir import RunData
-from poprisk.verdict import Interval, t_interval
 from poprisk.wording import scale_of
 
 CHOOSABLE = ("poprisk", "adamw", "paper")
@@ -123,9 +123,8 @@ def _sentences(data: RunData, stops: dict[tuple[str, int], dict[str, Any]]) -> l
 
 def _against_held_out(gap: Interval, rival: float, scale: Any) -> str:
     size = scale.gap(gap.mean, rival)
-    clear = not math.isnan(gap.low) and (gap.low > 0 or gap.high < 0)
     word = "better" if gap.mean > 0 else "worse"
-    end = f"{size} {word} for the twins" if clear else f"no clear difference ({size} {word})"
+    end = f"{size} {word} for the twins" if gap.sign else f"no clear difference ({size} {word})"
     return f"A held-out fifth, choosing arm and epoch, reaches {scale.value(rival)}: {end}."
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poprisk.printing import short_repr
+
 STARVED_BELOW = 0.02
 """A module is starved when its gated update has less than this share of the ungated RMS."""
 
@@ -34,6 +36,8 @@ class GateStats(NamedTuple):
     update_ratio: float
     starved: bool
     coordinates: int
+
+    __repr__ = short_repr
 
 
 def gate_sums(q: Tensor, passed: Tensor, update: Tensor, active: Tensor) -> Tensor:

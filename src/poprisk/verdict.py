@@ -6,17 +6,19 @@ Every sentence follows from the numbers by the rules written here; a gate that l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from poprisk.arms import FAMILIES
+from poprisk.convergence import Improvement, still_improving
+from poprisk.intervals import Interval, t_interval
 from poprisk.rundir import RunData
-from poprisk.wording import Field, Interval, Row, headline, scale_of, sentences
+from poprisk.wording import Field, Row, headline, scale_of, sentences
 
-__all__ = ["Interval", "Row", "Verdict", "judge", "t_interval"]
+__all__ = ["Row", "Verdict", "judge"]
 
-CONFIDENCE = 0.95
 DEFAULT_ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
+OUR_RATE = 1e-3
 RIVALS = ("early-stopping", "rms-matched", "shuffled")
 
 T = TypeVar("T")
@@ -40,26 +42,6 @@ class Verdict(NamedTuple):
     reference: str
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """Mean and 95% Student-t confidence interval.
-
-    Example:
-        >>> t_interval([1.0, 1.0, 1.0])
-        Interval(mean=1.0, low=1.0, high=1.0)
-    """
-    from scipy.stats import t as student
-
-    n = len(values)
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan)
-    mean = sum(values) / n
-    if n == 1:
-        return Interval(mean, math.nan, math.nan)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * deviation / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
-
-
 def judge(data: RunData) -> Verdict:
     """Summarize a run directory; works on what has finished so far."""
     scale = scale_of(data.config)
@@ -68,7 +50,7 @@ def judge(data: RunData) -> Verdict:
     grid = [r for r in runs if r.family == "adamw"]
     best = _best(grid, lambda r: _mean(r.final.values()), scale.higher_is_better)
     hindsight = _best(grid, lambda r: _mean(r.best.values()), scale.higher_is_better)
-    rows = {r.name: _row(r, best) for r in runs}
+    rows = {r.name: _row(r, best, _improving(r, data)) for r in runs}
     key = {r.name for r in (best, hindsight) if r}
     key |= {r.name for r in runs if r.family != "adamw" or r.settings == DEFAULT_ADAMW}
     shown = sorted((rows[n] for n in rows if n in key), key=_place)
@@ -83,6 +65,8 @@ def judge(data: RunData) -> Verdict:
         shuffled=rows.get("shuffled"),
         leads=_leads(runs),
         edge=_edge(best, grid),
+        lr=next((_rate(a) for a in data.config["arms"] if a["family"] == "poprisk"), OUR_RATE),
+        epochs=data.config["task"].get("epochs", 0),
     )
     return Verdict(
         headline=headline(rows.get("poprisk"), field, scale),
@@ -91,6 +75,20 @@ def judge(data: RunData) -> Verdict:
         other=[row for name, row in rows.items() if name not in key],
         reference=best.label if best else "",
     )
+
+
+def _rate(arm: dict[str, Any]) -> float:
+    """The learning rate of an arm of ours."""
+    return float(arm["settings"].get("lr", OUR_RATE))
+
+
+def _improving(runs: _Runs, data: RunData) -> Improvement | None:
+    """How an arm still improves at its end, by its finished runs."""
+    if runs.family == "early-stopping":
+        return None
+    rows = [r for r in data.epochs if r["arm"] in runs.arms and r["seed"] in runs.final]
+    scale = scale_of(data.config)
+    return still_improving(rows, higher_is_better=scale.higher_is_better, percent=scale.percent)
 
 
 def _place(row: Row) -> tuple[int, bool]:
@@ -197,7 +195,7 @@ def _paired(a: _Runs, b: _Runs) -> Interval:
     return t_interval([a.final[s] - b.final[s] for s in a.final if s in b.final])
 
 
-def _row(runs: _Runs, best: _Runs | None) -> Row:
+def _row(runs: _Runs, best: _Runs | None, improving: Improvement | None) -> Row:
     difference = None
     if best is not None and runs.name != best.name:
         difference = _paired(runs, best)
@@ -210,4 +208,5 @@ def _row(runs: _Runs, best: _Runs | None) -> Row:
         t_interval(list(runs.best.values())),
         t_interval(list(runs.memorized.values())) if runs.memorized else None,
         difference,
+        improving,
     )

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-
-class Interval(NamedTuple):
-    """A mean over seeds with its 95% confidence interval (Student t); NaN ends for one seed."""
-
-    mean: float
-    low: float
-    high: float
+from poprisk.convergence import Improvement
+from poprisk.intervals import MIN_SEEDS, Interval
 
 
 class Row(NamedTuple):
@@ -26,6 +21,7 @@ class Row(NamedTuple):
         best: metric at the best epoch in hindsight, which nobody knows while training.
         memorized: share of the label noise reproduced at the end; None if unknown.
         difference: ``final`` minus that of the best AdamW, paired over seeds; None for itself.
+        improving: how it still improves at its end; None if it does not, or that is unknown.
     """
 
     label: str
@@ -36,6 +32,7 @@ class Row(NamedTuple):
     best: Interval
     memorized: Interval | None
     difference: Interval | None
+    improving: Improvement | None = None
 
 
 class Scale(NamedTuple):
@@ -65,6 +62,20 @@ class Scale(NamedTuple):
         """A difference with its sign turned so that positive is better."""
         return x if self.higher_is_better else -x
 
+    def gains(self, difference: Interval, base: float) -> Interval:
+        """A difference as gain: in points, in percent of ``base``, or as it is where that is 0."""
+        unit = 100.0 if self.percent else 100.0 / abs(base) if base else 1.0
+        ends = [self.gain(v) * unit for v in difference[1:3]]
+        values = tuple(self.gain(v) * unit for v in difference.values)
+        found = Interval(self.gain(difference.mean) * unit, min(ends), max(ends), values)
+        return found.clipped(-100.0, 100.0) if self.percent else found
+
+    def signed(self, gain: float, base: float) -> str:
+        """One of :meth:`gains`, with its sign and unit; points without."""
+        if self.percent or base:
+            return f"{gain:+.1f}{'' if self.percent else '%'}"
+        return f"{gain:+.3g}"
+
 
 def scale_of(config: dict[str, Any]) -> Scale:
     """The scale of a run's metric."""
@@ -73,11 +84,9 @@ def scale_of(config: dict[str, Any]) -> Scale:
 
 
 def compared(difference: Interval, scale: Scale) -> str:
-    """Say better, worse or level: whether the interval of a difference excludes zero."""
-    low, high = sorted((scale.gain(difference.low), scale.gain(difference.high)))
-    if math.isnan(low) or low <= 0 <= high:
-        return "level"
-    return "better" if low > 0 else "worse"
+    """Say better, worse or level: whether the interval of a difference clearly excludes zero."""
+    side = scale.gain(difference.sign)
+    return "level" if side == 0 else "better" if side > 0 else "worse"
 
 
 class Field(NamedTuple):
@@ -93,6 +102,8 @@ class Field(NamedTuple):
         shuffled: the gate with its values shuffled.
         leads: our final metric minus that of each of the last three, paired over seeds, by family.
         edge: a warning if the best AdamW lies at the edge of the grid, else empty.
+        lr: our learning rate.
+        epochs: of every run.
     """
 
     grid: list[Row]
@@ -104,12 +115,15 @@ class Field(NamedTuple):
     shuffled: Row | None
     leads: dict[str, Interval]
     edge: str
+    lr: float = 1e-3
+    epochs: int = 0
 
 
 SMALLER_STEP = "a smaller step explains the result as well as the gate does."
 WRONG_WEIGHTS = "the mask helps by its size here, not by which weights it picks."
 BEATEN = "the gate does worse than its controls."
 UNDECIDED = "the gate is ahead of them, but by no more than chance on these seeds."
+TOO_FEW = f"fewer than {MIN_SEEDS} seeds do not say what explains the result."
 NO_VERDICT = "Not enough runs have finished for a verdict."
 
 
@@ -130,16 +144,30 @@ def headline(ours: Row | None, field: Field, scale: Scale) -> str:
         return NO_VERDICT
     size = scale.gap(d.mean, best.final.mean)
     interval = _interval(d, best.final.mean, scale)
-    if math.isnan(d.low):
+    if not d.known:
         side = f"{size} better than" if scale.gain(d.mean) > 0 else f"{size} worse than"
         side = "level with" if scale.is_zero(size) else side
-        return f"{end}, {side} {against}; one seed, so no interval."
+        return f"{end}, {side} {against}; {_too_few(d, best.final.mean, scale)}."
+    if ours.improving and compared(d, scale) == "worse":
+        return (
+            f"Not settled: {end}, {size} worse than {against}{interval}, but still improves at its "
+            "end."
+        )
     return {
         "better": f"{end}, {size} better than {against}{interval}.",
         "worse": f"The gate loses here: {end}, {size} worse than {against}{interval}.",
         "level": f"{end}, not told apart from {against}: {_signed(d, size, scale)}, which may be "
         f"chance{interval}.",
     }[compared(d, scale)]
+
+
+def _too_few(d: Interval, base: float, scale: Scale) -> str:
+    """Why there is no verdict, and what the seeds gave in its place."""
+    needed = f"so no interval and no verdict, which take at least {MIN_SEEDS} (--seeds {MIN_SEEDS})"
+    if len(d.values) == 1:
+        return f"one seed, {needed}"
+    each = " and ".join(scale.signed(v, base) for v in scale.gains(d, base).values)
+    return f"{len(d.values)} seeds ({each}), {needed}"
 
 
 def _signed(d: Interval, size: str, scale: Scale) -> str:
@@ -150,15 +178,16 @@ def _signed(d: Interval, size: str, scale: Scale) -> str:
 
 
 def _interval(d: Interval, base: float, scale: Scale) -> str:
-    """The interval of a gain in words; empty for one seed."""
-    if math.isnan(d.low):
+    """The interval of a gain in words; empty where there is none."""
+    if not d.known:
         return ""
-    if not scale.percent and not base:
-        low, high = sorted((scale.gain(d.low), scale.gain(d.high)))
-        return f"; 95% interval of the gain {low:+.3g} to {high:+.3g}"
-    unit = 100.0 if scale.percent else 100.0 / abs(base)
-    low, high = sorted((scale.gain(d.low) * unit, scale.gain(d.high) * unit))
-    return f"; 95% interval of the gain {low:+.1f} to {high:+.1f}{'' if scale.percent else '%'}"
+    gains = scale.gains(d, base)
+    if d.alike:
+        return f"; the same on all {len(d.values)} seeds, which says nothing about their spread"
+    low, high = scale.signed(gains.low, base), scale.signed(gains.high, base)
+    if low.endswith("%"):
+        low = low[:-1]
+    return f"; 95% interval of the gain {low} to {high}"
 
 
 def sentences(ours: Row | None, field: Field, scale: Scale) -> list[str]:
@@ -166,6 +195,7 @@ def sentences(ours: Row | None, field: Field, scale: Scale) -> list[str]:
     if ours is None or not math.isfinite(ours.final.mean):
         return []
     said = [
+        _unfinished(ours, field, scale),
         _against_default(ours, field, scale),
         _against_stopping(field, scale),
         _against_hindsight(ours, field.hindsight, scale),
@@ -175,6 +205,32 @@ def sentences(ours: Row | None, field: Field, scale: Scale) -> list[str]:
         _seeds(ours),
     ]
     return [sentence for sentence in said if sentence]
+
+
+def _unfinished(ours: Row, field: Field, scale: Scale) -> str:
+    """Who still improves at the end, and what to do about it."""
+    if ours.improving:
+        also = ", like the best AdamW" if field.best and field.best.improving else ""
+        return (
+            f"PopRiskAdamW still improves at its end ({_pace(ours.improving, scale)}){also}: "
+            f"train longer (--epochs {4 * field.epochs}) or at three times the learning rate "
+            f"(lr {3 * field.lr:g}) before it is judged."
+        )
+    if field.best and field.best.improving:
+        return (
+            f"The best AdamW still improves at its end ({_pace(field.best.improving, scale)}): "
+            f"train longer (--epochs {4 * field.epochs}) before it is judged."
+        )
+    return ""
+
+
+def _pace(found: Improvement, scale: Scale) -> str:
+    epochs = f"over the last {found.epochs} epochs" if found.epochs > 1 else "over the last epoch"
+    if found.by_loss:
+        return f"its test loss falls by {found.gain:.1%} {epochs}"
+    verb = "rises" if scale.higher_is_better else "falls"
+    size = f"{100 * found.gain:.1f} points" if scale.percent else f"{found.gain:.2g}"
+    return f"{scale.name} {verb} by {size} {epochs}"
 
 
 def _against_default(ours: Row, field: Field, scale: Scale) -> str:
@@ -239,24 +295,21 @@ def _controls(ours: Row, field: Field, scale: Scale) -> str:
     reached = " and ".join(f"{scale.value(value)} with {kind}" for value, kind in controls)
     leads = [lead for family, lead in field.leads.items() if family != "early-stopping"]
     matched = field.leads.get("rms-matched")
+    if any(lead.few for lead in leads):
+        return f"Controls reach {reached}: {TOO_FEW}"
     if all(compared(lead, scale) == "worse" for lead in leads):
         tail = BEATEN
     elif matched is not None and scale.gain(matched.mean) <= 0:
         tail = SMALLER_STEP
     elif any(scale.gain(lead.mean) <= 0 for lead in leads):
         tail = WRONG_WEIGHTS
-    elif not all(_ahead(lead, scale) for lead in leads):
+    elif not all(compared(lead, scale) == "better" for lead in leads):
         tail = UNDECIDED
     else:
         tail = _shares(ours, field, scale)
+    if ours.improving and tail in (BEATEN, SMALLER_STEP, WRONG_WEIGHTS):
+        tail = f"so far {tail}"
     return f"Controls reach {reached}: {tail}"
-
-
-def _ahead(lead: Interval, scale: Scale) -> bool:
-    """Whether a lead over a control is more than chance, as far as the seeds can tell."""
-    if math.isnan(lead.low):
-        return scale.gain(lead.mean) > 0
-    return compared(lead, scale) == "better"
 
 
 def _shares(ours: Row, field: Field, scale: Scale) -> str:
@@ -282,4 +335,6 @@ def _seeds(ours: Row) -> str:
         return ""
     if ours.seeds == 1:
         return "One seed says nothing about chance: --seeds 10 gives intervals."
+    if ours.seeds < MIN_SEEDS:
+        return f"Only {ours.seeds} seeds, too few for intervals: --seeds 10 gives them."
     return f"Only {ours.seeds} seeds: the intervals are wide; --seeds 10 narrows them."

@@ -17,6 +17,7 @@ from poprisk.channel.spectrum import Channel
 from poprisk.path.losses import gradient, values
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import gauss
+from poprisk.printing import short_repr
 
 NODES = 24
 """Gauss nodes on the line from the first outputs to the last, for losses that are not squares."""
@@ -39,6 +40,8 @@ class Cells(NamedTuple):
     benign_noise: Tensor
     affine: Tensor
 
+    __repr__ = short_repr
+
     def total(self) -> Tensor:
         """Their sum: the predicted movement."""
         return torch.stack(list(self)).sum(0)
@@ -56,6 +59,8 @@ class TestError(NamedTuple):
     name: str
     terms: dict[str, float]
     measured: float
+
+    __repr__ = short_repr
 
     @property
     def closure(self) -> float:
@@ -83,6 +88,8 @@ class FourCells(NamedTuple):
     shares: dict[float, tuple[float, float]]
     closure: float
     error: TestError | None
+
+    __repr__ = short_repr
 
 
 def split_cells(G: Tensor, channel: Channel, signal: Tensor, noise: Tensor) -> Cells:

@@ -14,6 +14,7 @@ from torch import Tensor
 from poprisk.channel.spectrum import Channel
 from poprisk.path.integrals import Integrals, relative
 from poprisk.path.problem import Problem
+from poprisk.printing import short_repr
 
 RTOL = 1e-12
 
@@ -31,6 +32,8 @@ class Prediction(NamedTuple):
     correlation: float
     error: float
 
+    __repr__ = short_repr
+
 
 class Coupling(NamedTuple):
     r"""What :meth:`poprisk.channel.PathOperators.coupling` returns.
@@ -44,6 +47,8 @@ class Coupling(NamedTuple):
     matrix: Tensor
     prediction: Prediction
     frozen: Prediction
+
+    __repr__ = short_repr
 
 
 def coupling_matrix(integrals: Integrals, channel: Channel) -> Tensor:
@@ -88,6 +93,8 @@ class NoiseGain(NamedTuple):
 
     path: float
     frozen: float
+
+    __repr__ = short_repr
 
 
 def noise_gain(problem: Problem, integrals: Integrals, u: Tensor) -> NoiseGain:

@@ -26,6 +26,7 @@ from poprisk.path.integrals import (
 )
 from poprisk.path.quadrature import composite
 from poprisk.path.run import Run
+from poprisk.printing import described, short_repr
 
 Progress = Callable[[int, int | None], None]
 
@@ -42,6 +43,8 @@ class Moment(NamedTuple):
     step: int
     cells: parts.Cells
     outputs: Tensor
+
+    __repr__ = short_repr
 
 
 @final
@@ -68,6 +71,15 @@ class PathOperators:
     snapshots: int = 12
     budget: float = BUDGET
     progress: Progress | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        p = self.run.problem
+        N, Nq = p.n * p.c, p.m * p.c
+        done = "computed" if "integrals" in vars(self) else "not computed yet"
+        shapes = f"N = {N:,} training outputs, Nq = {Nq:,} query outputs, P = {p.size:,} weights"
+        return described(
+            "PathOperators", shapes, f"quadrature={self.quadrature!r}", f"dense ones {done}"
+        )
 
     @cached_property
     def integrals(self) -> Integrals:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from poprisk import checks
+from poprisk.printing import short_repr
 
 TOLERANCES = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10)
 
@@ -28,6 +29,8 @@ class Spectrum:
 
     eigenvalues: Tensor
     directions: Tensor
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, W: Tensor) -> Spectrum:
@@ -89,6 +92,8 @@ class Channel:
     eigenvalues: Tensor
     basis: Tensor
     reservoir: Tensor
+
+    __repr__ = short_repr
 
     @property
     def dimension(self) -> int:

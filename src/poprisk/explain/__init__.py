@@ -60,7 +60,11 @@ def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
         "source": plan.source,
         "description": task.description,
         "classification": task.classification,
-        "metric": {"name": metric.name, "percent": metric.percent},
+        "metric": {
+            "name": metric.name,
+            "percent": metric.percent,
+            "higher_is_better": metric.higher_is_better,
+        },
         "train_examples": len(task.train[1]),
         "test_examples": len(task.test[1]),
     }

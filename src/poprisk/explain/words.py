@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+HARDLY, LEARNED = 0.1, 0.5
+"""Relative drift of the kernel below which features are said to hardly change, and from which on
+they are said to be learned."""
+
 
 def headline(found: dict[str, Any]) -> str:
     """The most telling sentence."""
@@ -13,16 +17,55 @@ def headline(found: dict[str, Any]) -> str:
     dense = found["dense"]
     if dense is None:
         return "This run could not be analysed."
-    d, total = dense["spectrum"]["channel"], len(dense["spectrum"]["relative"])
-    return f"Training used {d} of {total} directions; the others stayed in the soft reservoir."
+    used, total = channel_of(dense)
+    if used == total:
+        return f"Training used all {total} directions; none stayed in the soft reservoir."
+    return f"Training used {used} of {total} directions; the others stayed in the soft reservoir."
+
+
+def channel_of(dense: dict[str, Any]) -> tuple[int, int]:
+    """Directions in the channel, and all of them."""
+    return dense["spectrum"]["channel"], len(dense["spectrum"]["relative"])
+
+
+def size_sentences(found: dict[str, Any]) -> list[str]:
+    """How large the runs were that were explained."""
+    task, said = found["task"], list[str]()
+    n = task["train_examples"]
+    if found["arms"]:
+        last = found["arms"][0]["rows"][-1]
+        said.append(
+            f"Signal and noise are told apart in runs of {last['epoch']:.3g} epochs "
+            f"({last['step']:,} steps) on all {n:,} training examples."
+        )
+    dense = found["dense"]
+    if dense is not None:
+        smaller = "".join(f", {k}={v}" for k, v in dense.get("smaller", {}).items())
+        said.append(
+            f"The operators are those of a small run of its own: {dense['n']:,} of {n:,} training "
+            f"examples, {dense['steps']:,} steps, {dense['parameters']:,} weights{smaller}."
+        )
+    return said
 
 
 def noise_sentence(arm: dict[str, Any], task: dict[str, Any]) -> str:
     """What the metric would be without the label noise that got through."""
     last, metric = arm["rows"][-1], task["metric"]
     now, without = (show(last[k], percent=metric["percent"]) for k in ("metric", "without_noise"))
+    sign = 1 if metric.get("higher_is_better", True) else -1
+    name = arm["optimizer"]
+    if now == without:
+        return (
+            f"With {name}, the label noise that got through costs nothing: test {metric['name']} "
+            f"is {now} with it and without it."
+        )
+    if sign * (last["without_noise"] - last["metric"]) < 0:
+        return (
+            f"With {name}, the label noise that got through does no harm: test {metric['name']} is "
+            f"{now}, and would be {without} without it."
+        )
     return (
-        f"With {arm['optimizer']}, without the label noise that got through, test {metric['name']} "
+        f"With {name}, without the label noise that got through, test {metric['name']} "
         f"would be {without} instead of {now}."
     )
 
@@ -44,7 +87,13 @@ def cells_sentence(arm: dict[str, Any]) -> str:
 def spectrum_sentence(dense: dict[str, Any]) -> str:
     """How many directions training used."""
     s = dense["spectrum"]
-    total = len(s["relative"])
+    used, total = channel_of(dense)
+    if used == total:
+        return (
+            f"All {total} directions lie in the channel (above {s['tol']:g} of the largest), so "
+            f"the soft reservoir is empty; {s['dissipation_dimension']:.3g} directions did most of "
+            "the work."
+        )
     return (
         f"{s['channel']} of {total} directions lie in the channel (above {s['tol']:g} of the "
         f"largest), {total - s['channel']} in the soft reservoir, which training hardly moved and "
@@ -57,6 +106,12 @@ def residual_sentence(dense: dict[str, Any]) -> str:
     (_, a0, b0), (_, a1, b1) = dense["residual"][0], dense["residual"][-1]
     left = (a1 + b1) / max(a0 + b0, 1e-300)
     inside = a1 / max(a1 + b1, 1e-300)
+    used, total = channel_of(dense)
+    if used == total:
+        return (
+            f"{left:.0%} of the squared residual is left after training; all of it lies in the "
+            "channel and can still be fitted."
+        )
     return (
         f"{left:.0%} of the squared residual is left after training; {inside:.0%} of that lies in "
         "the channel and can still be fitted, the rest is trapped."
@@ -77,11 +132,15 @@ def four_sentence(dense: dict[str, Any]) -> str:
     """The four cells of the small run."""
     cells = dense["cells"]
     last = cells["rows"][-1]
+    used, total = channel_of(dense)
+    trapped = last["trapped_signal"] + last["benign_noise"]
+    rest = "nothing lies in the reservoir"
+    if used < total:
+        rest = f"what lies in the reservoir moved it by {trapped:.2g}"
     return (
         "In the small run the signal moved a test output by "
         f"{last['learned_signal']:.3g} and label noise by {last['harmful_noise']:.3g} "
-        "(root mean square), through the channel; what lies in the reservoir "
-        f"moved it by {last['trapped_signal'] + last['benign_noise']:.2g}; "
+        f"(root mean square), through the channel; {rest}; "
         f"{closure_words(cells['closure'])}."
     )
 
@@ -102,7 +161,8 @@ def kernel_sentence(dense: dict[str, Any]) -> str:
     """How far the features moved."""
     peak = max(v for _, v in dense["kernel_drift"])
     end = dense["kernel_drift"][-1][1]
-    kind = "features were learned" if peak > 0.5 else "features hardly changed"
+    kind = "features hardly changed" if peak < HARDLY else "features changed in part"
+    kind = "features were learned" if peak >= LEARNED else kind
     return (
         f"The kernel moved by {peak:.2g} times its size at most and ended {end:.2g} away: {kind}."
     )

@@ -31,6 +31,7 @@ from poprisk.factors.nodes import terms_of
 from poprisk.factors.plan import Plan
 from poprisk.factors.terms import ALL, Term, merged, products
 from poprisk.factors.visible import check_reached, check_visible
+from poprisk.printing import short_repr
 
 WORKSPACE = 1 << 25
 """Default size of temporaries, in elements."""
@@ -46,6 +47,8 @@ class Moments(NamedTuple):
 
     sums: dict[str, Tensor]
     squares: dict[str, Tensor]
+
+    __repr__ = short_repr
 
     def plus(self, other: Moments) -> Moments:
         """The sums over the examples of both."""

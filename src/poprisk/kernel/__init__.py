@@ -28,6 +28,7 @@ from poprisk.kernel.jacobian import (
     trainable,
 )
 from poprisk.kernel.spectrum import Eigenpairs, Estimate, top_eigenpairs, trace_estimate
+from poprisk.printing import described
 
 __all__ = ["Eigenpairs", "Estimate", "Kernel", "entk"]
 
@@ -129,6 +130,13 @@ class Kernel:
         self._blocks: dict[tuple[int, int], Tensor] = {}
         self.symmetric = left is right
         self.shape = (left.examples * self._rows, right.examples * self._rows)
+
+    def __repr__(self) -> str:
+        kind = "symmetric" if self.symmetric else "between two sets"
+        formed = "formed" if self._blocks else "not formed"
+        model = type(self._left.model).__name__
+        size = f"{self.shape[0]:,} × {self.shape[1]:,}"
+        return described("Kernel", size, kind, f"of a {model}", formed)
 
     @property
     def _rows(self) -> int:

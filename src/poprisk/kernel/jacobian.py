@@ -6,13 +6,11 @@ import contextlib
 import functools
 import itertools
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from poprisk.checks import examples as checks
@@ -20,6 +18,7 @@ from poprisk.evaluation import outputs_of
 from poprisk.factors import Factors, capture, check_graph
 from poprisk.factors.plan import Plan, learn_plan
 from poprisk.factors.visible import check_unhooked, check_whole
+from poprisk.forward_mode import plain_kernels
 
 Inputs = Any
 """A tensor for ``model(x)``, a tuple of tensors for ``model(*x)`` or a dict for ``model(**x)``."""
@@ -273,9 +272,7 @@ class Jacobian:
         def outputs(weights: dict[str, Tensor]) -> Tensor:
             return self.evaluate(inputs, weights)
 
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            # PyTorch scripts its own forward-mode rules when they are first used.
-            warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        with plain_kernels(self.model):
             return torch.func.jvp(outputs, (weights,), (tangents,))[1]
 
     def part(self, examples: slice) -> Jacobian:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poprisk.printing import short_repr
+
 
 class Estimate(NamedTuple):
     """A number and its standard error.
@@ -19,6 +21,8 @@ class Estimate(NamedTuple):
 
     value: float
     standard_error: float
+
+    __repr__ = short_repr
 
 
 class Eigenpairs(NamedTuple):
@@ -33,6 +37,8 @@ class Eigenpairs(NamedTuple):
     values: Tensor
     vectors: Tensor
     residuals: Tensor
+
+    __repr__ = short_repr
 
 
 def top_eigenpairs(

@@ -28,6 +28,7 @@ from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
 from poprisk.monitor.statistics import PerExampleLoss, Statistics
 from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch
 from poprisk.monitor.wrappers import sharding_of, unwrapped
+from poprisk.printing import described
 
 __all__ = [
     "CanaryMemorization",
@@ -133,6 +134,11 @@ class RiskMonitor:
         self._watched = watch(self.optimizer, self)
         if not self._watched:
             warn_unwatched(optimizer, self._expected)
+
+    def __repr__(self) -> str:
+        measured = f"{len(self.rows):,} measurements, one every {self.every} steps"
+        names = ", ".join(q.name for q in self.quantities)
+        return described("RiskMonitor", type(self.model).__name__, measured, f"of {names}")
 
     def step(self, x: Any, y: Tensor) -> None:
         """Note a batch, or part of one, and measure if it is time.

@@ -17,6 +17,7 @@ from poprisk.path.checks import check_clean
 from poprisk.path.follow import follow
 from poprisk.path.integrals import Closure
 from poprisk.path.run import Run
+from poprisk.printing import short_repr
 
 Progress = Callable[[int, int | None], None]
 
@@ -38,6 +39,8 @@ class QueryParts(NamedTuple):
     affine: Tensor
     outputs: Tensor
 
+    __repr__ = short_repr
+
 
 class CellTrace(NamedTuple):
     """The result of :func:`trace_cells`.
@@ -53,6 +56,8 @@ class CellTrace(NamedTuple):
     parts: list[QueryParts]
     closure: Closure
     output_shape: tuple[int, ...]
+
+    __repr__ = short_repr
 
     def without_noise(self, i: int = -1) -> Tensor:
         """Query outputs (m, ...) as they would be without the label noise that got through."""
@@ -76,8 +81,7 @@ def split_gradient(run: Run, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     problem = run.problem.to(w.dtype)
     check_clean(clean, problem.train[1])
     y = clean.to(w.dtype) if clean.is_floating_point() else clean
-    with torch.no_grad():
-        u = problem.outputs(w, problem.train[0])
+    u = problem.values(w, problem.train[0])
     signal = problem.output_gradient(u, y)
     return signal, problem.output_gradient(u) - signal
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from poprisk.evaluation import outputs_of
+from poprisk.forward_mode import plain_kernels
+
 
 class NotAnalysable(ValueError):
     """A run that the theory cannot be put on as it is; the message says what would work."""
@@ -64,11 +67,12 @@ def check_foreign(count: int) -> None:
 
 def check_repeatable(model: nn.Module, x: Tensor) -> None:
     """Raise NotAnalysable unless outputs repeat and do not depend on the rest of the batch."""
-    with torch.no_grad():
-        kept = {k: v.clone() for k, v in model.named_buffers()}
-        try:
-            whole, again, part = model(x), model(x), model(x[:2])
-        finally:
+    kept = {k: v.clone() for k, v in model.named_buffers()}
+    try:
+        with plain_kernels(model):
+            whole, again, part = (outputs_of(model, some) for some in (x, x, x[:2]))
+    finally:
+        with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
     if not isinstance(whole, Tensor) or len(whole) != len(x):
@@ -84,6 +88,14 @@ def check_repeatable(model: nn.Module, x: Tensor) -> None:
         raise NotAnalysable(
             "outputs depend on the other examples of the batch (batch norm in training mode?); "
             "record in model.eval(), or use group or layer norm."
+        )
+
+
+def check_forward_mode(missing: str, instead: str) -> None:
+    """Raise NotAnalysable if a model has no forward-mode derivative where one is needed."""
+    if missing:
+        raise NotAnalysable(
+            f"{missing}; write that part of the model with other operations of torch, or {instead}."
         )
 
 

@@ -19,6 +19,7 @@ from poprisk.path.integrals import Closure, relative
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, composite, gauss
 from poprisk.path.run import Run
+from poprisk.printing import short_repr
 
 Progress = Callable[[int, int | None], None]
 HESSIAN_NODES = 3
@@ -39,6 +40,8 @@ class Applied(NamedTuple):
     train: Tensor
     query: Tensor
 
+    __repr__ = short_repr
+
 
 class Moment(NamedTuple):
     """The query set at one point of a followed run.
@@ -52,6 +55,8 @@ class Moment(NamedTuple):
     step: int
     query: Tensor
     outputs: Tensor
+
+    __repr__ = short_repr
 
 
 class Followed(NamedTuple):
@@ -68,6 +73,8 @@ class Followed(NamedTuple):
     moments: list[Moment]
     train_outputs: tuple[Tensor, Tensor]
     final_gradient: Tensor
+
+    __repr__ = short_repr
 
     def closure(self) -> Closure:
         """Relative mismatch, for probes that add up to the starting output gradient."""
@@ -160,11 +167,10 @@ class _March:
         self.keep()
 
     def _outputs(self) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            parts = [
-                torch.cat([self.problem.outputs(self.w, part) for part in x.split(1024)])
-                for x in (self.problem.train[0], self.problem.query[0])
-            ]
+        parts = [
+            torch.cat([self.problem.values(self.w, part) for part in x.split(1024)])
+            for x in (self.problem.train[0], self.problem.query[0])
+        ]
         return parts[0], parts[1]
 
     def keep(self) -> None:

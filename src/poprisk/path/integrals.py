@@ -25,6 +25,7 @@ from poprisk.path.quadrature import (
     gauss,
 )
 from poprisk.path.run import FlatRule, Run
+from poprisk.printing import short_repr
 
 Progress = Callable[[int, int | None], None]
 
@@ -48,6 +49,8 @@ class Closure(NamedTuple):
     query: float
     gradient: float
 
+    __repr__ = short_repr
+
     @property
     def worst(self) -> float:
         """The largest of them."""
@@ -69,6 +72,8 @@ class Affine(NamedTuple):
     train: Tensor
     query: Tensor
 
+    __repr__ = short_repr
+
 
 class Snapshot(NamedTuple):
     r"""The state of affairs after some steps.
@@ -89,6 +94,8 @@ class Snapshot(NamedTuple):
     gradient: Tensor
     kernel: Tensor
 
+    __repr__ = short_repr
+
 
 class Accounting(NamedTuple):
     r"""Where the drop of the training loss went.
@@ -102,6 +109,8 @@ class Accounting(NamedTuple):
     measured: float
     accounted: float
     quadratic: float
+
+    __repr__ = short_repr
 
 
 @dataclass
@@ -134,6 +143,8 @@ class Integrals:
     accounting: Accounting
     frozen: Tensor
     snapshots: list[Snapshot] = field(default_factory=list)
+
+    __repr__ = short_repr
 
 
 def dense_bytes(run: Run) -> float:
@@ -234,8 +245,7 @@ class _Walk:
         self.frozen = self._frozen()
 
     def _outputs(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return self.problem.outputs(w, self.x), self.problem.outputs(w, self.points)
+        return self.problem.values(w, self.x), self.problem.values(w, self.points)
 
     def _frozen(self) -> Tensor:
         J, J_Q = self._jacobian(self.w, self.inputs, self.J).tensor_split((len(self.X),))

@@ -3,19 +3,21 @@ r"""Outputs as a function of the flat weights, and their Jacobian in every form 
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from poprisk.evaluation import outputs_of
+from poprisk.forward_mode import plain_kernels
 from poprisk.path import losses
 from poprisk.path.losses import Loss
+from poprisk.printing import brief, described
 
 CHUNK = 1024
 """Examples whose products with the Jacobian are computed at once."""
@@ -46,6 +48,10 @@ class Problem:
     query: tuple[Tensor, Tensor | None]
     names: tuple[str, ...]
     output_shape: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        sizes = f"{self.n:,} training and {self.m:,} query examples", f"{self.size:,} weights"
+        return described("Problem", type(self.model).__name__, brief(self.loss), *sizes)
 
     @property
     def n(self) -> int:
@@ -98,7 +104,13 @@ class Problem:
 
     def call(self, named: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Outputs (b, c) of inputs ``x`` (b, ...) with the named weights."""
-        return functional_call(self.model, dict(named), (x,)).reshape(len(x), -1)
+        with plain_kernels(self.model):
+            return functional_call(self.model, dict(named), (x,)).reshape(len(x), -1)
+
+    def values(self, w: Tensor, x: Tensor) -> Tensor:
+        """Like :meth:`outputs`, without a graph."""
+        w = w.detach()
+        return outputs_of(self.model, x, lambda _, x: self.outputs(w, x))
 
     def jacobian(self, w: Tensor, x: Tensor) -> Tensor:
         r""":math:`J = \partial u/\partial w` of inputs (b, ...), as (b·c, P)."""
@@ -109,8 +121,7 @@ class Problem:
 
     def each(self, w: Tensor, x: Tensor) -> Tensor:
         """Outputs (b, c) of inputs (b, ...), each at its own weights (b, P)."""
-        with torch.no_grad():
-            return vmap(self._one)(w, x)
+        return cast(Tensor, vmap(self._one)(w.detach(), x)).detach()
 
     def jacobians(self, w: Tensor, x: Tensor) -> Tensor:
         """Jacobians (b, c, P) of inputs (b, ...), each at its own weights (b, P)."""
@@ -121,21 +132,65 @@ class Problem:
 
     def jvp(self, w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
         """The Jacobian times ``vectors`` (P, r), as (b, c, r), without forming it."""
+        if self.no_forward_mode:
+            warnings.warn(
+                f"{self.no_forward_mode}; Jacobians are formed instead, which is slow. Write that "
+                "part of the model with other operations of torch to be fast.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            chunk = max(1, JACOBIAN_BYTES // (self.c * self.size * w.element_size()))
+            parts = [self.jacobian(w, part) @ vectors for part in x.split(chunk)]
+            return torch.cat(parts).view(len(x), self.c, -1)
+        return torch.cat([self._forward(w, part, vectors) for part in x.split(CHUNK)])
 
-        def product(v: Tensor, part: Tensor) -> Tensor:
-            def at(z: Tensor) -> Tensor:
-                return self.outputs(z, part)
+    def _forward(self, w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+        def at(z: Tensor) -> Tensor:
+            return self.outputs(z, x)
 
+        def product(v: Tensor) -> Tensor:
             return cast(Tensor, jvp(at, (w,), (v,))[1])
 
-        prepare_forward_mode()
-        # the fused attention kernels have no forward-mode derivative
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            parts = [
-                vmap(product, in_dims=(1, None), out_dims=-1)(vectors, part)
-                for part in x.split(CHUNK)
-            ]
-        return torch.cat(parts)
+        return cast(Tensor, vmap(product, in_dims=1, out_dims=-1)(vectors)).detach()
+
+    @cached_property
+    def no_forward_mode(self) -> str:
+        r"""Why the model has no forward-mode derivative; empty if it has one, and the right one.
+
+        The right one is the transpose of reverse mode, :math:`v^T(J J^T v) = \|J^T v\|^2`: forward
+        mode does not stop at ``torch.no_grad()`` inside a model, as reverse mode does.
+        """
+        w, x = flat(self.parameters), self.train[0][:2]
+        u, pull = self.pullback(w, x)
+        v = torch.linspace(0.5, 1.5, u.numel(), dtype=u.dtype, device=u.device).view_as(u)
+        row = pull(v.unsqueeze(-1))
+        try:
+            found = (v.unsqueeze(-1) * self._forward(w, x, row)).sum()
+        except (NotImplementedError, RuntimeError) as error:
+            return f"the model has no forward-mode derivative ({str(error).splitlines()[0]})"
+        tolerance = 1e-9 if w.dtype == torch.float64 else 1e-3
+        expected = row.square().sum()
+        if bool((found - expected).abs() <= tolerance * expected):
+            return ""
+        return "forward and reverse mode differ (torch.no_grad() or detach() inside the model?)"
+
+    @cached_property
+    def no_vectorizing(self) -> str:
+        """Why per-example Jacobians by ``vmap`` are not to be had, or not right; else empty.
+
+        Some operations of torch (``cdist``) are silently wrong there.
+        """
+        w, x = flat(self.parameters), self.train[0][:2]
+        try:
+            found = _vectorized(self, w, x)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        expected = _row_by_row(self, w, x)
+        tolerance = 1e-9 if w.dtype == torch.float64 else 1e-3
+        off = float((found - expected).abs().max())
+        if off <= tolerance * float(expected.abs().max()):
+            return ""
+        return "torch's vectorized derivative of it is wrong"
 
     def pullback(self, w: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Outputs (b, c), and the transposed Jacobian as a map from (b, c, r) to (P, r)."""
@@ -170,14 +225,6 @@ class Problem:
         return losses.values(self.loss, self.shaped(u), self.train[1]).mean().item()
 
 
-@functools.cache
-def prepare_forward_mode() -> None:
-    """Let torch load what forward-mode derivatives need, without its own deprecation warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        jvp(torch.sin, (torch.zeros(1),), (torch.zeros(1),))
-
-
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """One vector of all entries, detached and copied."""
     return torch.cat([t.detach().reshape(-1) for t in tensors])
@@ -185,20 +232,26 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def _per_example(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
     """Jacobians (b, c, P) of a chunk of examples; row by row if vmap cannot take the model."""
-    one = problem._one
-    try:
-        return cast(Callable[..., Tensor], vmap(jacrev(one), in_dims=(None, 0)))(w, x)
-    except RuntimeError as error:
-        warnings.warn(
-            f"the model cannot be vectorized over examples ({str(error).splitlines()[0]}); "
-            "Jacobians are computed row by row, which is slow.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    if not problem.no_vectorizing:
+        return _vectorized(problem, w, x)
+    warnings.warn(
+        f"the model cannot be vectorized over examples ({problem.no_vectorizing}); Jacobians are "
+        "computed row by row, which is slow.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return _row_by_row(problem, w, x)
+
+
+def _vectorized(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
+    return cast(Callable[..., Tensor], vmap(jacrev(problem._one), in_dims=(None, 0)))(w, x)
+
+
+def _row_by_row(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
     rows: list[Tensor] = []
     for example in x:
         z = w.detach().requires_grad_()
         with torch.enable_grad():
-            u = one(z, example)
+            u = problem._one(z, example)
         rows += [torch.autograd.grad(v, z, retain_graph=True)[0] for v in u]
     return torch.stack(rows).view(len(x), problem.c, -1)

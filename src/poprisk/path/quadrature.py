@@ -105,8 +105,7 @@ class PathJacobian:
     def _mend(self, rows: Tensor, w: Tensor, end: Tensor, x: Tensor) -> None:
         """Replace the rows (b, c, P) of examples that are off by means over ever smaller pieces."""
         step = end - w
-        with torch.no_grad():
-            moved = self.problem.outputs(end, x) - self.problem.outputs(w, x)
+        moved = self.problem.values(end, x) - self.problem.values(w, x)
         size = moved.norm(dim=1)
         allowed = (self.refine or 0.0) * size.clamp_min(1e-3 * float(size.norm()) + 1e-300)
         index = ((rows @ step - moved).norm(dim=1) > allowed).nonzero().squeeze(1)

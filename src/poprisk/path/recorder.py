@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from poprisk import checks
 from poprisk.checks.examples import check_separate
+from poprisk.evaluation import outputs_of
+from poprisk.forward_mode import plain_kernels
 from poprisk.path import checks as refuse
 from poprisk.path import losses
 from poprisk.path.batches import Batch, Examples
@@ -22,6 +24,7 @@ from poprisk.path.problem import Problem, flat
 from poprisk.path.rules import Facts, Rule, StepRule, describe
 from poprisk.path.run import SCALARS, Interval, Run
 from poprisk.path.store import Storage
+from poprisk.printing import described
 
 Progress = Callable[[int, int | None], None]
 """Called with how many steps are done, and of how many (None: unknown)."""
@@ -95,8 +98,8 @@ class Recorder:
         points = (train[0], None) if query is None else query
         x, y = points if isinstance(points, (tuple, list)) else (points, None)
         refuse.check_repeatable(model, train[0][:8])
-        with torch.no_grad():
-            first = model(train[0][:2])
+        with plain_kernels(model):
+            first = outputs_of(model, train[0][:2])
         per_example = resolve_loss(loss)
         check_separate(
             per_example, first, train[1][:2], losses.values(per_example, first, train[1][:2])
@@ -113,6 +116,10 @@ class Recorder:
         self.pending: list[_Step] = []
         self.count, self.rule_error = 0, 0.0
         self._taken: tuple[list[StepRule], Tensor] | None = None
+
+    def __repr__(self) -> str:
+        optimizer = type(self.optimizer).__name__
+        return described("Recorder", optimizer, f"{self.count:,} steps so far", stride=self.stride)
 
     def __enter__(self) -> Recorder:
         self.before = [p.detach().clone() for p in self.params]

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from poprisk.path.checks import check_rule_known
+from poprisk.printing import short_repr
 
 Diagonal = Tensor | float
 
@@ -53,6 +54,8 @@ class StepRule(NamedTuple):
     decay: float = 0.0
     sign: float = 1.0
 
+    __repr__ = short_repr
+
 
 class Facts(NamedTuple):
     """What a rule may look at, besides the optimizer's state after the step.
@@ -74,6 +77,8 @@ class Facts(NamedTuple):
     grad: Tensor
     weight: Tensor
     momentum: Tensor
+
+    __repr__ = short_repr
 
 
 Rule = Callable[[Facts], StepRule]

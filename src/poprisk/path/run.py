@@ -10,6 +10,7 @@ from torch import Tensor
 
 from poprisk.path.problem import Problem
 from poprisk.path.store import Table
+from poprisk.printing import described, short_repr
 
 SCALARS = ("correction", "carry", "from_momentum", "from_gradient", "coupled", "decay", "sign")
 """What is one number per tensor in a :class:`poprisk.path.rules.StepRule`."""
@@ -32,6 +33,8 @@ class Interval(NamedTuple):
     scalars: Tensor
     uniform: Tensor
 
+    __repr__ = short_repr
+
 
 class FlatRule(NamedTuple):
     r"""A :class:`poprisk.path.rules.StepRule` over all weights: numbers, or vectors (P, 1).
@@ -49,6 +52,8 @@ class FlatRule(NamedTuple):
     coupled: Tensor | float
     decay: Tensor | float
     sign: Tensor | float
+
+    __repr__ = short_repr
 
     def part(self, rows: slice) -> FlatRule:
         """The rule over some of the weights."""
@@ -113,6 +118,18 @@ class Run:
     stride: int
     exact: bool
     rule_error: float
+
+    def __repr__(self) -> str:
+        p = self.problem
+        every = "" if self.stride == 1 else f" every {self.stride} steps"
+        return described(
+            "Run",
+            self.optimizer,
+            f"{self.steps:,} steps recorded{every}",
+            f"{p.n:,} training and {p.m:,} query examples",
+            f"{p.size:,} weights of a {type(p.model).__name__}",
+            "exact" if self.exact and self.stride == 1 else "approximate",
+        )
 
     def __len__(self) -> int:
         return len(self.intervals)

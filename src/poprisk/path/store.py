@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from poprisk.path import checks as refuse
+from poprisk.printing import described
 
 
 @final
@@ -67,6 +68,10 @@ class Table:
         self.written: refuse.FileState | None = None
         if self.path is not None:
             self._write(self.path, b"", "wb")
+
+    def __repr__(self) -> str:
+        where = "memory" if self.path is None else str(self.path)
+        return described("Table", f"{self.count:,} rows of {self.width:,}", f"in {where}")
 
     def __len__(self) -> int:
         return self.count

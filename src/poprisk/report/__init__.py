@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from poprisk.intervals import MIN_SEEDS
 from poprisk.records import replace_text
 from poprisk.report import figures, notes
 from poprisk.report.curves import EpochRow
@@ -58,7 +59,12 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
     """Return what the template shows, by name."""
     task = data.config["task"]
     series = arm_series(data, verdict)
-    table = verdict_table(verdict, task["metric"], seeds=len(data.config["seeds"]))
+    table = verdict_table(
+        verdict,
+        task["metric"],
+        seeds=len(data.config["seeds"]),
+        shares=task["classification"],
+    )
     return {
         "config": data.config,
         "environment": data.environment,
@@ -75,6 +81,7 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "memorizing": any(row["memorized"] is not None for row in data.epochs),
         "gates": _gates(data),
         "starved_below": STARVED_BELOW,
+        "intervals": len(data.config["seeds"]) >= MIN_SEEDS,
         "twins": twin_report(data),
         "scale": scale_of(data.config),
         "families": {arm["family"] for arm in data.config["arms"]},

@@ -11,11 +11,12 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from poprisk.intervals import MIN_SEEDS
 from poprisk.records import replace_text
 from poprisk.report.formats import plural
 from poprisk.report.page import template
 from poprisk.reproduce.claim import Curve, Picture, Plot
-from poprisk.reproduce.judge import Criterion, written
+from poprisk.reproduce.judge import Criterion, fewest_seeds, written
 from poprisk.reproduce.record import Judged
 
 MARKS = {
@@ -97,6 +98,12 @@ def notices(judged: Judged) -> list[str]:
         )
     if progress.left:
         found.append(f"{plural(len(progress.left), 'trial')} still to do; repeat the command.")
+    few = fewest_seeds(judged.findings.criteria) if judged.findings else None
+    if few is not None:
+        found.append(
+            f"{plural(few, 'seed')}, so no intervals: the seeds stand in their place, "
+            f"and there is no verdict, which takes at least {MIN_SEEDS}."
+        )
     for package, trials in progress.missing.items():
         if trials:
             found.append(

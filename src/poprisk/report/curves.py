@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from poprisk.verdict import t_interval
+from poprisk.intervals import t_interval
 
 EpochRow = Mapping[str, Any]
 

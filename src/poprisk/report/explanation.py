@@ -65,7 +65,8 @@ def render(found: dict[str, Any], environment: dict[str, Any]) -> str:
 def sentences(found: dict[str, Any]) -> list[str]:
     """What the page says besides the headline."""
     arms = found["arms"]
-    lines = [words.noise_sentence(arm, found["task"]) for arm in arms[1:]]
+    lines = words.size_sentences(found)
+    lines += [words.noise_sentence(arm, found["task"]) for arm in arms[1:]]
     lines += [words.cells_sentence(arm) for arm in arms]
     if found["dense"] is not None:
         dense = found["dense"]
@@ -128,10 +129,9 @@ def _spectrum(dense: dict[str, Any]) -> Figure:
     s = dense["spectrum"]
     values = [max(v, 1e-16) for v in s["relative"]]
     cut, ranks = s["channel"], list(range(1, len(values) + 1))
-    lines = [
-        _line(ranks[:cut], values[:cut], "channel", "poprisk"),
-        _line(ranks[cut:], values[cut:], "soft reservoir", "adamw", dash="dot"),
-    ]
+    lines = [_line(ranks[:cut], values[:cut], "channel", "poprisk")]
+    if cut < len(ranks):
+        lines.append(_line(ranks[cut:], values[cut:], "soft reservoir", "adamw", dash="dot"))
     return Figure(
         "Which directions training dissipated",
         _figure(lines, x="direction, strongest first", log=True),

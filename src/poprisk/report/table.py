@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from poprisk.intervals import Interval
 from poprisk.report.formats import MISSING, Format, format_for, plural
 from poprisk.report.series import OURS, colour_of
 from poprisk.rundir import RunData
-from poprisk.verdict import Interval, Row, Verdict
+from poprisk.verdict import Row, Verdict
 
 SHARE = Format(percent=True, decimals=1)
 
@@ -71,13 +72,22 @@ class Table(NamedTuple):
     format: Format
 
 
-def verdict_table(verdict: Verdict, metric: dict[str, Any], *, seeds: int) -> Table:
-    """Write a verdict's rows; ``seeds`` is how many a complete row has."""
+def verdict_table(
+    verdict: Verdict, metric: dict[str, Any], *, seeds: int, shares: bool = True
+) -> Table:
+    """Write a verdict's rows.
+
+    Args:
+        verdict: to be written.
+        metric: of the task.
+        seeds: how many a complete row has.
+        shares: whether memorization is a share, between 0 and 1.
+    """
     rows = [*verdict.rows, *verdict.other]
     form = format_for((row.final.mean for row in rows), percent=metric["percent"])
     sign = 1 if metric["higher_is_better"] else -1
     span = _span(verdict.rows, sign)
-    lines = [_line(row, form, sign, span, seeds) for row in rows]
+    lines = [_line(row, form, sign, span, seeds, shares) for row in rows]
     return Table(
         key=lines[: len(verdict.rows)],
         rest=lines[len(verdict.rows) :],
@@ -87,7 +97,9 @@ def verdict_table(verdict: Verdict, metric: dict[str, Any], *, seeds: int) -> Ta
     )
 
 
-def _line(row: Row, form: Format, sign: int, span: tuple[float, float], seeds: int) -> Line:
+def _line(
+    row: Row, form: Format, sign: int, span: tuple[float, float], seeds: int, shares: bool
+) -> Line:
     d = row.difference
     is_reference = d is None and row.family == "adamw"
     return Line(
@@ -97,38 +109,57 @@ def _line(row: Row, form: Format, sign: int, span: tuple[float, float], seeds: i
         partial=f"{row.seeds} of {plural(seeds, 'seed')}" if row.seeds < seeds else "",
         final=plus_minus(row.final, form),
         best=plus_minus(row.best, form),
-        memorized=plus_minus(row.memorized, SHARE) if row.memorized else None,
-        difference=_difference(d, form) if d else None,
+        memorized=plus_minus(row.memorized, SHARE, share=shares) if row.memorized else None,
+        difference=difference_cell(d, form) if d else None,
         outcome=_outcome(d, sign) if d else "",
         forest=_forest(d, sign, span) if d else None,
     )
 
 
-def plus_minus(value: Interval, form: Format) -> Cell:
-    """Write a mean and half the width of its interval."""
-    half = (value.high - value.low) / 2
-    note = f"±{form.number(half)}" if math.isfinite(half) else ""
-    return Cell(form.number(value.mean), note)
+def plus_minus(value: Interval, form: Format, *, share: bool | None = None) -> Cell:
+    """Write a mean and how sure it is: half the width of its interval, or what the seeds gave.
+
+    Args:
+        value: over seeds.
+        form: of the numbers.
+        share: whether it lies between 0 and 1; None: if it is written in percent.
+    """
+    inside = value.clipped(0.0, 1.0) if (form.percent if share is None else share) else value
+    if inside != value:
+        return Cell(form.number(value.mean), _ends(inside, form.number))
+    half = form.number((value.high - value.low) / 2)
+    return Cell(form.number(value.mean), _note(value, form.number) or f"±{half}" * value.known)
 
 
-def _difference(value: Interval, form: Format) -> Cell:
-    known = math.isfinite(value.low) and math.isfinite(value.high)
-    note = f"[{form.signed(value.low)}, {form.signed(value.high)}]" if known else ""
+def difference_cell(value: Interval, form: Format) -> Cell:
+    """Write a mean difference with its interval, or with those of the seeds."""
+    inside = value.clipped(-1.0, 1.0) if form.percent else value
+    note = _note(value, form.signed) or _ends(inside, form.signed) * value.known
     return Cell(form.signed(value.mean), note)
 
 
+def _note(value: Interval, write: Callable[[float], str]) -> str:
+    """What stands in place of an interval that there is not; empty if there is one."""
+    if len(value.values) > 1 and value.few:
+        return f"({', '.join(map(write, value.values))})"
+    return "(all alike)" if value.known and value.alike else ""
+
+
+def _ends(value: Interval, write: Callable[[float], str]) -> str:
+    return f"[{write(value.low)}, {write(value.high)}]"
+
+
 def _outcome(difference: Interval, sign: int) -> str:
-    if math.isnan(difference.low) or math.isnan(difference.high):
+    if not difference.known:
         return ""
-    if difference.low <= 0 <= difference.high:
-        return "unclear"
-    return "better" if sign * difference.mean > 0 else "worse"
+    side = sign * difference.sign
+    return "unclear" if side == 0 else "better" if side > 0 else "worse"
 
 
 def _span(rows: Sequence[Row], sign: int) -> tuple[float, float]:
     """Range of the drawn differences, better to the right; zero is inside, outliers are not."""
     found = [
-        [sign * v for v in row.difference if math.isfinite(v)] for row in rows if row.difference
+        [sign * v for v in row.difference[:3] if math.isfinite(v)] for row in rows if row.difference
     ]
     reach = [max(map(abs, ends)) for ends in found if ends]
     limit = 5 * median(reach) if reach else 0.0
@@ -141,7 +172,7 @@ def _span(rows: Sequence[Row], sign: int) -> tuple[float, float]:
 def _forest(difference: Interval, sign: int, span: tuple[float, float]) -> Forest | None:
     if not math.isfinite(difference.mean):
         return None
-    dot, *ends = (_place(sign * v, span) for v in difference)
+    dot, *ends = (_place(sign * v, span) for v in difference[:3])
     ends = [dot if math.isnan(end) else end for end in ends]
     return Forest(min(ends), dot, max(ends))
 

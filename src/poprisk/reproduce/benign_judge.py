@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from poprisk.intervals import Interval, t_interval
 from poprisk.reproduce.claim import Curve, Done, Findings, Picture, Plot, by_seed, where
 from poprisk.reproduce.judge import Criterion, point, ratio, written
-from poprisk.verdict import Interval, t_interval
 
 LINEAR = ("linear, long tail", "linear, isotropic")
 NETWORKS = ("network, long tail", "network, isotropic")
@@ -31,8 +31,7 @@ def factor(done: Sequence[Done], a: str, b: str, settings: Sequence[str]) -> Int
     found = []
     for name in settings:
         logs = [math.log(_apart(d.found[a], d.found[b])) for d in where(done, setting=name)]
-        interval = t_interval(logs)
-        found.append(Interval(*(math.exp(v) for v in interval)))
+        found.append(t_interval(logs).mapped(math.exp))
     return max(found, key=lambda interval: interval.mean)
 
 
@@ -58,7 +57,7 @@ def _folded(r: Interval) -> Interval:
     """An interval of a ratio as one of the factor, whichever way: ends in order, at least 1."""
     ends = sorted(max(v, 1 / v) for v in (r.low, r.high)) if r.low == r.low else [r.low, r.high]
     low = 1.0 if r.low <= 1 <= r.high else ends[0]
-    return Interval(max(r.mean, 1 / r.mean), low, ends[1])
+    return Interval(max(r.mean, 1 / r.mean), low, ends[1], r.values)
 
 
 def relative(done: Sequence[Done], setting: str) -> Interval:

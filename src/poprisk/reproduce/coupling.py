@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from poprisk.intervals import Interval, t_interval
 from poprisk.reproduce.claim import Claim, Curve, Done, Findings, Picture, Plot, Trial
 from poprisk.reproduce.coupling_runs import CASES, FLIPPED, SCALE, STRIDE, UNITS, M, N, run
 from poprisk.reproduce.curves import mean_curve
 from poprisk.reproduce.judge import Criterion, difference, geometric, written
-from poprisk.verdict import Interval, t_interval
 
 SEEDS = range(6)
 
@@ -140,6 +140,8 @@ def _sentences(done: Sequence[Done]) -> list[str]:
 def _better(gap: Interval) -> str:
     if gap.low > 0:
         return "the path's coupling is better"
+    if gap.few:
+        return "too few seeds to tell"
     return "the kernel at the start is better" if gap.high < 0 else "no clear difference"
 
 

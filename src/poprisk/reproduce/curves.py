@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from poprisk.intervals import t_interval
 from poprisk.reproduce.claim import Curve
-from poprisk.verdict import t_interval
 
 
 def mean_curve(
@@ -16,7 +17,9 @@ def mean_curve(
     *,
     dash: str = "solid",
 ) -> Curve:
-    """The mean over seeds with its 95% interval at each point; no band for a single seed.
+    """The mean over seeds with its 95% interval at each point; no band for fewer than three seeds.
+
+    The band of a quantity that is nowhere negative, a norm or an error, stays at 0 and above.
 
     Args:
         name: in the legend.
@@ -31,8 +34,10 @@ def mean_curve(
     """
     found = [t_interval(column) for column in zip(*rows, strict=True)]
     mean = [i.mean for i in found]
-    if len(rows) < 2:
+    if not any(i.known for i in found):
         return Curve(name, x, mean, colour, dash)
+    if all(v >= 0 for row in rows for v in row):
+        found = [i.clipped(0.0, math.inf) for i in found]
     return Curve(name, x, mean, colour, dash, [i.low for i in found], [i.high for i in found])
 
 

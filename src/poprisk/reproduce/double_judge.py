@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from poprisk.intervals import Interval, t_interval
 from poprisk.reproduce.claim import Curve, Done, Findings, Picture, Plot, by_seed, where
 from poprisk.reproduce.judge import Criterion, point, ratio, written
-from poprisk.verdict import Interval, t_interval
 
 FEATURES, NETWORK = "random features", "network"
 THRESHOLD = {FEATURES: 30, NETWORK: 5}
@@ -58,7 +58,7 @@ def between_peaks(done: Sequence[Done], model: str) -> Interval:
     def apart(test: list[float], gain: list[float]) -> float:
         return abs(math.log(weights[_peak(test)] / weights[_peak(gain)]))
 
-    return Interval(*(math.exp(v) for v in over_seeds(done, model, apart)))
+    return over_seeds(done, model, apart).mapped(math.exp)
 
 
 def _peak(curve: Sequence[float]) -> int:
@@ -208,7 +208,7 @@ def _line(
         trials = where(done, model=model, size=size)
         x.append(trials[0].found["weights"])
         logs = t_interval([math.log(max(figure(d), 1e-12)) for d in trials])
-        bands.append(Interval(*(math.exp(v) for v in logs)))
+        bands.append(logs.mapped(math.exp))
     low, high = [b.low for b in bands], [b.high for b in bands]
     return Curve(name, x, [b.mean for b in bands], colour, low=low, high=high)
 

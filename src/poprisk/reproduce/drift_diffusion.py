@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from poprisk.drift import Recipe, movement, slope, sweep
+from poprisk.intervals import Interval, t_interval
 from poprisk.reproduce.claim import (
     Claim,
     Curve,
@@ -23,7 +24,6 @@ from poprisk.reproduce.claim import (
 )
 from poprisk.reproduce.curves import mean_curve, rounded
 from poprisk.reproduce.judge import Criterion, written
-from poprisk.verdict import Interval, t_interval
 
 BATCH, UNITS, INPUTS, QUERIES = 8, 24, 4, 40
 MARGIN = 0.1
@@ -140,7 +140,8 @@ def distance(found: Interval, theory: float) -> Interval:
     """
     ends = abs(found.low - theory), abs(found.high - theory)
     inside = found.low <= theory <= found.high
-    return Interval(abs(found.mean - theory), 0.0 if inside else min(ends), max(ends))
+    values = tuple(abs(v - theory) for v in found.values)
+    return Interval(abs(found.mean - theory), 0.0 if inside else min(ends), max(ends), values)
 
 
 def judge(done: Sequence[Done]) -> Findings:

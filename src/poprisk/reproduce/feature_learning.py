@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from poprisk.intervals import Interval, t_interval
 from poprisk.reproduce.claim import Claim, Curve, Done, Findings, Picture, Plot, Trial, by_seed
 from poprisk.reproduce.curves import mean_curve
 from poprisk.reproduce.feature_runs import BATCH, NOISE, PROBLEMS, UNITS, M, N, run
 from poprisk.reproduce.judge import Criterion, ratio, written
-from poprisk.verdict import Interval, t_interval
 
 LEARNT = ("product", "wave", "sum")
 """Targets of few among many directions, which a net at the start does not favour."""
@@ -55,7 +55,7 @@ def _pooled(done: Sequence[Done], a: str, b: str) -> Interval:
     columns = [by_seed(done, key, problem=p) for p in _there(done) for key in (a, b)]
     pairs = list(zip(columns[::2], columns[1::2], strict=True))
     logs = [sum(math.log(x[s] / y[s]) for x, y in pairs) / len(pairs) for s in columns[0]]
-    return Interval(*(math.exp(v) for v in t_interval(logs)))
+    return t_interval(logs).mapped(math.exp)
 
 
 def judge(done: Sequence[Done]) -> Findings:
@@ -102,7 +102,7 @@ def _sentences(done: Sequence[Done]) -> list[str]:
     found = []
     for problem in _there(done, [*PROBLEMS]):
         gap = _compared(done, problem, "error", "frozen")
-        word = "no clear difference"
+        word = "too few seeds to tell" if gap.few else "no clear difference"
         if gap.high < 1:
             word = "the net is better"
         if gap.low > 1:

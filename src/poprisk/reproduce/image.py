@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from poprisk.intervals import Interval, t_interval
 from poprisk.reproduce.claim import (
     Claim,
     Curve,
@@ -19,7 +20,6 @@ from poprisk.reproduce.curves import mean_curve
 from poprisk.reproduce.image_runs import decode, run, side_by_side, square, task_of
 from poprisk.reproduce.judge import Criterion, difference, written
 from poprisk.reproduce.optimizers import Contestant, contestants, of_arm
-from poprisk.verdict import Interval, t_interval
 
 NETWORKS = {"siren": "SIREN", "fourier": "Fourier features"}
 LOST_AT_MOST = 0.5

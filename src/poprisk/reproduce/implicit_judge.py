@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from poprisk.intervals import Interval, t_interval
 from poprisk.reproduce.claim import Curve, Done, Findings, Picture, Plot, where
 from poprisk.reproduce.double_judge import rank_correlation
 from poprisk.reproduce.judge import Criterion, point, written
-from poprisk.verdict import Interval, t_interval
 
 __all__ = ["judge", "rank_correlation", "show"]
 

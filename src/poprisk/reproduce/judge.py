@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from poprisk.verdict import Interval, t_interval
+from poprisk.intervals import Interval, t_interval
 
 REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly reproduced", "not reproduced"
 UNDECIDED = "undecided"
@@ -63,18 +63,25 @@ def verdict(criteria: Sequence[Criterion]) -> str:
     """The verdict that follows from the criteria that decide.
 
     *Reproduced*: all of them as claimed. *Not reproduced*: none holds. *Partly*: some hold, or
-    hold with a smaller size. *Undecided*: there is no interval to judge by.
+    hold with a smaller size. *Undecided*: there is no interval to judge by, or one of them has too
+    few seeds for it.
 
     Example:
         >>> verdict([Criterion("faster", Interval(5.0, 4.0, 6.0), needed=1.0, claimed=5.0)])
         'reproduced'
     """
-    outcomes = [c.outcome for c in criteria if c.decides]
-    if not outcomes or all(math.isnan(c.found.low) for c in criteria if c.decides):
+    deciding = [c for c in criteria if c.decides]
+    outcomes = [c.outcome for c in deciding]
+    if any(c.found.few for c in deciding) or all(math.isnan(c.found.low) for c in deciding):
         return UNDECIDED
     if all(outcome == AS_CLAIMED for outcome in outcomes):
         return REPRODUCED
     return PARTLY if {AS_CLAIMED, SMALLER} & set(outcomes) else NOT_REPRODUCED
+
+
+def fewest_seeds(criteria: Sequence[Criterion]) -> int | None:
+    """Seeds behind the deciding criterion that has too few for an interval; None if none has."""
+    return min((len(c.found.values) for c in criteria if c.decides and c.found.few), default=None)
 
 
 def point(value: float) -> Interval:
@@ -109,8 +116,7 @@ def geometric(values: Collection[float]) -> Interval:
         0.1
     """
     _check_positive(values)
-    logs = t_interval([math.log(value) for value in values])
-    return Interval(*(math.exp(v) for v in logs))
+    return t_interval([math.log(value) for value in values]).mapped(math.exp)
 
 
 def _check_positive(values: Collection[float]) -> None:
@@ -151,11 +157,11 @@ def speed_up(slow: Steps, fast: Steps) -> Interval:
     if lost:
         times = [(slow.reached.get(seed), fast.limit[seed]) for seed in lost]
         beaten = any(step is not None and step <= limit for step, limit in times)
-        return Interval(*(3 * (0.0 if beaten else math.nan,)))
+        return point(0.0 if beaten else math.nan)
     cut = [seed for seed, step in slow.reached.items() if step is None and seed in fast.reached]
     steps = slow.at_least(), fast.at_least()
     if any(steps[0][seed] < steps[1][seed] for seed in cut):
-        return Interval(*(3 * (math.nan,)))
+        return point(math.nan)
     found = ratio(*steps)
     return found._replace(high=math.inf) if cut else found
 
@@ -170,10 +176,16 @@ def where_both(slow: Steps, fast: Steps) -> Interval:
 
 
 def written(interval: Interval, *, percent: bool = False) -> str:
-    """An interval in words: ``5.1 [4.2, 6.3]``, the figure alone where it has no width."""
+    """An interval in words: ``5.1 [4.2, 6.3]``, the figure alone where it has no width.
+
+    Without one, for want of seeds, the figure with the seeds behind it: ``5 (4 and 6)``.
+    """
     unit = 100.0 if percent else 1.0
-    texts = [_number(unit * v) + "%" * percent for v in interval]
-    if math.isnan(interval.low) or interval.low == interval.high:
+    texts = [_number(unit * v) + "%" * percent for v in interval[:3]]
+    if interval.few and len(interval.values) > 1:
+        seeds = [_number(unit * v) + "%" * percent for v in interval.values]
+        return f"{texts[0]} ({' and '.join(seeds)})"
+    if not interval.known or interval.low == interval.high:
         return texts[0]
     return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from poprisk.intervals import Interval, t_interval
 from poprisk.reproduce.claim import (
     Claim,
     Curve,
@@ -18,7 +19,7 @@ from poprisk.reproduce.claim import (
 )
 from poprisk.reproduce.curves import mean_curve, rounded, thinned
 from poprisk.reproduce.judge import Criterion, difference, written
-from poprisk.verdict import DEFAULT_ADAMW, Interval, t_interval
+from poprisk.verdict import DEFAULT_ADAMW
 
 OURS, MATCHED, SHUFFLED, PAPER = "poprisk", "rms-matched", "shuffled", "paper-soft"
 RATES, DECAYS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), (0.01, 1.0)
@@ -267,6 +268,8 @@ def _sentences(table: Table) -> list[str]:
 
 def _told(gap: Interval) -> str:
     size = f"{written(gap, percent=True)} in accuracy"
+    if gap.few:
+        return f"too few seeds to tell: {size}"
     if gap.low > 0:
         return f"better by {size}"
     return f"worse, by {size}" if gap.high < 0 else f"not told apart: {size}"

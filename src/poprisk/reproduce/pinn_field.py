@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from poprisk.intervals import Interval
 from poprisk.reproduce.claim import Done, where
 from poprisk.reproduce.judge import Steps, ratio, speed_up
 from poprisk.reproduce.optimizers import Contestant, contestants, of_arm
 from poprisk.reproduce.pinn_runs import DEEPXDE
-from poprisk.verdict import Interval
 
 NOISES = (0.5, 1.0, 2.0)
 MAIN = 1.0

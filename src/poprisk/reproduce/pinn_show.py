@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from poprisk.intervals import Interval, t_interval
 from poprisk.reproduce.claim import Curve, Done, Picture, Plot
 from poprisk.reproduce.curves import mean_curve
 from poprisk.reproduce.judge import written
@@ -20,7 +21,6 @@ from poprisk.reproduce.pinn_field import (
     typical,
 )
 from poprisk.reproduce.pinn_runs import GOAL, STREAM
-from poprisk.verdict import Interval, t_interval
 
 
 def table(done: Sequence[Done]) -> list[list[str]]:
@@ -128,5 +128,5 @@ def _by_noise(done: Sequence[Done]) -> Plot:
 
 
 def _band(name: str, intervals: list[Interval], colour: str, dash: str) -> Curve:
-    mean, low, high = (list(ends) for ends in zip(*intervals, strict=True))
+    mean, low, high = (list(ends) for ends in zip(*(i[:3] for i in intervals), strict=True))
     return Curve(name, NOISES, mean, colour, dash, low, high)

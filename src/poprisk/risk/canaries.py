@@ -10,6 +10,7 @@ from torch import Tensor
 
 from poprisk import checks
 from poprisk.checks import risk as inputs
+from poprisk.printing import described, short_repr
 
 
 class Memorization(NamedTuple):
@@ -28,6 +29,8 @@ class Memorization(NamedTuple):
     valid: bool
     reason: str
     cost: float
+
+    __repr__ = short_repr
 
 
 class ErrorBound(NamedTuple):
@@ -48,6 +51,8 @@ class ErrorBound(NamedTuple):
     valid: bool
     reason: str
     cost: float
+
+    __repr__ = short_repr
 
 
 @final
@@ -113,6 +118,10 @@ class Canaries:
             drawn = torch.randint(self.classes, (count,), generator=generator).to(original)
         self.original = original.to(targets.dtype)
         self.targets = numbers.index_copy(0, self.index, drawn).to(targets.dtype)
+
+    def __repr__(self) -> str:
+        kind = "numbers" if self.classes is None else f"{self.classes} classes"
+        return described("Canaries", f"{len(self.index):,} of {len(self.targets):,} labels", kind)
 
     def relabel(self, targets: Tensor, index: Tensor) -> Tensor:
         """The labels to train on for a batch of a data set that is read piece by piece.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from poprisk.checks import risk as inputs
+from poprisk.printing import short_repr
 from poprisk.risk.estimate import RiskEstimate, grouped_error
 
 Z = 2.0
@@ -32,6 +33,8 @@ class StoppingPoint(NamedTuple):
     valid: bool
     reason: str
 
+    __repr__ = short_repr
+
 
 class Selection(NamedTuple):
     """The arm with the least estimated risk.
@@ -47,6 +50,8 @@ class Selection(NamedTuple):
     point: StoppingPoint | None
     tied: list[str]
     left_out: dict[str, str]
+
+    __repr__ = short_repr
 
 
 def stopping_point(estimates: Sequence[RiskEstimate]) -> StoppingPoint:

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from poprisk.printing import described, short_repr
 from poprisk.risk.links import (
     LARGEST_GAIN,
     Bend,
@@ -118,7 +119,7 @@ class RiskEstimate:
 
     def __repr__(self) -> str:
         shown = f"value={self.value:.4g}, standard_error={self.standard_error:.2g}"
-        return f"RiskEstimate({shown}, valid={self.valid}, reason={self.reason!r})"
+        return described("RiskEstimate", shown, valid=self.valid, reason=self.reason)
 
 
 Gains = tuple[float, float, float]
@@ -131,6 +132,8 @@ class TwinOutputs(NamedTuple):
     outputs: Tensor
     tilt: Tensor
 
+    __repr__ = short_repr
+
 
 class Freedom(NamedTuple):
     """Measured degrees of freedom per output, their standard error, and the plain response."""
@@ -138,6 +141,8 @@ class Freedom(NamedTuple):
     value: float
     error: float
     response: float
+
+    __repr__ = short_repr
 
 
 def estimate_risk(

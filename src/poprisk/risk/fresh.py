@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from poprisk.checks import risk as inputs
 from poprisk.evaluation import evaluating
+from poprisk.printing import short_repr
 from poprisk.risk.links import PerExampleLoss, ignored_examples
 
 Named = Mapping[str, Tensor]
@@ -41,6 +42,8 @@ class ModuleChange(NamedTuple):
 
     value: float
     empirical: float
+
+    __repr__ = short_repr
 
     @property
     def noise(self) -> float:
@@ -72,6 +75,8 @@ class FreshBatchRisk(NamedTuple):
     empirical: float
     noise: float
     modules: dict[str, ModuleChange]
+
+    __repr__ = short_repr
 
 
 def fresh_batch_risk(

@@ -22,6 +22,7 @@ from poprisk.checks import risk as inputs
 from poprisk.evaluation import outputs_of
 from poprisk.path import Closure, Followed, Run, follow
 from poprisk.path.checks import check_answers
+from poprisk.printing import short_repr
 from poprisk.risk.estimate import Freedom, TwinOutputs, measure_freedom
 from poprisk.risk.links import NO_CURVATURE, bend_of, is_bent, link_of
 from poprisk.risk.twin import TwinRisk
@@ -48,6 +49,8 @@ class AdaptationGap(NamedTuple):
     closure: Closure
     valid: bool = True
     reason: str = ""
+
+    __repr__ = short_repr
 
 
 def adaptation_gap(

@@ -24,15 +24,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from poprisk import checks
 from poprisk.checks import risk as inputs
-from poprisk.evaluation import outputs_of
 from poprisk.path import Run
-from poprisk.path.checks import check_answers
-from poprisk.path.problem import prepare_forward_mode
+from poprisk.path import losses as of_outputs
+from poprisk.path.checks import check_answers, check_forward_mode
 from poprisk.path.run import Interval
+from poprisk.printing import short_repr
 from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
 from poprisk.risk.links import NO_CURVATURE, bend_of, is_bent, link_of
 
@@ -68,9 +67,7 @@ class LooRisk(NamedTuple):
     outputs: Tensor
     index: Tensor
 
-    def __repr__(self) -> str:
-        shown = f"value={self.value:.4g}, standard_error={self.standard_error:.2g}"
-        return f"LooRisk({shown}, valid={self.valid}, reason={self.reason!r})"
+    __repr__ = short_repr
 
 
 def loo_risk(
@@ -159,9 +156,9 @@ class _Path:
         self.x, self.y = self.problem.train
         self.w = run.weights[len(run)]
         inputs.check_transformable(self.problem, self.w)
-        self.final = outputs_of(
-            self.problem.model, self.x, lambda _, x: self.problem.outputs(self.w, x)
-        )
+        if form == "hessian":
+            check_forward_mode(self.problem.no_forward_mode, 'choose form="gauss-newton"')
+        self.final = self.problem.values(self.w, self.x)
 
     def losses(self, u: Tensor, index: Tensor | None = None) -> Tensor:
         """Losses (k,) of outputs (k, c) of the examples at ``index``, or of all."""
@@ -208,18 +205,31 @@ class _Path:
 
     def displacements(self, deleted: Tensor, tilt: Tensor) -> Tensor:
         """Displacements (P, G) of the weights at the end; arguments as for :meth:`moved`."""
-        prepare_forward_mode()
         d = torch.zeros(len(self.w), len(deleted), dtype=self.dtype)
         m = torch.zeros_like(d)
-        # the fused attention kernels have no forward-mode derivative
-        with sdpa_kernel(SDPBackend.MATH):
-            for k, interval in enumerate(self.run.intervals):
-                rule, rows = self.run.rule(k, self.dtype), interval.examples
-                change = self._gradient_change(k, interval, deleted[:, rows], tilt[rows], d)
-                g = rule.sign * change + rule.coupled * d
-                step = rule.correction * rule.precondition * rule.readout(m, g)
-                m, d = rule.advance(m, g), d - step - rule.decay * d
+        slow = bool(self.problem.no_forward_mode)
+        change_of = self._change_by_rows if slow else self._gradient_change
+        for k, interval in enumerate(self.run.intervals):
+            rule, rows = self.run.rule(k, self.dtype), interval.examples
+            change = change_of(k, interval, deleted[:, rows], tilt[rows], d)
+            g = rule.sign * change + rule.coupled * d
+            step = rule.correction * rule.precondition * rule.readout(m, g)
+            m, d = rule.advance(m, g), d - step - rule.decay * d
         return d
+
+    def _change_by_rows(
+        self, k: int, interval: Interval, deleted: Tensor, tilt: Tensor, d: Tensor
+    ) -> Tensor:
+        """:meth:`_gradient_change` of the Gauss-Newton form, for models without forward mode."""
+        w, x, y = self.run.weights[k], self.x[interval.examples], self.y[interval.examples]
+        share = interval.sampling.to(self.dtype) / self.problem.n
+        u, pull = self.problem.pullback(w, x)
+        shaped, loss = self.problem.shaped(u), self.problem.loss
+        own = share.unsqueeze(1) * of_outputs.gradient(loss, shaped, y).reshape_as(u)
+        source = own * deleted.unsqueeze(2) + share.unsqueeze(1) * tilt
+        curved = of_outputs.hessian_product(loss, shaped, y, self.problem.jvp(w, x, d))
+        kept = (share * ~deleted).T.unsqueeze(1)
+        return pull(kept * curved - source.movedim(0, -1))
 
     def _gradient_change(
         self, k: int, interval: Interval, deleted: Tensor, tilt: Tensor, d: Tensor

@@ -16,6 +16,7 @@ from poprisk import checks
 from poprisk.checks import risk as inputs
 from poprisk.checks.examples import check_separate
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
+from poprisk.printing import described, short_repr
 from poprisk.randomness import RandomState
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
 from poprisk.risk.links import (
@@ -68,6 +69,8 @@ class Answers(NamedTuple):
     targets: Tensor
     twins: list[TwinOutputs]
 
+    __repr__ = short_repr
+
 
 class Replica:
     """One of the models that are trained side by side.
@@ -85,6 +88,10 @@ class Replica:
         self.inputs = Witness()
         self._owner = owner
         model.register_forward_pre_hook(self.inputs, with_kwargs=True)
+
+    def __repr__(self) -> str:
+        kind = f"twin {self.position}" if self.position else "the model"
+        return described("Replica", kind, type(self.model).__name__, type(self.optimizer).__name__)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of each example, (b,); for a twin with its labels perturbed.
@@ -188,6 +195,16 @@ class TwinRisk:
         self._index: Tensor | None = None
         self._first: tuple[Tensor, Tensor] | None = None
         self._checking = False
+
+    def __repr__(self) -> str:
+        return described(
+            "TwinRisk",
+            type(self.model).__name__,
+            type(self.optimizer).__name__,
+            dataset_size=self.dataset_size,
+            probes=len(self.probes),
+            steps=self.steps,
+        )
 
     @property
     def model(self) -> nn.Module:

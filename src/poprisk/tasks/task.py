@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from poprisk import checks
+from poprisk.printing import described, short_repr
 from poprisk.tasks.trial import try_task
 
 Pair = tuple[Tensor, Tensor]
@@ -30,6 +31,8 @@ class Metric(NamedTuple):
     function: Callable[[Tensor, Tensor], float]
     higher_is_better: bool = True
     percent: bool = False
+
+    __repr__ = short_repr
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
@@ -89,6 +92,11 @@ class Task:
     batch_size: int = 64
     clean: Tensor | None = None
     description: str = ""
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.train[1]):,} training and {len(self.test[1]):,} test examples"
+        epochs, batches = f"{self.epochs} epochs", f"batches of {self.batch_size}"
+        return described("Task", repr(self.name), sizes, self.scored_by.name, epochs, batches)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", as_pair("train", self.train))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from poprisk.intervals import t_interval
 from poprisk.reproduce.claim import (
     Claim,
     Curve,
@@ -21,7 +22,6 @@ from poprisk.reproduce.claim import (
 )
 from poprisk.reproduce.grokking import runs
 from poprisk.reproduce.judge import Criterion, difference, speed_up, written
-from poprisk.verdict import t_interval
 
 BASE: dict[str, Any] = {
     "table": "two-step",
