@@ -11,8 +11,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 CHAIN: Sequence[str] = (
-    "checks randomness evaluation forward_mode factors kernel path channel drift risk gate "
-    "variance sharding settings within update stats fused state replay buckets dataparallel "
+    "checks randomness evaluation forward_mode sharding factors kernel path channel drift risk "
+    "gate variance settings within update stats fused state replay buckets dataparallel "
     "optimizer gated controls monitor integrations tasks arms checkpoint training records rundir "
     "compare wording verdict selection explain reproduce report display bench cli"
 ).split()

@@ -39,7 +39,7 @@ def call(model: nn.Module, x: Any) -> Any:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     """Evaluation mode inside; afterwards the models are as if nobody had looked.
 
     Restored are modes, buffers, attributes (tensors, arrays, generators and built-in containers of
@@ -48,6 +48,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
     Args:
         models: to look at; those that share modules count once.
+        eval_mode: False leaves them in the modes that they are in.
     """
     random = RandomState.now()
     modules = list(dict.fromkeys(m for model in models for m in model.modules()))
@@ -63,8 +64,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     try:
         for each in kept:
             each.lend_copies(memo)
-        for model in models:
-            model.eval()
+        if eval_mode:
+            for model in models:
+                model.eval()
         yield
     finally:
         for each in kept:

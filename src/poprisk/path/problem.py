@@ -2,9 +2,12 @@ r"""Outputs as a function of the flat weights, and their Jacobian in every form 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -13,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vmap
 
-from poprisk.evaluation import outputs_of
+from poprisk.evaluation import evaluating, outputs_of
 from poprisk.forward_mode import plain_kernels
 from poprisk.path import losses
+from poprisk.path.checks import check_copied, check_data_kept, check_dtype
 from poprisk.path.losses import Loss
 
 CHUNK = 1024
@@ -39,6 +43,7 @@ class Problem:
         query: inputs of Q and, if they are known, targets.
         names: of the parameters that were trained.
         output_shape: of the outputs of one example; c is their number.
+        digest: of the data when it was recorded, see :func:`digest_of`; None: not known.
     """
 
     model: nn.Module
@@ -47,6 +52,7 @@ class Problem:
     query: tuple[Tensor, Tensor | None]
     names: tuple[str, ...]
     output_shape: tuple[int, ...]
+    digest: int | None = None
 
     @property
     def n(self) -> int:
@@ -75,20 +81,33 @@ class Problem:
         return sum(p.numel() for p in self.parameters)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same problem in another precision."""
+        """The same problem in another precision, on the CPU.
+
+        Raises:
+            NotAnalysable: if the data was written to since, or the model cannot be converted.
+        """
+        x, y = self.query
+        if self.digest is not None:
+            check_data_kept(digest_of(*self.train, x, y) == self.digest)
 
         def cast_to(t: Tensor) -> Tensor:
-            return t.to(dtype) if t.is_floating_point() else t
+            return t.to("cpu", dtype) if t.is_floating_point() else t.cpu()
 
-        x, y = self.query
-        return Problem(
-            copy.deepcopy(self.model).to(dtype),
+        made = Problem(
+            private_copy(self.model).to("cpu", dtype),
             self.loss,
             (cast_to(self.train[0]), cast_to(self.train[1])),
             (cast_to(x), None if y is None else cast_to(y)),
             self.names,
             self.output_shape,
         )
+        if self.parameters and dtype != self.parameters[0].dtype:
+            with evaluating(made.model, eval_mode=False):
+                try:
+                    made.values(flat(made.parameters), made.train[0][:2])
+                except (RuntimeError, TypeError, ValueError) as error:
+                    check_dtype(error, dtype)
+        return made
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
         """Outputs of inputs ``x`` (b, ...) at flat weights ``w`` (P,), as (b, c)."""
@@ -99,7 +118,7 @@ class Problem:
 
     def call(self, named: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Outputs (b, c) of inputs ``x`` (b, ...) with the named weights."""
-        with plain_kernels(self.model):
+        with plain_kernels(self.model), eagerly(self.model):
             return functional_call(self.model, dict(named), (x,)).reshape(len(x), -1)
 
     def values(self, w: Tensor, x: Tensor) -> Tensor:
@@ -218,6 +237,48 @@ class Problem:
     def training_loss(self, u: Tensor) -> float:
         r""":math:`\Phi_S(u)`."""
         return losses.values(self.loss, self.shaped(u), self.train[1]).mean().item()
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model in the modes that it is in, made without a trace.
+
+    Embeddings give dense gradients in it: the Jacobian is taken through flat weights.
+
+    Raises:
+        NotAnalysable: if it cannot be copied.
+    """
+    with evaluating(model, eval_mode=False):
+        try:
+            made = copy.deepcopy(model)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            check_copied(error)
+    for module in made.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.sparse = False
+    for p in made.parameters():
+        p.grad = None
+    return made
+
+
+@contextlib.contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """No compiled part of a model is used as such inside: it knows one derivative at most."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or not any(isinstance(m, dynamo.OptimizedModule) for m in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def digest_of(*tensors: Tensor | None) -> int:
+    """A checksum of the numbers in some tensors."""
+    found = 0
+    for t in tensors:
+        if t is not None:
+            numbers = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found = zlib.crc32(numbers.numpy(), found)
+    return found
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
