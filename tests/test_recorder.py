@@ -339,12 +339,11 @@ def test_the_last_step_is_not_forgotten() -> None:
     train, _, _ = data()
     net = network()
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    with (
-        pytest.raises(ValueError, match="once after each"),
-        Recorder(net, "squared_error", sgd, train=train),
-    ):
-        half_mse(net(train[0]), train[1]).backward()
-        sgd.step()
+    recorder = Recorder(net, "squared_error", sgd, train=train).__enter__()
+    half_mse(net(train[0]), train[1]).backward()
+    sgd.step()
+    with pytest.raises(ValueError, match="once after each"):
+        recorder.__exit__(None, None, None)
 
 
 def test_an_optimizer_of_another_model() -> None:

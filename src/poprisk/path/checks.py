@@ -254,16 +254,16 @@ def check_targets(error: BaseException) -> NoReturn:
     ) from error
 
 
-def check_reverse_mode(error: BaseException) -> NoReturn:
-    """Raise NotAnalysable for a model without a derivative by its weights."""
-    text = first_line(error)
-    advice = "the trained weights must lead to the outputs by operations of torch"
-    if "heckpoint" in text:
-        advice = "pass use_reentrant=False to torch.utils.checkpoint"
-    raise NotAnalysable(
-        f"outputs have no derivative by the weights as torch.autograd.grad takes it ({text}); "
-        f"{advice}."
-    ) from error
+def check_reverse_mode(right: bool, why: str, reentrant: bool) -> None:
+    """Raise NotAnalysable for a model without a derivative by its weights, or with a wrong one."""
+    if not right:
+        advice = "the trained weights must lead to the outputs by operations of torch"
+        if reentrant:
+            advice = "pass use_reentrant=False to torch.utils.checkpoint"
+        raise NotAnalysable(
+            "outputs have no derivatives by the weights that torch.autograd.grad gives "
+            f"({why}); {advice}."
+        )
 
 
 def check_function_of_weights(same: bool) -> None:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,20 @@ JACOBIAN_BYTES = 256 * 2**20
 """Memory that the Jacobian of one chunk of examples may take."""
 
 
+Result = TypeVar("Result")
+
+
+class _Holder(nn.Module):
+    """Gives weights to a model for the time of any work, where a call is not all of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
 @dataclass(frozen=True)
 class Problem:
     r"""A model, its loss, a training set S of n examples and a query set Q of m.
@@ -44,6 +58,7 @@ class Problem:
         names: of the parameters that were trained.
         output_shape: of the outputs of one example; c is their number.
         digest: of the data when it was recorded, see :func:`digest_of`; None: not known.
+        written: buffers that a forward pass writes to, and outputs do not depend on.
     """
 
     model: nn.Module
@@ -53,6 +68,7 @@ class Problem:
     names: tuple[str, ...]
     output_shape: tuple[int, ...]
     digest: int | None = None
+    written: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -100,6 +116,7 @@ class Problem:
             (cast_to(x), None if y is None else cast_to(y)),
             self.names,
             self.output_shape,
+            written=self.written,
         )
         if self.parameters and dtype != self.parameters[0].dtype:
             with evaluating(made.model, eval_mode=False):
@@ -109,17 +126,37 @@ class Problem:
                     check_dtype(error, dtype)
         return made
 
-    def outputs(self, w: Tensor, x: Tensor) -> Tensor:
-        """Outputs of inputs ``x`` (b, ...) at flat weights ``w`` (P,), as (b, c)."""
+    def named(self, w: Tensor) -> dict[str, Tensor]:
+        """Flat weights ``w`` (P,) by name, in their shapes, as views."""
         shapes = [p.shape for p in self.parameters]
         pieces = w.split([shape.numel() for shape in shapes])
-        named = {k: v.view(s) for k, v, s in zip(self.names, pieces, shapes, strict=True)}
-        return self.call(named, x)
+        return {k: v.view(s) for k, v, s in zip(self.names, pieces, shapes, strict=True)}
+
+    def outputs(self, w: Tensor, x: Tensor) -> Tensor:
+        """Outputs of inputs ``x`` (b, ...) at flat weights ``w`` (P,), as (b, c)."""
+        return self.call(self.named(w), x)
 
     def call(self, named: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Outputs (b, c) of inputs ``x`` (b, ...) with the named weights."""
+        return self.holding(named, lambda: self.model(x)).reshape(len(x), -1)
+
+    def holding(self, named: Mapping[str, Tensor], work: Callable[[], Result]) -> Result:
+        """What ``work`` returns while the model has the named weights.
+
+        A backward pass through checkpointed layers calls them again, and is to be in here too.
+        """
+        tensors = dict(named)
+        if self.written:  # copies, for torch.func lets no captured tensor be written to
+            buffers = dict(self.model.named_buffers())
+            tensors |= {name: buffers[name].clone() for name in self.written}
+        held = {f"model.{name}": t for name, t in tensors.items()}
         with plain_kernels(self.model), eagerly(self.model):
-            return functional_call(self.model, dict(named), (x,)).reshape(len(x), -1)
+            return cast(Result, functional_call(_Holder(self.model), held, (work,)))
+
+    def elsewhere(self) -> Tensor:
+        """Weights (P,) that the private copy does not have, to see whether it uses its own."""
+        w = flat(self.parameters)
+        return 1.1 * w + 0.01 * w.abs().mean()
 
     def values(self, w: Tensor, x: Tensor) -> Tensor:
         """Like :meth:`outputs`, without a graph."""
@@ -174,7 +211,7 @@ class Problem:
         The right one is the transpose of reverse mode, :math:`v^T(J J^T v) = \|J^T v\|^2`: forward
         mode does not stop at ``torch.no_grad()`` inside a model, as reverse mode does.
         """
-        w, x = flat(self.parameters), self.train[0][:2]
+        w, x = self.elsewhere(), self.train[0][:2]
         u, pull = self.pullback(w, x)
         v = torch.linspace(0.5, 1.5, u.numel(), dtype=u.dtype, device=u.device).view_as(u)
         row = pull(v.unsqueeze(-1))
@@ -194,7 +231,7 @@ class Problem:
 
         Some operations of torch (``cdist``) are silently wrong there.
         """
-        w, x = flat(self.parameters), self.train[0][:2]
+        w, x = self.elsewhere(), self.train[0][:2]
         try:
             found = _vectorized(self, w, x)
         except RuntimeError as error:
@@ -210,14 +247,16 @@ class Problem:
         """Outputs (b, c), and the transposed Jacobian as a map from (b, c, r) to (P, r)."""
         with torch.enable_grad():
             at = w.detach().requires_grad_()
-            u = self.outputs(at, x)
+            named = self.named(at)
+            u = self.call(named, x)
+
+        def product(vector: Tensor) -> Tensor:
+            return torch.autograd.grad(u, at, vector, retain_graph=True)[0]
 
         def pull(vectors: Tensor) -> Tensor:
-            columns = [
-                torch.autograd.grad(u, at, vectors[..., j], retain_graph=True)[0]
-                for j in range(vectors.shape[-1])
-            ]
-            return torch.stack(columns, dim=1)
+            columns = vectors.unbind(-1)
+            found = self.holding(named, lambda: [product(column) for column in columns])
+            return torch.stack(found, dim=1)
 
         return u.detach(), pull
 
@@ -277,7 +316,7 @@ def digest_of(*tensors: Tensor | None) -> int:
     for t in tensors:
         if t is not None:
             numbers = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found = zlib.crc32(numbers.numpy(), found)
+            found = zlib.crc32(numbers.numpy().data, found)
     return found
 
 
@@ -305,9 +344,7 @@ def _vectorized(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
 
 def _row_by_row(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
     rows: list[Tensor] = []
-    for example in x:
-        z = w.detach().requires_grad_()
-        with torch.enable_grad():
-            u = problem._one(z, example)
-        rows += [torch.autograd.grad(v, z, retain_graph=True)[0] for v in u]
-    return torch.stack(rows).view(len(x), problem.c, -1)
+    for example in x.split(1):
+        u, pull = problem.pullback(w, example)
+        rows.append(pull(torch.eye(problem.c, dtype=u.dtype, device=u.device)[None]).T)
+    return torch.stack(rows)

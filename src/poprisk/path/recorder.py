@@ -2,7 +2,7 @@ r"""Record a run: weights, batches and the optimizer's realized steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -15,7 +15,7 @@ from poprisk import checks
 from poprisk.evaluation import evaluating
 from poprisk.path import checks as refuse
 from poprisk.path.batches import Batch, Examples
-from poprisk.path.losses import Loss, resolve_loss
+from poprisk.path.losses import Loss, gradient, resolve_loss
 from poprisk.path.problem import Problem, digest_of, flat, private_copy
 from poprisk.path.rules import Facts, Rule, StepRule, describe
 from poprisk.path.run import SCALARS, Interval, Run
@@ -263,14 +263,10 @@ class Recorder:
         problem, w, grad = self.problem, flat(self.before), flat(grads)
         rows = batch.to(problem.train[0].device)
         x, y = (t[rows].to(w.device) for t in problem.train)
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            evaluating(problem.model, eval_mode=False),
-        ):
-            w.requires_grad_()
-            u = problem.shaped(problem.outputs(w, x))
-            (expected,) = torch.autograd.grad(problem.loss(u, y).mean(), w)
+        with torch.inference_mode(False), evaluating(problem.model, eval_mode=False):
+            u, pull = problem.pullback(w, x)
+            g = gradient(problem.loss, problem.shaped(u), y).reshape_as(u) / len(x)
+            expected = pull(g.unsqueeze(-1)).squeeze(-1)
         # A parameter without a gradient was left out of the step, and its rule says so.
         seen = torch.cat([torch.full_like(p, p.grad is not None).flatten() for p in self.params])
         expected = expected * seen
@@ -311,13 +307,13 @@ class _Step:
         self.rules, self.examples, self.sampling = rules, examples, sampling
 
 
-def _check_model(model: nn.Module, named: dict[str, Tensor]) -> None:
+def _check_model(model: nn.Module, named: Mapping[str, Tensor]) -> None:
     """Refuse a model whose weights and gradients cannot be read as they are."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     refuse.check_whole(model, [n for n, t in tensors.items() if is_sharded(t)])
+    lazy = [n for n, t in tensors.items() if nn.parameter.is_lazy(t)]
     refuse.check_plain_tensors(
-        [n for n, t in tensors.items() if t.is_inference()],
-        [n for n, t in tensors.items() if nn.parameter.is_lazy(t)],
+        [n for n, t in tensors.items() if n not in lazy and t.is_inference()], lazy
     )
     refuse.check_weights(list(named.values()))
     hooked = [n for n, p in named.items() if _hooks(p)]
@@ -350,7 +346,9 @@ def _problem(
         try_loss(loss, u, y[some], y)
         digest = digest_of(x, y, points, labels)
         shape = tuple(u.shape[1:])
-        problem = Problem(copied, loss, (x, y), (points, labels), names, shape, digest)
+        written = tuple(name for name, _ in copied.named_buffers() if name in free)
+        data = (x, y), (points, labels)
+        problem = Problem(copied, loss, *data, names, shape, digest, written)
         try_weights(problem, x[some])
         try_query(problem)
     return problem, free

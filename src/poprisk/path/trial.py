@@ -73,23 +73,23 @@ def try_loss(loss: losses.Loss, u: Tensor, y: Tensor, targets: Tensor) -> None:
 
     Raises:
         ValueError: unless it gives one value per example, of that example alone.
-        NotAnalysable: if a derivative is missing, or it does not take all targets.
+        NotAnalysable: if a derivative is missing, or it does not take the targets.
     """
-    with torch.enable_grad():
-        found = losses.values(loss, u.detach().requires_grad_(), y)
-        check_separate(loss, u, y, found)
-        refuse.check_differentiable(found.requires_grad)
-        ones = torch.ones(*u.flatten(1).shape, 1, dtype=u.dtype, device=u.device)
-        try:
-            losses.hessian_product(loss, u, y, ones)
-        except (RuntimeError, NotImplementedError) as error:
-            refuse.check_second_derivative(error)
     rows = torch.arange(len(targets), device=u.device) % len(u)
     try:
+        with torch.enable_grad():
+            found = losses.values(loss, u.detach().requires_grad_(), y)
         with torch.no_grad():
             losses.values(loss, u[rows], targets)
     except (RuntimeError, IndexError) as error:
         refuse.check_targets(error)
+    check_separate(loss, u, y, found)
+    refuse.check_differentiable(found.requires_grad)
+    ones = torch.ones(*u.flatten(1).shape, 1, dtype=u.dtype, device=u.device)
+    try:
+        losses.hessian_product(loss, u, y, ones)
+    except (RuntimeError, NotImplementedError) as error:
+        refuse.check_second_derivative(error)
 
 
 def try_weights(problem: Problem, x: Tensor) -> None:
@@ -98,18 +98,19 @@ def try_weights(problem: Problem, x: Tensor) -> None:
     Raises:
         NotAnalysable: if not.
     """
-    w = flat(problem.parameters)
+    w, other, params = flat(problem.parameters), problem.elsewhere(), problem.parameters
+    with evaluating(problem.model, eval_mode=False), _set(params, other):
+        expected = _outputs(problem.model, x)
+        with plain_kernels(problem.model), eagerly(problem.model):
+            u = problem.model(x)
+            inside = _reentrant(u)
+            refuse.check_reverse_mode(u.requires_grad, "they do not depend on them", inside)
+            u.sum().backward()
+        slope = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
     with evaluating(problem.model, eval_mode=False):
-        try:
-            u, pull = problem.pullback(w, x)
-            pull(torch.ones_like(u).unsqueeze(-1))
-        except (RuntimeError, NotImplementedError) as error:
-            refuse.check_reverse_mode(error)
-        other = 1.1 * w + 0.01 * w.abs().mean()
-        expected = problem.values(other, x)
-        with _set(problem.parameters, other):
-            found = _outputs(problem.model, x).reshape_as(expected)
-        refuse.check_function_of_weights(_close(expected, found))
+        u, found = _pulled(problem, other, x, inside)
+    refuse.check_function_of_weights(_close(u, expected.reshape_as(u)))
+    refuse.check_reverse_mode(_close(found, slope), "they are not what backward() gives", inside)
     if w.dtype != torch.float64:
         try:
             problem.to(torch.float64)
@@ -150,6 +151,30 @@ def same_outputs(model: nn.Module, problem: Problem, w: Tensor) -> bool:
     with evaluating(problem.model, eval_mode=False):
         expected = problem.values(w, x)
     return _close(found.reshape_as(expected), expected)
+
+
+def _pulled(problem: Problem, w: Tensor, x: Tensor, reentrant: bool) -> tuple[Tensor, Tensor]:
+    """Outputs at ``w`` and the gradient (P,) of their sum."""
+    try:
+        u, pull = problem.pullback(w, x)
+        return u, pull(torch.ones_like(u).unsqueeze(-1)).squeeze(-1)
+    except (RuntimeError, NotImplementedError) as error:
+        refuse.check_reverse_mode(False, refuse.first_line(error), reentrant)
+        raise
+
+
+def _reentrant(u: Tensor) -> bool:
+    """Whether a re-entrant checkpoint lies behind outputs."""
+    seen, todo = set[Any](), [u.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return False
 
 
 class Surroundings:
