@@ -316,7 +316,7 @@ def test_weights_that_change_in_between() -> None:
         with torch.no_grad():
             next(net.parameters()).mul_(2)
         half_mse(net(train[0]), train[1]).backward()
-        with pytest.raises(NotAnalysable, match="weights changed between two steps"):
+        with pytest.raises(NotAnalysable, match=r"outside of the optimizer's steps: '0\.weight'"):
             sgd.step()
 
 
@@ -331,6 +331,19 @@ def test_steps_and_batches_alternate() -> None:
         sgd.step()
         with pytest.raises(ValueError, match="once after each"):
             sgd.step()
+        recorder.step(torch.arange(14))
+    assert recorder.run.steps == 1
+
+
+def test_the_last_step_is_not_forgotten() -> None:
+    train, _, _ = data()
+    net = network()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = Recorder(net, "squared_error", sgd, train=train).__enter__()
+    half_mse(net(train[0]), train[1]).backward()
+    sgd.step()
+    with pytest.raises(ValueError, match="once after each"):
+        recorder.__exit__(None, None, None)
 
 
 def test_an_optimizer_of_another_model() -> None:

@@ -39,7 +39,7 @@ def call(model: nn.Module, x: Any) -> Any:
 
 
 @contextmanager
-def evaluating(*parts: Any) -> Iterator[None]:
+def evaluating(*parts: Any, eval_mode: bool = True) -> Iterator[None]:
     """Evaluation mode inside; afterwards the models are as if nobody had looked.
 
     Restored, whatever is done inside and however it ends:
@@ -63,6 +63,7 @@ def evaluating(*parts: Any) -> Iterator[None]:
     Args:
         parts: modules to look at (those that share modules count once); other objects or functions
             that are used on the way, such as losses, keep their state too.
+        eval_mode: False leaves modules in the modes that they are in.
     """
     with ExitStack() as undo:
         undo.callback(RandomState.now().restore)
@@ -79,8 +80,9 @@ def evaluating(*parts: Any) -> Iterator[None]:
         undo.enter_context(_hooks_suspended([*modules, *params]))
         undo.enter_context(_uncompiled())
         undo.callback(_reshard, modules)
-        for model in models:
-            model.eval()
+        if eval_mode:
+            for model in models:
+                model.eval()
         yield
 
 

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk.evaluation import outputs_of
-from poprisk.forward_mode import plain_kernels
-
 
 class NotAnalysable(ValueError):
     """A run that the theory cannot be put on as it is; the message says what would work."""
@@ -65,30 +62,288 @@ def check_foreign(count: int) -> None:
         )
 
 
-def check_repeatable(model: nn.Module, x: Tensor) -> None:
-    """Raise NotAnalysable unless outputs repeat and do not depend on the rest of the batch."""
-    kept = {k: v.clone() for k, v in model.named_buffers()}
-    try:
-        with plain_kernels(model):
-            whole, again, part = (outputs_of(model, some) for some in (x, x, x[:2]))
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
-    if not isinstance(whole, Tensor) or len(whole) != len(x):
-        raise NotAnalysable("the model must return one tensor with a row per example.")
-    scale = float(whole.double().abs().max()) + 1e-30
-    tolerance = 1e-4 if whole.dtype == torch.float32 else 1e-10
-    if float((whole - again).abs().max()) > tolerance * scale:
+def check_whole(model: nn.Module, sharded: Collection[str]) -> None:
+    """Raise NotAnalysable for a model that is spread over processes or devices."""
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+    found = [type(m).__name__ for m in model.modules() if type(m).__name__ in wrappers]
+    if found:
+        raise NotAnalysable(
+            f"the model is wrapped in {found[0]}, but recording needs the whole model in one "
+            "process. Under DistributedDataParallel pass the module inside (model.module), and to "
+            "recorder.step() the examples of all processes."
+        )
+    if sharded:
+        raise NotAnalysable(
+            f"parameters are spread over processes as DTensors (FSDP2?): {_named(sharded)}; "
+            "recording needs the whole model in one process."
+        )
+
+
+def check_plain_tensors(inference: Collection[str], lazy: Collection[str]) -> None:
+    """Raise NotAnalysable for tensors that cannot be trained or have no shape yet."""
+    if inference:
+        raise NotAnalysable(
+            f"the model was made under torch.inference_mode(): {_named(inference)}; make it "
+            "outside, for such tensors cannot be trained."
+        )
+    if lazy:
+        raise NotAnalysable(
+            f"parameters have no shape yet: {_named(lazy)}; call the model once on a batch, make "
+            "the optimizer, and record then."
+        )
+
+
+def check_no_hooks(hooked: Collection[str]) -> None:
+    """Raise NotAnalysable if hooks stand between the loss and the gradients of parameters."""
+    if hooked:
+        raise NotAnalysable(
+            f"hooks are registered on gradients of {_named(hooked)} (a mask, clipping, a step in "
+            "the backward pass?), which the Jacobian does not see; remove them, and freeze with "
+            "requires_grad_(False)."
+        )
+
+
+def check_no_autocast(on: bool) -> None:
+    """Raise NotAnalysable under autocast."""
+    if on:
+        raise NotAnalysable(
+            "torch.autocast is on, whose rounding hides what single steps do; record outside of "
+            "it, in float32 or float64."
+        )
+
+
+def check_copied(error: BaseException) -> NoReturn:
+    """Raise NotAnalysable for a model that cannot be copied."""
+    raise NotAnalysable(
+        f"the model cannot be copied by copy.deepcopy ({first_line(error)}), and recording keeps a "
+        "copy of its own; remove what it holds beside its parameters, or define __deepcopy__."
+    ) from error
+
+
+def check_lengths(name: str, inputs: int, targets: int) -> None:
+    """Raise ValueError unless there are as many targets as inputs, and some."""
+    if inputs != targets or inputs == 0:
+        raise ValueError(
+            f"{name} must hold a target for each input, at least one, but holds {inputs} inputs "
+            f"and {targets} targets."
+        )
+
+
+def check_rows(outputs: Any, examples: int) -> None:
+    """Raise NotAnalysable unless a model gave one real tensor with a row per example."""
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != examples:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise NotAnalysable(
+            f"the model must return one tensor with a row per example, but for {examples} examples "
+            f"it returned {found}; wrap it in a module that does."
+        )
+    if not outputs.is_floating_point():
+        raise NotAnalysable(f"outputs must be real numbers, but are {outputs.dtype}.")
+    if not bool(outputs.isfinite().all()):
+        raise NotAnalysable(
+            "outputs of the first examples are NaN or infinite before any step; check weights and "
+            "inputs."
+        )
+
+
+def check_query_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise NotAnalysable if query points give outputs of another shape than training examples."""
+    if found != expected:
+        raise NotAnalysable(
+            f"outputs of a query point have shape {found}, but those of a training example "
+            f"{expected}; the model must give the same number for each."
+        )
+
+
+def check_weights_kept(written: Collection[str]) -> None:
+    """Raise NotAnalysable if a forward pass writes to parameters."""
+    if written:
+        raise NotAnalysable(
+            f"the forward pass writes to parameters, {_named(written)} "
+            "(nn.Embedding(max_norm=...), or an initialization by the first batch?), so they move "
+            "outside of the optimizer; "
+            "leave max_norm out, or call the model once before recording."
+        )
+
+
+def check_repeatable(same: bool, written: Collection[str]) -> None:
+    """Raise NotAnalysable if outputs change when inputs are repeated."""
+    if not same and written:
+        raise NotAnalysable(
+            f"the model gives other outputs when the same inputs are repeated, for its forward "
+            f"pass writes to what it reads, {_named(written)}, so its path is no function of the "
+            "weights; record in model.eval(), or keep that state fixed."
+        )
+    if not same:
         raise NotAnalysable(
             "the model gives other outputs when the same inputs are repeated (dropout?), so its "
             "path is no function of the weights; set dropout to 0 or record in model.eval()."
         )
-    if len(x) > 2 and float((whole[:2] - part).abs().max()) > tolerance * scale:
+
+
+def check_independent(shaped: bool, same: bool) -> None:
+    """Raise NotAnalysable if outputs of an example depend on the rest of the batch."""
+    if not shaped:
+        raise NotAnalysable(
+            "the shape of outputs depends on the number of examples: the model must return one "
+            "tensor with a row per example, examples first."
+        )
+    if not same:
         raise NotAnalysable(
             "outputs depend on the other examples of the batch (batch norm in training mode?); "
             "record in model.eval(), or use group or layer norm."
         )
+
+
+def check_state_unread(always: Collection[str], once: Collection[str]) -> None:
+    """Raise NotAnalysable if outputs read state that the forward pass writes."""
+    if always:
+        raise NotAnalysable(
+            f"the forward pass writes to {_named(always)}, which outputs depend on, so the path is "
+            "no function of the weights; record in model.eval(), or keep that state fixed."
+        )
+    if once:
+        raise NotAnalysable(
+            f"the first forward pass writes to {_named(once)}, which outputs depend on; call the "
+            "model once on a batch before recording."
+        )
+
+
+def check_surroundings(changed: Collection[str]) -> None:
+    """Raise NotAnalysable if what the optimizer does not train has changed."""
+    if changed:
+        raise NotAnalysable(
+            f"{_named(changed)} changed since the recorder was made, but not by the optimizer that "
+            "is recorded (a second optimizer, running statistics, a load?); only what one "
+            "optimizer does can be followed."
+        )
+
+
+def check_state_kept(same: bool) -> None:
+    """Raise NotAnalysable if a trained model is more than its recorded weights."""
+    if not same:
+        raise NotAnalysable(
+            "the model's outputs at the end are not those of the recorded weights: something else "
+            "in it changed (a counter or a cache that outputs depend on, a setting?); keep it "
+            "fixed while recording."
+        )
+
+
+def check_differentiable(recorded: bool) -> None:
+    """Raise NotAnalysable if a loss has no gradient by the outputs."""
+    if not recorded:
+        raise NotAnalysable(
+            "loss must be differentiable in the outputs, but its value is constant (argmax, "
+            "detach() or numpy inside?)."
+        )
+
+
+def check_second_derivative(error: BaseException) -> NoReturn:
+    """Raise NotAnalysable for a loss without a second derivative."""
+    raise NotAnalysable(
+        f"loss has no second derivative ({first_line(error)}), which the path of the output "
+        "gradient needs; write it with elementary operations of torch."
+    ) from error
+
+
+def check_targets(error: BaseException) -> NoReturn:
+    """Raise NotAnalysable for a loss that cannot take all targets of the training set."""
+    raise NotAnalysable(
+        f"loss fails on the targets of the training set ({first_line(error)}); check their range "
+        "and dtype."
+    ) from error
+
+
+def check_reverse_mode(right: bool, why: str, reentrant: bool) -> None:
+    """Raise NotAnalysable for a model without a derivative by its weights, or with a wrong one."""
+    if not right:
+        advice = "the trained weights must lead to the outputs by operations of torch"
+        if reentrant:
+            advice = "pass use_reentrant=False to torch.utils.checkpoint"
+        raise NotAnalysable(
+            "outputs have no derivatives by the weights that torch.autograd.grad gives "
+            f"({why}); {advice}."
+        )
+
+
+def check_function_of_weights(same: bool) -> None:
+    """Raise NotAnalysable if a model reads its weights in a way that cannot be followed."""
+    if not same:
+        raise NotAnalysable(
+            "the model gives other outputs when torch.func.functional_call puts the same weights "
+            "into it: it reads them from elsewhere than its parameters (a list, a cache?)."
+        )
+
+
+def check_dtype(error: BaseException, dtype: torch.dtype) -> NoReturn:
+    """Raise NotAnalysable for a model that cannot be put into another precision."""
+    raise NotAnalysable(
+        f"the model does not run in {dtype} ({first_line(error)}), which dense operators are "
+        "computed in; let it follow the dtype of its weights and inputs."
+    ) from error
+
+
+def check_data_kept(same: bool) -> None:
+    """Raise NotAnalysable if the data of a run was written to since."""
+    if not same:
+        raise NotAnalysable(
+            "the training or query data was changed in place since the run was recorded; pass a "
+            "copy to record(), and record again."
+        )
+
+
+def check_trained(added: int, removed: int) -> None:
+    """Raise NotAnalysable if the optimizer trains other parameters than at the start."""
+    if added or removed:
+        raise NotAnalysable(
+            f"the optimizer trains other parameters than when the recorder was made ({added} more, "
+            f"{removed} fewer: a group added, a layer unfrozen?); make a new Recorder when that "
+            "changes."
+        )
+
+
+def check_unscaled(scaled: bool) -> None:
+    """Raise NotAnalysable if a fused step divides gradients by a loss scale itself."""
+    if scaled:
+        raise NotAnalysable(
+            "a GradScaler leaves unscaling to the fused step, which hides the gradient; call "
+            "scaler.unscale_(optimizer) before scaler.step(optimizer), or make the optimizer with "
+            "fused=False."
+        )
+
+
+def check_finite(step: int, finite: bool) -> None:
+    """Raise NotAnalysable if weights would become, or became, NaN or infinite."""
+    if not finite:
+        raise NotAnalysable(
+            f"the gradient of step {step} is NaN or infinite; lower the learning rate, or use an "
+            "optimizer that skips such steps, such as PopRiskAdamW."
+        )
+
+
+def check_stepped(stepped: bool) -> None:
+    """Raise ValueError unless steps of the optimizer and of the recorder alternate."""
+    if not stepped:
+        raise ValueError(
+            "call Recorder.step(batch) once after each optimizer.step(), and not after one that "
+            "was left out, as a GradScaler does when gradients overflow."
+        )
+
+
+def check_recorded_once(entered: bool) -> None:
+    """Raise ValueError if a recorder is used for a second run."""
+    if entered:
+        raise ValueError("a Recorder records one run; make another for the next.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, its first line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _named(names: Collection[str], most: int = 3) -> str:
+    shown = ", ".join(repr(name) for name in list(names)[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_forward_mode(missing: str, instead: str) -> None:
@@ -120,12 +375,12 @@ def check_rule_error(error: float, tolerance: float, name: str) -> None:
         )
 
 
-def check_untouched(untouched: bool) -> None:
+def check_untouched(touched: Collection[str]) -> None:
     """Raise NotAnalysable if weights changed outside of the optimizer."""
-    if not untouched:
+    if touched:
         raise NotAnalysable(
-            "weights changed between two steps of the optimizer (clipping, averaging, or a load?); "
-            "only what the optimizer does can be followed."
+            f"weights changed outside of the optimizer's steps: {_named(touched)} (clipping, "
+            "averaging, or a load?); only what the optimizer does can be followed."
         )
 
 

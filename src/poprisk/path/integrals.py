@@ -223,7 +223,7 @@ class _Walk:
         p = self.problem
         self.x, self.points = p.train[0], p.query[0]
         self.w = run.weights[0].double()
-        self.rows = jacobian.rows = JacobianRows(p, self.w)
+        self.rows = jacobian.rows = JacobianRows(p)
         self.u, self.v = self._outputs(self.w)
         self.u0, self.v0 = self.u, self.v
         self.g0 = p.output_gradient(self.u).flatten()

@@ -34,15 +34,14 @@ class JacobianRows:
 
     Args:
         problem: the model.
-        w: weights to try it at, (P,).
     """
 
-    def __init__(self, problem: Problem, w: Tensor) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.sizes = [p.numel() for p in problem.parameters]
         self.plan: Plan | None = None
         self.factored = True
-        self.factored = self._agree(w, problem.train[0][:TRIED])
+        self.factored = self._agree(problem.elsewhere(), problem.train[0][:TRIED])
 
     def _agree(self, w: Tensor, x: Tensor) -> bool:
         """Whether factors can be had, and give the same."""
@@ -104,8 +103,10 @@ class JacobianRows:
     def _factors(self, w: Tensor, weight: float, x: Tensor) -> Factors:
         leaves = self._leaves(w)
         with torch.enable_grad():
-            values = weight * self.problem.call(leaves, x)
-            return capture(values, leaves, plan=self.plan)
+            return self.problem.holding(
+                leaves,
+                lambda: capture(weight * self.problem.call(leaves, x), leaves, plan=self.plan),
+            )
 
 
 def _fill(place: Tensor, terms: list[Term]) -> None:

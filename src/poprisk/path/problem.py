@@ -2,20 +2,24 @@ r"""Outputs as a function of the flat weights, and their Jacobian in every form 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vmap
 
-from poprisk.evaluation import outputs_of
+from poprisk.evaluation import evaluating, outputs_of
 from poprisk.forward_mode import plain_kernels
 from poprisk.path import losses
+from poprisk.path.checks import check_copied, check_data_kept, check_dtype
 from poprisk.path.losses import Loss
 from poprisk.printing import brief, described
 
@@ -24,6 +28,20 @@ CHUNK = 1024
 
 JACOBIAN_BYTES = 256 * 2**20
 """Memory that the Jacobian of one chunk of examples may take."""
+
+
+Result = TypeVar("Result")
+
+
+class _Holder(nn.Module):
+    """Gives weights to a model for the time of any work, where a call is not all of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,8 @@ class Problem:
         query: inputs of Q and, if they are known, targets.
         names: of the parameters that were trained.
         output_shape: of the outputs of one example; c is their number.
+        digest: of the data when it was recorded, see :func:`digest_of`; None: not known.
+        written: buffers that a forward pass writes to, and outputs do not depend on.
     """
 
     model: nn.Module
@@ -48,6 +68,8 @@ class Problem:
     query: tuple[Tensor, Tensor | None]
     names: tuple[str, ...]
     output_shape: tuple[int, ...]
+    digest: int | None = None
+    written: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         sizes = f"{self.n:,} training and {self.m:,} query examples", f"{self.size:,} weights"
@@ -80,32 +102,66 @@ class Problem:
         return sum(p.numel() for p in self.parameters)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same problem in another precision."""
+        """The same problem in another precision, on the CPU.
+
+        Raises:
+            NotAnalysable: if the data was written to since, or the model cannot be converted.
+        """
+        x, y = self.query
+        if self.digest is not None:
+            check_data_kept(digest_of(*self.train, x, y) == self.digest)
 
         def cast_to(t: Tensor) -> Tensor:
-            return t.to(dtype) if t.is_floating_point() else t
+            return t.to("cpu", dtype) if t.is_floating_point() else t.cpu()
 
-        x, y = self.query
-        return Problem(
-            copy.deepcopy(self.model).to(dtype),
+        made = Problem(
+            private_copy(self.model).to("cpu", dtype),
             self.loss,
             (cast_to(self.train[0]), cast_to(self.train[1])),
             (cast_to(x), None if y is None else cast_to(y)),
             self.names,
             self.output_shape,
+            written=self.written,
         )
+        if self.parameters and dtype != self.parameters[0].dtype:
+            with evaluating(made.model, eval_mode=False):
+                try:
+                    made.values(flat(made.parameters), made.train[0][:2])
+                except (RuntimeError, TypeError, ValueError) as error:
+                    check_dtype(error, dtype)
+        return made
+
+    def named(self, w: Tensor) -> dict[str, Tensor]:
+        """Flat weights ``w`` (P,) by name, in their shapes, as views."""
+        shapes = [p.shape for p in self.parameters]
+        pieces = w.split([shape.numel() for shape in shapes])
+        return {k: v.view(s) for k, v, s in zip(self.names, pieces, shapes, strict=True)}
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
         """Outputs of inputs ``x`` (b, ...) at flat weights ``w`` (P,), as (b, c)."""
-        shapes = [p.shape for p in self.parameters]
-        pieces = w.split([shape.numel() for shape in shapes])
-        named = {k: v.view(s) for k, v, s in zip(self.names, pieces, shapes, strict=True)}
-        return self.call(named, x)
+        return self.call(self.named(w), x)
 
     def call(self, named: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Outputs (b, c) of inputs ``x`` (b, ...) with the named weights."""
-        with plain_kernels(self.model):
-            return functional_call(self.model, dict(named), (x,)).reshape(len(x), -1)
+        return self.holding(named, lambda: self.model(x)).reshape(len(x), -1)
+
+    def holding(self, named: Mapping[str, Tensor], work: Callable[[], Result]) -> Result:
+        """What ``work`` returns while the model has the named weights.
+
+        A backward pass through checkpointed layers calls them again, and is to be in here too.
+        """
+        tensors = dict(named)
+        if self.written:  # copies, for torch.func lets no captured tensor be written to
+            buffers = dict(self.model.named_buffers())
+            tensors |= {name: buffers[name].clone() for name in self.written}
+        held = {f"model.{name}": t for name, t in tensors.items()}
+        with plain_kernels(self.model), eagerly(self.model):
+            return cast(Result, functional_call(_Holder(self.model), held, (work,)))
+
+    def elsewhere(self) -> Tensor:
+        """Weights (P,) that the private copy does not have, to see whether it uses its own."""
+        w = flat(self.parameters)
+        return 1.1 * w + 0.01 * w.abs().mean()
 
     def values(self, w: Tensor, x: Tensor) -> Tensor:
         """Like :meth:`outputs`, without a graph."""
@@ -160,7 +216,7 @@ class Problem:
         The right one is the transpose of reverse mode, :math:`v^T(J J^T v) = \|J^T v\|^2`: forward
         mode does not stop at ``torch.no_grad()`` inside a model, as reverse mode does.
         """
-        w, x = flat(self.parameters), self.train[0][:2]
+        w, x = self.elsewhere(), self.train[0][:2]
         u, pull = self.pullback(w, x)
         v = torch.linspace(0.5, 1.5, u.numel(), dtype=u.dtype, device=u.device).view_as(u)
         row = pull(v.unsqueeze(-1))
@@ -180,7 +236,7 @@ class Problem:
 
         Some operations of torch (``cdist``) are silently wrong there.
         """
-        w, x = flat(self.parameters), self.train[0][:2]
+        w, x = self.elsewhere(), self.train[0][:2]
         try:
             found = _vectorized(self, w, x)
         except RuntimeError as error:
@@ -196,14 +252,16 @@ class Problem:
         """Outputs (b, c), and the transposed Jacobian as a map from (b, c, r) to (P, r)."""
         with torch.enable_grad():
             at = w.detach().requires_grad_()
-            u = self.outputs(at, x)
+            named = self.named(at)
+            u = self.call(named, x)
+
+        def product(vector: Tensor) -> Tensor:
+            return torch.autograd.grad(u, at, vector, retain_graph=True)[0]
 
         def pull(vectors: Tensor) -> Tensor:
-            columns = [
-                torch.autograd.grad(u, at, vectors[..., j], retain_graph=True)[0]
-                for j in range(vectors.shape[-1])
-            ]
-            return torch.stack(columns, dim=1)
+            columns = vectors.unbind(-1)
+            found = self.holding(named, lambda: [product(column) for column in columns])
+            return torch.stack(found, dim=1)
 
         return u.detach(), pull
 
@@ -223,6 +281,48 @@ class Problem:
     def training_loss(self, u: Tensor) -> float:
         r""":math:`\Phi_S(u)`."""
         return losses.values(self.loss, self.shaped(u), self.train[1]).mean().item()
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model in the modes that it is in, made without a trace.
+
+    Embeddings give dense gradients in it: the Jacobian is taken through flat weights.
+
+    Raises:
+        NotAnalysable: if it cannot be copied.
+    """
+    with evaluating(model, eval_mode=False):
+        try:
+            made = copy.deepcopy(model)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            check_copied(error)
+    for module in made.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.sparse = False
+    for p in made.parameters():
+        p.grad = None
+    return made
+
+
+@contextlib.contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """No compiled part of a model is used as such inside: it knows one derivative at most."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or not any(isinstance(m, dynamo.OptimizedModule) for m in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def digest_of(*tensors: Tensor | None) -> int:
+    """A checksum of the numbers in some tensors."""
+    found = 0
+    for t in tensors:
+        if t is not None:
+            numbers = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found = zlib.crc32(numbers.numpy().data, found)
+    return found
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -249,9 +349,7 @@ def _vectorized(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
 
 def _row_by_row(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
     rows: list[Tensor] = []
-    for example in x:
-        z = w.detach().requires_grad_()
-        with torch.enable_grad():
-            u = problem._one(z, example)
-        rows += [torch.autograd.grad(v, z, retain_graph=True)[0] for v in u]
-    return torch.stack(rows).view(len(x), problem.c, -1)
+    for example in x.split(1):
+        u, pull = problem.pullback(w, example)
+        rows.append(pull(torch.eye(problem.c, dtype=u.dtype, device=u.device)[None]).T)
+    return torch.stack(rows)

@@ -94,7 +94,7 @@ class PathJacobian:
     def __call__(self, w: Tensor, end: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The average Jacobian (b·c, P) of inputs (b, ...) from ``w`` to ``end`` (P,)."""
         if self.rows is None:
-            self.rows = JacobianRows(self.problem, w)
+            self.rows = JacobianRows(self.problem)
         total = w.new_empty(len(x) * self.problem.c, len(w)) if out is None else out
         at = [(torch.lerp(w, end, position), weight) for position, weight in self.nodes]
         self.rows.write(total, at, x)

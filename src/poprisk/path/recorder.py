@@ -2,8 +2,7 @@ r"""Record a run: weights, batches and the optimizer's realized steps."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -13,23 +12,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import checks
-from poprisk.checks.examples import check_separate
-from poprisk.evaluation import outputs_of
-from poprisk.forward_mode import plain_kernels
+from poprisk.evaluation import evaluating
 from poprisk.path import checks as refuse
-from poprisk.path import losses
 from poprisk.path.batches import Batch, Examples
-from poprisk.path.losses import Loss, resolve_loss
-from poprisk.path.problem import Problem, flat
+from poprisk.path.losses import Loss, gradient, resolve_loss
+from poprisk.path.problem import Problem, digest_of, flat, private_copy
 from poprisk.path.rules import Facts, Rule, StepRule, describe
 from poprisk.path.run import SCALARS, Interval, Run
 from poprisk.path.store import Storage
+from poprisk.path.trial import (
+    EXAMPLES,
+    Surroundings,
+    same_outputs,
+    try_loss,
+    try_outputs,
+    try_query,
+    try_weights,
+)
 from poprisk.printing import described
+from poprisk.sharding import is_sharded
 
 Progress = Callable[[int, int | None], None]
 """Called with how many steps are done, and of how many (None: unknown)."""
 
 BUDGET = 4 * 2**30
+OFTEN = 4
+"""Steps at the start whose gradients are all compared with those of the recorded batches."""
 GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 RULE_TOLERANCE = {torch.float32: 2e-2, torch.float64: 1e-6}
 
@@ -86,28 +94,20 @@ class Recorder:
     ) -> None:
         checks.check_positive("stride", stride)
         checks.check_tensors("train", train)
+        refuse.check_lengths("train", *map(len, train))
         self.model, self.optimizer = model, optimizer
         self.rule, self.momentum_of = describe(optimizer, rule)
         self.exact = rule is None
-        groups = {id(p): g for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
-        named = {n: p for n, p in model.named_parameters() if id(p) in groups}
-        refuse.check_foreign(len(groups) - len(named))
-        self.params = list(named.values())
-        refuse.check_weights(list(self.params))
-        self.groups = [groups[id(p)] for p in self.params]
+        trained = self._trained()
+        named = {n: p for n, p in model.named_parameters() if p in trained}
+        refuse.check_foreign(len(trained) - len(named))
+        self.names, self.params = tuple(named), list(named.values())
+        _check_model(model, named)
         points = (train[0], None) if query is None else query
         x, y = points if isinstance(points, (tuple, list)) else (points, None)
-        refuse.check_repeatable(model, train[0][:8])
-        with plain_kernels(model):
-            first = outputs_of(model, train[0][:2])
-        per_example = resolve_loss(loss)
-        check_separate(
-            per_example, first, train[1][:2], losses.values(per_example, first, train[1][:2])
-        )
-        shape = tuple(first.shape[1:])
-        self.problem = Problem(
-            copy.deepcopy(model), per_example, train, (x, y), tuple(named), shape
-        )
+        with torch.inference_mode(False), torch.enable_grad():
+            self.problem, free = _problem(model, resolve_loss(loss), self.names, train, (x, y))
+        self.surroundings = Surroundings(model, self.problem.model, self.names, free)
         storage = Storage(budget, directory)
         self.weights = storage.table("weights")
         self.preconditions = storage.table("preconditions")
@@ -115,14 +115,16 @@ class Recorder:
         self.stride, self.intervals = stride, list[Interval]()
         self.pending: list[_Step] = []
         self.count, self.rule_error = 0, 0.0
-        self._taken: tuple[list[StepRule], Tensor] | None = None
+        self._taken: tuple[list[StepRule], list[Tensor]] | None = None
 
     def __repr__(self) -> str:
         optimizer = type(self.optimizer).__name__
         return described("Recorder", optimizer, f"{self.count:,} steps so far", stride=self.stride)
 
     def __enter__(self) -> Recorder:
-        self.before = [p.detach().clone() for p in self.params]
+        refuse.check_recorded_once(len(self.weights) > 0)
+        refuse.check_surroundings(self.surroundings.changed(thorough=True))
+        self.before = self.after = [p.detach().clone() for p in self.params]
         self.weights.append(flat(self.before))
         self.momentum = [self._momentum_in(p) for p in self.params]
         self.started = [self.momentum_of(p) is not None for p in self.params]
@@ -142,8 +144,15 @@ class Recorder:
     ) -> None:
         for handle in self.handles:
             handle.remove()
-        if error is None and self.pending:
+        if error is not None:
+            return
+        refuse.check_stepped(self._taken is None)
+        if self.pending:
             self._close_interval()
+        if self.count:
+            refuse.check_untouched(self._touched())
+            refuse.check_surroundings(self.surroundings.changed(thorough=True))
+            refuse.check_state_kept(same_outputs(self.model, self.problem, flat(self.after)))
 
     @property
     def run(self) -> Run:
@@ -170,54 +179,78 @@ class Recorder:
         """
         refuse.check_indices(batch, self.problem.n)
         if self._taken is None:
-            if getattr(self.optimizer, "skipped_steps", 0) > self.skipped:
-                self.skipped += 1
-                return
-            raise ValueError("call Recorder.step(batch) once after each optimizer.step().")
-        rules, grad = self._taken
+            refuse.check_stepped(getattr(self.optimizer, "skipped_steps", 0) > self.skipped)
+            self.skipped += 1
+            return
+        refuse.check_untouched(self._touched())
+        rules, grads = self._taken
         self._taken = None
         self.count += 1
-        if self.count & (self.count - 1) == 0:
-            self._check_gradient(batch, grad)
-        self.before = [p.detach().clone() for p in self.params]
+        if self.count <= OFTEN or self._is_due():
+            self._check_gradient(batch, grads)
+        self.before = self.after
         examples, counts = batch.cpu().unique(return_counts=True)
         sampling = counts.double() * (self.problem.n / len(batch))
         self.pending.append(_Step(rules, examples, sampling))
         if len(self.pending) == self.stride:
             self._close_interval()
 
+    def _is_due(self) -> bool:
+        """Whether what is costly to look at is to be looked at: at steps 1, 2, 4, 8, ..."""
+        return self.count & (self.count - 1) == 0
+
+    def _trained(self) -> dict[Tensor, dict[str, Any]]:
+        """The group of each parameter that the optimizer trains."""
+        groups = self.optimizer.param_groups
+        return {p: group for group in groups for p in group["params"] if p.requires_grad}
+
+    def _touched(self) -> list[str]:
+        """Names of the weights that are not those after the last step."""
+        pairs = zip(self.names, self.params, self.after, strict=True)
+        return [name for name, p, w in pairs if not torch.equal(p, w)]
+
     def _momentum_in(self, p: Tensor) -> Tensor:
         found = self.momentum_of(p)
         return torch.zeros_like(p) if found is None else found.detach().clone().to(p.dtype)
 
-    def _before_step(self, *_: Any) -> None:
-        if self._taken is not None:
-            raise ValueError("call Recorder.step(batch) once after each optimizer.step().")
-        pairs = zip(self.params, self.before, strict=True)
-        refuse.check_untouched(all(torch.equal(p, b) for p, b in pairs))
-        self.grads = [
-            torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self.params
-        ]
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        refuse.check_stepped(self._taken is None)
+        refuse.check_untouched(self._touched())
+        refuse.check_surroundings(self.surroundings.changed(thorough=self._is_due()))
+        groups = {p: g for g in optimizer.param_groups for p in g["params"]}
+        trained, now = set(self.params), set(self._trained())
+        refuse.check_trained(len(now - trained), len(trained - set(groups)))
+        self.groups = [groups[p] for p in self.params]
+        refuse.check_unscaled(getattr(optimizer, "grad_scale", None) is not None)
+        closure = (args[1] if len(args) > 1 else None) or kwargs.get("closure")
+        if closure is None and not hasattr(optimizer, "skipped_steps"):
+            grads = (p.grad for p in self.params if p.grad is not None)
+            finite = all(bool(_dense(g).isfinite().all()) for g in grads)
+            refuse.check_finite(self.count + 1, finite)
 
     def _after_step(self, *_: Any) -> None:
         if getattr(self.optimizer, "skipped_steps", 0) > self.skipped:
             return
+        # Read now, and not before the step: a closure has put them there meanwhile.
+        grads = [torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in self.params]
+        self.after = [p.detach().clone() for p in self.params]
+        refuse.check_finite(self.count + 1, all(bool(w.isfinite().all()) for w in self.after))
         rules, worst, size = list[StepRule](), 0.0, 0.0
         for i, p in enumerate(self.params):
-            rule, error, norm = self._apply_rule(i, p)
+            rule, error, norm = self._apply_rule(i, p, grads[i])
             rules.append(rule)
             worst, size = worst + error, size + norm
         relative = (worst / size) ** 0.5 if size > 0 else 0.0
         self.rule_error = max(self.rule_error, relative)
         name = type(self.optimizer).__name__
         refuse.check_rule_error(relative, RULE_TOLERANCE[self.params[0].dtype], name)
-        self._taken = rules, flat(self.grads)
+        self._taken = rules, grads
 
-    def _apply_rule(self, i: int, p: Tensor) -> tuple[StepRule, float, float]:
+    def _apply_rule(self, i: int, p: Tensor, grad: Tensor) -> tuple[StepRule, float, float]:
         """The rule of tensor ``i``; squared error and size of the step it implies."""
         if p.grad is None:
             return StepRule(precondition=0.0, carry=1.0, gain=0.0), 0.0, 0.0
-        w, grad, update = self.before[i], self.grads[i], p.detach() - self.before[i]
+        w, update = self.before[i], self.after[i] - self.before[i]
         state = self.optimizer.state.get(p, {})
         facts = Facts(self.groups[i], state, not self.started[i], update, grad, w, self.momentum[i])
         rule = self.rule(p, facts)
@@ -231,13 +264,17 @@ class Recorder:
         difference = ((implied - update).abs() - slack).clamp_min(0)
         return rule, float(difference.square().sum()), float(update.square().sum())
 
-    def _check_gradient(self, batch: Tensor, grad: Tensor) -> None:
-        problem, w = self.problem, flat(self.before)
-        x, y = problem.train[0][batch], problem.train[1][batch]
-        with torch.enable_grad():
-            w.requires_grad_()
-            u = problem.shaped(problem.outputs(w, x))
-            (expected,) = torch.autograd.grad(problem.loss(u, y).mean(), w)
+    def _check_gradient(self, batch: Tensor, grads: list[Tensor]) -> None:
+        problem, w, grad = self.problem, flat(self.before), flat(grads)
+        rows = batch.to(problem.train[0].device)
+        x, y = (t[rows].to(w.device) for t in problem.train)
+        with torch.inference_mode(False), evaluating(problem.model, eval_mode=False):
+            u, pull = problem.pullback(w, x)
+            g = gradient(problem.loss, problem.shaped(u), y).reshape_as(u) / len(x)
+            expected = pull(g.unsqueeze(-1)).squeeze(-1)
+        # A parameter without a gradient was left out of the step, and its rule says so.
+        seen = torch.cat([torch.full_like(p, p.grad is not None).flatten() for p in self.params])
+        expected = expected * seen
         error = float((grad - expected).norm() / expected.norm().clamp_min(1e-30))
         refuse.check_gradient(self.count, error, GRADIENT_TOLERANCE[w.dtype])
 
@@ -265,7 +302,7 @@ class Recorder:
             total[s.examples] += s.sampling / len(steps)
         examples = total.nonzero().squeeze(1)
         self.intervals.append(Interval(len(steps), examples, total[examples], scalars, uniform))
-        self.weights.append(flat(self.params))
+        self.weights.append(flat(self.before))
 
 
 class _Step:
@@ -273,6 +310,65 @@ class _Step:
 
     def __init__(self, rules: list[StepRule], examples: Tensor, sampling: Tensor) -> None:
         self.rules, self.examples, self.sampling = rules, examples, sampling
+
+
+def _check_model(model: nn.Module, named: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose weights and gradients cannot be read as they are."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    refuse.check_whole(model, [n for n, t in tensors.items() if is_sharded(t)])
+    lazy = [n for n, t in tensors.items() if nn.parameter.is_lazy(t)]
+    refuse.check_plain_tensors(
+        [n for n, t in tensors.items() if n not in lazy and t.is_inference()], lazy
+    )
+    refuse.check_weights(list(named.values()))
+    hooked = [n for n, p in named.items() if _hooks(p)]
+    refuse.check_no_hooks(hooked)
+    device = next(iter(named.values())).device.type
+    refuse.check_no_autocast(torch.is_autocast_enabled(device))
+
+
+def _hooks(p: Tensor) -> bool:
+    return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+def _problem(
+    model: nn.Module,
+    loss: Loss,
+    names: tuple[str, ...],
+    train: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor | None],
+) -> tuple[Problem, frozenset[str]]:
+    """What is recorded, and the state of the model that may change on the way.
+
+    All that recording and analysing takes is tried once, on a private copy; random numbers are
+    afterwards as they were.
+    """
+    copied = private_copy(model)
+    (x, y), (points, labels) = (_trainable(*train), _trainable(*query))
+    with evaluating(copied, eval_mode=False):
+        some = slice(EXAMPLES)
+        u, free = try_outputs(copied, x[some], x[-EXAMPLES:])
+        try_loss(loss, u, y[some], y)
+        digest = digest_of(x, y, points, labels)
+        shape = tuple(u.shape[1:])
+        written = tuple(name for name, _ in copied.named_buffers() if name in free)
+        data = (x, y), (points, labels)
+        problem = Problem(copied, loss, *data, names, shape, digest, written)
+        try_weights(problem, x[some])
+        try_query(problem)
+    return problem, free
+
+
+def _trainable(*tensors: Tensor | None) -> tuple[Any, Any]:
+    """Tensors that autograd may save; those of inference mode are copied."""
+    first, second = (t.clone() if t is not None and t.is_inference() else t for t in tensors)
+    return first, second
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """A copy of a gradient, in which sparse ones are written out."""
+    found = grad.detach()
+    return found.to_dense() if found.is_sparse else found.clone()
 
 
 def _mean(values: list[Tensor | float]) -> Tensor | float:
@@ -330,9 +426,9 @@ def record(
         directory=directory,
         rule=rule,
     )
-    (x, y), per_example = found.train, recorder.problem.loss
+    (x, y), per_example = recorder.problem.train, recorder.problem.loss
     total = len(batches) if isinstance(batches, Sized) else None
-    with recorder:
+    with torch.inference_mode(False), torch.enable_grad(), recorder:
         for k, batch in enumerate(found):
             optimizer.zero_grad()
             per_example(model(x[batch]), y[batch]).mean().backward()

@@ -1,0 +1,324 @@
+"""Try once, on a few examples and before anything moves, all that recording and analysing takes.
+
+The theory needs outputs that are a function of the recorded weights, one row per example, and a
+loss with two derivatives. Whatever is not so is refused here, by name, and not after training.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from poprisk.checks.examples import check_separate
+from poprisk.evaluation import evaluating, outputs_of
+from poprisk.forward_mode import plain_kernels
+from poprisk.path import checks as refuse
+from poprisk.path import losses
+from poprisk.path.problem import Problem, eagerly, flat
+
+EXAMPLES = 8
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""Relative difference of outputs that rounding may make, by their dtype."""
+
+State = dict[str, list[Any]]
+"""What a model keeps beside its parameters: numbers and tensors by the name of their attribute."""
+
+
+def try_outputs(model: nn.Module, x: Tensor, others: Tensor) -> tuple[Tensor, frozenset[str]]:
+    """Outputs of a few examples, and the state that the model writes to but does not read.
+
+    Args:
+        model: the private copy; left as it was.
+        x: examples, (b, ...).
+        others: more of them, for state that follows the data.
+
+    Raises:
+        NotAnalysable: unless outputs are one row per example and depend on nothing else.
+    """
+    weights: dict[str, Any] = dict(model.named_parameters())
+    before = _leaves(weights)
+    with evaluating(model, eval_mode=False):
+        kept = state_of(model)
+        whole = _outputs(model, x)
+        refuse.check_rows(whole, len(x))
+        after_one = state_of(model)
+        again, part = _outputs(model, x), _outputs(model, x[: (len(x) + 1) // 2])
+        _outputs(model, others)
+        always = changed(after_one, state_of(model))
+        written = changed(kept, state_of(model))
+        refuse.check_weights_kept(changed(before, _leaves(weights)) or _renormalized(model))
+        refuse.check_repeatable(_close(again, whole), always)
+        fits = part.shape[1:] == whole.shape[1:] and len(part) == (len(x) + 1) // 2
+        refuse.check_independent(fits, fits and _close(part, whole[: len(part)]))
+        read = [name for name in written if not _ignores(model, name, x, whole)]
+        once = [name for name in read if name not in always]
+        refuse.check_state_unread([name for name in read if name in always], once)
+    return whole, frozenset(written)
+
+
+def try_loss(loss: losses.Loss, u: Tensor, y: Tensor, targets: Tensor) -> None:
+    """Evaluate a loss with its two derivatives on a few outputs, and on all targets once.
+
+    Args:
+        loss: per example.
+        u: outputs of a few examples, (b, ...).
+        y: their targets.
+        targets: of all examples.
+
+    Raises:
+        ValueError: unless it gives one value per example, of that example alone.
+        NotAnalysable: if a derivative is missing, or it does not take the targets.
+    """
+    rows = torch.arange(len(targets), device=u.device) % len(u)
+    try:
+        with torch.enable_grad():
+            found = losses.values(loss, u.detach().requires_grad_(), y)
+        with torch.no_grad():
+            losses.values(loss, u[rows], targets)
+    except (RuntimeError, IndexError) as error:
+        refuse.check_targets(error)
+    check_separate(loss, u, y, found)
+    refuse.check_differentiable(found.requires_grad)
+    ones = torch.ones(*u.flatten(1).shape, 1, dtype=u.dtype, device=u.device)
+    try:
+        losses.hessian_product(loss, u, y, ones)
+    except (RuntimeError, NotImplementedError) as error:
+        refuse.check_second_derivative(error)
+
+
+def try_weights(problem: Problem, x: Tensor) -> None:
+    """See that outputs follow the flat weights, and have a derivative by them.
+
+    Raises:
+        NotAnalysable: if not.
+    """
+    w, other, params = flat(problem.parameters), problem.elsewhere(), problem.parameters
+    with evaluating(problem.model, eval_mode=False), _set(params, other):
+        expected = _outputs(problem.model, x)
+        with plain_kernels(problem.model), eagerly(problem.model):
+            u = problem.model(x)
+            inside = _reentrant(u)
+            refuse.check_reverse_mode(u.requires_grad, "they do not depend on them", inside)
+            u.sum().backward()
+        slope = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+    with evaluating(problem.model, eval_mode=False):
+        u, found = _pulled(problem, other, x, inside)
+    refuse.check_function_of_weights(_close(u, expected.reshape_as(u)))
+    refuse.check_reverse_mode(_close(found, slope), "they are not what backward() gives", inside)
+    if w.dtype != torch.float64:
+        try:
+            problem.to(torch.float64)
+        except refuse.NotAnalysable as error:
+            warnings.warn(
+                f"{error} Until then only what computes in the dtype of the weights can be had of "
+                "this run, such as trace_cells().",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def try_query(problem: Problem) -> None:
+    """Evaluate the model on two query points, and the loss on their targets.
+
+    Raises:
+        NotAnalysable: unless outputs have the shape of those of the training examples.
+        ValueError: if there are more or fewer targets, or the loss does not take them.
+    """
+    (x, y), model = problem.query, problem.model
+    refuse.check_lengths("query", len(x), len(x) if y is None else len(y))
+    with evaluating(model, eval_mode=False):
+        u = _outputs(model, x[:2])
+    refuse.check_rows(u, len(x[:2]))
+    refuse.check_query_shape(tuple(u.shape[1:]), problem.output_shape)
+    if y is not None:
+        losses.values(problem.loss, u, y[:2])
+
+
+def same_outputs(model: nn.Module, problem: Problem, w: Tensor) -> bool:
+    """Whether a model still gives the outputs of its private copy at weights ``w``."""
+    x = problem.train[0][:EXAMPLES]
+    modes = {name: module.training for name, module in problem.model.named_modules()}
+    with evaluating(model, eval_mode=False), eagerly(model):
+        for name, module in model.named_modules():
+            module.training = modes.get(name, module.training)
+        found = _outputs(model, x)
+    with evaluating(problem.model, eval_mode=False):
+        expected = problem.values(w, x)
+    return _close(found.reshape_as(expected), expected)
+
+
+def _pulled(problem: Problem, w: Tensor, x: Tensor, reentrant: bool) -> tuple[Tensor, Tensor]:
+    """Outputs at ``w`` and the gradient (P,) of their sum."""
+    try:
+        u, pull = problem.pullback(w, x)
+        return u, pull(torch.ones_like(u).unsqueeze(-1)).squeeze(-1)
+    except (RuntimeError, NotImplementedError) as error:
+        refuse.check_reverse_mode(False, refuse.first_line(error), reentrant)
+        raise
+
+
+def _reentrant(u: Tensor) -> bool:
+    """Whether a re-entrant checkpoint lies behind outputs."""
+    seen, todo = set[Any](), [u.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return False
+
+
+class Surroundings:
+    """All of a model that is not to move in a run: other parameters, and state that it reads.
+
+    Args:
+        model: that is trained.
+        copied: its private copy, which stays as it is.
+        trained: names of the parameters that are to move.
+        free: names of state that may change, for outputs do not read it.
+    """
+
+    def __init__(
+        self, model: nn.Module, copied: nn.Module, trained: tuple[str, ...], free: frozenset[str]
+    ) -> None:
+        self.model, self.copied = model, copied
+        self.left_out = frozenset(trained) | free
+        self.seen: list[tuple[int, int]] = []
+
+    def changed(self, *, thorough: bool = False) -> list[str]:
+        """Names of what is no longer what it was.
+
+        Args:
+            thorough: compare numbers even where no tensor was written to, as far as torch counts.
+        """
+        tensors = self._tensors(self.model)
+        seen = [(id(t), t._version) for t in tensors.values()]
+        if seen == self.seen and not thorough:
+            return []
+        self.seen = seen
+        kept = self._tensors(self.copied)
+        return changed(_leaves(kept), _leaves(tensors))
+
+    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        named = [*model.named_parameters(), *model.named_buffers()]
+        return {name: t for name, t in named if name not in self.left_out}
+
+
+class _Place(NamedTuple):
+    """Where an attribute of a model is kept."""
+
+    holder: dict[str, Any]
+    key: str
+
+
+def _renormalized(model: nn.Module) -> list[str]:
+    """Weights of embeddings that are written to once a row of theirs is too long."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    named = model.named_modules()
+    return [f"{n}.weight" for n, m in named if isinstance(m, kinds) and m.max_norm is not None]
+
+
+def _places(model: nn.Module) -> dict[str, _Place]:
+    found: dict[str, _Place] = {}
+    own = vars(nn.Module())
+    for prefix, module in model.named_modules():
+        path = f"{prefix}." if prefix else ""
+        for key in module._buffers:
+            found[path + key] = _Place(module._buffers, key)
+        for key in vars(module):
+            if key not in own:
+                found[path + key] = _Place(vars(module), key)
+    return found
+
+
+def state_of(model: nn.Module) -> State:
+    """Copies of what a model keeps beside its parameters, as far as it is numbers."""
+    return _leaves({name: place.holder[place.key] for name, place in _places(model).items()})
+
+
+def _leaves(values: dict[str, Any]) -> State:
+    found: State = {}
+    for name, value in values.items():
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, int, float))]
+        found[name] = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
+    return found
+
+
+def changed(before: State, after: State) -> list[str]:
+    """Names whose numbers differ; NaN is no difference."""
+    names = [*after, *(name for name in before if name not in after)]
+    return [name for name in names if not _same(before.get(name, []), after.get(name, []))]
+
+
+def _same(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(map(_equal, left, right))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and bool(a == b or (a != a and b != b))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _ignores(model: nn.Module, name: str, x: Tensor, outputs: Tensor) -> bool:
+    """Whether outputs stay the same when the state called ``name`` is another."""
+    holder, key = _places(model)[name]
+    kept = holder[key]
+    try:
+        holder[key] = tree_map(_shifted, kept)
+        return _close(_outputs(model, x), outputs)
+    except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AssertionError):
+        return False  # it was read, and does not fit
+    finally:
+        holder[key] = kept
+
+
+def _shifted(value: Any) -> Any:
+    if isinstance(value, (nn.Parameter, bool)):
+        return value
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.dtype == torch.bool:
+            return ~value
+        return 1.5 * value + 0.5 if value.is_floating_point() else value + 1000
+    if isinstance(value, float):
+        return 1.5 * value + 0.5
+    return value + 1000 if isinstance(value, int) else value
+
+
+def _outputs(model: nn.Module, x: Tensor) -> Any:
+    with plain_kernels(model), eagerly(model):
+        return outputs_of(model, x)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = float(b.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max()) + 1e-30
+    atol = TOLERANCE.get(b.dtype, 1e-2) * scale
+    return torch.allclose(a.double(), b.double(), rtol=0.0, atol=atol, equal_nan=True)
+
+
+@contextmanager
+def _set(parameters: list[Tensor], w: Tensor) -> Iterator[None]:
+    """Other weights inside."""
+    kept = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        pieces = w.split([p.numel() for p in parameters])
+        for p, piece in zip(parameters, pieces, strict=True):
+            p.copy_(piece.view_as(p))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, before in zip(parameters, kept, strict=True):
+                p.copy_(before)
