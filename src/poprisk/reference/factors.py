@@ -67,6 +67,7 @@ def variance_of_mean(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.to_dense()  # of a sparse embedding
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
