@@ -99,7 +99,7 @@ def try_weights(problem: Problem, x: Tensor) -> None:
         NotAnalysable: if not.
     """
     w, other, params = flat(problem.parameters), problem.elsewhere(), problem.parameters
-    with evaluating(problem.model, eval_mode=False), _set(params, other):
+    with _set(params, other), evaluating(problem.model, eval_mode=False):
         expected = _outputs(problem.model, x)
         with plain_kernels(problem.model), eagerly(problem.model):
             u = problem.model(x)
