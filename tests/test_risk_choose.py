@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from poprisk.risk.choose import select, stopping_point
+from poprisk import TwinRisk
+from poprisk.risk.choose import difference_error, select, stopping_point
 from poprisk.risk.estimate import RiskEstimate
 from samplers import randn
 
@@ -97,6 +100,87 @@ def test_the_arm_of_least_risk_is_selected() -> None:
 def test_no_arm_is_selected_where_none_is_valid() -> None:
     chosen = select({"a": estimate(1.0, reason="deep")})
     assert chosen == (None, None, [], {"a": "deep"})
+
+
+def test_the_error_of_a_difference_is_what_the_two_do_not_share() -> None:
+    """Losses pair by pair, and of the responses, measured by the same signs, what differs."""
+    a, b = estimate(1.0, seed=1, noise=1.0), estimate(1.1, seed=2, noise=2.0)
+    rho = 0.01 * randn(2, N, seed=3)
+    change = a.losses - b.losses
+    sampling = float(change.std()) / math.sqrt(N)
+    scale = math.sqrt(N / (N - 1))
+    for share in (0.0, 1.0, 0.4):
+        mine, other = replace(a, influence=rho), replace(b, influence=share * rho)
+        apart = (1 - share) * float(rho.norm()) * scale
+        assert difference_error(mine, other) == pytest.approx(math.hypot(sampling, apart))
+    independent = replace(b, influence=rho, signs=1)
+    both = float(rho.norm()) * scale * math.sqrt(2)
+    assert difference_error(replace(a, influence=rho), independent) == pytest.approx(
+        math.hypot(sampling, both)
+    )
+
+
+def test_dependent_examples_and_uncounted_ones_widen_the_error() -> None:
+    a, b = estimate(1.0, seed=1, noise=1.0), estimate(1.1)
+    twice = replace(a, losses=torch.cat([a.losses, a.losses]), groups=torch.arange(N).repeat(2))
+    other = replace(b, losses=torch.cat([b.losses, b.losses]))
+    assert difference_error(twice, other) == pytest.approx(difference_error(a, b))
+    counted = torch.arange(2 * N) < N
+    gone = torch.zeros(N, dtype=torch.float64)
+    part = replace(a, losses=torch.cat([a.losses, gone]), counted=counted)
+    rest = replace(b, losses=torch.cat([b.losses, gone]), counted=counted)
+    assert difference_error(part, rest) == pytest.approx(difference_error(a, b))
+
+
+def test_a_flat_curve_has_a_wide_interval() -> None:
+    """The response, wrong by its error, tilts the whole curve: its minimum may lie anywhere."""
+    rho = randn(1, N, seed=3)
+    rho = rho / rho.norm()
+    values = [1.34, 1.24, 1.23, 1.25, 1.26, 1.27, 1.28]
+    run = [replace(estimate(v), influence=0.02 * i * rho) for i, v in enumerate(values)]
+    assert stopping_point(run)[:3] == (2, 1, 6)
+    certain = [replace(e, influence=0 * rho) for e in run]
+    assert stopping_point(certain)[:3] == (2, 2, 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_interval_holds_the_best_moment_in_hindsight(seed: int) -> None:
+    """A few hundred noisy examples and one probe: the curve is flat within its errors."""
+    g = torch.Generator().manual_seed(70 + seed)
+    x = torch.randn(5200, 8, generator=g)
+    clean = torch.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] - (x[:, 3] > 0).float()
+    y = (clean + 0.8 * torch.randn(5200, generator=g)).unsqueeze(1)
+    torch.manual_seed(seed)
+    twin = TwinRisk(
+        lambda: nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 1)),
+        lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
+        lambda u, y: (u - y).square().mean(1),
+        dataset_size=200,
+    )
+    estimates, true = list[RiskEstimate](), list[float]()
+    for _ in range(20):
+        for index in torch.randperm(200).split(20):
+            for r in twin.runs(index):
+                r.optimizer.zero_grad()
+                r.loss(r.model(x[index]), y[index]).mean().backward()
+                r.optimizer.step()
+        estimates.append(twin.estimate(x[:200], y[:200]))
+        fresh = (twin.model(x[200:]).detach().squeeze(1) - clean[200:]).square().mean()
+        true.append(float(fresh) + 0.64)
+    point, best = stopping_point(estimates), min(range(20), key=true.__getitem__)
+    assert point.low <= best <= point.high
+    assert point.high - point.low >= 1  # which of twenty neighbours is best cannot be known
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [estimate(1.0), 2.0], 1.0, estimate(1.0), "abc"])
+def test_what_is_no_estimate_is_refused(values: Any) -> None:
+    with pytest.raises(TypeError, match=r"estimates must be a sequence .* \(RiskEstimate\)"):
+        stopping_point(values)
+    if not isinstance(values, RiskEstimate):
+        with pytest.raises(TypeError, match="estimates must be a sequence"):
+            select({"a": values})
+    with pytest.raises(TypeError, match="arms must be a dict"):
+        select(values)
 
 
 def test_nothing_to_choose_from_is_refused() -> None:

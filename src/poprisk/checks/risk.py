@@ -122,7 +122,13 @@ def _same(mine: Any, twins: Any) -> bool:
         return False
     if isinstance(mine, list):
         return len(mine) == len(twins) and all(map(_same, mine, twins))
-    return not isinstance(mine, Tensor) or (mine.shape == twins.shape and torch.equal(mine, twins))
+    return not isinstance(mine, Tensor) or (mine.shape == twins.shape and _equal(mine, twins))
+
+
+def _equal(mine: Tensor, twins: Tensor) -> bool:
+    """Whether all values are the same; NaN, as in masked targets, is the same as NaN."""
+    same = (mine == twins) | (mine.isnan() & twins.isnan())
+    return mine.dtype == twins.dtype and bool(same.all())
 
 
 def check_groups(groups: Any, n: int) -> Tensor:

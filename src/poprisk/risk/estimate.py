@@ -62,6 +62,8 @@ SEPARABLE = 0.995
 """Share of fitted labels from which on a classification has no finite best fit."""
 TINY = 1e-300
 """What nothing is divided by."""
+FAR = 50.0
+"""Relative to an output's size: where a loss that falls without end has no slope left."""
 SPREAD = 1.15
 """Mean of a squared normal number over its mean absolute deviation from its median."""
 
@@ -193,8 +195,8 @@ def estimate_risk(
     value, fitted = float(mine.mean()), losses[some]
     sampling = grouped_error(mine - value, _of(groups, some)) / len(mine)
     slopes = 0.5 * (upper - under) / len(mine)
-    right = _accuracy(smooth, found.link, u, y)
-    judged = _Judged(value, float(upper.mean()), fitted, found.freedom.value, sampling, right)
+    endless = _fitted_without_end(smooth, found.link, u, y)
+    judged = _Judged(value, float(upper.mean()), fitted, found.freedom.value, sampling, endless)
     reason = doubt or judged.objection(MAX_CORRECTION)
     return RiskEstimate(
         value=value,
@@ -499,7 +501,7 @@ class _Judged(NamedTuple):
         fitted: losses as trained, (n,).
         freedom: share of the outputs' freedom that is used up.
         sampling: standard error of the mean loss.
-        right: share of labels that the trained outputs predict; None unless classes.
+        endless: share of examples that are fitted although their loss has no minimum.
     """
 
     value: float
@@ -507,7 +509,7 @@ class _Judged(NamedTuple):
     fitted: Tensor
     freedom: float
     sampling: float
-    right: float | None
+    endless: float
 
     def objection(self, limit: float) -> str:
         """Why the estimate is not to be believed; empty if nothing speaks against it."""
@@ -518,13 +520,13 @@ class _Judged(NamedTuple):
     def _deep(self, limit: float) -> str:
         train = float(self.fitted.mean())
         above, base = self.value - train, _base(self.fitted)
+        if self.endless >= SEPARABLE:
+            return (
+                f"separable: {self.endless:.1%} of the labels are fitted, so that the training "
+                "loss falls without end and an output no longer follows its own label"
+            )
         if self.freedom > MAX_FREEDOM:
             return f"deep interpolation: {self.freedom:.0%} of the outputs' freedom is used up"
-        if self.right is not None and self.right >= SEPARABLE:
-            return (
-                f"separable: {self.right:.1%} of the training labels are fitted, so that the loss "
-                "falls without end and an output no longer follows its own label"
-            )
         if not base > 0:
             return "deep interpolation: no training loss is left"
         if above <= (limit - 1) * base:
@@ -548,6 +550,29 @@ class _Judged(NamedTuple):
             share = self.sampling / size
             return f"too few examples: their losses alone leave {share:.0%} uncertainty"
         return ""
+
+
+def _fitted_without_end(
+    loss: PerExampleLoss, link: Link, outputs: Tensor, targets: Tensor
+) -> float:
+    """Share of examples on the right side of a loss that falls further and further there.
+
+    Logistic losses and hinges do: their gradients vanish far along the descent. Fitted is an
+    example whose gradient pulls up the largest output, or, where outputs are no classes that
+    compete, pulls at all of them less than at outputs of zero.
+    """
+    g, flat = link.gradient, outputs.reshape(len(outputs), -1)
+    largest = g.abs().amax(1, keepdim=True)
+    step = FAR * (1 + flat.abs().amax(1, keepdim=True)) * g / largest.clamp_min(TINY)
+    far = (flat - step).reshape(outputs.shape)
+    vanishes = gradient_of(loss, far, targets).double().abs().amax(1) <= 1e-3 * largest[:, 0]
+    endless = vanishes & (_scored(loss, far, targets) <= _scored(loss, outputs, targets))
+    if link.gauge:
+        fitted = (flat.argmax(1) == g.argmin(1)) | (largest[:, 0] == 0)
+    else:
+        neutral = gradient_of(loss, torch.zeros_like(outputs), targets).double()
+        fitted = (g.abs() < neutral.abs()).all(1)
+    return float((endless & fitted).double().mean())
 
 
 def _base(losses: Tensor) -> float:

@@ -397,7 +397,8 @@ class TwinRisk:
             return None
         if self._first is not None:
             inputs.check_same("targets", self._first[1], targets)
-            if self.steps == 0 and not torch.allclose(self._first[0], outputs.detach()):
+            first, again = self._first[0], outputs.detach()
+            if self.steps == 0 and not torch.allclose(first, again, equal_nan=True):
                 raise ValueError(inputs.NOT_REPEATED)
         index = self._index if self._index is not None else torch.empty(0, dtype=torch.long)
         z = self.probes[run.position - 1].tilt(index, outputs.shape[1:], gauge=gauge)
