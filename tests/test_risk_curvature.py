@@ -194,7 +194,10 @@ def test_both_ways_agree_for_squared_error(monkeypatch: pytest.MonkeyPatch) -> N
     assert plain.value == pytest.approx(curved.value, rel=1e-12)
     assert plain.freedom == pytest.approx(curved.freedom, rel=1e-12)
     assert plain.freedom_error == pytest.approx(curved.freedom_error, rel=1e-12)
-    assert plain.standard_error == pytest.approx(curved.standard_error, rel=0.05)
+    # The same error of the gain, up to its curvature over one standard error.
+    mine, other = (float(e.influence.norm()) for e in (plain, curved))
+    assert mine == pytest.approx(other, rel=0.05)
+    torch.testing.assert_close(plain.influence / mine, curved.influence / other)
 
 
 def test_a_part_without_curvature_has_a_gain_of_its_own() -> None:

@@ -552,13 +552,18 @@ def test_a_state_that_lacks_a_part_is_refused() -> None:
 
 
 def test_an_optimizer_that_refuses_late_changes_nothing() -> None:
-    twin, state, _, _ = saved()
+    twin, state, x, y = saved()
     state["optimizers"][1]["param_groups"] = []
-    before = copy.deepcopy(twin.state_dict()["models"])
+    train(twin, x, y, epochs=1)
+    before = copy.deepcopy(twin.state_dict())
     with pytest.raises(ValueError, match="parameter group"):
         twin.load_state_dict(state)
-    for mine, theirs in zip(twin.state_dict()["models"], before, strict=True):
+    for mine, theirs in zip(twin.state_dict()["models"], before["models"], strict=True):
         assert_bitwise(mine, theirs)
+    for mine, theirs in zip(twin.state_dict()["optimizers"], before["optimizers"], strict=True):
+        for k, values in theirs["state"].items():
+            assert_bitwise(mine["state"][k], values)
+    assert twin.steps == before["steps"]
 
 
 def test_a_state_without_settings_is_taken_and_flagged() -> None:
