@@ -185,6 +185,18 @@ def test_nodes_of_a_graph_are_no_examples() -> None:
         grad_mean_var(model, per_example, ((X, torch.ones(2, 30).long()), Y))
 
 
+def test_variances_come_in_the_order_of_the_parameters() -> None:
+    """Also where a parameter has no effect, so that they can be taken side by side."""
+    model = zoo.Function(
+        lambda m, x: m.last(m.first(x)), first=nn.Linear(5, 4), unused=nn.Linear(2, 2),
+        last=nn.Linear(4, 3),
+    ).double()  # fmt: skip
+    names = [name for name, _ in model.named_parameters()]
+    assert list(grad_mean_var(model, per_example, (X, Y))) == names
+    chosen = ["last.bias", "unused.bias", "first.weight"]
+    assert list(grad_mean_var(model, per_example, (X, Y), params=chosen)) == chosen
+
+
 def test_nothing_is_left_behind() -> None:
     """Buffers, modes, gradients and random numbers are as one forward pass leaves them."""
     model = nn.Sequential(net(), nn.Dropout(0.5))
