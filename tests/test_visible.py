@@ -399,6 +399,11 @@ def test_a_loss_that_looks_across_the_batch_is_flagged(name: str) -> None:
         exact(model).backward(MIXING[name](model(X)).square().sum(1))
 
 
+def test_a_gradient_that_is_not_a_number_tells_nothing() -> None:
+    model = net()
+    exact(model).backward(squares((model(X) * 0).sqrt(), Y))
+
+
 def test_rows_of_data_that_belong_to_no_example_or_to_one_are_not() -> None:
     """Sorted data, and positions that are not as many as examples, with warnings as errors."""
     basis, order = randn(B + 1, 4), torch.tensor([3, 1, 0, 5, 4, 2])

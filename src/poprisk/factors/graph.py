@@ -299,7 +299,9 @@ def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
             if any(g is not None and g.any() for g in grads):
                 reached.add(i)
             if i in served and grads[0] is not None:
-                served[i] = served[i] + (grads[0] != 0).flatten(1).any(dim=1).int()
+                # NaN comes from zero times infinity as well, and says nothing of the sender.
+                sent = (grads[0] != 0) & grads[0].isfinite()
+                served[i] = served[i] + sent.flatten(1).any(dim=1).int()
             before = known.candidates.get(i, [None] * len(grads))
             known.candidates[i] = [
                 old if g is None else _consistent(_all(old, g, len(senders)), g, senders)
