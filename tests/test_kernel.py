@@ -452,6 +452,12 @@ def no_grad_model() -> nn.Module:
     return zoo.Function(torch.no_grad()(lambda m, x: m.layer(x)), layer=nn.Linear(3, 2).double())
 
 
+def with_nan(position: int) -> Tensor:
+    x = X.clone()
+    x[position, 1] = float("nan")
+    return x
+
+
 def shuffling() -> DataLoader[Any]:
     data: Any = [(row, 0) for row in randn(50, 3)]
     return DataLoader(data, batch_size=5, shuffle=True)
@@ -595,6 +601,41 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         ValueError,
         "depend on the other examples",
         lambda: entk(Mixing(lambda x: x.flip(0).cumsum(0).flip(0)), X),
+    ),
+    "NaN": (
+        ValueError,
+        "outputs of 1 of 8 examples are NaN or Inf, the first at position 2",
+        lambda: entk(LINEAR, with_nan(2)),
+    ),
+    "NaN later": (
+        ValueError,
+        "NaN or Inf, the first at position 8",
+        lambda: entk(LINEAR, with_nan(8)).eigsh(1),
+    ),
+    "NaN later, dense": (
+        ValueError,
+        "NaN or Inf, the first at position 8",
+        lambda: entk(LINEAR, with_nan(8)).dense(),
+    ),
+    "infinite derivative": (
+        ValueError,
+        "the kernel, or its product with a vector, holds NaN or Inf",
+        lambda: entk(returning(lambda h: (h * 0).sqrt()), X).eigsh(1),
+    ),
+    "graph": (
+        ValueError,
+        "fails on 1 of 9 examples without the others \\(RuntimeError: .*nodes of one graph",
+        lambda: entk(returning(lambda h: torch.ones(9, 9).double() @ h), X),
+    ),
+    "graph with a list of edges": (
+        ValueError,
+        "different lengths, \\[2, 9\\].*a graph's list of edges",
+        lambda: entk(LINEAR, (X, torch.ones(2, 20).long())),
+    ),
+    "dictionary": (
+        TypeError,
+        "returned dict; wrap it in a module whose forward returns the one that counts",
+        lambda: entk(returning(lambda h: {"logits": h}), X),
     ),
     "outputs differ": (
         ValueError,

@@ -383,6 +383,42 @@ def test_statistics_of_single_examples_are_not() -> None:
     assert_exact(model)
 
 
+MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    "contrast": lambda h: h @ h.T,
+    "centred": lambda h: h - h.mean(0),
+    "standardized": lambda h: (h - h.mean(0)) / h.std(0),
+    "attention between examples": lambda h: (h @ h.T).softmax(1) @ h,
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_loss_that_looks_across_the_batch_is_flagged(name: str) -> None:
+    """Losses alone do not tell where they come from, but their graph does."""
+    model = net()
+    with pytest.warns(UserWarning, match=f"several of {B} examples.*across the batch"):
+        exact(model).backward(MIXING[name](model(X)).square().sum(1))
+
+
+def test_a_gradient_that_is_not_a_number_tells_nothing() -> None:
+    model = net()
+    exact(model).backward(squares((model(X) * 0).sqrt(), Y))
+
+
+def test_rows_of_data_that_belong_to_no_example_or_to_one_are_not() -> None:
+    """Sorted data, and positions that are not as many as examples, with warnings as errors."""
+    basis, order = randn(B + 1, 4), torch.tensor([3, 1, 0, 5, 4, 2])
+
+    def back_in_order(m: Any, x: Tensor) -> Tensor:
+        return m.net(x[order])[order.argsort()]
+
+    def scaled(m: Any, x: Tensor) -> Tensor:
+        return m.net(basis).sum(0) * m.net(x)
+
+    for forward in (back_in_order, scaled):
+        model = zoo.Function(forward, net=net())
+        exact(model).backward(squares(model(X), Y))
+
+
 def test_gradients_of_other_leaves_stay_as_they_were() -> None:
     """Inputs, and parameters of another optimizer."""
     model, x, scale = net(), X.clone().requires_grad_(), torch.ones(3, requires_grad=True)

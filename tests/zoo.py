@@ -312,6 +312,75 @@ def positions_as_examples(m: Any, x: Tensor) -> Tensor:
     return torch.tanh(m.expert(h.reshape(t * b, -1))).reshape(t, b, -1).sum(0)
 
 
+def mixture(m: Any, x: Tensor) -> Tensor:
+    """Every position to the best of its experts, weighted; some experts see nothing."""
+    scores = m.router(x).softmax(-1)
+    weight, best = scores.max(-1)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        places = (best == e).nonzero(as_tuple=True)
+        if len(places[0]):
+            out = out.index_put(places, expert(x[places]) * weight[places][:, None])
+    return m.head(x + out).mean(1)
+
+
+def decoder(m: Any, x: Tensor) -> Tensor:
+    """An autoencoder whose decoder is the transposed encoder."""
+    code = F.linear(x, m.encoder.weight, m.encoder.bias).tanh()
+    return F.linear(code, m.encoder.weight.T, m.bias)
+
+
+def gated_units(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.glu(m.up(x), dim=-1)).mean(1)
+
+
+def einsums(m: Any, x: Tensor) -> Tensor:
+    """Contractions over positions, features and a low rank, of which one without a batch."""
+    core = torch.einsum("ir,rjk->ijk", m.left, m.core)
+    return torch.einsum("bti,ijk,bsj->bk", x, core, x.sin())
+
+
+def masked_attention(m: Any, x: Tensor) -> Tensor:
+    """Causal, of one query head more than heads of keys."""
+    q, k, v = m.q(x), m.k(x), m.v(x)
+    q = q.unflatten(2, (2, 4)).transpose(1, 2)
+    k, v = (t.unflatten(2, (1, 4)).transpose(1, 2).expand(-1, 2, -1, -1) for t in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return m.out(out.transpose(1, 2).flatten(2)).square().mean(1)
+
+
+def upscaled(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.shuffle(m.convolution(x)).tanh()).flatten(1)
+
+
+def weighted_bag(m: Any, ids: Tensor) -> Tensor:
+    weights = torch.cos(ids.double())
+    return m.head(m.bag(ids, per_sample_weights=weights).tanh())
+
+
+def recurrence(m: Any, x: Tensor) -> Tensor:
+    """A linear state space by a scan, with complex rates."""
+    rates = torch.exp(torch.complex(-m.decay.exp(), m.phase))
+    state = torch.zeros(len(x), 3, dtype=torch.complex128)
+    for step in x.unbind(1):
+        state = state * rates + F.linear(step + 0j, m.into)
+    return m.head(torch.view_as_real(state).flatten(1))
+
+
+def hypernetwork(m: Any, x: Tensor) -> Tensor:
+    """Weights of a layer that another network makes of each example."""
+    weight = m.maker(x).unflatten(1, (3, 4))
+    return (weight @ x.unsqueeze(2)).squeeze(2) + m.bias
+
+
+def differentiated(m: Any, x: Tensor) -> Tensor:
+    """Energy and force of each example."""
+    x = x.clone().requires_grad_()
+    energy = m.net(x)
+    (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+    return torch.cat([energy, force], dim=1)
+
+
 ZOO: Mapping[str, Case] = {
     "MLP": Case(mlp, gaussian(6)),
     "MLP on positions": Case(lambda: nn.Sequential(mlp(), nn.Flatten()), gaussian(2, 6)),
@@ -443,6 +512,122 @@ ZOO: Mapping[str, Case] = {
     "examples to experts": Case(two_layers(routed), gaussian(4), ("IndexAddBackward0",)),
     "shuffled examples": Case(two_layers(shuffled), gaussian(4), ("IndexBackward0",)),
     "last valid step": Case(two_layers(last_step), time_major(4, 4)),
+    "sparse mixture": Case(
+        lambda: Function(
+            mixture,
+            router=nn.Linear(4, 3),
+            head=nn.Linear(4, 3),
+            experts=nn.ModuleList([nn.Linear(4, 4) for _ in range(3)]),
+        ),
+        gaussian(5, 4),
+        ("IndexPutBackward0",),
+    ),
+    "tied decoder": Case(
+        lambda: Function(decoder, encoder=nn.Linear(6, 3), bias=param(6)), gaussian(6)
+    ),
+    "GLU": Case(
+        lambda: Function(gated_units, up=nn.Linear(4, 10), down=nn.Linear(5, 3)), gaussian(3, 4)
+    ),
+    "einsum": Case(
+        lambda: Function(einsums, left=param(4, 2), core=param(2, 4, 3)), gaussian(5, 4)
+    ),
+    "causal attention, shared keys": Case(
+        lambda: Function(
+            masked_attention,
+            q=nn.Linear(4, 8),
+            k=nn.Linear(4, 4),
+            v=nn.Linear(4, 4),
+            out=nn.Linear(8, 3),
+        ),
+        gaussian(5, 4),
+    ),
+    "PixelShuffle": Case(
+        lambda: Function(
+            upscaled,
+            convolution=nn.Conv2d(2, 8, 2),
+            shuffle=nn.PixelShuffle(2),
+            head=nn.Conv2d(2, 1, 3),
+        ),
+        gaussian(2, 3, 3),
+    ),
+    "depthwise separable": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3, groups=3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(6, 4, 1),
+            nn.GroupNorm(2, 4),
+            nn.Hardswish(),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 3),
+        ),
+        gaussian(3, 4, 4),
+    ),
+    "ConvTranspose1d in groups": Case(
+        lambda: nn.Sequential(
+            nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, output_padding=1),
+            nn.Tanh(),
+            nn.ConvTranspose1d(6, 2, 2, dilation=2, padding=1, bias=False),
+            nn.Flatten(),
+        ),
+        gaussian(4, 3),
+        ("ConvolutionBackward0",),
+    ),
+    "instance normalization": Case(
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 3, 2),
+            nn.InstanceNorm1d(3, affine=True),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(12, 3),
+        ),
+        gaussian(2, 5),
+        ("RepeatBackward0",),
+    ),
+    "weighted EmbeddingBag": Case(
+        lambda: Function(weighted_bag, bag=nn.EmbeddingBag(5, 4, mode="sum"), head=nn.Linear(4, 3)),
+        tokens(3, 5),
+        ("EmbeddingBagBackward0",),
+    ),
+    "complex state space": Case(
+        lambda: Function(
+            recurrence,
+            decay=param(3),
+            phase=param(3),
+            head=nn.Linear(6, 2),
+            into=param(3, 4, dtype=torch.complex128),
+        ),
+        gaussian(4, 4),
+        ("MulBackward0", "MmBackward0"),
+    ),
+    "hypernetwork": Case(
+        lambda: Function(hypernetwork, maker=nn.Linear(4, 12), bias=param(3)), gaussian(4)
+    ),
+    "energy and force": Case(
+        lambda: Function(
+            differentiated,
+            net=nn.Sequential(
+                nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 1)
+            ),
+        ),
+        gaussian(3),
+    ),
+    "GRU cells": Case(
+        lambda: Function(
+            lambda m, x: m.cell(x[:, 1], m.cell(x[:, 0], m.start.expand(len(x), 3))),
+            cell=nn.GRUCell(4, 3),
+            start=param(3),
+        ),
+        gaussian(2, 4),
+    ),
+    "orthogonal and spectral": Case(
+        lambda: nn.Sequential(
+            parametrizations.orthogonal(nn.Linear(4, 4)),
+            nn.Tanh(),
+            parametrizations.spectral_norm(nn.Linear(4, 3)),
+        ).eval(),
+        gaussian(4),
+    ),
     "parameters of one example each": Case(
         lambda: Function(
             lambda m, x: F.conv1d(x + F.layer_norm(m.own[: len(x)], (4,)), m.w).flatten(1),

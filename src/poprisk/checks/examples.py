@@ -115,7 +115,7 @@ def check_outputs(outputs: Any, examples: int) -> None:
 def check_part(part: int, examples: int, error: Exception) -> None:
     """Raise ValueError for a model or loss that failed on some of the examples alone."""
     raise ValueError(
-        f"the model (or loss) fails on the first {part} of {examples} examples alone "
+        f"the model (or loss) fails on {part} of {examples} examples without the others "
         f"({_first_line(error)}); the first dimension of every input must count examples that can "
         "be passed by themselves, which the nodes of one graph, say, cannot."
     ) from error

@@ -156,15 +156,13 @@ class Factors:
     def moments(self) -> Moments:
         """Sums over examples and values of the gradients and of their squares.
 
-        Complex gradients are treated as pairs of real ones.
+        In the order of the parameters. Complex gradients are treated as pairs of real ones.
         """
+        found = {name: (sums, squares) for name, sums, squares in self.each_moments()}
         result = Moments({}, {})
-        for name, sums, squares in self.each_moments():
-            result.sums[name], result.squares[name] = sums, squares
         for name, p in self.params.items():
-            for out in result:
-                if name not in out:
-                    out[name] = torch.zeros_like(p)
+            sums, squares = found.get(name) or (torch.zeros_like(p), torch.zeros_like(p))
+            result.sums[name], result.squares[name] = sums, squares
         return result
 
     def each_moments(self) -> Iterator[tuple[str, Tensor, Tensor]]:

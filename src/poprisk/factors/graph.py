@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,15 @@ REORDERS = frozenset(
     ).split()
 )
 """Nodes that may exchange examples, as an index tensor says."""
+
+TAKES_DATA = {
+    "AddmmBackward0": (1, "_saved_mat1"),
+    "MmBackward0": (0, "_saved_self"),
+    "BmmBackward0": (0, "_saved_self"),
+    "ConvolutionBackward0": (0, "_saved_input"),
+    "EmbeddingBackward0": (1, "_saved_indices"),
+}
+"""Nodes whose output has a row for each row of an input, which input, and where it is saved."""
 
 CONFIRMATIONS = 3
 """Random halves of a batch that must agree with layouts learnt from smaller batches."""
@@ -220,11 +230,13 @@ class _Known:
     Attributes:
         candidates: by position of the node and by output, the layouts that fitted every batch;
             None where no gradient came.
+        mixed: by position, nodes of data of which a row serves several examples.
         batches: how many of them left no doubt.
         uses: the conclusion.
     """
 
     candidates: dict[int, list[set[Layout] | None]] = field(default_factory=dict)
+    mixed: set[int] = field(default_factory=set)
     batches: int = 0
     uses: list[Use] = field(default_factory=list)
 
@@ -242,7 +254,10 @@ def find_uses(graph: Graph, values: Tensor) -> list[Use]:
         _REMEMBERED.popitem(last=False)
     if known.batches < TRUSTED:
         reached = _find_layouts(graph, values, known)
-        known.uses = _boundary(graph, known)
+        without = _without_examples(graph, known)
+        known.uses = _boundary(graph, known, without)
+        if known.batches == 0 and _mixes(graph, known, without):
+            _warn_mixed(len(values))
         known.batches += all(
             use.node in reached
             and all(c is None or len(c) == 1 for c in known.candidates[use.node])
@@ -273,12 +288,20 @@ def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
     reached: set[int] = set()
     generator = torch.Generator().manual_seed(len(values))
     weights = 0.5 + torch.rand(values.shape, generator=generator, dtype=torch.float64)
-    for senders in _groups(len(values)):
+    groups = _groups(len(values))
+    served: dict[int, Any] = {
+        i: 0 for i, node in enumerate(graph.nodes) if _rows_of_data(node, len(values))
+    }
+    for senders in groups:
 
         def watch(node: Node, grads: Sequence[Tensor | None], senders: Tensor = senders) -> None:
             i = position[node]
             if any(g is not None and g.any() for g in grads):
                 reached.add(i)
+            if i in served and grads[0] is not None:
+                # NaN comes from zero times infinity as well, and says nothing of the sender.
+                sent = (grads[0] != 0) & grads[0].isfinite()
+                served[i] = served[i] + sent.flatten(1).any(dim=1).int()
             before = known.candidates.get(i, [None] * len(grads))
             known.candidates[i] = [
                 old if g is None else _consistent(_all(old, g, len(senders)), g, senders)
@@ -287,6 +310,9 @@ def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
 
         cotangent = (weights * senders[:, None]).to(values.device, values.dtype)
         _backward(graph, values, cotangent, watch)
+    # Each example sends in half of the groups; so does a row that serves it alone, or in fewer.
+    half = len(groups) // 2
+    known.mixed |= {i for i, n in served.items() if isinstance(n, Tensor) and int(n.max()) > half}
     return reached
 
 
@@ -403,12 +429,56 @@ def _backward(graph: Graph, values: Tensor, cotangent: Tensor, watch: Watch) -> 
             handle.remove()
 
 
-def _boundary(graph: Graph, known: _Known) -> list[Use]:
-    """The inputs of nodes of examples that come from nodes without examples.
+def _rows_of_data(node: Any, examples: int) -> bool:
+    """Whether a node takes data, no activation, with as many rows as examples or a multiple."""
+    edge, name = TAKES_DATA.get(node.name(), (0, ""))
+    if not name or (edge < len(node.next_functions) and node.next_functions[edge][0] is not None):
+        return False
+    data = getattr(node, name)
+    return data is not None and data.ndim > 0 and len(data) > 0 and len(data) % examples == 0
 
-    Every path from the values to a parameter crosses the boundary once: what lies below a node
-    without examples counts as without, too.
+
+def _mixes(graph: Graph, known: _Known, without: Collection[Node | None]) -> bool:
+    """Whether a row that serves several examples comes to the values as more than a weight.
+
+    A constant times a parameter may have as many rows as there are examples, too; but then its
+    product meets something of the examples.
     """
+    mixed = {graph.nodes[i] for i in known.mixed if graph.nodes[i] in without}
+    for use in known.uses if mixed else ():
+        node = graph.nodes[use.node]
+        others = [c for e, (c, _) in enumerate(node.next_functions) if e != use.edge]
+        data = node.name() in REORDERS or (node.name() in TAKES_DATA and None in others)
+        if not data and all(c is None or c in without for c in others):
+            child = node.next_functions[use.edge][0]
+            if child is not None and mixed & below(child):
+                return True
+    return False
+
+
+def below(node: Node) -> set[Node]:
+    """A node and all that it is computed from."""
+    found, stack = {node}, [node]
+    while stack:
+        children = {child for child, _ in stack.pop().next_functions if child is not None}
+        stack.extend(children - found)
+        found |= children
+    return found
+
+
+def _warn_mixed(examples: int) -> None:
+    warnings.warn(
+        f"the gradients of several of {examples} examples pass through one row of a layer that has "
+        "a row for each, so it seems that a layer or the loss looks across the batch (contrast, "
+        "normalization): a variance over examples then is that of losses as if they were "
+        "independent, which they are not.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _without_examples(graph: Graph, known: _Known) -> set[Node]:
+    """Nodes that depend on parameters alone, or on all examples at once, and what is below them."""
     without: set[Node] = set(graph.owners)
     count = 0
     while count < len(without):
@@ -419,6 +489,15 @@ def _boundary(graph: Graph, known: _Known) -> list[Use]:
         for node in graph.nodes:
             if node in without and node not in graph.owners:
                 without.update(child for child, _ in node.next_functions if child is not None)
+    return without
+
+
+def _boundary(graph: Graph, known: _Known, without: Collection[Node | None]) -> list[Use]:
+    """The inputs of nodes of examples that come from nodes without examples.
+
+    Every path from the values to a parameter crosses the boundary once: what lies below a node
+    without examples counts as without, too.
+    """
     return [
         Use(i, edge, tuple(_simplest(c) if c else None for c in known.candidates[i]))
         for i, node in enumerate(graph.nodes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from poprisk.factors.graph import PURE, VIEWS, Graph, Layout, Use, shapes
+from poprisk.factors.graph import PURE, VIEWS, Graph, Layout, Use, below, shapes
 from poprisk.factors.rules import RULES, Local, Site
 from poprisk.factors.terms import Dense, OneHot, Outer, Term
 
@@ -105,19 +105,9 @@ def _say_once(node: str, names: list[str]) -> None:
     )
 
 
-def _below(node: Node) -> set[Node]:
-    """A node and all that it is computed from."""
-    found, stack = {node}, [node]
-    while stack:
-        children = {child for child, _ in stack.pop().next_functions if child is not None}
-        stack.extend(children - found)
-        found |= children
-    return found
-
-
 def _names_below(graph: Graph, node: Node) -> set[str]:
     """The parameters that a node without examples is computed from."""
-    return {graph.owners[end] for end in _below(node) if end in graph.owners}
+    return {graph.owners[end] for end in below(node) if end in graph.owners}
 
 
 def _to_parameters(graph: Graph, site: Site, local: Local) -> list[tuple[str, Term]]:
@@ -184,10 +174,10 @@ def _dense_term(grads: Tensor, param: Tensor) -> Dense:
 def _pull_back(graph: Graph, site: Site, local: Tensor) -> list[tuple[str, Term]]:
     """Gradients of the parameters from those of a tensor computed from them, by autograd."""
     child, index = site.node.next_functions[site.edge]
-    below = _below(child)
-    ends = [end for end in graph.owners if end in below]
+    found = below(child)
+    ends = [end for end in graph.owners if end in found]
     edges = [GradientEdge(end, 0) for end in ends]
-    batched = all(n.name() in PURE | VIEWS or not n.next_functions for n in below)
+    batched = all(n.name() in PURE | VIEWS or not n.next_functions for n in found)
     rows = local.flatten(0, 1)
     pulled = [
         torch.autograd.grad(
