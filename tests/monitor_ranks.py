@@ -61,7 +61,7 @@ def train(
                     monitor.step(x[half], y[half])
             sgd.step()
             sgd.zero_grad()
-    rows = [] if monitor is None else monitor.rows
+    rows: list[Any] = [] if monitor is None else monitor.rows
     texts = sorted({str(w.message) for w in said if "monitor" in str(w.message)})
     return {"rows": rows, "said": texts, "weights": weights(wrapped)}
 

@@ -59,7 +59,7 @@ def test_rows_are_those_of_whole_batches(results: Any, expected: Any, case: str)
         for (_, row), (_, whole) in zip(rank[case]["rows"], expected, strict=True):
             for name in ("loss", "signal/share", "signal/snr", "signal/share/0"):
                 assert row[name] == pytest.approx(whole[name], rel=1e-6)
-            assert row["signal/share_error"] == pytest.approx(whole["signal/share_error"], rel=0.9)
+            assert 0.2 < row["signal/share_error"] / whole["signal/share_error"] < 5
 
 
 def test_one_rank_writes(results: Any) -> None:
