@@ -305,6 +305,20 @@ def test_weights_that_are_first_written_to_later_are_said_then_restored() -> Non
     assert torch.equal(model.weight, before)
 
 
+def test_weights_that_every_pass_writes_are_restored_every_time() -> None:
+    class Binary(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            self.weight.data.sign_()
+            return super().forward(input)
+
+    model = Binary(3, 2)
+    before = model.weight.detach().clone()
+    for _ in range(3):
+        with evaluating(model):
+            model(X)
+        assert torch.equal(model.weight, before)
+
+
 def test_renormalized_weights_are_restored_also_if_they_were_small_at_first() -> None:
     model = nn.Embedding(5, 3, max_norm=1.0)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,23 @@ def model() -> Any:
     return transformers.DistilBertForSequenceClassification(config)
 
 
-def train(folder: Path, callbacks: list[Any], **settings: Any) -> Any:
-    args = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        max_steps=7,
-        learning_rate=1e-3,
-        weight_decay=0.01,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        seed=1,
-        disable_tqdm=True,
-    )
+def train(
+    folder: Path, callbacks: list[Any], *, more: dict[str, Any] | None = None, **settings: Any
+) -> Any:
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 7,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "seed": 1,
+        "disable_tqdm": True,
+    }
+    args = transformers.TrainingArguments(**given | (more or {}))
     trainer = transformers.Trainer(
         model(),
         args,
@@ -81,7 +85,31 @@ def test_the_monitor_pools_the_parts_of_a_step_and_changes_nothing(tmp_path: Pat
         assert torch.equal(a, b)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3, 6]
-    assert all(row["loss"] > 0 and 0 < row["signal/share"] < 1 for row in rows)
+    assert all(row["loss"] > 0 and -1 < row["signal/share"] < 1 for row in rows)
     assert any(name.startswith("gate/pass_rate") for name in rows[-1])
     assert callback.monitor is not None
     assert callback.monitor._statistics.examples == 8
+
+
+def test_a_remainder_is_a_step_of_its_own(tmp_path: Path) -> None:
+    callback = RiskCallback(cross_entropy, every=1)
+    more = {"per_device_train_batch_size": 8, "max_steps": 6}  # 5 batches: 2, 2 and 1 an epoch
+    train(tmp_path, [callback], more=more)
+    assert callback.monitor is not None
+    assert [step for step, _ in callback.monitor.rows] == list(range(6))
+    assert callback.monitor._statistics.examples == 8
+
+
+def test_a_loss_of_the_trainers_own_is_left_out(tmp_path: Path) -> None:
+    callback = RiskCallback(cross_entropy, every=1)
+    with pytest.warns(RuntimeWarning, match="measures no loss and no signal"):
+        train(tmp_path, [callback], more={"label_smoothing_factor": 0.1})
+    assert callback.monitor is not None
+    assert all(math.isnan(row["loss"]) for _, row in callback.monitor.rows)
+
+
+@pytest.mark.parametrize("bad", [{"loss": 3}, {"every": 0}, {"quantities": ["loss"]}, {"sinks": 3}])
+def test_bad_settings_are_refused_before_training(bad: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"loss": cross_entropy, **bad}
+    with pytest.raises((TypeError, ValueError)):
+        RiskCallback(**settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -178,4 +179,28 @@ def test_the_monitor_watches_supervised_fine_tuning(tmp_path: Path) -> None:
     gated(trainer)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3]
-    assert all(row["loss"] > 0 and 0 < row["signal/share"] < 1 for row in rows)
+    assert all(row["loss"] > 0 and -1 < row["signal/share"] < 1 for row in rows)
+
+
+def test_preferences_have_no_loss_of_words(tmp_path: Path) -> None:
+    args = trl.DPOConfig(**settings(tmp_path, 2))
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config())
+    cls, chosen = poprisk_optimizer(args, N)
+    callback = RiskCallback(next_words, every=1)
+    trainer = trl.DPOTrainer(
+        model,
+        copy.deepcopy(model),
+        args,
+        train_dataset=preferences(),
+        processing_class=tokenizer(),
+        optimizers=(cls(model, **chosen), None),
+        callbacks=[callback],
+    )
+    with pytest.warns(RuntimeWarning, match="measures no loss and no signal"):
+        trainer.train()
+    assert callback.monitor is not None
+    for _, row in callback.monitor.rows:
+        assert math.isnan(row["loss"])
+        assert math.isnan(row["signal/share"])
+    assert any(name.startswith("gate/pass_rate") for name in callback.monitor.rows[-1][1])

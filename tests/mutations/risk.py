@@ -141,25 +141,91 @@ MUTATIONS = {
         "records.py", "flags & ~os.O_CREAT", "flags", DELETED
     ),
     "the monitor leaves dropout drawn": Mutation(
-        "evaluation.py", "        random.restore()\n", "        torch.rand(1)\n", MONITORED
+        "evaluation.py",
+        "        undo.callback(RandomState.now().restore)\n",
+        "        torch.rand(1)\n",
+        MONITORED,
     ),
     "a look writes to the model's own buffers": Mutation(
-        "evaluation.py",
-        'own["_buffers"][name] = _copied(buffer, memo)',
+        "holders.py",
+        'own["_buffers"][name] = copied(buffer, memo)',
         "pass",
         "test_evaluation.py::test_nothing_is_left_of_a_look",
     ),
-    "a model that renormalized once is trusted ever after": Mutation(
+    "a look writes to the attributes of objects": Mutation(
+        "holders.py",
+        "self.owner.__dict__[name] = copied(value, memo)",
+        "pass",
+        "test_holders.py::test_state_of_every_kind_is_put_back",
+    ),
+    "what a first call makes stays": Mutation(
+        "holders.py",
+        "if not _same_contents(own[name], before):",
+        "if False:",
+        "test_holders.py::test_what_a_first_call_makes_is_not_there_afterwards",
+    ),
+    "a backward pass in a look adds to the gradients": Mutation(
+        "evaluation.py",
+        "p.grad = grad.detach().clone()",
+        "p.grad = grad",
+        "test_holders.py::test_a_backward_pass_inside_leaves_gradients_and_tells_no_hook",
+    ),
+    "a model that wrote to its weights once is trusted ever after": Mutation(
         "evaluation.py",
         "_WRITES_WEIGHTS[model] = any(p in written for p in model.parameters())",
         "_WRITES_WEIGHTS[model] = False",
-        "test_evaluation.py::test_weights_written_by_a_forward_pass_are_restored_at_every_look",
+        "test_holders.py::test_weights_that_every_pass_writes_are_restored_every_time",
     ),
-    "variance of the mean divided by b": Mutation(
+    "a model that may renormalize is trusted": Mutation(
+        "evaluation.py",
+        "_WRITES_WEIGHTS.get(m, True) or _renormalizes(m)",
+        "_WRITES_WEIGHTS.get(m, True)",
+        "test_holders.py::test_renormalized_weights_are_restored_also_if_they_were_small_at_first",
+    ),
+    "a step that is left out is mixed with the next": Mutation(
+        "monitor/__init__.py",
+        "        return not cleared\n",
+        "        return True\n",
+        "test_monitor_steps.py::test_a_step_that_a_scaler_leaves_out_is_not_mixed_with_the_next",
+    ),
+    "a row is closed before its last part": Mutation(
+        "monitor/__init__.py",
+        "if self._statistics.parts >= self._expected and not self._ranks.pool():",
+        "if self._statistics.parts == 1 and not self._ranks.pool():",
+        "test_monitor_steps.py::test_a_row_is_that_of_all_parts_of_a_step",
+    ),
+    "a closure's second evaluation counts": Mutation(
+        "monitor/__init__.py",
+        "            if self._inside:",
+        "            if False:",
+        "test_monitor_steps.py::test_a_closure_that_is_evaluated_several_times_gives_one_row_a_step",
+    ),
+    "examples that are ignored stand in pairs": Mutation(
         "monitor/statistics.py",
-        "pairs = self.examples * (self.examples - 1)",
-        "pairs = self.examples**2",
+        "Counts.of(int(counting[block].sum()))",
+        "Counts.of(len(counting[block]))",
+        "test_monitor_steps.py::test_ignored_labels_do_not_count",
+    ),
+    "signal with the examples' own squares": Mutation(
+        "monitor/signal.py", "(total - own) / (b * (b - 1))", "total / (b * b)", SIGNAL
+    ),
+    "noise divided by b - 1": Mutation(
+        "monitor/signal.py",
+        "max(self.square - self.norm, 0.0) / self.examples",
+        "max(self.square - self.norm, 0.0) / (self.examples - 1)",
         SIGNAL,
+    ),
+    "a share whose denominator is small where the signal is": Mutation(
+        "monitor/signal.py",
+        "size = noise + abs(s)",
+        "size = noise + s",
+        "test_signal.py::test_pure_noise_has_no_share_on_average",
+    ),
+    "pairs count once": Mutation(
+        "monitor/signal.py",
+        "across = 2 * (whole",
+        "across = 1 * (whole",
+        "test_monitor.py::test_numbers_are_those_of_all_parts_of_the_step",
     ),
     "canaries that kept their label count": Mutation(
         "risk/canaries.py", "/ (k - 2))[planted != original]", "/ (k - 2))", NO_MEMORY
@@ -169,15 +235,6 @@ MUTATIONS = {
         "own - (1 - own - replaced) / (k - 2)",
         "own - (1 - own) / (k - 1)",
         CONTRAST,
-    ),
-    "signal where the mean is below the noise counts": Mutation(
-        "monitor/statistics.py",
-        "torch.addcmul(q, s, s, value=-1).clamp_max_(0)",
-        "torch.addcmul(q, s, s, value=-1)",
-        SIGNAL,
-    ),
-    "spread of the gradients without their mean": Mutation(
-        "monitor/statistics.py", "value=-1 / examples)", "value=0)", SIGNAL
     ),
     "coordinates without a gradient count": Mutation(
         "replay.py",

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from poprisk.checks import check_positive
+
 
 def check_sink(sink: Any) -> Any:
     """Return ``sink`` if it can be called, else raise TypeError."""
@@ -107,3 +109,11 @@ def check_file(path: Path) -> None:
         raise OSError(f"sinks: cannot write to {path}: it is a folder; name a file in it.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise OSError(f"sinks: cannot write to {path}: no permission.")
+
+
+def check_settings(loss: Any, every: Any, quantities: Any) -> None:
+    """Raise for what a callback can refuse before it sees a model."""
+    if not callable(loss):
+        raise TypeError(f"loss must be callable, but got {loss!r}.")
+    check_positive("every", every)
+    check_unique(check_quantity(quantity).name for quantity in quantities or ())

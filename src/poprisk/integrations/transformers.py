@@ -18,13 +18,15 @@ TRL's ``SFTTrainer`` and ``RewardTrainer`` take the same arguments, ``DPOTrainer
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from poprisk.checks.monitor import check_settings
 from poprisk.monitor import Quantity, RiskMonitor
+from poprisk.monitor.sinks import as_sinks
 from poprisk.monitor.statistics import PerExampleLoss
 from poprisk.optimizer import PopRiskAdamW
 
@@ -56,6 +58,10 @@ def poprisk_optimizer(
 class RiskCallback(TrainerCallback):
     """A :class:`poprisk.RiskMonitor` on a Trainer; measures before the optimizer steps.
 
+    Loss and signal are of the batches that the model's own loss was trained on. A trainer that
+    makes another loss of the logits (``DPOTrainer``, ``compute_loss_func``, label smoothing) trains
+    on something that ``loss`` does not say: they are left out then, and that is said.
+
     Args:
         loss: one value an example, from logits (b, ...) and labels (b, ...).
         every: optimizer steps between measurements.
@@ -70,67 +76,98 @@ class RiskCallback(TrainerCallback):
         *,
         every: int = 50,
         quantities: Sequence[Quantity] | None = None,
-        sinks: Sequence[Any] = (),
+        sinks: Any = (),
         labels: str = "labels",
     ) -> None:
+        check_settings(loss, every, quantities)
         self.loss, self.every, self.labels = loss, every, labels
-        self.quantities, self.sinks = quantities, sinks
+        self.quantities, self.sinks = quantities, as_sinks(sinks)
         self.monitor: RiskMonitor | None = None
         self._parts: list[dict[str, Any]] = []
+        self._own = 0
         self._hook: Any = None
         self._said = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch what the model is called with."""
+        """Watch what the model is called with, and whether its own loss is trained."""
         model = kwargs["model"]
-        self._hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
+        self._hook = model.register_forward_hook(self._note, with_kwargs=True)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure, if it is time, on the batches since the last step."""
-        parts = list(self._parts)
+        parts: list[dict[str, Any]] = list(self._parts)
+        own = self._own
         self._parts.clear()
+        self._own = 0
         if state.global_step % self.every:
             return
         if not parts:
-            self._say_once()
-            return
-        if self.monitor is None:
-            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-            self.monitor = RiskMonitor(
-                kwargs["model"],
-                self.loss,
-                optimizer,
-                quantities=self.quantities,
-                sinks=self.sinks,
-                forward=self._logits,
+            self._say_once(f"the model is called without an input named {self.labels!r}")
+        elif own < len(parts):
+            self._say_once(
+                "the trainer makes another loss than the model's own of its outputs (as DPOTrainer "
+                "does)"
             )
-        batches = [(part, part[self.labels]) for part in parts]
-        self.monitor.measure(batches, step=state.global_step)
+            parts.clear()
+        try:
+            self._measure(parts, state.global_step, kwargs)
+        except Exception as error:
+            self._say_once(f"{error}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop watching."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
-    def _say_once(self) -> None:
+    def _measure(self, parts: list[dict[str, Any]], step: int, trainer: Mapping[str, Any]) -> None:
+        if self.monitor is None:
+            self.monitor = RiskMonitor(
+                trainer["model"],
+                self.loss,
+                trainer["optimizer"],
+                quantities=self.quantities,
+                sinks=self.sinks,
+                forward=self._logits,
+            )
+        self.monitor.measure([(part, part[self.labels]) for part in parts], step=step)
+
+    def _say_once(self, reason: str) -> None:
         if not self._said:
             self._said = True
             warnings.warn(
-                f"RiskCallback measures nothing: the model is called without an input named "
-                f"{self.labels!r}. Pass labels= with the name of the input that holds the labels; "
-                "a loss over pairs of examples is not supported.",
+                f"RiskCallback measures no loss and no signal: {reason}. Pass labels= with the "
+                "name of the input that holds the labels; a loss over pairs of examples is not "
+                "supported.",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
-    def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training and self.labels in kwargs:
-            self._parts.append(kwargs)
+    def _note(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> None:
+        if not model.training or self.labels not in kwargs:
+            return
+        self._parts.append(kwargs)
+        found = outputs if isinstance(outputs, dict) else {}
+        for name, trained in (("loss", self._trained), ("log_probs", self._likelihood)):
+            value = found.get(name)
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(trained)
+
+    def _trained(self, grad: Tensor) -> None:
+        self._own += 1
+
+    def _likelihood(self, grad: Tensor) -> None:
+        """TRL's likelihoods of tokens: their negative mean is trained if all have one gradient."""
+        weights = -grad[grad != 0]
+        equal = weights.numel() > 0 and float(weights.min()) >= 0.99 * float(weights.max()) > 0
+        self._own += equal
 
     def _logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The logits; what makes a model give its loss instead is left out."""

@@ -124,7 +124,7 @@ class RiskMonitor:
         self._gradient_names = " and ".join(q.name for q in self.quantities if q.gradients)
         self._statistics = Statistics(self._trained())
         self._gradients = Gradients()
-        self._parts = self._measured = 0
+        self._parts = 0
         self._expected = accumulate or 1
         self._row: dict[str, float] | None = None
         self._unwritten = False
@@ -235,7 +235,7 @@ class RiskMonitor:
     def _close(self) -> None:
         """The step is over, whether the optimizer took it or not."""
         if self._parts and self._is_time():
-            if self._row is None or self._measured < self._statistics.parts:
+            if self._row is None:
                 self._finish()
             self._publish()
         if self.accumulate is None and self._watched:
@@ -252,7 +252,7 @@ class RiskMonitor:
         if self._row is not None:
             self.rows.pop()
         self.rows.append((self.steps, row))
-        self._row, self._unwritten, self._measured = row, True, self._statistics.parts
+        self._row, self._unwritten = row, True
 
     def _publish(self) -> None:
         if self._row is not None and self._unwritten:

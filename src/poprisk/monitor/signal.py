@@ -76,7 +76,10 @@ class Signal(NamedTuple):
         examples: b.
         norm: S, unbiased for :math:`|\nabla R|^2`; may be negative.
         square: N, the mean of :math:`|g_i|^2`.
-        norm_variance: of S; NaN where no part of the batch has three examples.
+        along: :math:`\tfrac4b\mu^\top\Sigma\mu`, the part of the variance of S that every example
+            has alone; NaN, as all of these, where no part of the batch has three examples.
+        across: :math:`\tfrac2{b(b-1)}\operatorname{tr}\Sigma^2`, the part that only pairs have,
+            which is uncorrelated with N.
         square_variance: of N.
         covariance: of S and N.
     """
@@ -84,7 +87,8 @@ class Signal(NamedTuple):
     examples: int
     norm: float
     square: float
-    norm_variance: float
+    along: float
+    across: float
     square_variance: float
     covariance: float
 
@@ -101,15 +105,16 @@ class Signal(NamedTuple):
         own, own_squared, with_row, pair, triple = sums
         s, n = (total - own) / (b * (b - 1)), own / b
         if triples == 0 or b < 4:
-            return cls(b, s, n, math.nan, math.nan, math.nan)
+            return cls(b, s, n, math.nan, math.nan, math.nan, math.nan)
         pair, triple = pair / pairs, triple / triples
-        unbiased = (4 * (b - 2) * triple + 2 * pair - (4 * b - 6) * s * s) / ((b - 2) * (b - 3))
-        fourth = s * s - unbiased  # unbiased for |∇R|⁴
-        along = max(triple - fourth, 0.0)
-        across = max(pair - 2 * triple + fourth, 0.0)
-        variance = 4 * along / b + 2 * across / (b * (b - 1))
+        variance = (4 * (b - 2) * triple + 2 * pair - (4 * b - 6) * s * s) / ((b - 2) * (b - 3))
+        fourth = s * s - variance  # unbiased for |∇R|⁴, as the variance is for that of S
+        whole = max(pair - fourth, 0.0)  # of g_i · g_j: twice μᵀΣμ, and tr Σ²
+        single = min(max(triple - fourth, 0.0), whole / 2)
         spread = max(own_squared / b - n * n, 0.0) / (b - 1)
-        return cls(b, s, n, variance, spread, 2 * (with_row / pairs - s * n) / b)
+        covariance = 2 * (with_row / pairs - s * n) / b
+        across = 2 * (whole - 2 * single) / (b * (b - 1))
+        return cls(b, s, n, 4 * single / b, across, spread, covariance)
 
     @property
     def noise(self) -> float:
@@ -140,8 +145,8 @@ class Signal(NamedTuple):
     def _spread(self) -> float:
         """Of N dS - S dN, in which both ratios change: they are functions of S/N."""
         s, n = self.norm, self.square
-        square = n * n * self.norm_variance + s * s * self.square_variance
-        return math.sqrt(max(square - 2 * n * s * self.covariance, 0.0))
+        alone = n * n * self.along + s * s * self.square_variance - 2 * n * s * self.covariance
+        return math.sqrt(max(alone, 0.0) + n * n * self.across)
 
 
 def _reciprocal(value: float) -> float:

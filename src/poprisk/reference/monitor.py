@@ -41,15 +41,17 @@ def signal(rows: Tensor) -> dict[str, float]:
     pair = _mean(k[i][j] ** 2 for i, j in permutations(range(b), 2))
     triple = _mean(k[i][j] * k[i][m] for i, j, m in permutations(range(b), 3))
     quadruple = _mean(k[i][j] * k[m][n] for i, j, m, n in permutations(range(b), 4))
-    along, across = max(triple - quadruple, 0.0), max(pair - 2 * triple + quadruple, 0.0)
-    signal_variance = 4 * along / b + 2 * across / (b * (b - 1))
+    whole = max(pair - quadruple, 0.0)
+    single = min(max(triple - quadruple, 0.0), whole / 2)
+    across = 2 * (whole - 2 * single) / (b * (b - 1))
     own_variance = sum((n - mean_own) ** 2 for n in own) / b / (b - 1)
     with_own = _mean(k[i][j] * own[i] for i, j in permutations(range(b), 2))
     covariance = 2 * (with_own - signal * mean_own) / b
 
     def error(by_signal: float, by_own: float) -> float:
-        variance = by_signal**2 * signal_variance + by_own**2 * own_variance
-        return math.sqrt(max(variance + 2 * by_signal * by_own * covariance, 0.0))
+        alone = by_signal**2 * 4 * single / b + by_own**2 * own_variance
+        alone += 2 * by_signal * by_own * covariance
+        return math.sqrt(max(alone, 0.0) + by_signal**2 * across)
 
     inverse = signal / (b * noise)
     apart = 2 * error(mean_own / (b * noise) ** 2, -signal / (b * noise) ** 2)
