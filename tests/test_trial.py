@@ -533,7 +533,7 @@ def test_an_evaluation_leaves_no_trace_in_a_model() -> None:
     run._train_epoch()
     model = cast(Counting, run.model)
     state, calls = copy.deepcopy(model.state_dict()), list(model.calls)
-    run._evaluate()
+    run.evaluate()
     assert_bitwise(model.state_dict(), state)
     assert model.calls == calls
 

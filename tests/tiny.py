@@ -120,8 +120,12 @@ class _Paused:
 
 
 def _failing(outputs: Tensor, targets: Tensor) -> Tensor:
-    raise ArithmeticError("the loss gave up")
+    if torch.is_grad_enabled():
+        raise ArithmeticError("the loss gave up")
+    return cross_entropy(outputs, targets)
 
 
 def _exiting(outputs: Tensor, targets: Tensor) -> Tensor:
-    os._exit(7)
+    if torch.is_grad_enabled():
+        os._exit(7)
+    return cross_entropy(outputs, targets)
