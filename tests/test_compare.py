@@ -206,6 +206,16 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
     assert set(directory.read().ends) == {(arm.name, 0) for arm in FEW}
 
 
+def test_a_full_disk_at_a_checkpoint_is_told_and_keeps_what_was_trained(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    what = comparison("crowded", seeds=[0], arms=[ADAMW], workers=1)
+    directory.create(what.config(), environment(1))
+    with pytest.raises(RunDirectoryError, match="No space left on device; what was trained is"):
+        compare(what, directory, lambda row: None)
+    assert [row["epoch"] for row in directory.read().epochs] == [1]
+    assert [*directory.checkpoints.iterdir()] == []
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     what = comparison(seeds=[0], arms=[ADAMW], workers=1)

@@ -438,9 +438,9 @@ def altered(path: str, value: Any) -> dict[str, Any]:
         ("task/sources/net", ..., "the source of module net"),
         ("task/sources/more", "f" * 16, "the source of module more"),
         ("task/start/train_loss", 0.71, "task.start.train_loss: 0.7 there, 0.71 now"),
-        ("optimizers/a/z", 2.0, "optimizers.a.z: 1.5 there, 2.0 now"),
+        ("optimizers/a/z", 2.0, "optimizers.a.z: 1.5 there, 2 now"),
         ("optimizers/b/lr", 0.1, "optimizers.b.lr: 0.001 there, 0.1 now"),
-        ("optimizers/a/trust", 1.0, "optimizers.a.trust: null there, 1.0 now"),
+        ("optimizers/a/trust", 1.0, "optimizers.a.trust: null there, 1 now"),
         ("optimizers/a/z", ..., "optimizers.a.z: 1.5 there, null now"),
     ],
 )

@@ -5,6 +5,7 @@ Named in tests as ``tests/tiny.py:function``.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import poprisk.checkpoint
 import poprisk.training
 from poprisk import Task
 
@@ -101,6 +103,18 @@ def lethal(seed: int = 0) -> Task:
     if seed == 1:
         object.__setattr__(task, "loss", _exiting)
     return task
+
+
+def crowded(seed: int = 0) -> Task:
+    """The task ``tiny``, checkpointed every epoch onto a disk that is full."""
+    if multiprocessing.parent_process() is not None:
+        poprisk.training.CHECKPOINT_SECONDS = -1.0
+        setattr(poprisk.checkpoint.os, "replace", _full_disk)  # noqa: B010 (in the worker alone)
+    return tiny(seed)
+
+
+def _full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _inputs(seed: int) -> tuple[Tensor, Tensor, torch.Generator]:

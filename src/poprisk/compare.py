@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from poprisk.arms import Arm
-from poprisk.checkpoint import load_checkpoint, save_checkpoint
+from poprisk.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from poprisk.comparison import Comparison
 from poprisk.rundir import Key, RunDirectory, RunDirectoryError
 from poprisk.tasks import TaskError
@@ -206,6 +206,9 @@ def _work(pipe: Connection, comparison: Comparison, path: Path) -> None:
                 raise
             except (TaskError, RunDirectoryError) as error:
                 pipe.send(("error", error))
+            except CheckpointError as error:
+                kept = f"{error}; what was trained is kept, repeat the command to go on."
+                pipe.send(("error", RunDirectoryError(kept)))
             except Exception:
                 last = traceback.format_exc().strip()
                 failure = TrainingError(f"arm {arm.name}, seed {seed} failed:\n{last}")

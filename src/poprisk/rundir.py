@@ -108,7 +108,7 @@ def _said(at: tuple[str, ...], found: Any, wanted: Any) -> str:
         return f"the source of module {at[2]}"
     if place in HASHED:
         return f"{place}: {HASHED[place]}"
-    values = [json.dumps(v) for v in (found, wanted)]
+    values = [f"{v:.6g}" if isinstance(v, float) else json.dumps(v) for v in (found, wanted)]
     return place if max(map(len, values)) > 40 else f"{place}: {values[0]} there, {values[1]} now"
 
 
