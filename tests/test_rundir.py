@@ -475,6 +475,10 @@ def test_a_record_of_an_earlier_version_goes_on(tmp_path: Path, path: str) -> No
     directory.create(altered(path, ...), ENVIRONMENT)
     directory.create(FULL, ENVIRONMENT)
     assert directory.read().config == altered(path, ...)
+    whole = RunDirectory(tmp_path / "whole")
+    whole.create(FULL, ENVIRONMENT)
+    with pytest.raises(RunDirectoryError, match="it differs in"):
+        whole.create(altered(path, ...), ENVIRONMENT)
 
 
 def test_more_seeds_extend_a_run(run: RunDirectory) -> None:
