@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -210,6 +211,82 @@ def test_a_report_of_nothing(here: Path, path: str) -> None:
     assert line == f"{path} is not a run directory: it has no config.json."
 
 
+# --- where a task fails ---------------------------------------------------------------------------
+
+HELPER = """\
+def load(table):
+    names = {"a": 1}
+    return names[table]
+"""
+LOCATED: dict[str, tuple[str, str]] = {
+    "in the function": ("def make(seed=0):\n    return {}['x']\n", " (mine.py, line 2, in make)"),
+    "in a function it calls": (
+        "def load():\n    return {}['x']\ndef make(seed=0):\n    load()\n",
+        " (mine.py, line 2, in load)",
+    ),
+    "in a module beside it": (
+        "import helper_of_mine\ndef make(seed=0):\n    helper_of_mine.load('x')\n",
+        " (helper_of_mine.py, line 3, in load)",
+    ),
+    "below a library": (
+        "import numpy as np\ndef make(seed=0):\n    np.loadtxt(['a'])\n",
+        " (mine.py, line 3, in make)",
+    ),
+    "on import": ("a = 1\nb = a / 0\ndef make(seed=0): ...\n", " (mine.py, line 2)"),
+    "in the loss": (
+        "import dataclasses, tiny\ndef loss(u, y):\n    return u.flat\n"
+        "def make(seed=0):\n    return dataclasses.replace(tiny.tiny(), loss=loss)\n",
+        " (mine.py, line 3, in loss)",
+    ),
+    "in the model": (
+        "import dataclasses, tiny\nfrom torch import nn\nclass Net(nn.Linear):\n"
+        "    def forward(self, x):\n        return x @ x\n"
+        "def make(seed=0):\n    return dataclasses.replace(tiny.tiny(), model=lambda: Net(4, 2))\n",
+        " (mine.py, line 5, in forward)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOCATED)
+@pytest.mark.parametrize("command", ["compare", "explain"])
+def test_an_error_in_a_task_comes_with_its_line(here: Path, name: str, command: str) -> None:
+    text, place = LOCATED[name]
+    (here / "mine.py").write_text(text, encoding="utf-8")
+    (here / "helper_of_mine.py").write_text(HELPER, encoding="utf-8")
+    assert refused(here, command, "mine.py:make").endswith(place)
+
+
+def test_the_syntax_error_names_its_line_once(here: Path) -> None:
+    (here / "mine.py").write_text("a = 1\ndef make(:\n", encoding="utf-8")
+    assert refused(here, "compare", "mine.py:make").count("line 2") == 1
+
+
+@pytest.mark.parametrize("command", ["compare", "explain"])
+def test_the_traceback_can_be_had(here: Path, command: str) -> None:
+    body = "raise KeyError('label')"
+    result = run(command, task_file(here, body), "--traceback")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Traceback (most recent call last):\n")
+    *_, error, line = result.stderr.splitlines()
+    assert error == "KeyError: 'label'"
+    assert line == "poprisk: task mine.py:make failed: KeyError: 'label' (mine.py, line 3, in make)"
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_traceback_of_a_worker_s_error_can_be_had(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that a worker meets alone, such as a file that was there before."""
+    body = (
+        "import multiprocessing; "
+        "assert multiprocessing.parent_process() is None, 'gone'; return tiny.tiny()"
+    )
+    result = run("compare", task_file(here, body), *QUICK, "--traceback")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Traceback (most recent call last):\n")
+    assert result.stderr.endswith("failed: AssertionError: gone (mine.py, line 3, in make)\n")
+
+
 # --- a finished run -------------------------------------------------------------------------------
 
 
@@ -292,9 +369,25 @@ def test_a_report_can_be_written_again(finished: tuple[Path, str]) -> None:
 
 def test_another_configuration_is_refused(here: Path, out: Path) -> None:
     line = refused(here, "compare", TINY, *QUICK, "--epochs", "2", "--out", "out")
-    assert "another configuration (it differs in task)" in line
-    line = refused(here, "compare", TINY, *QUICK, "--seeds", "2", "--out", "out")
-    assert "another configuration (it differs in seeds)" in line
+    assert "another configuration (it differs in task.epochs: 1 there, 2 now)" in line
+    line = refused(here, "compare", TINY, *QUICK, "--twin", "--out", "out")
+    assert "another configuration (it differs in twin: null there, true now)" in line
+
+
+@pytest.mark.usefixtures("no_report")
+def test_more_seeds_extend_a_run_and_fewer_say_so(out: Path) -> None:
+    before = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    more = run("compare", TINY, *QUICK, "--seeds", "2", "--out", "out")
+    assert more.exit_code == 0, more.output
+    assert "15 of 30 trainings are there already; going on with the rest" in more.stdout
+    assert "[ 30/30]" in more.stdout
+    assert (out / "metrics.jsonl").read_text(encoding="utf-8").startswith(before)
+    assert {seed for _, seed in RunDirectory(out).read().ends} == {0, 1}
+    fewer = run("compare", TINY, *QUICK, "--out", "out")
+    assert fewer.exit_code == 0, fewer.output
+    assert "all 15 trainings are there already\n" in fewer.stdout
+    assert "the record holds 1 more seed, which count in the verdict" in fewer.stdout
+    assert verdict_in(fewer.stdout) == verdict_in(more.stdout)
 
 
 @pytest.mark.parametrize("command", ["compare", "report"])
@@ -334,6 +427,50 @@ def test_a_report_that_cannot_be_written(here: Path, out: Path, command: str) ->
     assert result.exit_code == 2
     assert result.stderr.startswith("poprisk: cannot write out/report.html: ")
     assert contents(here) == before
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+@pytest.mark.usefixtures("out")
+def test_a_full_disk_at_the_page_loses_no_verdict(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(poprisk.cli, "write_report", full_disk)
+    arguments = ["report", "out"] if command == "report" else ["compare", TINY, *QUICK]
+    result = run(*arguments, *(["--out", "out"] if command == "compare" else []))
+    assert result.exit_code == 2
+    assert verdict_in(result.stdout) == verdict_in(finished[1]).replace(
+        "\nReport: out/report.html\n", ""
+    )
+    assert result.stderr == (
+        "poprisk: cannot write out/report.html: No space left on device; `poprisk report out` "
+        "writes it once there is room.\n"
+    )
+
+
+def test_a_full_disk_at_the_page_of_an_explanation_loses_no_word_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def found(*_: object, **__: object) -> dict[str, list[str]]:
+        return {"notices": ["a notice"]}
+
+    def headline(_: object) -> str:
+        return "a headline"
+
+    def sentences(_: object) -> list[str]:
+        return ["a sentence"]
+
+    monkeypatch.setattr(poprisk.cli, "explain", found)
+    monkeypatch.setattr(poprisk.cli, "headline", headline)
+    monkeypatch.setattr(poprisk.cli, "sentences", sentences)
+    monkeypatch.setattr(poprisk.cli, "write_json", full_disk)
+    result = run("explain", "digits")
+    assert result.exit_code == 2
+    assert result.stdout == "a notice\n\na headline\n- a sentence\n"
+    assert result.stderr.startswith("poprisk: cannot write runs/explain-digits: No space left")
 
 
 @pytest.mark.usefixtures("no_report", "here")
@@ -381,10 +518,56 @@ def test_a_run_that_fails_is_named_and_repeating_goes_on() -> None:
 @pytest.mark.usefixtures("no_report")
 def test_a_task_that_fails_for_a_later_seed_is_told_in_one_line(here: Path) -> None:
     body = "return tiny.tiny(5 / (1 - seed) and seed)"
-    result = run("compare", task_file(here, body), *QUICK, "--seeds", "2")
-    assert result.exit_code == 2
-    assert result.stderr.startswith("poprisk: task mine.py:make failed: ZeroDivisionError: ")
-    assert len(result.stderr.splitlines()) == 1
+    line = refused(here, "compare", task_file(here, body), *QUICK, "--seeds", "2")
+    assert line.startswith("task mine.py:make failed: ZeroDivisionError: ")
+
+
+def test_labels_of_a_later_seed_are_tried_before_the_first_trains(here: Path) -> None:
+    body = (
+        "t = tiny.tiny(seed); x, y = t.train; y = y + 0; y[7] += 5 * (seed == 2); "
+        "return dataclasses.replace(t, train=(x, y), clean=None)"
+    )
+    line = refused(here, "compare", task_file(here, body), *QUICK, "--seeds", "3")
+    assert "loss failed on train[7], target " in line
+
+
+def test_a_metric_that_fails_on_the_held_out_fifth_is_tried_too(here: Path) -> None:
+    body = (
+        "f = lambda o, y: 1.0 if len(y) != 8 else {}['auc']\n    "
+        "return dataclasses.replace(tiny.tiny(seed), metric=poprisk.Metric('f', f))"
+    )
+    line = refused(here, "compare", task_file(here, body), *QUICK)
+    assert line.startswith("task mine.py:make cannot be trained by AdamW, early stopping")
+    assert line.endswith("KeyError: 'auc' (mine.py, line 3, in <lambda>)")
+
+
+def test_the_twin_is_tried_before_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ArithmeticError("no second derivative")
+
+    monkeypatch.setattr("poprisk.training.TwinRisk.estimate", failing)
+    line = refused(here, "compare", TINY, *QUICK, "--twin")
+    assert "cannot be trained by PopRiskAdamW (seed 0): ArithmeticError: no second" in line
+
+
+def test_too_few_examples_to_hold_some_out(here: Path) -> None:
+    body = (
+        "t = tiny.regression(seed); x, y = t.train; return dataclasses.replace("
+        "t, train=(x[:4], y[:4]), clean=None, batch_size=2)"
+    )
+    line = refused(here, "compare", task_file(here, body), *QUICK)
+    assert "has 4 training examples; early stopping holds out a fifth of them" in line
+
+
+def test_weights_that_differ_from_call_to_call(here: Path) -> None:
+    body = (
+        "g = torch.Generator(); g.seed()\n    "
+        "def model():\n        m = torch.nn.Linear(4, 2)\n        "
+        "m.weight.data = torch.randn(2, 4, generator=g)\n        return m\n    "
+        "return dataclasses.replace(tiny.tiny(seed), model=model)"
+    )
+    line = refused(here, "compare", task_file(here, body), *QUICK)
+    assert "starts from other weights each time it is made with the same seed (loss " in line
 
 
 @pytest.mark.usefixtures("here")
@@ -421,7 +604,7 @@ def test_the_directory_s_name_differs_wherever_the_configuration_does(
         [],
         ["--full"],
         ["--epochs", "2"],
-        ["--seeds", "2"],
+        ["--twin"],
         ["--set", "epochs=2"],
         ["--set", "epochs=3"],
         ["--set", "epochs=2", "--epochs", "2"],
@@ -429,8 +612,9 @@ def test_the_directory_s_name_differs_wherever_the_configuration_does(
     for options in variants:
         run("compare", TINY, *options)
     assert len(set(directories)) == len(variants)
-    run("compare", TINY, "--workers", "1")
-    assert directories[-1] == directories[0]
+    for options in (["--workers", "1"], ["--seeds", "10"], ["--device", "cpu"]):
+        run("compare", TINY, *options)
+        assert directories[-1] == directories[0]
     run("compare", "digits")
     assert directories[-1] == Path("runs/digits")
     run("compare", "digits", "--out", "elsewhere/x")

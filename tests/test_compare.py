@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
 import multiprocessing
 import os
 import signal
@@ -16,9 +19,11 @@ from typing import Any
 import pytest
 
 import tiny
+from poprisk import PopRiskAdamW
 from poprisk.arms import Arm, default_arms
-from poprisk.compare import Comparison, TrainingError, compare, environment
-from poprisk.rundir import RunData, RunDirectory, RunDirectoryError
+from poprisk.compare import TrainingError, compare, environment
+from poprisk.comparison import Comparison
+from poprisk.rundir import RunData, RunDirectory, RunDirectoryError, differences
 from poprisk.training import Row, Run
 
 POPRISK = Path(sys.executable).with_name("poprisk")
@@ -201,6 +206,16 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
     assert set(directory.read().ends) == {(arm.name, 0) for arm in FEW}
 
 
+def test_a_full_disk_at_a_checkpoint_is_told_and_keeps_what_was_trained(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    what = comparison("crowded", seeds=[0], arms=[ADAMW], workers=1)
+    directory.create(what.config(), environment(1))
+    with pytest.raises(RunDirectoryError, match="No space left on device; what was trained is"):
+        compare(what, directory, lambda row: None)
+    assert [row["epoch"] for row in directory.read().epochs] == [1]
+    assert [*directory.checkpoints.iterdir()] == []
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     what = comparison(seeds=[0], arms=[ADAMW], workers=1)
@@ -374,6 +389,7 @@ def test_the_configuration_says_what_was_trained() -> None:
     assert task["parameters"] == 4 * 8 + 8 + 8 * 2 + 2
     assert (task["classification"], task["noise_known"]) == (True, True)
     assert task["metric"] == {"name": "accuracy", "higher_is_better": True, "percent": True}
+    assert "last_batch" not in task
     assert [Arm(**arm) for arm in config["arms"]] == FEW
     assert (config["seeds"], config["full"], config["device"]) == ([0, 1], True, "cpu")
 
@@ -411,3 +427,160 @@ def test_a_task_that_was_changed_is_another_configuration(
     assert what.config() == before
     file.write_text(text.replace(old, new), encoding="utf-8")
     assert what.config() != before
+
+
+def test_the_configuration_says_every_setting_that_every_arm_trains_with() -> None:
+    """Defaults too: when they change in a later version, the record still says what ran."""
+    arms = default_arms(full=True)
+    settings = replace(comparison(), arms=arms).config()["optimizers"]
+    assert list(settings) == [arm.name for arm in arms]
+    assert settings["poprisk"] == {
+        "class": "poprisk.PopRiskAdamW",
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in OURS.items()},
+        "batch_size": 8,
+        "dataset_size": 40,
+    }
+    assert settings["shuffled"] == {**settings["poprisk"], "mask": "shuffled soft"}
+    assert settings["rms-matched"]["class"] == "poprisk.RmsMatched of torch.AdamW"
+    stopped = settings["stopped-lr0.001-wd0.01"]
+    assert (stopped["class"], stopped["lr"], stopped["betas"]) == (
+        "torch.AdamW",
+        0.001,
+        [0.9, 0.999],
+    )
+    assert (settings["paper-snr"]["mode"], settings["paper-snr"]["mask"]) == ("paper", "snr")
+    for arm in arms:
+        assert arm.settings.items() <= settings[arm.name].items() or arm.name == "grokfast"
+    assert json.loads(json.dumps(settings)) == settings
+
+
+OURS = {
+    name: p.default
+    for name, p in inspect.signature(PopRiskAdamW).parameters.items()
+    if name != "params"
+}
+
+
+@pytest.mark.parametrize(("batch_size", "kept"), [(13, True), (31, True), (8, False)])
+def test_the_record_says_where_a_last_batch_joins(
+    tmp_path: Path, batch_size: int, kept: bool
+) -> None:
+    """40 leaves one in batches of 13, and its four fifths in batches of 31."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import tiny\nfrom dataclasses import replace\n"
+        f"def make(seed=0): return replace(tiny.tiny(seed), batch_size={batch_size})\n",
+        encoding="utf-8",
+    )
+    task = replace(comparison(), task=f"{file}:make").config()["task"]
+    assert ("last_batch" in task) is kept
+
+
+# --- what a task is made of -----------------------------------------------------------------------
+
+LAYER = "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(4, 2), nn.Tanh())\n"
+FILES: dict[str, dict[str, str]] = {
+    "a module": {"mine.py": "from m_net import net\n", "m_net.py": LAYER},
+    "a module by another": {
+        "mine.py": "import m_a\nnet = m_a.net\n",
+        "m_a.py": "from m_b import net\n",
+        "m_b.py": LAYER,
+    },
+    "a package": {
+        "mine.py": "from m_p.deep.net import net\n",
+        "m_p/__init__.py": "",
+        "m_p/deep/__init__.py": "",
+        "m_p/deep/net.py": LAYER,
+    },
+    "a relative import": {
+        "mine.py": "from m_q import net\n",
+        "m_q/__init__.py": "from .inner import net\n",
+        "m_q/inner.py": "from ._core import net\n",
+        "m_q/_core.py": LAYER,
+    },
+    "a relative import from above": {
+        "mine.py": "from m_r.deep import net\n",
+        "m_r/__init__.py": "",
+        "m_r/deep/__init__.py": "from ..core import net\n",
+        "m_r/core.py": LAYER,
+    },
+    "a folder without __init__": {"mine.py": "from m_n.net import net\n", "m_n/net.py": LAYER},
+    "inside a function": {
+        "mine.py": "def net():\n    from m_l import net\n    return net()\n",
+        "m_l.py": LAYER,
+    },
+    "from another folder": {
+        "mine.py": "import sys, pathlib\n"
+        "sys.path.append(str(pathlib.Path(__file__).parent / 'lib'))\nfrom m_o import net\n",
+        "lib/m_o.py": LAYER,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize(
+    ("old", "new"), [("nn.Tanh()", "nn.ReLU()"), ("def net()", "# a remark\ndef net()")]
+)
+def test_an_imported_module_that_was_edited_is_another_configuration(
+    tmp_path: Path, kind: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a resumed run would mix trainings of two networks in one table."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    files = {tmp_path / name: text for name, text in FILES[kind].items()}
+    make = "import tiny\nfrom dataclasses import replace\n"
+    make += "def make(seed=0): return replace(tiny.tiny(seed), model=net)\n"
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + (make if file.name == "mine.py" else ""), encoding="utf-8")
+    what = replace(comparison(), task=f"{tmp_path / 'mine.py'}:make")
+    try:
+        before = what.config()
+        assert what.config() == before
+        (edited,) = [file for file, text in files.items() if text == LAYER]
+        edited.write_text(LAYER.replace(old, new), encoding="utf-8")
+        forget()  # as a new process does
+        (found,) = {d for d in differences(before, what.config()) if "source" in d}
+        assert found.startswith("the source of module m_")
+    finally:
+        forget()
+
+
+def forget() -> None:
+    """Let the modules of these tests be imported anew."""
+    for name in [name for name in sys.modules if name.startswith("m_")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+def test_the_sources_of_a_task_do_not_depend_on_what_else_was_imported() -> None:
+    """This process has imported all of pytest and other tests; another has not."""
+    code = (
+        "from pathlib import Path; from poprisk.tasks import load_task; "
+        "from poprisk.tasks.sources import task_sources; "
+        f"load_task({tiny.source('tiny')!r}, seed=0); print(task_sources(Path({str(tiny.FILE)!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "{}\n"
+    assert comparison().config()["task"]["sources"] == {}
+
+
+@pytest.mark.parametrize(("weight", "differs"), [("1.0", False), ("1.00001", False), ("1.5", True)])
+def test_what_no_source_says_shows_in_the_first_losses(
+    tmp_path: Path, weight: str, differs: bool
+) -> None:
+    """A file of settings that the task reads, say."""
+    (tmp_path / "mine.py").write_text(
+        "import tiny, pathlib\nfrom dataclasses import replace\n"
+        "weight = float(pathlib.Path(__file__).with_name('weight.txt').read_text())\n"
+        "def loss(u, y): return weight * tiny.cross_entropy(u, y)\n"
+        "def make(seed=0): return replace(tiny.tiny(seed), loss=loss)\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "weight.txt").write_text("1.0", encoding="utf-8")
+    what = replace(comparison(), task=f"{tmp_path / 'mine.py'}:make")
+    before = what.config()
+    (tmp_path / "weight.txt").write_text(weight, encoding="utf-8")
+    found = differences(before, what.config())
+    assert [d.partition(":")[0] for d in found] == (
+        ["task.start.test_loss", "task.start.train_loss"] if differs else []
+    )

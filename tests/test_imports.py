@@ -14,8 +14,8 @@ CHAIN: Sequence[str] = (
     "checks printing intervals randomness sharding holders evaluation forward_mode factors kernel "
     "path channel drift risk gate variance settings within update stats fused state replay buckets "
     "dataparallel optimizer behaviour gated controls monitor integrations tasks arms checkpoint "
-    "training records rundir compare convergence wording verdict selection explain reproduce "
-    "report display bench cli"
+    "training records rundir comparison compare convergence wording verdict selection explain "
+    "reproduce report display bench cli"
 ).split()
 
 # What a module outside the chain may import; no module imports one of these.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import re
@@ -305,6 +306,20 @@ def test_the_command_runs_judges_and_summarizes(tmp_path: Path) -> None:
     assert "A toy" in (out / "claims.html").read_text()
     again = CliRunner().invoke(app, ["reproduce", "all", "--quick", "--summary", "--out", str(out)])
     assert "reproduced (quick form)" in " ".join(again.output.split())
+
+
+@pytest.mark.usefixtures("only_toy")
+def test_a_full_disk_at_the_page_loses_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("poprisk.cli.write_claim", full_disk)
+    told = CliRunner().invoke(app, ["reproduce", "toy", "--quick", "--out", str(tmp_path / "out")])
+    assert told.exit_code == 2
+    assert "Verdict: reproduced: 4.9" in told.stdout
+    assert told.stderr.endswith("report.html: No space left on device.\n")
 
 
 @pytest.mark.usefixtures("only_toy")

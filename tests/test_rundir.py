@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -361,10 +362,19 @@ def test_a_directory_with_files_of_another_program_is_left_alone(tmp_path: Path,
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seeds": [0, 1, 2]}, "seeds"),
-        ({"arms": []}, "arms"),
-        ({"task": {"name": "other"}, "poprisk": "9"}, "poprisk, task"),
-        ({"device": "cuda"}, "device"),
+        ({"arms": []}, 'arms.a: {"name": "a"} there, null now, arms.b'),
+        ({"arms": [{"name": "a"}, {"name": "b", "lr": 2}]}, "arms.b.lr: null there, 2 now"),
+        (
+            {"task": {"name": "other", "epochs": 4}, "poprisk": "9"},
+            'poprisk: "0" there, "9" now, task.name: "tiny" there, "other" now)',
+        ),
+        ({"device": "cuda"}, 'device: null there, "cuda" now)'),
+        ({"twin": True}, "twin: null there, true now)"),
+        ({"task": {"name": "tiny", "epochs": 5}}, "task.epochs: 4 there, 5 now)"),
+        (
+            {"task": {"name": "tiny", "epochs": 4, "last_batch": "joins"}},
+            'task.last_batch: null there, "joins" now)',
+        ),
     ],
 )
 def test_another_configuration_is_refused_by_what_differs(
@@ -375,7 +385,7 @@ def test_another_configuration_is_refused_by_what_differs(
         run.create({**CONFIG, **changes}, ENVIRONMENT)
     assert contents(run.path) == before
     text = str(caught.value)
-    assert f"{run.path} holds a run with another configuration (it differs in {named})" in text
+    assert f"{run.path} holds a run with another configuration (it differs in {named}" in text
     assert "--out" in text
 
 
@@ -383,8 +393,108 @@ def test_another_configuration_does_not_even_mend_a_torn_line(run: RunDirectory)
     with run.metrics.open("ab") as file:
         file.write(b"{")
     before = contents(run.path)
-    with pytest.raises(RunDirectoryError, match="differs in seeds"):
-        run.create({**CONFIG, "seeds": [5]}, ENVIRONMENT)
+    with pytest.raises(RunDirectoryError, match="differs in device"):
+        run.create({**CONFIG, "seeds": [5], "device": "cuda"}, ENVIRONMENT)
+    assert contents(run.path) == before
+
+
+FULL: dict[str, Any] = {
+    **CONFIG,
+    "task": {
+        "name": "tiny",
+        "data": "0123456789abcdef",
+        "model": "0123456789abcdef",
+        "sources": {"net": "0123456789abcdef", "loss": "1123456789abcdef"},
+        "start": {"train_loss": 0.7, "test_loss": 0.8},
+    },
+    "optimizers": {
+        "a": {"class": "poprisk.PopRiskAdamW", "lr": 0.001, "z": 1.5},
+        "b": {"class": "torch.AdamW", "lr": 0.001, "fused": None},
+    },
+}
+"""What records of this version say besides."""
+
+
+def altered(path: str, value: Any) -> dict[str, Any]:
+    """The full configuration with one entry changed, or taken away for ``...``."""
+    config = copy.deepcopy(FULL)
+    *places, last = path.split("/")
+    at: Any = config
+    for place in places:
+        at = at[place]
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("task/data", "f" * 16, "task.data: the data or the task's file"),
+        ("task/model", "f" * 16, "task.model: the layers or shapes of the model"),
+        ("task/sources/net", "f" * 16, "the source of module net"),
+        ("task/sources/net", ..., "the source of module net"),
+        ("task/sources/more", "f" * 16, "the source of module more"),
+        ("task/start/train_loss", 0.71, "task.start.train_loss: 0.7 there, 0.71 now"),
+        ("optimizers/a/z", 2.0, "optimizers.a.z: 1.5 there, 2 now"),
+        ("optimizers/b/lr", 0.1, "optimizers.b.lr: 0.001 there, 0.1 now"),
+        ("optimizers/a/trust", 1.0, "optimizers.a.trust: null there, 1 now"),
+        ("optimizers/a/z", ..., "optimizers.a.z: 1.5 there, null now"),
+    ],
+)
+def test_what_changed_between_versions_of_a_task_or_of_poprisk_is_named(
+    tmp_path: Path, path: str, value: Any, named: str
+) -> None:
+    """A default that changed with the version, and a module that was edited, among others."""
+    directory = RunDirectory(tmp_path / "run")
+    directory.create(FULL, ENVIRONMENT)
+    with pytest.raises(RunDirectoryError, match=re.escape(f"(it differs in {named})")):
+        directory.create(altered(path, value), ENVIRONMENT)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("task/start/train_loss", 0.70001),  # another processor rounds otherwise
+        ("optimizers/b/decoupled", True),  # another torch has more settings
+        ("optimizers/b/fused", ...),
+    ],
+)
+def test_what_differs_between_machines_alone_goes_on(tmp_path: Path, path: str, value: Any) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create(FULL, ENVIRONMENT)
+    directory.create(altered(path, value), ENVIRONMENT)
+    assert directory.read().config == FULL
+
+
+@pytest.mark.parametrize("path", ["optimizers", "task/model", "task/sources", "task/start"])
+def test_a_record_of_an_earlier_version_goes_on(tmp_path: Path, path: str) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create(altered(path, ...), ENVIRONMENT)
+    directory.create(FULL, ENVIRONMENT)
+    assert directory.read().config == altered(path, ...)
+    whole = RunDirectory(tmp_path / "whole")
+    whole.create(FULL, ENVIRONMENT)
+    with pytest.raises(RunDirectoryError, match="it differs in"):
+        whole.create(altered(path, ...), ENVIRONMENT)
+
+
+def test_more_seeds_extend_a_run(run: RunDirectory) -> None:
+    rows = run.metrics.read_bytes()
+    run.create({**CONFIG, "seeds": [0, 1, 2, 3]}, ENVIRONMENT)
+    assert run.read().config == {**CONFIG, "seeds": [0, 1, 2, 3]}
+    run.create({**CONFIG, "seeds": [0]}, ENVIRONMENT)
+    assert run.read().config["seeds"] == [0, 1, 2, 3]
+    assert run.metrics.read_bytes() == rows
+    assert set(run.read().ends) == {("a", 0)}
+
+
+def test_a_run_that_another_process_works_in_is_not_extended(run: RunDirectory) -> None:
+    before = contents(run.path)
+    with run.locked(), pytest.raises(RunDirectoryError, match="another process is working in"):
+        run.create({**CONFIG, "seeds": [0, 1, 2]}, ENVIRONMENT)
     assert contents(run.path) == before
 
 

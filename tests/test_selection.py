@@ -11,7 +11,8 @@ import pytest
 import tiny
 from asserts import assert_bitwise
 from poprisk.arms import Arm
-from poprisk.compare import Comparison, compare
+from poprisk.compare import compare
+from poprisk.comparison import Comparison
 from poprisk.report import render
 from poprisk.rundir import RunData, RunDirectory
 from poprisk.selection import twin_report

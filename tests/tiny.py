@@ -5,6 +5,7 @@ Named in tests as ``tests/tiny.py:function``.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import poprisk.checkpoint
 import poprisk.training
 from poprisk import Task
 
@@ -103,6 +105,18 @@ def lethal(seed: int = 0) -> Task:
     return task
 
 
+def crowded(seed: int = 0) -> Task:
+    """The task ``tiny``, checkpointed every epoch onto a disk that is full."""
+    if multiprocessing.parent_process() is not None:
+        poprisk.training.CHECKPOINT_SECONDS = -1.0
+        setattr(poprisk.checkpoint.os, "replace", _full_disk)  # noqa: B010 (in the worker alone)
+    return tiny(seed)
+
+
+def _full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _inputs(seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(TRAINING + TEST, 4, generator=generator)
@@ -120,8 +134,12 @@ class _Paused:
 
 
 def _failing(outputs: Tensor, targets: Tensor) -> Tensor:
-    raise ArithmeticError("the loss gave up")
+    if torch.is_grad_enabled():
+        raise ArithmeticError("the loss gave up")
+    return cross_entropy(outputs, targets)
 
 
 def _exiting(outputs: Tensor, targets: Tensor) -> Tensor:
-    os._exit(7)
+    if torch.is_grad_enabled():
+        os._exit(7)
+    return cross_entropy(outputs, targets)

@@ -152,6 +152,30 @@ def build_optimizer(
     return _peer(kind, model, settings)
 
 
+def settings_used(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's class and the settings it trains with, defaults included; JSON values."""
+    classes = [optimizer]
+    while isinstance(inner := getattr(classes[-1], "optimizer", None), Optimizer):
+        classes.append(inner)
+    names = [f"{type(o).__module__.partition('.')[0]}.{type(o).__name__}" for o in classes]
+    group = classes[-1].param_groups[0]
+    left_out = ("params", "param_names", "skipped_steps", "step")
+    return {
+        "class": " of ".join(names),
+        **{k: _json_value(v) for k, v in group.items() if k not in left_out},
+    }
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_json_value(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return getattr(value, "__qualname__", None) or str(value)
+
+
 def _fusible(model: nn.Module) -> bool:
     """Whether torch's fused AdamW takes these parameters: the same update, in one pass."""
     return all(

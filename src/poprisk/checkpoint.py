@@ -18,8 +18,17 @@ TUPLE = "__tuple__"
 INT_KEYS = "__int_keys__"
 
 
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written, on a full disk for one; the old one is kept."""
+
+
 def save_checkpoint(path: Path, value: Any) -> None:
-    """Write nested dicts, lists, tuples, tensors, numbers, strings and None to one file."""
+    """Write nested dicts, lists, tuples, tensors, numbers, strings and None to one file.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -27,10 +36,14 @@ def save_checkpoint(path: Path, value: Any) -> None:
     for left in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
         left.unlink(missing_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"value": header})
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"value": header})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
 def load_checkpoint(path: Path) -> Any:

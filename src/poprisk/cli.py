@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,8 @@ from poprisk.arms import default_arms
 from poprisk.bench import write_results
 from poprisk.bench.kernel import bench_kernels, kernel_table
 from poprisk.bench.step import bench_cold_start, bench_steps, bench_table
-from poprisk.compare import Comparison, TrainingError, compare, environment, warm_up_workers
+from poprisk.compare import TrainingError, compare, environment, warm_up_workers
+from poprisk.comparison import Comparison
 from poprisk.display import (
     PhaseDisplay,
     ProgressDisplay,
@@ -39,9 +41,10 @@ from poprisk.reproduce import CLAIMS
 from poprisk.reproduce.command import ALL, chosen, directory_of, run_claim, summarize
 from poprisk.reproduce.record import Judged
 from poprisk.reproduce.run import ClaimDirectory
-from poprisk.rundir import RunDirectory, RunDirectoryError, write_json
+from poprisk.rundir import RunData, RunDirectory, RunDirectoryError, write_json
 from poprisk.selection import twin_report
 from poprisk.tasks import BUILT_IN, TaskError
+from poprisk.tasks.batches import LAST_BATCH
 from poprisk.verdict import judge
 
 app = typer.Typer(
@@ -52,6 +55,9 @@ app = typer.Typer(
 )
 console = Console() if sys.stdout.isatty() else Console(width=120)
 DEFAULT_SEEDS = 3
+Trace = Annotated[
+    bool, typer.Option("--traceback", help="Print the whole traceback of an error in the task.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -91,6 +97,7 @@ def compare_command(
     twin: Annotated[
         bool, typer.Option("--twin", help="Estimate every arm's risk without validation data.")
     ] = False,
+    trace: Trace = False,
 ) -> None:
     """Train every arm on every seed of TASK and say which generalizes; resumes when repeated."""
     for name, value in (("--seeds", seeds), ("--epochs", epochs), ("--workers", workers)):
@@ -108,9 +115,14 @@ def compare_command(
         workers=workers or _cores(),
         twin=twin,
     )
+    name = _default_name(comparison)
+    directory = RunDirectory(out or Path("runs") / name)
     try:
         config = comparison.config()
-        directory = RunDirectory(out or Path("runs") / _default_name(comparison))
+        data = directory.read() if directory.exists() else None
+        for seed in comparison.seeds[1:]:
+            if data is None or not all((arm.name, seed) in data.ends for arm in comparison.arms):
+                comparison.try_seed(seed)
         directory.create(config, environment(comparison.workers))
         data = directory.read()
         _say(config["task"]["description"] or config["task"]["name"], style="bold")
@@ -119,14 +131,18 @@ def compare_command(
             f"worker{'s' * (comparison.workers > 1)}; record in {directory.path} (stop at any "
             "time, repeat the command to go on)"
         )
-        if data.ends:
-            total = len(comparison.arms) * seeds
-            _say(f"{len(data.ends)} of {total} trainings are there already; going on with the rest")
-        with ProgressDisplay(console, comparison, data) as display:
+        if "last_batch" in config["task"]:
+            _say(f"Batches of {config['task']['batch_size']}: {LAST_BATCH}.")
+        mine = data._replace(ends={k: v for k, v in data.ends.items() if k[1] in comparison.seeds})
+        _say_what_is_there(comparison, data, len(mine.ends))
+        older = Path("runs") / f"{name}-{seeds}-seeds"  # how versions before named it
+        if out is None and seeds != DEFAULT_SEEDS and RunDirectory(older).exists():
+            _say(f"{older} is of an earlier version; --out {older} goes on there")
+        with ProgressDisplay(console, comparison, mine) as display:
             compare(comparison, directory, display)
         _conclude(directory)
     except (TaskError, RunDirectoryError, ValueError) as error:
-        _fail(str(error))
+        _fail(str(error), error=error if trace else None)
     except TrainingError as error:
         _fail(str(error), code=1)
     except KeyboardInterrupt:
@@ -152,6 +168,7 @@ def explain_command(
     out: Annotated[
         Path | None, typer.Option(help="Directory; runs/explain-TASK if left out.")
     ] = None,
+    trace: Trace = False,
 ) -> None:
     """Record a run of TASK and say what it learned, what it trapped and what noise got through."""
     if epochs is not None and epochs < 1:
@@ -163,13 +180,8 @@ def explain_command(
     try:
         with PhaseDisplay(console) as display:
             found = explain(plan, say=display)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "explanation.json", found)
-        write_explanation(found, environment(1), page)
     except (TaskError, NotAnalysable, ValueError) as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"cannot write {directory}: {error.strerror or error}; choose another with --out.")
+        _fail(str(error), error=error if trace else None)
     except KeyboardInterrupt:
         _fail("stopped.", code=130)
     for notice in found["notices"]:
@@ -177,6 +189,12 @@ def explain_command(
     _say(f"\n{headline(found)}", style="bold")
     for sentence in sentences(found):
         _say(f"- {sentence}")
+    try:  # last: what was found is printed though the disk be full
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "explanation.json", found)
+        write_explanation(found, environment(1), page)
+    except OSError as error:
+        _fail(f"cannot write {directory}: {error.strerror or error}; choose another with --out.")
     _say(f"\nReport: {page}")
 
 
@@ -225,11 +243,6 @@ def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
                 _say(f"[{done:3}/{total}] {name}")
 
         found = run_claim(directory, quick=quick, workers=workers, on_trial=tell)
-    page = directory.path / "report.html"
-    try:
-        write_claim(found, page)
-    except OSError as error:
-        _fail(f"cannot write {page}: {error.strerror or error}.")
     for notice in claim_notices(found):
         _say(notice, style="yellow")
     if found.findings is not None:
@@ -238,6 +251,11 @@ def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
             _say(f"- {sentence}")
         _say(f"- Controls: {found.findings.controls}" if found.findings.controls else "")
         _say(f"\nVerdict: {found.verdict}: {found.findings.ours}", style="bold")
+    page = directory.path / "report.html"
+    try:
+        write_claim(found, page)
+    except OSError as error:
+        _fail(f"cannot write {page}: {error.strerror or error}.")
     _say(f"Report: {page}\n")
 
 
@@ -332,11 +350,6 @@ def main() -> None:
 def _conclude(directory: RunDirectory) -> None:
     data = directory.read()
     verdict = judge(data)
-    path = directory.path / "report.html"
-    try:
-        write_report(data, verdict, path)
-    except OSError as error:
-        raise RunDirectoryError(f"cannot write {path}: {error.strerror or error}.") from error
     if verdict.rows:
         console.print(verdict_table(verdict, data))
     for notice in notices(data):
@@ -349,7 +362,27 @@ def _conclude(directory: RunDirectory) -> None:
         console.print(twin_table(twins, data))
         for sentence in twins.sentences:
             console.print(f"- {sentence}", markup=False, highlight=False)
+    path = directory.path / "report.html"
+    try:  # last: the verdict is printed though the disk be full
+        write_report(data, verdict, path)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot write {path}: {error.strerror or error}; `poprisk report {directory.path}` "
+            "writes it once there is room."
+        ) from error
     _say(f"\nReport: {path}")
+
+
+def _say_what_is_there(comparison: Comparison, data: RunData, done: int) -> None:
+    """What a run directory holds already of this comparison, and beyond it."""
+    total = len(comparison.arms) * len(comparison.seeds)
+    if done == total:
+        _say(f"all {total} trainings are there already")
+    elif done:
+        _say(f"{done} of {total} trainings are there already; going on with the rest")
+    more = len(data.config["seeds"]) - len(comparison.seeds)
+    if more:
+        _say(f"the record holds {more} more seed{'s' * (more > 1)}, which count in the verdict")
 
 
 def _say(text: str, *, style: str = "") -> None:
@@ -357,7 +390,11 @@ def _say(text: str, *, style: str = "") -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _fail(message: str, *, code: int = 2) -> NoReturn:
+def _fail(message: str, *, code: int = 2, error: BaseException | None = None) -> NoReturn:
+    """Say on one line of stderr what is wrong, after the traceback of an error, and exit."""
+    if error is not None:
+        lines = error.trace if isinstance(error, TaskError) and error.trace else None
+        sys.stderr.write(lines or "".join(traceback.format_exception(error)))
     message = " ".join(message.split()) if code == 2 else message
     Console(stderr=True).print(f"poprisk: {message}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
@@ -380,13 +417,12 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 
 
 def _default_name(comparison: Comparison) -> str:
-    """A directory name that differs wherever the configuration does."""
+    """A directory name that differs wherever the configuration does; more seeds extend a run."""
     parts = [_slug(comparison.task.removesuffix(".py"))]
     parts += [f"{key}-{value}" for key, value in comparison.settings.items()]
     parts += [f"{comparison.epochs}-epochs"] if comparison.epochs else []
     parts += ["full"] if comparison.full else []
     parts += ["twin"] if comparison.twin else []
-    parts += [f"{len(comparison.seeds)}-seeds"] if len(comparison.seeds) != DEFAULT_SEEDS else []
     return _slug("-".join(parts))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import platform
@@ -11,7 +10,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
@@ -22,9 +20,10 @@ from typing import Any
 import torch
 
 from poprisk.arms import Arm
-from poprisk.checkpoint import load_checkpoint, save_checkpoint
-from poprisk.rundir import FORMAT, Key, RunDirectory, RunDirectoryError
-from poprisk.tasks import Task, TaskError, load_task
+from poprisk.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from poprisk.comparison import Comparison
+from poprisk.rundir import Key, RunDirectory, RunDirectoryError
+from poprisk.tasks import TaskError
 from poprisk.training import Row, Run
 
 OnRow = Callable[[Row], None]
@@ -32,109 +31,6 @@ OnRow = Callable[[Row], None]
 
 class TrainingError(RuntimeError):
     """A run that failed in a worker; the message names it and ends with its traceback."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What to compare.
-
-    Args:
-        task: name of a built-in task, or ``path/to/file.py:function``.
-        arms: unique names; an arm comes after the one it follows.
-        seeds: of the task's data, the initial weights and the order of examples.
-        settings: arguments of the task's function.
-        epochs: in place of the task's own.
-        full: whether these are all arms.
-        device: where to train.
-        workers: processes, each with one thread.
-        twin: whether to estimate the risk of every arm that can have a twin.
-    """
-
-    task: str
-    arms: list[Arm]
-    seeds: list[int]
-    settings: dict[str, Any] = field(default_factory=dict)
-    epochs: int | None = None
-    full: bool = False
-    device: str = "cpu"
-    workers: int = 1
-    twin: bool = False
-
-    def __post_init__(self) -> None:
-        before: set[str] = set()
-        for arm in self.arms:
-            if arm.follows is not None and arm.follows not in before:
-                raise ValueError(f"arm {arm.name} must come after {arm.follows}, which it follows.")
-            before.add(arm.name)
-
-    def make_task(self, seed: int) -> Task:
-        """The task with the data of one seed."""
-        if "seed" in self.settings:
-            raise TaskError("seed is no setting of a task; --seeds says how many are run.")
-        task = load_task(self.task, seed=seed, **self.settings)
-        if self.epochs is not None:
-            object.__setattr__(task, "epochs", self.epochs)
-        return task
-
-    def config(self) -> dict[str, Any]:
-        """What ``config.json`` says; two runs with the same one are the same run."""
-        _check_device(self.device)
-        task = self.make_task(self.seeds[0])
-        data = _fingerprint(self.task, task)
-        if data != _fingerprint(self.task, self.make_task(self.seeds[0])):
-            raise TaskError(
-                f"task {self.task} gives other data each time it is made with the same seed; draw "
-                "all of it from torch.Generator().manual_seed(seed)."
-            )
-        return {
-            "format": FORMAT,
-            "poprisk": metadata.version("poprisk"),
-            "task": {
-                "name": task.name,
-                "source": self.task,
-                "settings": self.settings,
-                "description": task.description,
-                "metric": {
-                    "name": task.scored_by.name,
-                    "higher_is_better": task.scored_by.higher_is_better,
-                    "percent": task.scored_by.percent,
-                },
-                "classification": task.classification,
-                "epochs": task.epochs,
-                "batch_size": task.batch_size,
-                "train_examples": len(task.train[1]),
-                "test_examples": len(task.test[1]),
-                "parameters": sum(p.numel() for p in task.new_model().parameters()),
-                "data": data,
-                "noise_known": task.noise_known,
-            },
-            "arms": [arm.as_json() for arm in self.arms],
-            "seeds": self.seeds,
-            "full": self.full,
-            "device": self.device,
-            **({"twin": True} if self.twin else {}),
-        }
-
-
-def _fingerprint(source: str, task: Task) -> str:
-    """Tells tasks of one name apart: a hash of the data and of the task's file."""
-    digest = hashlib.sha256()
-    clean = () if task.clean is None else (task.clean,)
-    for values in (*task.train, *task.test, *clean):
-        digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    path, colon, _ = source.rpartition(":")
-    if colon:
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _check_device(device: str) -> None:
-    """Raise ValueError unless tensors can be computed with on ``device``."""
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def environment(workers: int) -> dict[str, str | int]:
@@ -186,12 +82,8 @@ def _trace_path(directory: RunDirectory, arm: str, seed: int) -> Path:
     return directory.checkpoints / f"trace-{arm}-{seed}.safetensors"
 
 
-def _is_followed(comparison: Comparison, arm: Arm) -> bool:
-    return any(other.follows == arm.name for other in comparison.arms)
-
-
 def _trace_kept(comparison: Comparison, directory: RunDirectory, arm: Arm, seed: int) -> bool:
-    return not _is_followed(comparison, arm) or _trace_path(directory, arm.name, seed).exists()
+    return not comparison.is_followed(arm) or _trace_path(directory, arm.name, seed).exists()
 
 
 def worker_context() -> BaseContext:
@@ -314,6 +206,9 @@ def _work(pipe: Connection, comparison: Comparison, path: Path) -> None:
                 raise
             except (TaskError, RunDirectoryError) as error:
                 pipe.send(("error", error))
+            except CheckpointError as error:
+                kept = f"{error}; what was trained is kept, repeat the command to go on."
+                pipe.send(("error", RunDirectoryError(kept)))
             except Exception:
                 last = traceback.format_exc().strip()
                 failure = TrainingError(f"arm {arm.name}, seed {seed} failed:\n{last}")
@@ -326,7 +221,7 @@ def _work(pipe: Connection, comparison: Comparison, path: Path) -> None:
 def _train(
     pipe: Connection, comparison: Comparison, directory: RunDirectory, arm: Arm, seed: int
 ) -> None:
-    followed = _is_followed(comparison, arm)
+    followed = comparison.is_followed(arm)
     trace = None
     if arm.follows is not None:
         trace = load_checkpoint(_trace_path(directory, arm.follows, seed))["rms"].tolist()

@@ -26,7 +26,11 @@ class ShuffledMask:
     """
 
     def __init__(self, mask: str) -> None:
+        self.name = mask
         self.mask: Mask = MASKS_[mask]
+
+    def __repr__(self) -> str:
+        return f"shuffled {self.name}"
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from poprisk.compare import Comparison
+from poprisk.comparison import Comparison
 from poprisk.intervals import Interval
 from poprisk.report.claims import SummaryRow, criterion_line
 from poprisk.report.formats import MINUS, Format, format_for

@@ -19,8 +19,23 @@ LOCK = ".lock"
 """Of the process that writes; where the system locks by the file's being there, it ends with it."""
 
 
+SHOWN = 4
+"""Differences that a message names."""
+
+Config = dict[str, Any]
+
+
 class RunDirectoryError(ValueError):
     """A run directory that cannot be used; the message says why and what to do."""
+
+
+def differing_keys(found: Config, wanted: Config) -> list[str]:
+    """The keys at which two configurations differ as JSON."""
+    return sorted(
+        key
+        for key in {*found, *wanted}
+        if json.dumps(found.get(key), sort_keys=True) != json.dumps(wanted.get(key), sort_keys=True)
+    )
 
 
 class RecordDirectory:
@@ -30,16 +45,28 @@ class RecordDirectory:
         path: where it is, or will be.
         keys: that ``config.json`` must have.
         is_row: whether a JSON value is a row of the record; may raise TypeError or KeyError.
+        differences: what keeps a directory of the first configuration from going on under the
+            second, in a few words each.
+        take_up: the configuration to keep when the first goes on as the second.
     """
 
-    def __init__(self, path: Path, *, keys: set[str], is_row: Callable[[Any], bool]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keys: set[str],
+        is_row: Callable[[Any], bool],
+        differences: Callable[[Config, Config], list[str]] = differing_keys,
+        take_up: Callable[[Config, Config], Config] = lambda found, wanted: found,
+    ) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self._keys, self._is_row = keys, is_row
+        self._differences, self._take_up = differences, take_up
 
     def create(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Make the directory, or check that an existing one holds the same configuration.
+        """Make the directory, or check that an existing one can go on under a configuration.
 
         Raises:
             RunDirectoryError: if it cannot be written, is not a run directory, or holds another
@@ -50,6 +77,10 @@ class RecordDirectory:
                 self._check_same(config)
                 with self.locked():
                     self._drop_torn_line()
+                    found = self.config()
+                    kept = self._take_up(found, config)
+                    if kept != found:
+                        write_json(self.path / "config.json", kept)
                 self.checkpoints.mkdir(exist_ok=True)
                 return
             if self.path.exists() and not self._is_blank():
@@ -160,13 +191,14 @@ class RecordDirectory:
 
     def _check_same(self, config: dict[str, Any]) -> None:
         found, _, _ = self.config(), self.environment(), self.rows()  # damage anywhere is told
-        if json.dumps(found, sort_keys=True) == json.dumps(config, sort_keys=True):
+        differ = self._differences(found, config)
+        if not differ:
             return
-        keys = sorted(k for k in {*found, *config} if found.get(k) != config.get(k))
+        more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
         raise RunDirectoryError(
             f"{self.path} holds a run with another configuration (it differs in "
-            f"{', '.join(keys)}); repeat that command to resume it, or choose another directory "
-            "with --out."
+            f"{', '.join(differ[:SHOWN])}{more}); repeat that command to resume it, or choose "
+            "another directory with --out."
         )
 
     def _drop_torn_line(self) -> None:

@@ -21,7 +21,7 @@ from poprisk.controls import UpdateTrace
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.optimizer import PopRiskAdamW
 from poprisk.risk import TwinRisk
-from poprisk.tasks.batches import split_batches
+from poprisk.tasks.batches import batch_sizes, split_batches
 from poprisk.tasks.task import Pair, Task
 
 EVALUATIONS = 50
@@ -123,7 +123,7 @@ class Run:
             started = time.monotonic()
             for _ in range(min(every - p.epoch % every, epochs - p.epoch)):
                 self._train_epoch()
-            row = self._evaluate()
+            row = self.evaluate()
             p.seconds += time.monotonic() - started
             yield {**self._row("epoch"), **row, "seconds": p.seconds}
             if self._gave_up():
@@ -132,6 +132,13 @@ class Run:
         yield {**self._row("end"), **self._closing()}
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
+
+    def try_out(self) -> None:
+        """Take a step on each size of batch that an epoch has; the run is spent by it."""
+        trace = UpdateTrace() if self.record else None
+        self.model.train()
+        for size in batch_sizes(len(self.data[1]), self.task.batch_size):
+            self._train_batch(torch.arange(size, device=self.device), trace)
 
     def _train_epoch(self) -> None:
         p = self.progress
@@ -165,7 +172,8 @@ class Run:
             optimizer.step()
 
     @torch.no_grad()
-    def _evaluate(self) -> Row:
+    def evaluate(self) -> Row:
+        """Measure now, on the training set, the test set and what is held out."""
         p, task = self.progress, self.task
         with evaluating(self.model):
             fitted = outputs_of(self.model, self.everything[0])

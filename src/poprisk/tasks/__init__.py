@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from poprisk.tasks import digits as _digits
 from poprisk.tasks import interpolation as _interpolation
 from poprisk.tasks import modular as _modular
 from poprisk.tasks import regression as _regression
+from poprisk.tasks.sources import place_of
 from poprisk.tasks.task import METRICS, Metric, Task
 
 __all__ = ["BUILT_IN", "METRICS", "Metric", "Task", "TaskError", "load_task"]
@@ -31,7 +33,20 @@ BUILT_IN: dict[str, Callable[..., Task]] = {
 
 
 class TaskError(ValueError):
-    """A task that cannot be found or made; the message says why and what to do."""
+    """A task that cannot be found or made; the message says why and what to do.
+
+    Attributes:
+        trace: the traceback of the error behind it, if there was one.
+    """
+
+    trace = ""
+
+    @classmethod
+    def of(cls, what: str, error: BaseException) -> TaskError:
+        """What failed, why, and where in the user's own files."""
+        found = cls(f"{what}: {type(error).__name__}: {error}{place_of(error)}")
+        found.trace = "".join(traceback.format_exception(error))  # no cause survives a process
+        return found
 
 
 def load_task(name: str, /, *, seed: int, **settings: Any) -> Task:
@@ -54,7 +69,7 @@ def load_task(name: str, /, *, seed: int, **settings: Any) -> Task:
     try:
         task = function(**({"seed": seed} if "seed" in parameters else {}), **settings)
     except (Exception, SystemExit) as error:
-        raise TaskError(f"task {name} failed: {type(error).__name__}: {error}") from error
+        raise TaskError.of(f"task {name} failed", error) from error
     if not isinstance(task, Task):
         raise TaskError(
             f"{name} must return a poprisk.Task, but it returned {type(task).__name__}."
@@ -88,7 +103,7 @@ def _from_file(path: Path, function: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{path} failed on import: {type(error).__name__}: {error}") from error
+        raise TaskError.of(f"{path} failed on import", error) from error
     finally:
         sys.dont_write_bytecode = kept
     found = getattr(module, function, None)
