@@ -308,8 +308,21 @@ class PopRiskAdamW(Optimizer):
             ]
             for kinds in (WITHIN_BATCH, ("data-parallel",))
         )
+        if within:
+            self._check_examples()
         given = rank_variances(between, self.rank_observations)
         return given | (self._batch_parts().variances(within) if within else {})
+
+    def _check_examples(self) -> None:
+        """Refuse a batch that is larger than the groups say; the last of a pass may be smaller."""
+        seen = self._batch_parts().examples
+        for group in self.param_groups:
+            said = checks.plain(group["batch_size"])
+            if group["gate"] and said is not None and seen > said:
+                raise ValueError(
+                    f"batch_size={said}, but {seen} examples are behind this step; pass the number "
+                    "of examples of a whole step (batch × accumulation steps × processes)."
+                )
 
     def _modes(self) -> set[str]:
         return {group["variance"] for group in self.param_groups if group["gate"]}
