@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 lightning = pytest.importorskip("lightning.pytorch")
 
-from poprisk import PopRiskAdamW  # noqa: E402
+from poprisk import PopRiskAdamW, gated  # noqa: E402
 from poprisk.integrations.lightning import RiskCallback  # noqa: E402
 
 N = 24
@@ -129,3 +130,130 @@ def test_what_goes_wrong_in_a_callback_ends_nothing(tmp_path: Path) -> None:
     callback = RiskCallback(squared, every=1, split=lambda batch: batch[7])
     with pytest.warns(RuntimeWarning, match="cannot measure loss and signal"):
         train([callback], tmp_path)
+
+
+def quiet(folder: Path, **settings: Any) -> Any:
+    return lightning.Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        default_root_dir=folder,
+        **settings,
+    )
+
+
+def loader() -> Any:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(N, 3, generator=g), torch.randn(N, 1, generator=g)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+
+
+MAKERS: dict[str, Callable[[nn.Module], Any]] = {
+    "PopRiskAdamW": lambda m: PopRiskAdamW(m, lr=1e-2, batch_size=4, dataset_size=N),
+    "exact": lambda m: PopRiskAdamW(m, lr=1e-2, batch_size=4, variance="exact"),
+    "gated": lambda m: gated(torch.optim.SGD(m.parameters(), lr=0.1), batch_size=4),
+}
+
+
+def nets() -> list[nn.Module]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [nn.Linear(3, 1), nn.Linear(3, 1)]
+
+
+def one_step(opt: Any, net: nn.Module, batch: Any, kind: str, backward: Any) -> None:
+    opt.zero_grad()
+    losses = squared(net(batch[0]), batch[1])
+    if kind == "exact":
+        opt.backward(losses)
+    else:
+        backward(losses.mean())
+    opt.step()
+
+
+class Manual(lightning.LightningModule):
+    """Two optimizers that take turns, as in a GAN."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.kind, self.nets = kind, nn.ModuleList(nets())
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for opt, net in zip(self.optimizers(), self.nets, strict=True):
+            one_step(opt, net, batch, self.kind, self.manual_backward)
+
+    def configure_optimizers(self) -> list[Any]:
+        return [MAKERS[self.kind](net) for net in self.nets]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_manual_optimization_of_two_is_a_loop_written_by_hand(tmp_path: Path, kind: str) -> None:
+    """Lightning's wrapper imitates the optimizer, whose parts of a batch it must share."""
+    module = Manual(kind)
+    quiet(tmp_path, max_epochs=2).fit(module, loader())
+    plain = nets()
+    opts = [MAKERS[kind](net) for net in plain]
+    for batch in [*loader(), *loader()]:
+        for opt, net in zip(opts, plain, strict=True):
+            one_step(opt, net, batch, kind, Tensor.backward)
+    for a, b in zip(
+        module.nets.parameters(), (p for n in plain for p in n.parameters()), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+class Thaw(lightning.callbacks.BaseFinetuning):
+    """Trains the second layer alone for an epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["named", "unnamed", "gated"])
+def test_a_finetuning_callback_adds_its_group(tmp_path: Path, kind: str) -> None:
+    class Frozen(Module):
+        def configure_optimizers(self) -> Any:
+            named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+            params = [p for _, p in named]
+            if kind == "gated":
+                return gated(torch.optim.SGD(params, lr=0.1), batch_size=4)
+            return PopRiskAdamW(named if kind == "named" else params, lr=1e-2, batch_size=4)
+
+    module = Frozen()
+    thawed: Any = module.net[0]
+    first = thawed.weight.detach().clone()
+    trainer = quiet(tmp_path, max_epochs=3, callbacks=[Thaw()])
+    trainer.fit(module, loader())
+    (opt,) = trainer.optimizers
+    assert [g["lr"] for g in opt.param_groups][1] == 5e-3
+    assert len(opt.param_groups) == 2
+    assert not torch.equal(thawed.weight, first)
+
+
+@pytest.mark.parametrize("kind", ["PopRiskAdamW", "gated"])
+def test_a_run_resumed_from_a_checkpoint_is_one_that_never_stopped(
+    tmp_path: Path, kind: str
+) -> None:
+    class Resumed(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[1] = nn.Identity()
+
+        def configure_optimizers(self) -> Any:
+            return MAKERS[kind](self)
+
+    whole, half, rest = Resumed(), Resumed(), Resumed()
+    quiet(tmp_path, max_epochs=4).fit(whole, loader())
+    first = quiet(tmp_path, max_epochs=2)
+    first.fit(half, loader())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    quiet(tmp_path, max_epochs=4).fit(rest, loader(), ckpt_path=tmp_path / "half.ckpt")
+    for a, b in zip(whole.parameters(), rest.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers")
 
-from poprisk import PopRiskAdamW  # noqa: E402
+from poprisk import PopRiskAdamW, gated  # noqa: E402
 from poprisk.integrations.transformers import RiskCallback, poprisk_optimizer  # noqa: E402
 
 N = 40
@@ -113,3 +113,36 @@ def test_bad_settings_are_refused_before_training(bad: dict[str, Any]) -> None:
     settings: dict[str, Any] = {"loss": cross_entropy, **bad}
     with pytest.raises((TypeError, ValueError)):
         RiskCallback(**settings)
+
+
+@pytest.mark.parametrize("kind", ["PopRiskAdamW", "gated"])
+def test_a_run_resumed_from_a_checkpoint_is_one_that_never_stopped(
+    tmp_path: Path, kind: str
+) -> None:
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=8,
+        learning_rate=1e-3,
+        report_to=[],
+        save_strategy="steps",
+        save_steps=4,
+        use_cpu=True,
+        seed=1,
+        disable_tqdm=True,
+    )
+
+    def trainer() -> Any:
+        net = model()
+        how: dict[str, Any] = {"optimizer_cls_and_kwargs": poprisk_optimizer(args, N)}
+        if kind == "gated":
+            inner = torch.optim.AdamW(net.parameters(), lr=1e-3)
+            how = {"optimizers": (gated(inner, batch_size=8, dataset_size=N), None)}
+        return transformers.Trainer(net, args, train_dataset=data(), **how)
+
+    whole, rest = trainer(), trainer()
+    whole.train()
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -60,7 +60,7 @@ def tell_differences(
         warnings.warn(
             f"{name} goes on with the settings that the state was saved under: {', '.join(found)}.",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=4,
         )
 
 

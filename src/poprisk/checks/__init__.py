@@ -115,12 +115,19 @@ def check_state_shapes(
     """Raise ValueError if a loaded per-parameter state does not fit its parameter."""
     for key in keys:
         value = state.get(key)
-        if isinstance(value, Tensor) and tuple(value.shape) != tuple(param.shape):
+        if isinstance(value, Tensor) and not _fits(value, param):
             raise ValueError(
                 f"state_dict does not fit this optimizer: state {key!r} of parameter {index} has "
                 f"shape {tuple(value.shape)}, but the parameter has shape {tuple(param.shape)}. "
                 "Load the checkpoint of the same model, with the parameters in the same order."
             )
+
+
+def _fits(value: Tensor, param: Tensor) -> bool:
+    """Whether a state has the parameter's shape; some optimizers keep it flattened."""
+    if value.dim() != param.dim():
+        return value.dim() == 1 and value.numel() == param.numel()
+    return tuple(value.shape) == tuple(param.shape)
 
 
 def check_alpha(alpha: Any, names: Collection[str], dataset_size: int | None) -> None:
