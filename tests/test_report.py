@@ -475,7 +475,7 @@ def test_accuracies_stay_between_nothing_and_all() -> None:
 def test_the_settings_are_those_used() -> None:
     data, verdict = synthetic()
     used = {"class": "poprisk.PopRiskAdamW", "lr": 0.001, "betas": [0.9, 0.999], "z": 1.5}
-    data.config["optimizers"] = {"poprisk": {**used, "dataset_size": None}}
+    data.config["optimizers"] = {"poprisk": {**used, "dataset_size": "—"}}
     page = Page(render(data, verdict))
     cells = {row[0]: row[3] for table in page.tables for row in table if len(row) == 6}
     said = "poprisk.PopRiskAdamW, lr 0.001, betas (0.9, 0.999), z 1.5, dataset_size —"
