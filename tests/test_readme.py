@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from skimage import io
 from sklearn.datasets import load_wine
 
+from poprisk.reproduce import CLAIMS
+
 ROOT = Path(__file__).parents[1]
+
+readme_figures: Any = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "readme_figures.py")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
@@ -23,6 +30,19 @@ SHELL = [
     if language == "sh"
     for line in code.splitlines()
 ]
+CLAIM_WORDS = {
+    "grokking": "grokking",
+    "grokking-multistep": "two-step task",
+    "pinn": "differential equation",
+    "image": "picture",
+    "benign-overfitting": "benign overfitting",
+    "double-descent": "double descent",
+    "implicit-bias": "implicit bias",
+    "drift-diffusion": "drift and diffusion",
+    "coupling": "coupling",
+    "feature-learning": "feature learning",
+    "memorization": "memorization",
+}
 COMMANDS = [line for line in SHELL if line.startswith("poprisk ")]
 
 
@@ -66,6 +86,32 @@ def test_the_two_commands_are_make_targets() -> None:
     wanted = [line.split()[1] for line in SHELL if line.startswith("make ")]
     assert wanted == ["run", "test"]
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in wanted)
+
+
+def test_its_figures_are_those_on_record() -> None:
+    """docs/readme_figures.py makes them from the records; what it lists is stale."""
+    assert readme_figures.stale(README) == []
+
+
+def test_a_stale_figure_would_be_found() -> None:
+    pieces = readme_figures.pieces()
+    assert len(pieces) > 20
+    for piece in pieces:
+        number = re.findall(r"\d+\.?\d*(?=[^\d]*$)", piece)[0]
+        other = README.replace(number, "123456")
+        assert piece in readme_figures.stale(other)
+
+
+def test_its_verdicts_are_those_on_record() -> None:
+    said = re.search(r"^On record: (.*?)\n\n", README, flags=re.DOTALL | re.MULTILINE)
+    assert said is not None
+    reproduced, partly, not_at_all = re.split(r"\*reproduced\*;|\*partly\*;", said[1])
+    told = {"reproduced": reproduced, "partly reproduced": partly, "not reproduced": not_at_all}
+    assert set(CLAIM_WORDS) == set(CLAIMS)
+    for claim, verdict in readme_figures.verdicts().items():
+        for kind, text in told.items():
+            sentence = " ".join(text.split()).partition(".")[0]
+            assert (CLAIM_WORDS[claim] in sentence) == (kind == verdict), (claim, verdict)
 
 
 def test_the_files_it_links_to_exist() -> None:

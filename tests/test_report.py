@@ -472,6 +472,35 @@ def test_accuracies_stay_between_nothing_and_all() -> None:
     assert all(-100 <= float(v) <= 100 for v in gains)
 
 
+def test_the_settings_are_those_used() -> None:
+    data, verdict = synthetic()
+    used = {"class": "poprisk.PopRiskAdamW", "lr": 0.001, "betas": [0.9, 0.999], "z": 1.5}
+    data.config["optimizers"] = {"poprisk": {**used, "dataset_size": "—"}}
+    page = Page(render(data, verdict))
+    cells = {row[0]: row[3] for table in page.tables for row in table if len(row) == 6}
+    said = "poprisk.PopRiskAdamW, lr 0.001, betas (0.9, 0.999), z 1.5, dataset_size —"
+    assert cells["PopRiskAdamW"] == said
+    assert cells["AdamW, lr 0.001, decay 0.01"] == "lr 0.001, weight_decay 0.01"
+    del data.config["optimizers"]  # a record of an earlier version
+    page = Page(render(data, verdict))
+    cells = {row[0]: row[3] for table in page.tables for row in table if len(row) == 6}
+    assert cells["PopRiskAdamW"] == "defaults of that version"
+
+
+@pytest.mark.parametrize("missing", [0, 12_959])
+def test_weights_of_the_gate_add_up(missing: int) -> None:
+    data, verdict = synthetic()
+    data.config["task"]["parameters"] = sum(MODULES.values()) + missing
+    data.config["task"]["modules"] = {"0": "Linear(64, 512)", "2": "Linear(512, 512)"}
+    text = render(data, verdict)
+    assert "0 Linear(64, 512) · 32,768 weights" in text
+    assert "2 Linear(512, 512) · 262,144 weights" in text
+    assert "4 · 5,120 weights" in text  # nothing is known of it
+    said = f"{missing:,} of {sum(MODULES.values()) + missing:,} weights are counted in no module"
+    assert (said in text) == (missing > 0)
+    assert ("counted in no module" in text) == (missing > 0)
+
+
 def test_one_seed_has_no_intervals() -> None:
     page = Page(render(*synthetic(seeds=1)))
     assert "One seed, so no intervals." in page.text

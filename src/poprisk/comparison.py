@@ -20,6 +20,7 @@ from poprisk.rundir import FORMAT, TOL
 from poprisk.tasks import Task, TaskError, load_task
 from poprisk.tasks.batches import LAST_BATCH, joins_last
 from poprisk.tasks.sources import task_sources
+from poprisk.tasks.task import module_kinds
 from poprisk.training import Run
 
 FEWEST = 5
@@ -119,6 +120,7 @@ class Comparison:
                 "test_examples": len(task.test[1]),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "data": data,
+                "modules": module_kinds(model),
                 "model": _structure(model),
                 "sources": _sources(self.task),
                 "start": start,

@@ -18,7 +18,7 @@ EVENTS = {"start", "epoch", "end"}
 
 TOL = 1e-3
 """Relative difference of initial losses that rounding on another processor may make."""
-NEW = {("optimizers",), ("task", "model"), ("task", "sources"), ("task", "start")}
+NEW = {("optimizers",), *(("task", key) for key in ("model", "modules", "sources", "start"))}
 """Entries that records of earlier versions lack."""
 HASHED = {
     "task.data": "the data or the task's file",

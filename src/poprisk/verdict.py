@@ -65,7 +65,7 @@ def judge(data: RunData) -> Verdict:
         shuffled=rows.get("shuffled"),
         leads=_leads(runs),
         edge=_edge(best, grid),
-        lr=next((_rate(a) for a in data.config["arms"] if a["family"] == "poprisk"), OUR_RATE),
+        lr=_our_rate(data.config),
         epochs=data.config["task"].get("epochs", 0),
     )
     return Verdict(
@@ -77,9 +77,13 @@ def judge(data: RunData) -> Verdict:
     )
 
 
-def _rate(arm: dict[str, Any]) -> float:
-    """The learning rate of an arm of ours."""
-    return float(arm["settings"].get("lr", OUR_RATE))
+def _our_rate(config: dict[str, Any]) -> float:
+    """The learning rate of our arm, as recorded."""
+    ours = next((arm for arm in config["arms"] if arm["family"] == "poprisk"), None)
+    if ours is None:
+        return OUR_RATE
+    used = config.get("optimizers", {}).get(ours["name"], {})
+    return float({"lr": OUR_RATE, **used, **ours["settings"]}["lr"])
 
 
 def _improving(runs: _Runs, data: RunData) -> Improvement | None:

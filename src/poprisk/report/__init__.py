@@ -27,12 +27,13 @@ __all__ = ["write_report"]
 
 
 class Gate(NamedTuple):
-    """What the gate of one row of the verdict did: its label, plots, and who starved."""
+    """What the gate of one row of the verdict did: its label, plots, who starved, what is left."""
 
     label: str
     ours: bool
     group: Group | None
     starved: str
+    uncounted: str
 
 
 def write_report(data: RunData, verdict: Verdict, path: Path) -> None:
@@ -80,6 +81,7 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "stops": any(s.stops for s in series),
         "memorizing": any(row["memorized"] is not None for row in data.epochs),
         "gates": _gates(data),
+        "settings": notes.settings(data.config),
         "starved_below": STARVED_BELOW,
         "intervals": len(data.config["seeds"]) >= MIN_SEEDS,
         "twins": twin_report(data),
@@ -114,13 +116,15 @@ def _gates(data: RunData) -> list[Gate]:
         if row["gate"]:
             rows.setdefault(row["arm"], []).append(row)
     arms = [arm for arm in data.config["arms"] if arm["name"] in rows]
+    kinds = data.config["task"].get("modules", {})
     arms.sort(key=lambda arm: arm["family"] != OURS)
     return [
         Gate(
             arm["label"],
             arm["family"] == OURS,
-            figures.group(module_series(rows[arm["name"]]), [PASS_RATE, UPDATE_RATIO]),
+            figures.group(module_series(rows[arm["name"]], kinds), [PASS_RATE, UPDATE_RATIO]),
             notes.starved(rows[arm["name"]]),
+            notes.uncounted(rows[arm["name"]], data.config["task"]["parameters"]),
         )
         for arm in arms
     ]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from poprisk.report.curves import EpochRow
-from poprisk.report.formats import listed, plural
+from poprisk.report.formats import listed, plain, plural
+from poprisk.report.series import module_sizes
 from poprisk.rundir import RunData
 
 
@@ -77,6 +78,36 @@ def starved(rows: Sequence[EpochRow]) -> str:
     else:
         first = "No module is starved at the end. "
     return first + (f"Starved for a while earlier: {listed(before)}." if before else "")
+
+
+def uncounted(rows: Sequence[EpochRow], parameters: int) -> str:
+    """Say how many weights stand in no module of the gate's plots, so that they add up."""
+    rest = parameters - sum(module_sizes(rows).values())
+    if rest <= 0:
+        return ""
+    return (
+        f"{rest:,} of {parameters:,} weights are counted in no module: they never had a gradient, "
+        "as those that read an input which is always 0."
+    )
+
+
+def settings(config: dict[str, Any]) -> dict[str, str]:
+    """What each arm's optimizer was made with, defaults included, as far as the record says."""
+    used = config.get("optimizers", {})
+    return {
+        arm["name"]: _settings(used.get(arm["name"]) or arm["settings"]) for arm in config["arms"]
+    }
+
+
+def _settings(given: dict[str, Any]) -> str:
+    if not given:
+        return "defaults of that version"
+    words = [f"{key} {_setting(value)}" for key, value in given.items() if key != "class"]
+    return ", ".join([given["class"], *words] if "class" in given else words)
+
+
+def _setting(value: Any) -> str:
+    return f"({plain(value)})" if isinstance(value, (list, tuple)) else plain(value)
 
 
 def facts(data: RunData) -> list[str]:

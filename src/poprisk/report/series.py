@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from poprisk.arms import FAMILIES
@@ -90,16 +90,27 @@ def _held(rows: Sequence[EpochRow], stop: int, horizon: Sequence[int]) -> list[E
     return [*before, *({**last, "epoch": e} for e in horizon if e > stop)]
 
 
-def module_series(rows: Sequence[EpochRow]) -> list[Series]:
-    """One series for each module with a gate, in the order of the model."""
+def module_sizes(rows: Sequence[EpochRow]) -> dict[str, int]:
+    """Weights of each module that the gate counted, which are those that ever had a gradient."""
     sizes: dict[str, int] = {}
     for row in rows:
         for name, gate in (row["gate"] or {}).items():
-            sizes.setdefault(name, gate["coordinates"])
+            sizes[name] = max(sizes.get(name, 0), gate["coordinates"])
+    return sizes
+
+
+def module_series(rows: Sequence[EpochRow], kinds: Mapping[str, str] | None = None) -> list[Series]:
+    """One series for each module with a gate, in the order of the model.
+
+    Args:
+        rows: the epoch rows of one arm.
+        kinds: what each module is, such as ``Linear(64, 256)``, by name.
+    """
+    sizes, kinds = module_sizes(rows), kinds or {}
     largest = sorted(sizes, key=lambda name: -sizes[name])[:MODULES_SHOWN]
     return [
         Series(
-            label=f"{name} · {plural(size, 'weight')}",
+            label=f"{name} {kinds.get(name, '')}".strip() + f" · {plural(size, 'weight')}",
             colour=f"module-{_shade(i, len(sizes))}",
             dash=list(DASHES)[i % len(DASHES)],
             shown=name in largest,

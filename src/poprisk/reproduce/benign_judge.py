@@ -57,7 +57,8 @@ def _folded(r: Interval) -> Interval:
     """An interval of a ratio as one of the factor, whichever way: ends in order, at least 1."""
     ends = sorted(max(v, 1 / v) for v in (r.low, r.high)) if r.low == r.low else [r.low, r.high]
     low = 1.0 if r.low <= 1 <= r.high else ends[0]
-    return Interval(max(r.mean, 1 / r.mean), low, ends[1], r.values)
+    values = tuple(max(v, 1 / v) for v in r.values)
+    return Interval(max(r.mean, 1 / r.mean), low, ends[1], values)
 
 
 def relative(done: Sequence[Done], setting: str) -> Interval:

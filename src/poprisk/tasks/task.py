@@ -198,3 +198,28 @@ def _stacked(name: str, part: str, values: tuple[Any, ...]) -> Tensor:
                 "them in the data set."
             )
     return torch.stack(tensors)
+
+
+def module_kinds(model: nn.Module) -> dict[str, str]:
+    """What each module with parameters of its own is, by name, as ``Linear(64, 256)``.
+
+    Example:
+        >>> module_kinds(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Conv1d(3, 5, 2)))
+        {'0': 'Linear(64, 256)', '2': 'Conv1d(3, 5, 2)'}
+    """
+    return {
+        name: _kind(module)
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+
+
+def _kind(module: nn.Module) -> str:
+    """Class and sizes, the inputs first, as torch's layers take them."""
+    own = [tuple(p.shape) for p in module.parameters(recurse=False)]
+    sizes = max(own, key=len)  # the weight, not the bias
+    if isinstance(module, nn.Linear):
+        sizes = (module.in_features, module.out_features)
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        sizes = (module.in_channels, module.out_channels, *module.kernel_size)
+    return f"{type(module).__name__}({', '.join(map(str, sizes))})"

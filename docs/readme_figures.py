@@ -1,0 +1,195 @@
+"""The README's figures, from what is on record: python docs/readme_figures.py lists stale ones.
+
+Each piece of text below is made from a record in ``benchmarks/results`` or from the claims' results
+and must stand in the README word for word; a test sees to it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from poprisk.reproduce import CLAIMS
+from poprisk.reproduce.record import on_record
+from poprisk.verdict import DEFAULT_ADAMW
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TASKS = {
+    "digits-noise-0.6-10-seeds": "`digits`, 60% wrong labels",
+    "digits-10-seeds": "`digits`, 40%",
+    "digits-noise-0.2-10-seeds": "`digits`, 20%",
+    "digits-cnn-10-seeds": "`digits-cnn`, 40%",
+    "digits-clean-10-seeds": "`digits-clean`",
+    "sparse-regression-10-seeds": "`sparse-regression`, error",
+    "diabetes-10-seeds": "`diabetes`, error",
+    "dense-regression-10-seeds": "`dense-regression`, error",
+}
+SAME = f"AdamW, lr {DEFAULT_ADAMW['lr']:g}, decay {DEFAULT_ADAMW['weight_decay']:g}"
+LARGE, MANY = ("1 × 10M", "12 × 768² + 4 × 768×3072"), ("100 × 10k", "400 × 1k")
+
+
+def record(name: str) -> Any:
+    """A record of ``benchmarks/results``."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def pieces() -> list[str]:
+    """Texts of the README that hold figures; spaces stand for any white space."""
+    return [
+        *_explained(),
+        *_comparisons(),
+        *_digits(),
+        *_stopping(),
+        *_monitor(),
+        *_claims(),
+        *_speed(),
+    ]
+
+
+def stale(readme: str) -> list[str]:
+    """The pieces that do not stand in a README."""
+    text = _plain(readme)
+    return [piece for piece in pieces() if _plain(piece) not in text]
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text.replace("*", ""))
+
+
+def _explained() -> list[str]:
+    arms = record("explain-digits")["arms"]
+    adamw, ours = (arms[name] for name in ("AdamW", "PopRiskAdamW"))
+    return [
+        "With AdamW, without the label noise that got through, test accuracy would be "
+        f"{adamw['without_noise']:.1%} instead of {adamw['metric']:.1%}.",
+        f"With the gate it is {ours['without_noise']:.1%} instead of {ours['metric']:.1%}",
+    ]
+
+
+def _comparisons() -> list[str]:
+    runs = record("comparisons")
+    return [_table_row(runs[name], label) for name, label in TASKS.items()]
+
+
+def _table_row(run: dict[str, Any], label: str) -> str:
+    rows = {row["label"]: row for row in run["rows"]}
+    ours, best = rows["PopRiskAdamW"], rows[run["reference"]]
+    metric, rate = run["task"]["metric"], float(re.findall(r"lr ([\d.e-]+)", best["label"])[0])
+    percent, base = metric["percent"], best["final"][0]
+    sign = 1 if metric["higher_is_better"] else -1
+    unit = 100.0 if percent else 100.0 / base
+    mean, *ends = (sign * unit * v for v in ours["difference"])
+    small = percent or abs(mean) < 10
+    digits, mark = (1, "" if percent else "%") if small else (0, "%")
+    gain, low, high = (f"{v:+.{digits}f}" for v in (mean, *sorted(ends)))
+    shown = [_value(row["final"][0], percent, base) for row in (ours, rows[SAME], best)]
+    return (
+        f"| {label} | {shown[0]} | {shown[1]} | {shown[2]}, {_rate(rate)} | "
+        f"{gain}{mark} [{low}, {high}]"
+    )
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
+def _value(value: float, percent: bool, base: float) -> str:
+    if percent:
+        return f"{value:.1%}"
+    return f"{value:.2f}" if base < 1 else f"{value:.1f}"
+
+
+def _digits() -> list[str]:
+    rows = {row["label"]: row for row in record("comparisons")["digits-10-seeds"]["rows"]}
+    grid = [
+        row["final"][0]
+        for label, row in rows.items()
+        if re.fullmatch(r"AdamW, lr [\d.]+, decay [\d.]+", label)
+    ]
+    ours, same, matched = (
+        rows[name]["final"][0] for name in ("PopRiskAdamW", SAME, "AdamW, RMS-matched")
+    )
+    return [
+        f"On `digits` AdamW ends anywhere from {min(grid):.1%} to {max(grid):.1%}.",
+        f"AdamW given the same update sizes ends at {matched:.1%}. The rest, "
+        f"{100 * (ours - matched):.1f} points of {100 * (ours - same):.1f}, is which weights move.",
+    ]
+
+
+def _stopping() -> list[str]:
+    found = record("risk-stopping")
+    regrets = [problem["regret"] for problem in found["problems"].values()]
+    n, mean = len(regrets), sum(regrets) / len(regrets)
+    error = (sum((r - mean) ** 2 for r in regrets) / (n - 1) / n) ** 0.5
+    whole = found["all"]
+    return [
+        f"stopping by the twin costs {whole['regret']:.1%} ± {error:.1%} more risk than the best "
+        "moment in hindsight; stopping by a held-out fifth, "
+        f"{whole['regret of a held-out fifth']:.1%}.",
+        f"Up to that moment the estimate is off by {whole['level error up to the best point']:.1%} "
+        "on average.",
+        f"the flag turns off {whole['flag off there']:.0%}, and {1 - whole['flag on there']:.0%} "
+        "of those within 15% with them.",
+    ]
+
+
+def _monitor() -> list[str]:
+    added = [100 * result["added"] for result in record("monitor")["results"]]
+    return [f"({min(added):.0f} to {max(added):.0f}% of a step's time)"]
+
+
+def _claims() -> list[str]:
+    judged = [on_record(claim) for claim in CLAIMS.values()]
+    count = {
+        verdict: sum(j.verdict == verdict for j in judged)
+        for verdict in ("reproduced", "partly reproduced", "not reproduced")
+    }
+    assert sum(count.values()) == len(judged)
+    grokking = on_record(CLAIMS["grokking"]).findings
+    assert grokking is not None
+    figures = re.findall(r"([\d.]+) \[([\d.]+), ([\d.∞]+)\]", grokking.ours)
+    same, batches = ([_short(v) for v in figure] for figure in figures[:2])
+    return [
+        f"needs {same[0]} times fewer steps (at least {same[1]}) than AdamW at the same settings",
+        f"with batches of 512 {batches[0]} [{batches[1]}, {batches[2]}]",
+        f"over 20 seeds, {figures[2][0]} [{figures[2][1]}, {figures[2][2]}]",
+    ]
+
+
+def _short(value: str) -> str:
+    return value if value == "∞" else f"{float(value):.1f}"
+
+
+def verdicts() -> dict[str, str]:
+    """The verdict on record of every claim."""
+    return {name: on_record(claim).verdict for name, claim in CLAIMS.items()}
+
+
+def _speed() -> list[str]:
+    rows = [
+        (row["parameters"], row["optimizer"], row["ratio"])
+        for threads in (1, 2)
+        for row in record(f"step-cpu-{threads}-threads")["results"]
+    ]
+
+    def span(sizes: tuple[str, ...], optimizer: str, digits: int = 2) -> str:
+        found = [r for size, name, r in rows if size in sizes and name == optimizer]
+        return " to ".join(f"{v:.{digits}f}".removesuffix(".0") for v in (min(found), max(found)))
+
+    fused, second = "PopRiskAdamW fused", "PopRiskAdamW fused, second-moment"
+    return [
+        f"it takes {span(LARGE, fused)} times the time of AdamW's fused step "
+        f'({span(LARGE, second)} with `variance="second-moment"`), and {span(MANY, fused)} times '
+        f"on many small ones ({span(MANY, second)})",
+        f"AdamW's own foreach step takes {span((*LARGE, *MANY), 'AdamW foreach', 1)} times.",
+    ]
+
+
+if __name__ == "__main__":
+    missing = stale((ROOT / "README.md").read_text(encoding="utf-8"))
+    print("\n".join(missing) or "all figures of the README are those on record")
+    sys.exit(bool(missing))
