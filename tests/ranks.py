@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from poprisk import PopRiskAdamW, entk, grad_mean_var, observe_ranks
+from poprisk.path import NotAnalysable, Recorder, integrate
 
 WORLD = 2
 BATCH = 8
@@ -278,6 +279,37 @@ def checkpoint(folder: Path) -> dict[str, float]:
     return apart
 
 
+def recorded() -> dict[str, Any]:
+    """Recording under wrappers: refused, or exact of the module inside with all examples."""
+    data = batch(0)
+    found: dict[str, Any] = {}
+    wrappers: dict[str, Any] = {"ddp": DistributedDataParallel, "fsdp": fully_shard}
+    for name, wrap in wrappers.items():
+        wrapped = wrap(build())
+        before = weights(wrapped)
+        sgd = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+        try:
+            Recorder(wrapped, "squared_error", sgd, train=data)
+        except NotAnalysable as error:
+            found[name] = str(error)
+        found[f"{name} moved"] = not torch.equal(weights(wrapped), before)
+    for name, behind in (("whole", torch.arange(BATCH)), ("own", torch.arange(BATCH)[mine()])):
+        wrapped = DistributedDataParallel(build())
+        sgd = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
+        try:
+            with Recorder(wrapped.module, "squared_error", sgd, train=data) as recorder:
+                for _ in range(5):
+                    sgd.zero_grad()
+                    x, y = data[0][mine()], data[1][mine()]
+                    (nn.functional.mse_loss(wrapped(x), y) / 2).backward()
+                    sgd.step()
+                    recorder.step(behind)
+            found[name] = integrate(recorder.run).closure.worst
+        except NotAnalysable as error:
+            found[name] = str(error)
+    return found
+
+
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -285,6 +317,7 @@ def main() -> None:
         "gloo", store=dist.FileStore(str(folder / "store"), WORLD), rank=rank, world_size=WORLD
     )
     results = {
+        "recorded": recorded(),
         "ddp": ddp(),
         "fsdp": fsdp(),
         "statistics": statistics(),

@@ -98,6 +98,20 @@ def test_a_distributed_checkpoint_goes_on(results: list[dict[str, Any]], case: s
     assert all(result["checkpoint"][case] <= 1e-12 for result in results)
 
 
+def test_a_record_under_wrappers_is_refused_or_of_the_whole_batch(
+    results: list[dict[str, Any]],
+) -> None:
+    for result in results:
+        found = result["recorded"]
+        assert "wrapped in DistributedDataParallel" in found["ddp"]
+        assert "pass the module inside (model.module)" in found["ddp"]
+        assert "DTensors (FSDP2?): '0.weight', '0.bias', '2.weight' and 3 more" in found["fsdp"]
+        assert not found["ddp moved"]
+        assert not found["fsdp moved"]
+        assert found["whole"] < 1e-6
+        assert "gradient of step 1 is not that of the recorded loss" in found["own"]
+
+
 def test_a_small_gpt_with_compile_amp_and_accumulation(tmp_path: Path) -> None:
     """Two steps only: benchmarks/results/gpt.json has a longer run."""
     out = tmp_path / "gpt.json"

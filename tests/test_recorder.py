@@ -1,7 +1,9 @@
 """Recording: what is kept, in whose loop, and what is refused."""
 
+import copy
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW, loo_risk
-from poprisk.path import Facts, NotAnalysable, Recorder, Run, StepRule, integrate, record
+from poprisk.channel import path_operators
+from poprisk.drift import fitted_noise, movement
+from poprisk.path import (
+    Closure,
+    Facts,
+    NotAnalysable,
+    Recorder,
+    Run,
+    StepRule,
+    integrate,
+    record,
+    trace_cells,
+)
 from poprisk.path.losses import gradient, hessian, hessian_product, squared_error
 from runs import LOSSES, batches, data, network, recorded
 from samplers import randn
@@ -355,3 +369,235 @@ def test_an_optimizer_of_another_model() -> None:
 
 def test_squared_error_is_half_the_square() -> None:
     assert squared_error(torch.tensor([[3.0]]), torch.tensor([[1.0]])).tolist() == [2.0]
+
+
+# --- loops ----------------------------------------------------------------------------------------
+
+STEPS = 8
+
+
+class Scaled(nn.Module):
+    """The small network times a buffer and an attribute."""
+
+    temperature: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.alpha = network(), 1.0
+        self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.alpha * self.temperature
+
+
+def looped(
+    build: Callable[[nn.Module], Any] | None = None,
+    net: nn.Module | None = None,
+    **events: Callable[[Any, Any], Any],
+) -> Run:
+    """A run in a loop of one's own; at step 6 (``last``: 8) an event happens.
+
+    Args:
+        build: an optimizer from a model.
+        net: the model.
+        events: by place, "start", "grads", "stepped", "recorded" or "last", from model and
+            optimizer.
+    """
+    train, query, _ = data()
+    net = network() if net is None else net
+    opt = build(net) if build else torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+    def at(place: str, k: int, due: int = 5) -> None:
+        if k == due and place in events:
+            events[place](net, opt)
+
+    with Recorder(net, "squared_error", opt, train=train, query=query) as recorder:
+        for k, batch in enumerate(batches(STEPS)):
+            at("start", k)
+            opt.zero_grad()
+            half_mse(net(train[0][batch]), train[1][batch]).backward()
+            at("grads", k)
+            opt.step()
+            at("stepped", k)
+            recorder.step(batch)
+            at("recorded", k)
+            at("last", k, STEPS - 1)
+    return recorder.run
+
+
+def clamp(net: nn.Module, _: Any) -> None:
+    for p in net.parameters():
+        p.data.clamp_(-0.1, 0.1)
+
+
+def freeze(net: Any, _: Any) -> None:
+    net[0].requires_grad_(False)
+
+
+def unfreeze(net: Any, _: Any) -> None:
+    net[0].requires_grad_(True)
+
+
+def spoil(net: Any, _: Any) -> None:
+    net[0].weight.grad[0] = torch.nan
+
+
+def load_other(_: Any, opt: Any) -> None:
+    state = copy.deepcopy(opt.state_dict())
+    for entry in state["state"].values():
+        entry["momentum_buffer"].mul_(3)
+    opt.load_state_dict(state)
+
+
+def head(net: Any) -> Any:
+    return torch.optim.SGD(net[2].parameters(), lr=0.05)
+
+
+def frozen() -> nn.Module:
+    net: Any = network()
+    net[0].requires_grad_(False)
+    return net
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "clamped before": ({"start": clamp}, r"weights changed outside .*'0\.weight'"),
+    "clamped after the step": ({"stepped": clamp}, r"weights changed outside .*'0\.weight'"),
+    "clamped after the record": ({"recorded": clamp}, r"weights changed outside .*'0\.weight'"),
+    "clamped at the end": ({"last": clamp}, r"weights changed outside .*'0\.weight'"),
+    "NaN gradient": ({"grads": spoil}, "the gradient of step 6 is NaN or infinite"),
+    "another state": ({"start": load_other}, "or was another state loaded"),
+    "a hook": (
+        {"start": lambda net, _: net[0].weight.register_hook(torch.neg)},
+        r"hooks are registered on gradients of '0\.weight'",
+    ),
+    "unfrozen": (
+        {"net": frozen(), "start": unfreeze},
+        "trains other parameters .*2 more, 0 fewer",
+    ),
+    "a group more": (
+        {
+            "build": head,
+            "start": lambda net, opt: opt.add_param_group({"params": list(net[0].parameters())}),
+        },
+        "trains other parameters .*2 more, 0 fewer",
+    ),
+    "a second optimizer": (
+        {
+            "build": head,
+            "grads": lambda net, _: torch.optim.SGD(net[0].parameters(), lr=0.1).step(),
+        },
+        r"'0\.weight', '0\.bias' changed since",
+    ),
+    "other weights unnoticed by torch": (
+        {"build": head, "start": lambda net, _: net[0].weight.data.add_(1)},
+        r"'0\.weight' changed since",
+    ),
+    "a buffer": (
+        {"net": Scaled(), "recorded": lambda net, _: net.temperature.mul_(2)},
+        "'temperature' changed since",
+    ),
+    "an attribute": (
+        {"net": Scaled(), "start": lambda net, _: setattr(net, "alpha", 2.0)},
+        "the gradient of step 8 is not that of the recorded loss",
+    ),
+    "an attribute at the end": (
+        {"net": Scaled(), "last": lambda net, _: setattr(net, "alpha", 2.0)},
+        "outputs at the end are not those of the recorded weights",
+    ),
+    "a step that is not told": ({"recorded": lambda _, opt: opt.step()}, "once after each"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_path_that_is_broken_is_noticed_by_name(kind: str) -> None:
+    events, message = BROKEN[kind]
+    with pytest.raises(ValueError, match=message):
+        looped(**copy.deepcopy(events))
+
+
+def test_a_gradient_that_is_clipped_unseen_shows_in_the_closure() -> None:
+    """Between the steps whose gradients are compared."""
+    train, _, clean = data()
+    run = looped(grads=lambda net, _: nn.utils.clip_grad_norm_(net.parameters(), 1e-3))
+    uses: dict[str, Callable[[], Any]] = {
+        "integrate": lambda: integrate(run),
+        "trace_cells": lambda: trace_cells(run, clean),
+        "apply": lambda: path_operators(run).apply(torch.ones(len(train[0]), 2, 1)),
+        "fitted_noise": lambda: fitted_noise(run, draws=2, generator=torch.Generator()),
+        "movement": lambda: movement(run),
+    }
+    for use in uses.values():
+        with pytest.warns(RuntimeWarning, match=r"off by 0\.\d+"):
+            use()
+
+
+def test_a_closure_that_is_no_number_is_told() -> None:
+    closure = Closure(0.0, float("nan"), 0.0)
+    assert closure.worst != closure.worst
+    with pytest.warns(RuntimeWarning, match="off by nan"):
+        closure.warn("Record again.", stacklevel=1)
+
+
+def test_a_layer_frozen_on_the_way_stays_where_it_is() -> None:
+    def adamw(net: nn.Module) -> Any:
+        return torch.optim.AdamW(net.parameters(), lr=0.01)
+
+    for build in (None, adamw):
+        run = looped(build, start=freeze)
+        assert integrate(run).closure.worst < 1e-9
+        assert torch.equal(run.weights[5][:18], run.weights[8][:18])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_scale_is_taken_out_or_refused(fused: bool) -> None:
+    train, query, _ = data()
+    net = network()
+    opt = torch.optim.AdamW(net.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def train_on() -> Run:
+        with Recorder(net, "squared_error", opt, train=train, query=query) as recorder:
+            for batch in batches(5):
+                opt.zero_grad()
+                scaler.scale(half_mse(net(train[0][batch]), train[1][batch])).backward()
+                scaler.step(opt)
+                scaler.update()
+                recorder.step(batch)
+        return recorder.run
+
+    if fused:
+        with pytest.raises(NotAnalysable, match=r"call scaler\.unscale_\(optimizer\) before"):
+            train_on()
+        assert all(map(torch.equal, net.parameters(), before))
+    else:
+        assert integrate(train_on()).closure.worst < 1e-9
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, PopRiskAdamW])
+def test_a_step_with_a_closure(kind: Any) -> None:
+    train, query, _ = data()
+    net = network()
+    opt = kind(net.parameters(), lr=0.01)
+    with Recorder(net, "squared_error", opt, train=train, query=query) as recorder:
+        for batch in batches(6):
+
+            def again(batch: Tensor = batch) -> Tensor:
+                opt.zero_grad()
+                loss = half_mse(net(train[0][batch]), train[1][batch])
+                loss.backward()
+                return loss
+
+            opt.step(again)
+            recorder.step(batch)
+    assert integrate(recorder.run).closure.worst < 1e-9
+
+
+def test_a_recorder_records_one_run() -> None:
+    train, _, _ = data()
+    net = network()
+    recorder = Recorder(net, "squared_error", torch.optim.SGD(net.parameters()), train=train)
+    with recorder:
+        pass
+    with pytest.raises(ValueError, match="a Recorder records one run"), recorder:
+        pass

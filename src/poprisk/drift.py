@@ -10,6 +10,7 @@ shrinks like :math:`1/\sqrt n` [LG, §4, Thm 4.1]. Here the exponents are measur
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from poprisk import checks
 from poprisk.channel.coupling import label_response
 from poprisk.intervals import t_interval
-from poprisk.path import Run, follow, record
+from poprisk.path import Run, record
 from poprisk.path.checks import check_minibatches, check_probes
+from poprisk.path.follow import follow_all
+from poprisk.path.integrals import WARN_ABOVE
 from poprisk.path.losses import Loss, gradient
 from poprisk.printing import short_repr
 
@@ -126,7 +129,7 @@ def movement(
     times = [int(t) for t in marks]
     x, y = problem.train
     total = torch.zeros(problem.n, problem.c, 2, dtype=torch.float64)
-    sums = []
+    sums, walked = list[Tensor](), _Steps(run)
     for k in range(len(run)):
         w, rule, step = run.weights[k].double(), run.rule(k, torch.float64), run.intervals[k]
         u, pull = problem.pullback(w, x)
@@ -134,13 +137,48 @@ def movement(
         sampled = torch.zeros(problem.n, 1, dtype=torch.float64)
         sampled[step.examples] = step.sampling[:, None]
         both = pull(torch.stack([g, (sampled - 1) * g], dim=-1))
+        walked.take(k, both.sum(1, keepdim=True))
         carried = rule.from_momentum * rule.gain / (1 - rule.carry) + rule.from_gradient
         scale = rule.correction * rule.precondition * carried
         total += problem.jvp(w, x, scale * both)
         sums.append(_along(total, directions))
+    walked.warn()
     drift, walk = torch.stack(sums).unbind(-1)
     marked = torch.tensor(times) - 1
     return Movement(times, drift[marked], walk[marked], walk)
+
+
+class _Steps:
+    """Sees whether the steps of a run are those of the gradients of its batches."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.momentum = run.momentum_in.to("cpu", torch.float64).unsqueeze(1)
+        self.error = self.size = 0.0
+
+    def take(self, k: int, gradient: Tensor) -> None:
+        """Predict the step of interval ``k`` from the gradient (P, 1) of its batch."""
+        rule = self.run.rule(k, torch.float64)
+        w, end = self.run.weights[k].double(), self.run.weights[k + 1].double()
+        g = rule.sign * gradient + rule.coupled * w[:, None]
+        read = rule.readout(self.momentum, g)
+        self.momentum = rule.advance(self.momentum, g)
+        step = -rule.correction * rule.precondition * read - rule.decay * w[:, None]
+        realized = (end - w)[:, None]
+        self.error += float((step - realized).square().sum())
+        self.size += float(realized.square().sum())
+
+    def warn(self) -> None:
+        """Warn where they are not."""
+        relative = math.sqrt(self.error / self.size) if self.size > 0 else 0.0
+        if not relative <= WARN_ABOVE:
+            warnings.warn(
+                f"the recorded steps are off by {relative:.2g} from those of the recorded "
+                "gradients (clipped or masked gradients?): drift and diffusion are not those of "
+                "the run.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def _along(total: Tensor, directions: Tensor | None) -> Tensor:
@@ -225,7 +263,7 @@ def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Es
     u = problem.values(run.weights[0].double(), problem.train[0])
     noise = torch.randn(*u.shape, draws, generator=generator, dtype=torch.float64)
     probes = label_response(problem, u) @ noise
-    moved = follow(run, probes, dtype=torch.float64).applied.query[..., :draws]
+    moved = follow_all(run, probes, dtype=torch.float64)[0].query
     squares = moved.square().mean((0, 1))
     value = float(squares.mean().sqrt())
     spread = float(squares.std()) / math.sqrt(draws) if draws > 1 else math.nan

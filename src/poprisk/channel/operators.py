@@ -14,7 +14,7 @@ from poprisk.channel import cells as parts
 from poprisk.channel.coupling import Coupling, NoiseGain, couple, noise_gain
 from poprisk.channel.spectrum import TOLERANCES, Channel, Spectrum
 from poprisk.path.cells import split_gradient
-from poprisk.path.follow import Applied, follow
+from poprisk.path.follow import Applied, follow_all
 from poprisk.path.integrals import (
     BUDGET,
     Accounting,
@@ -149,15 +149,17 @@ class PathOperators:
         return self.spectrum.channel(tol)
 
     def apply(self, probes: Tensor) -> Applied:
-        r"""P, Q, G and D times starting output gradients (n, c, r), matrix-free."""
-        followed = follow(
+        r"""P, Q, G and D times starting output gradients (n, c, r), matrix-free.
+
+        Warns where the run does not close, as the dense operators do.
+        """
+        return follow_all(
             self.run,
             probes,
             quadrature=self.quadrature,
             segments=self.segments,
             progress=self.progress,
-        )
-        return Applied(*(t[..., : probes.shape[-1]] for t in followed.applied))
+        )[0]
 
     def four_cells(self, clean_targets: Tensor, *, tol: float = 1e-6) -> parts.FourCells:
         """Split movement of the query outputs, and test error, into the four cells.

@@ -78,12 +78,13 @@ def split_gradient(run: Run, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: unless ``clean`` has the shape of the training targets.
     """
-    problem = run.problem.to(w.dtype)
-    check_clean(clean, problem.train[1])
-    y = clean.to(w.dtype) if clean.is_floating_point() else clean
-    u = problem.values(w, problem.train[0])
-    signal = problem.output_gradient(u, y)
-    return signal, problem.output_gradient(u) - signal
+    with torch.inference_mode(False):
+        problem = run.problem.to(w.dtype)
+        check_clean(clean, problem.train[1])
+        y = clean.to(w.dtype) if clean.is_floating_point() else clean
+        u = problem.values(w, problem.train[0])
+        signal = problem.output_gradient(u, y.clone())
+        return signal, problem.output_gradient(u) - signal
 
 
 def trace_cells(
@@ -132,4 +133,10 @@ def trace_cells(
     for moment in followed.moments:
         signal, noise, affine = (-moment.query).unbind(-1)
         parts.append(QueryParts(moment.step, signal, noise, affine, moment.outputs))
-    return CellTrace(parts[0].outputs, parts, followed.closure(), run.problem.output_shape)
+    closure = followed.closure()
+    closure.warn(
+        'Pass every=1, quadrature="gauss3" to be exact, and record every step (stride=1); '
+        "gradients that were clipped or masked do that too.",
+        stacklevel=2,
+    )
+    return CellTrace(parts[0].outputs, parts, closure, run.problem.output_shape)

@@ -370,7 +370,7 @@ def check_rule_error(error: float, tolerance: float, name: str) -> None:
     if not error <= tolerance:
         raise NotAnalysable(
             f"the step of {name} is not the one its rule describes (relative difference "
-            f"{error:.2g}); is step() overridden or wrapped? Pass "
+            f"{error:.2g}); is step() overridden or wrapped, or was another state loaded? Pass "
             "rule=poprisk.path.realized_update(momentum=...)."
         )
 

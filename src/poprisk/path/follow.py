@@ -7,7 +7,7 @@ products a step and vector; no matrix of size N is formed. THEORY §3 (ours).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from poprisk import checks
 from poprisk.path import losses
 from poprisk.path.checks import check_probes
-from poprisk.path.integrals import Closure, relative
+from poprisk.path.integrals import REMEDY, Closure, relative
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, composite, gauss
 from poprisk.path.run import Run
@@ -124,18 +124,38 @@ def follow(
     checks.check_positive("every", every)
     check_probes(probes, (run.problem.n, run.problem.c))
     nodes = composite(quadrature, segments)
-    march = _March(run, probes, dtype or run.weights.dtype, nodes, decaying=decaying)
     kept = {round(i * len(run) / max(points - 1, 1)) for i in range(points)}
-    for k in range(len(run)):
-        march.advance(k)
-        if (k + 1) % every == 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept):
-            march.refresh()
-            due = any(k + 1 - every < i <= k + 1 for i in kept)
-            if due or k + 1 == len(run):
-                march.keep()
-        if progress is not None:
-            progress(k + 1, len(run))
-    return march.result()
+    with torch.inference_mode(False):
+        march = _March(run, probes.clone(), dtype or run.weights.dtype, nodes, decaying=decaying)
+        for k in range(len(run)):
+            march.advance(k)
+            if (k + 1) % every == 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept):
+                march.refresh()
+                due = any(k + 1 - every < i <= k + 1 for i in kept)
+                if due or k + 1 == len(run):
+                    march.keep()
+            if progress is not None:
+                progress(k + 1, len(run))
+        return march.result()
+
+
+def follow_all(run: Run, probes: Tensor, **settings: Any) -> tuple[Applied, Closure]:
+    r"""Follow any probes, and beside them what they leave of :math:`g_0`, to know the closure.
+
+    Args:
+        run: a recorded run.
+        probes: starting output gradients, (n, c, r).
+        settings: of :func:`follow`.
+    """
+    check_probes(probes, (run.problem.n, run.problem.c))
+    w = run.weights[0].to(settings.get("dtype") or run.weights.dtype)
+    problem, r = run.problem.to(w.dtype), probes.shape[-1]
+    g = problem.output_gradient(problem.values(w, problem.train[0]))
+    rest = g - probes.to(w.dtype).sum(-1)
+    followed = follow(run, torch.cat([probes.to(w.dtype), rest.unsqueeze(-1)], -1), **settings)
+    closure = followed.closure()
+    closure.warn(REMEDY, stacklevel=3)
+    return Applied(*(t[..., :r] for t in followed.applied)), closure
 
 
 class _March:

@@ -7,6 +7,7 @@ THEORY §3 (ours).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from poprisk.path.checks import check_budget
 from poprisk.path.jacobian import JacobianRows
 from poprisk.path.quadrature import (
     OUTPUT_NODES,
+    Nodes,
     PathJacobian,
     average_hessian,
     composite,
@@ -30,6 +32,10 @@ from poprisk.printing import short_repr
 Progress = Callable[[int, int | None], None]
 
 WARN_ABOVE = 1e-2
+REMEDY = (
+    "Refine kinks (refine=1e-4), use segments=, or record every step (stride=1); gradients that "
+    "were clipped or masked do that too."
+)
 BUDGET = 3 * 2**30
 BLOCK = 2**21
 """Entries of a piece of the matrices of P rows: temporaries of this size stay near the processor,
@@ -53,8 +59,18 @@ class Closure(NamedTuple):
 
     @property
     def worst(self) -> float:
-        """The largest of them."""
-        return max(self)
+        """The largest of them; NaN if one is."""
+        return math.nan if any(map(math.isnan, self)) else max(self)
+
+    def warn(self, advice: str, stacklevel: int) -> None:
+        """Warn where the operators do not predict what happened, and say what to do about it."""
+        if not self.worst <= WARN_ABOVE:
+            warnings.warn(
+                f"the path operators are off by {self.worst:.2g}: the realized movement is not "
+                f"what they predict. {advice}",
+                RuntimeWarning,
+                stacklevel=stacklevel + 1,
+            )
 
 
 class Affine(NamedTuple):
@@ -193,6 +209,20 @@ def integrate(
         "model, or raise budget=.",
     )
     nodes = composite(quadrature, segments)
+    with torch.inference_mode(False):
+        result = _walked(run, nodes, refine, snapshots, progress)
+    result.closure.warn(REMEDY, stacklevel=3)
+    return result
+
+
+def _walked(
+    run: Run,
+    nodes: Nodes,
+    refine: float | None,
+    snapshots: int,
+    progress: Progress | None,
+) -> Integrals:
+    """Go along a run, keeping some of its moments."""
     walk = _Walk(run, PathJacobian(run.problem.to(torch.float64), nodes, refine=refine))
     count = min(max(snapshots, 2), len(run) + 1)
     kept = {round(i * len(run) / (count - 1)) for i in range(count)}
@@ -203,16 +233,7 @@ def integrate(
         if progress is not None:
             progress(k + 1, len(run))
     walk.snapshot(run.steps)
-    result = walk.result()
-    if result.closure.worst > WARN_ABOVE:
-        warnings.warn(
-            f"the path operators are off by {result.closure.worst:.2g}: the realized movement is "
-            "not what they predict. Refine kinks (refine=1e-4), use segments=, or record every "
-            "step (stride=1).",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return result
+    return walk.result()
 
 
 class _Walk:

@@ -186,7 +186,7 @@ class Recorder:
         rules, grads = self._taken
         self._taken = None
         self.count += 1
-        if self.count <= OFTEN or self._is_due():
+        if self.count <= OFTEN or _is_due(self.count):
             self._check_gradient(batch, grads)
         self.before = self.after
         examples, counts = batch.cpu().unique(return_counts=True)
@@ -194,10 +194,6 @@ class Recorder:
         self.pending.append(_Step(rules, examples, sampling))
         if len(self.pending) == self.stride:
             self._close_interval()
-
-    def _is_due(self) -> bool:
-        """Whether what is costly to look at is to be looked at: at steps 1, 2, 4, 8, ..."""
-        return self.count & (self.count - 1) == 0
 
     def _trained(self) -> dict[Tensor, dict[str, Any]]:
         """The group of each parameter that the optimizer trains."""
@@ -216,7 +212,9 @@ class Recorder:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         refuse.check_stepped(self._taken is None)
         refuse.check_untouched(self._touched())
-        refuse.check_surroundings(self.surroundings.changed(thorough=self._is_due()))
+        thorough = _is_due(self.count + 1)
+        refuse.check_surroundings(self.surroundings.changed(thorough=thorough))
+        refuse.check_no_hooks(_hooked(dict(zip(self.names, self.params, strict=True))))
         groups = {p: g for g in optimizer.param_groups for p in g["params"]}
         trained, now = set(self.params), set(self._trained())
         refuse.check_trained(len(now - trained), len(trained - set(groups)))
@@ -321,14 +319,23 @@ def _check_model(model: nn.Module, named: Mapping[str, Tensor]) -> None:
         [n for n, t in tensors.items() if n not in lazy and t.is_inference()], lazy
     )
     refuse.check_weights(list(named.values()))
-    hooked = [n for n, p in named.items() if _hooks(p)]
-    refuse.check_no_hooks(hooked)
+    refuse.check_no_hooks(_hooked(named))
     device = next(iter(named.values())).device.type
     refuse.check_no_autocast(torch.is_autocast_enabled(device))
 
 
-def _hooks(p: Tensor) -> bool:
-    return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
+def _hooked(named: Mapping[str, Tensor]) -> list[str]:
+    """Names of parameters whose gradients pass through hooks."""
+    return [
+        name
+        for name, p in named.items()
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+    ]
+
+
+def _is_due(step: int) -> bool:
+    """Whether what is costly to look at is to be looked at: at steps 1, 2, 4, 8, ..."""
+    return step & (step - 1) == 0
 
 
 def _problem(

@@ -108,8 +108,9 @@ def try_weights(problem: Problem, x: Tensor) -> None:
             u.sum().backward()
         slope = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
     with evaluating(problem.model, eval_mode=False):
-        u, found = _pulled(problem, other, x, inside)
-    refuse.check_function_of_weights(_close(u, expected.reshape_as(u)))
+        u = problem.values(other, x)
+        refuse.check_function_of_weights(_close(u, expected.reshape_as(u)))
+        found = _pulled(problem, other, x, inside)
     refuse.check_reverse_mode(_close(found, slope), "they are not what backward() gives", inside)
     if w.dtype != torch.float64:
         try:
@@ -153,11 +154,11 @@ def same_outputs(model: nn.Module, problem: Problem, w: Tensor) -> bool:
     return _close(found.reshape_as(expected), expected)
 
 
-def _pulled(problem: Problem, w: Tensor, x: Tensor, reentrant: bool) -> tuple[Tensor, Tensor]:
-    """Outputs at ``w`` and the gradient (P,) of their sum."""
+def _pulled(problem: Problem, w: Tensor, x: Tensor, reentrant: bool) -> Tensor:
+    """The gradient (P,) of the sum of outputs at ``w``."""
     try:
         u, pull = problem.pullback(w, x)
-        return u, pull(torch.ones_like(u).unsqueeze(-1)).squeeze(-1)
+        return pull(torch.ones_like(u).unsqueeze(-1)).squeeze(-1)
     except (RuntimeError, NotImplementedError) as error:
         refuse.check_reverse_mode(False, refuse.first_line(error), reentrant)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,7 +55,9 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     problem, seed = PROBLEMS[settings["problem"]], settings["seed"]
     (x, y), (queries, clean), truth = data(problem, seed)
     recorded = train(problem, (x, y), (queries, clean), seed, settings["steps"])
-    trace = trace_cells(recorded, truth, points=POINTS)
+    with warnings.catch_warnings():  # the closure error goes on record instead
+        warnings.simplefilter("ignore", RuntimeWarning)
+        trace = trace_cells(recorded, truth, points=POINTS)
     places = [round(i * len(recorded) / (POINTS - 1)) for i in range(POINTS)]
     first, last = (tangents(recorded, k) for k in (0, len(recorded)))
     errors = [mean_square(trace.outputs(i) - clean) for i in range(len(trace.parts))]
