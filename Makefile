@@ -12,7 +12,7 @@ PIP  := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-dev run test test-extras run-extras lint types format docs bench chromium clean
+.PHONY: help setup setup-dev run test test-portable mutants test-extras run-extras lint types format docs bench chromium clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,16 @@ test: export MKL_NUM_THREADS := 1
 test: export OPENBLAS_NUM_THREADS := 1
 test: lint types  ## Lint, check types and run the tests; ARGS goes to pytest
 	$(BIN)/pytest -n 2 $(ARGS)
+
+# What other processors do: no vector instructions of torch, and MKL's code for any of them.
+test-portable: export OMP_NUM_THREADS := 1
+test-portable: export ATEN_CPU_CAPABILITY := default
+test-portable: export MKL_CBWR := COMPATIBLE
+test-portable: setup-dev  ## Run the tests of numbers as on a processor without vector instructions
+	$(BIN)/pytest -n 2 -m "numerics and not slow" $(ARGS)
+
+mutants: $(VENV)/mutants.stamp  ## Break the library by cosmic-ray and see tests go red; resumable
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 nice -n 19 $(BIN)/python tests/mutants.py $(ARGS)
 
 test-extras:  ## Run the tests of the extras hf, lightning and pinn, in .venv-extras
 	$(MAKE) VENV=.venv-extras run-extras
@@ -80,6 +90,10 @@ $(VENV)/cli.stamp: $(VENV)/torch.stamp pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) -e '.[cli,dev]'
 	@touch $@ $(VENV)/cli.stamp
+
+$(VENV)/mutants.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) -e '.[cli,dev,mutants]'
+	@touch $@
 
 $(VENV)/extras.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) -e '.[cli,dev,hf,lightning,pinn]'

@@ -1,6 +1,67 @@
+"""Every test starts as in a new process, whatever ran before it and in whatever order."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)
+from poprisk.factors import nodes
+
+THREADS = int(os.environ.get("POPRISK_TEST_THREADS", "1"))
+
+torch.set_num_threads(THREADS)
 settings.register_profile("poprisk", deadline=None, derandomize=True, database=None)
 settings.load_profile("poprisk")
+
+NUMERICS = {
+    f"test_{name}.py"
+    for name in (
+        "channel claim_image drift evaluation factors fused fuzz gate gated kernel monitor "
+        "optimizer optimizer_state path recorder risk_canaries risk_choose risk_estimate "
+        "risk_fresh risk_gap risk_links risk_loo risk_tangent risk_twin tasks_fields training "
+        "variance within"
+    ).split()
+}
+"""Files whose numbers depend on the processor: what `make test-portable` runs again."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-randomly shuffle only: seeds are set below, the same in each run."""
+    config.option.randomly_reset_seed = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of numbers."""
+    for item in items:
+        if Path(item.path).name in NUMERICS:
+            item.add_marker("numerics")
+
+
+def shared_state() -> dict[str, Any]:
+    """What a test must leave as it was, for those after it."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+        "working directory": Path.cwd(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process() -> Iterator[None]:
+    """Known random numbers, nothing said yet; nothing left behind."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    nodes._SAID.clear()
+    before = shared_state()
+    yield
+    assert shared_state() == before

@@ -21,6 +21,7 @@ import pytest
 import tiny
 from poprisk import PopRiskAdamW
 from poprisk.arms import Arm, default_arms
+from poprisk.checkpoint import load_checkpoint
 from poprisk.compare import TrainingError, compare, environment
 from poprisk.comparison import Comparison
 from poprisk.rundir import RunData, RunDirectory, RunDirectoryError, differences
@@ -30,6 +31,8 @@ POPRISK = Path(sys.executable).with_name("poprisk")
 ARMS = {arm.name: arm for arm in default_arms(full=False)}
 FEW = [ARMS[name] for name in ("poprisk", "stopped-lr0.001-wd0.01", "rms-matched", "shuffled")]
 ADAMW = ARMS["adamw-lr0.001-wd0.01"]
+HANGS = 900
+"""Seconds after which what is waited for will not come; alone it takes a few."""
 
 
 def comparison(function: str = "tiny", **more: Any) -> Comparison:
@@ -258,7 +261,7 @@ def test_no_row_is_lost_when_the_record_lags_behind(tmp_path: Path) -> None:
 
     def stall(row: Row) -> None:
         if row["event"] == "epoch":
-            time.sleep(0.4)  # eight of twenty epochs, each with a checkpoint
+            wait_until(lambda: checkpointed(directory) >= 8)
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -267,12 +270,21 @@ def test_no_row_is_lost_when_the_record_lags_behind(tmp_path: Path) -> None:
     assert [r["epoch"] for r in directory.read().epochs] == list(range(1, 21))
 
 
+def checkpointed(directory: RunDirectory) -> int:
+    """Epochs that the only run of a directory has behind it, by its checkpoint."""
+    files = [*directory.checkpoints.glob("*.safetensors")]
+    return max((load_checkpoint(file)["progress"]["epoch"] for file in files), default=0)
+
+
 class Started:
-    """`poprisk compare` in a process group of its own, checkpointing at every epoch."""
+    """`poprisk compare` in a process group of its own, checkpointing at every epoch.
+
+    With ``hold`` only the first runs end; all later ones stop half-way.
+    """
 
     epochs = 8
 
-    def __init__(self, out: Path, *, pause: float = 0.0) -> None:
+    def __init__(self, out: Path, *, hold: bool = False) -> None:
         self.directory = RunDirectory(out)
         command = [POPRISK, "compare", tiny.source("patient"), "--seeds", "2", "--workers", "2"]
         command += ["--out", out, "--set", f"epochs={self.epochs}"]
@@ -280,7 +292,7 @@ class Started:
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command,
-                env={**os.environ, "TINY_PAUSE": str(pause)},
+                env={**os.environ, "TINY_HOLD": str(out.with_suffix(".runs")) if hold else ""},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -318,14 +330,14 @@ class Started:
 
     def finish(self) -> str:
         """Wait for the end and return what was printed."""
-        code = self.process.wait(timeout=120)
+        code = self.process.wait(timeout=HANGS)
         text = self.log.read_text(encoding="utf-8")
         assert code == 0, text
         return text
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
@@ -333,7 +345,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 @pytest.mark.slow
 def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    first = Started(tmp_path / "run", pause=0.02)
+    first = Started(tmp_path / "run", hold=True)
     try:
         first.wait_for_the_middle()
     finally:
@@ -360,13 +372,13 @@ def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_numbers(tmp_pat
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    started = Started(tmp_path / "run", pause=0.02)
+    started = Started(tmp_path / "run", hold=True)
     try:
         started.wait_for_the_middle()
         assert len(started.members()) >= 3
         os.kill(started.process.pid, signal.SIGKILL)
         started.process.wait()
-        wait_until(lambda: started.members() == [], seconds=20)
+        wait_until(lambda: started.members() == [])
     finally:
         for pid in started.members():
             os.kill(pid, signal.SIGKILL)

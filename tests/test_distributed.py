@@ -20,6 +20,8 @@ pytestmark = [
 ]
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
+HANGS = 1800
+"""Seconds after which processes wait for each other for ever; they take some 20 alone."""
 
 
 def started(command: list[str]) -> subprocess.Popen[str]:
@@ -37,7 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found."""
     folder = tmp_path_factory.mktemp("ranks")
     running = [started([str(HERE / "ranks.py"), str(rank), str(folder)]) for rank in range(WORLD)]
-    errors = [process.communicate(timeout=300)[1] for process in running]
+    errors = [process.communicate(timeout=HANGS)[1] for process in running]
     assert [process.returncode for process in running] == [0] * WORLD, errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
@@ -117,7 +119,7 @@ def test_a_small_gpt_with_compile_amp_and_accumulation(tmp_path: Path) -> None:
     out = tmp_path / "gpt.json"
     command = [str(BENCHMARKS / "gpt.py"), "--steps", "3", "--backend", "aot_eager"]
     process = started([*command, "--out", str(out)])
-    errors = process.communicate(timeout=500)[1]
+    errors = process.communicate(timeout=HANGS)[1]
     assert process.returncode == 0, errors
     found = json.loads(out.read_text())
     assert found["parameters"] > 1_000_000

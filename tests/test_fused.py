@@ -305,20 +305,23 @@ def run_python(code: str, **environment: str) -> str:
 
 
 FIRST_STEP = """
-import time, torch
+import torch
 from poprisk import PopRiskAdamW
 w = torch.nn.Parameter(torch.ones(10)); w.grad = torch.ones(10)
-opt = PopRiskAdamW([w], fused=True)
-started = time.perf_counter(); opt.step(); print(time.perf_counter() - started)
+PopRiskAdamW([w], fused=True).step()
 """
 
 
 @pytest.mark.slow
 def test_the_first_step_compiles_once_and_then_loads(tmp_path: Path) -> None:
-    cold = float(run_python(FIRST_STEP, POPRISK_CACHE=str(tmp_path)))
-    assert cold <= 10
-    assert len([*tmp_path.glob("kernel-*.so")]) == 1
-    assert float(run_python(FIRST_STEP, POPRISK_CACHE=str(tmp_path))) <= 2
+    """Warnings are errors in both processes, and without a kernel there is one."""
+    run_python(FIRST_STEP, POPRISK_CACHE=str(tmp_path))
+    (kernel,) = tmp_path.iterdir()
+    made = kernel.stat()
+    assert kernel.match("kernel-*.so")
+    run_python(FIRST_STEP, POPRISK_CACHE=str(tmp_path))
+    assert [*tmp_path.iterdir()] == [kernel]
+    assert (kernel.stat().st_mtime_ns, kernel.stat().st_ino) == (made.st_mtime_ns, made.st_ino)
 
 
 def test_processes_that_compile_at_once_do_not_collide(tmp_path: Path) -> None:

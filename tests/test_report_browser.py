@@ -56,7 +56,7 @@ def open_page(text: str, folder: Path, *flags: str) -> Opened:
         [str(CHROMIUM), *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}", path.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=True,
     )
     return Opened(done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line])

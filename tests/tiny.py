@@ -21,6 +21,7 @@ from poprisk import Task
 
 FILE = Path(__file__)
 TRAINING, TEST, BATCH = 40, 20, 8
+FREE_RUNS = 5
 
 
 def source(function: str) -> str:
@@ -81,11 +82,18 @@ def regression(seed: int = 0, *, epochs: int = 4) -> Task:
 
 
 def patient(seed: int = 0, *, epochs: int = 20, pause: float = 0.0) -> Task:
-    """The task ``tiny``, checkpointed every epoch; a step takes ``pause`` or TINY_PAUSE seconds."""
-    if multiprocessing.parent_process() is not None:
+    """The task ``tiny``, checkpointed every epoch; a step takes ``pause`` seconds.
+
+    If TINY_HOLD names a file, runs stop half-way when :data:`FREE_RUNS` others have been started.
+    """
+    worker = multiprocessing.parent_process() is not None
+    if worker:
         poprisk.training.CHECKPOINT_SECONDS = -1.0
     task = tiny(seed, epochs=epochs)
-    object.__setattr__(task, "loss", _Paused(pause or float(os.environ.get("TINY_PAUSE", "0"))))
+    hold = os.environ.get("TINY_HOLD")
+    object.__setattr__(
+        task, "loss", _Held(Path(hold), epochs) if hold and worker else _Paused(pause)
+    )
     return task
 
 
@@ -130,6 +138,24 @@ class _Paused:
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             time.sleep(self.seconds)
+        return cross_entropy(outputs, targets)
+
+
+class _Held:
+    """Counts itself among the runs; one too many waits in the middle until its parent is gone."""
+
+    def __init__(self, file: Path, epochs: int) -> None:
+        with file.open("ab") as runs:
+            runs.write(b".")
+            runs.flush()
+            self.free = runs.tell() <= FREE_RUNS
+        self.steps = epochs // 2 * (TRAINING // BATCH)
+        self.parent = os.getppid()
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.steps -= torch.is_grad_enabled()
+        while not self.free and self.steps < 0 and os.getppid() == self.parent:
+            time.sleep(0.01)
         return cross_entropy(outputs, targets)
 
 

@@ -1,0 +1,297 @@
+"""Mutation testing: faults made by cosmic-ray, and whether the tests that pin a file notice them.
+
+    make mutants ARGS="gate.py update.py --sample 60"
+
+cosmic-ray finds the places and makes the mutants; each is run here, in a fork that has torch loaded
+already, until the first test goes red. A run can be stopped: it goes on where it was, unless the
+file has changed. Mutants that change nothing by their nature are listed in :mod:`equivalents`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from equivalents import EQUIVALENT
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "src" / "poprisk"
+RESULTS = TESTS.parent / "benchmarks" / "results" / "mutants.json"
+
+OPTIMIZER = ["test_optimizer.py", "test_optimizer_state.py", "test_captured.py"]
+PATH = ["test_path.py", "test_recorder.py", "test_channel.py"]
+PINNED: dict[str, list[str]] = {
+    "gate.py": ["test_gate.py", *OPTIMIZER],
+    "update.py": OPTIMIZER,
+    "variance.py": ["test_variance.py", "test_gate.py", *OPTIMIZER],
+    "path/follow.py": PATH,
+    "path/integrals.py": PATH,
+    "path/quadrature.py": PATH,
+    "path/rules.py": PATH,
+    "risk/links.py": ["test_risk_links.py", "test_risk_estimate.py"],
+    "risk/estimate.py": ["test_risk_estimate.py", "test_risk_twin.py"],
+    "optimizer.py": OPTIMIZER,
+    "gated.py": ["test_gated.py"],
+}
+"""The files under test, and the tests that pin each, the quickest first."""
+
+LEFT_OUT = re.compile("BitOr|BitAnd|BitXor|Shift|FloorDiv|_Mod|NoOp|no-op|Variable")
+"""Operators whose mutants mostly raise TypeError, which any test notices: they would flatter."""
+SECONDS = 600
+"""After which a mutant counts as noticed: it hangs. A quiet machine takes a hundredth of it."""
+
+
+class Mutant(NamedTuple):
+    """One fault: the line it is in, what it makes of it, and the whole file."""
+
+    line: int
+    change: str
+    source: str
+
+
+def places(source: str) -> list[tuple[str, int, int]]:
+    """Operator, occurrence and line of everything that can be mutated."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    tree, found = get_ast(source), list[tuple[str, int, int]]()
+    for name in sorted(operator_names()):
+        kind = get_operator(name)
+        if not LEFT_OUT.search(name) and not kind.arguments():
+            positions = (p for node in ast_nodes(tree) for p in kind().mutation_positions(node))
+            found += [(name, i, start[0]) for i, (start, _) in enumerate(positions)]
+    return found
+
+
+def mutants_of(source: str, order: list[tuple[str, int, int]]) -> Iterator[Mutant]:
+    """The mutants at ``order``, places, as far as they change what the file does."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    original = behaviour(source)
+    for name, occurrence, line in order:
+        mutated = mutate_code(source, get_operator(name)(), occurrence)
+        if mutated is not None and behaviour(mutated) != original:
+            yield Mutant(line, change_of(source, mutated), mutated)
+
+
+def behaviour(source: str) -> str:
+    """The code without annotations, which are not evaluated; empty if it is none."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            node.annotation = ast.Constant(0)
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+    return ast.dump(tree)
+
+
+def change_of(source: str, mutated: str) -> str:
+    """The changed lines, before and after, with a number if the same line occurs several times."""
+    before, after = source.splitlines(), mutated.splitlines()
+    blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    texts, place = list[str](), 0
+    for tag, a, b, c, d in blocks:
+        if tag != "equal":
+            parts = (before[a:b], after[c:d])
+            texts.append(" -> ".join(" ".join(line.strip() for line in part) for part in parts))
+            place = before[:a].count(before[a]) if a < len(before) else 0
+    return " ; ".join(texts) + (f" [{place + 1}]" if place else "")
+
+
+class Workshop:
+    """A copy of the package into which one mutant after the other is put."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        shutil.copytree(PACKAGE, root / "poprisk", ignore=shutil.ignore_patterns("__pycache__"))
+
+    @contextlib.contextmanager
+    def holding(self, module: str, source: str) -> Iterator[None]:
+        """The package with ``source`` for one of its files."""
+        file = self.root / "poprisk" / module
+        kept = file.read_text(encoding="utf-8")
+        file.write_text(source, encoding="utf-8")
+        try:
+            yield
+        finally:
+            file.write_text(kept, encoding="utf-8")
+
+    def outcome(self, module: str, source: str) -> str:
+        """Whether the tests of a file notice it: "killed", "survived" or "hung"."""
+        with self.holding(module, source):
+            code = self._exit_code(PINNED[module])
+        if code is None:
+            return "hung"
+        return "survived" if code == pytest.ExitCode.OK else "killed"
+
+    def _exit_code(self, tests: list[str]) -> int | None:
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                sink = os.open(self.root / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(sink, 1)
+                os.dup2(sink, 2)
+                sys.path.insert(0, str(self.root))
+                options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header"]
+                code = pytest.main([*options, *tests])
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
+        return wait(pid)
+
+
+def wait(pid: int) -> int | None:
+    """The exit code of a child; None, and it is ended, if it takes too long."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def interval(killed: int, n: int, of: int) -> list[float]:
+    """Wilson's 95% interval of a share, with the correction for a sample from ``of``."""
+    if not n:
+        return [0.0, 1.0]
+    if n >= of:
+        return [round(killed / n, 4)] * 2
+    z = 1.96 * math.sqrt((of - n) / (of - 1))
+    p, scale = killed / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / scale
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
+    return [round(centre - half, 4), round(centre + half, 4)]
+
+
+def summary(module: str, candidates: int, outcomes: dict[str, str]) -> dict[str, Any]:
+    """Counts, share noticed of those that are not equivalent, and the survivors with reasons."""
+    alive = [change for change, outcome in outcomes.items() if outcome == "survived"]
+    equivalent = {c: EQUIVALENT[module][c] for c in alive if c in EQUIVALENT.get(module, {})}
+    real = len(outcomes) - len(equivalent)
+    killed = len(outcomes) - len(alive)
+    return {
+        "tests": PINNED[module],
+        "candidates": candidates,
+        "mutants": len(outcomes),
+        "killed": killed,
+        "equivalent": equivalent,
+        "survived": [change for change in alive if change not in equivalent],
+        "share": round(killed / real, 4) if real else 1.0,
+        "interval": interval(killed, real, max(real, candidates - len(equivalent))),
+    }
+
+
+class Results:
+    """What is known, kept in a file after each mutant."""
+
+    def __init__(self, path: Path, seed: int, sample: int | None) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {}
+        if path.exists():
+            self.known = json.loads(path.read_text(encoding="utf-8"))
+        self.head = {
+            "tool": f"cosmic-ray {version('cosmic-ray')}",
+            "torch": importlib.import_module("torch").__version__,
+            "seed": seed,
+            "sample": sample,
+        }
+
+    def outcomes(self, module: str, digest: str) -> dict[str, str]:
+        """What is known of a file as it is."""
+        found = self.known.get("files", {}).get(module, {})
+        return dict(found.get("outcomes", {})) if found.get("digest") == digest else {}
+
+    def keep(self, module: str, digest: str, candidates: int, outcomes: dict[str, str]) -> None:
+        files = self.known.get("files", {})
+        row = summary(module, candidates, outcomes)
+        files[module] = {"digest": digest, **row, "outcomes": outcomes}
+        ordered = {name: files[name] for name in PINNED if name in files}
+        real = sum(f["mutants"] - len(f["equivalent"]) for f in ordered.values())
+        killed = sum(f["killed"] for f in ordered.values())
+        self.known = {**self.head, "share": round(killed / max(real, 1), 4), "files": ordered}
+        text = json.dumps(self.known, indent=1, ensure_ascii=False) + "\n"
+        self.path.write_text(text, encoding="utf-8")
+
+
+def run(module: str, results: Results, *, seed: int, sample: int | None, again: bool) -> None:
+    """Try the mutants of one file, or a random sample of them."""
+    source = (PACKAGE / module).read_text(encoding="utf-8")
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    candidates = places(source)
+    order = random.Random(f"{seed} {module}").sample(candidates, len(candidates))
+    mutants = mutants_of(source, order)
+    outcomes = results.outcomes(module, digest)
+    if again:
+        outcomes = {c: o for c, o in outcomes.items() if o != "survived"}
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(Path(folder))
+        if not outcomes and (found := workshop.outcome(module, source)) != "survived":
+            output = (Path(folder) / "output.txt").read_text(encoding="utf-8")
+            raise SystemExit(f"the tests of {module} fail without a mutant ({found}):\n{output}")
+        seen = set[str]()
+        for mutant in mutants:
+            if len(seen) == sample:
+                break
+            seen.add(mutant.change)
+            if mutant.change in outcomes:
+                continue
+            outcomes[mutant.change] = workshop.outcome(module, mutant.source)
+            results.keep(module, digest, len(candidates), outcomes)
+            if outcomes[mutant.change] != "killed":
+                print(
+                    f"{module}:{mutant.line}: {outcomes[mutant.change]}: {mutant.change}",
+                    flush=True,
+                )
+    results.keep(module, digest, len(candidates), outcomes)
+    row = results.known["files"][module]
+    print(f"{module}: {row['share']:.0%} of {row['mutants']} noticed {row['interval']}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("modules", nargs="*", help="files; all that are pinned if left out")
+    parser.add_argument("--sample", type=int, help="mutants of each file; all if left out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="try the survivors once more")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.chdir(TESTS)
+    sys.dont_write_bytecode = True
+    for loaded in ("torch._dynamo", "hypothesis", "numpy"):
+        importlib.import_module(loaded)  # once, not in every fork
+    results = Results(options.out, options.seed, options.sample)
+    for module in options.modules or PINNED:
+        run(module, results, seed=options.seed, sample=options.sample, again=options.again)
+
+
+if __name__ == "__main__":
+    main()
