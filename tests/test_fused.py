@@ -304,6 +304,28 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
+BITWISE = """
+import torch
+from poprisk import PopRiskAdamW
+generator = torch.Generator().manual_seed(0)
+rows = [torch.randn(1000, generator=generator) for _ in range(12)]
+found = []
+for how in ({"fused": True}, {"foreach": True}):
+    w = torch.nn.Parameter(torch.ones(1000))
+    opt = PopRiskAdamW([w], lr=0.01, **how)
+    for w.grad in rows:
+        opt.step()
+    found.append(opt.state[w])
+fused, foreach = found
+print(all(torch.equal(fused[key], foreach[key]) for key in ("exp_avg", "grad_mean_var")))
+"""
+
+
+def test_the_kernel_rounds_as_torch_does_on_plain_instructions_too() -> None:
+    """One rounding of a·b + c where torch has one, two where it has two."""
+    assert run_python(BITWISE, ATEN_CPU_CAPABILITY="default") == "True\n"
+
+
 FIRST_STEP = """
 import torch
 from poprisk import PopRiskAdamW

@@ -13,6 +13,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import torch
+
 SOURCE = Path(__file__).with_name("kernel.cpp")
 BASE_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared"),
@@ -20,6 +22,7 @@ BASE_FLAGS = (
 )
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 """Tried in this order: not every compiler has both."""
+X86 = ("x86_64", "AMD64", "i386", "i686")
 
 
 class BuildError(RuntimeError):
@@ -77,10 +80,23 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler found ({named or 'c++, g++ or clang++'}); set CXX to one.")
 
 
+def rounding_flags() -> tuple[str, ...]:
+    """What makes the kernel round as torch does here, so that both give the same numbers.
+
+    Torch multiplies and adds in one rounding where it uses the vector instructions for that, which
+    on x86 is every capability but the plainest (of old processors, or ATEN_CPU_CAPABILITY=default).
+    """
+    plain = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX")
+    return ("-DPOPRISK_TWO_ROUNDINGS",) if plain and platform.machine() in X86 else ()
+
+
 def _fingerprint(compiler: str) -> str:
     """Changes with the source, the flags, the compiler and the processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    parts = [SOURCE.read_text(encoding="utf-8"), repr((BASE_FLAGS, OPTIONAL_FLAGS))]
+    parts = [
+        SOURCE.read_text(encoding="utf-8"),
+        repr((BASE_FLAGS, OPTIONAL_FLAGS, rounding_flags())),
+    ]
     parts += [compiler, version.stdout, platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -101,7 +117,15 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = Path(folder) / path.name
         for extra in OPTIONAL_FLAGS:
-            command = [compiler, *BASE_FLAGS, *extra, str(SOURCE), "-o", str(output)]
+            command = [
+                compiler,
+                *BASE_FLAGS,
+                *rounding_flags(),
+                *extra,
+                str(SOURCE),
+                "-o",
+                str(output),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 os.replace(output, path)

@@ -56,7 +56,8 @@ struct Numbers {
         eps(t.eps), rate(t.rate) {}
 };
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
+#if !defined(POPRISK_TWO_ROUNDINGS) && \
+    (defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__))
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double madd(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else
