@@ -79,6 +79,7 @@ def render_claim(judged: Judged) -> str:
         mark=MARKS.get(judged.verdict, ""),
         findings=findings,
         criteria=[criterion_line(c) for c in findings.criteria] if findings else [],
+        few=bool(findings) and fewest_seeds(findings.criteria) is not None,
         notices=notices(judged),
         panels=[_panel(item) for item in shown],
         environment=progress.environment,

@@ -179,11 +179,11 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
 
 
 def _drifts(done: Sequence[Done]) -> list[Curve]:
-    curves = []
-    for i, case in enumerate(dict.fromkeys(d.settings["case"] for d in done)):
+    curves, cases = list[Curve](), dict.fromkeys(d.settings["case"] for d in done)
+    for i, case in enumerate(cases):
         runs = [d.found for d in done if d.settings["case"] == case]
         rows = [r["drift"] for r in runs]
-        colour = f"module-{i + 1}"
+        colour = f"module-{1 + i * 6 // max(len(cases) - 1, 1)}"  # apart, few or many
         curves.append(mean_curve(CASES[case].label, runs[0]["steps"], rows, colour))
     return curves
 
