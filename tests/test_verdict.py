@@ -740,3 +740,13 @@ def test_curves_that_are_not_finite_do_not_rise() -> None:
     data = with_curves(comparison(LOSING), "poprisk", "rising")
     data.epochs[-1]["test_metric"] = NAN
     assert judge(data).headline.startswith("The gate loses here")
+
+
+def test_only_a_loss_is_put_off() -> None:
+    winning = {"poprisk": [0.93, 0.95, 0.94], "mid": [0.70, 0.72, 0.70]}
+    level = {"poprisk": [0.70, 0.74, 0.72], "mid": [0.73, 0.71, 0.71]}
+    for finals, said in ((winning, "better than"), (level, "not told apart")):
+        verdict = judge(with_curves(comparison(finals), "poprisk", "rising"))
+        assert verdict.headline.startswith("PopRiskAdamW")
+        assert said in verdict.headline
+        assert verdict.sentences[0].startswith("PopRiskAdamW still improves at its end")
