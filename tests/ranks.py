@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from poprisk import PopRiskAdamW, entk, grad_mean_var, observe_ranks
+from poprisk import GatedOptimizer, PopRiskAdamW, entk, gated, grad_mean_var, observe_ranks
 from poprisk.path import NotAnalysable, Recorder, integrate
 
 WORLD = 2
@@ -103,6 +103,75 @@ def ddp() -> dict[str, float]:
 
 def fsdp() -> dict[str, float]:
     return compare(lambda model: fully_shard(model))
+
+
+GATED: dict[str, tuple[dict[str, Any], bool]] = {
+    "SGD": ({}, False),
+    "SGD per tensor": ({"reduction": "per_tensor"}, False),
+    "AdamW": ({"mask": "snr"}, True),
+    "AdamW per tensor": ({"reduction": "per_tensor", "mask": "hard"}, True),
+}
+"""Settings of the gate, and whether the optimizer under it is AdamW."""
+
+
+def gated_optimizer(model: nn.Module, settings: dict[str, Any], adamw: bool) -> GatedOptimizer:
+    params = model.parameters()
+    inner = (
+        torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)
+        if adamw
+        else torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01)
+    )
+    return gated(inner, batch_size=BATCH, dataset_size=100, z=1.0, **settings)
+
+
+def gate_on_others(folder: Path, wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    """A gated optimizer against one process: weights, statistics, and after a checkpoint."""
+    found = {}
+    for name, how in GATED.items():
+        one = build()
+        alone = gated_optimizer(one, *how)
+        steps(one, alone, range(20), slice(None))
+        two, again = wrap(build()), wrap(build())
+        opt, other = (gated_optimizer(model, *how) for model in (two, again))
+        steps(two, opt, range(10), mine())
+        state = {"model": two.state_dict(), "optimizer": get_optimizer_state_dict(two, opt)}
+        dcp.save(state, checkpoint_id=folder / name)
+        empty = {"model": again.state_dict(), "optimizer": get_optimizer_state_dict(again, other)}
+        dcp.load(empty, checkpoint_id=folder / name)
+        again.load_state_dict(empty["model"])
+        set_optimizer_state_dict(again, other, empty["optimizer"])
+        steps(two, opt, range(10, 20), mine())
+        steps(again, other, range(10, 20), mine())
+        found[name] = {
+            "apart": float((weights(two) - weights(one)).abs().max()),
+            "resumed": float((weights(again) - weights(two)).abs().max()),
+            "statistics": [list(o.gate_stats()["groups[0]"]) for o in (opt, alone)],
+        }
+    return found
+
+
+def failing() -> dict[str, bool]:
+    """An optimizer that fails in its second step on one process, after it has moved weights."""
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            if fail and dist.get_rank() == 1:
+                raise ZeroDivisionError
+
+    fail = False
+    model = build()
+    fully_shard(model)
+    opt = gated(Failing(model.parameters(), lr=0.1), batch_size=BATCH)
+    steps(model, opt, range(2), mine())
+    fail, before = True, [p.to_local().clone() for p in model.parameters()]  # pyrefly: ignore
+    raised = False
+    try:
+        steps(model, opt, range(2, 3), mine())
+    except ZeroDivisionError:
+        raised = True
+    after = [p.to_local() for p in model.parameters()]  # pyrefly: ignore
+    return {"raised": raised, "unchanged": all(map(torch.equal, before, after))}
 
 
 def statistics() -> dict[str, Any]:
@@ -320,6 +389,9 @@ def main() -> None:
         "recorded": recorded(),
         "ddp": ddp(),
         "fsdp": fsdp(),
+        "gated ddp": gate_on_others(folder / "gated ddp", DistributedDataParallel),
+        "gated fsdp": gate_on_others(folder / "gated fsdp", fully_shard),
+        "failing": failing(),
         "statistics": statistics(),
         "observed": observed(),
         "within": {w: within_batches(w) for w in ("ddp", "ddp views", "fsdp")},

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed
 
-from ranks import SETTINGS, WORLD
+from ranks import GATED, SETTINGS, WORLD
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,6 +48,27 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_two_processes_are_one(results: list[dict[str, Any]], wrapper: str, settings: str) -> None:
     assert all(result[wrapper][settings] <= 1e-12 for result in results)
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_gate_on_another_optimizer_on_two_processes_is_that_on_one(
+    results: list[dict[str, Any]], wrapper: str, name: str
+) -> None:
+    """With odd shards, an empty one, and a checkpoint on the way."""
+    for result in results:
+        found = result[f"gated {wrapper}"][name]
+        assert found["apart"] <= 1e-12
+        assert found["resumed"] <= 1e-13
+        shared, whole = found["statistics"]
+        assert shared == pytest.approx(whole)
+
+
+def test_a_process_whose_optimizer_fails_has_its_weights_back(
+    results: list[dict[str, Any]],
+) -> None:
+    assert results[1]["failing"] == {"raised": True, "unchanged": True}
+    assert not results[0]["failing"]["raised"]
 
 
 @pytest.mark.parametrize("reduction", ["None", "per_tensor"])
