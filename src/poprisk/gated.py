@@ -302,7 +302,7 @@ class GatedOptimizer(Optimizer):
                 rest = dict(entries)
                 gate = _pop_marked(rest)
                 checks.check_state_complete(i, rest, found[kind].keys[p.dim()])
-                checks.check_state_shapes(i, p, rest, found[kind].keys[p.dim()])
+                checks.check_state_shapes(i, p, rest, found[kind].keys[p.dim()], flat=True)
                 if gate:
                     checks.check_state_complete(i, gate, STATE)
                     checks.check_state_shapes(i, p, gate, STATE[1:])

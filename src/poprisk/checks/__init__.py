@@ -110,12 +110,20 @@ def check_gradients(grads: Iterable[Tensor]) -> None:
 
 
 def check_state_shapes(
-    index: int, param: Tensor, state: Mapping[str, Any], keys: Iterable[str]
+    index: int,
+    param: Tensor,
+    state: Mapping[str, Any],
+    keys: Iterable[str],
+    *,
+    flat: bool = False,
 ) -> None:
-    """Raise ValueError if a loaded per-parameter state does not fit its parameter."""
+    """Raise ValueError if a loaded per-parameter state does not fit its parameter.
+
+    With ``flat`` it may be flattened, as some optimizers keep it.
+    """
     for key in keys:
         value = state.get(key)
-        if isinstance(value, Tensor) and not _fits(value, param):
+        if isinstance(value, Tensor) and not _fits(value, param, flat=flat):
             raise ValueError(
                 f"state_dict does not fit this optimizer: state {key!r} of parameter {index} has "
                 f"shape {tuple(value.shape)}, but the parameter has shape {tuple(param.shape)}. "
@@ -123,10 +131,9 @@ def check_state_shapes(
             )
 
 
-def _fits(value: Tensor, param: Tensor) -> bool:
-    """Whether a state has the parameter's shape; some optimizers keep it flattened."""
-    if value.dim() != param.dim():
-        return value.dim() == 1 and value.numel() == param.numel()
+def _fits(value: Tensor, param: Tensor, *, flat: bool) -> bool:
+    if flat and value.dim() == 1 != param.dim():
+        return value.numel() == param.numel()
     return tuple(value.shape) == tuple(param.shape)
 
 
