@@ -256,12 +256,12 @@ def test_an_interruption_ends_the_workers_and_keeps_what_was_written(tmp_path: P
 def test_no_row_is_lost_when_the_record_lags_behind(tmp_path: Path) -> None:
     """A terminal that stalls while a worker trains on, and a kill: nothing may be skipped."""
     directory = RunDirectory(tmp_path / "run")
-    what = comparison("patient", seeds=[0], arms=[ADAMW], workers=1, settings={"pause": 0.01})
+    what = comparison("patient", seeds=[0], arms=[ADAMW], workers=1)
     directory.create(what.config(), environment(1))
 
     def stall(row: Row) -> None:
         if row["event"] == "epoch":
-            wait_until(lambda: checkpointed(directory) >= 8)
+            wait_until(lambda: checkpointed(directory) > 0)
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -288,11 +288,11 @@ class Started:
         self.directory = RunDirectory(out)
         command = [POPRISK, "compare", tiny.source("patient"), "--seeds", "2", "--workers", "2"]
         command += ["--out", out, "--set", f"epochs={self.epochs}"]
-        self.log = out.with_suffix(".log")
+        self.log, runs = out.with_suffix(".log"), out.with_suffix(".runs")
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command,
-                env={**os.environ, "TINY_HOLD": str(out.with_suffix(".runs")) if hold else ""},
+                env={**os.environ, "TINY_HOLD": str(runs) if hold else ""},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -81,19 +81,18 @@ def regression(seed: int = 0, *, epochs: int = 4) -> Task:
     )
 
 
-def patient(seed: int = 0, *, epochs: int = 20, pause: float = 0.0) -> Task:
-    """The task ``tiny``, checkpointed every epoch; a step takes ``pause`` seconds.
+def patient(seed: int = 0, *, epochs: int = 20) -> Task:
+    """The task ``tiny``, checkpointed every epoch.
 
-    If TINY_HOLD names a file, runs stop half-way when :data:`FREE_RUNS` others have been started.
+    With TINY_HOLD, the name of a file, runs after the first :data:`FREE_RUNS` stop half-way.
     """
     worker = multiprocessing.parent_process() is not None
     if worker:
         poprisk.training.CHECKPOINT_SECONDS = -1.0
     task = tiny(seed, epochs=epochs)
-    hold = os.environ.get("TINY_HOLD")
-    object.__setattr__(
-        task, "loss", _Held(Path(hold), epochs) if hold and worker else _Paused(pause)
-    )
+    hold = os.environ.get("TINY_HOLD", "")
+    if hold and worker:
+        object.__setattr__(task, "loss", _Held(Path(hold), epochs))
     return task
 
 
@@ -131,16 +130,6 @@ def _inputs(seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
     return x, (x[:, 0] > 0).long(), generator
 
 
-class _Paused:
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            time.sleep(self.seconds)
-        return cross_entropy(outputs, targets)
-
-
 class _Held:
     """Counts itself among the runs; one too many waits in the middle until its parent is gone."""
 
@@ -149,8 +138,7 @@ class _Held:
             runs.write(b".")
             runs.flush()
             self.free = runs.tell() <= FREE_RUNS
-        self.steps = epochs // 2 * (TRAINING // BATCH)
-        self.parent = os.getppid()
+        self.steps, self.parent = epochs // 2 * (TRAINING // BATCH), os.getppid()
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.steps -= torch.is_grad_enabled()
