@@ -390,7 +390,7 @@ def test_a_batch_that_is_larger_than_was_said_is_refused(variance: str) -> None:
                 opt.microbatch(len(rows))
         opt.step()
 
-    with nothing_changes(opt), pytest.raises(ValueError, match=r"batch_size=4, but 6 examples"):
+    with nothing_changes(opt), pytest.raises(ValueError, match=r"batch_size=4, but .*6 examples"):
         step(6)
     step(4)
 
