@@ -545,3 +545,25 @@ def test_norms_of_any_shape(data: st.DataObject) -> None:
     values = torch.tanh(layer(x)).flatten(1)
     values = values.sum(1) if data.draw(st.booleans()) else values[:, :5]
     assert_exact(values, dict(layer.named_parameters()))
+
+
+def test_a_batch_that_is_not_a_number_spoils_nothing_for_those_after_it() -> None:
+    """Layouts are remembered for graphs of equal structure; NaN tells nothing of them."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Softplus(), nn.Linear(5, 2)).double()
+    params = dict(model.named_parameters())
+
+    def losses(x: Tensor) -> Tensor:
+        return model(x).square().mean(1)
+
+    x = torch.randn(7, 3, dtype=torch.float64)
+    for bad in (float("nan"), 1e200):  # the loss itself, and what comes back from a finite one
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            capture(losses(x * bad), params).moments()
+        nodes._SAID.clear()
+        found = capture(losses(x), params).moments()  # a warning would be an error
+        rows = [
+            torch.autograd.grad(losses(x[i : i + 1]).sum(), list(params.values())) for i in range(7)
+        ]
+        for j, name in enumerate(params):
+            torch.testing.assert_close(found.squares[name], sum(r[j] ** 2 for r in rows))

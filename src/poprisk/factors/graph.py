@@ -14,7 +14,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -244,6 +244,10 @@ class _Known:
         """Whether some layout fits each output that a gradient came to."""
         return all(c is None or bool(c) for c in self.candidates[node])
 
+    def copied(self) -> _Known:
+        """The same knowledge, to which a batch may add."""
+        return replace(self, candidates=dict(self.candidates), mixed=set(self.mixed))
+
 
 def find_uses(graph: Graph, values: Tensor) -> list[Use]:
     """All places where parameters meet examples; remembered for graphs of equal structure."""
@@ -253,16 +257,19 @@ def find_uses(graph: Graph, values: Tensor) -> list[Use]:
     if len(_REMEMBERED) > 64:
         _REMEMBERED.popitem(last=False)
     if known.batches < TRUSTED:
-        reached = _find_layouts(graph, values, known)
-        without = _without_examples(graph, known)
-        known.uses = _boundary(graph, known, without)
-        if known.batches == 0 and _mixes(graph, known, without):
+        told = known.copied()
+        reached = _find_layouts(graph, values, told)
+        without = _without_examples(graph, told)
+        told.uses = _boundary(graph, told, without)
+        if reached is None:  # one bad batch is not to spoil what others tell
+            return known.uses if known.batches else told.uses
+        if told.batches == 0 and _mixes(graph, told, without):
             _warn_mixed(len(values))
-        known.batches += all(
-            use.node in reached
-            and all(c is None or len(c) == 1 for c in known.candidates[use.node])
-            for use in known.uses
+        told.batches += all(
+            use.node in reached and all(c is None or len(c) == 1 for c in told.candidates[use.node])
+            for use in told.uses
         )
+        _REMEMBERED[key] = known = told
     return known.uses
 
 
@@ -275,15 +282,17 @@ def is_trusted(graph: Graph) -> bool:
     return known is not None and known.batches >= TRUSTED
 
 
-def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
+def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int] | None:
     """Backpropagate from some of the examples, in turns, and see which rows are zero.
 
     What belongs to an example has a zero gradient when only other examples send one. Of any two
     examples each sends once without the other, so no rearrangement of the examples goes unnoticed.
 
     Returns:
-        The nodes, by position, to which a gradient other than zero came.
+        The nodes, by position, to which a gradient other than zero came; None where some gradient
+        was NaN or infinite, since rows that no example sends to are not zero then.
     """
+    finite = True
     position = {node: i for i, node in enumerate(graph.nodes)}
     reached: set[int] = set()
     generator = torch.Generator().manual_seed(len(values))
@@ -295,7 +304,9 @@ def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
     for senders in groups:
 
         def watch(node: Node, grads: Sequence[Tensor | None], senders: Tensor = senders) -> None:
+            nonlocal finite
             i = position[node]
+            finite = finite and all(g is None or bool(g.isfinite().all()) for g in grads)
             if any(g is not None and g.any() for g in grads):
                 reached.add(i)
             if i in served and grads[0] is not None:
@@ -313,7 +324,7 @@ def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int]:
     # Each example sends in half of the groups; so does a row that serves it alone, or in fewer.
     half = len(groups) // 2
     known.mixed |= {i for i, n in served.items() if isinstance(n, Tensor) and int(n.max()) > half}
-    return reached
+    return reached if finite else None
 
 
 def confirmed(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool:
@@ -323,7 +334,10 @@ def confirmed(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool:
     """
     key = graph.signature()
     if key not in _CONFIRMED:
-        _CONFIRMED[key] = _agrees(graph, values, uses)
+        agrees = _agrees(graph, values, uses)
+        if agrees is None:
+            return False
+        _CONFIRMED[key] = agrees
         if len(_CONFIRMED) > 64:
             _CONFIRMED.popitem(last=False)
     return _CONFIRMED[key]
@@ -332,7 +346,8 @@ def confirmed(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool:
 _CONFIRMED: OrderedDict[str, bool] = OrderedDict()
 
 
-def _agrees(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool:
+def _agrees(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool | None:
+    """Whether it is so for these values; None where gradients are NaN or infinite."""
     places = {
         GradientEdge(graph.nodes[use.node], output): layout
         for use in uses
@@ -347,6 +362,8 @@ def _agrees(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool:
         )
         for g, layout in zip(grads, places.values(), strict=True):
             known = set() if layout is None else {layout}
+            if g is not None and not bool(g.isfinite().all()):
+                return None
             if g is not None and not _consistent(known, g, senders) and bool(g.any()):
                 return False
     return True

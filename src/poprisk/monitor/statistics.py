@@ -2,6 +2,7 @@ r"""Loss and gradient statistics of the examples behind one step, pooled over pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -98,6 +99,11 @@ class Statistics:
         self.loss += float(losses.detach().double().sum())
 
     def _add_gradients(self, losses: Tensor, counting: Tensor) -> None:
+        if not bool(losses.isfinite().all()):
+            # Whose gradient is whose cannot be told where zero times infinity is NaN.
+            for row in self.rows.values():
+                row.fill_(math.nan)
+            return
         factors = capture(losses, self.params) if len(losses) > 1 else None
         terms = _single(losses, self.params) if factors is None else factors.terms
         with torch.no_grad():
