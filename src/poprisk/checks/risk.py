@@ -402,13 +402,29 @@ def check_labels(targets: Any) -> Tensor:
         )
     if targets.is_floating_point():
         known = targets[~targets.isnan()]
-        if len(known) and bool(((known == 0) | (known == 1)).all()):
+        found = known.unique() if len(known) else known
+        if 0 < len(found) <= 2:
+            values = " and ".join(f"{v:g}" for v in found.tolist())
             raise ValueError(
-                f"targets hold only 0 and 1 as {targets.dtype}: class labels, which noise cannot "
-                "be added to; pass integer classes (n,): targets.long(), or targets.argmax(1) for "
-                "one-hot rows."
+                f"targets hold only {values} as {targets.dtype}: class labels, which noise cannot "
+                "be added to; pass integer classes 0..classes-1 (n,): targets.long() for zeros and "
+                "ones, (targets > 0).long() for signs, or targets.argmax(1) for one-hot rows."
+            )
+        if _are_distributions(targets):
+            raise ValueError(
+                f"targets {tuple(targets.shape)} are probabilities (no row has a negative entry, "
+                "all sum to one), which they would not be with noise added; pass integer classes "
+                "(n,): targets.argmax(1)."
             )
     return targets
+
+
+def _are_distributions(targets: Tensor) -> bool:
+    """Whether every row of (n, c) that is not missing sums to one, c > 1, nothing being below 0."""
+    if targets.ndim != 2 or targets.shape[1] < 2:
+        return False
+    rows = targets[~targets.isnan().any(1)].double()
+    return bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-2).all())
 
 
 def check_canaries(labels: int, fraction: float) -> int:
@@ -435,6 +451,14 @@ def check_classes(targets: Tensor, classes: int | None, dtype: torch.dtype) -> i
         dtype: of the labels as they came, which has to hold the last class.
     """
     found = int(targets.max()) + 1
+    if classes is None and dtype != torch.bool and int(targets.min()) >= 0:
+        absent = found - len(targets.unique())
+        if absent:
+            raise ValueError(
+                f"{absent} of the labels 0..{found - 1} never occur, so the number of classes "
+                f"cannot be counted; pass classes={found} if there are so many, "
+                f"ignore_index={found - 1} if that one stands for no label, and begin with 0."
+            )
     classes = max(found, 2) if classes is None and dtype == torch.bool else classes
     classes = found if classes is None else classes
     if classes < max(found, 2) or int(targets.min()) < 0:
