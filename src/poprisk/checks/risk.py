@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+import math
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -200,6 +201,48 @@ def check_factories(make_model: Any, make_optimizer: Any, loss: Any) -> None:
     for name, value in pairs:
         if not callable(value):
             raise TypeError(f"{name} must be callable, but got {value!r}.")
+
+
+def check_own_optimizers(pairs: Sequence[tuple[torch.nn.Module, Any]]) -> None:
+    """Raise ValueError unless each model has an optimizer of its own, of its own parameters."""
+    for i, (model, optimizer) in enumerate(pairs):
+        mine = {id(p) for p in model.parameters()}
+        groups = getattr(optimizer, "param_groups", [])
+        trained = [p for group in groups for p in group["params"]]
+        other = any(optimizer is another for _, another in pairs[:i])
+        if other or (trained and not any(id(p) in mine for p in trained)):
+            raise ValueError(
+                "make_optimizer must return a new optimizer of the model it is given, but the one "
+                f"for {f'twin {i}' if i else 'the model'} is "
+                f"{'the same as another' if other else 'of other parameters'}; build it inside the "
+                "function, as in lambda model: AdamW(model.parameters())."
+            )
+
+
+def check_scored(times: int) -> None:
+    """Raise ValueError if a twin's loss was not asked for in a step."""
+    if not times:
+        raise ValueError(
+            "run.loss was not called for a twin within `for run in twin.runs(index)`, so that it "
+            "learns the labels unperturbed: in place of the loss itself call "
+            "run.loss(run.model(x), y), for the model and its twins alike."
+        )
+
+
+def other_rates(first: Any, *others: Any) -> str:
+    """A doubt if learning rates of a twin are not the model's."""
+
+    def rates(optimizer: Any) -> list[float]:
+        return [float(g["lr"]) for g in getattr(optimizer, "param_groups", []) if "lr" in g]
+
+    for other in others:
+        for mine, its in zip(rates(first), rates(other), strict=False):
+            if not math.isclose(mine, its, rel_tol=1e-6):
+                return (
+                    f"the twin trained at a learning rate of {its:.3g}, the model at {mine:.3g}: "
+                    "give each run a scheduler of its own, and step them alike"
+                )
+    return ""
 
 
 def check_module(model: Any) -> torch.nn.Module:
