@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from poprisk import TwinRisk
+from poprisk import Canaries, TwinRisk
 from samplers import randn
 
 N = 48
@@ -112,3 +112,14 @@ def test_a_schedule_for_the_model_alone_is_flagged(alone: bool) -> None:
 
     found = trained(twin_of(), after=schedule).estimate(X, NUMBERS)
     assert ("give each run a scheduler of its own" in found.reason) == alone
+
+
+def test_batches_without_an_example_are_refused() -> None:
+    twin = trained(twin_of())
+    with pytest.raises(ValueError, match="index holds no example"):
+        next(twin.runs(torch.arange(0)))
+    with pytest.raises(ValueError, match="index holds no example"):
+        twin.estimate(X[:0], NUMBERS[:0])
+    for y in (NUMBERS[:0], torch.zeros(0, 3), torch.zeros(0)):
+        with pytest.raises(ValueError, match="of 0 labels makes 0 canaries"):
+            Canaries(y)

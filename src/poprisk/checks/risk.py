@@ -47,9 +47,11 @@ def check_index(index: Any, dataset_size: int) -> Tensor:
 
     Raises:
         TypeError: if it is not a tensor or sequence of integers.
-        ValueError: if one lies outside, or one occurs twice.
+        ValueError: if one lies outside.
     """
     found = index if isinstance(index, Tensor) else _as_tensor(index)
+    if not isinstance(index, Tensor) and not found.numel():
+        found = found.long()  # of no number torch makes floating-point ones
     if found.ndim != 1 or found.is_floating_point() or found.dtype == torch.bool:
         raise TypeError(
             f"index must hold the positions of the batch's examples in the training set, integers "
@@ -217,6 +219,13 @@ def check_own_optimizers(pairs: Sequence[tuple[torch.nn.Module, Any]]) -> None:
                 f"{'the same as another' if other else 'of other parameters'}; build it inside the "
                 "function, as in lambda model: AdamW(model.parameters())."
             )
+
+
+def check_some_examples(index: Tensor) -> Tensor:
+    """Return an index unless it holds no example, else raise ValueError."""
+    if not len(index):
+        raise ValueError("index holds no example; leave empty batches out.")
+    return index
 
 
 def check_scored(times: int) -> None:
@@ -467,7 +476,8 @@ def _are_distributions(targets: Tensor) -> bool:
     if targets.ndim != 2 or targets.shape[1] < 2:
         return False
     rows = targets[~targets.isnan().any(1)].double()
-    return bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-2).all())
+    sums = rows.sum(1)
+    return len(rows) > 0 and bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
 
 
 def check_canaries(labels: int, fraction: float) -> int:

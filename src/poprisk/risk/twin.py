@@ -110,7 +110,7 @@ class Seen:
 
 def _marks(targets: Tensor) -> Tensor:
     """A weighted sum of each target (n, ...), (n,)."""
-    rows = targets.detach().reshape(len(targets), -1).double().cpu()
+    rows = targets.detach().unsqueeze(1).flatten(1).double().cpu()
     return rows @ torch.linspace(1, 2, rows.shape[1], dtype=torch.float64)
 
 
@@ -283,7 +283,7 @@ class TwinRisk:
                 Likewise if ``run.loss`` was not called for a twin.
             RuntimeError: if the loop over the last batch was left early.
         """
-        index = inputs.check_index(index, self.dataset_size)
+        index = inputs.check_some_examples(inputs.check_index(index, self.dataset_size))
         inputs.check_not_nested(self._index is not None)
         self._index, self._first = index, None
         self._checking = self.steps < CHECKED_STEPS or self.steps % CHECKED_EVERY == 0
@@ -333,6 +333,7 @@ class TwinRisk:
             ValueError: if shapes do not fit.
         """
         index = inputs.check_index(range(len(y)) if index is None else index, self.dataset_size)
+        inputs.check_some_examples(index)
         pieces = [slice(i, i + batch_size) for i in range(0, len(y), batch_size)]
         return self._estimate([(x[s], y[s], index[s]) for s in pieces], groups, parts)
 
