@@ -424,3 +424,59 @@ def test_a_refused_group_is_not_added() -> None:
         opt.add_param_group({"params": [parameter(2)], "q_min": 2.0})
     opt.add_param_group({"params": [parameter(2)], "gate": False})
     assert opt.param_groups[1]["lr"] == 0.5
+
+
+MOVES: dict[str, torch.dtype] = {
+    "double": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "half": torch.float16,
+}
+
+
+@pytest.mark.parametrize("how", ["loop", "foreach", "fused", "capturable"])
+@pytest.mark.parametrize("name", MOVES)
+def test_a_model_moved_to_another_precision_goes_on_with_its_state(name: str, how: str) -> None:
+    settings: dict[str, Any] = {
+        "loop": {"foreach": False},
+        "foreach": {},
+        "fused": {"fused": True},
+        "capturable": {"capturable": True},
+    }[how]
+
+    def weights(first: torch.dtype) -> Tensor:
+        torch.manual_seed(0)
+        w = nn.Parameter(torch.linspace(-1, 1, 501, dtype=first))
+        opt = PopRiskAdamW([w], lr=1e-2, batch_size=4, **settings)
+        for t in range(6):
+            if t == 3:
+                w.data, w.grad = w.data.to(MOVES[name]), None
+            w.grad = torch.randn(501).to(w.dtype)
+            opt.step()
+        return w.detach().double()
+
+    low = MOVES[name] in (torch.bfloat16, torch.float16)
+    if how == "capturable" and name == "double":
+        with pytest.raises(RuntimeError, match="dtype"):
+            weights(torch.float32)  # no state is replaced while a step may be captured
+        return
+    tolerance = 1e-2 if low else 1e-5
+    torch.testing.assert_close(
+        weights(torch.float32), weights(MOVES[name]), atol=tolerance, rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_parameter_resized_under_the_optimizer_is_refused_by_name(fused: bool) -> None:
+    w = nn.Parameter(torch.ones(300))
+    opt = PopRiskAdamW([w], lr=1e-2, batch_size=4, fused=fused)
+    w.grad = torch.ones(300)
+    opt.step()
+    w.grad, w.data = None, torch.ones(70_000)
+    w.grad = torch.ones(70_000)
+    with pytest.raises(ValueError, match=r"resized since.*optimizer\.state\.pop"):
+        opt.step()
+    assert bool((w == 1).all())
+    assert float(opt.state[w]["step"]) == 1
+    opt.state.pop(w)
+    opt.step()
+    assert float(w.detach().max()) < 1

@@ -172,6 +172,11 @@ def test_one_canary_is_flagged() -> None:
         (labels(), {"classes": 5}, ValueError, r"but got 0..9 and classes=5"),
         (labels() * 0, {}, ValueError, "at least two classes"),
         (labels() - 1, {}, ValueError, r"but got -1..8"),
+        (labels() + 1, {}, ValueError, "1 of the labels 0..10 never occur.*begin with 0"),
+        (labels().where(labels() > 0, 255), {}, ValueError, "ignore_index=255"),
+        (labels() // 5 * 2.0 - 1, {}, ValueError, r"only -1 and 1 as .*\(targets > 0\)\.long"),
+        (labels() // 5 * 1.0, {}, ValueError, "only 0 and 1 as"),
+        (randn(N, 3).softmax(1), {}, ValueError, r"probabilities.*argmax\(1\)"),
     ],
 )
 def test_bad_arguments_are_refused(

@@ -164,6 +164,32 @@ BAD: dict[str, tuple[Callable[[], Task], str]] = {
         ),
         r"train\[50\] has label 2, but model gives 2 classes",
     ),
+    "an ignored class": (
+        lambda: classes(loss=nn.CrossEntropyLoss(ignore_index=0, reduction="none")),
+        r"loss is zero for label 0 .*would count the \d+ of them in train; set them to -100",
+    ),
+    "a class that a function ignores": (
+        lambda: classes(
+            train=(X, Y.clamp(min=1)),
+            loss=lambda u, y: F.cross_entropy(u, y, ignore_index=0, reduction="none"),
+        ),
+        "loss is zero for label 0 .* of them in test",
+    ),
+    "a class of weight zero": (
+        lambda: classes(
+            loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0]), reduction="none")
+        ),
+        "loss is zero for label 1 ",
+    ),
+    "padding among tokens": (
+        lambda: classes(
+            model=lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 1)),
+            loss=lambda u, y: F.cross_entropy(u, y, ignore_index=2, reduction="none").mean(1),
+            train=(X, torch.stack([Y, 1 - Y, Y, 0 * Y + 2], 1)),
+            test=(XT, torch.stack([YT, YT, YT, YT], 1)),
+        ),
+        "loss is zero for label 2 .*count the 113 of them in train",
+    ),
     "one class only": (
         lambda: classes(train=(X, torch.ones_like(Y))),
         "train targets are all 1: with one class there is nothing to learn",

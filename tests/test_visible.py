@@ -375,6 +375,32 @@ def test_statistics_of_the_batch_are_refused(name: str) -> None:
         grad_mean_var(model, squares, (X, Y))
 
 
+BY_FREQUENCY: dict[str, Callable[[], nn.Module]] = {
+    "Embedding": lambda: nn.Sequential(
+        nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 3)
+    ),
+    "EmbeddingBag": lambda: nn.Sequential(
+        nn.EmbeddingBag(5, 4, mode="mean", scale_grad_by_freq=True), nn.Linear(4, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_FREQUENCY)
+def test_gradients_divided_by_a_count_over_the_batch_are_refused(name: str) -> None:
+    model, x = BY_FREQUENCY[name]().double(), torch.arange(2 * B).reshape(B, 2) % 5
+    assert_backward_refused(
+        model, lambda: squares(model(x), Y), ValueError, "scale_grad_by_freq=True"
+    )
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True"):
+        grad_mean_var(model, squares, (x, Y))
+
+
+def test_sparse_gradients_are_refused_before_any_is_left() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3)).double()
+    x = torch.arange(2 * B).reshape(B, 2) % 5
+    assert_backward_refused(model, lambda: squares(model(x), Y), RuntimeError, "sparse=False")
+
+
 def test_statistics_of_single_examples_are_not() -> None:
     model = zoo.Function(
         lambda m, x: m.norm(m.layer(x).view(-1, 2, 3)).flatten(1)[:, :3],

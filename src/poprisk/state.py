@@ -17,6 +17,8 @@ from poprisk.update import state_dtype
 from poprisk.variance import Given, GivenVariances, VarianceEstimator
 
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
+TENSORS = {*ADAM_KEYS, "grad_mean_var"}
+"""What is of the parameter's shape."""
 NOT_LOADED = {
     "foreach",
     "fused",
@@ -35,7 +37,22 @@ def prepare_state(
     *,
     on_device: bool = False,
 ) -> None:
-    """Create the state that the estimator and Adam need and ``state`` lacks."""
+    """Create the state that the estimator and Adam need and ``state`` lacks.
+
+    Of a parameter that was moved to another precision since, the state follows.
+
+    Raises:
+        ValueError: if the parameter has got another shape since; nothing is changed then.
+    """
+    for key in TENSORS & state.keys():
+        if state[key].shape != p.shape:
+            raise ValueError(
+                f"a parameter has shape {tuple(p.shape)}, but its state {tuple(state[key].shape)}: "
+                "it was resized since. Give the new parameter to the optimizer (add_param_group, "
+                "or a new optimizer), or clear its state: optimizer.state.pop(parameter)."
+            )
+    for key in TENSORS & state.keys():
+        state[key] = state[key].to(state_dtype(p))
     if "step" not in state:
         state["step"] = torch.tensor(0.0, device=p.device if on_device else None)
         for key in ADAM_KEYS:

@@ -22,6 +22,7 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
+from poprisk.checks import check_gradients
 from poprisk.checks import examples as checks
 from poprisk.factors import Factors, capture
 from poprisk.factors.graph import leaves_of
@@ -241,6 +242,7 @@ def _shares(factors: Factors) -> dict[Tensor, tuple[Tensor, Tensor]]:
     for name, sums, squares in factors.each_moments():
         p = factors.params[name]
         grad = torch.zeros_like(p) if p.grad is None else p.grad
+        check_gradients([grad])
         gap, size = _gap(grad, sums, squares)
         if p._backward_hooks and bool(gap > _tolerance(p) * size):
             squares = _behind_hook(name, grad, sums, squares)

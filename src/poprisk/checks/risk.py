@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+import math
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -46,9 +47,11 @@ def check_index(index: Any, dataset_size: int) -> Tensor:
 
     Raises:
         TypeError: if it is not a tensor or sequence of integers.
-        ValueError: if one lies outside, or one occurs twice.
+        ValueError: if one lies outside.
     """
     found = index if isinstance(index, Tensor) else _as_tensor(index)
+    if not isinstance(index, Tensor) and not found.numel():
+        found = found.long()  # of no number torch makes floating-point ones
     if found.ndim != 1 or found.is_floating_point() or found.dtype == torch.bool:
         raise TypeError(
             f"index must hold the positions of the batch's examples in the training set, integers "
@@ -200,6 +203,55 @@ def check_factories(make_model: Any, make_optimizer: Any, loss: Any) -> None:
     for name, value in pairs:
         if not callable(value):
             raise TypeError(f"{name} must be callable, but got {value!r}.")
+
+
+def check_own_optimizers(pairs: Sequence[tuple[torch.nn.Module, Any]]) -> None:
+    """Raise ValueError unless each model has an optimizer of its own, of its own parameters."""
+    for i, (model, optimizer) in enumerate(pairs):
+        mine = {id(p) for p in model.parameters()}
+        groups = getattr(optimizer, "param_groups", [])
+        trained = [p for group in groups for p in group["params"]]
+        other = any(optimizer is another for _, another in pairs[:i])
+        if other or (trained and not any(id(p) in mine for p in trained)):
+            raise ValueError(
+                "make_optimizer must return a new optimizer of the model it is given, but the one "
+                f"for {f'twin {i}' if i else 'the model'} is "
+                f"{'the same as another' if other else 'of other parameters'}; build it inside the "
+                "function, as in lambda model: AdamW(model.parameters())."
+            )
+
+
+def check_some_examples(index: Tensor) -> Tensor:
+    """Return an index unless it holds no example, else raise ValueError."""
+    if not len(index):
+        raise ValueError("index holds no example; leave empty batches out.")
+    return index
+
+
+def check_scored(times: int) -> None:
+    """Raise ValueError if a twin's loss was not asked for in a step."""
+    if not times:
+        raise ValueError(
+            "run.loss was not called for a twin within `for run in twin.runs(index)`, so that it "
+            "learns the labels unperturbed: in place of the loss itself call "
+            "run.loss(run.model(x), y), for the model and its twins alike."
+        )
+
+
+def other_rates(first: Any, *others: Any) -> str:
+    """A doubt if learning rates of a twin are not the model's."""
+
+    def rates(optimizer: Any) -> list[float]:
+        return [float(g["lr"]) for g in getattr(optimizer, "param_groups", []) if "lr" in g]
+
+    for other in others:
+        for mine, its in zip(rates(first), rates(other), strict=False):
+            if not math.isclose(mine, its, rel_tol=1e-6):
+                return (
+                    f"the twin trained at a learning rate of {its:.3g}, the model at {mine:.3g}: "
+                    "give each run a scheduler of its own, and step them alike"
+                )
+    return ""
 
 
 def check_module(model: Any) -> torch.nn.Module:
@@ -402,13 +454,30 @@ def check_labels(targets: Any) -> Tensor:
         )
     if targets.is_floating_point():
         known = targets[~targets.isnan()]
-        if len(known) and bool(((known == 0) | (known == 1)).all()):
+        found = known.unique() if len(known) else known
+        if 0 < len(found) <= 2:
+            values = " and ".join(f"{v:g}" for v in found.tolist())
             raise ValueError(
-                f"targets hold only 0 and 1 as {targets.dtype}: class labels, which noise cannot "
-                "be added to; pass integer classes (n,): targets.long(), or targets.argmax(1) for "
-                "one-hot rows."
+                f"targets hold only {values} as {targets.dtype}: class labels, which noise cannot "
+                "be added to; pass integer classes 0..classes-1 (n,): targets.long() for zeros and "
+                "ones, (targets > 0).long() for signs, or targets.argmax(1) for one-hot rows."
+            )
+        if _are_distributions(targets):
+            raise ValueError(
+                f"targets {tuple(targets.shape)} are probabilities (no row has a negative entry, "
+                "all sum to one), which they would not be with noise added; pass integer classes "
+                "(n,): targets.argmax(1)."
             )
     return targets
+
+
+def _are_distributions(targets: Tensor) -> bool:
+    """Whether every row of (n, c) that is not missing sums to one, c > 1, nothing being below 0."""
+    if targets.ndim != 2 or targets.shape[1] < 2:
+        return False
+    rows = targets[~targets.isnan().any(1)].double()
+    sums = rows.sum(1)
+    return len(rows) > 0 and bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
 
 
 def check_canaries(labels: int, fraction: float) -> int:
@@ -435,6 +504,14 @@ def check_classes(targets: Tensor, classes: int | None, dtype: torch.dtype) -> i
         dtype: of the labels as they came, which has to hold the last class.
     """
     found = int(targets.max()) + 1
+    if classes is None and dtype != torch.bool and int(targets.min()) >= 0:
+        absent = found - len(targets.unique())
+        if absent:
+            raise ValueError(
+                f"{absent} of the labels 0..{found - 1} never occur, so the number of classes "
+                f"cannot be counted; pass classes={found} if there are so many, "
+                f"ignore_index={found - 1} if that one stands for no label, and begin with 0."
+            )
     classes = max(found, 2) if classes is None and dtype == torch.bool else classes
     classes = found if classes is None else classes
     if classes < max(found, 2) or int(targets.min()) < 0:

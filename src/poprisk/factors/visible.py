@@ -3,7 +3,8 @@
 Per-example gradients are read from the graph of the values. A gradient that takes another way is
 not in there: a custom function whose backward pass runs one of its own (reentrant checkpointing), a
 compiled region, whose nodes are closed, parameters of which the graph holds a copy (sharding),
-hooks on a parameter. And where a layer mixes the examples, there is no gradient per example.
+hooks on a parameter. And where a layer mixes the examples, in its outputs or only in its gradients,
+there is no gradient per example.
 """
 
 from __future__ import annotations
@@ -116,6 +117,12 @@ def _check_node(node: Node, examples: int) -> None:
             "cannot be read from the graph: use checkpoint(..., use_reentrant=False) (in "
             "transformers gradient_checkpointing_kwargs={'use_reentrant': False}), or no "
             "checkpointing."
+        )
+    if getattr(node, "_saved_scale_grad_by_freq", False):
+        raise ValueError(
+            "an embedding has scale_grad_by_freq=True, which divides the gradient of a row by how "
+            "often it occurs in the batch, so that there are no per-example gradients; set it to "
+            "False."
         )
     if name == "SyncBatchNormBackward" or (name in NORMALIZATIONS and _mixes(node, examples)):
         raise ValueError(

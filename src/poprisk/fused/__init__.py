@@ -133,7 +133,7 @@ def _fitting(slots: Slots) -> tuple[Slots, list[int]]:
     every = range(len(slots.params))
     if slots.params[0].device.type != "cpu":
         return slots.subset([]), [*every]
-    if all(_all_contiguous(column) for column in slots):
+    if all(_all_contiguous(column) for column in slots) and _state_fits(slots):
         taken = [*every]
     else:
         taken = [i for i in every if _alike(*(column[i] for column in slots if column))]
@@ -150,8 +150,21 @@ def _all_contiguous(tensors: TensorList) -> bool:
     return all(map(Tensor.is_contiguous, tensors))
 
 
+def _state_fits(slots: Slots) -> bool:
+    """Whether the state is of the dtype and size that the kernel takes it for."""
+    needed = state_dtype(slots.params[0])
+    return all(
+        x.dtype == needed and x.shape == w.shape
+        for column in slots[2:]
+        for x, w in zip(column, slots.params, strict=False)
+    )
+
+
 def _alike(w: Tensor, g: Tensor, *state: Tensor) -> bool:
-    return w.dtype == g.dtype and is_dense(w) and all(x.stride() == w.stride() for x in state)
+    fits = all(
+        x.dtype == state_dtype(w) and x.shape == w.shape and x.stride() == w.stride() for x in state
+    )
+    return w.dtype == g.dtype and is_dense(w) and fits
 
 
 def is_dense(t: Tensor) -> bool:

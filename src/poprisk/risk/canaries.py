@@ -66,7 +66,7 @@ class Canaries:
     Args:
         targets: training labels: (n,) integers of any width or booleans, or (n, ...) numbers.
         fraction: share of the labelled ones to replace.
-        classes: number of classes; counted if left out.
+        classes: number of classes; counted if left out, where each occurs.
         spread: for numbers, size of the noise in standard deviations of the targets.
         seed: of the choice and of the labels.
         ignore_index: the class label that stands for none, as in torch's losses.
@@ -77,7 +77,7 @@ class Canaries:
 
     Raises:
         TypeError, ValueError: for a bad argument, if no label would be replaced, or if classes come
-            as floating-point zeros and ones.
+            as floating-point numbers (zeros and ones, signs, probabilities).
 
     Example:
         >>> canaries = Canaries(torch.arange(1000) % 10)
@@ -226,7 +226,7 @@ class Canaries:
 def _labelled(targets: Tensor, ignore_index: int) -> Tensor:
     """Which examples have a label, (n,)."""
     if targets.is_floating_point():
-        return ~targets.isnan().reshape(len(targets), -1).any(1)
+        return ~targets.isnan().unsqueeze(1).flatten(1).any(1)
     return targets.long() != ignore_index
 
 

@@ -33,6 +33,8 @@ CHECKED_STEPS = 10
 CHECKED_EVERY = 100
 TRIED = 8
 """Examples of the first batch that the loss is tried on for all that an estimate asks of it."""
+OTHER_TARGETS = 0.05
+"""Share of examples with other targets than in training from which an estimate is flagged."""
 CONSTANT = 1e-6
 """Spread of the output gradients, as a share of their size, that rounding may make up."""
 
@@ -62,6 +64,56 @@ class Probe:
         return (z - z.mean(1, keepdim=True)) * math.sqrt(c / (c - 1))
 
 
+class Tally:
+    """How many examples of an estimate have another target than training had at their index."""
+
+    def __init__(self) -> None:
+        self.known = self.other = 0
+
+    def doubt(self) -> str:
+        """Why the twin's push is not at the examples it is looked for, or nothing."""
+        if self.other <= OTHER_TARGETS * self.known:
+            return ""
+        return (
+            f"{self.other} of {self.known} examples have other targets here than training had at "
+            "their index: pass the same index to runs() and estimate(), and the labels trained on"
+        )
+
+
+class Seen:
+    """A number for the target that each example was last trained with, NaN for none.
+
+    Args:
+        dataset_size: number of examples.
+    """
+
+    def __init__(self, dataset_size: int) -> None:
+        self.marks = torch.full((dataset_size,), math.nan, dtype=torch.float64)
+
+    def note(self, index: Tensor, targets: Tensor) -> None:
+        """Note the targets (b, ...) of the examples at ``index``; of others than one each, none."""
+        if len(targets) == len(index):
+            self.marks[index.cpu()] = _marks(targets)
+
+    def compared(
+        self, batches: Iterable[tuple[Any, Tensor, Tensor]], tally: Tally
+    ) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """The batches as they come, and on the way what they have in common with training."""
+        for x, y, index in batches:
+            then, now = self.marks[index.cpu()], _marks(y)
+            known = ~(then.isnan() | now.isnan())
+            rounding = 1e-2 if y.is_floating_point() else 1e-9  # of targets in half precision
+            tally.known += int(known.sum())
+            tally.other += int((~torch.isclose(then, now, rounding, 1e-9) & known).sum())
+            yield x, y, index
+
+
+def _marks(targets: Tensor) -> Tensor:
+    """A weighted sum of each target (n, ...), (n,)."""
+    rows = targets.detach().unsqueeze(1).flatten(1).double().cpu()
+    return rows @ torch.linspace(1, 2, rows.shape[1], dtype=torch.float64)
+
+
 class Answers(NamedTuple):
     """Outputs of a model (n, ...), the targets, and what its twins put out."""
 
@@ -85,6 +137,7 @@ class Replica:
         self.model, self.position = model, position
         self.optimizer = owner.make_optimizer(model)
         self.seconds = 0.0
+        self.scored = 0
         self.inputs = Witness()
         self._owner = owner
         model.register_forward_pre_hook(self.inputs, with_kwargs=True)
@@ -105,6 +158,7 @@ class Replica:
                 ``runs``, or differs from the model's.
         """
         losses = inputs.check_losses(self._owner.loss(outputs, targets), outputs)
+        self.scored += 1
         tilt = self._owner._tilt(self, outputs, targets)
         if tilt is None:
             return losses
@@ -146,8 +200,8 @@ class TwinRisk:
     example, differentiable, and defined around the outputs.
 
     Raises:
-        TypeError, ValueError: for a bad argument, or a model that is sharded (FSDP); under DDP let
-            ``make_model`` return the wrapped model.
+        TypeError, ValueError: for a bad argument, an optimizer that is not the model's own, or a
+            model that is sharded (FSDP); under DDP let ``make_model`` return the wrapped model.
 
     Example:
         >>> x, y = torch.randn(100, 3), torch.randn(100, 1)
@@ -186,6 +240,8 @@ class TwinRisk:
         inputs.check_not_sharded("TwinRisk", model)
         copies = [copy.deepcopy(model) for _ in range(probes)]
         self.replicas = [Replica(self, m, i) for i, m in enumerate([model, *copies])]
+        inputs.check_own_optimizers([(run.model, run.optimizer) for run in self.replicas])
+        self.seen = Seen(self.dataset_size)
         self.probes = [Probe(self.dataset_size, seed * 1009 + k) for k in range(probes)]
         self.steps = 0
         self.doubt = ""
@@ -224,9 +280,10 @@ class TwinRisk:
 
         Raises:
             TypeError, ValueError: if the index does not fit the data set.
+                Likewise if ``run.loss`` was not called for a twin.
             RuntimeError: if the loop over the last batch was left early.
         """
-        index = inputs.check_index(index, self.dataset_size)
+        index = inputs.check_some_examples(inputs.check_index(index, self.dataset_size))
         inputs.check_not_nested(self._index is not None)
         self._index, self._first = index, None
         self._checking = self.steps < CHECKED_STEPS or self.steps % CHECKED_EVERY == 0
@@ -234,6 +291,7 @@ class TwinRisk:
         for run in self.replicas:
             start.restore()
             run.inputs.watch(self._checking)
+            run.scored = 0
             began = time.perf_counter()
             yield run
             run.seconds += time.perf_counter() - began
@@ -244,6 +302,8 @@ class TwinRisk:
         end.restore()
         for run in self.replicas:
             run.inputs.watch(False)
+        if not self.doubt:
+            self.doubt = inputs.other_rates(*(run.optimizer for run in self.replicas))
         self.steps += 1
         self._checking, self._index, self._first = False, None, None
 
@@ -259,6 +319,8 @@ class TwinRisk:
     ) -> RiskEstimate:
         """Estimate the risk now, from the training examples in evaluation mode.
 
+        It is flagged if targets are not those that training had at their index.
+
         Args:
             x: inputs (n, ...), indexable by a slice.
             y: targets (n, ...).
@@ -271,6 +333,7 @@ class TwinRisk:
             ValueError: if shapes do not fit.
         """
         index = inputs.check_index(range(len(y)) if index is None else index, self.dataset_size)
+        inputs.check_some_examples(index)
         pieces = [slice(i, i + batch_size) for i in range(0, len(y), batch_size)]
         return self._estimate([(x[s], y[s], index[s]) for s in pieces], groups, parts)
 
@@ -375,7 +438,8 @@ class TwinRisk:
         groups: Tensor | None,
         parts: Tensor | None,
     ) -> RiskEstimate:
-        u, y, twins = self.outputs(batches)
+        tally = Tally()
+        u, y, twins = self.outputs(self.seen.compared(batches, tally))
         seconds = [run.seconds for run in self.replicas]
         return estimate_risk(
             self.loss,
@@ -385,14 +449,20 @@ class TwinRisk:
             groups=None if groups is None else inputs.check_groups(groups, len(y)),
             parts=None if parts is None else inputs.check_parts(parts, len(y)),
             cost=sum(seconds) / seconds[0] if seconds[0] else math.nan,
-            doubt=self.doubt,
+            doubt=self.doubt or self._unpushed() or tally.doubt(),
         )
+
+    def _unpushed(self) -> str:
+        """Why there is no response to measure, if there is none."""
+        return "" if self.steps else "no batch has gone through runs() yet: no twin was pushed"
 
     def _tilt(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The tilt of the present batch for a twin, None for the model; checks on the way."""
         scale, gauge = self._set_scale(outputs, targets)
         inputs.check_tilt_shape(self._shape, outputs, self._index)
         if run.position == 0:
+            if self._index is not None:
+                self.seen.note(self._index, targets)
             self._first = (outputs.detach(), targets) if self._checking else None
             return None
         if self._first is not None:
@@ -412,12 +482,13 @@ class TwinRisk:
         return self.delta * self._scale[0], self._scale[1]
 
     def _compare(self, run: Replica, end: RandomState) -> None:
-        """Check that a twin was fed and drew what the model did."""
+        """Check that a twin was pushed, and was fed and drew what the model did."""
         model = self.replicas[0]
         if self._checking:
             inputs.check_calls(len(model.inputs.seen), len(run.inputs.seen))
             for mine, twins in zip(model.inputs.seen, run.inputs.seen, strict=True):
                 inputs.check_same("inputs", mine, twins)
+        inputs.check_scored(run.scored)
         if not self.doubt and not end.same(RandomState.now()):
             self.doubt = "the twin drew other random numbers than the model"
 

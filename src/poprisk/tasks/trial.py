@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from poprisk.checks.examples import check_separate
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.randomness import RandomState
+from poprisk.risk.links import ignored_examples
 from poprisk.tasks.batches import batch_sizes, split_batches
 
 CHUNK = 1024
 """Examples per forward pass."""
+TRIED = 4
+"""Examples that a label is given to, to see whether it has a loss."""
+LABELS = 64
+"""Labels that are looked at so, the smallest ones and the largest."""
 IGNORED = -100
 """The class that torch's losses leave out."""
 
@@ -45,6 +50,7 @@ def try_task(task: Any, *, by_class: bool) -> None:
         for name, u, ell in zip(("train", "test"), outputs, losses, strict=True):
             if by_class:
                 _check_classes(task, name, u, ell)
+                _check_scored(task, name, u)
             _check_metric(task, name, u)
         if by_class:
             _check_variety(task)
@@ -277,6 +283,24 @@ def _check_range(task: Any, name: str, y: Tensor, classes: int, losses: Tensor |
             f"{name}[{where}] has label {label}, but model gives {classes} classes, 0 to "
             f"{classes - 1}; mend the label, or give model a column for it."
         )
+
+
+def _check_scored(task: Any, name: str, u: Tensor) -> None:
+    """Refuse a class that the loss leaves out and accuracy would count."""
+    y = getattr(task, name)[1]
+    if u.ndim < 2 or u[:, 0].shape != y.shape:
+        return
+    labels = y[(y >= 0) & (y < u.shape[1])].unique()
+    for label in labels[: LABELS - 1].tolist() + labels[-1:].tolist():
+        some = torch.full_like(y[:TRIED], label)
+        if bool(ignored_examples(task.loss, u[:TRIED], some).all()):
+            count = int((y == label).sum())
+            raise ValueError(
+                f"loss is zero for label {label} whatever the outputs (an ignore_index, or a "
+                f"weight of zero), but accuracy would count the {count} of them in {name}; "
+                "set them to -100 and ignore_index with them, or give a "
+                "metric=Metric(...) that leaves them out."
+            )
 
 
 def _check_variety(task: Any) -> None:
