@@ -316,8 +316,8 @@ def check_finite(step: int, finite: bool) -> None:
     """Raise NotAnalysable if weights would become, or became, NaN or infinite."""
     if not finite:
         raise NotAnalysable(
-            f"the gradient of step {step} is NaN or infinite; lower the learning rate, or use an "
-            "optimizer that skips such steps, such as PopRiskAdamW."
+            f"the gradient of step {step} is NaN or infinite, or the weights are after it; lower "
+            "the learning rate, or use an optimizer that skips such steps, such as PopRiskAdamW."
         )
 
 
