@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -263,7 +264,7 @@ class RiskMonitor:
         """Add batches to the statistics; a failure is one of all quantities that need them."""
         found, needed = self._statistics, bool(self._gradient_names)
         try:
-            with evaluating(self.model, self.forward):
+            with evaluating(self.model, self.forward, self.loss):
                 for x, y in parts:
                     found.parts += 1
                     if needed and self._sharding != "FSDP1":
@@ -287,8 +288,9 @@ class RiskMonitor:
         moment = Moment(self.model, self.optimizer, statistics, self.forward)
         row: dict[str, float] = {}
         left = list(self.quantities)
+        looking = any(not isinstance(q, (Loss, Signal, Gates)) for q in left)
         try:
-            with evaluating(self.model, self.forward):
+            with evaluating(self.model, self.forward) if looking else nullcontext():
                 while left:
                     row |= self._measured_by(left[0], moment)
                     left.pop(0)
