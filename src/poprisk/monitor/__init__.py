@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from poprisk import checks
 from poprisk.checks import monitor as inputs
 from poprisk.evaluation import Forward, call, evaluating
+from poprisk.kernel.jacobian import inner
 from poprisk.monitor.quantities import (
     CanaryMemorization,
     Gates,
@@ -24,11 +25,10 @@ from poprisk.monitor.quantities import (
     Risk,
     Signal,
 )
-from poprisk.monitor.ranks import Ranks, writes
+from poprisk.monitor.ranks import Ranks, sharding_of, writes
 from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
 from poprisk.monitor.statistics import PerExampleLoss, Statistics
 from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch
-from poprisk.monitor.wrappers import sharding_of, unwrapped
 from poprisk.printing import described
 
 __all__ = [
@@ -109,7 +109,7 @@ class RiskMonitor:
         checks.check_positive("every", every)
         if accumulate is not None:
             checks.check_positive("accumulate", accumulate)
-        self.model, self.optimizer = unwrapped(model), innermost(optimizer)
+        self.model, self.optimizer = inner(model), innermost(optimizer)
         self.loss, self.every, self.forward = loss, every, forward or call
         self.accumulate = accumulate
         self._sharding = sharding_of(self.model)
