@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from poprisk.arms import Arm, settings_used
+from poprisk.checks.errors import first_line
 from poprisk.randomness import RandomState
 from poprisk.rundir import FORMAT, TOL
 from poprisk.tasks import Task, TaskError, load_task
@@ -234,5 +235,5 @@ def _check_device(device: str) -> None:
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"device {device!r} cannot be used here: {reason}") from error

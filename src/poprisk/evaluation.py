@@ -78,7 +78,7 @@ def evaluating(*parts: Any, eval_mode: bool = True) -> Iterator[None]:
         undo.enter_context(_gradients_kept(params))
         undo.enter_context(_lent(holders))
         undo.enter_context(_hooks_suspended([*modules, *params]))
-        undo.enter_context(_uncompiled())
+        undo.enter_context(uncompiled())
         undo.callback(_reshard, modules)
         if eval_mode:
             for model in models:
@@ -170,7 +170,7 @@ def _hooks_suspended(owners: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
+def uncompiled() -> Iterator[None]:
     """Without compiling anew for evaluation, nor graphs whose memory is donated to one backward."""
     stance = getattr(torch.compiler, "set_stance", None)
     if "torch._dynamo" not in sys.modules or stance is None or torch.compiler.is_compiling():

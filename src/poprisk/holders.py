@@ -25,7 +25,10 @@ _COPIED = (list, dict, set, bytearray, deque, OrderedDict, defaultdict, Counter)
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, torch.Generator)
+_UNCHANGING = frozenset((type(None), bool, int, float, complex, str, bytes))
+"""What most attributes are; nothing of it can be written to in place."""
+
+_PLAIN = (*_UNCHANGING, Tensor, np.ndarray, torch.Generator)
 """What holds nothing else."""
 
 _TRAINING = (torch.optim.Optimizer, DataLoader, Dataset)
@@ -157,7 +160,7 @@ class _Module:
     def lend_copies(self, memo: dict[int, Any]) -> None:
         own = self.owner.__dict__
         for name, value in self.kept.items():
-            if name not in _OWN:
+            if name not in _OWN and type(value) not in _UNCHANGING:
                 own[name] = copied(value, memo)
         for name, buffer in self.contents["_buffers"].items():
             own["_buffers"][name] = copied(buffer, memo)
@@ -173,7 +176,7 @@ class _Module:
 
 
 def _same_contents(now: Any, before: Any) -> bool:
-    if isinstance(before, set):
+    if isinstance(before, set) or not before:
         return now == before
     return list(now) == list(before) and all(now[k] is v for k, v in before.items())
 

@@ -254,13 +254,19 @@ def _shares(factors: Factors) -> dict[Tensor, tuple[Tensor, Tensor]]:
             if bool(p.grad.any()):
                 raise _unseen(name, p)
             found[p] = p.grad, squared(p.grad)
-    largest = max((float(size) for _, size in gaps.values() if size.isfinite()), default=0.0)
-    for name, (gap, size) in gaps.items():
+    sizes = _numbers([size for _, size in gaps.values()])
+    largest = max(filter(math.isfinite, sizes), default=0.0)
+    for name, gap, size in zip(gaps, _numbers([g for g, _ in gaps.values()]), sizes, strict=True):
         p = factors.params[name]
         small = gap <= _tolerance(p) * size + _rounding(p) * largest
-        if not bool(small) and bool(found[p][0].to_dense().isfinite().all()):
+        if not small and bool(found[p][0].to_dense().isfinite().all()):
             raise _unseen(name, p)
     return found
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    """The values of tensors of one element, of one device, after waiting for it once."""
+    return torch.stack([s.double() for s in scalars]).tolist() if scalars else []
 
 
 def _gap(grad: Tensor, sums: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from poprisk.checks.errors import first_line
+
 MIB = 1 << 20
 
 
@@ -116,13 +118,9 @@ def check_part(part: int, examples: int, error: Exception) -> None:
     """Raise ValueError for a model or loss that failed on some of the examples alone."""
     raise ValueError(
         f"the model (or loss) fails on {part} of {examples} examples without the others "
-        f"({_first_line(error)}); the first dimension of every input must count examples that can "
+        f"({first_line(error)}); the first dimension of every input must count examples that can "
         "be passed by themselves, which the nodes of one graph, say, cannot."
     ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def check_numbers(what: str, values: Tensor, *, start: int = 0, finite: bool = True) -> None:
@@ -345,7 +343,7 @@ def check_loss_takes(outputs: Any, error: Exception) -> None:
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"the model returned {type(outputs).__name__}, on which loss failed "
-            f"({_first_line(error)}); let loss take what counts of it, as in lambda out, y: "
+            f"({first_line(error)}); let loss take what counts of it, as in lambda out, y: "
             "loss(out[0], y) or loss(out.logits, y)."
         ) from error
 

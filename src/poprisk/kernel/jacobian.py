@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from poprisk.checks import examples as checks
-from poprisk.evaluation import outputs_of
+from poprisk.evaluation import outputs_of, uncompiled
 from poprisk.factors import Factors, capture, check_graph
 from poprisk.factors.plan import Plan, learn_plan
 from poprisk.factors.visible import check_unhooked, check_whole
@@ -305,18 +304,10 @@ def call(model: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None 
     """The model's output for inputs of any form, with other weights if given."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    with _eagerly():
+    with uncompiled():
         if weights is None:
             return model(*args, **kwargs)
         return torch.func.functional_call(model, dict(weights), args, kwargs, tie_weights=False)
-
-
-def _eagerly() -> contextlib.AbstractContextManager[Any]:
-    """What torch.compile has compiled runs as it was written, with a graph that can be read."""
-    # Nothing is compiled before this module is there, and importing it takes seconds.
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def chunks(count: int, size: int) -> list[slice]:

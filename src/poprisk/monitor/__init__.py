@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from poprisk import checks
 from poprisk.checks import monitor as inputs
 from poprisk.evaluation import Forward, call, evaluating
+from poprisk.kernel.jacobian import inner
 from poprisk.monitor.quantities import (
     CanaryMemorization,
     Gates,
@@ -23,11 +25,10 @@ from poprisk.monitor.quantities import (
     Risk,
     Signal,
 )
-from poprisk.monitor.ranks import Ranks, writes
+from poprisk.monitor.ranks import Ranks, sharding_of, writes
 from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
 from poprisk.monitor.statistics import PerExampleLoss, Statistics
 from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch
-from poprisk.monitor.wrappers import sharding_of, unwrapped
 from poprisk.printing import described
 
 __all__ = [
@@ -108,7 +109,7 @@ class RiskMonitor:
         checks.check_positive("every", every)
         if accumulate is not None:
             checks.check_positive("accumulate", accumulate)
-        self.model, self.optimizer = unwrapped(model), innermost(optimizer)
+        self.model, self.optimizer = inner(model), innermost(optimizer)
         self.loss, self.every, self.forward = loss, every, forward or call
         self.accumulate = accumulate
         self._sharding = sharding_of(self.model)
@@ -263,7 +264,7 @@ class RiskMonitor:
         """Add batches to the statistics; a failure is one of all quantities that need them."""
         found, needed = self._statistics, bool(self._gradient_names)
         try:
-            with evaluating(self.model, self.forward):
+            with evaluating(self.model, self.forward, self.loss):
                 for x, y in parts:
                     found.parts += 1
                     if needed and self._sharding != "FSDP1":
@@ -287,8 +288,9 @@ class RiskMonitor:
         moment = Moment(self.model, self.optimizer, statistics, self.forward)
         row: dict[str, float] = {}
         left = list(self.quantities)
+        looking = any(not isinstance(q, (Loss, Signal, Gates)) for q in left)
         try:
-            with evaluating(self.model, self.forward):
+            with evaluating(self.model, self.forward) if looking else nullcontext():
                 while left:
                     row |= self._measured_by(left[0], moment)
                     left.pop(0)

@@ -1,13 +1,17 @@
-"""Whether the ranks of a distributed run all have a monitor, so that they can pool numbers."""
+"""The ranks of a distributed run: whether all have a monitor, and how weights are spread."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
 from datetime import timedelta
 from typing import Any, final
 
 import torch
+from torch import nn
+
+from poprisk.checks.examples import processes
 
 PATIENCE = timedelta(seconds=60)
 """How long the first measurement waits for the other ranks' monitors to be made."""
@@ -22,7 +26,7 @@ class Ranks:
     def __init__(self) -> None:
         self.key = f"poprisk/monitor/{next(_MONITORS)}"
         self.together: bool | None = None
-        if is_distributed():
+        if processes() > 1:
             self._store().set(f"{self.key}/{torch.distributed.get_rank()}", "here")
 
     def pool(self) -> bool:
@@ -31,7 +35,7 @@ class Ranks:
         A monitor that some ranks do not have would wait for them forever: it is found out once,
         through the store by which the ranks have met, and said.
         """
-        if not is_distributed():
+        if processes() == 1:
             return False
         if self.together is None:
             self.together = self._agree()
@@ -60,12 +64,16 @@ class Ranks:
         return torch.distributed.distributed_c10d._get_default_store()
 
 
-def is_distributed() -> bool:
-    """Whether there are other processes."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1
-
-
 def writes() -> bool:
     """Whether this rank writes to the sinks."""
-    return not is_distributed() or torch.distributed.get_rank() == 0
+    return processes() == 1 or torch.distributed.get_rank() == 0
+
+
+def sharding_of(model: nn.Module) -> str | None:
+    """Whether and how weights are spread over processes: by ``"FSDP2"``, ``"FSDP1"``, or not."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return None
+    if any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        return "FSDP1"
+    return "FSDP2" if any(isinstance(m, fsdp.FSDPModule) for m in model.modules()) else None

@@ -62,10 +62,10 @@ def sums_of(gram: Tensor) -> Tensor:
     Args:
         gram: (b, b).
     """
-    k = gram.double()
-    n = k.diagonal()
-    rest = k - n.diag()
-    r, squares = rest.sum(1), rest.square().sum()
+    rest = gram.to(torch.float64, copy=True)
+    n = rest.diagonal().clone()
+    rest.diagonal().zero_()
+    r, squares = rest.sum(1), torch.linalg.vector_norm(rest).square()
     return torch.stack([n.sum(), n.dot(n), n.dot(r), squares, r.dot(r) - squares])
 
 

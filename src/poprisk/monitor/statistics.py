@@ -73,7 +73,7 @@ class Statistics:
         """Add the examples of a batch, at the present weights.
 
         Args:
-            model: in evaluation mode.
+            model: in evaluation mode, and its state kept by the caller, as the loss's.
             loss: one value an example.
             forward: from model and inputs to outputs.
             x: inputs.
@@ -87,7 +87,9 @@ class Statistics:
                 with evaluating(loss):  # each call finds the same state
                     return loss(u, targets)
 
-            losses = inputs.check_losses(unchanged(outputs, y), outputs)
+            # What is compared below is to be of one state; else each part is looked at once.
+            values = loss(outputs, y) if self.checked else unchanged(outputs, y)
+            losses = inputs.check_losses(values, outputs)
             if not self.checked:
                 check_separate(unchanged, outputs, y, losses)
                 self.checked = True

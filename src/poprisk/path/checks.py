@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from poprisk.checks.errors import first_line
+
 
 class NotAnalysable(ValueError):
     """A run that the theory cannot be put on as it is; the message says what would work."""
@@ -316,8 +318,8 @@ def check_finite(step: int, finite: bool) -> None:
     """Raise NotAnalysable if weights would become, or became, NaN or infinite."""
     if not finite:
         raise NotAnalysable(
-            f"the gradient of step {step} is NaN or infinite; lower the learning rate, or use an "
-            "optimizer that skips such steps, such as PopRiskAdamW."
+            f"the gradient of step {step} is NaN or infinite, or the weights are after it; lower "
+            "the learning rate, or use an optimizer that skips such steps, such as PopRiskAdamW."
         )
 
 
@@ -334,11 +336,6 @@ def check_recorded_once(entered: bool) -> None:
     """Raise ValueError if a recorder is used for a second run."""
     if entered:
         raise ValueError("a Recorder records one run; make another for the next.")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, its first line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _named(names: Collection[str], most: int = 3) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vmap
 
+from poprisk.checks.errors import first_line
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.forward_mode import plain_kernels
 from poprisk.path import losses
@@ -223,7 +224,7 @@ class Problem:
         try:
             found = (v.unsqueeze(-1) * self._forward(w, x, row)).sum()
         except (NotImplementedError, RuntimeError) as error:
-            return f"the model has no forward-mode derivative ({str(error).splitlines()[0]})"
+            return f"the model has no forward-mode derivative ({first_line(error)})"
         tolerance = 1e-9 if w.dtype == torch.float64 else 1e-3
         expected = row.square().sum()
         if bool((found - expected).abs() <= tolerance * expected):
@@ -240,7 +241,7 @@ class Problem:
         try:
             found = _vectorized(self, w, x)
         except RuntimeError as error:
-            return str(error).splitlines()[0]
+            return first_line(error)
         expected = _row_by_row(self, w, x)
         tolerance = 1e-9 if w.dtype == torch.float64 else 1e-3
         off = float((found - expected).abs().max())

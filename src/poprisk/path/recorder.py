@@ -222,9 +222,8 @@ class Recorder:
         refuse.check_unscaled(getattr(optimizer, "grad_scale", None) is not None)
         closure = (args[1] if len(args) > 1 else None) or kwargs.get("closure")
         if closure is None and not hasattr(optimizer, "skipped_steps"):
-            grads = (p.grad for p in self.params if p.grad is not None)
-            finite = all(bool(_dense(g).isfinite().all()) for g in grads)
-            refuse.check_finite(self.count + 1, finite)
+            grads = [p.grad for p in self.params if p.grad is not None]
+            refuse.check_finite(self.count + 1, _all_finite(grads))
 
     def _after_step(self, *_: Any) -> None:
         if getattr(self.optimizer, "skipped_steps", 0) > self.skipped:
@@ -232,7 +231,7 @@ class Recorder:
         # Read now, and not before the step: a closure has put them there meanwhile.
         grads = [torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in self.params]
         self.after = [p.detach().clone() for p in self.params]
-        refuse.check_finite(self.count + 1, all(bool(w.isfinite().all()) for w in self.after))
+        refuse.check_finite(self.count + 1, _all_finite(self.after))
         rules, worst, size = list[StepRule](), 0.0, 0.0
         for i, p in enumerate(self.params):
             rule, error, norm = self._apply_rule(i, p, grads[i])
@@ -376,6 +375,13 @@ def _dense(grad: Tensor) -> Tensor:
     """A copy of a gradient, in which sparse ones are written out."""
     found = grad.detach()
     return found.to_dense() if found.is_sparse else found.clone()
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """Whether all numbers are finite: so are their sums then, unless one overflows."""
+    dense = [t.detach().to_dense() if t.is_sparse else t.detach() for t in tensors]
+    sums = torch.stack([t.sum() for t in dense]) if dense else torch.zeros(1)
+    return bool(sums.isfinite().all()) or all(bool(t.isfinite().all()) for t in dense)
 
 
 def _mean(values: list[Tensor | float]) -> Tensor | float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from poprisk.checks.errors import first_line
 from poprisk.checks.examples import check_separate
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.forward_mode import plain_kernels
@@ -160,7 +161,7 @@ def _pulled(problem: Problem, w: Tensor, x: Tensor, reentrant: bool) -> Tensor:
         u, pull = problem.pullback(w, x)
         return pull(torch.ones_like(u).unsqueeze(-1)).squeeze(-1)
     except (RuntimeError, NotImplementedError) as error:
-        refuse.check_reverse_mode(False, refuse.first_line(error), reentrant)
+        refuse.check_reverse_mode(False, first_line(error), reentrant)
         raise
 
 

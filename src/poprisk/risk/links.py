@@ -29,8 +29,9 @@ PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 DENSE_LIMIT = 128
 """Outputs per example up to which a loss may couple them in any way it likes."""
 TOLERANCE = 1e-6
-LARGEST_GAIN = 1e9
-BISECTIONS = 80
+SMALLEST_GAIN, LARGEST_GAIN = 1e-12, 1e9
+PRECISION, HALVINGS = 1e-14, 60
+"""Of the logarithm of a gain, and how often its interval is at least halved for that."""
 NORMALIZED = 1e-4
 """Largest logarithm of the sum of an example's probabilities, if its outputs are their logs."""
 SHIFTS = (1.0, -1.0, 30.0, -30.0)
@@ -66,21 +67,33 @@ class Link(ABC):
         r""":math:`\varphi(A)`, the mean of :math:`\mathrm{tr}\,B_i(A^{-1}+B_i)^{-1}` per output."""
 
     def gain(self, freedom: float) -> float:
-        """The gain A whose :meth:`freedom` is the measured one: bisection on its logarithm.
+        """The gain A whose :meth:`freedom` is the measured one: Ridders' method on its logarithm.
 
         Nothing is fitted by outputs that do not follow their labels: 0 for ``freedom`` ≤ 0. The
         largest gain stands for all that no gain explains.
         """
         if not freedom > 0:
             return 0.0
-        low, high = math.log(1e-12), math.log(LARGEST_GAIN)
-        for _ in range(BISECTIONS):
+        low, high = math.log(SMALLEST_GAIN), math.log(LARGEST_GAIN)
+        below, above = (self.freedom(math.exp(t)) - freedom for t in (low, high))
+        if not below < 0 <= above:
+            return LARGEST_GAIN if above < 0 else SMALLEST_GAIN
+        found = math.inf
+        for _ in range(HALVINGS):
             middle = 0.5 * (low + high)
-            if self.freedom(math.exp(middle)) < freedom:
-                low = middle
-            else:
-                high = middle
-        return math.exp(high)
+            centre = self.freedom(math.exp(middle)) - freedom
+            # Where an exponential through the three points is zero: always between the ends.
+            last, found = (
+                found,
+                middle - (middle - low) * centre / math.hypot(centre, math.sqrt(-below * above)),
+            )
+            value = self.freedom(math.exp(found)) - freedom
+            if value == 0 or abs(found - last) < PRECISION:
+                break
+            points = [(low, below), (middle, centre), (found, value), (high, above)]
+            low, below = max(point for point in points if point[1] < 0)
+            high, above = min(point for point in points if point[1] >= 0)
+        return math.exp(found)
 
     def leave_one_out(self, outputs: Tensor, freedom: float) -> Tensor:
         """Outputs (n, c) as they would be had each example not been trained on."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from poprisk import checks
 from poprisk.checks import risk as inputs
-from poprisk.checks.examples import check_separate
+from poprisk.checks.examples import check_separate, processes
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
 from poprisk.printing import described, short_repr
 from poprisk.randomness import RandomState
@@ -517,9 +517,9 @@ def _gradient_scale(
     spread = (g - g.mean(0)) if len(g) > 1 else g
     size, scale = (v.square().mean().sqrt() for v in (g, spread))
     scale = scale if float(scale) > CONSTANT * float(size) else size
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if processes() > 1:
         torch.distributed.all_reduce(scale)
-        scale /= torch.distributed.get_world_size()
+        scale /= processes()
     gauge = g.ndim > 1 and is_gauge(g.reshape(g.shape[0], g.shape[1], -1).sum(2))
     return (inputs.check_scale(float(scale)), gauge), sample
 

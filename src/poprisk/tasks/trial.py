@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poprisk.checks.errors import first_line
 from poprisk.checks.examples import check_separate
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.randomness import RandomState
@@ -58,12 +59,6 @@ def try_task(task: Any, *, by_class: bool) -> None:
         _try_training(task, model)
     finally:
         random.restore()
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ def _outputs(model: nn.Module, x: Tensor, name: str, start: int) -> Tensor:
         i, _ = _first_failing(lambda rows: outputs_of(model, x[rows]), len(x)) or (0, None)
         where = f"{name}[{start + i}]" if i else f"the {name} inputs"
         raise ValueError(
-            f"model failed on {where}, {_type(x)} of shape {tuple(x.shape)}: {reason(error)}"
+            f"model failed on {where}, {_type(x)} of shape {tuple(x.shape)}: {first_line(error)}"
             f"{_hint(error, model, x)}"
         ) from error
     return _check_outputs(u, len(x))
@@ -183,7 +178,7 @@ def _losses(loss: Any, u: Tensor, y: Tensor, name: str, start: int) -> Tensor:
     except Exception as error:
         i, found = _first_failing(lambda rows: loss(u[rows], y[rows]), len(y)) or (0, error)
         where = f"{name}[{start + i}], target {_value(y[i])}"
-        raise ValueError(f"loss failed on {where}: {reason(found)}{_types(u, y)}") from error
+        raise ValueError(f"loss failed on {where}: {first_line(found)}{_types(u, y)}") from error
     _check_losses(losses, u, y)
     bad = losses.isfinite().logical_not().nonzero().flatten()
     if len(bad):
@@ -335,7 +330,7 @@ def _scored(metric: Any, name: str, u: Tensor, y: Tensor) -> float:
         value = metric.function(u, y)
     except Exception as error:
         raise ValueError(
-            f"metric {metric.name!r} failed on the {name} set: {reason(error)}"
+            f"metric {metric.name!r} failed on the {name} set: {first_line(error)}"
         ) from error
     try:
         return float(value)
@@ -351,8 +346,8 @@ def _check_memorized(task: Any, u: Tensor) -> None:
         task.memorized(u)
     except Exception as error:
         raise ValueError(
-            f"clean was given, but memorization cannot be measured: {reason(error)} Leave clean "
-            "out, or give outputs the shape of the targets."
+            f"clean was given, but memorization cannot be measured: {first_line(error)} Leave "
+            "clean out, or give outputs the shape of the targets."
         ) from error
 
 
@@ -384,7 +379,7 @@ def _try_batch(task: Any, model: nn.Module, size: int) -> bool:
         u = model(x)
     except Exception as error:
         hint = _hint(error, model, x)
-        raise ValueError(f"model failed {where}: {reason(error)}{hint}") from error
+        raise ValueError(f"model failed {where}: {first_line(error)}{hint}") from error
     _check_outputs(u, size)
     with _said(f"loss failed {where}", _types(u.detach(), y)):
         losses = task.loss(u, y)
@@ -428,7 +423,7 @@ def _said(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what}: {reason(error)}{hint}") from error
+        raise ValueError(f"{what}: {first_line(error)}{hint}") from error
 
 
 # --- words ----------------------------------------------------------------------------------------
