@@ -63,6 +63,12 @@ def check_index(index: Any, dataset_size: int) -> Tensor:
     return found
 
 
+def check_some(name: str, examples: int) -> None:
+    """Raise ValueError for a batch or a data set without examples."""
+    if examples == 0:
+        raise ValueError(f"{name} must hold at least one example, but it is empty; leave it out.")
+
+
 def _as_tensor(index: Any) -> Tensor:
     try:
         return torch.as_tensor(index)
@@ -207,6 +213,18 @@ def check_module(model: Any) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"make_model must return a module, but returned {type(model).__name__}.")
     return model
+
+
+def check_no_later_hooks(name: str, parameter: Tensor) -> None:
+    """Raise ValueError for a hook that runs after a gradient is there, such as a step of its own.
+
+    It may hold an optimizer, which is that of one model, and is not that of its twin.
+    """
+    if parameter._post_accumulate_grad_hooks:
+        raise ValueError(
+            f"{name} has a post-accumulate-grad hook when make_model returns, and a twin needs one "
+            "of its own; register it in make_optimizer, which is called for each model."
+        )
 
 
 def check_not_nested(busy: bool) -> None:

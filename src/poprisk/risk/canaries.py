@@ -226,7 +226,7 @@ class Canaries:
 def _labelled(targets: Tensor, ignore_index: int) -> Tensor:
     """Which examples have a label, (n,)."""
     if targets.is_floating_point():
-        return ~targets.isnan().reshape(len(targets), -1).any(1)
+        return ~targets.isnan().unsqueeze(-1).flatten(1).any(1)
     return targets.long() != ignore_index
 
 
