@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import zoo
+from asserts import assert_bitwise
 from poprisk.factors import graph, nodes
 from poprisk.factors.plan import Plan
 from poprisk.kernel import Kernel, entk
@@ -689,3 +691,61 @@ def test_errors(name: str) -> None:
     kind, message, call = ERRORS[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+# --- no trace, whatever the mode ------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Keeps a running mean and a counter, in every mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        cast(Tensor, self.mean).lerp_(x.detach().mean(0).to(torch.float32), 0.1)
+        return x
+
+
+def bounded() -> nn.Module:
+    """An embedding that renormalizes its weight when it is looked up."""
+    return nn.Sequential(nn.Embedding(6, 4, max_norm=0.5), nn.Flatten(), nn.Linear(12, 2))
+
+
+@pytest.mark.parametrize("made", ["counting", "bounded"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_kernel_leaves_no_trace(made: str, training: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), Counting(), nn.Linear(6, 2))
+    x = torch.randn(9, 4)
+    if made == "bounded":
+        model, x = cast(nn.Sequential, bounded()), torch.randint(6, (9, 3))
+    before = copy.deepcopy(model.train(training).state_dict())
+    numbers = torch.get_rng_state()
+    kernel = entk(model, x)
+    kernel.dense()
+    kernel.diagonal()
+    kernel @ torch.ones(18)
+    assert_bitwise(model.state_dict(), before)
+    assert made == "bounded" or model[1].calls == 0
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(m.training == training for m in model.modules())
+
+
+def test_a_refusal_has_drawn_no_random_numbers() -> None:
+    model, numbers = (
+        nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 2)),
+        torch.get_rng_state(),
+    )
+    with pytest.raises(ValueError, match="dropout is on"):
+        entk(model, torch.randn(9, 4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
+def test_in_inference_mode_the_kernel_is_the_same() -> None:
+    model, x, _ = case("MLP")
+    expected = entk(model, x).dense()
+    with torch.inference_mode():
+        assert_bitwise(entk(model, x + 0).dense(), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 import poprisk
 from poprisk import NotAnalysable, PopRiskAdamW, Recorder, Run, loo_risk, record
@@ -318,3 +320,47 @@ def test_runs_that_cannot_be_followed_are_refused() -> None:
     read_off = train(Features(), squared, y, rule=realized_update(momentum=0.9))
     with pytest.raises(NotAnalysable, match=r"SGD was read off its steps .* poprisk.TwinRisk"):
         loo_risk(read_off)
+
+
+# --- losses and models that cannot be vectorized --------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """A network whose hidden layer is computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def left_out(model: nn.Module, loss: str | Loss, y: Tensor) -> Tensor:
+    x = randn(20, 4, seed=1)
+    picks = [torch.arange(20)[k % 2 :: 2] for k in range(10)]
+    return loo_risk(record(model, loss, sgd()(model), picks, train=(x, y))).outputs
+
+
+def test_a_checkpointed_model_is_the_model() -> None:
+    y = randn(20, 1, seed=2)
+    expected = left_out(network(), "squared_error", y)
+    torch.testing.assert_close(left_out(Checkpointed(), "squared_error", y), expected)
+
+
+def test_a_wide_huber_loss_is_the_squared_error() -> None:
+    """It has no forward mode."""
+    y = randn(20, 1, seed=2)
+
+    def huber(u: Tensor, y: Tensor) -> Tensor:
+        return F.huber_loss(u, y, reduction="none", delta=1e6).sum(1)
+
+    found = left_out(network(), huber, y)
+    torch.testing.assert_close(found, left_out(network(), "squared_error", y))
+
+
+def test_classes_in_bytes_are_classes() -> None:
+    model, y = nn.Linear(4, 3).double(), torch.arange(20) % 3
+    start = copy.deepcopy(model)
+    found = left_out(model, cross_entropy, y.to(torch.uint8))
+    torch.testing.assert_close(found, left_out(start, cross_entropy, y))

@@ -116,9 +116,9 @@ def test_a_schedule_for_the_model_alone_is_flagged(alone: bool) -> None:
 
 def test_batches_without_an_example_are_refused() -> None:
     twin = trained(twin_of())
-    with pytest.raises(ValueError, match="index holds no example"):
+    with pytest.raises(ValueError, match="index must hold at least one example"):
         next(twin.runs(torch.arange(0)))
-    with pytest.raises(ValueError, match="index holds no example"):
+    with pytest.raises(ValueError, match="index must hold at least one example"):
         twin.estimate(X[:0], NUMBERS[:0])
     for y in (NUMBERS[:0], torch.zeros(0, 3), torch.zeros(0)):
         with pytest.raises(ValueError, match="of 0 labels makes 0 canaries"):

@@ -493,3 +493,76 @@ def test_parts_that_are_none_are_refused(parts: Any, message: str) -> None:
     train(twin, 1)
     with pytest.raises(ValueError, match=message):
         twin.estimate(*data(), parts=parts)
+
+
+# --- hooks, empty batches, low precision ----------------------------------------------------------
+
+
+def test_a_twin_has_the_hooks_on_parameters_that_its_model_has() -> None:
+    """A mask that freezes a weight freezes the twin's: they end with the same number there."""
+
+    def make() -> nn.Module:
+        model = nn.Linear(4, 1)
+        mask = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
+        model.weight.register_hook(lambda g: g * mask)  # pyrefly: ignore
+        return model
+
+    x, y = data()
+    twin = TwinRisk(make, OPTIMIZERS["SGD"], squared, dataset_size=N)
+    start = twin.model.weight.detach().clone()  # pyrefly: ignore
+    for index in torch.arange(N).split(20):
+        for run in twin.runs(index):
+            run.optimizer.zero_grad()
+            run.loss(run.model(x[index]), y[index, None].float()).mean().backward()
+            run.optimizer.step()
+    moved = [(run.model.weight.detach() - start)[0] for run in twin.replicas]  # pyrefly: ignore
+    assert [float(m[0]) for m in moved] == [0.0, 0.0]
+    assert not torch.equal(moved[0], moved[1])
+
+
+def test_a_hook_with_a_step_of_its_own_is_refused_before_anything_is_made() -> None:
+    def make() -> nn.Module:
+        model = nn.Linear(4, 1)
+        model.weight.register_post_accumulate_grad_hook(lambda p: None)  # pyrefly: ignore
+        return model
+
+    made: list[nn.Module] = []
+
+    def optimizer(model: nn.Module) -> Optimizer:
+        made.append(model)
+        return OPTIMIZERS["SGD"](model)
+
+    with pytest.raises(ValueError, match=r"weight has a post-accumulate-grad hook"):
+        TwinRisk(make, optimizer, squared, dataset_size=N)
+    assert made == []
+
+
+def test_an_empty_batch_is_refused() -> None:
+    twin = TwinRisk(network, OPTIMIZERS["SGD"], cross_entropy, dataset_size=N)
+    with pytest.raises(ValueError, match="index must hold at least one example"):
+        next(twin.runs(torch.arange(0)))
+    assert twin.steps == 0
+
+
+def test_a_single_example_gives_no_valid_estimate() -> None:
+    x, y = data()
+    twin = TwinRisk(lambda: nn.Linear(4, 3), OPTIMIZERS["SGD"], cross_entropy, dataset_size=N)
+    for run in twin.runs(torch.arange(N)):
+        run.loss(run.model(x), y).mean().backward()
+        run.optimizer.step()
+    found = twin.estimate(x[:1], y[:1])
+    assert (found.valid, found.reason) == (False, "a single example leaves no standard error")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_scale_of_a_loss_that_takes_one_dtype_only(dtype: torch.dtype) -> None:
+    """``huber_loss`` has no derivative for outputs of one dtype and targets of another."""
+    x, y = data()
+
+    def huber(u: Tensor, y: Tensor) -> Tensor:
+        return F.huber_loss(u, y, reduction="none").sum(1)
+
+    twin = TwinRisk(lambda: nn.Linear(4, 1).to(dtype), OPTIMIZERS["SGD"], huber, dataset_size=N)
+    for run in twin.runs(torch.arange(N)):
+        run.loss(run.model(x.to(dtype)), y[:, None].to(dtype)).mean().backward()
+    assert math.isfinite(twin.estimate(x.to(dtype), y[:, None].to(dtype)).value)

@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from asserts import assert_bitwise
-from poprisk import PopRiskAdamW
+from poprisk import PopRiskAdamW, grad_mean_var
 from poprisk.variance import ESTIMATORS, Clock, Ema, SecondMoment, make_estimator
 from samplers import grad_rows, noisy_grads, parameter, take_steps
 
@@ -159,3 +161,20 @@ def test_the_state_is_named_for_what_it_estimates() -> None:
     take_steps(opt, grad_rows([w], 2))
     assert Ema.state_keys == ("grad_mean_var",)
     assert "grad_mean_var" in opt.state[w]
+
+
+def test_the_variance_of_a_batch_leaves_no_trace() -> None:
+    """Not in weights that a forward pass writes to, nor in the random numbers of dropout."""
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(6, 4, max_norm=0.5),
+        torch.nn.Flatten(),
+        torch.nn.Dropout(),
+        torch.nn.Linear(12, 1),
+    )
+    batch = torch.randint(6, (8, 3)), torch.randn(8, 1)
+    before, numbers = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with torch.inference_mode():
+        found = grad_mean_var(model, lambda u, y: (u - y).square().sum(1), batch, chunk=4)
+    assert float(found["3.weight"].sum()) > 0
+    assert_bitwise(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), numbers)

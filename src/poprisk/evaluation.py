@@ -66,6 +66,9 @@ def evaluating(*parts: Any, eval_mode: bool = True) -> Iterator[None]:
         eval_mode: False leaves modules in the modes that they are in.
     """
     with ExitStack() as undo:
+        if torch.is_inference_mode_enabled():  # its tensors could be written to only in there
+            undo.enter_context(torch.inference_mode(False))
+            undo.enter_context(torch.no_grad())
         undo.callback(RandomState.now().restore)
         models = [part for part in parts if isinstance(part, nn.Module)]
         _reshard([m for model in models for m in model.modules()])

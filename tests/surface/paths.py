@@ -76,8 +76,8 @@ def read(s: Situation, run: poprisk.Run, which: str) -> str:
     first, final = s.bare("float64").eval(), s.bare("float64").eval()
     with torch.inference_mode(False), torch.enable_grad():
         train(s, final, which, "float64")
-    x = s.data("float64")[0]
-    moved = (final(x) - first(x)).detach().flatten()
+        x = s.data("float64")[0]
+        moved = (final(x) - first(x)).detach().flatten()
     said = -ops.G @ ops.g0 - ops.affine.query
     scale = max(float(moved.abs().max()), 1e-6)
     if not math.isfinite(closure):

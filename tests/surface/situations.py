@@ -104,12 +104,12 @@ class Situation:
 
     def bare(self, dtype: str | None = None) -> nn.Module:
         """The model without a wrapper, the same one each time."""
-        with torch.random.fork_rng():
+        with torch.inference_mode(False), torch.random.fork_rng():
             torch.manual_seed(self.seed)
             model = models.KINDS[self.kind].make(self.c)
-        # Rounded to the precision of the situation first, so that all copies hold the same numbers.
-        model = models.cast(model, getattr(torch, self.dtype))
-        return models.cast(model, getattr(torch, dtype or self.dtype)).train(self.training)
+            # Rounded to the precision of the situation first: all copies hold the same numbers.
+            model = models.cast(model, getattr(torch, self.dtype))
+            return models.cast(model, getattr(torch, dtype or self.dtype)).train(self.training)
 
     def model(self) -> nn.Module:
         """The model in its wrapper."""
@@ -123,6 +123,7 @@ class Situation:
             return compiled
         return model
 
+    @torch.inference_mode(False)
     def data(self, dtype: str | None = None) -> tuple[Tensor, Tensor]:
         """Inputs and targets."""
         kind, sort = models.KINDS[self.kind], losses.LOSSES[self.sort]

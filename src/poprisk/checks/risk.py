@@ -66,6 +66,12 @@ def check_index(index: Any, dataset_size: int) -> Tensor:
     return found
 
 
+def check_some(name: str, examples: int) -> None:
+    """Raise ValueError for a batch or a data set without examples."""
+    if examples == 0:
+        raise ValueError(f"{name} must hold at least one example, but it is empty; leave it out.")
+
+
 def _as_tensor(index: Any) -> Tensor:
     try:
         return torch.as_tensor(index)
@@ -221,13 +227,6 @@ def check_own_optimizers(pairs: Sequence[tuple[torch.nn.Module, Any]]) -> None:
             )
 
 
-def check_some_examples(index: Tensor) -> Tensor:
-    """Return an index unless it holds no example, else raise ValueError."""
-    if not len(index):
-        raise ValueError("index holds no example; leave empty batches out.")
-    return index
-
-
 def check_scored(times: int) -> None:
     """Raise ValueError if a twin's loss was not asked for in a step."""
     if not times:
@@ -259,6 +258,18 @@ def check_module(model: Any) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"make_model must return a module, but returned {type(model).__name__}.")
     return model
+
+
+def check_no_later_hooks(name: str, parameter: Tensor) -> None:
+    """Raise ValueError for a hook that runs after a gradient is there, such as a step of its own.
+
+    It may hold an optimizer, which is that of one model, and is not that of its twin.
+    """
+    if parameter._post_accumulate_grad_hooks:
+        raise ValueError(
+            f"{name} has a post-accumulate-grad hook when make_model returns, and a twin needs one "
+            "of its own; register it in make_optimizer, which is called for each model."
+        )
 
 
 def check_not_nested(busy: bool) -> None:

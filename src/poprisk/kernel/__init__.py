@@ -7,6 +7,7 @@ with the Jacobians of the outputs for two sets of examples and a diagonal precon
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -25,6 +26,7 @@ from poprisk.kernel.jacobian import (
     check_repeatable_model,
     chunks,
     inner,
+    looking,
     trainable,
 )
 from poprisk.kernel.spectrum import Eigenpairs, Estimate, top_eigenpairs, trace_estimate
@@ -93,9 +95,10 @@ def entk(
         if data is not None:
             inputs = as_inputs(name, data)
             examples.check_one_device(pytree.tree_leaves(inputs), named)
-            sides.append(Jacobian(model, named, inputs, kept))
-            check_repeatable_model(sides[-1])
-            check_readable_model(sides[-1])
+            with looking(model):
+                sides.append(Jacobian(model, named, inputs, kept))
+                check_repeatable_model(sides[-1])
+                check_readable_model(sides[-1])
     left, right = sides[0], sides[-1]
     examples.check_same_values(left.values, right.values)
     return Kernel(left, right, weights=weights, trace=outputs == "trace", max_memory=max_memory)
@@ -143,9 +146,13 @@ class Kernel:
         """Rows of the matrix for each example."""
         return 1 if self._trace else self._left.values
 
+    def _looking(self) -> contextlib.AbstractContextManager[None]:
+        return looking(self._left.model)
+
     def dense(self) -> Tensor:
         """K itself, of :attr:`shape`, in the dtype and on the device of the parameters."""
-        self._form()
+        with self._looking():
+            self._form()
         out = self._zeros(*self.shape)
         for (i, j), block in self._blocks.items():
             out[i : i + len(block), j : j + block.shape[1]] = block
@@ -163,19 +170,21 @@ class Kernel:
         examples.check_same_kind("the vectors", vectors, self._zeros(1))
         columns = vectors.unsqueeze(1) if vectors.ndim == 1 else vectors
         product = self._formed_product if self._blocks else self._free_product
-        return product(columns).reshape(self.shape[0], *vectors.shape[1:])
+        with self._looking():
+            return product(columns).reshape(self.shape[0], *vectors.shape[1:])
 
     __matmul__ = matmul
 
     def diagonal(self) -> Tensor:
         """The diagonal of a symmetric K, exactly."""
         examples.check_symmetric(self.symmetric, "diagonal")
-        workspace, block = self._budget(0)
-        parts = []
-        for rows in chunks(self._left.examples, block):
-            factors = self._left.factors(rows)
-            norms = factors.squared_norms(precondition=self._weights, workspace=workspace)
-            parts.append(norms.sum(dim=1) if self._trace else norms.flatten())
+        with self._looking():
+            workspace, block = self._budget(0)
+            parts = []
+            for rows in chunks(self._left.examples, block):
+                factors = self._left.factors(rows)
+                norms = factors.squared_norms(precondition=self._weights, workspace=workspace)
+                parts.append(norms.sum(dim=1) if self._trace else norms.flatten())
         return _finite(torch.cat(parts))
 
     def trace(

@@ -87,6 +87,7 @@ def split_gradient(run: Run, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return signal, problem.output_gradient(u) - signal
 
 
+@torch.inference_mode(False)  # what it makes on the way is differentiated
 def trace_cells(
     run: Run,
     clean_targets: Tensor,

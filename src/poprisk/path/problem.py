@@ -102,6 +102,7 @@ class Problem:
         """P, the number of weights."""
         return sum(p.numel() for p in self.parameters)
 
+    @torch.inference_mode(False)  # or its weights could be written to only in there
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem in another precision, on the CPU.
 
@@ -166,7 +167,8 @@ class Problem:
 
     def values(self, w: Tensor, x: Tensor) -> Tensor:
         """Like :meth:`outputs`, without a graph."""
-        w = w.detach()
+        with torch.inference_mode(False):
+            w = w.clone() if w.is_inference() else w.detach()
         return outputs_of(self.model, x, lambda _, x: self.outputs(w, x))
 
     def jacobian(self, w: Tensor, x: Tensor) -> Tensor:
@@ -237,7 +239,8 @@ class Problem:
 
         Some operations of torch (``cdist``) are silently wrong there.
         """
-        w, x = self.elsewhere(), self.train[0][:2]
+        # More than one example, and as many as nothing else is likely to be.
+        w, x = self.elsewhere(), self.train[0][torch.arange(5) % self.n]
         try:
             found = _vectorized(self, w, x)
         except RuntimeError as error:

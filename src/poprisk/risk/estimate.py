@@ -515,6 +515,8 @@ class _Judged(NamedTuple):
         """Why the estimate is not to be believed; empty if nothing speaks against it."""
         if not math.isfinite(self.value) or not math.isfinite(self.upper):
             return "the estimate is not finite"
+        if len(self.fitted) < 2:
+            return "a single example leaves no standard error"
         return self._deep(limit) or self._uncertain()
 
     def _deep(self, limit: float) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,7 @@ class LooRisk(NamedTuple):
     __repr__ = short_repr
 
 
+@torch.inference_mode(False)  # what it makes on the way is differentiated
 def loo_risk(
     run: Run,
     *,
@@ -157,7 +159,7 @@ class _Path:
         self.w = run.weights[len(run)]
         inputs.check_transformable(self.problem, self.w)
         if form == "hessian":
-            check_forward_mode(self.problem.no_forward_mode, 'choose form="gauss-newton"')
+            check_forward_mode(self._not_vectorized, 'choose form="gauss-newton"')
         self.final = self.problem.values(self.w, self.x)
 
     def losses(self, u: Tensor, index: Tensor | None = None) -> Tensor:
@@ -203,12 +205,29 @@ class _Path:
         """
         return self.problem.jvp(self.w, self.x, self.displacements(deleted, tilt)).movedim(-1, 0)
 
+    @cached_property
+    def _not_vectorized(self) -> str:
+        """Why changes cannot be had for all deletions at once, tried on the first step; or empty.
+
+        Losses and models may lack what vmap or forward mode take: ``huber_loss``, checkpoints.
+        """
+        if self.problem.no_forward_mode:
+            return self.problem.no_forward_mode
+        interval = self.run.intervals[0]
+        b = len(interval.examples)
+        nothing = torch.zeros(1, b, dtype=torch.bool)
+        tilt = torch.zeros(b, self.problem.c, dtype=self.dtype)
+        try:
+            self._gradient_change(0, interval, nothing, tilt, torch.zeros_like(self.w).unsqueeze(1))
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        return ""
+
     def displacements(self, deleted: Tensor, tilt: Tensor) -> Tensor:
         """Displacements (P, G) of the weights at the end; arguments as for :meth:`moved`."""
         d = torch.zeros(len(self.w), len(deleted), dtype=self.dtype)
         m = torch.zeros_like(d)
-        slow = bool(self.problem.no_forward_mode)
-        change_of = self._change_by_rows if slow else self._gradient_change
+        change_of = self._change_by_rows if self._not_vectorized else self._gradient_change
         for k, interval in enumerate(self.run.intervals):
             rule, rows = self.run.rule(k, self.dtype), interval.examples
             change = change_of(k, interval, deleted[:, rows], tilt[rows], d)

@@ -238,7 +238,7 @@ class TwinRisk:
         self.seed = seed
         model = inputs.check_module(make_model())
         inputs.check_not_sharded("TwinRisk", model)
-        copies = [copy.deepcopy(model) for _ in range(probes)]
+        copies = [_twin_of(model) for _ in range(probes)]
         self.replicas = [Replica(self, m, i) for i, m in enumerate([model, *copies])]
         inputs.check_own_optimizers([(run.model, run.optimizer) for run in self.replicas])
         self.seen = Seen(self.dataset_size)
@@ -283,7 +283,8 @@ class TwinRisk:
                 Likewise if ``run.loss`` was not called for a twin.
             RuntimeError: if the loop over the last batch was left early.
         """
-        index = inputs.check_some_examples(inputs.check_index(index, self.dataset_size))
+        index = inputs.check_index(index, self.dataset_size)
+        inputs.check_some("index", len(index))
         inputs.check_not_nested(self._index is not None)
         self._index, self._first = index, None
         self._checking = self.steps < CHECKED_STEPS or self.steps % CHECKED_EVERY == 0
@@ -333,7 +334,7 @@ class TwinRisk:
             ValueError: if shapes do not fit.
         """
         index = inputs.check_index(range(len(y)) if index is None else index, self.dataset_size)
-        inputs.check_some_examples(index)
+        inputs.check_some("index", len(index))
         pieces = [slice(i, i + batch_size) for i in range(0, len(y), batch_size)]
         return self._estimate([(x[s], y[s], index[s]) for s in pieces], groups, parts)
 
@@ -493,6 +494,17 @@ class TwinRisk:
             self.doubt = "the twin drew other random numbers than the model"
 
 
+def _twin_of(model: nn.Module) -> nn.Module:
+    """A copy of a model with the hooks on its parameters, which copying a parameter drops."""
+    found = copy.deepcopy(model)
+    for name, p in model.named_parameters():
+        inputs.check_no_later_hooks(name, p)
+        twin = found.get_parameter(name)
+        for hook in (p._backward_hooks or {}).values():
+            twin.register_hook(hook)
+    return found
+
+
 def _full(outputs: Tensor) -> Tensor:
     """Outputs in single precision at least."""
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
@@ -507,13 +519,14 @@ def _gradient_scale(
 ) -> tuple[tuple[float, bool], Sample]:
     """Spread of the output gradient over a batch, and whether the loss has a gauge; a sample."""
     u = _full(outputs.detach())
+    targets = _full(targets) if targets.is_floating_point() else targets
     losses = inputs.check_losses(loss(u.requires_grad_(), targets), u)
     check_separate(loss, u, targets, losses)
     labelled = (~ignored_examples(loss, u, targets)).nonzero().squeeze(1)
     sample = (u.detach()[:TRIED].clone(), targets[:TRIED].clone(), losses.detach()[:TRIED].clone())
-    _try_out(loss, u.detach()[labelled[:TRIED]], targets[labelled[:TRIED]])
     g = gradient_of(on_logits(loss, u), u, targets).reshape(u.shape)[labelled]
     inputs.check_scale(float(g.abs().sum()))
+    _try_out(loss, u.detach()[labelled[:TRIED]], targets[labelled[:TRIED]])
     spread = (g - g.mean(0)) if len(g) > 1 else g
     size, scale = (v.square().mean().sqrt() for v in (g, spread))
     scale = scale if float(scale) > CONSTANT * float(size) else size
