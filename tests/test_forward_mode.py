@@ -229,3 +229,37 @@ def test_switches_of_torch_are_put_back(fails: bool) -> None:
     assert before == (torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled())
     with plain_kernels(nn.Linear(2, 2)):
         assert torch._C._get_mkldnn_enabled() == before[1]
+
+
+class _Silent(torch.autograd.Function):
+    """A function whose forward-mode derivative is refused without a word."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return 2 * args[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return 2 * grads[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return _Silent.apply(super().forward(input))
+
+
+def test_a_derivative_refused_without_a_word_is_reported_by_its_kind() -> None:
+    model, x, y = _Doubled(2, 1), torch.randn(4, 2), torch.randn(4, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = record(model, "squared_error", sgd, [torch.arange(4)], train=(x, y))
+    assert run.problem.no_forward_mode.endswith("derivative (NotImplementedError)")
