@@ -266,7 +266,6 @@ def test_wandb_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [(0, {"a": 2.0})]
 
 
-@pytest.mark.filterwarnings("ignore:no factored form")
 @pytest.mark.parametrize("bad", ["weights", "inputs"])
 def test_what_is_not_a_number_is_survived(bad: str) -> None:
     model = network()

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -14,7 +15,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from asserts import assert_bitwise, complete_state, nothing_changes, ulps_apart
 from cases import LAYOUTS, PATHS, VARIANCES, settings
-from poprisk import PopRiskAdamW
+from poprisk import PopRiskAdamW, gated
 from samplers import copies, grad_rows, noisy_grads, parameter, take_steps, trajectory
 
 INF, NAN = float("inf"), float("nan")
@@ -465,18 +466,63 @@ def test_a_model_moved_to_another_precision_goes_on_with_its_state(name: str, ho
     )
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_parameter_resized_under_the_optimizer_is_refused_by_name(fused: bool) -> None:
-    w = nn.Parameter(torch.ones(300))
-    opt = PopRiskAdamW([w], lr=1e-2, batch_size=4, fused=fused)
-    w.grad = torch.ones(300)
+RESIZABLE: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "foreach": lambda params: PopRiskAdamW(params, lr=1e-2, batch_size=4),
+    "fused": lambda params: PopRiskAdamW(params, lr=1e-2, batch_size=4, fused=True),
+    "gated": lambda params: gated(torch.optim.SGD(params, lr=1e-2), batch_size=4),
+}
+
+
+@pytest.mark.parametrize("make", RESIZABLE.values(), ids=RESIZABLE)
+def test_a_parameter_resized_under_the_optimizer_is_refused_by_name(
+    make: Callable[[list[nn.Parameter]], Any],
+) -> None:
+    """Before any other parameter moves or is counted, whatever group it is in."""
+    other, w = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(300))
+    opt = make([other])
+    opt.add_param_group({"params": [w]})
+    other.grad, w.grad = torch.ones(5), torch.ones(300)
     opt.step()
+    before = other.detach().clone()
     w.grad, w.data = None, torch.ones(70_000)
     w.grad = torch.ones(70_000)
     with pytest.raises(ValueError, match=r"resized since.*optimizer\.state\.pop"):
         opt.step()
     assert bool((w == 1).all())
-    assert float(opt.state[w]["step"]) == 1
+    assert torch.equal(other, before)
+    assert [float(opt.state[p]["step"]) for p in (other, w)] == [1, 1]
     opt.state.pop(w)
     opt.step()
     assert float(w.detach().max()) < 1
+
+
+def test_a_gated_optimizer_follows_a_model_to_another_precision() -> None:
+    def weights(dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 2)
+        opt = gated(torch.optim.SGD(model.parameters(), lr=0.1), batch_size=4)
+        for t in range(6):
+            if t == 3:
+                model.to(dtype)
+            opt.zero_grad()
+            x = torch.randn(4, 6)
+            model(x.to(model.weight.dtype)).square().mean().backward()
+            opt.step()
+        return model.weight.detach().double()
+
+    torch.testing.assert_close(weights(torch.float64), weights(torch.float32), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", RESIZABLE.values(), ids=RESIZABLE)
+def test_a_parameter_that_is_listed_twice_is_refused(
+    make: Callable[[list[nn.Parameter]], Any],
+) -> None:
+    w, v = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of the wrapped optimizer
+        with pytest.raises(ValueError, match=r"the same parameter twice.* position 2"):
+            make([w, v, w])
+        opt = make([w])
+        with pytest.raises(ValueError, match=r"the same parameter twice.* position 1"):
+            opt.add_param_group({"params": [v, v]})
+    assert len(opt.param_groups) == 1

@@ -34,7 +34,14 @@ from poprisk.sharding import (
     local,
     locals_of,
 )
-from poprisk.state import count_step, hooked_state, loaded_hooks
+from poprisk.state import (
+    check_distinct,
+    check_not_resized,
+    count_step,
+    follow_precision_,
+    hooked_state,
+    loaded_hooks,
+)
 from poprisk.stats import GateStats, gate_sums, module_stats
 from poprisk.update import LOW_PRECISION, Slots, all_finite, masks, pieces, real_slots, state_dtype
 from poprisk.variance import Clock, Ema
@@ -125,6 +132,8 @@ class GatedOptimizer(Optimizer):
     _behaviours: dict[Kind, Behaviour]
 
     def __init__(self, optimizer: Optimizer, settings: dict[str, Any]) -> None:
+        for group in optimizer.param_groups:
+            check_distinct(group["params"])
         found = behaviours(optimizer, optimizer.param_groups)
         self.__setstate__(
             {
@@ -171,8 +180,9 @@ class GatedOptimizer(Optimizer):
         groups = self._wrapped.param_groups
         self._wrapped.add_param_group(param_group)
         try:
+            check_distinct(groups[-1]["params"])
             self._decays()
-        except TypeError:
+        except (TypeError, ValueError):
             groups.pop()
             raise
 
@@ -188,6 +198,7 @@ class GatedOptimizer(Optimizer):
         """
         loss = evaluate(closure)
         grads = checked_gradients(self)
+        check_not_resized(self.param_groups, self.state)
         decays = self._decays()
         if not all_agree(all_finite(locals_of(grads)), grads):
             self.skipped_steps += 1
@@ -332,7 +343,11 @@ class GatedOptimizer(Optimizer):
             if not self.state[p]:
                 moments = {k: torch.zeros_like(p, dtype=state_dtype(p)) for k in STATE[1:]}
                 self.state[p].update(step=torch.tensor(0.0), **moments)
-            if p not in self._updates:
+            follow_precision_(p, self.state[p])
+            fits = (update := self._updates.get(p)) is not None and (
+                update.dtype == state_dtype(p) and update.shape == local(p).shape
+            )
+            if not fits:
                 self._updates[p] = torch.empty_like(local(p), dtype=state_dtype(p))
         buckets = dict[Any, _Bucket]()
         steps = count_step([self.state[p] for p in params])

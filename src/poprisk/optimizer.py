@@ -33,6 +33,8 @@ from poprisk.sharding import (
 )
 from poprisk.state import (
     ADAM_KEYS,
+    check_distinct,
+    check_not_resized,
     completed_state,
     count_step,
     loaded_hooks,
@@ -180,6 +182,7 @@ class PopRiskAdamW(Optimizer):
         check_optimizer_settings({**self.defaults, **param_group})
         unnamed = self._agree_on_names(param_group)
         try:
+            check_distinct(param_group["params"])
             super().add_param_group(param_group)
         except BaseException:
             for group in unnamed:
@@ -220,6 +223,7 @@ class PopRiskAdamW(Optimizer):
         """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
         loss = evaluate(closure)
         grads = checked_gradients(self)
+        check_not_resized(self.param_groups, self.state)
         if self._any("capturable"):
             self._captured_step(grads)
             return loss

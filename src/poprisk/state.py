@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,19 +40,8 @@ def prepare_state(
     """Create the state that the estimator and Adam need and ``state`` lacks.
 
     Of a parameter that was moved to another precision since, the state follows.
-
-    Raises:
-        ValueError: if the parameter has got another shape since; nothing is changed then.
     """
-    for key in TENSORS & state.keys():
-        if state[key].shape != p.shape:
-            raise ValueError(
-                f"a parameter has shape {tuple(p.shape)}, but its state {tuple(state[key].shape)}: "
-                "it was resized since. Give the new parameter to the optimizer (add_param_group, "
-                "or a new optimizer), or clear its state: optimizer.state.pop(parameter)."
-            )
-    for key in TENSORS & state.keys():
-        state[key] = state[key].to(state_dtype(p))
+    follow_precision_(p, state)
     if "step" not in state:
         state["step"] = torch.tensor(0.0, device=p.device if on_device else None)
         for key in ADAM_KEYS:
@@ -78,8 +67,47 @@ def count_step(states: list[dict[str, Any]]) -> list[int]:
     return [int(t) for t in torch.stack(steps).tolist()]
 
 
+def check_not_resized(groups: list[dict[str, Any]], states: Any) -> None:
+    """Raise ValueError if a parameter has got another shape than its state since."""
+    for group in groups:
+        for p in group["params"]:
+            for key in TENSORS & states[p].keys() if p in states else ():
+                if states[p][key].shape != p.shape:
+                    raise ValueError(
+                        f"a parameter has shape {tuple(p.shape)}, but its state "
+                        f"{tuple(states[p][key].shape)}: it was resized since. Give the new "
+                        "parameter to the optimizer (add_param_group, or a new optimizer), or "
+                        "clear its state: optimizer.state.pop(parameter)."
+                    )
+
+
+def check_distinct(params: Iterable[Any]) -> None:
+    """Raise ValueError if a group holds a parameter twice, which one step cannot move twice.
+
+    Args:
+        params: of a group; pairs of name and parameter where they are named.
+    """
+    seen = set[int]()
+    for i, p in enumerate(params):
+        key = id(p[1]) if isinstance(p, tuple) else id(p)
+        if key in seen:
+            raise ValueError(
+                f"params holds the same parameter twice, the second time at position {i}; list "
+                "each once (model.parameters() does, also of tied weights)."
+            )
+        seen.add(key)
+
+
+def follow_precision_(p: Tensor, state: dict[str, Any]) -> None:
+    """Let the state follow a parameter that was moved to another precision."""
+    for key in TENSORS & state.keys():
+        state[key] = state[key].to(state_dtype(p))
+
+
 def take_variances_(groups: list[dict[str, Any]], state: Any, given: GivenVariances) -> None:
     """Put variances that were found elsewhere into the running averages."""
+    if not given:
+        return
     for group in map(plain_settings, groups):
         estimator = estimator_of(group)
         if isinstance(estimator, Given):
