@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poprisk.reference import risk as reference
-from poprisk.risk.links import Coupled, Link, Separate, Softmax, link_of
+from poprisk.risk.links import (
+    Bend,
+    Coupled,
+    Link,
+    Separate,
+    Softmax,
+    ignored_examples,
+    is_bent,
+    is_gauge,
+    link_of,
+    on_logits,
+)
 from samplers import randn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -206,3 +217,48 @@ def test_many_coupled_outputs_are_refused() -> None:
 def test_a_loss_that_is_not_one_value_an_example_is_refused(loss: Loss, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         link_of(loss, randn(N, C), classes())
+
+
+# --- what a loss is like elsewhere ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("opens", "bent"), [((1.0, 2.2), False), ((1.0, 2.6), True)])
+def test_bent_is_what_leaves_over_half_of_the_change_open(
+    opens: tuple[float, float], bent: bool
+) -> None:
+    """Parts count together, by their norms: here the change is 5 and its half 2.5."""
+    bends = [Bend(change, left) for change, left in zip((3.0, 4.0), opens, strict=True)]
+    assert is_bent(bends) == bent
+
+
+def test_the_log_probabilities_of_one_example_are_logits_too() -> None:
+    """Two classes do; of one output the logarithm of a sum says nothing."""
+
+    def loss(u: Tensor, y: Tensor) -> Tensor:
+        return F.nll_loss(u, y, reduction="none")
+
+    p = randn(1, 2, seed=1).log_softmax(1)
+    assert on_logits(loss, p) is not loss
+    shifted = on_logits(loss, p)(p + 3.0, torch.tensor([1]))
+    torch.testing.assert_close(shifted, -p[:, 1])
+    assert on_logits(loss, p.new_zeros(4, 1)) is loss
+
+
+def test_a_gradient_of_zero_has_no_gauge() -> None:
+    assert not is_gauge(torch.zeros(3, 4))
+    assert is_gauge(torch.tensor([[1.0, -1.0]]))
+
+
+def test_ignored_is_only_what_has_no_loss_anywhere() -> None:
+    """Not what is beyond its margin, however far, and not what has a loss here alone."""
+
+    def beyond(u: Tensor, y: Tensor) -> Tensor:
+        return y * (100 - u).clamp_min(0).sum(1)
+
+    def here(u: Tensor, y: Tensor) -> Tensor:
+        return y * (1 - u.abs()).clamp_min(0).sum(1)
+
+    y = torch.tensor([1.0, 0.0, 1.0])
+    far = torch.full((3, 1), 1000.0, dtype=torch.float64)
+    assert ignored_examples(beyond, far, y).tolist() == [False, True, False]
+    assert ignored_examples(here, 0 * far, y).tolist() == [False, True, False]
