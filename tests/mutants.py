@@ -108,8 +108,7 @@ def behaviour(source: str) -> str:
         if isinstance(node, ast.arguments):  # a bare * is no product
             node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
             node.defaults += [d for d in node.kw_defaults if d is not None]
-            node.posonlyargs, node.kwonlyargs = list[ast.arg](), list[ast.arg]()
-            node.kw_defaults = list[ast.expr | None]()
+            node.posonlyargs.clear(), node.kwonlyargs.clear(), node.kw_defaults.clear()
     return ast.dump(tree)
 
 
