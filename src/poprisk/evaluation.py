@@ -39,7 +39,7 @@ def call(model: nn.Module, x: Any) -> Any:
 
 
 @contextmanager
-def evaluating(*parts: Any, eval_mode: bool = True) -> Iterator[None]:
+def evaluating(*parts: Any, eval_mode: bool = True, backward_hooks: bool = False) -> Iterator[None]:
     """Evaluation mode inside; afterwards the models are as if nobody had looked.
 
     Restored, whatever is done inside and however it ends:
@@ -64,6 +64,7 @@ def evaluating(*parts: Any, eval_mode: bool = True) -> Iterator[None]:
         parts: modules to look at (those that share modules count once); other objects or functions
             that are used on the way, such as losses, keep their state too.
         eval_mode: False leaves modules in the modes that they are in.
+        backward_hooks: True lets them act, for what is to be the gradient that autograd gives.
     """
     with ExitStack() as undo:
         if torch.is_inference_mode_enabled():  # its tensors could be written to only in there
@@ -80,7 +81,8 @@ def evaluating(*parts: Any, eval_mode: bool = True) -> Iterator[None]:
         undo.enter_context(_weights_kept(models))
         undo.enter_context(_gradients_kept(params))
         undo.enter_context(_lent(holders))
-        undo.enter_context(_hooks_suspended([*modules, *params]))
+        if not backward_hooks:
+            undo.enter_context(_hooks_suspended([*modules, *params]))
         undo.enter_context(uncompiled())
         undo.callback(_reshard, modules)
         if eval_mode:

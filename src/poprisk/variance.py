@@ -332,7 +332,7 @@ def grad_mean_var(
     _check_unmixed(model, loss, x, targets)
     total: Moments | None = None
     for rows in split(b, max(1, b // (chunk or b))):
-        with recording(), evaluating(model, eval_mode=False):
+        with recording(), evaluating(model, eval_mode=False, backward_hooks=True):
             outputs, losses = _losses(model, loss, take(x, rows), targets[rows])
             checks.check_losses(losses, rows.stop - rows.start)
             checks.check_numbers("losses", losses, start=rows.start)

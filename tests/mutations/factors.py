@@ -18,8 +18,8 @@ MUTATIONS = {
     ),
     "one batch of sparse gradients is trusted": Mutation(
         "factors/graph.py",
-        "and all(c is None or len(c) == 1 for c in known.candidates[use.node])",
-        "and known.batches >= 0",
+        "and all(c is None or len(c) == 1 for c in told.candidates[use.node])",
+        "and told.batches >= 0",
         "test_factors.py::test_masks_that_look_like_examples_at_first",
     ),
     "the boundary is crossed twice": Mutation(

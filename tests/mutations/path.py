@@ -60,7 +60,7 @@ MUTATIONS = {
         "path/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
     ),
     "weights of the quadrature lost": Mutation(
-        "path/jacobian.py", "values = weight * self", "values = 1.0 * self", REFERENCE
+        "path/jacobian.py", "capture(weight * self", "capture(1.0 * self", REFERENCE
     ),
     "windows that overlap the first point": Mutation(
         "drift.py", "walks[:, ::lag].diff(dim=1)", "walks[:, 1::lag]", WALKS

@@ -302,7 +302,8 @@ def _slots(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
 @contextlib.contextmanager
 def looking(model: nn.Module) -> Iterator[None]:
     """Nothing done inside leaves a trace in the model or hangs on the mode of the caller."""
-    with torch.inference_mode(False), evaluating(model, eval_mode=False):
+    untouched = evaluating(model, eval_mode=False, backward_hooks=True)
+    with torch.inference_mode(False), untouched:
         yield
 
 
