@@ -331,15 +331,16 @@ def grad_mean_var(
         checks.check_range("chunk", chunk, 2)
     _check_unmixed(model, loss, x, targets)
     total: Moments | None = None
-    for rows in split(b, max(1, b // (chunk or b))):
-        with recording(), evaluating(model, eval_mode=False, backward_hooks=True):
+    # Around all chunks: each draws random numbers of its own.
+    with recording(), evaluating(model, eval_mode=False, backward_hooks=True):
+        for rows in split(b, max(1, b // (chunk or b))):
             outputs, losses = _losses(model, loss, take(x, rows), targets[rows])
             checks.check_losses(losses, rows.stop - rows.start)
             checks.check_numbers("losses", losses, start=rows.start)
             if isinstance(outputs, Tensor) and outputs.shape[:1] == losses.shape and b > 3:
                 checks.check_separate(loss, outputs, targets[rows], losses)
-        found = capture(losses, named).moments()
-        total = found if total is None else total.plus(found)
+            found = capture(losses, named).moments()
+            total = found if total is None else total.plus(found)
     assert total is not None
     return total.mean_var(b)
 
