@@ -75,9 +75,9 @@ MUTATIONS = {
         LEFT_OUT,
     ),
     "response taken for the gain": Mutation(
-        "risk/links.py",
-        "return outputs + self.gain(freedom) * self.gradient",
-        "return outputs + freedom * self.gradient",
+        "risk/estimate.py",
+        "for rows, link, _, gains in parts:\n        found[rows] = flat[rows] + gains[1 + errors]",
+        "for rows, link, freedom, _ in parts:\n        found[rows] = flat[rows] + freedom.value",
         RIDGE,
     ),
     "classes counted as free": Mutation(
