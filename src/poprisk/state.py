@@ -100,8 +100,10 @@ def check_distinct(params: Iterable[Any]) -> None:
 
 def follow_precision_(p: Tensor, state: dict[str, Any]) -> None:
     """Let the state follow a parameter that was moved to another precision."""
-    for key in TENSORS & state.keys():
-        state[key] = state[key].to(state_dtype(p))
+    dtype = state_dtype(p)
+    for key in TENSORS:
+        if key in state and state[key].dtype != dtype:
+            state[key] = state[key].to(dtype)
 
 
 def take_variances_(groups: list[dict[str, Any]], state: Any, given: GivenVariances) -> None:
