@@ -95,8 +95,9 @@ $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) -e '.[cli,dev]'
 	@touch $@ $(VENV)/cli.stamp
 
+# Two small requirements of cosmic-ray, pure Python, come without wheels.
 $(VENV)/mutants.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) -e '.[cli,dev,mutants]'
+	$(PIP) --no-binary=yattag,exit-codes -e '.[cli,dev,mutants]'
 	@touch $@
 
 $(VENV)/extras.stamp: $(VENV)/torch.stamp pyproject.toml

@@ -20,8 +20,6 @@ import math
 import os
 import random
 import re
-import resource
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -32,9 +30,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from equivalents import EQUIVALENT
+from forked import PACKAGE, copy_package, exit_code, prepare
 
 TESTS = Path(__file__).parent
-PACKAGE = TESTS.parent / "src" / "poprisk"
 RESULTS = TESTS.parent / "benchmarks" / "results" / "mutants.json"
 
 OPTIMIZER = ["test_optimizer.py", "test_optimizer_state.py", "test_captured.py"]
@@ -130,7 +128,7 @@ class Workshop:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        shutil.copytree(PACKAGE, root / "poprisk", ignore=shutil.ignore_patterns("__pycache__"))
+        copy_package(root)
 
     @contextlib.contextmanager
     def holding(self, module: str, source: str) -> Iterator[None]:
@@ -146,28 +144,10 @@ class Workshop:
     def outcome(self, module: str, source: str) -> str:
         """Whether the tests of a file notice it: "killed", "survived" or "hung"."""
         with self.holding(module, source):
-            code = self._exit_code(PINNED[module])
+            code = exit_code(self.root, ["-m", "not slow", *PINNED[module]], seconds=SECONDS)
         if code is None:
             return "hung"
         return "survived" if code == pytest.ExitCode.OK else "killed"
-
-    def _exit_code(self, tests: list[str]) -> int | None:
-        pid = os.fork()
-        if pid == 0:
-            code = 99
-            try:
-                sink = os.open(self.root / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(sink, 1)
-                os.dup2(sink, 2)
-                resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-                sys.path.insert(0, str(self.root))
-                options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header"]
-                code = pytest.main([*options, *tests])
-                sys.stdout.flush()
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return None if code < 0 else code  # by a signal, when its time was up
 
 
 def interval(killed: int, n: int, of: int) -> list[float]:
@@ -278,8 +258,7 @@ def main() -> None:
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     os.chdir(TESTS)
     sys.dont_write_bytecode = True
-    for loaded in ("torch._dynamo", "hypothesis", "numpy"):
-        importlib.import_module(loaded)  # once, not in every fork
+    prepare()
     results = Results(options.out, options.seed, options.sample)
     for module in options.modules or PINNED:
         run(module, results, seed=options.seed, sample=options.sample, again=options.again)
