@@ -88,18 +88,18 @@ $(VENV)/torch.stamp: constraints.txt
 	@touch $@
 
 $(VENV)/cli.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) -e '.[cli]'
+	$(PIP) -e '.[lab]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) -e '.[cli,dev]'
+	$(PIP) -e '.[lab,dev]'
 	@touch $@ $(VENV)/cli.stamp
 
 # Two small requirements of cosmic-ray, pure Python, come without wheels.
 $(VENV)/mutants.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --no-binary=yattag,exit-codes -e '.[cli,dev,mutants]'
+	$(PIP) --no-binary=yattag,exit-codes -e '.[lab,dev,mutants]'
 	@touch $@
 
 $(VENV)/extras.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) -e '.[cli,dev,hf,lightning,pinn]'
+	$(PIP) -e '.[lab,dev,hf,lightning,pinn]'
 	@touch $@

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from poprisk.intervals import Interval
-from poprisk.rundir import RunDirectory
-from poprisk.verdict import Row, judge
+from poprisk_lab.rundir import RunDirectory
+from poprisk_lab.verdict import Row, judge
 
 
 def interval(value: Interval | None) -> list[float | None] | None:

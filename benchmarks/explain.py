@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from poprisk.compare import environment
-from poprisk.records import write_json
+from poprisk_lab.compare import environment
+from poprisk_lab.store import write_json
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from poprisk import PopRiskAdamW, RiskMonitor
-from poprisk.bench import environment
-from poprisk.bench.models import Case
+from poprisk_lab.bench import environment
+from poprisk_lab.bench.models import Case
 
 CASES = (Case("mlp", 64, 1024), Case("mlp", 64, 256), Case("transformer", 16, 128))
 EVERY, BLOCKS, WARM_UP = 50, 11, 3

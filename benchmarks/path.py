@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import poprisk
 from poprisk import PopRiskAdamW, path_operators, record, trace_cells
-from poprisk.drift import Recipe, interval, movement, slope, sweep
-from poprisk.tasks import load_task
+from poprisk.path.drift import Recipe, interval, movement, slope, sweep
+from poprisk_lab.tasks import load_task
 
 SEEDS = (0, 1, 2)
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from poprisk import Canaries, PopRiskAdamW
-from poprisk.compare import environment
-from poprisk.tasks import Task
-from poprisk.tasks.digits import digits, digits_clean
+from poprisk.task import Task
+from poprisk_lab.compare import environment
+from poprisk_lab.tasks.digits import digits, digits_clean
 
 RUNS = Path("runs/risk-canaries")
 RESULTS = Path(__file__).parent / "results" / "risk-canaries.json"

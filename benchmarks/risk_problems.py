@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from poprisk import PopRiskAdamW
-from poprisk.tasks.digits import flip_labels
+from poprisk_lab.tasks.digits import flip_labels
 
 FRESH = 4_000
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW, grad_mean_var
-from poprisk.bench import environment
-from poprisk.gate import momentum_noise
-from poprisk.tasks import Task, load_task
-from poprisk.variance import Clock, Given, VarianceEstimator, make_estimator
+from poprisk.optim.gate import momentum_noise
+from poprisk.optim.variance import Clock, Given, VarianceEstimator, make_estimator
+from poprisk.task import Task
+from poprisk_lab.bench import environment
+from poprisk_lab.tasks import load_task
 
 BETAS = (0.9, 0.999)
 CHUNKS = 4

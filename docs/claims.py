@@ -13,10 +13,10 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from poprisk.report.claims import criterion_line, notices, summary_rows
-from poprisk.reproduce import CLAIMS
-from poprisk.reproduce.claim import Curve, Picture, Plot
-from poprisk.reproduce.record import Judged, on_record
+from poprisk_lab.page.claims import criterion_line, notices, summary_rows
+from poprisk_lab.studies import CLAIMS
+from poprisk_lab.studies.claim import Curve, Picture, Plot
+from poprisk_lab.studies.record import Judged, on_record
 
 FOLDER = Path(__file__).parent / "claims"
 COLOURS = {

@@ -6,8 +6,8 @@ import math
 import sys
 from pathlib import Path
 
-from poprisk.report.curves import Curve, curve
-from poprisk.rundir import RunData, RunDirectory
+from poprisk_lab.page.curves import Curve, curve
+from poprisk_lab.rundir import RunData, RunDirectory
 
 WIDTH, HEIGHT, LEFT, TOP, PANEL_W, PANEL_H = 920, 350, 52, 72, 370, 220
 GAP = 20

@@ -7,8 +7,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from poprisk import gate
-from poprisk.update import CHUNK
+from poprisk.optim import gate
+from poprisk.optim.update import CHUNK
 from samplers import parameter
 
 MASKS = ("hard", "soft", "snr")

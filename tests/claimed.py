@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from poprisk.intervals import MIN_SEEDS
-from poprisk.report.claims import render_claim
-from poprisk.reproduce.claim import Claim, Done, Found
-from poprisk.reproduce.judge import UNDECIDED, verdict
-from poprisk.reproduce.record import judged
-from poprisk.reproduce.run import ClaimDirectory
+from poprisk_lab.page.claims import render_claim
+from poprisk_lab.studies.claim import Claim, Done, Found
+from poprisk_lab.studies.judge import UNDECIDED, verdict
+from poprisk_lab.studies.record import judged
+from poprisk_lab.studies.run import ClaimDirectory
 
 
 def quick_form(claim: Claim, path: Path) -> str:

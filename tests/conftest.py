@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from poprisk.factors import nodes
+from poprisk.per_sample import nodes
 
 THREADS = int(os.environ.get("POPRISK_TEST_THREADS", "1"))
 

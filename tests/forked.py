@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "poprisk"
+SRC = Path(__file__).parents[1] / "src"
 
 OPTIONS = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 LOADED = (
@@ -32,16 +32,17 @@ def prepare() -> None:
     gc.freeze()
 
 
-def copy_package(root: Path) -> Path:
-    """A copy of the library under ``root``, with its bytecode."""
-    return Path(shutil.copytree(PACKAGE, root / "poprisk"))
+def copy_packages(root: Path) -> None:
+    """Copy the library and the laboratory to ``root``, with their bytecode."""
+    for package in ("poprisk", "poprisk_lab"):
+        shutil.copytree(SRC / package, root / package)
 
 
 def exit_code(root: Path, arguments: list[str], *, seconds: int | None = None) -> int | None:
-    """Pytest's exit code with the package under ``root``; None if a signal ended it.
+    """Pytest's exit code with the packages under ``root``; None if a signal ended it.
 
     Args:
-        root: Where the package is; the output goes to ``output.txt`` there.
+        root: Where the packages are; the output goes to ``output.txt`` there.
         arguments: For pytest.
         seconds: Of processor time, after which the fork is ended.
     """

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from poprisk import PopRiskAdamW
-from poprisk.reference.optimizer import ReferenceOptimizer
+from reference.optimizer import ReferenceOptimizer
 
 Case = random.Random
 CLEAR = (ValueError, TypeError, NotImplementedError)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from equivalents import EQUIVALENT
-from forked import PACKAGE, copy_package, exit_code, prepare
+from forked import SRC, copy_packages, exit_code, prepare
 
 TESTS = Path(__file__).parent
 RESULTS = TESTS.parent / "benchmarks" / "results" / "mutants.json"
@@ -38,17 +38,30 @@ RESULTS = TESTS.parent / "benchmarks" / "results" / "mutants.json"
 OPTIMIZER = ["test_optimizer.py", "test_optimizer_state.py", "test_captured.py"]
 PATH = ["test_path.py", "test_channel.py"]
 PINNED: dict[str, list[str]] = {
-    "gate.py": ["test_gate.py", "test_optimizer.py"],
-    "update.py": OPTIMIZER,
-    "variance.py": ["test_variance.py", "test_gate.py", "test_optimizer.py", "test_within.py"],
-    "path/follow.py": PATH,
-    "path/integrals.py": PATH,
-    "path/quadrature.py": ["test_path.py"],
-    "path/rules.py": ["test_path.py", "test_recorder.py"],
-    "risk/links.py": ["test_risk_links.py", "test_risk_estimate.py", "test_risk_losses.py"],
-    "risk/estimate.py": ["test_risk_estimate.py", "test_risk_losses.py", "test_risk_twin.py"],
-    "optimizer.py": OPTIMIZER,
-    "gated.py": ["test_gated.py"],
+    "poprisk/optim/gate.py": ["test_gate.py", "test_optimizer.py"],
+    "poprisk/optim/update.py": OPTIMIZER,
+    "poprisk/optim/variance.py": [
+        "test_variance.py",
+        "test_gate.py",
+        "test_optimizer.py",
+        "test_within.py",
+    ],
+    "poprisk/path/follow.py": PATH,
+    "poprisk/path/integrals.py": PATH,
+    "poprisk/path/quadrature.py": ["test_path.py"],
+    "poprisk/optim/step.py": ["test_path.py", "test_recorder.py"],
+    "poprisk/risk/local_losses.py": [
+        "test_risk_links.py",
+        "test_risk_estimate.py",
+        "test_risk_losses.py",
+    ],
+    "poprisk/risk/estimate.py": [
+        "test_risk_estimate.py",
+        "test_risk_losses.py",
+        "test_risk_twin.py",
+    ],
+    "poprisk/optim/adamw.py": OPTIMIZER,
+    "poprisk/optim/wrapper.py": ["test_gated.py"],
 }
 """The files under test, and the tests that pin each, the quickest first."""
 
@@ -128,12 +141,12 @@ class Workshop:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        copy_package(root)
+        copy_packages(root)
 
     @contextlib.contextmanager
     def holding(self, module: str, source: str) -> Iterator[None]:
         """The package with ``source`` for one of its files."""
-        file = self.root / "poprisk" / module
+        file = self.root / module
         kept = file.read_text(encoding="utf-8")
         file.write_text(source, encoding="utf-8")
         try:
@@ -215,7 +228,7 @@ class Results:
 
 def run(module: str, results: Results, *, seed: int, sample: int | None, again: bool) -> None:
     """Try the mutants of one file, or a random sample of them."""
-    source = (PACKAGE / module).read_text(encoding="utf-8")
+    source = (SRC / module).read_text(encoding="utf-8")
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     candidates = places(source)
     order = random.Random(f"{seed} {module}").sample(candidates, len(candidates))

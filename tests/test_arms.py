@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny
 from poprisk import PopRiskAdamW
-from poprisk.arms import (
+from poprisk_lab.arms import (
     FAMILIES,
     FULL_LEARNING_RATES,
     FULL_WEIGHT_DECAYS,
@@ -22,7 +22,7 @@ from poprisk.arms import (
     build_optimizer,
     default_arms,
 )
-from poprisk.controls import UpdateTrace
+from poprisk_lab.controls import UpdateTrace
 
 ALL = default_arms(full=True)
 SIZES = {"batch_size": 8, "dataset_size": 40}

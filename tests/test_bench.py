@@ -10,9 +10,10 @@ import torch
 from torch.nn import Parameter
 from typer.testing import CliRunner
 
-from poprisk import PopRiskAdamW, bench, cli
-from poprisk.bench import step
-from poprisk.bench.published import PublishedUpdate
+from poprisk import PopRiskAdamW
+from poprisk_lab import bench, cli
+from poprisk_lab.bench import step
+from poprisk_lab.bench.published import PublishedUpdate
 from samplers import copies, noisy_grads, parameter, take_steps
 
 

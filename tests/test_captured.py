@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from asserts import assert_close
 from cases import LAYOUTS, MASKS, MODES, PATHS, REDUCTIONS, VARIANCES, settings
 from poprisk import PopRiskAdamW
-from poprisk.reference.optimizer import ReferenceOptimizer
+from reference.optimizer import ReferenceOptimizer
 from samplers import copies, grad_rows, noisy_grads, parameter, take_steps
 
 CAPTURED: dict[str, Any] = {"capturable": True}

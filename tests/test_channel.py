@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from poprisk.channel import PathOperators, Spectrum, path_operators
-from poprisk.channel.coupling import label_response
 from poprisk.path import record
-from poprisk.reference import path as reference
+from poprisk.path.channel import Spectrum
+from poprisk.path.coupling import label_response
+from poprisk.path.operators import PathOperators, path_operators
+from reference import path as reference
 from runs import OPTIMIZERS, data, network, recorded
 from samplers import randn
 

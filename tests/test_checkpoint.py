@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from poprisk.checkpoint import load_checkpoint, save_checkpoint
+from poprisk_lab.checkpoint import load_checkpoint, save_checkpoint
 
 
 def same(a: Any, b: Any) -> bool:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from asserts import nothing_changes
-from poprisk import PopRiskAdamW, checks
-from poprisk.gate import soft
+from poprisk import PopRiskAdamW
+from poprisk import _validate as checks
+from poprisk.optim.gate import soft
 from samplers import parameter, take_steps
 
 BAD_VALUES: dict[str, list[Any]] = {

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import claimed
-from poprisk.reproduce.benign_judge import factor, judge, mean_ratio
-from poprisk.reproduce.benign_overfitting import CLAIM, NOISE, SETTINGS, TOLERANCES, make, run
-from poprisk.reproduce.claim import Done, Found, Workspace
-from poprisk.reproduce.descent import descent, operators, predicted, recorded, train
+from poprisk_lab.studies.benign_judge import factor, judge, mean_ratio
+from poprisk_lab.studies.benign_overfitting import CLAIM, NOISE, SETTINGS, TOLERANCES, make, run
+from poprisk_lab.studies.claim import Done, Found, Workspace
+from poprisk_lab.studies.descent import descent, operators, predicted, recorded, train
 
 
 def made_up(

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import claimed
-from poprisk.channel import path_operators
 from poprisk.path import record
-from poprisk.reproduce.claim import Found
-from poprisk.reproduce.coupling import CLAIM, judge
-from poprisk.reproduce.coupling_runs import (
+from poprisk.path.operators import path_operators
+from poprisk_lab.studies.claim import Found
+from poprisk_lab.studies.coupling import CLAIM, judge
+from poprisk_lab.studies.coupling_runs import (
     CASES,
     FLIPPED,
     NOISE,

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import claimed
-from poprisk.reproduce.claim import Found, Workspace
-from poprisk.reproduce.descent import descent, operators, recorded
-from poprisk.reproduce.double_descent import CLAIM, EXAMPLES, NOISE_STD, gain_at, make, run
-from poprisk.reproduce.double_judge import (
+from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.descent import descent, operators, recorded
+from poprisk_lab.studies.double_descent import CLAIM, EXAMPLES, NOISE_STD, gain_at, make, run
+from poprisk_lab.studies.double_judge import (
     FEATURES,
     NETWORK,
     THRESHOLD,

@@ -10,8 +10,8 @@ import torch
 
 import claimed
 from poprisk.intervals import Interval
-from poprisk.reproduce.claim import Found
-from poprisk.reproduce.drift_diffusion import (
+from poprisk_lab.studies.claim import Found
+from poprisk_lab.studies.drift_diffusion import (
     BATCH,
     CLAIM,
     LAWS,

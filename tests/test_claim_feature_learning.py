@@ -11,9 +11,9 @@ from torch import nn
 
 import claimed
 from poprisk.path import record
-from poprisk.reproduce.claim import Found, Workspace
-from poprisk.reproduce.feature_learning import CLAIM, DIGITS, judge
-from poprisk.reproduce.feature_runs import (
+from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.feature_learning import CLAIM, DIGITS, judge
+from poprisk_lab.studies.feature_runs import (
     NOISE,
     PROBLEMS,
     RIDGES,

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from poprisk.optimizer import PopRiskAdamW
-from poprisk.replay import last_mask
-from poprisk.report.claims import render_claim
-from poprisk.reproduce.claim import Claim, Done, Workspace
-from poprisk.reproduce.grokking import CLAIM, channel, channel_lead, forces, multistep, runs
-from poprisk.reproduce.grokking.arms import ARMS, BASE
-from poprisk.reproduce.grokking.decay import GatedDecay
-from poprisk.reproduce.judge import verdict
-from poprisk.reproduce.record import judged, load_record
-from poprisk.reproduce.run import ClaimDirectory
-from poprisk.tasks.modular import (
+from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.optim.replay import last_mask
+from poprisk_lab.page.claims import render_claim
+from poprisk_lab.studies.claim import Claim, Done, Workspace
+from poprisk_lab.studies.grokking import CLAIM, channel, channel_lead, forces, multistep, runs
+from poprisk_lab.studies.grokking.arms import ARMS, BASE
+from poprisk_lab.studies.grokking.decay import GatedDecay
+from poprisk_lab.studies.judge import verdict
+from poprisk_lab.studies.record import judged, load_record
+from poprisk_lab.studies.run import ClaimDirectory
+from poprisk_lab.tasks.modular import (
     FeedForward,
     ModularTransformer,
     division_table,
@@ -162,7 +162,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(
 ) -> None:
     settings = {**SMALL, "arm": arm}
     whole = runs.run(settings, Workspace())
-    monkeypatch.setattr("poprisk.reproduce.claim.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("poprisk_lab.studies.claim.CHECKPOINT_SECONDS", -1.0)
     path = tmp_path / "run.safetensors"
     workspace, calls = Workspace(path), 0
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from poprisk.report.claims import render_claim
-from poprisk.reproduce.claim import Done, Found, Picture, Plot, Workspace
-from poprisk.reproduce.image import CLAIM, judge, show, trials
-from poprisk.reproduce.image_runs import decode, encode, psnr, run, side_by_side, square, task_of
-from poprisk.reproduce.judge import verdict
-from poprisk.reproduce.record import judged
-from poprisk.reproduce.run import ClaimDirectory
+from poprisk_lab.page.claims import render_claim
+from poprisk_lab.studies.claim import Done, Found, Picture, Plot, Workspace
+from poprisk_lab.studies.image import CLAIM, judge, show, trials
+from poprisk_lab.studies.image_runs import decode, encode, psnr, run, side_by_side, square, task_of
+from poprisk_lab.studies.judge import verdict
+from poprisk_lab.studies.record import judged
+from poprisk_lab.studies.run import ClaimDirectory
 
 GATED = ("soft", "snr", "auto")
 

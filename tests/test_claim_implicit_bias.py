@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import claimed
-from poprisk.reproduce import implicit_judge as judging
-from poprisk.reproduce.claim import Found, Workspace
-from poprisk.reproduce.implicit_bias import (
+from poprisk_lab.studies import implicit_judge as judging
+from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.implicit_bias import (
     CLAIM,
     half_times,
     interpolant,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import claimed
-from poprisk.reproduce.claim import Found, Workspace
-from poprisk.reproduce.memorization import (
+from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.memorization import (
     CLAIM,
     GRID,
     LABELS,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from poprisk.controls import RmsMatched, ShuffledMask, UpdateTrace
-from poprisk.gate import MASKS_
-from poprisk.optimizer import PopRiskAdamW
-from poprisk.reproduce.claim import Done, Found
-from poprisk.reproduce.optimizers import (
+from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.optim.gate import MASKS_
+from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace
+from poprisk_lab.studies.claim import Done, Found
+from poprisk_lab.studies.optimizers import (
     ARMS,
     contestants,
     make_optimizer,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from poprisk.report.claims import notices, render_claim
-from poprisk.reproduce.claim import Done, Found, Plot, Workspace
-from poprisk.reproduce.judge import verdict
-from poprisk.reproduce.pinn import CLAIM, judge, trials
-from poprisk.reproduce.pinn_runs import (
+from poprisk_lab.page.claims import notices, render_claim
+from poprisk_lab.studies.claim import Done, Found, Plot, Workspace
+from poprisk_lab.studies.judge import verdict
+from poprisk_lab.studies.pinn import CLAIM, judge, trials
+from poprisk_lab.studies.pinn_runs import (
     BATCH,
     DEEPXDE,
     _found,
@@ -22,10 +22,10 @@ from poprisk.reproduce.pinn_runs import (
     physics_loss,
     run,
 )
-from poprisk.reproduce.pinn_show import show
-from poprisk.reproduce.record import judged
-from poprisk.reproduce.run import ClaimDirectory
-from poprisk.tasks.convection import PeriodicMLP
+from poprisk_lab.studies.pinn_show import show
+from poprisk_lab.studies.record import judged
+from poprisk_lab.studies.run import ClaimDirectory
+from poprisk_lab.tasks.convection import PeriodicMLP
 
 HAS_DEEPXDE = importlib.util.find_spec("deepxde") is not None
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-import poprisk.cli
+import poprisk_lab.cli
 import tiny
-from poprisk.cli import app
-from poprisk.records import LOCK
-from poprisk.rundir import RunDirectory
-from poprisk.tasks import BUILT_IN
+from poprisk_lab.cli import app
+from poprisk_lab.rundir import RunDirectory
+from poprisk_lab.store import LOCK
+from poprisk_lab.tasks import BUILT_IN
 
 POPRISK = Path(sys.executable).with_name("poprisk")
 TINY = tiny.source("tiny")
@@ -38,7 +38,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def skip(*_: object) -> None: ...
 
-    monkeypatch.setattr(poprisk.cli, "write_report", skip)
+    monkeypatch.setattr(poprisk_lab.cli, "write_report", skip)
 
 
 def run(*arguments: str | Path) -> Result:
@@ -349,7 +349,7 @@ def test_repeated_it_trains_nothing_and_says_the_same(
     def pool(*_: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr("poprisk.compare._Pool", pool)
+    monkeypatch.setattr("poprisk_lab.compare._Pool", pool)
     before = Path("out/metrics.jsonl").read_bytes()
     result = run("compare", TINY, *QUICK, "--out", "out")
     assert result.exit_code == 0, result.output
@@ -438,7 +438,7 @@ def full_disk(*_: object) -> None:
 def test_a_full_disk_at_the_page_loses_no_verdict(
     finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr(poprisk.cli, "write_report", full_disk)
+    monkeypatch.setattr(poprisk_lab.cli, "write_report", full_disk)
     arguments = ["report", "out"] if command == "report" else ["compare", TINY, *QUICK]
     result = run(*arguments, *(["--out", "out"] if command == "compare" else []))
     assert result.exit_code == 2
@@ -463,10 +463,10 @@ def test_a_full_disk_at_the_page_of_an_explanation_loses_no_word_of_it(
     def sentences(_: object) -> list[str]:
         return ["a sentence"]
 
-    monkeypatch.setattr(poprisk.cli, "explain", found)
-    monkeypatch.setattr(poprisk.cli, "headline", headline)
-    monkeypatch.setattr(poprisk.cli, "sentences", sentences)
-    monkeypatch.setattr(poprisk.cli, "write_json", full_disk)
+    monkeypatch.setattr(poprisk_lab.cli, "explain", found)
+    monkeypatch.setattr(poprisk_lab.cli, "headline", headline)
+    monkeypatch.setattr(poprisk_lab.cli, "sentences", sentences)
+    monkeypatch.setattr(poprisk_lab.cli, "write_json", full_disk)
     result = run("explain", "digits")
     assert result.exit_code == 2
     assert result.stdout == "a notice\n\na headline\n- a sentence\n"
@@ -545,7 +545,7 @@ def test_the_twin_is_tried_before_training(here: Path, monkeypatch: pytest.Monke
     def failing(*_: object, **__: object) -> None:
         raise ArithmeticError("no second derivative")
 
-    monkeypatch.setattr("poprisk.training.TwinRisk.estimate", failing)
+    monkeypatch.setattr("poprisk_lab.fit.TwinRisk.estimate", failing)
     line = refused(here, "compare", TINY, *QUICK, "--twin")
     assert "cannot be trained by PopRiskAdamW (seed 0): ArithmeticError: no second" in line
 
@@ -575,7 +575,7 @@ def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(poprisk.cli, "compare", interrupted)
+    monkeypatch.setattr(poprisk_lab.cli, "compare", interrupted)
     result = run("compare", TINY, *QUICK)
     assert result.exit_code == 130
     assert result.stderr == "poprisk: stopped; repeat the command to go on where it was.\n"
@@ -644,7 +644,7 @@ def test_tasks_lists_every_built_in_one() -> None:
     [("n=3", 3), ("n=0.25", 0.25), ("n=1e-3", 1e-3), ("n=", ""), ("n=a=b", "a=b"), ("n=x", "x")],
 )
 def test_settings_are_numbers_where_they_can_be(text: str, value: object) -> None:
-    name, found = poprisk.cli._parse_setting(text)
+    name, found = poprisk_lab.cli._parse_setting(text)
     assert (name, found, type(found)) == ("n", value, type(value))
 
 

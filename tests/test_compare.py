@@ -20,12 +20,12 @@ import pytest
 
 import tiny
 from poprisk import PopRiskAdamW
-from poprisk.arms import Arm, default_arms
-from poprisk.checkpoint import load_checkpoint
-from poprisk.compare import TrainingError, compare, environment
-from poprisk.comparison import Comparison
-from poprisk.rundir import RunData, RunDirectory, RunDirectoryError, differences
-from poprisk.training import Row, Run
+from poprisk_lab.arms import Arm, default_arms
+from poprisk_lab.checkpoint import load_checkpoint
+from poprisk_lab.compare import TrainingError, compare, environment
+from poprisk_lab.comparison import Comparison
+from poprisk_lab.fit import Row, Run
+from poprisk_lab.rundir import RunData, RunDirectory, RunDirectoryError, differences
 
 POPRISK = Path(sys.executable).with_name("poprisk")
 ARMS = {arm.name: arm for arm in default_arms(full=False)}
@@ -567,8 +567,8 @@ def forget() -> None:
 def test_the_sources_of_a_task_do_not_depend_on_what_else_was_imported() -> None:
     """This process has imported all of pytest and other tests; another has not."""
     code = (
-        "from pathlib import Path; from poprisk.tasks import load_task; "
-        "from poprisk.tasks.sources import task_sources; "
+        "from pathlib import Path; from poprisk_lab.tasks import load_task; "
+        "from poprisk_lab.tasks.sources import task_sources; "
         f"load_task({tiny.source('tiny')!r}, seed=0); print(task_sources(Path({str(tiny.FILE)!r})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

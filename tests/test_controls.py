@@ -8,7 +8,7 @@ from torch.nn import Parameter
 from asserts import assert_bitwise, assert_close
 from cases import MASKS
 from poprisk import PopRiskAdamW
-from poprisk.controls import RmsMatched, ShuffledMask, UpdateTrace, rms
+from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace, rms
 from samplers import (
     copies,
     grad_rows,

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from poprisk.channel import path_operators
-from poprisk.drift import (
+from poprisk.intervals import student_quantile
+from poprisk.path import NotAnalysable
+from poprisk.path.drift import (
     Exponent,
     Movement,
     Recipe,
@@ -20,8 +21,7 @@ from poprisk.drift import (
     slope,
     sweep,
 )
-from poprisk.intervals import student_quantile
-from poprisk.path import NotAnalysable
+from poprisk.path.operators import path_operators
 from runs import recorded
 from samplers import randn
 

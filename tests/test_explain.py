@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from poprisk.cli import app
-from poprisk.explain import Plan, explain, words
-from poprisk.explain.plan import choose_size, full_steps
 from poprisk.path import NotAnalysable
-from poprisk.report.explanation import render
-from poprisk.tasks import Task, load_task
+from poprisk.task import Task
+from poprisk_lab.cli import app
+from poprisk_lab.explain import Plan, explain, words
+from poprisk_lab.explain.plan import choose_size, full_steps
+from poprisk_lab.page.explanation import render
+from poprisk_lab.tasks import load_task
 
 TINY = """
 import torch, tiny, poprisk

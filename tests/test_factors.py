@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import zoo
-from poprisk.factors import Factors, capture, graph, nodes
-from poprisk.reference import factors as reference
+from poprisk.per_sample import Factors, capture, graph, nodes
+from reference import factors as reference
 
 Params = Mapping[str, Tensor]
 property_test = settings(deadline=None, max_examples=25)

@@ -20,9 +20,10 @@ from torch.nn import Parameter
 
 from asserts import assert_bitwise, assert_close, complete_state, nothing_changes
 from cases import ALWAYS_OPEN, LAYOUTS, MASKS, MODES, PATHS, REDUCTIONS, VARIANCES, settings
-from poprisk import PopRiskAdamW, fused, update
-from poprisk.fused import build, native
-from poprisk.reference.optimizer import ReferenceOptimizer
+from poprisk import PopRiskAdamW
+from poprisk.optim import fused, update
+from poprisk.optim.fused import build, native
+from reference.optimizer import ReferenceOptimizer
 from samplers import copies, grad_rows, noisy_grads, parameter, randn, take_steps
 
 each_mask = pytest.mark.parametrize("mask", MASKS)
@@ -347,7 +348,7 @@ def test_the_first_step_compiles_once_and_then_loads(tmp_path: Path) -> None:
 
 
 def test_processes_that_compile_at_once_do_not_collide(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from poprisk.fused import build; build.load()"]
+    command = [sys.executable, "-c", "from poprisk.optim.fused import build; build.load()"]
     environment = {**os.environ, "POPRISK_CACHE": str(tmp_path)}
     folder = Path(fused.__file__).parents[2]
     running = [subprocess.Popen(command, env=environment, cwd=folder) for _ in range(2)]

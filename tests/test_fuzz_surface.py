@@ -13,7 +13,7 @@ from torch import nn
 
 import fuzz_surface
 import poprisk
-from poprisk.kernel import Kernel
+from poprisk.ntk import Kernel
 from surface import pieces
 from surface.outcomes import KINDS, judge
 from surface.situations import Situation

@@ -8,13 +8,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import poprisk.gate
+import poprisk.optim.gate
 from asserts import assert_bitwise, assert_close
 from cases import MASKS, MODES, REDUCTIONS, evaluate
 from poprisk import PopRiskAdamW
-from poprisk.gate import MASKS_, Gate, finite_ratio, momentum_noise, threshold
-from poprisk.reference import optimizer as reference
-from poprisk.variance import Clock, Ema
+from poprisk.optim.gate import MASKS_, Gate, finite_ratio, momentum_noise, threshold
+from poprisk.optim.variance import Clock, Ema
+from reference import optimizer as reference
 from samplers import moments, noisy_grads, observed_masks, parameter, take_steps
 
 alphas = st.floats(0, 100)
@@ -306,5 +306,5 @@ def test_only_the_papers_form_depends_on_the_scale() -> None:
 
 
 def test_examples_in_the_documentation() -> None:
-    failed, attempted = doctest.testmod(poprisk.gate)
+    failed, attempted = doctest.testmod(poprisk.optim.gate)
     assert failed == 0 < attempted

@@ -15,7 +15,7 @@ from torch.optim import Optimizer, lr_scheduler
 from asserts import assert_bitwise, assert_close, nothing_changes
 from cases import DECOUPLED, MASKS, REDUCTIONS, WRAPPED
 from poprisk import PopRiskAdamW, gated
-from poprisk.gated import GatedOptimizer
+from poprisk.optim.wrapper import GatedOptimizer
 from samplers import (
     copies,
     grad_rows,
@@ -364,5 +364,5 @@ def test_statistics_do_not_change_the_optimizer() -> None:
 
 
 def test_examples_in_the_documentation() -> None:
-    failed, attempted = doctest.testmod(sys.modules["poprisk.gated"])
+    failed, attempted = doctest.testmod(sys.modules["poprisk.optim.wrapper"])
     assert failed == 0 < attempted

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 import zoo
 from asserts import assert_bitwise
-from poprisk.factors import graph, nodes
-from poprisk.factors.plan import Plan
-from poprisk.kernel import Kernel, entk
-from poprisk.kernel.spectrum import top_eigenpairs
-from poprisk.reference import factors as reference
+from poprisk.linalg import top_eigenpairs
+from poprisk.ntk import Kernel, entk
+from poprisk.per_sample import graph, nodes
+from poprisk.per_sample.plan import Plan
+from reference import factors as reference
 from samplers import randn
 
 N, M = 9, 4
@@ -400,7 +400,7 @@ def test_a_structure_that_changes_with_the_batch_is_searched_again(
 MEMORY = """
 import resource, torch
 from torch import nn
-from poprisk.kernel import entk
+from poprisk.ntk import entk
 torch.set_num_threads(1)
 layers = nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
 model = nn.Sequential(*layers)

@@ -22,7 +22,7 @@ from poprisk import Canaries, PopRiskAdamW, RiskMonitor
 from poprisk.monitor import CanaryMemorization, Kernel, Loss, Measured, Risk, Signal
 from poprisk.monitor.statistics import Statistics
 from poprisk.randomness import RandomState
-from poprisk.reference import monitor as reference
+from reference import monitor as reference
 from samplers import randn
 
 B = 12

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import copy_package, exit_code, prepare
+from forked import copy_packages, exit_code, prepare
 from mutations import Mutation
 
 PARTS = (
@@ -32,8 +32,9 @@ def mutations_of(part: str) -> dict[str, Mutation]:
 
 
 def outcome(root: Path, mutation: Mutation) -> int | None:
-    """The exit code of the mutation's test on a copy of the package with its text replaced."""
-    file = copy_package(root) / mutation.file
+    """The exit code of the mutation's test on a copy of the packages with its text replaced."""
+    copy_packages(root)
+    file = root / mutation.file
     text = file.read_text(encoding="utf-8")
     assert text.count(mutation.old) == 1, f"{mutation} does not fit {text}"
     file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")

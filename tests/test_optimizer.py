@@ -18,10 +18,11 @@ from cases import (
     VARIANCES,
     settings,
 )
-from poprisk import GateStats, PopRiskAdamW, gate
-from poprisk.reference.optimizer import ReferenceOptimizer
-from poprisk.stats import gate_sums
-from poprisk.update import CHUNK
+from poprisk import GateStats, PopRiskAdamW
+from poprisk.optim import gate
+from poprisk.optim.stats import gate_sums
+from poprisk.optim.update import CHUNK
+from reference.optimizer import ReferenceOptimizer
 from samplers import copies, grad_rows, noisy_grads, parameter, randn, take_steps, trajectory
 
 each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)

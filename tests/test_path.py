@@ -17,7 +17,7 @@ from poprisk.path import (
 )
 from poprisk.path.jacobian import JacobianRows
 from poprisk.path.quadrature import PathJacobian, composite
-from poprisk.reference import path as reference
+from reference import path as reference
 from runs import LOSSES, OPTIMIZERS, N, batches, data, network, recorded
 from samplers import randn
 

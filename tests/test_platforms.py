@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from poprisk.records import LOCK, RecordDirectory, RunDirectoryError
+from poprisk_lab.store import LOCK, RecordDirectory, RunDirectoryError
 
 SRC = Path(__file__).parents[1] / "src" / "poprisk"
 
@@ -113,7 +113,7 @@ def python(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
 
 
 def test_the_command_starts_where_posix_is_missing(tmp_path: Path) -> None:
-    code = "import poprisk.bench.kernel, poprisk.cli; poprisk.cli.main()"
+    code = "import poprisk_lab.bench.kernel, poprisk_lab.cli; poprisk_lab.cli.main()"
     done = python(code, "tasks", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "grokking" in done.stdout
@@ -121,9 +121,9 @@ def test_the_command_starts_where_posix_is_missing(tmp_path: Path) -> None:
 
 COMPARE = f"""
 from pathlib import Path
-from poprisk.arms import default_arms
-from poprisk.compare import Comparison, compare, environment
-from poprisk.rundir import RunDirectory, RunDirectoryError
+from poprisk_lab.arms import default_arms
+from poprisk_lab.compare import Comparison, compare, environment
+from poprisk_lab.rundir import RunDirectory, RunDirectoryError
 if __name__ == "__main__":
     what = Comparison(task={tiny.source("tiny")!r}, arms=default_arms(full=False)[1:3], seeds=[0])
     run = RunDirectory(Path("run"))
@@ -154,7 +154,7 @@ def test_a_lock_ends_with_the_process_that_was_killed(tmp_path: Path, prelude: s
     record = RecordDirectory(tmp_path / "run", keys=set(), is_row=bool)
     record.create({"format": 1}, {})
     code = (
-        "import os, sys; from pathlib import Path\nfrom poprisk.records import RecordDirectory\n"
+        "import os, sys; from pathlib import Path\nfrom poprisk_lab.store import RecordDirectory\n"
         "with RecordDirectory(Path('run'), keys=set(), is_row=bool).locked():\n"
     )
     held = subprocess.Popen(
@@ -182,6 +182,6 @@ def test_a_lock_ends_with_the_process_that_was_killed(tmp_path: Path, prelude: s
 
 
 def test_a_terminal_that_knows_no_greek_ends_no_command(tmp_path: Path) -> None:
-    done = python("import poprisk.cli; poprisk.cli.main()", "--help", cwd=tmp_path)
+    done = python("import poprisk_lab.cli; poprisk_lab.cli.main()", "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "compare" in done.stdout

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import poprisk
-from poprisk import channel, drift, factors, kernel, path, risk
+from poprisk import linalg, ntk, path, per_sample, risk
+from poprisk import task as tasks
+from poprisk.optim import stats
+from poprisk.path import drift
 from poprisk.printing import WIDTH, brief, described, short_repr
 from samplers import randn
 
 LINES, CHARACTERS = 5, 600
-PACKAGES = (channel, drift, factors, kernel, path, risk)
+PACKAGES = (linalg, ntk, path, per_sample, risk, stats, tasks)
 N, M = 24, 16
 
 
@@ -137,7 +140,7 @@ def test_every_result_is_a_few_lines() -> None:
 
 def result_classes() -> Iterator[type]:
     """NamedTuples and dataclasses that the library's packages define and may hand out."""
-    for package in (*PACKAGES, poprisk.stats, poprisk.tasks):
+    for package in PACKAGES:
         found = pkgutil.iter_modules(getattr(package, "__path__", []), f"{package.__name__}.")
         for module in (package, *(importlib.import_module(m.name) for m in found)):
             for value in vars(module).values():

@@ -16,7 +16,7 @@ import pytest
 from skimage import io
 from sklearn.datasets import load_wine
 
-from poprisk.reproduce import CLAIMS
+from poprisk_lab.studies import CLAIMS
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW, loo_risk
-from poprisk.channel import path_operators
-from poprisk.drift import fitted_noise, movement
+from poprisk.losses import gradient, hessian, hessian_product, squared_error
 from poprisk.path import (
     Closure,
     Facts,
@@ -25,7 +24,8 @@ from poprisk.path import (
     record,
     trace_cells,
 )
-from poprisk.path.losses import gradient, hessian, hessian_product, squared_error
+from poprisk.path.drift import fitted_noise, movement
+from poprisk.path.operators import path_operators
 from runs import LOSSES, batches, data, network, recorded
 from samplers import randn
 
@@ -197,7 +197,7 @@ def test_progress_is_told() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_have_the_derivatives_of_finite_differences(loss: str) -> None:
-    from poprisk.path.losses import resolve_loss
+    from poprisk.losses import resolve_loss
 
     function = resolve_loss(LOSSES[loss])
     u = randn(4, 2)

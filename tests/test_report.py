@@ -14,15 +14,15 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from poprisk.display import table_cells
 from poprisk.intervals import Interval, t_interval
-from poprisk.report import render, write_report
-from poprisk.report.curves import Curve, curve, thin
-from poprisk.report.formats import Format, format_for, listed, plain, plural
-from poprisk.report.series import FAMILIES, SHADES
-from poprisk.rundir import RunData
-from poprisk.verdict import Verdict, judge
-from poprisk.wording import scale_of
+from poprisk_lab.display import table_cells
+from poprisk_lab.page import render, write_report
+from poprisk_lab.page.curves import Curve, curve, thin
+from poprisk_lab.page.formats import Format, format_for, listed, plain, plural
+from poprisk_lab.page.series import FAMILIES, SHADES
+from poprisk_lab.rundir import RunData
+from poprisk_lab.verdict import Verdict, judge
+from poprisk_lab.wording import scale_of
 
 EPOCHS = 50
 NAN = float("nan")
@@ -319,7 +319,7 @@ def test_nothing_is_loaded_from_anywhere(page: Page) -> None:
     (policy,) = [v for _, k, v in page.attributes if k == "content" and "default-src" in v]
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
-    css = Path(__file__).parents[1] / "src/poprisk/report/report.css"
+    css = Path(__file__).parents[1] / "src/poprisk_lab/page/page.css"
     assert not re.search(r"url\(|@import", css.read_text(encoding="utf-8"))
 
 
@@ -635,7 +635,7 @@ def test_an_unknown_family_has_a_colour() -> None:
 
 
 def test_every_colour_is_defined_for_light_and_for_dark() -> None:
-    css = Path(__file__).parents[1] / "src/poprisk/report/report.css"
+    css = Path(__file__).parents[1] / "src/poprisk_lab/page/page.css"
     defined = re.findall(r"--c-([\w-]+): #[0-9a-f]{6};", css.read_text(encoding="utf-8"))
     names = [*FAMILIES, "other", *(f"module-{i + 1}" for i in range(SHADES))]
     assert sorted(defined) == sorted(2 * names)

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import pytest
 
 import toyclaim
-from poprisk.report import render
-from poprisk.report.claims import SummaryRow, render_claim
-from poprisk.report.explanation import render as render_explanation
-from poprisk.report.page import template
-from poprisk.reproduce.claim import Done, Workspace
-from poprisk.reproduce.record import judged
-from poprisk.reproduce.run import Progress
+from poprisk_lab.page import render
+from poprisk_lab.page.claims import SummaryRow, render_claim
+from poprisk_lab.page.explanation import render as render_explanation
+from poprisk_lab.page.page import template
+from poprisk_lab.studies.claim import Done, Workspace
+from poprisk_lab.studies.record import judged
+from poprisk_lab.studies.run import Progress
 from test_explain import made_up
 from test_report import REGRESSION, synthetic
 
@@ -30,7 +30,7 @@ FLAGS = [
     *"--virtual-time-budget=5000 --window-size=1200,2000".split(),
     "--host-resolver-rules=MAP * ~NOTFOUND",
 ]
-OURS_LIGHT, OURS_DARK = "rgb(232, 80, 10)", "rgb(255, 143, 76)"  # --c-poprisk in report.css
+OURS_LIGHT, OURS_DARK = "rgb(232, 80, 10)", "rgb(255, 143, 76)"  # --c-poprisk in page.css
 
 pytestmark = [
     pytest.mark.browser,

@@ -13,16 +13,16 @@ import pytest
 from typer.testing import CliRunner
 
 import toyclaim
-from poprisk import reproduce
-from poprisk.cli import app
-from poprisk.compare import TrainingError
 from poprisk.intervals import Interval, t_interval
-from poprisk.records import RunDirectoryError
-from poprisk.report.claims import notices, render_claim, summary_rows
-from poprisk.reproduce.claim import Done, Trial, Workspace, where
-from poprisk.reproduce.command import chosen, summarize
-from poprisk.reproduce.curves import mean_curve
-from poprisk.reproduce.judge import (
+from poprisk_lab import studies as reproduce
+from poprisk_lab.cli import app
+from poprisk_lab.compare import TrainingError
+from poprisk_lab.page.claims import notices, render_claim, summary_rows
+from poprisk_lab.store import RunDirectoryError
+from poprisk_lab.studies.claim import Done, Trial, Workspace, where
+from poprisk_lab.studies.command import chosen, summarize
+from poprisk_lab.studies.curves import mean_curve
+from poprisk_lab.studies.judge import (
     Criterion,
     Steps,
     difference,
@@ -34,8 +34,8 @@ from poprisk.reproduce.judge import (
     where_both,
     written,
 )
-from poprisk.reproduce.record import judged, load_record, save_record
-from poprisk.reproduce.run import ClaimDirectory, Progress
+from poprisk_lab.studies.record import judged, load_record, save_record
+from poprisk_lab.studies.run import ClaimDirectory, Progress
 
 NAN = math.nan
 
@@ -238,7 +238,7 @@ def test_a_workspace_keeps_a_state_for_the_next_time(
     workspace = Workspace(path)
     workspace.save(lambda: {"step": 1})
     assert not path.exists()  # too soon
-    monkeypatch.setattr("poprisk.reproduce.claim.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("poprisk_lab.studies.claim.CHECKPOINT_SECONDS", -1.0)
     workspace.save(lambda: {"step": 2})
     assert Workspace(path).load() == {"step": 2}
     workspace.clear()
@@ -292,7 +292,7 @@ def test_an_unfinished_claim_has_a_page_too(tmp_path: Path) -> None:
 @pytest.fixture
 def only_toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "CLAIMS", {"toy": toyclaim.CLAIM})
-    monkeypatch.setattr("poprisk.reproduce.command.CLAIMS", {"toy": toyclaim.CLAIM})
+    monkeypatch.setattr("poprisk_lab.studies.command.CLAIMS", {"toy": toyclaim.CLAIM})
 
 
 @pytest.mark.usefixtures("only_toy")
@@ -315,7 +315,7 @@ def test_a_full_disk_at_the_page_loses_no_verdict(
     def full_disk(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("poprisk.cli.write_claim", full_disk)
+    monkeypatch.setattr("poprisk_lab.cli.write_claim", full_disk)
     told = CliRunner().invoke(app, ["reproduce", "toy", "--quick", "--out", str(tmp_path / "out")])
     assert told.exit_code == 2
     assert "Verdict: reproduced: 4.8" in told.stdout

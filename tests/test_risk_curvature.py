@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from poprisk import RiskEstimate, TwinRisk
 from poprisk.risk.estimate import TwinOutputs, estimate_risk
-from poprisk.risk.links import BENT
+from poprisk.risk.local_losses import BENT
 from samplers import randn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -189,7 +189,7 @@ def test_both_ways_agree_for_squared_error(monkeypatch: pytest.MonkeyPatch) -> N
     twin = TwinOutputs(u + 0.1 * z + 0.05 * randn(n, 1, seed=2), 0.6 * z)
     squared: Loss = lambda u, y: (u - y).square().sum(1)  # noqa: E731
     curved = estimate_risk(squared, u, y, [twin])
-    monkeypatch.setattr("poprisk.risk.links.BENT", -1.0)
+    monkeypatch.setattr("poprisk.risk.local_losses.BENT", -1.0)
     plain = estimate_risk(squared, u, y, [twin])
     assert plain.value == pytest.approx(curved.value, rel=1e-12)
     assert plain.freedom == pytest.approx(curved.freedom, rel=1e-12)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from poprisk.reference import risk as reference
 from poprisk.risk.estimate import TwinOutputs, estimate_risk, measure_freedom, measure_parts
-from poprisk.risk.links import link_of
+from poprisk.risk.local_losses import link_of
+from reference import risk as reference
 from samplers import randn
 
 Loss = Callable[[Tensor, Tensor], Tensor]

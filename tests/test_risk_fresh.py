@@ -18,7 +18,7 @@ import poprisk
 from asserts import assert_bitwise, nothing_changes
 from poprisk import PopRiskAdamW, fresh_batch_risk
 from poprisk.randomness import RandomState
-from poprisk.reference import risk as reference
+from reference import risk as reference
 from samplers import randn
 
 B = 8

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poprisk.reference import risk as reference
-from poprisk.risk.links import (
+from poprisk.risk.local_losses import (
     Bend,
     Coupled,
     Link,
@@ -23,6 +22,7 @@ from poprisk.risk.links import (
     link_of,
     on_logits,
 )
+from reference import risk as reference
 from samplers import randn
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import poprisk
 from poprisk import NotAnalysable, PopRiskAdamW, Recorder, Run, loo_risk, record
 from poprisk.path import realized_update
-from poprisk.reference import risk as reference
+from reference import risk as reference
 from samplers import randn
 
 N = 60

@@ -13,10 +13,10 @@ from torch.nn.utils import parameters_to_vector
 
 from poprisk import Recorder, Run, TwinRisk, loo_risk
 from poprisk.forward_mode import prepare_forward_mode
-from poprisk.reference import risk as reference
 from poprisk.risk.estimate import TwinOutputs, measure_freedom
-from poprisk.risk.links import link_of
+from poprisk.risk.local_losses import link_of
 from poprisk.risk.loo import _Path
+from reference import risk as reference
 from samplers import randn
 
 N, STEPS = 40, 60

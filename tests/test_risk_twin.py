@@ -22,7 +22,7 @@ import poprisk
 from asserts import assert_bitwise
 from poprisk import PopRiskAdamW, TwinRisk
 from poprisk.randomness import RandomState
-from poprisk.reference import risk as reference
+from reference import risk as reference
 from samplers import randn
 
 N = 60

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from poprisk.records import LOCK
-from poprisk.rundir import FORMAT, RunDirectory, RunDirectoryError, write_json
+from poprisk_lab.rundir import FORMAT, RunDirectory, RunDirectoryError, write_json
+from poprisk_lab.store import LOCK
 
 CONFIG: dict[str, Any] = {
     "format": FORMAT,

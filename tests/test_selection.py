@@ -10,14 +10,14 @@ import pytest
 
 import tiny
 from asserts import assert_bitwise
-from poprisk.arms import Arm
-from poprisk.compare import compare
-from poprisk.comparison import Comparison
-from poprisk.report import render
-from poprisk.rundir import RunData, RunDirectory
-from poprisk.selection import twin_report
-from poprisk.training import Row, Run
-from poprisk.verdict import judge
+from poprisk_lab.arms import Arm
+from poprisk_lab.compare import compare
+from poprisk_lab.comparison import Comparison
+from poprisk_lab.fit import Row, Run
+from poprisk_lab.page import render
+from poprisk_lab.rundir import RunData, RunDirectory
+from poprisk_lab.selection import twin_report
+from poprisk_lab.verdict import judge
 
 OURS = Arm("poprisk", "PopRiskAdamW", "poprisk", "poprisk")
 ADAMW = Arm("adamw", "AdamW", "adamw", "adamw", {"lr": 1e-2, "weight_decay": 0.01})

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import tiny
-from poprisk.tasks import BUILT_IN, METRICS, Metric, Task, TaskError, load_task
-from poprisk.tasks.digits import flip_labels
-from poprisk.tasks.interpolation import (
+from poprisk.task import METRICS, Metric, Task
+from poprisk_lab.tasks import BUILT_IN, TaskError, load_task
+from poprisk_lab.tasks.digits import flip_labels
+from poprisk_lab.tasks.interpolation import (
     NOISE_STD,
     SPIKES,
     TAIL_ENERGY,

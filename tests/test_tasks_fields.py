@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from poprisk.tasks import convection as fields
-from poprisk.tasks.image import (
+from poprisk_lab.tasks import convection as fields
+from poprisk_lab.tasks.image import (
     NETWORKS,
     PHOTOGRAPHS,
     FourierMLP,

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import poprisk.training
+import poprisk_lab.fit
 import tiny
 from poprisk import Metric, Task
-from poprisk.arms import Arm, default_arms
-from poprisk.checkpoint import load_checkpoint
-from poprisk.training import CHECKPOINT_SECONDS, PATIENCE, Row, Run
+from poprisk_lab.arms import Arm, default_arms
+from poprisk_lab.checkpoint import load_checkpoint
+from poprisk_lab.fit import CHECKPOINT_SECONDS, PATIENCE, Row, Run
 
 ARMS = {arm.name: arm for arm in default_arms(full=True)}
 ADAMW = ARMS["adamw-lr0.003-wd0.1"]
@@ -297,7 +297,7 @@ def test_about_fifty_evaluations_a_run_the_last_at_the_end(
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint after every evaluation."""
-    monkeypatch.setattr(poprisk.training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(poprisk_lab.fit, "CHECKPOINT_SECONDS", -1.0)
 
 
 @pytest.mark.usefixtures("eager")
@@ -338,7 +338,7 @@ def test_a_checkpoint_goes_when_its_run_has_ended(tmp_path: Path) -> None:
 
 def test_checkpoints_are_written_when_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(poprisk.training, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(poprisk_lab.fit, "time", SimpleNamespace(monotonic=lambda: now))
     path = tmp_path / "run.safetensors"
     kept: list[int | None] = []
     for _ in Run(tiny.tiny(epochs=8), ADAMW, 0, checkpoint=path).rows():

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from asserts import assert_bitwise
 from poprisk import Metric, Task
-from poprisk.arms import default_arms
 from poprisk.randomness import RandomState
-from poprisk.tasks.batches import batch_sizes, joins_last, split_batches
-from poprisk.training import Run
+from poprisk.task.batches import batch_sizes, joins_last, split_batches
+from poprisk_lab.arms import default_arms
+from poprisk_lab.fit import Run
 
 N, TEST, BATCH = 113, 40, 16
 CE = nn.CrossEntropyLoss(reduction="none")

@@ -7,7 +7,7 @@ from torch.nn import Parameter
 
 from asserts import assert_bitwise
 from poprisk import PopRiskAdamW, grad_mean_var
-from poprisk.variance import ESTIMATORS, Clock, Ema, SecondMoment, make_estimator
+from poprisk.optim.variance import ESTIMATORS, Clock, Ema, SecondMoment, make_estimator
 from samplers import grad_rows, noisy_grads, parameter, take_steps
 
 BETA1, BETA2, RHO = 0.9, 0.99, 0.95

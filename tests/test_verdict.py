@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from poprisk.convergence import still_improving
 from poprisk.intervals import Interval, student_quantile, t_interval
-from poprisk.rundir import RunData
-from poprisk.verdict import Row, Verdict, judge
-from poprisk.wording import Field, Scale, compared, headline, scale_of
+from poprisk_lab.convergence import still_improving
+from poprisk_lab.rundir import RunData
+from poprisk_lab.verdict import Row, Verdict, judge
+from poprisk_lab.wording import Field, Scale, compared, headline, scale_of
 
 NAN = math.nan
 ACCURACY = {"name": "accuracy", "higher_is_better": True, "percent": True}

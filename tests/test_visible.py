@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zoo
 from poprisk import PopRiskAdamW, entk, grad_mean_var
-from poprisk.factors import capture
+from poprisk.per_sample import capture
 from samplers import randn
 
 B = 6

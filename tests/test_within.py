@@ -17,8 +17,8 @@ from torch.nn import Parameter
 import zoo
 from asserts import assert_bitwise
 from poprisk import PopRiskAdamW
-from poprisk.reference.optimizer import mask_value, momentum_noise
-from poprisk.variance import grad_mean_var
+from poprisk.optim.variance import grad_mean_var
+from reference.optimizer import mask_value, momentum_noise
 from samplers import parameter, randn
 
 B = 12

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import poprisk.checkpoint
-import poprisk.training
+import poprisk_lab.checkpoint
+import poprisk_lab.fit
 from poprisk import Task
 
 FILE = Path(__file__)
@@ -88,7 +88,7 @@ def patient(seed: int = 0, *, epochs: int = 20) -> Task:
     """
     worker = multiprocessing.parent_process() is not None
     if worker:
-        poprisk.training.CHECKPOINT_SECONDS = -1.0
+        poprisk_lab.fit.CHECKPOINT_SECONDS = -1.0
     task = tiny(seed, epochs=epochs)
     hold = os.environ.get("TINY_HOLD", "")
     if hold and worker:
@@ -115,8 +115,8 @@ def lethal(seed: int = 0) -> Task:
 def crowded(seed: int = 0) -> Task:
     """The task ``tiny``, checkpointed every epoch onto a disk that is full."""
     if multiprocessing.parent_process() is not None:
-        poprisk.training.CHECKPOINT_SECONDS = -1.0
-        setattr(poprisk.checkpoint.os, "replace", _full_disk)  # noqa: B010 (in the worker alone)
+        poprisk_lab.fit.CHECKPOINT_SECONDS = -1.0
+        setattr(poprisk_lab.checkpoint.os, "replace", _full_disk)  # noqa: B010 (in the worker alone)
     return tiny(seed)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from poprisk.reproduce.claim import (
+from poprisk_lab.studies.claim import (
     Claim,
     Curve,
     Done,
@@ -18,7 +18,7 @@ from poprisk.reproduce.claim import (
     Workspace,
     by_seed,
 )
-from poprisk.reproduce.judge import Criterion, Steps, point, speed_up, written
+from poprisk_lab.studies.judge import Criterion, Steps, point, speed_up, written
 
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9Q"

@@ -4,13 +4,15 @@ The public names, in the order of the theory. See the README for a first run and
 ``docs/theory.md`` for the table from equations to functions.
 """
 
-from poprisk.channel import PathOperators, path_operators
-from poprisk.dataparallel import observe_ranks
-from poprisk.gated import GatedOptimizer, gated
-from poprisk.kernel import Kernel, entk
 from poprisk.monitor import RiskMonitor
-from poprisk.optimizer import PopRiskAdamW
+from poprisk.ntk import Kernel, entk
+from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.optim.rank_variance import observe_ranks
+from poprisk.optim.stats import GateStats
+from poprisk.optim.variance import grad_mean_var
+from poprisk.optim.wrapper import GatedOptimizer, gated
 from poprisk.path import NotAnalysable, Recorder, Run, record, trace_cells
+from poprisk.path.operators import PathOperators, path_operators
 from poprisk.risk import (
     AdaptationGap,
     Canaries,
@@ -26,9 +28,7 @@ from poprisk.risk import (
     select,
     stopping_point,
 )
-from poprisk.stats import GateStats
-from poprisk.tasks import Metric, Task
-from poprisk.variance import grad_mean_var
+from poprisk.task import Metric, Task
 
 __version__ = "0.1.0"
 

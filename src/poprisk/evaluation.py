@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
+from poprisk.dtensor import local
 from poprisk.holders import Holder, holders_in
 from poprisk.randomness import RandomState
-from poprisk.sharding import local
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -7,7 +7,7 @@ LAYOUTS = "test_fused.py::test_fused_is_foreach_for_all_layouts_at_once"
 REFERENCE = "test_fused.py::test_fused_is_the_reference"
 NOT_FINITE = "test_fused.py::test_a_gradient_that_is_not_finite_is_found_anywhere"
 CAPTURED = "test_captured.py::test_captured_steps_are_the_reference"
-KERNEL = "fused/kernel.cpp"
+KERNEL = "poprisk/optim/fused/kernel.cpp"
 
 MUTATIONS = {
     "kernel: mean used after its update": Mutation(
@@ -53,31 +53,34 @@ MUTATIONS = {
         KERNEL, "stream * half + i + k", "i + k", NOT_FINITE
     ),
     "averages per tensor over the wrong count": Mutation(
-        "fused/__init__.py",
+        "poprisk/optim/fused/__init__.py",
         "gate.averages(totals, numels,",
         "gate.averages(totals, [n + 1 for n in numels],",
         REFERENCE,
     ),
     "gradients of another layout taken as they are": Mutation(
-        "fused/__init__.py",
+        "poprisk/optim/fused/__init__.py",
         "return g if g.stride() == w.stride() else",
         "return g if g.numel() == w.numel() else",
         "test_optimizer.py::test_large_tensors_with_gradients_of_another_layout",
     ),
     "captured: gated while there is no estimate": Mutation(
-        "settings.py", "opened=inflation == 0 if", "opened=inflation < 0 if", CAPTURED
+        "poprisk/optim/settings.py", "opened=inflation == 0 if", "opened=inflation < 0 if", CAPTURED
     ),
     "captured: the first gradient observed": Mutation(
-        "variance.py", "(clock.observations > 0).double()", "(clock.t > 0).double()", CAPTURED
+        "poprisk/optim/variance.py",
+        "(clock.observations > 0).double()",
+        "(clock.t > 0).double()",
+        CAPTURED,
     ),
     "captured: a NaN enters": Mutation(
-        "buckets.py",
+        "poprisk/optim/groups.py",
         "x.copy_(torch.where(finite, x, before))",
         "x.copy_(x)",
         "test_captured.py::test_a_compiled_step_is_one_graph[eager]",
     ),
     "checkpoints not written atomically": Mutation(
-        "checkpoint.py",
+        "poprisk_lab/checkpoint.py",
         'temporary = path.with_suffix(f".{os.getpid()}.tmp")',
         "temporary = path",
         "test_checkpoint.py",

@@ -4,51 +4,51 @@ from mutations import Mutation
 
 MUTATIONS = {
     "decay as if nothing were gated": Mutation(
-        "reproduce/grokking/decay.py",
+        "poprisk_lab/studies/grokking/decay.py",
         "self.weight_decay * mask * start",
         "self.weight_decay * start",
         "test_claim_grokking.py::test_decay_behind_the_gate",
     ),
     "the edge without the preconditioner": Mutation(
-        "reproduce/grokking/forces.py",
+        "poprisk_lab/studies/grokking/forces.py",
         "(scale.unsqueeze(1) * columns).unbind(1)",
         "columns.unbind(1)",
         "test_claim_grokking.py"
         "::test_the_edge_is_the_largest_curvature_in_the_optimizers_metric[adamw]",
     ),
     "growth with the decay in it": Mutation(
-        "reproduce/grokking/forces.py",
+        "poprisk_lab/studies/grokking/forces.py",
         "after - (1 - shrink) * before",
         "after - before",
         "test_claim_grokking.py::test_growth_and_shrinkage_along_the_weights",
     ),
     "the goal met on the training set": Mutation(
-        "reproduce/grokking/runs.py",
+        "poprisk_lab/studies/grokking/runs.py",
         '"reached": first(rows, 3, GOAL)',
         '"reached": first(rows, 2, GOAL)',
         "test_claim_grokking.py::test_at_most_sixty_points_of_a_curve_are_kept_the_last_among_them",
     ),
     "random numbers not taken up again": Mutation(
-        "reproduce/grokking/runs.py",
+        "poprisk_lab/studies/grokking/runs.py",
         'torch.set_rng_state(saved["random"])',
         "pass",
         "test_claim_grokking.py::test_a_run_that_was_stopped_ends_with_the_same_numbers[shuffled]",
     ),
     "the equals sign asks from another place": Mutation(
-        "tasks/modular.py",
+        "poprisk_lab/tasks/modular.py",
         "self._heads(normed[:, -1:], normed)",
         "self._heads(normed[:, :1], normed)",
         "test_claim_grokking.py"
         "::test_the_network_is_an_ordinary_transformer_block[2-1-per_example]",
     ),
     "the lead of the channel with the wrong sign": Mutation(
-        "reproduce/grokking/__init__.py",
+        "poprisk_lab/studies/grokking/__init__.py",
         "{s: network[s] / every[s] for s in known}, {s: entered[s] / every[s] for s in known}",
         "{s: entered[s] / every[s] for s in known}, {s: network[s] / every[s] for s in known}",
         "test_claim_grokking.py::test_the_lead_of_the_channel_is_counted_in_measurements",
     ),
     "a slow run that came later counts as a win": Mutation(
-        "reproduce/judge.py",
+        "poprisk_lab/studies/judge.py",
         "step is not None and step <= limit",
         "step is not None",
         "test_reproduce.py::test_a_fast_run_that_never_gets_there_makes_no_speed_up",

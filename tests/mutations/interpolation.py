@@ -6,43 +6,43 @@ HALVES = "test_claim_implicit_bias.py::test_half_times_by_hand"
 
 MUTATIONS = {
     "half of the squared residual": Mutation(
-        "reproduce/implicit_bias.py",
+        "poprisk_lab/studies/implicit_bias.py",
         "gone = along <= along[0] / 2",
         "gone = along.square() <= along[0].square() / 2",
         HALVES,
     ),
     "what is never learned is learned at once": Mutation(
-        "reproduce/implicit_bias.py",
+        "poprisk_lab/studies/implicit_bias.py",
         "return torch.where(gone.any(0), first, len(gradients))",
         "return first",
         HALVES,
     ),
     "the nearest interpolant forgets the start": Mutation(
-        "reproduce/implicit_bias.py",
+        "poprisk_lab/studies/implicit_bias.py",
         "nearest = w0 + torch.linalg.pinv(x) @ (y - x @ w0)",
         "nearest = w0 + torch.linalg.pinv(x) @ y",
         "test_claim_implicit_bias.py::test_from_another_start_it_is_the_nearest",
     ),
     "an early gain is the last one": Mutation(
-        "reproduce/double_descent.py",
+        "poprisk_lab/studies/double_descent.py",
         "dataclasses.replace(ops.integrals, G=G)",
         "ops.integrals",
         "test_claim_double_descent.py::test_an_early_gain_is_that_of_a_run_that_stopped_there",
     ),
     "the least noise gain is its peak": Mutation(
-        "reproduce/double_judge.py",
+        "poprisk_lab/studies/double_judge.py",
         "return max(range(len(curve)), key=lambda i: curve[i])",
         "return min(range(len(curve)), key=lambda i: curve[i])",
         "test_claim_double_descent.py::test_peaks_are_apart_by_weights",
     ),
     "a factor counts one way only": Mutation(
-        "reproduce/benign_judge.py",
+        "poprisk_lab/studies/benign_judge.py",
         "return max(a / b, b / a)",
         "return a / b",
         "test_claim_benign_overfitting.py::test_a_factor_counts_both_ways_and_the_worst_setting",
     ),
     "noise is predicted by its deviation": Mutation(
-        "reproduce/benign_overfitting.py",
+        "poprisk_lab/studies/benign_overfitting.py",
         "short(NOISE**2 * calm.noise_gain().path)",
         "short(NOISE * calm.noise_gain().path)",
         "test_claim_benign_overfitting.py::test_redrawn_noise_is_what_training_on_it_anew_does",

@@ -9,71 +9,76 @@ FACTOR = "test_within.py::test_a_common_factor_counts"
 
 MUTATIONS = {
     "upper triangle not filled": Mutation(
-        "kernel/__init__.py",
+        "poprisk/ntk/__init__.py",
         "            if self.symmetric and i != j:\n                out[j : j + block.shape[1], i",
         "            if False:\n                out[j : j + block.shape[1], i",
         BLOCKS,
     ),
     "upper triangle left out of products": Mutation(
-        "kernel/__init__.py",
+        "poprisk/ntk/__init__.py",
         "                out[j : j + width] += block.T @ columns[i : i + height]",
         "                pass",
         BLOCKS,
     ),
     "products without M": Mutation(
-        "kernel/__init__.py",
+        "poprisk/ntk/__init__.py",
         "return {name: v * self._weights[name] for name, v in vector.items()}",
         "return vector",
         "test_kernel.py::test_preconditions_and_parameters[MLP]",
     ),
     "trace of the first output only": Mutation(
-        "kernel/__init__.py",
+        "poprisk/ntk/__init__.py",
         "        for k in range(left.values):",
         "        for k in range(1):",
         MODELS,
     ),
     "forward mode wherever it exists": Mutation(
-        "kernel/jacobian.py",
+        "poprisk/jacobian.py",
         "        if self._has_forward_mode:",
         "        if True:",
         "test_kernel.py::test_products_stop_where_gradients_stop",
     ),
     "weights left behind in shared modules": Mutation(
-        "kernel/jacobian.py",
+        "poprisk/jacobian.py",
         "for prefix, module in model.named_modules()\n",
         "for prefix, module in model.named_modules(remove_duplicate=False)\n",
         "test_kernel.py::test_equals_the_dense_jacobian",
     ),
     "larger batches not confirmed": Mutation(
-        "factors/plan.py",
+        "poprisk/per_sample/plan.py",
         "return self.uses if confirmed(graph, values, self.uses) else None",
         "return self.uses",
         "test_kernel.py::test_a_structure_that_changes_with_the_batch_is_searched_again",
     ),
     "standard deviation as standard error": Mutation(
-        "kernel/spectrum.py",
+        "poprisk/linalg.py",
         "samples.std() / len(samples) ** 0.5",
         "samples.std()",
         "test_kernel.py::test_traces",
     ),
     "divided by J instead of J-1": Mutation(
-        "within.py", "/ (self.parts - 1)", "/ self.parts", SIZES
+        "poprisk/optim/batch_variance.py", "/ (self.parts - 1)", "/ self.parts", SIZES
     ),
-    "size of a part ignored": Mutation("within.py", ".div_(size)", ".div_(1)", SIZES),
+    "size of a part ignored": Mutation(
+        "poprisk/optim/batch_variance.py", ".div_(size)", ".div_(1)", SIZES
+    ),
     "factor not squared": Mutation(
-        "within.py", "self.examples * factor**2", "self.examples * factor", FACTOR
+        "poprisk/optim/batch_variance.py",
+        "self.examples * factor**2",
+        "self.examples * factor",
+        FACTOR,
     ),
     "zeros as probe": Mutation(
-        "within.py", "whole = not bool(probe.any())", "whole = False", FACTOR
+        "poprisk/optim/batch_variance.py", "whole = not bool(probe.any())", "whole = False", FACTOR
     ),
     "average with beta1 instead of its square": Mutation(
-        "variance.py",
+        "poprisk/optim/variance.py",
         "return beta1**2 if",
         "return beta1 if",
         "test_within.py::test_the_average_is_the_variance_of_the_momentum",
     ),
     "variance of an example, not of the mean": Mutation(
-        "factors/__init__.py",
+        "poprisk/per_sample/__init__.py",
         "squared(self.sums[name]) / b) / (b * (b - 1))",
         "squared(self.sums[name]) / b) / (b - 1)",
         "test_within.py::test_grad_mean_var_in_chunks",

@@ -12,55 +12,60 @@ NOT_FINITE_GATED = "test_gated.py::test_a_gradient_that_is_not_finite_changes_no
 
 MUTATIONS = {
     "mean used after its update": Mutation(
-        "update.py",
+        "poprisk/optim/update.py",
         "estimator.observe_(s, g, m, clock)",
         "estimator.observe_(s, g, [x.lerp(y, 1 - clock.beta1) for x, y in zip(m, g)], clock)",
         REFERENCE,
     ),
     "no bias correction of the variance": Mutation(
-        "variance.py",
+        "poprisk/optim/variance.py",
         "return 1 / (1 - self.rho ** (k.clamp_min(1) if clock.captured else k))",
         "return 1.0",
         REFERENCE,
     ),
     "no bias correction of the mean in the gate": Mutation(
-        "variance.py", "return 1 / (1 - self.beta1**self.t)", "return 1.0", REFERENCE
+        "poprisk/optim/variance.py", "return 1 / (1 - self.beta1**self.t)", "return 1.0", REFERENCE
     ),
     "no bias correction of the mean in the step": Mutation(
-        "update.py", "settings.lr / (1 - clock.beta1**clock.t)", "settings.lr", REFERENCE
+        "poprisk/optim/update.py",
+        "settings.lr / (1 - clock.beta1**clock.t)",
+        "settings.lr",
+        REFERENCE,
     ),
     "variance divided by b-1 again": Mutation(
-        "gate.py",
+        "poprisk/optim/gate.py",
         "return z * z * (noise_ratio + finite) / inflation",
         "return z * z * (noise_ratio + finite) / inflation / ((batch_size or 2) - 1)",
         SIZES,
     ),
     "gated weight decay": Mutation(
-        "update.py",
+        "poprisk/optim/update.py",
         "            torch._foreach_mul_(q, m)\n",
         "            decay = settings.lr * settings.weight_decay\n"
         "            torch._foreach_mul_(w, [(1 - decay * x) / (1 - decay) for x in q])\n"
         "            torch._foreach_mul_(q, m)\n",
         DECAY,
     ),
-    "threshold ignored": Mutation("gate.py", "alpha=self.alpha,", "alpha=1.0,", THRESHOLDS),
+    "threshold ignored": Mutation(
+        "poprisk/optim/gate.py", "alpha=self.alpha,", "alpha=1.0,", THRESHOLDS
+    ),
     "foreach leaves the end of large tensors out": Mutation(
-        "update.py",
+        "poprisk/optim/update.py",
         "for piece in pieces(slots.subset([i])):",
         "for piece in pieces(slots.subset([i]))[:1]:",
         PATHS,
     ),
     "foreach leaves the last block out": Mutation(
-        "update.py", "    if block:\n", "    if len(block) > 99:\n", PATHS
+        "poprisk/optim/update.py", "    if block:\n", "    if len(block) > 99:\n", PATHS
     ),
     "NaN enters the state": Mutation(
-        "optimizer.py",
+        "poprisk/optim/adamw.py",
         "self._use_parts()\n            return loss\n",
         "self._use_parts()\n",
         NOT_FINITE,
     ),
     "NaN enters the state of a wrapper": Mutation(
-        "gated.py",
+        "poprisk/optim/wrapper.py",
         "self.skipped_steps)\n            return loss\n",
         "self.skipped_steps)\n",
         NOT_FINITE_GATED,

@@ -18,112 +18,117 @@ WALKS = "test_drift.py::test_known_powers_are_found[1.0]"
 
 MUTATIONS = {
     "decay that grows what was moved": Mutation(
-        "path/follow.py", "self.own -= V", "self.own += V", DECAYING
+        "poprisk/path/follow.py", "self.own -= V", "self.own += V", DECAYING
     ),
     "propagator with the wrong sign": Mutation(
-        "path/integrals.py",
+        "poprisk/path/integrals.py",
         "self.X -= _blocks(B, moved)",
         "self.X += _blocks(B, moved)",
         REFERENCE,
     ),
     "dissipation of the transposed map": Mutation(
-        "path/integrals.py",
+        "poprisk/path/integrals.py",
         "self.W.addmm_(R.T, R, alpha=abs(scale) / rule.steps)",
         "self.W += abs(scale) * R[: len(self.W)] @ R[: len(self.W)]",
         REFERENCE,
     ),
     "preconditioner left out of the dissipation": Mutation(
-        "path/integrals.py",
+        "poprisk/path/integrals.py",
         "self.W.addmm_(R.T, scale.abs() * R, alpha",
         "self.W.addmm_(R.T, R, alpha",
         ADAMW,
     ),
     "no bias correction of the momentum": Mutation(
-        "path/integrals.py",
+        "poprisk/path/integrals.py",
         "V = R * (some.correction * some.precondition)",
         "V = R * some.precondition",
         ADAMW,
     ),
     "decay left out of the affine part": Mutation(
-        "path/integrals.py",
+        "poprisk/path/integrals.py",
         "V[:, -1:] += some.decay * some.steps * at",
         "V[:, -1:] -= some.decay * some.steps * at",
         ADAMW,
     ),
     "coupled decay left out": Mutation(
-        "path/integrals.py", "Q[:, -1:] += gain * rule.coupled * w", "pass", REFERENCE
+        "poprisk/path/integrals.py", "Q[:, -1:] += gain * rule.coupled * w", "pass", REFERENCE
     ),
     "a factor with the wrong sign": Mutation(
-        "path/jacobian.py", "(term.cot[:, k].mT, term.act)", "(term.cot[:, k].mT, -term.act)", ROWS
+        "poprisk/path/jacobian.py",
+        "(term.cot[:, k].mT, term.act)",
+        "(term.cot[:, k].mT, -term.act)",
+        ROWS,
     ),
     "nodes of the quadrature that overwrite each other": Mutation(
-        "path/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
+        "poprisk/path/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
     ),
     "weights of the quadrature lost": Mutation(
-        "path/jacobian.py", "capture(weight * self", "capture(1.0 * self", REFERENCE
+        "poprisk/path/jacobian.py", "capture(weight * self", "capture(1.0 * self", REFERENCE
     ),
     "windows that overlap the first point": Mutation(
-        "drift.py", "walks[:, ::lag].diff(dim=1)", "walks[:, 1::lag]", WALKS
+        "poprisk/path/drift.py", "walks[:, ::lag].diff(dim=1)", "walks[:, 1::lag]", WALKS
     ),
     "momentum brought in forgotten": Mutation(
-        "path/integrals.py",
+        "poprisk/path/integrals.py",
         "self.Q[:, -1] = run.momentum_in.double()",
         "self.Q[:, -1] = 0.0",
         "test_path.py::test_momentum_that_was_there_before_is_affine",
     ),
     "Nesterov reads the momentum only": Mutation(
-        "path/rules.py",
+        "poprisk/optim/step.py",
         "from_gradient=1.0 if nesterov else 0.0",
         "from_gradient=0.0",
         NESTEROV,
     ),
     "gradient at the start in place of its mean": Mutation(
-        "path/integrals.py",
+        "poprisk/path/integrals.py",
         "mean = _mean_gradient(self, u)",
         "mean = self.problem.output_gradient(self.u).flatten()",
         ACCOUNTING,
     ),
     "output Hessian at the start": Mutation(
-        "path/integrals.py",
+        "poprisk/path/integrals.py",
         "B = average_hessian(problem, self.u, u - self.u)",
         "B = average_hessian(problem, self.u, 0 * u)",
         ADAMW,
     ),
     "sampling without n/b": Mutation(
-        "path/recorder.py",
+        "poprisk/path/recorder.py",
         "counts.double() * (self.problem.n / len(batch))",
         "counts.double()",
         "test_path.py::test_the_identities_close[SGD]",
     ),
     "matrix-free without sampling": Mutation(
-        "path/follow.py",
+        "poprisk/path/follow.py",
         "pull(interval.sampling.to(self.dtype)[:, None, None] * X)",
         "pull(X)",
         FOLLOW,
     ),
     "reservoir and channel exchanged": Mutation(
-        "channel/cells.py",
+        "poprisk/path/four_cells.py",
         "parts = (kept, signal - kept, let, noise - let)",
         "parts = (signal - kept, kept, noise - let, let)",
         CELLS,
     ),
     "noise with the sign of the signal": Mutation(
-        "path/cells.py",
+        "poprisk/path/trace.py",
         "return signal, problem.output_gradient(u) - signal",
         "return signal, signal - problem.output_gradient(u)",
         CELLS,
     ),
     "coupling through the transposed transfer": Mutation(
-        "channel/coupling.py",
+        "poprisk/path/coupling.py",
         "torch.linalg.pinv(integrals.D @ F, rtol=RTOL)",
         "torch.linalg.pinv(integrals.D.T @ F, rtol=RTOL)",
         COUPLING,
     ),
     "noise gain without 1/n": Mutation(
-        "channel/coupling.py",
+        "poprisk/path/coupling.py",
         "loss = problem.loss(problem.shaped(at), labels).sum() / n",
         "loss = problem.loss(problem.shaped(at), labels).sum()",
         GAIN,
     ),
-    "diffusion holds the drift": Mutation("drift.py", "(sampled - 1) * g", "sampled * g", DRIFT),
+    "diffusion holds the drift": Mutation(
+        "poprisk/path/drift.py", "(sampled - 1) * g", "sampled * g", DRIFT
+    ),
 }

@@ -30,223 +30,235 @@ GATES = "test_optimizer.py::test_gate_stats_by_hand"
 
 MUTATIONS = {
     "labels pushed the wrong way": Mutation(
-        "risk/twin.py",
+        "poprisk/risk/twin.py",
         "return losses - follow\n",
         "return losses + follow\n",
         TILT,
     ),
     "signs not centred over classes": Mutation(
-        "risk/twin.py",
+        "poprisk/risk/twin.py",
         "return (z - z.mean(1, keepdim=True)) * math.sqrt(c / (c - 1))",
         "return z",
         TILT,
     ),
     "signs of other examples in the estimate": Mutation(
-        "risk/twin.py",
+        "poprisk/risk/twin.py",
         "scale * probe.tilt(index, u.shape[1:], gauge=gauge)",
         "scale * probe.tilt(index.flip(0), u.shape[1:], gauge=gauge)",
         LINEAR,
     ),
     "random numbers not rewound": Mutation(
-        "risk/twin.py",
+        "poprisk/risk/twin.py",
         "            start.restore()\n            run.inputs",
         "            run.inputs",
         BITWISE,
     ),
     "random numbers left where the twin's are": Mutation(
-        "risk/twin.py", "        end.restore()\n", "        torch.rand(1)\n", BITWISE
+        "poprisk/risk/twin.py", "        end.restore()\n", "        torch.rand(1)\n", BITWISE
     ),
     "response without the curvature": Mutation(
-        "risk/estimate.py",
+        "poprisk/risk/estimate.py",
         "follows = (link.curvature(t) * moved).sum(1)",
         "follows = (t * moved).sum(1)",
         EXPECTATION,
     ),
     "half of the off-diagonal noise forgotten": Mutation(
-        "risk/estimate.py",
+        "poprisk/risk/estimate.py",
         "error = math.sqrt(2) * grouped_error",
         "error = grouped_error",
         ERROR,
     ),
     "left-out outputs moved towards the label": Mutation(
-        "risk/links.py",
+        "poprisk/risk/local_losses.py",
         "return outputs + self.gain(freedom) * self.gradient",
         "return outputs - self.gain(freedom) * self.gradient",
         LEFT_OUT,
     ),
     "response taken for the gain": Mutation(
-        "risk/estimate.py",
+        "poprisk/risk/estimate.py",
         "for rows, link, _, gains in parts:\n        found[rows] = flat[rows] + gains[1 + errors]",
         "for rows, link, freedom, _ in parts:\n        found[rows] = flat[rows] + freedom.value",
         RIDGE,
     ),
     "classes counted as free": Mutation(
-        "risk/links.py",
+        "poprisk/risk/local_losses.py",
         "return float(trace.mean()) / self.dimensions",
         "return float(trace.mean()) / self.p.shape[1]",
         FREEDOM,
     ),
     "a group judges the step it made": Mutation(
-        "risk/fresh.py",
+        "poprisk/risk/fresh.py",
         "others = [step(_without(mean, g, s))",
         "others = [step(mean)",
         FRESH,
     ),
     "a deleted example keeps its curvature": Mutation(
-        "risk/loo.py", "kept = share * ~deleted", "kept = share.expand(deleted.shape)", RETRAINED
+        "poprisk/risk/loo.py",
+        "kept = share * ~deleted",
+        "kept = share.expand(deleted.shape)",
+        RETRAINED,
     ),
     "the momentum of a displacement forgotten": Mutation(
-        "risk/loo.py", "m, d = rule.advance(m, g), d - step", "m, d = g, d - step", RETRAINED
+        "poprisk/risk/loo.py",
+        "m, d = rule.advance(m, g), d - step",
+        "m, d = g, d - step",
+        RETRAINED,
     ),
     "decay of a displacement forgotten": Mutation(
-        "risk/loo.py", "+ rule.coupled * d\n", "\n", RETRAINED
+        "poprisk/risk/loo.py", "+ rule.coupled * d\n", "\n", RETRAINED
     ),
     "decoupled decay of a displacement forgotten": Mutation(
-        "risk/loo.py", "d - step - rule.decay * d", "d - step", OTHERS
+        "poprisk/risk/loo.py", "d - step - rule.decay * d", "d - step", OTHERS
     ),
     "a gap that is all of the twin's answer": Mutation(
-        "risk/gap.py", "[(moved - d, z) for", "[(moved + 0 * d, z) for", GAP
+        "poprisk/risk/gap.py", "[(moved - d, z) for", "[(moved + 0 * d, z) for", GAP
     ),
     "decay of what a push moved forgotten": Mutation(
-        "risk/gap.py", "quadrature=quadrature, decaying=True", "quadrature=quadrature", GAP
+        "poprisk/risk/gap.py", "quadrature=quadrature, decaying=True", "quadrature=quadrature", GAP
     ),
     "a tilt per example that is not averaged": Mutation(
-        "risk/gap.py", "probes = tilts.to(w) / problem.n", "probes = tilts.to(w)", GAP
+        "poprisk/risk/gap.py", "probes = tilts.to(w) / problem.n", "probes = tilts.to(w)", GAP
     ),
     "parts not drawn together": Mutation(
-        "risk/estimate.py",
+        "poprisk/risk/estimate.py",
         "w = real / (real + own.error**2)",
         "w = 1.0 + 0 * (own.error**2)",
         PARTS,
     ),
     "left-out outputs of a part by its first examples": Mutation(
-        "risk/estimate.py",
+        "poprisk/risk/estimate.py",
         "found[rows] = flat[rows] + gains",
         "found[rows] = flat[: len(flat[rows])] + gains",
         OWN,
     ),
     "inputs by name not compared": Mutation(
-        "risk/witness.py", "tree_leaves((args, kwargs))", "tree_leaves(args)", BY_NAME
+        "poprisk/risk/inputs.py", "tree_leaves((args, kwargs))", "tree_leaves(args)", BY_NAME
     ),
     "the twin's tilt twice": Mutation(
-        "risk/twin.py", "self.delta * self._scale[0]", "2 * self.delta * self._scale[0]", TILT
+        "poprisk/risk/twin.py",
+        "self.delta * self._scale[0]",
+        "2 * self.delta * self._scale[0]",
+        TILT,
     ),
     "an overwritten record is read": Mutation(
-        "path/checks.py",
+        "poprisk/path/checks.py",
         "    if found is None or found != written:",
         "    if found is None:",
         OVERWRITTEN,
     ),
     "a deleted record is begun anew": Mutation(
-        "records.py", "flags & ~os.O_CREAT", "flags", DELETED
+        "poprisk_lab/store.py", "flags & ~os.O_CREAT", "flags", DELETED
     ),
     "the monitor leaves dropout drawn": Mutation(
-        "evaluation.py",
+        "poprisk/evaluation.py",
         "        undo.callback(RandomState.now().restore)\n",
         "        torch.rand(1)\n",
         MONITORED,
     ),
     "a look writes to the model's own buffers": Mutation(
-        "holders.py",
+        "poprisk/holders.py",
         'own["_buffers"][name] = copied(buffer, memo)',
         "pass",
         "test_evaluation.py::test_nothing_is_left_of_a_look",
     ),
     "a look writes to the attributes of objects": Mutation(
-        "holders.py",
+        "poprisk/holders.py",
         "self.owner.__dict__[name] = copied(value, memo)",
         "pass",
         "test_holders.py::test_state_of_every_kind_is_put_back",
     ),
     "what a first call makes stays": Mutation(
-        "holders.py",
+        "poprisk/holders.py",
         "if not _same_contents(own[name], before):",
         "if False:",
         "test_holders.py::test_what_a_first_call_makes_is_not_there_afterwards",
     ),
     "a backward pass in a look adds to the gradients": Mutation(
-        "evaluation.py",
+        "poprisk/evaluation.py",
         "p.grad = grad.detach().clone()",
         "p.grad = grad",
         "test_holders.py::test_a_backward_pass_inside_leaves_gradients_and_tells_no_hook",
     ),
     "a model that wrote to its weights once is trusted ever after": Mutation(
-        "evaluation.py",
+        "poprisk/evaluation.py",
         "_WRITES_WEIGHTS[model] = any(p in written for p in model.parameters())",
         "_WRITES_WEIGHTS[model] = False",
         "test_holders.py::test_weights_that_every_pass_writes_are_restored_every_time",
     ),
     "a model that may renormalize is trusted": Mutation(
-        "evaluation.py",
+        "poprisk/evaluation.py",
         "_WRITES_WEIGHTS.get(m, True) or _renormalizes(m)",
         "_WRITES_WEIGHTS.get(m, True)",
         "test_holders.py::test_renormalized_weights_are_restored_also_if_they_were_small_at_first",
     ),
     "a step that is left out is mixed with the next": Mutation(
-        "monitor/__init__.py",
+        "poprisk/monitor/__init__.py",
         "        return not cleared\n",
         "        return True\n",
         "test_monitor_steps.py::test_a_step_that_a_scaler_leaves_out_is_not_mixed_with_the_next",
     ),
     "a row is closed before its last part": Mutation(
-        "monitor/__init__.py",
+        "poprisk/monitor/__init__.py",
         "if self._statistics.parts >= self._expected and not self._ranks.pool():",
         "if self._statistics.parts == 1 and not self._ranks.pool():",
         "test_monitor_steps.py::test_a_row_is_that_of_all_parts_of_a_step",
     ),
     "a closure's second evaluation counts": Mutation(
-        "monitor/__init__.py",
+        "poprisk/monitor/__init__.py",
         "            if self._inside:",
         "            if False:",
         "test_monitor_steps.py::test_a_closure_that_is_evaluated_several_times_gives_one_row_a_step",
     ),
     "examples that are ignored stand in pairs": Mutation(
-        "monitor/statistics.py",
+        "poprisk/monitor/statistics.py",
         "Counts.of(int(counting[block].sum()))",
         "Counts.of(len(counting[block]))",
         "test_monitor_steps.py::test_ignored_labels_do_not_count",
     ),
     "signal with the examples' own squares": Mutation(
-        "monitor/signal.py", "(total - own) / (b * (b - 1))", "total / (b * b)", SIGNAL
+        "poprisk/monitor/signal.py", "(total - own) / (b * (b - 1))", "total / (b * b)", SIGNAL
     ),
     "noise divided by b - 1": Mutation(
-        "monitor/signal.py",
+        "poprisk/monitor/signal.py",
         "max(self.square - self.norm, 0.0) / self.examples",
         "max(self.square - self.norm, 0.0) / (self.examples - 1)",
         SIGNAL,
     ),
     "a share whose denominator is small where the signal is": Mutation(
-        "monitor/signal.py",
+        "poprisk/monitor/signal.py",
         "size = noise + abs(s)",
         "size = noise + s",
         "test_signal.py::test_pure_noise_has_no_share_on_average",
     ),
     "pairs count once": Mutation(
-        "monitor/signal.py",
+        "poprisk/monitor/signal.py",
         "across = 2 * (whole",
         "across = 1 * (whole",
         "test_monitor.py::test_numbers_are_those_of_all_parts_of_the_step",
     ),
     "canaries that kept their label count": Mutation(
-        "risk/canaries.py", "/ (k - 2))[planted != original]", "/ (k - 2))", NO_MEMORY
+        "poprisk/risk/canaries.py", "/ (k - 2))[planted != original]", "/ (k - 2))", NO_MEMORY
     ),
     "a planted label against all others": Mutation(
-        "risk/canaries.py",
+        "poprisk/risk/canaries.py",
         "own - (1 - own - replaced) / (k - 2)",
         "own - (1 - own) / (k - 1)",
         CONTRAST,
     ),
     "coordinates without a gradient count": Mutation(
-        "replay.py",
+        "poprisk/optim/replay.py",
         "gate_sums(q, passed, update, v.sign())",
         "gate_sums(q, passed, update, v.sign() + 1)",
         GATES,
     ),
     "squares of updates overflow": Mutation(
-        "stats.py", "if not VANISHING < float(square) < math.inf:", "if False:", EXTREME
+        "poprisk/optim/stats.py",
+        "if not VANISHING < float(square) < math.inf:",
+        "if False:",
+        EXTREME,
     ),
     "an update over no denominator": Mutation(
-        "replay.py",
+        "poprisk/optim/replay.py",
         'eps = max(float(group["eps"]), torch.finfo(slots.exp_avgs[0].dtype).tiny)',
         'eps = float(group["eps"])',
         NO_EPS,

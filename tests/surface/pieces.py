@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import poprisk
-from poprisk.reference import factors
-from poprisk.reference import monitor as signals
-from poprisk.reference.optimizer import ReferenceOptimizer
+from reference import factors
+from reference import monitor as signals
+from reference.optimizer import ReferenceOptimizer
 from surface import losses, models
 from surface.outcomes import Moved, Wrong, agree, same, untouched
 from surface.situations import Situation, inner, own_name, without_hooks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import poprisk
-from poprisk.reference import risk
+from reference import risk
 from surface import losses
 from surface.outcomes import Moved, Wrong, agree, same, untouched
 from surface.situations import Situation, inner

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poprisk.checks.monitor import check_settings
+from poprisk._validate.monitor import check_settings
 from poprisk.evaluation import Forward
 from poprisk.monitor import Quantity, RiskMonitor
 from poprisk.monitor.sinks import as_sinks

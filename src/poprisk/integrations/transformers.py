@@ -24,11 +24,11 @@ from typing import Any, final
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from poprisk.checks.monitor import check_settings
+from poprisk._validate.monitor import check_settings
 from poprisk.monitor import Quantity, RiskMonitor
 from poprisk.monitor.sinks import as_sinks
 from poprisk.monitor.statistics import PerExampleLoss
-from poprisk.optimizer import PopRiskAdamW
+from poprisk.optim.adamw import PopRiskAdamW
 
 
 def poprisk_optimizer(

@@ -10,10 +10,10 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from poprisk import checks
-from poprisk.checks import monitor as inputs
+from poprisk import _validate as checks
+from poprisk._validate import monitor as inputs
 from poprisk.evaluation import Forward, call, evaluating
-from poprisk.kernel.jacobian import inner
+from poprisk.jacobian import inner
 from poprisk.monitor.quantities import (
     CanaryMemorization,
     Gates,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk.checks import monitor as inputs
+from poprisk._validate import monitor as inputs
 from poprisk.evaluation import Forward, outputs_of
-from poprisk.kernel import entk
 from poprisk.monitor import signal as norms
 from poprisk.monitor.statistics import Statistics
+from poprisk.ntk import entk
 from poprisk.risk import Canaries, RiskEstimate
 
 

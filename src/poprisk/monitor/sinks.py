@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from poprisk.checks import monitor as inputs
+from poprisk._validate import monitor as inputs
 
 Row = dict[str, float]
 Sink = Callable[[int, Row], None]

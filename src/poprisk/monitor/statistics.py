@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poprisk.checks import risk as inputs
-from poprisk.checks.examples import check_separate
+from poprisk._validate import risk as inputs
+from poprisk._validate.examples import check_separate
 from poprisk.evaluation import Forward, evaluating, outputs_of
-from poprisk.factors import WORKSPACE, capture
-from poprisk.factors.gram import gram_, mirror_
-from poprisk.factors.moments import total, wide
-from poprisk.factors.terms import Dense, Term
 from poprisk.monitor.signal import SUMS, Counts, Signal, sums_of
-from poprisk.update import CHUNK
+from poprisk.optim.update import CHUNK
+from poprisk.per_sample import WORKSPACE, capture
+from poprisk.per_sample.gram import gram_, mirror_
+from poprisk.per_sample.moments import total, wide
+from poprisk.per_sample.terms import Dense, Term
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 

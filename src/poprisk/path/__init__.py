@@ -4,13 +4,13 @@
 operators P, Q, W, G, D of the theory, :func:`follow` into their action on a few vectors.
 """
 
-from poprisk.path.cells import CellTrace, QueryParts, split_gradient, trace_cells
+from poprisk.optim.step import Facts, StepRule, realized_update
 from poprisk.path.checks import NotAnalysable
 from poprisk.path.follow import Applied, Followed, follow
 from poprisk.path.integrals import Closure, Integrals, integrate, phi_functions
 from poprisk.path.recorder import Recorder, record
-from poprisk.path.rules import Facts, StepRule, realized_update
 from poprisk.path.run import Run
+from poprisk.path.trace import CellTrace, QueryParts, split_gradient, trace_cells
 
 __all__ = [
     "Applied",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk.checks.errors import first_line
+from poprisk._validate.errors import first_line
 
 
 class NotAnalysable(ValueError):
@@ -25,16 +25,6 @@ def check_rule_known(optimizer: Optimizer, known: bool, names: Collection[str]) 
             f"gradient; exact ones exist for {', '.join(names)}, PopRiskAdamW and gated(). Pass "
             "rule=poprisk.path.realized_update(momentum=...), which is exact for displacements "
             "only, or give the optimizer a method step_rule(param, facts)."
-        )
-
-
-def check_per_example(values: Any, examples: int) -> None:
-    """Raise ValueError unless a loss gave one value per example."""
-    if not isinstance(values, Tensor) or tuple(values.shape) != (examples,):
-        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"loss must give one value per example, shape ({examples},), but gave {found}; pass "
-            "reduction='none' and reduce all dimensions but the first."
         )
 
 

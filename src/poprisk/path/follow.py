@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk import checks
-from poprisk.path import losses
+from poprisk import _validate as checks
+from poprisk import losses
 from poprisk.path.checks import check_probes
 from poprisk.path.integrals import REMEDY, Closure, relative
 from poprisk.path.problem import Problem

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from poprisk.factors import Factors, capture
-from poprisk.factors.plan import Plan, learn_plan
-from poprisk.factors.terms import OneHot, Outer, Term
 from poprisk.path.problem import JACOBIAN_BYTES, Problem
+from poprisk.per_sample import Factors, capture
+from poprisk.per_sample.plan import Plan, learn_plan
+from poprisk.per_sample.terms import OneHot, Outer, Term
 
 TRIED = 4
 """Examples on which factors must give the rows that ``torch.func`` gives."""

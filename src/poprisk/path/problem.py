@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vmap
 
-from poprisk.checks.errors import first_line
+from poprisk import losses
+from poprisk._validate.errors import first_line
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.forward_mode import plain_kernels
-from poprisk.path import losses
+from poprisk.losses import Loss
 from poprisk.path.checks import check_copied, check_data_kept, check_dtype
-from poprisk.path.losses import Loss
 from poprisk.printing import brief, described
 
 CHUNK = 1024

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poprisk import checks
+from poprisk import _validate as checks
 from poprisk.path.jacobian import JacobianRows
 from poprisk.path.problem import Problem
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk import checks
+from poprisk import _validate as checks
+from poprisk.dtensor import is_sharded
 from poprisk.evaluation import evaluating
+from poprisk.losses import Loss, gradient, resolve_loss
+from poprisk.optim.step import Facts, Rule, StepRule, describe
 from poprisk.path import checks as refuse
 from poprisk.path.batches import Batch, Examples
-from poprisk.path.losses import Loss, gradient, resolve_loss
 from poprisk.path.problem import Problem, digest_of, flat, private_copy
-from poprisk.path.rules import Facts, Rule, StepRule, describe
 from poprisk.path.run import SCALARS, Interval, Run
 from poprisk.path.store import Storage
 from poprisk.path.trial import (
@@ -30,7 +31,6 @@ from poprisk.path.trial import (
     try_weights,
 )
 from poprisk.printing import described
-from poprisk.sharding import is_sharded
 
 Progress = Callable[[int, int | None], None]
 """Called with how many steps are done, and of how many (None: unknown)."""
@@ -53,7 +53,7 @@ class Recorder:
 
     Args:
         model: what is trained; each row of its output belongs to one example.
-        loss: per-example loss (b,), or the name of one (:data:`poprisk.path.losses.LOSSES`).
+        loss: per-example loss (b,), or the name of one (:data:`poprisk.losses.LOSSES`).
         optimizer: SGD, Adam, AdamW, RMSprop, PopRiskAdamW, ``gated(...)``, one with a
             ``step_rule`` method, or any with ``rule=``.
         train: inputs and targets of the training set.

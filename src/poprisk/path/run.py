@@ -13,7 +13,7 @@ from poprisk.path.store import Table
 from poprisk.printing import described, short_repr
 
 SCALARS = ("correction", "carry", "from_momentum", "from_gradient", "coupled", "decay", "sign")
-"""What is one number per tensor in a :class:`poprisk.path.rules.StepRule`."""
+"""What is one number per tensor in a :class:`poprisk.optim.step.StepRule`."""
 
 
 class Interval(NamedTuple):
@@ -37,7 +37,7 @@ class Interval(NamedTuple):
 
 
 class FlatRule(NamedTuple):
-    r"""A :class:`poprisk.path.rules.StepRule` over all weights: numbers, or vectors (P, 1).
+    r"""A :class:`poprisk.optim.step.StepRule` over all weights: numbers, or vectors (P, 1).
 
     ``steps`` of the recursion :math:`m \leftarrow a m + c\hat g` are taken with one gradient.
     """

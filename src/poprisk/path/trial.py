@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from poprisk.checks.errors import first_line
-from poprisk.checks.examples import check_separate
+from poprisk import losses
+from poprisk._validate.errors import first_line
+from poprisk._validate.examples import check_separate
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.forward_mode import plain_kernels
 from poprisk.path import checks as refuse
-from poprisk.path import losses
 from poprisk.path.problem import Problem, eagerly, flat
 
 EXAMPLES = 8

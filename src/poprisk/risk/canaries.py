@@ -8,8 +8,8 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from poprisk import checks
-from poprisk.checks import risk as inputs
+from poprisk import _validate as checks
+from poprisk._validate import risk as inputs
 from poprisk.printing import described, short_repr
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from poprisk.checks import risk as inputs
+from poprisk._validate import risk as inputs
 from poprisk.printing import short_repr
 from poprisk.risk.estimate import RiskEstimate, grouped_error
 

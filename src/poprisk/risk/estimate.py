@@ -4,8 +4,8 @@ A twin trained on the tilted losses :math:`\ell_i(u) - \delta z_i\cdot u`, z ran
 
 .. math:: \varphi = \frac{\sum_i (B_iz_i)\cdot(u_i'-u_i)}{\delta\sum_i|z_i|^2}
 
-estimates the degrees of freedom per output (Hutchinson). :mod:`poprisk.risk.links` turns them into
-leave-one-out outputs; the estimate is the mean of their losses.
+estimates the degrees of freedom per output (Hutchinson). :mod:`poprisk.risk.local_losses` turns
+them into leave-one-out outputs; the estimate is the mean of their losses.
 
 That takes a loss for quadratic over what the twin moved. Where it is not (absolute error,
 quantiles, hinge: no curvature but at kinks, which a second derivative does not see) the response of
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from poprisk.printing import described, short_repr
-from poprisk.risk.links import (
+from poprisk.risk.local_losses import (
     LARGEST_GAIN,
     Bend,
     Link,

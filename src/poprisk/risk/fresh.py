@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk.checks import risk as inputs
+from poprisk._validate import risk as inputs
 from poprisk.evaluation import evaluating
 from poprisk.printing import short_repr
-from poprisk.risk.links import PerExampleLoss, ignored_examples
+from poprisk.risk.local_losses import PerExampleLoss, ignored_examples
 
 Named = Mapping[str, Tensor]
 

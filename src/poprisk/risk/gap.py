@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk.checks import risk as inputs
+from poprisk._validate import risk as inputs
 from poprisk.evaluation import outputs_of
 from poprisk.path import Closure, Followed, Run, follow
 from poprisk.path.checks import check_answers
 from poprisk.printing import short_repr
 from poprisk.risk.estimate import Freedom, TwinOutputs, measure_freedom
-from poprisk.risk.links import NO_CURVATURE, bend_of, is_bent, link_of
+from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, link_of
 from poprisk.risk.twin import TwinRisk
 
 

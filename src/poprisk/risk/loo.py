@@ -1,7 +1,7 @@
 r"""Leave-one-out path response: what a recorded run would have been without each example.
 
 Along the realized path the displacement :math:`d_i` of the weights by deleting example i follows
-the optimizer's own step, which is linear in its gradients (:mod:`poprisk.path.rules`):
+the optimizer's own step, which is linear in its gradients (:mod:`poprisk.optim.step`):
 
 .. math:: \hat g_i = \tfrac1n\sum_{j\ne i} S_j \nabla^2_w\ell_j\, d_i
           - \tfrac1n S_i\nabla_w\ell_i + \lambda d_i,\quad
@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
-from poprisk import checks
-from poprisk.checks import risk as inputs
+from poprisk import _validate as checks
+from poprisk import losses as of_outputs
+from poprisk._validate import risk as inputs
 from poprisk.path import Run
-from poprisk.path import losses as of_outputs
 from poprisk.path.checks import check_answers, check_forward_mode
 from poprisk.path.run import Interval
 from poprisk.printing import short_repr
 from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
-from poprisk.risk.links import NO_CURVATURE, bend_of, is_bent, link_of
+from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, link_of
 
 FORMS = ("gauss-newton", "hessian")
 CHUNK = 64

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk import checks
-from poprisk.checks import risk as inputs
-from poprisk.checks.examples import check_separate, processes
+from poprisk import _validate as checks
+from poprisk._validate import risk as inputs
+from poprisk._validate.examples import check_separate, processes
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
 from poprisk.printing import described, short_repr
 from poprisk.randomness import RandomState
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
-from poprisk.risk.links import (
+from poprisk.risk.inputs import Witness
+from poprisk.risk.local_losses import (
     PerExampleLoss,
     gradient_of,
     ignored_examples,
@@ -27,7 +28,6 @@ from poprisk.risk.links import (
     link_of,
     on_logits,
 )
-from poprisk.risk.witness import Witness
 
 CHECKED_STEPS = 10
 CHECKED_EVERY = 100
@@ -177,9 +177,9 @@ class TwinRisk:
     .. math:: \varphi = \frac1N\sum_i \mathrm{tr}\,B_i\frac{\partial u_i}{\partial t_i}
 
     is measured as the twin's response to its own label noise, features' adaptation included, at any
-    time of training; leave-one-out outputs follow from it (:mod:`poprisk.risk.links`), and the
-    estimate is their mean loss. Ours; prior art: generalized degrees of freedom (Ye 1998), GCV and
-    GACV (Wahba), Monte-Carlo divergence (Ramani 2008), ALO.
+    time of training; leave-one-out outputs follow from it (:mod:`poprisk.risk.local_losses`), and
+    the estimate is their mean loss. Ours; prior art: generalized degrees of freedom (Ye 1998), GCV
+    and GACV (Wahba), Monte-Carlo divergence (Ramani 2008), ALO.
 
     It is *expected* risk with labels as noisy as the training set's, for examples drawn like it; it
     does not replace a test set. One more training run per probe, no data lost.

@@ -1,0 +1,114 @@
+r"""The training loss as a function of outputs: its gradient g and Hessian B, per example.
+
+The total is the mean, :math:`\Phi_S(u) = \frac1n \sum_i \ell(u_i, y_i)`; the factor 1/n is put in
+by whoever sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from poprisk import _validate as checks
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From outputs (b, ...) and targets (b, ...) to one value per example, (b,)."""
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    r""":math:`\frac12 \|u - y\|^2` per example.
+
+    Example:
+        >>> squared_error(torch.tensor([[3.0]]), torch.tensor([[1.0]]))
+        tensor([2.])
+    """
+    return (outputs - targets).square().flatten(1).sum(1) / 2
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of logits (b, c) against classes (b,) or probabilities (b, c)."""
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Logistic loss of logits (b, ...) against probabilities of the same shape, summed."""
+    values = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+    return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
+LOSSES: dict[str, Loss] = {
+    "squared_error": squared_error,
+    "cross_entropy": cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+}
+
+
+def resolve_loss(loss: str | Loss) -> Loss:
+    """The loss called by a name of :data:`LOSSES`, or the given function."""
+    if callable(loss):
+        return loss
+    checks.check_choice("loss", loss, LOSSES)
+    return LOSSES[loss]
+
+
+def values(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
+    """Losses per example, (b,).
+
+    Raises:
+        ValueError: if the loss gives anything but one value per example.
+    """
+    result = loss(u, y)
+    _check_per_example(result, len(u))
+    return result
+
+
+def gradient(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
+    r""":math:`\partial \ell_i / \partial u_i`, shape of ``u``."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        return _grad(values(loss, u, y).sum(), u)
+
+
+def hessian(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
+    r""":math:`\partial^2 \ell_i / \partial u_i^2` as (b, c, c), for outputs flattened to c."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        g = _grad(values(loss, u, y).sum(), u, create_graph=True).reshape(len(u), -1)
+        rows = [_grad(g[:, j].sum(), u).reshape(len(u), -1) for j in range(g.shape[1])]
+    return torch.stack(rows, dim=1)
+
+
+def hessian_product(loss: Loss, u: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
+    """The Hessian of each example times ``vectors`` (b, c, r), same shape; nothing is formed."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        g = _grad(values(loss, u, y).sum(), u, create_graph=True).reshape(len(u), -1)
+        columns = [
+            _grad((g * vectors[..., j]).sum(), u).reshape(len(u), -1)
+            for j in range(vectors.shape[-1])
+        ]
+    return torch.stack(columns, dim=-1)
+
+
+def _grad(total: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Gradient of a sum; zero where it does not depend on ``u`` (a loss linear in it)."""
+    if not total.requires_grad:
+        return torch.zeros_like(u)
+    (grad,) = torch.autograd.grad(
+        total, u, create_graph=create_graph, retain_graph=True, materialize_grads=True
+    )
+    return grad
+
+
+def _check_per_example(values: Any, examples: int) -> None:
+    """Raise ValueError unless a loss gave one value per example."""
+    if not isinstance(values, Tensor) or tuple(values.shape) != (examples,):
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"loss must give one value per example, shape ({examples},), but gave {found}; pass "
+            "reduction='none' and reduce all dimensions but the first."
+        )

@@ -1,0 +1,341 @@
+r"""The empirical tangent kernel (eNTK) of a finite network, exact, as a matrix or as an operator.
+
+.. math:: K = J_x\, M\, J_y^\top
+
+with the Jacobians of the outputs for two sets of examples and a diagonal preconditioner M [LG].
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from poprisk import _validate as checks
+from poprisk._validate import examples
+from poprisk.jacobian import (
+    Jacobian,
+    Selection,
+    as_inputs,
+    check_readable_model,
+    check_repeatable_model,
+    chunks,
+    inner,
+    looking,
+    trainable,
+)
+from poprisk.linalg import Eigenpairs, Estimate, top_eigenpairs, trace_estimate
+from poprisk.per_sample import Factors
+from poprisk.printing import described
+
+__all__ = ["Eigenpairs", "Estimate", "Kernel", "entk"]
+
+MAX_MEMORY = 2 << 30
+
+
+def entk(
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    *,
+    outputs: str | Sequence[int] = "all",
+    params: Selection = None,
+    precondition: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+    max_memory: int = MAX_MEMORY,
+) -> Kernel:
+    r"""The empirical tangent kernel between the outputs for ``x`` and those for ``y``.
+
+    .. math:: K_{(i,c),(j,d)} = \sum_p M_p\, \partial_p f_c(x_i)\, \partial_p f_d(y_j)
+
+    Nothing is computed yet but checks; see :class:`Kernel`. Source: [LG]; computed from factors
+    (:mod:`poprisk.per_sample`), without the Jacobian.
+
+    Args:
+        model: any module whose output has the examples first; on any device, float32 or float64.
+        x: n examples: a tensor, a tuple for ``model(*x)``, a dict for ``model(**x)``, or a list
+            or loader of batches that gives the same in every pass.
+        y: m examples; None: the same as ``x`` (:math:`K_{SS}`). With queries as ``x`` and the
+            training set as ``y`` this is :math:`K_{QS}`.
+        outputs: ``"all"``: a row for each example and output, c next to each other for each
+            example, (n·c, m·c); positions of some outputs; ``"sum"``: the kernel of the summed
+            outputs, (n, m); ``"trace"``: the sum of the kernels of each output, (n, m).
+        params: names of the parameters that count, or a function of name and parameter; None: all
+            that require gradients.
+        precondition: M, by name or in the order of the parameters, of their shapes; None: ones.
+        max_memory: bytes that the kernel and what is needed to compute it may take.
+
+    Raises:
+        TypeError, ValueError: for wrong shapes, an empty batch, no trainable parameter, mixed
+            devices, dropout or batch statistics, outputs or data that change between passes,
+            outputs that are NaN, examples that cannot be passed alone (the nodes of a graph), a
+            budget too small for one example, or gradients that the graph does not show: sharded
+            parameters, hooks on parameters, reentrant checkpointing. Wrappers
+            (DistributedDataParallel, torch.compile) are looked through.
+
+    Example:
+        >>> linear = torch.nn.Linear(2, 1, bias=False)
+        >>> entk(linear, torch.eye(2)).dense()
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    checks.check_positive("max_memory", max_memory)
+    if isinstance(outputs, str):
+        checks.check_choice("outputs", outputs, ("all", "sum", "trace"))
+    named = trainable(model, params)
+    model = inner(model)
+    examples.check_no_batch_statistics(model)
+    weights = _weights(precondition, named)
+    kept = None if outputs == "all" else outputs
+    sides = []
+    for name, data in (("x", x), ("y", y)):
+        if data is not None:
+            inputs = as_inputs(name, data)
+            examples.check_one_device(pytree.tree_leaves(inputs), named)
+            with looking(model):
+                sides.append(Jacobian(model, named, inputs, kept))
+                check_repeatable_model(sides[-1])
+                check_readable_model(sides[-1])
+    left, right = sides[0], sides[-1]
+    examples.check_same_values(left.values, right.values)
+    return Kernel(left, right, weights=weights, trace=outputs == "trace", max_memory=max_memory)
+
+
+@final
+class Kernel:
+    r"""The matrix :math:`K = J_x M J_y^\top` as an operator; made by :func:`entk`.
+
+    :meth:`dense` forms it; all else works without. Once formed it is kept, only one triangle of
+    it if it is symmetric, and products use it. Weights must not change in between.
+
+    Attributes:
+        shape: rows and columns.
+        symmetric: whether ``x`` and ``y`` are the same.
+    """
+
+    def __init__(
+        self,
+        left: Jacobian,
+        right: Jacobian,
+        *,
+        weights: dict[str, Tensor] | None,
+        trace: bool,
+        max_memory: int,
+    ) -> None:
+        self._left = left
+        self._right = right
+        self._weights = weights
+        self._trace = trace
+        self._max_memory = max_memory
+        self._blocks: dict[tuple[int, int], Tensor] = {}
+        self.symmetric = left is right
+        self.shape = (left.examples * self._rows, right.examples * self._rows)
+
+    def __repr__(self) -> str:
+        kind = "symmetric" if self.symmetric else "between two sets"
+        formed = "formed" if self._blocks else "not formed"
+        model = type(self._left.model).__name__
+        size = f"{self.shape[0]:,} × {self.shape[1]:,}"
+        return described("Kernel", size, kind, f"of a {model}", formed)
+
+    @property
+    def _rows(self) -> int:
+        """Rows of the matrix for each example."""
+        return 1 if self._trace else self._left.values
+
+    def _looking(self) -> contextlib.AbstractContextManager[None]:
+        return looking(self._left.model)
+
+    def dense(self) -> Tensor:
+        """K itself, of :attr:`shape`, in the dtype and on the device of the parameters."""
+        with self._looking():
+            self._form()
+        out = self._zeros(*self.shape)
+        for (i, j), block in self._blocks.items():
+            out[i : i + len(block), j : j + block.shape[1]] = block
+            if self.symmetric and i != j:
+                out[j : j + block.shape[1], i : i + len(block)] = block.T
+        return out
+
+    def matmul(self, vectors: Tensor) -> Tensor:
+        """K times a vector (m·c,) or the columns of (m·c, s), without forming K.
+
+        Each column takes a backward and a forward-mode pass through the model; see
+        :meth:`dense` for when there are many.
+        """
+        examples.check_columns(vectors, self.shape[1])
+        examples.check_same_kind("the vectors", vectors, self._zeros(1))
+        columns = vectors.unsqueeze(1) if vectors.ndim == 1 else vectors
+        product = self._formed_product if self._blocks else self._free_product
+        with self._looking():
+            return product(columns).reshape(self.shape[0], *vectors.shape[1:])
+
+    __matmul__ = matmul
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of a symmetric K, exactly."""
+        examples.check_symmetric(self.symmetric, "diagonal")
+        with self._looking():
+            workspace, block = self._budget(0)
+            parts = []
+            for rows in chunks(self._left.examples, block):
+                factors = self._left.factors(rows)
+                norms = factors.squared_norms(precondition=self._weights, workspace=workspace)
+                parts.append(norms.sum(dim=1) if self._trace else norms.flatten())
+        return _finite(torch.cat(parts))
+
+    def trace(
+        self, probes: int | None = None, *, generator: torch.Generator | None = None
+    ) -> Estimate:
+        """The trace of a symmetric K: exact from the diagonal, or estimated from products.
+
+        Args:
+            probes: random vectors of Hutchinson's estimate, at least 2; None: exact.
+            generator: for the probes.
+        """
+        examples.check_symmetric(self.symmetric, "trace")
+        if probes is None:
+            return Estimate(float(self.diagonal().double().sum()), 0.0)
+        examples.check_range("probes", probes, 2)
+        signs = torch.randint(0, 2, (self.shape[0], probes), generator=generator) * 2 - 1
+        return trace_estimate(self.matmul, self._like(signs))
+
+    def eigsh(
+        self,
+        k: int,
+        *,
+        tolerance: float = 1e-6,
+        max_products: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Eigenpairs:
+        """The k largest eigenvalues of a symmetric K with their vectors and residuals.
+
+        Args:
+            k: number of eigenpairs.
+            tolerance: largest residual, relative to the largest eigenvalue.
+            max_products: products with K that may be spent; None: 20 k + 40.
+            generator: for the start.
+        """
+        examples.check_symmetric(self.symmetric, "eigsh")
+        examples.check_range("k", k, 1, self.shape[0])
+        start = torch.randn(self.shape[0], min(k + 2, self.shape[0]), generator=generator)
+        limit = 20 * k + 40 if max_products is None else max_products
+        return top_eigenpairs(
+            self.matmul, self._like(start), k, tolerance=tolerance, max_products=limit
+        )
+
+    def _form(self) -> None:
+        """Compute K block by block, unless that has been done; the lower triangle if symmetric."""
+        if self._blocks:
+            return
+        workspace, block = self._budget(self.shape[0] * self.shape[1])
+        for i, rows in enumerate(chunks(self._left.examples, block)):
+            left = self._left.factors(rows)
+            for j, columns in enumerate(chunks(self._right.examples, block)):
+                if self.symmetric and j > i:
+                    break
+                right = left if self.symmetric and i == j else self._right.factors(columns)
+                place = rows.start * self._rows, columns.start * self._rows
+                self._blocks[place] = self._block(left, right, workspace)
+
+    def _block(self, left: Factors, right: Factors, workspace: int) -> Tensor:
+        weights = self._weights
+        if not self._trace:
+            return _finite(left.gram(right, precondition=weights, workspace=workspace))
+        total = self._zeros(left.examples, right.examples)
+        for k in range(left.values):
+            one = left.part(values=slice(k, k + 1))
+            other = one if left is right else right.part(values=slice(k, k + 1))
+            total += one.gram(other, precondition=weights, workspace=workspace)
+        return _finite(total)
+
+    def _formed_product(self, columns: Tensor) -> Tensor:
+        out = columns.new_zeros(self.shape[0], columns.shape[1])
+        for (i, j), block in self._blocks.items():
+            height, width = block.shape
+            out[i : i + height] += block @ columns[j : j + width]
+            if self.symmetric and i != j:
+                out[j : j + width] += block.T @ columns[i : i + height]
+        return out
+
+    def _free_product(self, columns: Tensor) -> Tensor:
+        _, block = self._budget(0)
+        products = [_finite(self._one_product(column, block)) for column in columns.T]
+        return torch.stack(products, dim=1)
+
+    def _one_product(self, column: Tensor, block: int) -> Tensor:
+        if not self._trace:
+            vector = self._right.transposed_product(column, block)
+            return self._left.product(self._weighted(vector), block)
+        total = self._zeros(self.shape[0])
+        for k in range(self._left.values):
+            only = column.new_zeros(len(column), self._right.values)
+            only[:, k] = column
+            vector = self._right.transposed_product(only.flatten(), block)
+            product = self._left.product(self._weighted(vector), block)
+            total += product.reshape(-1, self._left.values)[:, k]
+        return total
+
+    def _weighted(self, vector: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._weights is None:
+            return vector
+        return {name: v * self._weights[name] for name, v in vector.items()}
+
+    def _budget(self, elements: int) -> tuple[int, int]:
+        """Elements of workspace, and examples per block, besides a result of so many elements.
+
+        Raises:
+            ValueError: if the result or one example does not fit.
+        """
+        size = self._zeros(1).element_size()
+        kept = elements + (elements // 2 if self.symmetric else elements)  # blocks, and the whole
+        free = self._max_memory // size - kept
+        examples.check_kernel_fits(self.shape, kept * size, self._max_memory)
+        costs = {side.footprint() for side in (self._left, self._right)}
+        example = max(2 * cost.graph + 2 * cost.factors for cost in costs)
+        block = free // max(1, 2 * example)
+        examples.check_block_fits(block, 2 * example * size + kept * size, self._max_memory)
+        rows = int((free / 8) ** 0.5) // self._rows
+        block = max(1, min(block, rows, max(self._left.examples, self._right.examples)))
+        return max(1, free // 4), block
+
+    def _zeros(self, *shape: int) -> Tensor:
+        like = next(iter(self._left.params.values()))
+        dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        like = self._zeros(1)
+        return tensor.to(like.device, like.dtype)
+
+
+def _finite(kernel: Tensor) -> Tensor:
+    """Entries of a kernel, or of its product with a vector, as they are.
+
+    Raises:
+        ValueError: if one is NaN or Inf.
+    """
+    # The ends tell it without a copy as large as the kernel: NaN is both of them.
+    ends = torch.stack(kernel.aminmax())
+    examples.check_finite_kernel(bool(ends.isfinite().all()))
+    return kernel
+
+
+def _weights(
+    precondition: Mapping[str, Tensor] | Sequence[Tensor] | None, params: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor] | None:
+    """M by name, with shapes checked."""
+    if precondition is None:
+        return None
+    if not isinstance(precondition, Mapping):
+        examples.check_count("precondition", len(precondition), len(params))
+        precondition = dict(zip(params, precondition, strict=True))
+    examples.check_names("precondition", params, precondition)
+    for name, p in params.items():
+        what, weight = f"precondition[{name!r}]", precondition[name]
+        examples.check_shape(what, weight, tuple(p.shape))
+        examples.check_same_kind(what, weight, p.real if p.is_complex() else p)
+    return {name: precondition[name].detach() for name in params}

@@ -1,0 +1,1 @@
+"""The optimizer, the gate on other optimizers, and the estimators of variance behind both."""

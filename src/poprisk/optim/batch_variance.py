@@ -1,0 +1,366 @@
+r"""The variance of the batch-mean gradient from within one batch.
+
+A batch of b examples is seen in J parts of :math:`b_j` examples, whose gradients add up,
+:math:`g = \sum_j \delta_j`; part j alone estimates g by :math:`\delta_j b / b_j`. Then
+
+.. math:: \frac{b \sum_j \delta_j^2 / b_j - g^2}{J - 1}
+
+is an unbiased estimate of the variance of g for independent examples [ours]. Parts of one example
+give :math:`\Sigma_B/(b-1)` exactly; accumulation steps or ranks are larger parts.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import cast, final
+
+import torch
+from torch import Tensor
+
+from poprisk._validate import check_gradients
+from poprisk._validate import examples as checks
+from poprisk.optim.variance import GivenVariances
+from poprisk.per_sample import Factors, capture
+from poprisk.per_sample.graph import leaves_of
+from poprisk.per_sample.moments import not_negative, squared
+from poprisk.per_sample.visible import check_whole
+
+SCALED_TOLERANCE = 1e-2
+"""Relative deviation from a common factor, beyond rounding, at which gradients count as changed."""
+
+PROBE = 4096
+"""Entries of a gradient, roughly, in which changes before the step are looked for."""
+
+
+@dataclass
+class _Noted:
+    """What is known of one parameter's gradient.
+
+    Attributes:
+        squares: sum of the squared shares, each divided by its number of examples.
+        grad: the tensor that held the gradient after the last part.
+        version: of that tensor.
+        probe: some of its entries then.
+        whole: whether these are all; where a selection would hold zeros only.
+        copy: all of them, where the next part is a difference.
+    """
+
+    squares: Tensor
+    grad: Tensor
+    version: int
+    probe: Tensor
+    whole: bool
+    copy: Tensor | None
+
+    def holds(self, grad: Tensor) -> bool:
+        """Whether a gradient is the one that was noted, unchanged."""
+        return grad is self.grad and grad._version == self.version
+
+
+@final
+class BatchParts:
+    """What the parts of one batch have shown so far; one for each optimizer.
+
+    Args:
+        params: the optimizer's parameters, by name or position.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.params = params
+        self._noted: dict[Tensor, _Noted] = {}
+        self._used: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
+        self._restart()
+
+    def reset(self) -> None:
+        """Start a new batch after gradients were cleared."""
+        self._restart()
+        self._used.clear()
+
+    def use(self) -> None:
+        """Start a new batch after a step; gradients are still to be cleared."""
+        grads = {p: p.grad for p in self._noted if p.grad is not None}
+        self._used = {p: (weakref.ref(g), g._version + 1) for p, g in grads.items()}
+        self._restart()
+
+    def _restart(self) -> None:
+        self.examples = 0
+        self.parts = 0
+        self._share: float | None = None
+        self._noted.clear()
+
+    def backward(self, losses: Tensor, weight: float, batch_size: int | None = None) -> None:
+        """Add ``weight`` times the mean gradient to ``.grad``, and note each example's share.
+
+        The gradient is autograd's own, hooks included; the squares come from the graph. Where the
+        shares do not add up to that gradient, ``.grad`` stays as it was.
+
+        Args:
+            losses: (b,), one per example.
+            weight: share of these examples in the batch.
+            batch_size: examples of a whole step, if it is known.
+
+        Raises:
+            TypeError, ValueError: if the losses are not one per example, for at least two, or more
+                than ``batch_size``, or if gradients take a way that the graph does not show.
+            RuntimeError: if ``.grad`` holds something that is no part of this batch, or something
+                outside the graph changes gradients.
+        """
+        checks.check_losses(losses)
+        self._restart_if_cleared()
+        share, before = weight / len(losses), self._share
+        checks.check_same_share(before is None or math.isclose(share, before, rel_tol=1e-6))
+        checks.check_step_size(self.examples + len(losses), len(losses) / weight, batch_size)
+        values = losses * share
+        leaves = [*leaves_of(values), *self.params.values()]
+        checks.check_no_post_hooks(any(p._post_accumulate_grad_hooks for p in leaves))
+        with _set_aside(leaves):
+            found = _shares(capture(values, self.params, accumulate=True))
+        for p in found:
+            self._check_untouched(p)
+        self._share = share
+        for p, (grad, squares) in found.items():
+            if p.grad is None:
+                p.grad = grad
+            else:
+                p.grad.add_(grad)
+            self._note(p, squares)
+        self.examples += len(losses)
+        self.parts += len(losses)
+
+    @torch.no_grad()
+    def part(self, size: int, batch_size: int | None = None) -> None:
+        """Note what the last backward pass added to ``.grad``, for ``size`` examples.
+
+        Raises:
+            ValueError: if there are more examples than ``batch_size``, that of a whole step.
+            RuntimeError: if there was no or more than one backward pass since the last part.
+        """
+        self._restart_if_cleared()
+        checks.check_step_size(self.examples + size, size, batch_size)
+        check_whole(self.params, "what one part of a batch adds to its gradient is not seen whole")
+        changes = [self._changes(p) for p in self.params.values() if p.grad is not None]
+        checks.check_some_backward(any(changes))
+        for p in self.params.values():
+            if p.grad is None:
+                continue
+            noted, share = self._noted.get(p), p.grad
+            if noted is not None and noted.copy is not None:
+                share = p.grad - noted.copy
+            self._note(p, squared(share).div_(size), p.grad.clone())
+        self.examples += size
+        self.parts += 1
+
+    def variances(self, params: Sequence[Tensor]) -> GivenVariances:
+        """The variance of each gradient; a factor since (clipping by norm, unscaling) counts.
+
+        Raises:
+            RuntimeError: unless gradients are the sum of at least two parts, up to a factor.
+        """
+        checks.check_parts(self.parts)
+        checks.check_seen(all(p in self._noted for p in params))
+        factors = {p: self._factor(p) for p in params}
+        return {p: partial(self._variance, p, factor) for p, factor in factors.items()}
+
+    @torch.no_grad()
+    def _variance(self, p: Tensor, factor: float) -> Tensor:
+        total = self._noted[p].squares * (self.examples * factor**2)
+        return not_negative((total - squared(_grad(p))) / (self.parts - 1))
+
+    def _factor(self, p: Tensor) -> float:
+        noted, grad = self._noted[p], _grad(p)
+        # Not by version: GradScaler and writes through ``.data`` leave it as it was.
+        return _common_factor(_probe(grad, whole=noted.whole), noted.probe)
+
+    def _changes(self, p: Tensor) -> int:
+        """Backward passes, 0 or 1, that added to ``.grad`` since the last part.
+
+        Raises:
+            RuntimeError: if there were more, or gradients of the last step are still in there.
+        """
+        grad, noted = _grad(p), self._noted.get(p)
+        if noted is None:
+            checks.check_fresh(self._used.get(p) != (weakref.ref(grad), grad._version))
+            return 1
+        checks.check_one_backward(grad is noted.grad, grad._version - noted.version)
+        return grad._version - noted.version
+
+    def _note(self, p: Tensor, squares: Tensor, copy: Tensor | None = None) -> None:
+        grad = _grad(p)
+        if p in self._noted:
+            squares = squares.add_(self._noted[p].squares)
+        probe = _probe(grad)
+        whole = not bool(probe.any())
+        if whole:
+            probe = _probe(grad, whole=True)
+        self._noted[p] = _Noted(squares, grad, grad._version, probe, whole, copy)
+
+    def _check_untouched(self, p: Tensor) -> None:
+        """Raise RuntimeError if ``.grad`` holds something that is no part of this batch."""
+        if p.grad is None:
+            return
+        noted = self._noted.get(p)
+        if noted is None:
+            checks.check_fresh(not bool(p.grad.any()))
+        else:
+            checks.check_same_grad(noted.holds(p.grad))
+
+    def _restart_if_cleared(self) -> None:
+        """A batch whose step was skipped leaves its parts behind; its gradients are gone."""
+        if any(p.grad is None for p in self._noted):
+            self.reset()
+
+
+@contextmanager
+def _set_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Leaves without gradients, which are put back afterwards."""
+    grads = {p: p.grad for p in leaves}
+    try:
+        for p in grads:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in grads.items():
+            p.grad = grad
+
+
+@torch.no_grad()
+def _shares(factors: Factors) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    """What autograd has put into ``.grad``, and the sums of squared shares of the examples.
+
+    Raises:
+        RuntimeError: if a gradient is not the sum of the shares. Rounding is compared with the
+            largest gradient of the model: some are zero but for rounding, such as that of the bias
+            of the keys in attention.
+    """
+    found: dict[Tensor, tuple[Tensor, Tensor]] = {}
+    gaps: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, sums, squares in factors.each_moments():
+        p = factors.params[name]
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        check_gradients([grad])
+        gap, size = _gap(grad, sums, squares)
+        if p._backward_hooks and bool(gap > _tolerance(p) * size):
+            squares = _behind_hook(name, grad, sums, squares)
+        else:
+            gaps[name] = gap, size
+        found[p] = grad, squares
+    for name, p in factors.params.items():
+        if p not in found and p.grad is not None:
+            if bool(p.grad.any()):
+                raise _unseen(name, p)
+            found[p] = p.grad, squared(p.grad)
+    sizes = _numbers([size for _, size in gaps.values()])
+    largest = max(filter(math.isfinite, sizes), default=0.0)
+    for name, gap, size in zip(gaps, _numbers([g for g, _ in gaps.values()]), sizes, strict=True):
+        p = factors.params[name]
+        small = gap <= _tolerance(p) * size + _rounding(p) * largest
+        if not small and bool(found[p][0].to_dense().isfinite().all()):
+            raise _unseen(name, p)
+    return found
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    """The values of tensors of one element, of one device, after waiting for it once."""
+    return torch.stack([s.double() for s in scalars]).tolist() if scalars else []
+
+
+def _gap(grad: Tensor, sums: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of a gradient from the sum of shares, and the size to compare it with."""
+    now, then = _real(grad.to_dense()).to(_real(sums).dtype), _real(sums)
+    size = torch.linalg.vector_norm(then) + _real(squares).sum().sqrt()
+    return torch.linalg.vector_norm(now - then), size
+
+
+def _behind_hook(name: str, grad: Tensor, sums: Tensor, squares: Tensor) -> Tensor:
+    """Squares of shares behind a hook that sets entries to zero, multiplies by a number, or both.
+
+    Raises:
+        RuntimeError: for any other; what it makes of one share is not known.
+    """
+    now, kept = grad.to_dense(), grad.to_dense() != 0
+    then = torch.where(kept, sums, 0)
+    factor = _ratio(_real(now), _real(then))
+    squares = torch.where(kept, squares * factor**2, 0)
+    gap, size = _gap(grad, then * factor, squares)
+    if bool(now.isfinite().all()) and not bool(gap <= _tolerance(grad) * size):
+        raise RuntimeError(
+            f"a hook on {_described(name, grad)} (register_hook) changes its gradient by more than "
+            "a factor or zeros at some entries: what it makes of one example, which "
+            'variance="exact" needs, is not known; remove it, or use another variance.'
+        )
+    return squares
+
+
+def _ratio(now: Tensor, then: Tensor) -> float:
+    total = float(then.square().sum())
+    return float((now.to(then.dtype) * then).sum()) / total if total > 0 else 0.0
+
+
+def _unseen(name: str, p: Tensor) -> RuntimeError:
+    """The error for a gradient that is not the sum of the shares that the graph shows."""
+    cause = (
+        "a wrapper such as DistributedDataParallel averages it over processes. Use "
+        'variance="data-parallel" with observe_ranks(model, optimizer)'
+        if checks.processes() > 1
+        else "it takes a way that the graph does not show, such as a backward pass that a custom "
+        "autograd.Function runs itself, or a hook on its AccumulateGrad node. Remove that, or use "
+        "another variance"
+    )
+    return RuntimeError(
+        f"the gradient that autograd gives for {_described(name, p)} is not the sum of its "
+        f'examples\' shares, which variance="exact" needs: {cause}. Nothing was changed.'
+    )
+
+
+def _described(name: str, p: Tensor) -> str:
+    group, _, place = name.partition(".")
+    return f"parameter {place} of group {group}, of shape {tuple(p.shape)},"
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _tolerance(p: Tensor) -> float:
+    """Deviation of a gradient from the sum of its shares, relative to both, that may be rounding.
+
+    Of products in half precision, too, that autocast may have taken.
+    """
+    return 1e-3 if p.dtype in (torch.float64, torch.complex128) else 2e-2
+
+
+def _rounding(p: Tensor) -> float:
+    """The same, relative to the largest gradient of the model."""
+    return 1e-6 if p.dtype in (torch.float64, torch.complex128) else 1e-2
+
+
+def _grad(p: Tensor) -> Tensor:
+    return cast(Tensor, p.grad)
+
+
+def _probe(grad: Tensor, *, whole: bool = False) -> Tensor:
+    """A copy of some thousands of entries, or of all."""
+    flat = grad.flatten()
+    return flat[:: 1 if whole else max(1, flat.numel() // PROBE)].clone()
+
+
+def _common_factor(after: Tensor, before: Tensor) -> float:
+    """The number that a gradient was multiplied by.
+
+    Raises:
+        RuntimeError: if not all of it was multiplied by the same.
+    """
+    if torch.equal(after, before):
+        return 1.0
+    then, now = (torch.view_as_real(x) if x.is_complex() else x for x in (before, after))
+    then, now = then.double(), now.double()
+    norm = float(torch.linalg.vector_norm(then))
+    factor = float(torch.linalg.vector_norm(now)) / norm if norm > 0 else 1.0
+    rest = float(torch.linalg.vector_norm(now - factor * then))
+    checks.check_only_scaled(rest <= SCALED_TOLERANCE * factor * norm)
+    return factor

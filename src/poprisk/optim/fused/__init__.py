@@ -1,0 +1,236 @@
+"""The fast step: one pass over memory by a native kernel.
+
+The kernel (``kernel.cpp``) repeats the arithmetic of :mod:`poprisk.optim.update`,
+:mod:`poprisk.optim.gate` and :mod:`poprisk.optim.variance` rounding by rounding, so that
+``fused=True`` gives the weights of ``foreach=True``. It runs on the CPU; what it
+cannot take (other devices, tensors with gaps) stays with the foreach path.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poprisk.optim.fused import native
+from poprisk.optim.fused.build import library
+from poprisk.optim.gate import MASKS_, Gate, TensorList
+from poprisk.optim.update import AdamSettings, Slots, all_finite, size_limit, state_dtype
+from poprisk.optim.variance import Clock, Ema, SecondMoment, VarianceEstimator
+
+MASK_NAMES = {mask: name for name, mask in MASKS_.items()}
+
+
+def fused_adamw_(
+    slots: Slots,
+    *,
+    settings: AdamSettings,
+    clock: Clock,
+    estimator: VarianceEstimator | None,
+    gate: Gate | None,
+    maximize: bool,
+) -> list[int]:
+    """Update in place as :func:`poprisk.optim.update.gated_adamw_` does, as far as the kernel can.
+
+    Args:
+        slots: as for ``gated_adamw_``, but parameters and gradients may have 16 bits, all may be
+            complex, and gradients are not negated yet.
+        settings: what AdamW needs.
+        clock: counters.
+        estimator: of the variance; None: not gated.
+        gate: None: this step is not gated.
+        maximize: ascend.
+
+    Returns:
+        The indices of the tensors that were left alone.
+    """
+    kernel = library()
+    if kernel is None:
+        return [*range(len(slots.params))]
+    slots, left = _fitting(slots)
+    if not slots.params:
+        return left
+    numbers = {**_adam_numbers(settings, clock), "sign": -1.0 if maximize else 1.0}
+    numbers |= _variance_numbers(clock, estimator)
+    launch = _Launch(kernel, slots, numbers)
+    if gate is None or estimator is None:
+        launch("whole")
+    elif gate.per_tensor:
+        _two_passes(launch, slots, clock, estimator, gate)
+    else:
+        launch("whole", **_mask_numbers(gate, clock, estimator, state_dtype(slots.params[0])))
+    return left
+
+
+def gradients_are_finite(grads: TensorList) -> bool:
+    """:func:`poprisk.optim.update.all_finite` at the speed of reading the gradients once."""
+    kernel = library()
+    if kernel is None:
+        return all_finite(grads)
+    if len({g.dtype for g in grads}) == 1 and _all_contiguous(grads):
+        return _within(kernel, grads)
+    dense: dict[torch.dtype, TensorList] = defaultdict(list)
+    rest = []
+    for g in grads:
+        (dense[g.dtype] if g.is_contiguous() and g.device.type == "cpu" else rest).append(g)
+    return all_finite(rest) and all(_within(kernel, same) for same in dense.values())
+
+
+def _within(kernel: ctypes.CDLL, grads: TensorList) -> bool:
+    return native.within(kernel, grads, size_limit(grads[0].dtype))
+
+
+class _Launch:
+    """Calls of the kernel on the same tensors."""
+
+    def __init__(self, kernel: ctypes.CDLL, slots: Slots, numbers: dict[str, float]) -> None:
+        self.kernel = kernel
+        self.columns = [native.addresses(column) for column in slots]
+        self.numels = native.sizes(slots.params)
+        threads = native.thread_count(sum(self.numels))
+        if len(set(self.columns[0])) < len(slots.params):
+            threads = 1  # two parameters share memory
+        pointers = dict(zip(native.POINTERS, map(native.start, self.columns), strict=False))
+        self.fields: dict[str, Any] = {
+            **pointers,
+            **numbers,
+            "variances": native.start(self.columns[4]) if slots.variances else None,
+            "numels": native.start(self.numels),
+            "tensors": len(slots.params),
+            "param_dtype": _code(slots.params[0]),
+            "grad_dtype": _code(slots.grads[0]),
+            "threads": threads,
+        }
+
+    def __call__(self, phase: str, **changes: Any) -> None:
+        task = native.Task(**self.fields, phase=native.PHASES[phase], **changes)
+        self.kernel.poprisk_update(ctypes.addressof(task))
+
+
+def _two_passes(
+    launch: _Launch, slots: Slots, clock: Clock, estimator: VarianceEstimator, gate: Gate
+) -> None:
+    """Moments and their sums first; then one mask per tensor, and the weights."""
+    numels = launch.numels
+    sums = array.array("d", bytes(16 * len(numels) * launch.fields["threads"]))
+    launch("moments", sums=native.start(sums))
+    totals = torch.tensor(native.pooled_sums(sums, numels), dtype=torch.float64).T.contiguous()
+    means = gate.averages(totals, numels, state_dtype(slots.params[0]).to_real())
+    q = gate.on_squares(*means, mean_scale=clock.mean_scale, var_scale=estimator.scale(clock))
+    gates = array.array("d", [x.item() for x in q])
+    launch("weights", gates=native.start(gates))
+
+
+def _fitting(slots: Slots) -> tuple[Slots, list[int]]:
+    """The tensors that the kernel can take, gradients laid out like them, and the others' indices.
+
+    Parameter and state must be dense and laid out alike.
+    """
+    every = range(len(slots.params))
+    if slots.params[0].device.type != "cpu":
+        return slots.subset([]), [*every]
+    if all(_all_contiguous(column) for column in slots) and _state_fits(slots):
+        taken = [*every]
+    else:
+        taken = [i for i in every if _alike(*(column[i] for column in slots if column))]
+    left = sorted({*every} - {*taken})
+    if left:
+        slots = slots.subset(taken)
+    if not (_all_contiguous(slots.grads) and _all_contiguous(slots.params)):
+        pairs = zip(slots.grads, slots.params, strict=True)
+        slots = slots._replace(grads=[_laid_out(g, w) for g, w in pairs])
+    return slots, left
+
+
+def _all_contiguous(tensors: TensorList) -> bool:
+    return all(map(Tensor.is_contiguous, tensors))
+
+
+def _state_fits(slots: Slots) -> bool:
+    """Whether the state is of the dtype and size that the kernel takes it for."""
+    needed = state_dtype(slots.params[0])
+    return all(
+        x.dtype == needed and x.shape == w.shape
+        for column in slots[2:]
+        for x, w in zip(column, slots.params, strict=False)
+    )
+
+
+def _alike(w: Tensor, g: Tensor, *state: Tensor) -> bool:
+    fits = all(
+        x.dtype == state_dtype(w) and x.shape == w.shape and x.stride() == w.stride() for x in state
+    )
+    return w.dtype == g.dtype and is_dense(w) and fits
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the entries fill a stretch of memory without gap or overlap, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _laid_out(g: Tensor, w: Tensor) -> Tensor:
+    """The gradient in its parameter's memory layout: itself, or a copy."""
+    return g if g.stride() == w.stride() else torch.empty_like(w).copy_(g)
+
+
+def _code(t: Tensor) -> int:
+    return native.DTYPES[t.dtype.to_real()]
+
+
+def _adam_numbers(settings: AdamSettings, clock: Clock) -> dict[str, float]:
+    lr = float(settings.lr)
+    return {
+        "decay": 1 - lr * settings.weight_decay,
+        "beta1_weight": 1 - settings.beta1,
+        "beta2": settings.beta2,
+        "beta2_weight": 1 - settings.beta2,
+        "v_correction": (1 - clock.beta2**clock.t) ** 0.5,
+        "eps": settings.eps,
+        "rate": lr / (1 - clock.beta1**clock.t),
+    }
+
+
+def _variance_numbers(clock: Clock, estimator: VarianceEstimator | None) -> dict[str, float]:
+    """What the kernel observes, and how it reads the variance."""
+    if isinstance(estimator, Ema) and clock.observations > 0:
+        return {
+            "estimator": native.ESTIMATORS["ema"],
+            "centre": estimator.centre(clock),
+            "rho_weight": 1 - estimator.rho,
+        }
+    if isinstance(estimator, SecondMoment):
+        return {
+            "estimator": native.ESTIMATORS["second-moment"],
+            "v_scale": 1 / (1 - clock.beta2**clock.t),
+            "m_scale_sq": clock.mean_scale**2,
+        }
+    given = estimator is not None and not isinstance(estimator, Ema)
+    return {"estimator": native.ESTIMATORS["given" if given else "unobserved"]}
+
+
+def _mask_numbers(
+    gate: Gate, clock: Clock, estimator: VarianceEstimator, dtype: torch.dtype
+) -> dict[str, float]:
+    """The coefficients of the mask on raw moments, in the order of operations of the masks."""
+    name, info = MASK_NAMES[gate.mask], torch.finfo(dtype)
+    var_scale = estimator.scale(clock) / clock.mean_scale**2
+    alpha = gate.alpha * var_scale * (1 + 8 * info.eps if name == "hard" else 1.0)
+    weight = gate.softness * (gate.alpha if name == "snr" else 1.0) * var_scale
+    return {
+        "mask": native.MASKS[name],
+        "alpha": alpha,
+        "weight": weight,
+        "mask_eps": gate.eps / clock.mean_scale**2,
+        "tiny": info.tiny,
+        "q_min": gate.q_min,
+    }

@@ -1,0 +1,176 @@
+"""The state of each parameter: made when first needed, counted, and loaded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from poprisk import _validate as checks
+from poprisk.optim.settings import check_optimizer_settings, estimator_of, plain_settings
+from poprisk.optim.update import state_dtype
+from poprisk.optim.variance import Given, GivenVariances, VarianceEstimator
+
+ADAM_KEYS = ("exp_avg", "exp_avg_sq")
+TENSORS = {*ADAM_KEYS, "grad_mean_var"}
+"""What is of the parameter's shape."""
+NOT_LOADED = {
+    "foreach",
+    "fused",
+    "capturable",
+    "amsgrad",
+    "differentiable",
+    "decoupled_weight_decay",
+}
+"""Settings of a saved group that say how AdamW computed, not what."""
+
+
+def prepare_state(
+    p: Tensor,
+    state: dict[str, Any],
+    estimator: VarianceEstimator | None,
+    *,
+    on_device: bool = False,
+) -> None:
+    """Create the state that the estimator and Adam need and ``state`` lacks.
+
+    Of a parameter that was moved to another precision since, the state follows.
+    """
+    follow_precision_(p, state)
+    if "step" not in state:
+        state["step"] = torch.tensor(0.0, device=p.device if on_device else None)
+        for key in ADAM_KEYS:
+            state[key] = torch.zeros_like(p, dtype=state_dtype(p))
+    if estimator is None:
+        if "variance_start" in state:
+            state["variance_start"] += 1  # nothing is observed while the gate is off
+        return
+    if "variance_start" in state and all(key in state for key in estimator.state_keys):
+        return
+    t = int(state["step"].item())
+    state["variance_start"] = t if estimator.observes(t + 1) else t + 1
+    for key in estimator.state_keys:
+        state[key] = torch.zeros_like(p, dtype=state_dtype(p))
+
+
+def count_step(states: list[dict[str, Any]]) -> list[int]:
+    """Advance the step counters by one and return them."""
+    if not states:
+        return []
+    steps = [state["step"] for state in states]
+    torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+    return [int(t) for t in torch.stack(steps).tolist()]
+
+
+def check_not_resized(groups: list[dict[str, Any]], states: Any) -> None:
+    """Raise ValueError if a parameter has got another shape than its state since."""
+    for group in groups:
+        for p in group["params"]:
+            for key in TENSORS & states[p].keys() if p in states else ():
+                if states[p][key].shape != p.shape:
+                    raise ValueError(
+                        f"a parameter has shape {tuple(p.shape)}, but its state "
+                        f"{tuple(states[p][key].shape)}: it was resized since. Give the new "
+                        "parameter to the optimizer (add_param_group, or a new optimizer), or "
+                        "clear its state: optimizer.state.pop(parameter)."
+                    )
+
+
+def check_distinct(params: Iterable[Any]) -> None:
+    """Raise ValueError if a group holds a parameter twice, which one step cannot move twice.
+
+    Args:
+        params: of a group; pairs of name and parameter where they are named.
+    """
+    seen = set[int]()
+    for i, p in enumerate(params):
+        key = id(p[1]) if isinstance(p, tuple) else id(p)
+        if key in seen:
+            raise ValueError(
+                f"params holds the same parameter twice, the second time at position {i}; list "
+                "each once (model.parameters() does, also of tied weights)."
+            )
+        seen.add(key)
+
+
+def follow_precision_(p: Tensor, state: dict[str, Any]) -> None:
+    """Let the state follow a parameter that was moved to another precision."""
+    dtype = state_dtype(p)
+    for key in TENSORS:
+        if key in state and state[key].dtype != dtype:
+            state[key] = state[key].to(dtype)
+
+
+def take_variances_(groups: list[dict[str, Any]], state: Any, given: GivenVariances) -> None:
+    """Put variances that were found elsewhere into the running averages."""
+    if not given:
+        return
+    for group in map(plain_settings, groups):
+        estimator = estimator_of(group)
+        if isinstance(estimator, Given):
+            weight = 1 - estimator.decay(group["betas"][0])
+            for p in group["params"]:
+                if p in given:
+                    s = state[p]["grad_mean_var"]
+                    s.lerp_(given[p]().to(s.dtype), weight)
+
+
+def completed_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A shallow copy of ``state_dict`` whose groups have every setting."""
+    checks.check_state_dict(state_dict, ADAM_KEYS)
+    saved = state_dict["param_groups"]
+    checks.check_group_sizes(saved, groups)
+    if any(group.get("amsgrad") for group in saved):
+        raise ValueError(
+            "state_dict comes from AdamW(amsgrad=True), whose maximum of v̂ PopRiskAdamW does "
+            "not have; train on from a checkpoint without amsgrad, or start the state fresh."
+        )
+    filled = [
+        {**mine, **{k: v for k, v in theirs.items() if k not in NOT_LOADED}}
+        for mine, theirs in zip(groups, saved, strict=True)
+    ]
+    for group in filled:
+        check_optimizer_settings(group)
+    return {"state": state_dict["state"], "param_groups": filled}
+
+
+PRE_HOOKS, POST_HOOKS = (f"_optimizer_load_state_dict_{when}_hooks" for when in ("pre", "post"))
+
+
+@contextmanager
+def loaded_hooks(optimizer: Optimizer, state_dict: Any) -> Iterator[dict[str, Any]]:
+    """The state that the hooks before a load make of ``state_dict``; those after it run at the end.
+
+    Checks and conversions thus see what hooks before the load made, and hooks after it have the
+    last word, as with torch. Within the block torch's own load runs no hooks.
+    """
+    checks.check_state_keys(state_dict, (), "an")
+    state_dict = dict(state_dict)
+    for hook in getattr(optimizer, PRE_HOOKS).values():
+        changed = hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    kept = {name: getattr(optimizer, name) for name in (PRE_HOOKS, POST_HOOKS)}
+    optimizer.__dict__.update({name: OrderedDict() for name in kept})
+    try:
+        yield state_dict
+    finally:
+        optimizer.__dict__.update(kept)
+    for hook in kept[POST_HOOKS].values():
+        hook(optimizer)
+
+
+def hooked_state(optimizer: Optimizer, state_of: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``state_of()`` returns, with the hooks of ``state_dict()`` around it as with torch."""
+    hooks: Any = optimizer
+    for hook in hooks._optimizer_state_dict_pre_hooks.values():
+        hook(optimizer)
+    state_dict = state_of()
+    for hook in hooks._optimizer_state_dict_post_hooks.values():
+        changed = hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    return state_dict

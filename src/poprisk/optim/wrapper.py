@@ -1,0 +1,577 @@
+"""The gate on any torch optimizer, by rewriting the step it takes."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, final, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from poprisk import _validate as checks
+from poprisk.dtensor import (
+    Layout,
+    all_agree,
+    global_sums,
+    gradient_of,
+    layout_of,
+    local,
+    locals_of,
+)
+from poprisk.optim.adamw import (
+    Patience,
+    PopRiskAdamW,
+    checked_gradients,
+    evaluate,
+    tensor_names,
+)
+from poprisk.optim.behaviour import Behaviour, Decay, Kind, behaviours, kind_of
+from poprisk.optim.gate import MASKS_, Gate, Mask, TensorList
+from poprisk.optim.groups import update_slots
+from poprisk.optim.settings import check_gate_settings, gate_of, plain_settings, tell_differences
+from poprisk.optim.state import (
+    check_distinct,
+    check_not_resized,
+    count_step,
+    follow_precision_,
+    hooked_state,
+    loaded_hooks,
+)
+from poprisk.optim.stats import GateStats, gate_sums, module_stats
+from poprisk.optim.step import Facts, StepRule, describe
+from poprisk.optim.update import (
+    LOW_PRECISION,
+    Slots,
+    all_finite,
+    masks,
+    pieces,
+    real_slots,
+    state_dtype,
+)
+from poprisk.optim.variance import Clock, Ema
+
+Rewrite = Callable[[Tensor, Tensor], Tensor]
+PREFIX = "gate_"
+"""What the gate's own entries of a saved state begin with, beside those of the optimizer."""
+
+STATE = ("step", "exp_avg", "grad_mean_var")
+SETTINGS = (
+    *("beta1", "rho", "mask", "alpha", "z", "softness"),
+    *("batch_size", "dataset_size", "reduction", "q_min"),
+)
+
+
+def rewrite_step(optimizer: Optimizer, rewrite: Rewrite) -> None:
+    """Let ``optimizer`` take its step and replace each tensor's update by ``rewrite``'s result.
+
+    ``rewrite(p, update)`` sees the parameter after the step and its update without decoupled weight
+    decay, which is applied unchanged; it returns the update to take instead. The optimizer's own
+    state advances as it would alone.
+    """
+    found = behaviours(optimizer, optimizer.param_groups)
+    decays = [found[kind_of(group)].decay for group in optimizer.param_groups]
+    groups = [[p for p in g["params"] if p.grad is not None] for g in optimizer.param_groups]
+    before = [[p.detach().clone() for p in params] for params in groups]
+    with without_decay(optimizer, decays):
+        optimizer.step()
+    for group, decay, params, starts in zip(
+        optimizer.param_groups, decays, groups, before, strict=True
+    ):
+        share, last = _share(decay, group)
+        for p, start in zip(params, starts, strict=True):
+            update = rewrite(p, p - start).to(p.dtype)
+            p.copy_((start + update) * (1 - share) if last else start * (1 - share) + update)
+
+
+@contextmanager
+def without_decay(optimizer: Optimizer, decays: list[Decay | None]) -> Iterator[None]:
+    """Set the decoupled weight decay of the groups to 0 for a while."""
+    kept = [
+        (g, g["weight_decay"]) for g, d in zip(optimizer.param_groups, decays, strict=True) if d
+    ]
+    for group, _ in kept:
+        group["weight_decay"] = 0.0
+    try:
+        yield
+    finally:
+        for group, value in kept:
+            group["weight_decay"] = value
+
+
+def _share(decay: Decay | None, group: dict[str, Any]) -> tuple[float, bool]:
+    """The share of the weights that decay takes, and whether after the update."""
+    return (0.0, False) if decay is None else (decay.share(group), decay.last)
+
+
+class _Bucket(NamedTuple):
+    """Parameters of one group that share dtype, device, layout and the number of their steps.
+
+    Attributes:
+        starts: the weights before the step; after it, the ungated update without decay.
+    """
+
+    group: dict[str, Any]
+    decay: Decay | None
+    t: int
+    layout: Layout | None
+    params: TensorList
+    states: list[dict[str, Any]]
+    starts: TensorList
+
+    def slots(self, second: TensorList) -> Slots:
+        """Weights, gradients or starts, and moments, as real tensors that share memory."""
+        moments = ([state[key] for state in self.states] for key in STATE[1:])
+        m, s = (locals_of(column) for column in moments)
+        columns = Slots(locals_of(self.params), locals_of(second), m, [], s)
+        return real_slots(columns, maximize=False)
+
+
+@final
+class GatedOptimizer(Optimizer):
+    """See :func:`gated`; ``param_groups`` are the wrapped optimizer's own."""
+
+    settings: dict[str, Any]
+    skipped_steps: int
+    _wrapped: Optimizer
+    _behaviours: dict[Kind, Behaviour]
+
+    def __init__(self, optimizer: Optimizer, settings: dict[str, Any]) -> None:
+        for group in optimizer.param_groups:
+            check_distinct(group["params"])
+        found = behaviours(optimizer, optimizer.param_groups)
+        self.__setstate__(
+            {
+                "defaults": optimizer.defaults,
+                "state": defaultdict(dict),
+                "settings": settings,
+                "skipped_steps": 0,
+                "_wrapped": optimizer,
+                "_behaviours": found,
+            }
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("settings", "skipped_steps", "_wrapped", "_behaviours")
+        state = {"defaults": self.defaults, "state": self.state}
+        return {**state, **{key: getattr(self, key) for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._patience = Patience("gated optimizer")
+        self._updates: dict[Tensor, Tensor] = {}
+
+    def __repr__(self) -> str:
+        gate = ", ".join(f"{name}={value!r}" for name, value in self._own_settings().items())
+        inner = repr(self._wrapped).replace("\n", "\n  ")
+        return f"GatedOptimizer (\n  gate: {gate}\n  optimizer: {inner}\n)"
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._wrapped
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's groups."""
+        return self._wrapped.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._wrapped.param_groups = groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer, unless a gate on it could not be kept."""
+        groups = self._wrapped.param_groups
+        self._wrapped.add_param_group(param_group)
+        try:
+            check_distinct(groups[-1]["params"])
+            self._decays()
+        except (TypeError, ValueError):
+            groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one gated step; ``closure`` re-evaluates the model and returns the loss.
+
+        If the wrapped optimizer raises an error, the weights are put back.
+        """
+        loss = evaluate(closure)
+        grads = checked_gradients(self)
+        check_not_resized(self.param_groups, self.state)
+        decays = self._decays()
+        if not all_agree(all_finite(locals_of(grads)), grads):
+            self.skipped_steps += 1
+            self._patience.skipped(self.skipped_steps)
+            return loss
+        self._patience.took(grads)
+        buckets = [
+            b for g, d in zip(self.param_groups, decays, strict=True) for b in self._take(g, d)
+        ]
+        for bucket in buckets:
+            self._observe(bucket)
+        try:
+            with without_decay(self._wrapped, decays):
+                self._wrapped.step()
+        except BaseException:
+            for bucket in buckets:
+                torch._foreach_copy_(locals_of(bucket.params), bucket.starts)
+            raise
+        for bucket in buckets:
+            self._rewrite(bucket)
+        return loss
+
+    def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
+        """What the gate let through at the last step, as in :meth:`PopRiskAdamW.gate_stats`."""
+        names = {id(p): name for name, p in model.named_parameters()} if model else {}
+        rows = []
+        for i, group in enumerate(self.param_groups):
+            own = tensor_names(i, group)
+            for j, p in enumerate(group["params"]):
+                if p in self._updates:
+                    rows.append((names.get(id(p), own[j]), self._row(p)))
+        return module_stats(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state with the gate's entries beside its own.
+
+        The gate's begin with ``gate_``: of each parameter its state, of each group the settings and
+        the number of skipped steps.
+        """
+        return hooked_state(self, self._state)
+
+    def _state(self) -> dict[str, Any]:
+        saved = self._wrapped.state_dict()
+        indices = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = dict(saved["state"])
+        for i, p in zip(indices, params, strict=True):
+            if self.state.get(p):
+                own = {PREFIX + key: self.state[p][key] for key in STATE}
+                state[i] = {**state.get(i, {}), **own}
+        gate = {**self._own_settings(), "skipped_steps": self.skipped_steps}
+        marked = {PREFIX + key: value for key, value in gate.items()}
+        groups = [{**group, **marked} for group in saved["param_groups"]]
+        return {**saved, "state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class, or of the wrapped optimizer alone (the gate starts fresh).
+
+        As with torch, saved settings replace present ones; a RuntimeWarning tells which of the
+        gate's differed.
+
+        Raises:
+            TypeError, ValueError: if it is not such a state or does not fit; nothing is changed
+                then.
+        """
+        with loaded_hooks(self, state_dict) as hooked:
+            self._load(hooked)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        inner, own, settings, skipped = self._checked(state_dict)
+        kept = dict(vars(self._wrapped))
+        try:
+            self._wrapped.load_state_dict(inner)
+        except BaseException:
+            vars(self._wrapped).update(kept)
+            raise
+        before = self._own_settings()
+        self.settings, self.skipped_steps = settings, skipped
+        self.state.clear()
+        self._updates.clear()
+        for p, state in own.items():
+            tensors = {
+                k: v.to(p.device, state_dtype(p), copy=True)
+                for k, v in state.items()
+                if k != "step"
+            }
+            self.state[p] = {"step": torch.tensor(float(state["step"])), **tensors}
+        tell_differences("gated optimizer", [(before, self._own_settings())])
+
+    def _checked(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]], dict[str, Any], int]:
+        """The wrapped optimizer's state, the gate's, its settings, skipped steps; all checked."""
+        if "gate" in state_dict and "optimizer" in state_dict:
+            state_dict = _today(state_dict)
+        checks.check_state_keys(state_dict, ("state", "param_groups"), "a gated or plain")
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        checks.check_group_sizes(groups, self.param_groups)
+        marked = [_pop_marked(group) for group in groups]
+        for group, mine in zip(groups, self.param_groups, strict=True):
+            checks.check_hyperparameters(group, self.defaults)
+            group.update({k: v for k, v in mine.items() if k not in group and k != "params"})
+        found = behaviours(
+            self._wrapped,
+            [{**g, "params": m["params"]} for g, m in zip(groups, self.param_groups, strict=True)],
+        )
+        state, own = dict(state_dict["state"]), dict[Tensor, dict[str, Any]]()
+        for group, mine in zip(groups, self.param_groups, strict=True):
+            kind = kind_of({**group, "params": mine["params"]})
+            for i, p in zip(group["params"], mine["params"], strict=True):
+                entries = checks.check_is_state(i, state.get(i, {}))
+                rest = dict(entries)
+                gate = _pop_marked(rest)
+                checks.check_state_complete(i, rest, found[kind].keys[p.dim()])
+                checks.check_state_shapes(i, p, rest, found[kind].keys[p.dim()], flat=True)
+                if gate:
+                    checks.check_state_complete(i, gate, STATE)
+                    checks.check_state_shapes(i, p, gate, STATE[1:])
+                    own[p] = gate
+                if i in state:
+                    state[i] = rest
+        settings = {**self.settings, **_gate_settings(marked[0])} if marked else self.settings
+        check_gate_settings(settings)
+        skipped = int(marked[0].get("skipped_steps", 0)) if marked else 0
+        self._behaviours.update(found)
+        return {**state_dict, "state": state, "param_groups": groups}, own, settings, skipped
+
+    def _decays(self) -> list[Decay | None]:
+        """The decoupled decay of each group; kinds of groups that are new are tried out first."""
+        kinds = [kind_of(group) for group in self.param_groups]
+        new = [
+            g for g, k in zip(self.param_groups, kinds, strict=True) if k not in self._behaviours
+        ]
+        if new:
+            self._behaviours.update(behaviours(self._wrapped, new))
+        return [self._behaviours[kind].decay for kind in kinds]
+
+    def _take(self, group: dict[str, Any], decay: Decay | None) -> list[_Bucket]:
+        """The group's parameters with gradients, counted on, with copies of their weights."""
+        params = [p for p in group["params"] if p.grad is not None and p.numel()]
+        for p in params:
+            if not self.state[p]:
+                moments = {k: torch.zeros_like(p, dtype=state_dtype(p)) for k in STATE[1:]}
+                self.state[p].update(step=torch.tensor(0.0), **moments)
+            follow_precision_(p, self.state[p])
+            fits = (update := self._updates.get(p)) is not None and (
+                update.dtype == state_dtype(p) and update.shape == local(p).shape
+            )
+            if not fits:
+                self._updates[p] = torch.empty_like(local(p), dtype=state_dtype(p))
+        buckets = dict[Any, _Bucket]()
+        steps = count_step([self.state[p] for p in params])
+        for p, t in zip(params, steps, strict=True):
+            layout = layout_of(p)
+            kind = (p.device, p.dtype, t, layout)
+            if kind not in buckets:
+                buckets[kind] = _Bucket(group, decay, t, layout, [], [], [])
+            bucket = buckets[kind]
+            bucket.params.append(p)
+            bucket.states.append(self.state[p])
+            bucket.starts.append(self._updates[p])
+        for bucket in buckets.values():
+            torch._foreach_copy_(bucket.starts, locals_of(bucket.params))
+        return list(buckets.values())
+
+    def _clock(self, t: int) -> Clock:
+        return Clock(t, t - 1, *self.settings["betas"])
+
+    def _observe(self, bucket: _Bucket) -> None:
+        grads = [gradient_of(p, bucket.layout) for p in bucket.params]
+        slots, clock = bucket.slots(grads), self._clock(bucket.t)
+        observe_ = functools.partial(
+            observe_slots_, clock=clock, estimator=Ema(self.settings["rho"])
+        )
+        update_slots(slots, self.settings, observe_)
+
+    def _rewrite(self, bucket: _Bucket) -> None:
+        estimator, clock = Ema(self.settings["rho"]), self._clock(bucket.t)
+        gate = gate_of(self.settings, clock, estimator, bucket.layout)
+        share, last = _share(bucket.decay, bucket.group)
+        slots = bucket.slots(bucket.starts)
+        keep_ = functools.partial(
+            keep_slots_, clock=clock, estimator=estimator, gate=gate, share=share, last=last
+        )
+        update_slots(slots, self.settings, keep_)
+        for p, w in zip(locals_of(bucket.params), slots.params, strict=True):
+            if p.dtype in LOW_PRECISION:
+                p.copy_(w)
+
+    def _row(self, p: Tensor) -> Tensor:
+        """The gate of the last step evaluated again: the sums of its statistics."""
+        state, layout = self.state[p], layout_of(p)
+        bucket = _Bucket({}, None, int(state["step"]), layout, [p], [state], [self._updates[p]])
+        slots = bucket.slots(bucket.starts)
+        gate, clock, estimator = self._last_gate(p)
+        total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
+        for piece in [slots] if gate is not None and gate.per_tensor else pieces(slots):
+            (update,), (m,), (s,) = piece.grads, piece.exp_avgs, piece.variances
+            q = passed = torch.ones_like(m)
+            if gate is not None:
+                threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
+                q, passed = (masks(piece, clock, estimator, g)[0] for g in (gate, threshold))
+            total += gate_sums(q, passed, update, ((m != 0) | (s > 0)).to(m.dtype))
+        return global_sums(total, layout)
+
+    def _last_gate(self, p: Tensor) -> tuple[Gate | None, Clock, Ema]:
+        clock, estimator = self._clock(int(self.state[p]["step"])), Ema(self.settings["rho"])
+        return gate_of(self.settings, clock, estimator, layout_of(p)), clock, estimator
+
+    @torch.no_grad()
+    def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
+        """The last step of ``param`` as a linear map of its gradient: the wrapped one's, masked."""
+        inner = facts._replace(state=self._wrapped.state.get(param, {}))
+        rule = describe(self._wrapped).rule(param, inner)
+        gate, clock, estimator = self._last_gate(param)
+        if gate is None:
+            return rule
+        state = self.state[param]
+        bucket = _Bucket({}, None, clock.t, None, [param], [state], [param])
+        q = masks(bucket.slots([param]), clock, estimator, gate)[0]
+        return rule._replace(precondition=q * rule.precondition)
+
+    def momentum_of(self, param: Tensor) -> Tensor | None:
+        """The wrapped optimizer's momentum."""
+        return describe(self._wrapped).momentum(param)
+
+    def _own_settings(self) -> dict[str, Any]:
+        return {"beta1": self.settings["betas"][0], **{k: self.settings[k] for k in SETTINGS[1:]}}
+
+
+def observe_slots_(slots: Slots, *, clock: Clock, estimator: Ema) -> None:
+    """Update the variance and then the average gradient, which must not contain it yet."""
+    _, g, m, _, s = slots
+    estimator.observe_(s, g, m, clock)
+    torch._foreach_lerp_(m, g, 1 - clock.beta1)
+
+
+def keep_slots_(
+    slots: Slots, *, clock: Clock, estimator: Ema, gate: Gate | None, share: float, last: bool
+) -> None:
+    r"""Let a step that was taken keep :math:`q \odot \Delta w`, and apply decoupled decay.
+
+    Interpolation between the weights before and after is exact at both ends: where q is 1, the step
+    is the optimizer's own, bit for bit.
+
+    Args:
+        slots: weights after the step; in the place of gradients, the weights before it, which are
+            replaced by the ungated update; moments.
+        clock: counters and decay rates.
+        estimator: of the variance.
+        gate: None: keep all.
+        share: of the weights that decay takes.
+        last: whether decay takes it after the update.
+    """
+    w, start = slots.params, slots.grads
+    update = torch._foreach_sub(w, start)
+    new = w
+    if gate is not None:
+        q = [x.expand_as(y) for x, y in zip(masks(slots, clock, estimator, gate), w, strict=True)]
+        new = torch._foreach_lerp(start, w, q)
+    if share != 0:
+        lost = new if last else start
+        new = torch._foreach_sub(new, lost, alpha=share)
+    if new is not w:
+        torch._foreach_copy_(w, new)
+    torch._foreach_copy_(start, update)
+
+
+def _pop_marked(group: dict[str, Any]) -> dict[str, Any]:
+    """Take the gate's entries out of a saved group, or of the state of a parameter."""
+    keys = [key for key in group if key.startswith(PREFIX)]
+    return {key.removeprefix(PREFIX): group.pop(key) for key in keys}
+
+
+def _gate_settings(marked: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings of a gate as it keeps them."""
+    found = {key: marked[key] for key in SETTINGS[1:] if key in marked}
+    return {**found, "betas": (marked["beta1"], 0.0)} if "beta1" in marked else found
+
+
+def _today(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state of version 0.1.0, which kept the gate's beside the optimizer's, in this layout."""
+    inner = state_dict["optimizer"]
+    state = dict(inner["state"])
+    for i, own in state_dict["gate"].items():
+        state[i] = {**state.get(i, {}), **{PREFIX + key: own[key] for key in STATE}}
+    skipped = {PREFIX + "skipped_steps": state_dict.get("skipped_steps", 0)}
+    groups = [{**group, **skipped} for group in inner["param_groups"]]
+    return {**inner, "state": state, "param_groups": groups}
+
+
+def gated(
+    optimizer: Optimizer,
+    *,
+    beta1: float = 0.9,
+    rho: float = 0.99,
+    mask: str | Mask = "soft",
+    alpha: float | str = "auto",
+    z: float = 1.5,
+    softness: float = 0.1,
+    batch_size: int | None = None,
+    dataset_size: int | None = None,
+    reduction: str | None = None,
+    q_min: float = 0.0,
+) -> GatedOptimizer:
+    r"""Put the population-risk gate on any ``torch.optim`` optimizer, without touching its code.
+
+    The wrapped optimizer takes its own step :math:`\Delta w`; the gate then keeps
+    :math:`q \odot \Delta w`. Decoupled weight decay is not gated; decay that enters the gradient
+    is part of the gradient. Which of them an optimizer applies, and that nothing in its state is a
+    copy of the weights, is found by trying it on stand-ins (:mod:`poprisk.optim.behaviour`),
+    here and when groups change. Two state vectors of its own, the average gradient and the variance
+    of the batch mean, and one of working memory.
+
+    Args:
+        optimizer: any optimizer that takes one step per gradient; its ``param_groups`` stay in
+            charge, so that schedulers work on either object.
+        beta1: decay of the gate's average gradient; best equal to the optimizer's momentum.
+        rho: as for :class:`PopRiskAdamW`, like all that follow.
+        mask: the mask.
+        alpha: threshold.
+        z: standard errors for ``alpha="auto"``.
+        softness: of the soft and snr masks.
+        batch_size: examples behind one step.
+        dataset_size: training examples; None for a stream.
+        reduction: None or ``"per_tensor"``.
+        q_min: floor of the mask.
+
+    Raises:
+        TypeError: if ``optimizer`` is no torch optimizer, is gated already, or does what a gate
+            could not keep its promise for: wraps another optimizer, keeps other weights (averages,
+            lookahead, schedule-free), needs a closure, moves weights without gradient, or applies
+            weight decay of another form than lr·weight_decay or weight_decay times the weights.
+        ValueError: for a bad setting.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> opt = gated(torch.optim.SGD([w], lr=0.1, momentum=0.9))
+        >>> w.grad = torch.ones(1)
+        >>> opt.step()
+        >>> w.detach()
+        tensor([0.9000])
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"gated() takes a torch optimizer, but got {type(optimizer).__name__}.")
+    if isinstance(optimizer, (PopRiskAdamW, GatedOptimizer)):
+        raise TypeError(f"{type(optimizer).__name__} is gated already.")
+    checks.check_number("beta1", beta1, low=0.0, high=1.0, include_high=False)
+    settings = {
+        "betas": (beta1, 0.0),
+        "rho": rho,
+        "mask": mask,
+        "alpha": alpha,
+        "z": z,
+        "softness": softness,
+        "batch_size": batch_size,
+        "dataset_size": dataset_size,
+        "mode": "auto",
+        "variance": "ema",
+        "reduction": reduction,
+        "q_min": q_min,
+        "gate": True,
+        "foreach": None,
+        "eps": 0.0,
+        "weight_decay": 0.0,
+    }
+    check_gate_settings(settings)
+    return GatedOptimizer(optimizer, plain_settings(settings))

@@ -1,0 +1,115 @@
+"""Sums over examples of the gradients of one parameter and of their squares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poprisk.per_sample.terms import Dense, OneHot, Outer, Term, dense
+
+CACHED = 131_072
+"""Elements of per-example gradients that are formed at a time."""
+
+
+def moments(terms: list[Term]) -> tuple[Tensor, Tensor]:
+    r""":math:`\sum_{ik} G_{ik}` and :math:`\sum_{ik} G_{ik}^2`, flat, in the parameter's order.
+
+    With one position per example the squares are the product of the squared factors; otherwise
+    gradients are formed for a few examples at a time.
+    """
+    terms = [wide(term) for term in terms]
+    if len(terms) == 1 and isinstance(terms[0], Outer):
+        term = terms[0]
+        if isinstance(term.act, OneHot):
+            return _looked_up(term, term.act)
+        if term.cot.shape[2] == 1:
+            return _one_position(term.cot.flatten(0, 2), term.act, term)
+    return _formed(terms)
+
+
+def wide(term: Term) -> Term:
+    """In float32 at least: squares of scaled float16 gradients overflow."""
+    if isinstance(term, Dense):
+        return term._replace(grads=_at_least_float32(term.grads))
+    act = term.act if isinstance(term.act, OneHot) else _at_least_float32(term.act)
+    return term._replace(cot=_at_least_float32(term.cot), act=act)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _one_position(cot: Tensor, act: Tensor, term: Outer) -> tuple[Tensor, Tensor]:
+    act = act.flatten(0, 1)
+    if len(cot) > len(act):
+        act = act.repeat_interleave(len(cot) // len(act), dim=0)
+    if term.flipped:
+        cot, act = act, cot
+    return (cot.T @ act).flatten(), (cot.square().T @ act.square()).flatten()
+
+
+def _looked_up(term: Outer, act: OneHot) -> tuple[Tensor, Tensor]:
+    """An embedding: only rows that an example uses have a gradient."""
+    b, k, t, r = term.cot.shape
+    example = torch.arange(b * k, device=term.cot.device)[:, None].expand(b * k, t)
+    indices = act.indices[:, None].expand(b, k, t).reshape(b * k, t)
+    keys, inverse = (example * act.size + indices).unique(return_inverse=True)
+    grads = term.cot.new_zeros(len(keys), r).index_add_(
+        0, inverse.flatten(), term.cot.flatten(0, 2)
+    )
+    total = term.cot.new_zeros(2, act.size, r)
+    total[0].index_add_(0, keys % act.size, grads)
+    total[1].index_add_(0, keys % act.size, grads.square())
+    if not term.flipped:
+        total = total.mT
+    return total[0].flatten(), total[1].flatten()
+
+
+def _formed(terms: list[Term]) -> tuple[Tensor, Tensor]:
+    first = terms[0]
+    like = first.cot if isinstance(first, Outer) else first.grads
+    elements = first.cot.shape[3] * first.columns if isinstance(first, Outer) else like.shape[2]
+    sums, squares = like.new_zeros(elements), like.new_zeros(elements)
+    step = max(1, CACHED // max(1, elements * like.shape[1]))
+    for i in range(0, len(like), step):
+        grads = dense([term.part(slice(i, i + step)) for term in terms]).flatten(0, 1)
+        if len(grads) == 1:
+            sums += grads[0]
+            squares.addcmul_(grads[0], grads[0])
+        else:
+            sums += grads.sum(dim=0)
+            squares += grads.square().sum(dim=0)
+    return sums, squares
+
+
+def squared(tensor: Tensor) -> Tensor:
+    """The square in at least float32, of each component of a complex number."""
+    if tensor.is_complex():
+        return torch.complex(tensor.real.square(), tensor.imag.square())
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
+
+
+def not_negative(variance: Tensor) -> Tensor:
+    """Rounding below zero cut off, in each component of a complex number."""
+    if variance.is_complex():
+        return torch.complex(variance.real.clamp(min=0), variance.imag.clamp(min=0))
+    return variance.clamp_(min=0)
+
+
+def total(terms: list[Term]) -> Tensor:
+    r""":math:`\sum_i G_i` alone, flat, in the parameter's order, of one value per example."""
+    found: Tensor | int = 0
+    for term in map(wide, terms):
+        found = found + _total_of(term)
+    return torch.as_tensor(found)
+
+
+def _total_of(term: Term) -> Tensor:
+    if isinstance(term, Dense):
+        return term.grads.flatten(0, 1).sum(dim=0)
+    cot, act = term.cot.flatten(0, 2), term.act
+    if isinstance(act, OneHot):
+        table = cot.new_zeros(act.size, cot.shape[1]).index_add_(0, act.indices.flatten(), cot)
+        return (table if term.flipped else table.mT).flatten()
+    rows = act.flatten(0, 1)
+    return (rows.T @ cot if term.flipped else cot.T @ rows).flatten()

@@ -1,0 +1,225 @@
+"""What a task is: a model, a per-example loss, data, a metric, and how long to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from poprisk import _validate as checks
+from poprisk.printing import described, short_repr
+from poprisk.task.trial import try_task
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Metric(NamedTuple):
+    """A number that says how good outputs are.
+
+    Attributes:
+        name: as shown in tables.
+        function: from outputs and targets of a whole data set to a float.
+        higher_is_better: whether more is better.
+        percent: whether tables show it in percent and differences in points.
+    """
+
+    name: str
+    function: Callable[[Tensor, Tensor], float]
+    higher_is_better: bool = True
+    percent: bool = False
+
+    __repr__ = short_repr
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Share of rows of ``outputs`` (n, c, ...) whose largest entry is at ``targets`` (n, ...).
+
+    Labels that are no class (-100, or another ``ignore_index`` outside of 0..c-1) stand for none:
+    they count neither as right nor as wrong. NaN if there is no other.
+    """
+    checks.check_class_scores(outputs, targets)
+    labelled = (targets >= 0) & (targets < outputs.shape[1])
+    return (outputs.argmax(1) == targets)[labelled].double().mean().item()
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> float:
+    """Mean of the squared difference; both of one shape, NaN targets are masked."""
+    checks.check_one_shape("mse", outputs, targets)
+    return (outputs - targets)[~targets.isnan()].double().square().mean().item()
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", accuracy, percent=True),
+    "mse": Metric("mean squared error", mean_squared_error, higher_is_better=False),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A learning problem that `poprisk compare` can train on.
+
+    Args:
+        name: short name, used in reports.
+        model: makes a fresh model; called after the random seed is set.
+        loss: per-example loss, from outputs (b, ...) and targets (b, ...) to a tensor (b,).
+        train: training inputs and targets, as a pair of tensors or a data set of such pairs.
+        test: the same for the test set, used for measuring only.
+        metric: ``"accuracy"``, ``"mse"``, or a :class:`Metric`.
+        epochs: passes over the training set.
+        batch_size: examples per step.
+        clean: training targets without label noise, where they are known: shape of the targets.
+        description: one line for the report.
+
+    When it is made, a fresh model is evaluated on both sets, scored, and trained on one batch of
+    each size that occurs (:mod:`poprisk.task.trial`), so that nothing fails in the middle of a
+    comparison.
+
+    Raises:
+        TypeError, ValueError: if a part has the wrong type, or the parts do not fit each other.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    train: Any
+    test: Any
+    metric: str | Metric = "accuracy"
+    epochs: int = 100
+    batch_size: int = 64
+    clean: Tensor | None = None
+    description: str = ""
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.train[1]):,} training and {len(self.test[1]):,} test examples"
+        epochs, batches = f"{self.epochs} epochs", f"batches of {self.batch_size}"
+        return described("Task", repr(self.name), sizes, self.scored_by.name, epochs, batches)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "train", as_pair("train", self.train))
+        object.__setattr__(self, "test", as_pair("test", self.test))
+        if isinstance(self.metric, str):
+            checks.check_choice("metric", self.metric, METRICS)
+            object.__setattr__(self, "metric", METRICS[self.metric])
+        checks.check_positive("epochs", self.epochs)
+        checks.check_task_batch(self.batch_size, len(self.train[1]))
+        try_task(self, by_class=self.scored_by is METRICS["accuracy"])
+
+    def new_model(self, device: str = "cpu") -> nn.Module:
+        """A fresh model on a device; lazy modules take their shapes from the first examples."""
+        model = self.model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a function that returns a torch.nn.Module, but it returned "
+                f"{type(model).__name__}."
+            )
+        model = model.to(device)
+        if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+            model.eval()
+            model(self.train[0][:2].to(device))
+            model.train()
+        return model
+
+    @property
+    def scored_by(self) -> Metric:
+        """The metric, resolved."""
+        return cast(Metric, self.metric)
+
+    @property
+    def classification(self) -> bool:
+        """Whether targets are class indices."""
+        return not self.train[1].is_floating_point() and not self.train[1].is_complex()
+
+    @property
+    def noise_known(self) -> bool:
+        """Whether some training target is known to be wrong."""
+        return self.clean is not None and bool((self.train[1] != self.clean).any())
+
+    def memorized(self, outputs: Tensor) -> float | None:
+        r"""How much of the label noise ``outputs`` on the training set reproduce.
+
+        Classes: the share of wrong labels that are predicted. Numbers: the regression coefficient
+        of the outputs' deviation on the noise, :math:`\langle f - y_{clean}, e\rangle/\|e\|^2`
+        with :math:`e = y - y_{clean}`. None where the noise is unknown or absent.
+        """
+        if self.clean is None:
+            return None
+        y = self.train[1]
+        if self.classification:
+            wrong = y != self.clean
+            return accuracy(outputs[wrong], y[wrong]) if bool(wrong.any()) else None
+        noise = (y - self.clean).double()
+        if not bool(noise.any()):
+            return None
+        deviation = (outputs.reshape(y.shape) - self.clean).double()
+        return float((deviation * noise).sum() / noise.square().sum())
+
+
+def as_pair(name: str, data: Any) -> Pair:
+    """Return ``data`` as a pair of stacked tensors; data sets of pairs are stacked.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        pair = tuple(data)
+    elif isinstance(data, Sized) and hasattr(data, "__getitem__") and len(data) > 0:
+        rows = [cast(Any, data)[i] for i in range(len(data))]
+        checks.check_rows(name, rows)
+        columns = zip(("input", "target"), zip(*rows, strict=True), strict=True)
+        pair = tuple(_stacked(name, part, column) for part, column in columns)
+    else:
+        raise TypeError(
+            f"{name} must be a pair (inputs, targets) of tensors or a non-empty data set of such "
+            f"pairs, but got {type(data).__name__}."
+        )
+    checks.check_tensors(name, pair)
+    return cast(Pair, pair)
+
+
+def _stacked(name: str, part: str, values: tuple[Any, ...]) -> Tensor:
+    """One column of a data set as a tensor."""
+    tensors: list[Tensor] = []
+    for i, value in enumerate(values):
+        try:
+            tensors.append(torch.as_tensor(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name}[{i}] must hold a tensor or numbers as {part}, but got "
+                f"{type(value).__name__}; convert it in the data set."
+            ) from error
+        if tensors[i].shape != tensors[0].shape:
+            raise ValueError(
+                f"{name} must hold {part}s of one shape, but {name}[0] has "
+                f"{tuple(tensors[0].shape)} and {name}[{i}] {tuple(tensors[i].shape)}; pad or crop "
+                "them in the data set."
+            )
+    return torch.stack(tensors)
+
+
+def module_kinds(model: nn.Module) -> dict[str, str]:
+    """What each module with parameters of its own is, by name, as ``Linear(64, 256)``.
+
+    Example:
+        >>> module_kinds(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Conv1d(3, 5, 2)))
+        {'0': 'Linear(64, 256)', '2': 'Conv1d(3, 5, 2)'}
+    """
+    return {
+        name: _kind(module)
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+
+
+def _kind(module: nn.Module) -> str:
+    """Class and sizes, the inputs first, as torch's layers take them."""
+    own = [tuple(p.shape) for p in module.parameters(recurse=False)]
+    sizes = max(own, key=len)  # the weight, not the bias
+    if isinstance(module, nn.Linear):
+        sizes = (module.in_features, module.out_features)
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        sizes = (module.in_channels, module.out_channels, *module.kernel_size)
+    return f"{type(module).__name__}({', '.join(map(str, sizes))})"

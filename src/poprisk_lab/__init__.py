@@ -1,0 +1,1 @@
+"""The laboratory of poprisk: its command line, tasks, methods, studies and pages."""

@@ -1,0 +1,6 @@
+"""``python -m poprisk_lab`` is the ``poprisk`` command."""
+
+from poprisk_lab.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Arms of a comparison: our optimizer, AdamW over a grid, its controls and its peers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from poprisk.optim.adamw import PopRiskAdamW
+from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace
+
+FAMILIES = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
+"""Kinds of arms, in the order of the tables."""
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+FULL_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+WEIGHT_DECAYS = (0.01, 1.0)
+FULL_WEIGHT_DECAYS = (0.0, 0.01, 0.1, 1.0, 3.0)
+OURS = "poprisk"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes:
+        name: unique, fit for a file name.
+        label: for tables.
+        family: one of :data:`FAMILIES`.
+        optimizer: which optimizer :func:`build_optimizer` makes.
+        settings: its arguments, JSON values.
+        held_out: train on four fifths and stop by the rest, labels as noisy as they are.
+        follows: arm whose update sizes this one repeats, seed by seed.
+    """
+
+    name: str
+    label: str
+    family: str
+    optimizer: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    held_out: bool = False
+    follows: str | None = None
+
+    @property
+    def can_have_twin(self) -> bool:
+        """Whether a twin can be trained beside it: it neither follows nor shuffles anything."""
+        return self.optimizer in ("adamw", "poprisk") and self.follows is None
+
+    def as_json(self) -> dict[str, Any]:
+        """The arm as written to ``config.json``."""
+        return asdict(self)
+
+
+def default_arms(*, full: bool) -> list[Arm]:
+    """The arms that `poprisk compare` trains: the telling ones, or all of them."""
+    rates = FULL_LEARNING_RATES if full else LEARNING_RATES
+    decays = FULL_WEIGHT_DECAYS if full else WEIGHT_DECAYS
+    stop_decays = decays if full else (0.01,)
+    return [
+        Arm(OURS, "PopRiskAdamW", "poprisk", "poprisk"),
+        *(_adamw(lr, wd) for lr in rates for wd in decays),
+        *(_adamw(lr, wd, held_out=True) for lr in rates for wd in stop_decays),
+        Arm(
+            "rms-matched",
+            "AdamW, RMS-matched",
+            "rms-matched",
+            "rms-matched",
+            {"lr": 1e-3, "weight_decay": 0.01},  # those of our optimizer
+            follows=OURS,
+        ),
+        Arm("shuffled", "shuffled mask", "shuffled", "shuffled"),
+        *(_paper_arms() + _peer_arms() if full else []),
+    ]
+
+
+def _adamw(lr: float, weight_decay: float, *, held_out: bool = False) -> Arm:
+    return Arm(
+        name=f"{'stopped' if held_out else 'adamw'}-lr{lr:g}-wd{weight_decay:g}",
+        label=f"AdamW{', early stopping' if held_out else ''}, lr {lr:g}, decay {weight_decay:g}",
+        family="early-stopping" if held_out else "adamw",
+        optimizer="adamw",
+        settings={"lr": lr, "weight_decay": weight_decay},
+        held_out=held_out,
+    )
+
+
+def _paper_arms() -> list[Arm]:
+    return [
+        Arm(
+            f"paper-{mask}",
+            f"Algorithm 1, {mask} mask",
+            "paper",
+            "poprisk",
+            {"mode": "paper", "mask": mask, "softness": 1.0, "weight_decay": 0.01},
+        )
+        for mask in ("soft", "hard", "snr")
+    ]
+
+
+def _peer_arms() -> list[Arm]:
+    return [
+        Arm("m-svag", "M-SVAG, lr 0.1", "peer", "m-svag", {"lr": 0.1}),
+        Arm(
+            "adabelief",
+            "AdaBelief, lr 0.001",
+            "peer",
+            "adabelief",
+            {"lr": 1e-3, "weight_decay": 0.01},
+        ),
+        Arm(
+            "grokfast",
+            "Grokfast, lr 0.001",
+            "peer",
+            "grokfast",
+            {"lr": 1e-3, "weight_decay": 0.01, "betas": [0.9, 0.999], "normalize_lr": False},
+        ),
+    ]
+
+
+def build_optimizer(
+    arm: Arm,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    dataset_size: int,
+    trace: UpdateTrace | None = None,
+) -> Optimizer:
+    """Make an arm's optimizer for a model.
+
+    Args:
+        arm: which one.
+        model: whose parameters it trains.
+        batch_size: examples per step, for the gate.
+        dataset_size: training examples, for the gate.
+        trace: update sizes for an arm that ``follows`` another.
+    """
+    kind, settings = arm.optimizer, arm.settings
+    sizes = {"batch_size": batch_size, "dataset_size": dataset_size}
+    if kind == "poprisk":
+        return PopRiskAdamW(model, **sizes, **settings)
+    if kind == "shuffled":
+        given: dict[str, Any] = {**settings, "mask": ShuffledMask(settings.get("mask", "soft"))}
+        return PopRiskAdamW(model, **sizes, **given)
+    if kind == "rms-matched":
+        if trace is None:
+            raise ValueError(f"arm {arm.name} needs the trace of arm {arm.follows}.")
+        return RmsMatched(torch.optim.AdamW(model.parameters(), **settings), trace)
+    if kind == "adamw":
+        return torch.optim.AdamW(model.parameters(), fused=_fusible(model), **settings)
+    return _peer(kind, model, settings)
+
+
+def settings_used(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's class and the settings it trains with, defaults included; JSON values."""
+    classes = [optimizer]
+    while isinstance(inner := getattr(classes[-1], "optimizer", None), Optimizer):
+        classes.append(inner)
+    names = [f"{type(o).__module__.partition('.')[0]}.{type(o).__name__}" for o in classes]
+    group = classes[-1].param_groups[0]
+    left_out = ("params", "param_names", "skipped_steps", "step")
+    return {
+        "class": " of ".join(names),
+        **{k: _json_value(v) for k, v in group.items() if k not in left_out},
+    }
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_json_value(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return getattr(value, "__qualname__", None) or str(value)
+
+
+def _fusible(model: nn.Module) -> bool:
+    """Whether torch's fused AdamW takes these parameters: the same update, in one pass."""
+    return all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in model.parameters()
+    )
+
+
+def _peer(kind: str, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
+    import pytorch_optimizer as peers  # slow to import, and only needed here
+
+    if kind == "m-svag":
+        return peers.MSVAG(model.parameters(), **settings)
+    if kind == "adabelief":
+        return peers.AdaBelief(model.parameters(), **settings)
+    if kind == "orthograd":
+        return peers.OrthoGrad(torch.optim.AdamW(model.parameters(), **settings))
+    return peers.GrokFastAdamW(model.parameters(), **settings)

@@ -1,0 +1,198 @@
+"""Step times and state of optimizers beside torch's fused AdamW."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from poprisk.optim.adamw import PopRiskAdamW
+from poprisk_lab.bench import take_turns
+from poprisk_lab.bench.published import PublishedUpdate
+
+PARAMETER_SETS: dict[str, Sequence[tuple[int, ...]]] = {
+    "1 × 1M": [(1_000_000,)],
+    "1 × 10M": [(10_000_000,)],
+    "12 × 768² + 4 × 768×3072": [(768, 768)] * 12 + [(768, 3072)] * 4,
+    "100 × 10k": [(10_000,)] * 100,
+    "400 × 1k": [(1_000,)] * 400,
+}
+
+Build = Callable[[list[nn.Parameter]], Optimizer]
+
+
+def _peer(name: str) -> Build:
+    def build(params: list[nn.Parameter]) -> Optimizer:
+        import pytorch_optimizer
+
+        optimizer = getattr(pytorch_optimizer, name)(params)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return optimizer
+
+    return build
+
+
+OPTIMIZERS: dict[str, Build] = {
+    "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+    "PopRiskAdamW fused": lambda params: PopRiskAdamW(params, fused=True),
+    "PopRiskAdamW fused, second-moment": lambda params: PopRiskAdamW(
+        params, fused=True, variance="second-moment"
+    ),
+    "PopRiskAdamW fused, per tensor": lambda params: PopRiskAdamW(
+        params, fused=True, reduction="per_tensor"
+    ),
+    "PopRiskAdamW foreach": lambda params: PopRiskAdamW(params, foreach=True),
+    "PRM, as published": PublishedUpdate,
+    "AdaBelief": _peer("AdaBelief"),
+    "ScheduleFreeAdamW": _peer("ScheduleFreeAdamW"),
+}
+BASELINE = "AdamW fused"
+
+
+class StepTime(NamedTuple):
+    """Times of one optimizer on one parameter set.
+
+    Attributes:
+        parameters: name of the set.
+        optimizer: name of the optimizer.
+        milliseconds: median time of a step.
+        baseline_milliseconds: the baseline's in the same rounds.
+        ratio: median over steps of the time over the baseline's, taken in the same round.
+        ratio_low: lower quartile of that ratio.
+        ratio_high: upper quartile of that ratio.
+        state: bytes of state over bytes of parameters.
+    """
+
+    parameters: str
+    optimizer: str
+    milliseconds: float
+    baseline_milliseconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    state: float
+
+
+class ColdStart(NamedTuple):
+    """Seconds that a new process needs for the first fused step."""
+
+    compiling: float
+    from_cache: float
+
+
+def bench_steps(*, threads: int, steps: int) -> list[StepTime]:
+    """Time every optimizer on every parameter set, taking turns step by step.
+
+    Each optimizer is timed against the baseline in a pair of its own, so that the caches hold
+    the state of two optimizers and not of all.
+
+    Args:
+        threads: for torch.
+        steps: timed steps after a warm-up; fewer where they take over four seconds.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return [
+            _bench_pair(name, shapes, other, build, steps)
+            for name, shapes in PARAMETER_SETS.items()
+            for other, build in optimizers_for(shapes).items()
+        ]
+    finally:
+        torch.set_num_threads(before)
+
+
+def optimizers_for(shapes: Sequence[tuple[int, ...]]) -> dict[str, Build]:
+    """The optimizers that take these shapes: Muon needs matrices."""
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None or any(len(shape) != 2 for shape in shapes):
+        return OPTIMIZERS
+    return {**OPTIMIZERS, "Muon": muon}
+
+
+def _bench_pair(
+    name: str, shapes: Sequence[tuple[int, ...]], other: str, build: Build, steps: int
+) -> StepTime:
+    params = _parameters(shapes)
+    optimizer = build(params)
+    baseline = torch.optim.AdamW(_parameters(shapes), fused=True)
+    times = take_turns(optimizer.step, baseline.step, rounds=steps)
+    return StepTime(name, other, *times, state_size(optimizer) / _bytes(params))
+
+
+def state_size(optimizer: Optimizer) -> int:
+    """Bytes of all tensors that the optimizer keeps per parameter."""
+    states = optimizer.state.values()
+    return _bytes([x for s in states for x in s.values() if isinstance(x, Tensor)])
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    params = [nn.Parameter(random(shape)) for shape in shapes]
+    for p in params:
+        p.grad = random(tuple(p.shape))
+    return params
+
+
+FIRST_STEP = """
+import os, sys, time, torch
+os.environ["POPRISK_CACHE"] = sys.argv[1]
+from poprisk import PopRiskAdamW
+w = torch.nn.Parameter(torch.ones(1000)); w.grad = torch.ones(1000)
+optimizer = PopRiskAdamW([w], fused=True)
+started = time.perf_counter(); optimizer.step(); print(time.perf_counter() - started)
+"""
+
+
+def bench_cold_start() -> ColdStart:
+    """Time the first step of a new process with an empty cache, then with a filled one."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", FIRST_STEP, folder]
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in "12"]
+    return ColdStart(*(float(run.stdout) for run in runs))
+
+
+def bench_table(results: list[StepTime], *, threads: int) -> Table:
+    """The results as a table: a line per parameter set and optimizer."""
+    table = Table(
+        title=f"one optimizer step on the CPU, threads: {threads}",
+        title_justify="left",
+        caption=f"each is timed in turn with {BASELINE}; ratio: median over these rounds; "
+        "state: bytes over bytes of parameters",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("parameters")
+    table.add_column("optimizer")
+    for name in ("ms", f"{BASELINE} ms", "ratio", "quartiles", "state"):
+        table.add_column(name, justify="right")
+    last = ""
+    for r in results:
+        table.add_row(
+            r.parameters if r.parameters != last else "",
+            r.optimizer,
+            f"{r.milliseconds:.2f}",
+            f"{r.baseline_milliseconds:.2f}",
+            f"{r.ratio:.2f}",
+            f"{r.ratio_low:.2f} to {r.ratio_high:.2f}",
+            f"{r.state:.2f}",
+        )
+        last = r.parameters
+    return table

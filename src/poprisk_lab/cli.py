@@ -1,0 +1,431 @@
+"""The command line: compare, explain, reproduce, report, bench, tasks."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from poprisk.path import NotAnalysable
+from poprisk.task.batches import LAST_BATCH
+from poprisk_lab.arms import default_arms
+from poprisk_lab.bench import write_results
+from poprisk_lab.bench.kernel import bench_kernels, kernel_table
+from poprisk_lab.bench.step import bench_cold_start, bench_steps, bench_table
+from poprisk_lab.compare import TrainingError, compare, environment, warm_up_workers
+from poprisk_lab.comparison import Comparison
+from poprisk_lab.display import (
+    PhaseDisplay,
+    ProgressDisplay,
+    criteria_table,
+    summary_table,
+    twin_table,
+    verdict_table,
+)
+from poprisk_lab.explain import Plan, explain
+from poprisk_lab.explain.words import headline
+from poprisk_lab.page import write_report
+from poprisk_lab.page.claims import notices as claim_notices
+from poprisk_lab.page.claims import summary_rows, write_claim, write_summary
+from poprisk_lab.page.explanation import sentences, write_explanation
+from poprisk_lab.page.notes import notices
+from poprisk_lab.rundir import RunData, RunDirectory, RunDirectoryError, write_json
+from poprisk_lab.selection import twin_report
+from poprisk_lab.studies import CLAIMS
+from poprisk_lab.studies.command import ALL, chosen, directory_of, run_claim, summarize
+from poprisk_lab.studies.record import Judged
+from poprisk_lab.studies.run import ClaimDirectory
+from poprisk_lab.tasks import BUILT_IN, TaskError
+from poprisk_lab.verdict import judge
+
+app = typer.Typer(
+    help="Train on population risk: a noise gate for AdamW, with its controls.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console() if sys.stdout.isatty() else Console(width=120)
+DEFAULT_SEEDS = 3
+Trace = Annotated[
+    bool, typer.Option("--traceback", help="Print the whole traceback of an error in the task.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"poprisk {metadata.version('poprisk')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train on population risk: a noise gate for AdamW, with its controls."""
+
+
+@app.command("compare")
+def compare_command(
+    task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = DEFAULT_SEEDS,
+    full: Annotated[
+        bool, typer.Option("--full", help="All arms, not just the telling ones.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/TASK if left out.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data, if not the task's.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Argument of the task's function, as in noise=0.2."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; one per core if left out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    twin: Annotated[
+        bool, typer.Option("--twin", help="Estimate every arm's risk without validation data.")
+    ] = False,
+    trace: Trace = False,
+) -> None:
+    """Train every arm on every seed of TASK and say which generalizes; resumes when repeated."""
+    for name, value in (("--seeds", seeds), ("--epochs", epochs), ("--workers", workers)):
+        if value is not None and value < 1:
+            _fail(f"{name} must be at least 1, but got {value}.")
+    warm_up_workers()
+    comparison = Comparison(
+        task=task,
+        arms=default_arms(full=full),
+        seeds=list(range(seeds)),
+        settings=dict(_parse_setting(text) for text in setting or []),
+        epochs=epochs,
+        full=full,
+        device=device,
+        workers=workers or _cores(),
+        twin=twin,
+    )
+    name = _default_name(comparison)
+    directory = RunDirectory(out or Path("runs") / name)
+    try:
+        config = comparison.config()
+        data = directory.read() if directory.exists() else None
+        for seed in comparison.seeds[1:]:
+            if data is None or not all((arm.name, seed) in data.ends for arm in comparison.arms):
+                comparison.try_seed(seed)
+        directory.create(config, environment(comparison.workers))
+        data = directory.read()
+        _say(config["task"]["description"] or config["task"]["name"], style="bold")
+        _say(
+            f"{len(comparison.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, {comparison.workers} "
+            f"worker{'s' * (comparison.workers > 1)}; record in {directory.path} (stop at any "
+            "time, repeat the command to go on)"
+        )
+        if "last_batch" in config["task"]:
+            _say(f"Batches of {config['task']['batch_size']}: {LAST_BATCH}.")
+        mine = data._replace(ends={k: v for k, v in data.ends.items() if k[1] in comparison.seeds})
+        _say_what_is_there(comparison, data, len(mine.ends))
+        older = Path("runs") / f"{name}-{seeds}-seeds"  # how versions before named it
+        if out is None and seeds != DEFAULT_SEEDS and RunDirectory(older).exists():
+            _say(f"{older} is of an earlier version; --out {older} goes on there")
+        with ProgressDisplay(console, comparison, mine) as display:
+            compare(comparison, directory, display)
+        _conclude(directory)
+    except (TaskError, RunDirectoryError, ValueError) as error:
+        _fail(str(error), error=error if trace else None)
+    except TrainingError as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail("stopped; repeat the command to go on where it was.", code=130)
+
+
+@app.command("explain")
+def explain_command(
+    task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
+    optimizer: Annotated[
+        str, typer.Option(help="SGD, Adam, AdamW, RMSprop or PopRiskAdamW.")
+    ] = "AdamW",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data; the task's, at most 40, if left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of data, initial weights and batches.")] = 0,
+    seconds: Annotated[float, typer.Option(help="That the dense operators may take.")] = 60.0,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Argument of the task's function, as in noise=0.2."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory; runs/explain-TASK if left out.")
+    ] = None,
+    trace: Trace = False,
+) -> None:
+    """Record a run of TASK and say what it learned, what it trapped and what noise got through."""
+    if epochs is not None and epochs < 1:
+        _fail(f"--epochs must be at least 1, but got {epochs}.")
+    settings = dict(_parse_setting(text) for text in setting or [])
+    plan = Plan(task, settings, seed, optimizer, lr, epochs, seconds)
+    directory = out or Path("runs") / f"explain-{_slug(task.removesuffix('.py'))}"
+    page = directory / "report.html"
+    try:
+        with PhaseDisplay(console) as display:
+            found = explain(plan, say=display)
+    except (TaskError, NotAnalysable, ValueError) as error:
+        _fail(str(error), error=error if trace else None)
+    except KeyboardInterrupt:
+        _fail("stopped.", code=130)
+    for notice in found["notices"]:
+        _say(notice, style="yellow")
+    _say(f"\n{headline(found)}", style="bold")
+    for sentence in sentences(found):
+        _say(f"- {sentence}")
+    try:  # last: what was found is printed though the disk be full
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "explanation.json", found)
+        write_explanation(found, environment(1), page)
+    except OSError as error:
+        _fail(f"cannot write {directory}: {error.strerror or error}; choose another with --out.")
+    _say(f"\nReport: {page}")
+
+
+@app.command("reproduce")
+def reproduce_command(
+    claim: Annotated[str, typer.Argument(help=f"One of {', '.join(CLAIMS)}, or {ALL}.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A first look, in minutes.")] = False,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Run nothing; a table of what is on record.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory; runs/reproduce-CLAIM if left out.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; one per core if left out.")
+    ] = None,
+) -> None:
+    """Run a claim of the paper with controls, and print a verdict; resumes when repeated."""
+    if workers is not None and workers < 1:
+        _fail(f"--workers must be at least 1, but got {workers}.")
+    try:
+        claims = chosen(claim)
+        if not summary:
+            for one in claims:
+                directory = directory_of(one, quick=quick, out=out, alone=claim != ALL)
+                _reproduce(directory, quick=quick, workers=workers or _cores())
+        if summary or claim == ALL:
+            _summarize(summarize(claim, quick=quick, out=out), out or Path("runs"))
+    except (RunDirectoryError, ValueError) as error:
+        _fail(str(error))
+    except TrainingError as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail("stopped; repeat the command to go on where it was.", code=130)
+
+
+def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
+    claim = directory.claim
+    _say(f"{claim.title}: {claim.statement}", style="bold")
+    _say(f"record in {directory.path} (stop at any time, repeat the command to go on)")
+    with PhaseDisplay(console) as display:
+
+        def tell(name: str, done: int, total: int) -> None:
+            display("trials", done, total)
+            if not console.is_terminal:
+                _say(f"[{done:3}/{total}] {name}")
+
+        found = run_claim(directory, quick=quick, workers=workers, on_trial=tell)
+    for notice in claim_notices(found):
+        _say(notice, style="yellow")
+    if found.findings is not None:
+        console.print(criteria_table(found.findings.criteria))
+        for sentence in found.findings.sentences:
+            _say(f"- {sentence}")
+        _say(f"- Controls: {found.findings.controls}" if found.findings.controls else "")
+        _say(f"\nVerdict: {found.verdict}: {found.findings.ours}", style="bold")
+    page = directory.path / "report.html"
+    try:
+        write_claim(found, page)
+    except OSError as error:
+        _fail(f"cannot write {page}: {error.strerror or error}.")
+    _say(f"Report: {page}\n")
+
+
+def _summarize(found: list[Judged], folder: Path) -> None:
+    console.print(summary_table(summary_rows(found)))
+    page = folder / "claims.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_summary(found, page)
+    except OSError as error:
+        _fail(f"cannot write {page}: {error.strerror or error}.")
+    _say(f"Page: {page}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Write report.html of a run directory again and print its verdict."""
+    try:
+        _conclude(RunDirectory(run))
+    except RunDirectoryError as error:
+        _fail(str(error))
+
+
+@app.command()
+def tasks() -> None:
+    """List the built-in tasks."""
+    for name, function in BUILT_IN.items():
+        console.print(f"[bold]{name:18}[/] {(function.__doc__ or '').splitlines()[0]}")
+
+
+bench = typer.Typer(help="Measure side by side with torch, in one run.")
+app.add_typer(bench, name="bench")
+Threads = Annotated[int, typer.Option(help="Threads torch may use.")]
+Steps = Annotated[int, typer.Option(help="Timed steps per optimizer.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the results as JSON.")]
+
+
+@bench.callback(invoke_without_command=True)
+def bench_default(
+    context: typer.Context, threads: Threads = 1, steps: Steps = 50, out: Out = None
+) -> None:
+    """Measure side by side with torch, in one run; alone, the same as `bench step`."""
+    if context.invoked_subcommand is None:
+        bench_step(threads, steps, out)
+
+
+@bench.command("step")
+def bench_step(threads: Threads = 1, steps: Steps = 50, out: Out = None) -> None:
+    """Time one optimizer step beside torch's AdamW, and its state."""
+    if threads < 1 or steps < 1:
+        _fail("--threads and --steps must be at least 1.")
+    results, cold = bench_steps(threads=threads, steps=steps), bench_cold_start()
+    console.print(bench_table(results, threads=threads))
+    _say(f"first fused step: {cold.compiling:.1f} s compiling, {cold.from_cache:.2f} s from cache")
+    if out is None:
+        return
+    _write(out, results, more={"cold_start_seconds": cold._asdict()}, threads=threads, steps=steps)
+
+
+@bench.command("kernel")
+def bench_kernel(
+    threads: Threads = 1,
+    repeats: Annotated[int, typer.Option(help="Timed repetitions of each kernel.")] = 3,
+    growth: Annotated[bool, typer.Option(help="Also growth with each size.")] = False,
+    out: Out = None,
+) -> None:
+    """Tangent kernels and second moments beside other libraries, as far as installed."""
+    if threads < 1 or repeats < 1:
+        _fail("--threads and --repeats must be at least 1.")
+    results = bench_kernels(threads=threads, repeats=repeats, growth=growth)
+    console.print(kernel_table(results, threads=threads))
+    if out is not None:
+        _write(out, results, threads=threads, repeats=repeats)
+
+
+def _write(out: Path, results: Sequence[Any], **settings: Any) -> None:
+    try:
+        write_results(out, results, **settings)
+    except OSError as error:
+        _fail(f"cannot write {out}: {error.strerror or error}.")
+
+
+def main() -> None:
+    """Entry point of the ``poprisk`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # A Greek letter that the terminal cannot show must not end a run: Windows' is cp1252.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    app()
+
+
+def _conclude(directory: RunDirectory) -> None:
+    data = directory.read()
+    verdict = judge(data)
+    if verdict.rows:
+        console.print(verdict_table(verdict, data))
+    for notice in notices(data):
+        _say(notice, style="yellow")
+    console.print(f"\n{verdict.headline}", style="bold", markup=False, highlight=False)
+    for sentence in verdict.sentences:
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    twins = twin_report(data)
+    if twins is not None:
+        console.print(twin_table(twins, data))
+        for sentence in twins.sentences:
+            console.print(f"- {sentence}", markup=False, highlight=False)
+    path = directory.path / "report.html"
+    try:  # last: the verdict is printed though the disk be full
+        write_report(data, verdict, path)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot write {path}: {error.strerror or error}; `poprisk report {directory.path}` "
+            "writes it once there is room."
+        ) from error
+    _say(f"\nReport: {path}")
+
+
+def _say_what_is_there(comparison: Comparison, data: RunData, done: int) -> None:
+    """What a run directory holds already of this comparison, and beyond it."""
+    total = len(comparison.arms) * len(comparison.seeds)
+    if done == total:
+        _say(f"all {total} trainings are there already")
+    elif done:
+        _say(f"{done} of {total} trainings are there already; going on with the rest")
+    more = len(data.config["seeds"]) - len(comparison.seeds)
+    if more:
+        _say(f"the record holds {more} more seed{'s' * (more > 1)}, which count in the verdict")
+
+
+def _say(text: str, *, style: str = "") -> None:
+    """Print text that is not markup, on one line however long."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _fail(message: str, *, code: int = 2, error: BaseException | None = None) -> NoReturn:
+    """Say on one line of stderr what is wrong, after the traceback of an error, and exit."""
+    if error is not None:
+        lines = error.trace if isinstance(error, TaskError) and error.trace else None
+        sys.stderr.write(lines or "".join(traceback.format_exception(error)))
+    message = " ".join(message.split()) if code == 2 else message
+    Console(stderr=True).print(f"poprisk: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        _fail(f"--set takes name=value, as in --set noise=0.2, but got {text!r}.")
+    for convert in (int, float):
+        try:
+            return name, convert(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def _default_name(comparison: Comparison) -> str:
+    """A directory name that differs wherever the configuration does; more seeds extend a run."""
+    parts = [_slug(comparison.task.removesuffix(".py"))]
+    parts += [f"{key}-{value}" for key, value in comparison.settings.items()]
+    parts += [f"{comparison.epochs}-epochs"] if comparison.epochs else []
+    parts += ["full"] if comparison.full else []
+    parts += ["twin"] if comparison.twin else []
+    return _slug("-".join(parts))
+
+
+def _slug(text: str) -> str:
+    """``text`` as a file name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")

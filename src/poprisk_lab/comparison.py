@@ -1,0 +1,239 @@
+"""What is compared: a task, arms and seeds, and what the record says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poprisk._validate.errors import first_line
+from poprisk.randomness import RandomState
+from poprisk.task import Task, module_kinds
+from poprisk.task.batches import LAST_BATCH, joins_last
+from poprisk_lab.arms import Arm, settings_used
+from poprisk_lab.fit import Run
+from poprisk_lab.rundir import FORMAT, TOL
+from poprisk_lab.tasks import TaskError, load_task
+from poprisk_lab.tasks.sources import task_sources
+
+FEWEST = 5
+"""Training examples of which a fifth can be held out."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare.
+
+    Args:
+        task: name of a built-in task, or ``path/to/file.py:function``.
+        arms: unique names; an arm comes after the one it follows.
+        seeds: of the task's data, the initial weights and the order of examples.
+        settings: arguments of the task's function.
+        epochs: in place of the task's own.
+        full: whether these are all arms.
+        device: where to train.
+        workers: processes, each with one thread.
+        twin: whether to estimate the risk of every arm that can have a twin.
+    """
+
+    task: str
+    arms: list[Arm]
+    seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
+    full: bool = False
+    device: str = "cpu"
+    workers: int = 1
+    twin: bool = False
+
+    def __post_init__(self) -> None:
+        before: set[str] = set()
+        for arm in self.arms:
+            if arm.follows is not None and arm.follows not in before:
+                raise ValueError(f"arm {arm.name} must come after {arm.follows}, which it follows.")
+            before.add(arm.name)
+
+    def is_followed(self, arm: Arm) -> bool:
+        """Whether another arm repeats the update sizes of this one."""
+        return any(other.follows == arm.name for other in self.arms)
+
+    def make_task(self, seed: int) -> Task:
+        """The task with the data of one seed."""
+        if "seed" in self.settings:
+            raise TaskError("seed is no setting of a task; --seeds says how many are run.")
+        task = load_task(self.task, seed=seed, **self.settings)
+        if self.epochs is not None:
+            object.__setattr__(task, "epochs", self.epochs)
+        return task
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says; two runs that differ in the seeds alone are one run.
+
+        On the way, every arm takes a step or two of the first seed.
+
+        Raises:
+            TaskError: if the task or one of its arms fails, or differs from call to call.
+            ValueError: if the device cannot be used.
+        """
+        _check_device(self.device)
+        seed = self.seeds[0]
+        task, again = self.make_task(seed), self.make_task(seed)
+        data, start = _fingerprint(self.task, task), self._start(task, seed)
+        if data != _fingerprint(self.task, again):
+            raise TaskError(
+                f"task {self.task} gives other data each time it is made with the same seed; draw "
+                "all of it from torch.Generator().manual_seed(seed)."
+            )
+        if not alike(start, other := self._start(again, seed)):
+            raise TaskError(
+                f"the model of task {self.task} starts from other weights each time it is made "
+                f"with the same seed (loss {start['train_loss']:.4g}, then "
+                f"{other['train_loss']:.4g}); draw them from torch's, numpy's or Python's global "
+                "generator."
+            )
+        model = task.new_model()
+        return {
+            "format": FORMAT,
+            "poprisk": metadata.version("poprisk"),
+            "task": {
+                "name": task.name,
+                "source": self.task,
+                "settings": self.settings,
+                "description": task.description,
+                "metric": {
+                    "name": task.scored_by.name,
+                    "higher_is_better": task.scored_by.higher_is_better,
+                    "percent": task.scored_by.percent,
+                },
+                "classification": task.classification,
+                "epochs": task.epochs,
+                "batch_size": task.batch_size,
+                **({"last_batch": LAST_BATCH} if self._joins_last(task) else {}),
+                "train_examples": len(task.train[1]),
+                "test_examples": len(task.test[1]),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "data": data,
+                "modules": module_kinds(model),
+                "model": _structure(model),
+                "sources": _sources(self.task),
+                "start": start,
+                "noise_known": task.noise_known,
+            },
+            "arms": [arm.as_json() for arm in self.arms],
+            "optimizers": self._try_arms(task, seed),
+            "seeds": self.seeds,
+            "full": self.full,
+            "device": self.device,
+            **({"twin": True} if self.twin else {}),
+        }
+
+    def try_seed(self, seed: int) -> None:
+        """Make the task of a seed, and measure it once with the fifth that it holds out.
+
+        Raises:
+            TaskError: if that fails.
+        """
+        task = self.make_task(seed)
+        arm = next((arm for arm in self.arms if arm.held_out), self.arms[0])
+        with self._trial(arm, seed):
+            Run(task, arm, seed, trace=[], device=self.device).evaluate()
+
+    def _start(self, task: Task, seed: int) -> dict[str, float]:
+        """Losses before training; they tell models and losses apart that a text does not."""
+        with self._trial(self.arms[0], seed):
+            row = Run(task, self.arms[0], seed, trace=[], device=self.device).evaluate()
+        return {key: row[key] for key in ("train_loss", "test_loss")}
+
+    def _try_arms(self, task: Task, seed: int) -> dict[str, dict[str, Any]]:
+        """Let every arm take a step, and measure one of each kind; return settings by arm."""
+        n = len(task.train[1])
+        if n < FEWEST and any(arm.held_out for arm in self.arms):
+            raise TaskError(
+                f"task {self.task} has {n} training examples; early stopping holds out a fifth of "
+                f"them, so there must be at least {FEWEST}."
+            )
+        found: dict[str, dict[str, Any]] = {}
+        measured = {(False, False)}
+        for arm in self.arms:
+            twin = self.twin and arm.can_have_twin
+            kind = (arm.held_out, twin)
+            with self._trial(arm, seed):
+                run = Run(
+                    task,
+                    arm,
+                    seed,
+                    trace=[],
+                    record=self.is_followed(arm),
+                    device=self.device,
+                    with_twin=twin,
+                )
+                found[arm.name] = settings_used(run.optimizer)
+                run.try_out()
+                if kind not in measured:
+                    run.evaluate()
+            measured.add(kind)
+        return found
+
+    @contextmanager
+    def _trial(self, arm: Arm, seed: int) -> Iterator[None]:
+        """Name the arm whose trial fails inside; the random numbers stay as they are."""
+        random = RandomState.now()
+        try:
+            yield
+        except Exception as error:
+            what = f"task {self.task} cannot be trained by {arm.label} (seed {seed})"
+            raise TaskError.of(what, error) from error
+        finally:
+            random.restore()
+
+    def _joins_last(self, task: Task) -> bool:
+        n = len(task.train[1])
+        kept = [n - n // 5 if arm.held_out else n for arm in self.arms]
+        return any(joins_last(k, task.batch_size) for k in kept)
+
+
+def alike(a: dict[str, float], b: dict[str, float]) -> bool:
+    """Whether losses before training are those of one model, on whatever processor."""
+    return a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=TOL) for k in a)
+
+
+def _fingerprint(source: str, task: Task) -> str:
+    """Tells tasks of one name apart: a hash of the data and of the task's file."""
+    digest = hashlib.sha256()
+    clean = () if task.clean is None else (task.clean,)
+    for values in (*task.train, *task.test, *clean):
+        digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    path, colon, _ = source.rpartition(":")
+    if colon:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _structure(model: torch.nn.Module) -> str:
+    """A hash of what a model is made of: its text, and the shapes of its state."""
+    text = [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model))]
+    state = [*model.named_parameters(), *model.named_buffers()]
+    text += [f"{name} {t.dtype} {tuple(t.shape)} {t.requires_grad}" for name, t in state]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+
+def _sources(source: str) -> dict[str, str]:
+    path, colon, _ = source.rpartition(":")
+    return task_sources(Path(path)) if colon else {}
+
+
+def _check_device(device: str) -> None:
+    """Raise ValueError unless tensors can be computed with on ``device``."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = first_line(error)
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error

@@ -1,0 +1,239 @@
+"""What the commands show while they run and when they are done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from poprisk.intervals import Interval
+from poprisk_lab.comparison import Comparison
+from poprisk_lab.fit import Row as Record
+from poprisk_lab.page.claims import SummaryRow, criterion_line
+from poprisk_lab.page.formats import MINUS, Format, format_for
+from poprisk_lab.page.table import difference_cell, plus_minus
+from poprisk_lab.rundir import RunData
+from poprisk_lab.selection import TwinReport
+from poprisk_lab.studies.judge import Criterion
+from poprisk_lab.verdict import Verdict
+from poprisk_lab.wording import Row, Scale, scale_of
+
+
+class ProgressDisplay:
+    """Live progress: what runs, its metric so far, time left; plain lines without a terminal."""
+
+    def __init__(self, console: Console, comparison: Comparison, data: RunData) -> None:
+        self.console = console
+        self.scale = scale_of(data.config)
+        self.epochs = data.config["task"]["epochs"]
+        self.labels = {arm.name: arm.label for arm in comparison.arms}
+        self.started = time.monotonic()
+        self.ended = set(data.ends)
+        self.running: dict[tuple[str, int], Record] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[done]}/{task.total:.0f} runs"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+        )
+        total = len(comparison.arms) * len(comparison.seeds)
+        name = data.config["task"]["name"]
+        done = len(data.ends)
+        text = f"training on {escape(name)}"
+        self.bar = self.progress.add_task(text, total=total, completed=done, done=done)
+        self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> ProgressDisplay:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.live:
+            self.live.update(self._picture())
+            self.live.stop()
+
+    def __call__(self, row: Record) -> None:
+        """Take one row of the record."""
+        key = (row["arm"], row["seed"])
+        before = self._share(key)
+        if row["event"] == "end":
+            self.running.pop(key, None)
+            again = key in self.ended
+            self.ended.add(key)
+            self.progress.advance(self.bar, -before if again else 1 - before)
+            self.progress.update(self.bar, done=len(self.ended))
+            if self.live is None:
+                self._line(row)
+        else:
+            self.running[key] = row
+            self.progress.advance(self.bar, self._share(key) - before)
+        if self.live:
+            self.live.update(self._picture())
+
+    def _share(self, key: tuple[str, int]) -> float:
+        return self.running[key]["epoch"] / self.epochs if key in self.running else 0.0
+
+    def _line(self, row: Record) -> None:
+        done = len(self.ended)
+        total = int(self.progress.tasks[0].total or 0)
+        value = row["stopped_metric"] if row["stopped_metric"] is not None else row["final_metric"]
+        spent = time.monotonic() - self.started
+        self.console.print(
+            f"[{done:3}/{total}] {spent:4.0f} s  {self.labels[row['arm']]}, seed {row['seed']}: "
+            f"{self.scale.name} {self.scale.value(value)}",
+            markup=False,
+            highlight=False,
+        )
+
+    def _picture(self) -> Table:
+        grid = Table.grid()
+        grid.add_row(self.progress)
+        for (arm, seed), row in sorted(self.running.items()):
+            metric = row.get("test_metric")
+            so_far = "" if metric is None else f"{self.scale.name} {self.scale.value(metric)}"
+            where = f"seed {seed}, epoch {row['epoch']}/{self.epochs}"
+            grid.add_row(f"  [cyan]{self.labels[arm]}[/], {where}  {escape(so_far)}")
+        return grid
+
+
+class PhaseDisplay:
+    """Live progress of one phase after another; one line a phase without a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.phases: dict[str, TaskID] = {}
+
+    def __enter__(self) -> PhaseDisplay:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, phase: str, done: int, total: int | None) -> None:
+        """Take how much of a phase is done."""
+        if phase not in self.phases:
+            self.phases[phase] = self.progress.add_task(escape(phase), total=total)
+            if not self.console.is_terminal:
+                self.console.print(phase, markup=False, highlight=False)
+        self.progress.update(self.phases[phase], completed=done)
+
+
+def verdict_table(verdict: Verdict, data: RunData) -> Table:
+    """The table of a verdict for the terminal."""
+    scale = scale_of(data.config)
+    table = Table(
+        title=f"{escape(scale.name)} on the test set",
+        title_justify="left",
+        title_style="",
+        header_style="bold",
+        pad_edge=False,
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for name in ("final", "best epoch", "noise fitted", "gain over best AdamW"):
+        table.add_column(name, justify="right", min_width=7)
+    for row in verdict.rows:
+        style = "bold green" if row.family == "poprisk" else ""
+        table.add_row(*table_cells(row, scale), style=style)
+    return table
+
+
+def twin_table(twins: TwinReport, data: RunData) -> Table:
+    """The table of what the twins say, for the terminal."""
+    scale = scale_of(data.config)
+    table = Table(
+        title="Risk estimated by twins, without validation data",
+        title_justify="left",
+        title_style="",
+        header_style="bold",
+        pad_edge=False,
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for name in ("estimated loss", "held-out loss", f"test {escape(scale.name)}", "epoch"):
+        table.add_column(name, justify="right", min_width=7)
+    for row in twins.rows:
+        held_out = "-" if row.held_out is None else f"{row.held_out:.3g}"
+        cells = (f"{row.estimate:.3g} ± {row.error:.1g}", held_out, scale.value(row.metric))
+        table.add_row(row.label, *cells, f"{row.epoch:.0f}")
+    return table
+
+
+def criteria_table(criteria: Sequence[Criterion]) -> Table:
+    """What a verdict rests on, for the terminal."""
+    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
+    for name in ("criterion", "needed", "paper", "found", "outcome"):
+        table.add_column(name, overflow="fold")
+    for line in map(criterion_line, criteria):
+        style = {"good": "green", "bad": "red"}.get(line.mark, "")
+        cells = (line.asks, line.bound, line.claimed or "-", line.found)
+        table.add_row(*map(escape, cells), f"[{style}]{line.outcome}[/]" if style else line.outcome)
+    return table
+
+
+def summary_table(rows: Sequence[SummaryRow]) -> Table:
+    """All claims, for the terminal."""
+    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD, show_lines=True)
+    for name in ("claim", "paper", "here", "controls", "verdict"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        style = {"good": "green", "bad": "red"}.get(row.mark, "yellow")
+        cells = (row.name, row.paper, row.ours, row.controls)
+        table.add_row(*map(escape, cells), f"[{style}]{row.verdict}[/]")
+    return table
+
+
+def table_cells(row: Row, scale: Scale) -> tuple[str, str, str, str, str]:
+    """The texts of one line."""
+    memorized = f"{row.memorized.mean:.1%}" if row.memorized else "-"
+    form = format_for([row.final.mean], percent=scale.percent)
+    final = plus_minus(row.final, form)
+    return (
+        row.label,
+        f"{scale.value(row.final.mean)} {_spaced(final.note)}".strip(),
+        scale.value(row.best.mean),
+        memorized,
+        _gain(row.difference, scale, form),
+    )
+
+
+def _gain(difference: Interval | None, scale: Scale, form: Format) -> str:
+    """A difference as gain, better is positive."""
+    if difference is None:
+        return "(reference)"
+    ends = sorted(scale.gain(v) for v in difference[1:3])
+    gain = Interval(
+        scale.gain(difference.mean), ends[0], ends[1], tuple(map(scale.gain, difference.values))
+    )
+    return " ".join(difference_cell(gain, form)).strip().replace(MINUS, "-")
+
+
+def _spaced(note: str) -> str:
+    return note.replace("±", "± ").replace(MINUS, "-")

@@ -1,0 +1,130 @@
+"""A run directory, as one HTML page that opens without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from poprisk.intervals import MIN_SEEDS
+from poprisk.optim.stats import STARVED_BELOW
+from poprisk_lab.page import figures, notes
+from poprisk_lab.page.curves import EpochRow
+from poprisk_lab.page.figures import Group, Quantity
+from poprisk_lab.page.page import template
+from poprisk_lab.page.series import OURS, arm_series, module_series
+from poprisk_lab.page.table import run_table, verdict_table
+from poprisk_lab.rundir import RunData
+from poprisk_lab.selection import twin_report
+from poprisk_lab.store import replace_text
+from poprisk_lab.verdict import Verdict
+from poprisk_lab.wording import scale_of
+
+__all__ = ["write_report"]
+
+
+class Gate(NamedTuple):
+    """What the gate of one row of the verdict did: its label, plots, who starved, what is left."""
+
+    label: str
+    ours: bool
+    group: Group | None
+    starved: str
+    uncounted: str
+
+
+def write_report(data: RunData, verdict: Verdict, path: Path) -> None:
+    """Write the page, atomically: a reader sees the old one or the new one.
+
+    Args:
+        data: what the run directory holds.
+        verdict: what follows from it.
+        path: the HTML file.
+
+    Raises:
+        OSError: if it cannot be written; an existing file is left as it was.
+    """
+    replace_text(path, render(data, verdict))
+
+
+def render(data: RunData, verdict: Verdict) -> str:
+    """Return the page as text; the same input gives the same text."""
+    page = template("report.html.j2")
+    return page.render(context(data, verdict), plotly=Markup(get_plotlyjs()))
+
+
+def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
+    """Return what the template shows, by name."""
+    task = data.config["task"]
+    series = arm_series(data, verdict)
+    table = verdict_table(
+        verdict,
+        task["metric"],
+        seeds=len(data.config["seeds"]),
+        shares=task["classification"],
+    )
+    return {
+        "config": data.config,
+        "environment": data.environment,
+        "raw": json.dumps(data.config, indent=2, ensure_ascii=False),
+        "task": task,
+        "metric": task["metric"],
+        "facts": notes.facts(data),
+        "notices": notes.notices(data),
+        "verdict": verdict,
+        "table": table,
+        "runs": run_table(data, table.format),
+        "curves": figures.group(series, _quantities(task)),
+        "stops": any(s.stops for s in series),
+        "memorizing": any(row["memorized"] is not None for row in data.epochs),
+        "gates": _gates(data),
+        "settings": notes.settings(data.config),
+        "starved_below": STARVED_BELOW,
+        "intervals": len(data.config["seeds"]) >= MIN_SEEDS,
+        "twins": twin_report(data),
+        "scale": scale_of(data.config),
+        "families": {arm["family"] for arm in data.config["arms"]},
+    }
+
+
+def _quantities(task: dict[str, Any]) -> list[Quantity]:
+    metric, shares = task["metric"], task["classification"]
+    title = "Wrong labels memorized" if shares else "Label noise fitted"
+    return [
+        Quantity(
+            f"Test {metric['name']}",
+            "test_metric",
+            percent=metric["percent"],
+            share=metric["percent"],
+            stops=True,
+        ),
+        Quantity(title, "memorized", percent=True, share=shares),
+    ]
+
+
+PASS_RATE = Quantity("Pass rate", "pass_rate", percent=True, share=True)
+UPDATE_RATIO = Quantity("Update ratio", "update_ratio", percent=True, share=True)
+
+
+def _gates(data: RunData) -> list[Gate]:
+    """What the gate of each arm that has one did, ours first."""
+    rows: dict[str, list[EpochRow]] = {}
+    for row in data.epochs:
+        if row["gate"]:
+            rows.setdefault(row["arm"], []).append(row)
+    arms = [arm for arm in data.config["arms"] if arm["name"] in rows]
+    kinds = data.config["task"].get("modules", {})
+    arms.sort(key=lambda arm: arm["family"] != OURS)
+    return [
+        Gate(
+            arm["label"],
+            arm["family"] == OURS,
+            figures.group(module_series(rows[arm["name"]], kinds), [PASS_RATE, UPDATE_RATIO]),
+            notes.starved(rows[arm["name"]]),
+            notes.uncounted(rows[arm["name"]], data.config["task"]["parameters"]),
+        )
+        for arm in arms
+    ]

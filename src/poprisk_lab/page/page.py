@@ -1,0 +1,22 @@
+"""What every page shares: how templates are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+
+from poprisk_lab.page import formats
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of this folder; text is escaped, and an unknown name is an error."""
+    engine = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    engine.filters["plain"] = formats.plain
+    return engine.get_template(name)

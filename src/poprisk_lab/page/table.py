@@ -1,0 +1,210 @@
+"""The verdict table and the table of single runs, as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from poprisk.intervals import Interval
+from poprisk_lab.page.formats import MISSING, Format, format_for, plural
+from poprisk_lab.page.series import OURS, colour_of
+from poprisk_lab.rundir import RunData
+from poprisk_lab.verdict import Row, Verdict
+
+SHARE = Format(percent=True, decimals=1)
+
+
+class Cell(NamedTuple):
+    """A number and, in small print, how sure it is."""
+
+    main: str
+    note: str
+
+
+class Forest(NamedTuple):
+    """A difference and its interval drawn as a dot on a bar: positions in percent of the width."""
+
+    low: float
+    dot: float
+    high: float
+
+
+class Line(NamedTuple):
+    """A row of the verdict table.
+
+    Attributes:
+        label: as the user wrote it.
+        colour: name of its colour in the style sheet, as in the plots.
+        mark: ``ours``, ``reference`` or empty.
+        partial: how many seeds it has, if not all.
+        outcome: ``better``, ``worse`` or ``unclear``, against the best AdamW; empty if unknown.
+    """
+
+    label: str
+    colour: str
+    mark: str
+    partial: str
+    final: Cell
+    best: Cell
+    memorized: Cell | None
+    difference: Cell | None
+    outcome: str
+    forest: Forest | None
+
+
+class Table(NamedTuple):
+    """The verdict table.
+
+    Attributes:
+        key: the rows that matter.
+        rest: the rest of the grid.
+        memorized: whether there is a column for memorization.
+        zero: where to draw no difference, in percent of the width.
+        format: of the metric.
+    """
+
+    key: list[Line]
+    rest: list[Line]
+    memorized: bool
+    zero: float
+    format: Format
+
+
+def verdict_table(
+    verdict: Verdict, metric: dict[str, Any], *, seeds: int, shares: bool = True
+) -> Table:
+    """Write a verdict's rows.
+
+    Args:
+        verdict: to be written.
+        metric: of the task.
+        seeds: how many a complete row has.
+        shares: whether memorization is a share, between 0 and 1.
+    """
+    rows = [*verdict.rows, *verdict.other]
+    form = format_for((row.final.mean for row in rows), percent=metric["percent"])
+    sign = 1 if metric["higher_is_better"] else -1
+    span = _span(verdict.rows, sign)
+    lines = [_line(row, form, sign, span, seeds, shares) for row in rows]
+    return Table(
+        key=lines[: len(verdict.rows)],
+        rest=lines[len(verdict.rows) :],
+        memorized=any(row.memorized for row in rows),
+        zero=_place(0.0, span),
+        format=form,
+    )
+
+
+def _line(
+    row: Row, form: Format, sign: int, span: tuple[float, float], seeds: int, shares: bool
+) -> Line:
+    d = row.difference
+    is_reference = d is None and row.family == "adamw"
+    return Line(
+        label=row.label,
+        colour=colour_of(row.family),
+        mark="ours" if row.family == OURS else "reference" if is_reference else "",
+        partial=f"{row.seeds} of {plural(seeds, 'seed')}" if row.seeds < seeds else "",
+        final=plus_minus(row.final, form),
+        best=plus_minus(row.best, form),
+        memorized=plus_minus(row.memorized, SHARE, share=shares) if row.memorized else None,
+        difference=difference_cell(d, form) if d else None,
+        outcome=_outcome(d, sign) if d else "",
+        forest=_forest(d, sign, span) if d else None,
+    )
+
+
+def plus_minus(value: Interval, form: Format, *, share: bool | None = None) -> Cell:
+    """Write a mean and how sure it is: half the width of its interval, or what the seeds gave.
+
+    Args:
+        value: over seeds.
+        form: of the numbers.
+        share: whether it lies between 0 and 1; None: if it is written in percent.
+    """
+    inside = value.clipped(0.0, 1.0) if (form.percent if share is None else share) else value
+    if inside != value:
+        return Cell(form.number(value.mean), _ends(inside, form.number))
+    half = form.number((value.high - value.low) / 2)
+    return Cell(form.number(value.mean), _note(value, form.number) or f"±{half}" * value.known)
+
+
+def difference_cell(value: Interval, form: Format) -> Cell:
+    """Write a mean difference with its interval, or with those of the seeds."""
+    inside = value.clipped(-1.0, 1.0) if form.percent else value
+    note = _note(value, form.signed) or _ends(inside, form.signed) * value.known
+    return Cell(form.signed(value.mean), note)
+
+
+def _note(value: Interval, write: Callable[[float], str]) -> str:
+    """What stands in place of an interval that there is not; empty if there is one."""
+    if len(value.values) > 1 and value.few:
+        return f"({', '.join(map(write, value.values))})"
+    return "(all alike)" if value.known and value.alike else ""
+
+
+def _ends(value: Interval, write: Callable[[float], str]) -> str:
+    return f"[{write(value.low)}, {write(value.high)}]"
+
+
+def _outcome(difference: Interval, sign: int) -> str:
+    if not difference.known:
+        return ""
+    side = sign * difference.sign
+    return "unclear" if side == 0 else "better" if side > 0 else "worse"
+
+
+def _span(rows: Sequence[Row], sign: int) -> tuple[float, float]:
+    """Range of the drawn differences, better to the right; zero is inside, outliers are not."""
+    found = [
+        [sign * v for v in row.difference[:3] if math.isfinite(v)] for row in rows if row.difference
+    ]
+    reach = [max(map(abs, ends)) for ends in found if ends]
+    limit = 5 * median(reach) if reach else 0.0
+    all_ends = [0.0, *(v for ends in found for v in ends)]
+    low, high = max(min(all_ends), -limit), min(max(all_ends), limit)
+    margin = 0.04 * (high - low)
+    return low - margin, high + margin
+
+
+def _forest(difference: Interval, sign: int, span: tuple[float, float]) -> Forest | None:
+    if not math.isfinite(difference.mean):
+        return None
+    dot, *ends = (_place(sign * v, span) for v in difference[:3])
+    ends = [dot if math.isnan(end) else end for end in ends]
+    return Forest(min(ends), dot, max(ends))
+
+
+def _place(value: float, span: tuple[float, float]) -> float:
+    """Position of a value in percent of the width, cut to it."""
+    low, high = span
+    if high <= low:
+        return 50.0
+    return round(100 * min(max((value - low) / (high - low), 0.0), 1.0), 2)
+
+
+def run_table(data: RunData, form: Format) -> list[list[str]]:
+    """Write one row for each finished run: what was measured, seed by seed."""
+    labels = {arm["name"]: arm["label"] for arm in data.config["arms"]}
+    order = {name: i for i, name in enumerate(labels)}
+    keys = sorted(data.ends, key=lambda key: (order.get(key[0], len(order)), key[1]))
+    return [_run(labels.get(arm, arm), seed, data.ends[arm, seed], form) for arm, seed in keys]
+
+
+def _run(label: str, seed: int, end: dict[str, Any], form: Format) -> list[str]:
+    def at(value: str, epoch: str) -> str:
+        return MISSING if end[value] is None else f"{form.number(end[value])} ({end[epoch]})"
+
+    memorized = end["final_memorized"]
+    return [
+        label,
+        str(seed),
+        MISSING if end["final_metric"] is None else form.number(end["final_metric"]),
+        at("best_metric", "best_epoch"),
+        at("stopped_metric", "stopped_epoch"),
+        MISSING if memorized is None else SHARE.number(memorized),
+        f"{end['skipped_steps']:,}",
+        f"{end['seconds']:.1f}",
+    ]

@@ -1,0 +1,162 @@
+"""Full-batch descent to interpolation, recorded or not: what several claims have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from poprisk.losses import Loss, resolve_loss
+from poprisk.ntk import entk
+from poprisk.path import Run, record
+from poprisk.path.operators import PathOperators, path_operators
+
+DIGITS = 5
+
+
+class Data(NamedTuple):
+    """A training set and a query set with clean targets; float64.
+
+    Attributes:
+        x: training inputs, (n, ...).
+        clean: training targets without noise, (n, 1).
+        query: query inputs, (m, ...).
+        target: query targets without noise, (m, 1).
+    """
+
+    x: Tensor
+    clean: Tensor
+    query: Tensor
+    target: Tensor
+
+    @classmethod
+    def split(cls, x: Tensor, clean: Tensor, examples: int) -> Data:
+        """The first examples for training, the others as queries."""
+        return cls(x[:examples], clean[:examples], x[examples:], clean[examples:])
+
+
+def linear(inputs: int, outputs: int = 1) -> nn.Module:
+    """A linear model without bias that starts at 0, float64."""
+    model = nn.Linear(inputs, outputs, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    return model
+
+
+def two_layer(inputs: int, width: int, scales: tuple[float, float], seed: int) -> nn.Module:
+    """A tanh network whose two weight matrices are normal with these scales, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        for layer, scale in zip((model[0], model[2]), scales, strict=True):
+            weight = layer.get_parameter("weight")
+            weight.copy_(scale * torch.randn(weight.shape, generator=generator).double())
+    return model
+
+
+def stable_rate(model: nn.Module, x: Tensor, fraction: float) -> float:
+    r"""Learning rate :math:`fraction \cdot n / \lambda_{max}(K_{SS})` at the start.
+
+    Full-batch gradient descent on half the squared error of a linear model is stable below 2.
+    """
+    kernel = entk(model, x).dense()
+    return fraction * len(x) / float(torch.linalg.eigvalsh(kernel)[-1])
+
+
+def descent(
+    model: nn.Module,
+    x: Tensor,
+    fraction: float,
+    momentum: float = 0.0,
+    *,
+    of: nn.Module | None = None,
+) -> SGD:
+    """Gradient descent at a :func:`stable_rate` of the model, for it or for another one."""
+    rate, trained = stable_rate(model, x, fraction), model if of is None else of
+    return SGD(trained.parameters(), lr=rate, momentum=momentum)
+
+
+def residual(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Norm of outputs minus targets."""
+    with torch.no_grad():
+        return float((model(x) - y).norm())
+
+
+def until_fitted(
+    model: nn.Module, x: Tensor, y: Tensor, *, below: float, limit: int
+) -> Iterator[Tensor]:
+    """All examples as a batch, until the residual is ``below`` times that at the start."""
+    index, goal = torch.arange(len(x)), below * residual(model, x, y)
+    for _ in range(limit):
+        if residual(model, x, y) <= goal:
+            return
+        yield index
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: tuple[Tensor, Tensor],
+    *,
+    below: float = 0.0,
+    limit: int,
+    loss: str | Loss = "squared_error",
+) -> None:
+    """The steps of :func:`recorded` without the record."""
+    (x, y), per_example = data, resolve_loss(loss)
+    for batch in until_fitted(model, x, y, below=below, limit=limit):
+        optimizer.zero_grad()
+        per_example(model(x[batch]), y[batch]).mean().backward()
+        optimizer.step()
+
+
+def recorded(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: Data,
+    y: Tensor,
+    *,
+    below: float = 0.0,
+    limit: int,
+    loss: str | Loss = "squared_error",
+) -> Run:
+    """Train on targets ``y`` with the full batch, and keep what happened."""
+    return record(
+        model,
+        loss,
+        optimizer,
+        until_fitted(model, data.x, y, below=below, limit=limit),
+        (data.query, data.target),
+        train=(data.x, y),
+    )
+
+
+def operators(run: Run, *, snapshots: int = 2) -> PathOperators:
+    """The operators of a run; one node is exact for the constant Jacobian of a linear model."""
+    constant = isinstance(run.problem.model, nn.Linear)
+    return path_operators(run, "left" if constant else "gauss3", snapshots=snapshots)
+
+
+def predicted(model: nn.Module, x: Tensor) -> Tensor:
+    """Outputs without their graph."""
+    with torch.no_grad():
+        return model(x)
+
+
+def mean_square(values: Tensor) -> float:
+    """Mean of the squares."""
+    return float(values.square().mean())
+
+
+def short(value: float) -> float:
+    """A number with the digits that go on record."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def shorts(values: Tensor) -> list[float]:
+    """Numbers with the digits that go on record."""
+    return [short(v) for v in values.tolist()]

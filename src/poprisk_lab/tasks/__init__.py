@@ -1,0 +1,112 @@
+"""Tasks: the built-in ones by name, and a user's own from a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from poprisk.task import Task
+from poprisk_lab.tasks import digits as _digits
+from poprisk_lab.tasks import interpolation as _interpolation
+from poprisk_lab.tasks import modular as _modular
+from poprisk_lab.tasks import regression as _regression
+from poprisk_lab.tasks.sources import place_of
+
+__all__ = ["BUILT_IN", "TaskError", "load_task"]
+
+BUILT_IN: dict[str, Callable[..., Task]] = {
+    "digits": _digits.digits,
+    "digits-cnn": _digits.digits_cnn,
+    "digits-clean": _digits.digits_clean,
+    "sparse-regression": _regression.sparse_regression,
+    "dense-regression": _regression.dense_regression,
+    "long-tail-regression": _interpolation.long_tail_regression,
+    "random-features": _interpolation.random_features,
+    "diabetes": _regression.diabetes,
+    "grokking": _modular.modular_division,
+}
+
+
+class TaskError(ValueError):
+    """A task that cannot be found or made; the message says why and what to do.
+
+    Attributes:
+        trace: the traceback of the error behind it, if there was one.
+    """
+
+    trace = ""
+
+    @classmethod
+    def of(cls, what: str, error: BaseException) -> TaskError:
+        """What failed, why, and where in the user's own files."""
+        found = cls(f"{what}: {type(error).__name__}: {error}{place_of(error)}")
+        found.trace = "".join(traceback.format_exception(error))  # no cause survives a process
+        return found
+
+
+def load_task(name: str, /, *, seed: int, **settings: Any) -> Task:
+    """Make the task called ``name``: a built-in one, or ``path/to/file.py:function``.
+
+    A function that takes ``seed`` gets it (for its split and its noise); ``settings`` are
+    passed on to it.
+
+    Raises:
+        TaskError: if there is no such task, file or function, or it does not return a Task.
+    """
+    function = _find(name)
+    parameters = inspect.signature(function).parameters
+    unknown = set(settings) - set(parameters)
+    if unknown:
+        raise TaskError(
+            f"task {name} has no setting {sorted(unknown)[0]!r}; it takes "
+            f"{', '.join(p for p in parameters if p != 'seed') or 'none'}."
+        )
+    try:
+        task = function(**({"seed": seed} if "seed" in parameters else {}), **settings)
+    except (Exception, SystemExit) as error:
+        raise TaskError.of(f"task {name} failed", error) from error
+    if not isinstance(task, Task):
+        raise TaskError(
+            f"{name} must return a poprisk.Task, but it returned {type(task).__name__}."
+        )
+    return task
+
+
+def _find(name: str) -> Callable[..., Any]:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path, colon, function = name.rpartition(":")
+    if not colon:
+        raise TaskError(
+            f"unknown task {name!r}; the built-in ones are {', '.join(BUILT_IN)}. Your own is "
+            "written path/to/file.py:function."
+        )
+    return _from_file(Path(path), function)
+
+
+def _from_file(path: Path, function: str) -> Callable[..., Any]:
+    if not path.is_file():
+        raise TaskError(f"no file {path} (task {path}:{function}).")
+    spec = importlib.util.spec_from_file_location(f"poprisk_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path} is not a Python file; a task is written path/to/file.py:function.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.insert(0, str(path.parent.resolve()))  # as for a script: what lies beside it
+    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no __pycache__ there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise TaskError.of(f"{path} failed on import", error) from error
+    finally:
+        sys.dont_write_bytecode = kept
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise TaskError(f"{path} has no function {function!r}.")
+    return found

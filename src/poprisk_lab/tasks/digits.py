@@ -1,0 +1,103 @@
+"""Handwritten digits (scikit-learn's copy of the UCI test set) with wrong labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from poprisk import _validate as checks
+from poprisk.task import Task
+
+CLASSES = 10
+TRAINING = 1_000
+
+
+def flip_labels(labels: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """Replace exactly ``round(rate·n)`` labels by another class, uniformly (symmetric noise)."""
+    noisy = labels.clone()
+    chosen = torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]
+    shift = torch.randint(1, CLASSES, (len(chosen),), generator=generator)
+    noisy[chosen] = (labels[chosen] + shift) % CLASSES
+    return noisy
+
+
+def _split(seed: int, noise: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    from sklearn.datasets import load_digits
+
+    checks.check_number("noise", noise, low=0.0, high=1.0)
+    pixels, classes = load_digits(return_X_y=True)
+    x = torch.as_tensor(pixels, dtype=torch.float32) / 16
+    y = torch.tensor(classes, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(y), generator=generator)
+    train, test = order[:TRAINING], order[TRAINING:]
+    noisy = flip_labels(y[train], noise, generator)
+    return (x[train], noisy), (x[test], y[test]), y[train]
+
+
+def mlp(hidden: int) -> nn.Module:
+    """Two hidden layers: 64-hidden-hidden-10."""
+    return nn.Sequential(
+        nn.Linear(64, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, CLASSES),
+    )
+
+
+def cnn() -> nn.Module:
+    """Two 3×3 convolutions (32 and 64 channels) and a hidden layer of 128."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, 128),
+        nn.ReLU(),
+        nn.Linear(128, CLASSES),
+    )
+
+
+def per_example_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of logits (b, c) against classes (b,), not averaged."""
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def _task(
+    name: str, model: Callable[[], nn.Module], seed: int, noise: float, epochs: int, about: str
+) -> Task:
+    train, test, clean = _split(seed, noise)
+    return Task(
+        name=name,
+        model=model,
+        loss=per_example_cross_entropy,
+        train=train,
+        test=test,
+        clean=clean,
+        epochs=epochs,
+        description=f"handwritten digits, {about.format(noise=noise)}",
+    )
+
+
+def digits(seed: int = 0, *, noise: float = 0.4, hidden: int = 256) -> Task:
+    """8×8 digits, 1,000 for training with 40% symmetric label noise, 797 clean ones for testing."""
+    checks.check_positive("hidden", hidden)
+    about = "MLP, {noise:.0%} of the training labels wrong"
+    return _task("digits", lambda: mlp(hidden), seed, noise, 80, about)
+
+
+def digits_cnn(seed: int = 0, *, noise: float = 0.4) -> Task:
+    """The same data with a small convolutional network."""
+    about = "CNN, {noise:.0%} of the training labels wrong"
+    return _task("digits-cnn", cnn, seed, noise, 60, about)
+
+
+def digits_clean(seed: int = 0, *, hidden: int = 256) -> Task:
+    """The digits with correct labels: here a gate can only cost accuracy."""
+    return _task("digits-clean", lambda: mlp(hidden), seed, 0.0, 80, "MLP, correct labels")

@@ -1,0 +1,216 @@
+"""From the record of a comparison to a table and a verdict in words.
+
+Every sentence follows from the numbers by the rules written here; a gate that loses is told so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+from poprisk.intervals import Interval, t_interval
+from poprisk_lab.arms import FAMILIES
+from poprisk_lab.convergence import Improvement, still_improving
+from poprisk_lab.rundir import RunData
+from poprisk_lab.wording import Field, Row, headline, scale_of, sentences
+
+__all__ = ["Row", "Verdict", "judge"]
+
+DEFAULT_ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
+OUR_RATE = 1e-3
+RIVALS = ("early-stopping", "rms-matched", "shuffled")
+
+T = TypeVar("T")
+
+
+class Verdict(NamedTuple):
+    """The table and what it says.
+
+    Attributes:
+        headline: one line.
+        sentences: the rest, one fact each.
+        rows: ours, the best AdamW, controls and peers.
+        other: the remaining points of the grid.
+        reference: label of the best AdamW, chosen in hindsight by its final metric.
+    """
+
+    headline: str
+    sentences: list[str]
+    rows: list[Row]
+    other: list[Row]
+    reference: str
+
+
+def judge(data: RunData) -> Verdict:
+    """Summarize a run directory; works on what has finished so far."""
+    scale = scale_of(data.config)
+    runs = [_single(arm, data) for arm in data.config["arms"] if arm["family"] != "early-stopping"]
+    runs = [r for r in [*runs, _early_stopping(data)] if r.final]
+    grid = [r for r in runs if r.family == "adamw"]
+    best = _best(grid, lambda r: _mean(r.final.values()), scale.higher_is_better)
+    hindsight = _best(grid, lambda r: _mean(r.best.values()), scale.higher_is_better)
+    rows = {r.name: _row(r, best, _improving(r, data)) for r in runs}
+    key = {r.name for r in (best, hindsight) if r}
+    key |= {r.name for r in runs if r.family != "adamw" or r.settings == DEFAULT_ADAMW}
+    shown = sorted((rows[n] for n in rows if n in key), key=_place)
+    default = next((r for r in grid if r.settings == DEFAULT_ADAMW), None)
+    field = Field(
+        grid=[rows[r.name] for r in grid],
+        best=rows[best.name] if best else None,
+        hindsight=rows[hindsight.name] if hindsight else None,
+        default=rows[default.name] if default else None,
+        stopped=rows.get("early-stopping"),
+        matched=rows.get("rms-matched"),
+        shuffled=rows.get("shuffled"),
+        leads=_leads(runs),
+        edge=_edge(best, grid),
+        lr=_our_rate(data.config),
+        epochs=data.config["task"].get("epochs", 0),
+    )
+    return Verdict(
+        headline=headline(rows.get("poprisk"), field, scale),
+        sentences=sentences(rows.get("poprisk"), field, scale),
+        rows=shown,
+        other=[row for name, row in rows.items() if name not in key],
+        reference=best.label if best else "",
+    )
+
+
+def _our_rate(config: dict[str, Any]) -> float:
+    """The learning rate of our arm, as recorded."""
+    ours = next((arm for arm in config["arms"] if arm["family"] == "poprisk"), None)
+    if ours is None:
+        return OUR_RATE
+    used = config.get("optimizers", {}).get(ours["name"], {})
+    return float({"lr": OUR_RATE, **used, **ours["settings"]}["lr"])
+
+
+def _improving(runs: _Runs, data: RunData) -> Improvement | None:
+    """How an arm still improves at its end, by its finished runs."""
+    if runs.family == "early-stopping":
+        return None
+    rows = [r for r in data.epochs if r["arm"] in runs.arms and r["seed"] in runs.final]
+    scale = scale_of(data.config)
+    return still_improving(rows, higher_is_better=scale.higher_is_better, percent=scale.percent)
+
+
+def _place(row: Row) -> tuple[int, bool]:
+    """Order in the table: by family, the reference first in its own."""
+    return FAMILIES.index(row.family), row.difference is not None
+
+
+class _Runs(NamedTuple):
+    """Results of one arm, or of arms pooled, by seed."""
+
+    name: str
+    label: str
+    family: str
+    settings: dict[str, Any]
+    arms: tuple[str, ...]
+    final: dict[int, float]
+    best: dict[int, float]
+    memorized: dict[int, float]
+
+
+def _single(arm: dict[str, Any], data: RunData) -> _Runs:
+    ends = {
+        s: data.ends[arm["name"], s] for s in data.config["seeds"] if (arm["name"], s) in data.ends
+    }
+    return _Runs(
+        arm["name"],
+        arm["label"],
+        arm["family"],
+        arm["settings"],
+        (arm["name"],),
+        {s: e["final_metric"] for s, e in ends.items()},
+        {s: e["best_metric"] for s, e in ends.items()},
+        {s: e["final_memorized"] for s, e in ends.items() if e["final_memorized"] is not None},
+    )
+
+
+def _edge(best: _Runs | None, grid: list[_Runs]) -> str:
+    """A warning if a better AdamW may lie outside of the grid."""
+    if best is None:
+        return ""
+    rates = [r.settings["lr"] for r in grid]
+    decays = [r.settings["weight_decay"] for r in grid]
+    lr, decay = best.settings["lr"], best.settings["weight_decay"]
+    edges = []
+    if min(rates) < max(rates) and lr in (min(rates), max(rates)):
+        edges.append(f"learning rate {lr:g}")
+    if min(decays) < decay == max(decays):
+        edges.append(f"decay {decay:g}")
+    if not edges:
+        return ""
+    return (
+        f"The best AdamW lies at the edge of the grid ({' and '.join(edges)}): a wider one may "
+        "hold a better AdamW."
+    )
+
+
+def early_stopping_choices(data: RunData) -> dict[int, dict[str, Any]]:
+    """The end row of the arm that each seed keeps by its held-out metric; whole grids only."""
+    arms = [a["name"] for a in data.config["arms"] if a["family"] == "early-stopping"]
+    higher = data.config["task"]["metric"]["higher_is_better"]
+    chosen: dict[int, dict[str, Any]] = {}
+    for seed in data.config["seeds"]:
+        ends = [data.ends[a, seed] for a in arms if (a, seed) in data.ends]
+        pick = _best(ends, lambda e: e["held_out_best"], higher)
+        if pick is not None and len(ends) == len(arms):  # all of the grid, or it is not a choice
+            chosen[seed] = pick
+    return chosen
+
+
+def _early_stopping(data: RunData) -> _Runs:
+    """Settings and epoch chosen seed by seed on the held-out fifth."""
+    arms = [a["name"] for a in data.config["arms"] if a["family"] == "early-stopping"]
+    chosen = early_stopping_choices(data)
+    return _Runs(
+        "early-stopping",
+        "AdamW, early stopping on a held-out fifth",
+        "early-stopping",
+        {},
+        tuple(arms),
+        {s: e["stopped_metric"] for s, e in chosen.items()},
+        {s: e["best_metric"] for s, e in chosen.items()},
+        {s: m for s, e in chosen.items() if (m := e.get("stopped_memorized")) is not None},
+    )
+
+
+def _best(items: Iterable[T], value: Callable[[T], float], higher: bool) -> T | None:
+    finite = [i for i in items if math.isfinite(value(i))]
+    return (max if higher else min)(finite, key=value, default=None)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else math.nan
+
+
+def _leads(runs: list[_Runs]) -> dict[str, Interval]:
+    found = {r.name: r for r in runs}
+    ours = found.get("poprisk")
+    return {name: _paired(ours, found[name]) for name in RIVALS if ours and name in found}
+
+
+def _paired(a: _Runs, b: _Runs) -> Interval:
+    """Final metric of one minus the other's, over the seeds that both have finished."""
+    return t_interval([a.final[s] - b.final[s] for s in a.final if s in b.final])
+
+
+def _row(runs: _Runs, best: _Runs | None, improving: Improvement | None) -> Row:
+    difference = None
+    if best is not None and runs.name != best.name:
+        difference = _paired(runs, best)
+    return Row(
+        runs.label,
+        runs.family,
+        runs.arms,
+        len(runs.final),
+        t_interval(list(runs.final.values())),
+        t_interval(list(runs.best.values())),
+        t_interval(list(runs.memorized.values())) if runs.memorized else None,
+        difference,
+        improving,
+    )
