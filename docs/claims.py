@@ -105,7 +105,7 @@ def page(found: Judged) -> str:
     lines.append(
         f"`{command}`: {len(found.progress.done)} trials, {minutes} minutes of one core; "
         f"{environment}. The data are in "
-        f"[{claim.name}.json](../../src/poprisk/reproduce/results/{claim.name}.json)."
+        f"[{claim.name}.json](../../records/{claim.name}.json)."
     )
     return "\n".join(lines) + "\n"
 

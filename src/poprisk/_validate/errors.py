@@ -11,3 +11,7 @@ def first_line(error: BaseException) -> str:
     name = type(error).__name__
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{name}: {said[:LONGEST]}" if said else name
+
+
+class NotAnalysable(ValueError):
+    """A run that the theory cannot be put on as it is; the message says what would work."""

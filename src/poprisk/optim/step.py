@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poprisk.path.checks import check_rule_known
+from poprisk._validate.errors import NotAnalysable
 from poprisk.printing import short_repr
 
 Diagonal = Tensor | float
@@ -186,7 +186,14 @@ def describe(optimizer: Optimizer, rule: Rule | None = None) -> Description:
     if rule is None and callable(own):
         return Description(own, getattr(optimizer, "momentum_of", _Momentum(optimizer, "exp_avg")))
     if rule is None:
-        check_rule_known(optimizer, type(optimizer) in RULES, [kind.__name__ for kind in RULES])
+        if type(optimizer) not in RULES:
+            raise NotAnalysable(
+                f"{type(optimizer).__name__} has no rule that writes its step as a linear map of "
+                f"the gradient; exact ones exist for {', '.join(kind.__name__ for kind in RULES)}, "
+                "PopRiskAdamW and gated(). Pass rule=poprisk.path.realized_update(momentum=...), "
+                "which is exact for displacements only, or give the optimizer a method "
+                "step_rule(param, facts)."
+            )
         rule, key = RULES[type(optimizer)]
     else:
         key = ""

@@ -8,7 +8,8 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from poprisk.path.checks import NotAnalysable, check_indices
+from poprisk._validate.errors import NotAnalysable
+from poprisk.path.checks import check_indices
 
 Batch = Tensor | tuple[Tensor, Tensor]
 

@@ -8,24 +8,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from poprisk._validate.errors import first_line
-
-
-class NotAnalysable(ValueError):
-    """A run that the theory cannot be put on as it is; the message says what would work."""
-
-
-def check_rule_known(optimizer: Optimizer, known: bool, names: Collection[str]) -> None:
-    """Raise NotAnalysable for an optimizer whose step is not known to be linear."""
-    if not known:
-        raise NotAnalysable(
-            f"{type(optimizer).__name__} has no rule that writes its step as a linear map of the "
-            f"gradient; exact ones exist for {', '.join(names)}, PopRiskAdamW and gated(). Pass "
-            "rule=poprisk.path.realized_update(momentum=...), which is exact for displacements "
-            "only, or give the optimizer a method step_rule(param, facts)."
-        )
+from poprisk._validate.errors import NotAnalysable, first_line
 
 
 def check_weights(parameters: list[Tensor]) -> None:
