@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from poprisk import _validate as checks
+from poprisk._validate import check_choice, check_positive, check_tensors
 from poprisk.printing import described, short_repr
 from poprisk.task.trial import try_task
 
@@ -41,14 +41,22 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
     Labels that are no class (-100, or another ``ignore_index`` outside of 0..c-1) stand for none:
     they count neither as right nor as wrong. NaN if there is no other.
     """
-    checks.check_class_scores(outputs, targets)
+    if outputs.ndim < 2 or outputs[:, 0].shape != targets.shape:
+        raise ValueError(
+            f"accuracy needs outputs of shape (n, classes) and targets of shape (n,), but got "
+            f"{tuple(outputs.shape)} and {tuple(targets.shape)}; give another metric=Metric(...)."
+        )
     labelled = (targets >= 0) & (targets < outputs.shape[1])
     return (outputs.argmax(1) == targets)[labelled].double().mean().item()
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> float:
     """Mean of the squared difference; both of one shape, NaN targets are masked."""
-    checks.check_one_shape("mse", outputs, targets)
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"mse needs outputs and targets of one shape, but got {tuple(outputs.shape)} and "
+            f"{tuple(targets.shape)}."
+        )
     return (outputs - targets)[~targets.isnan()].double().square().mean().item()
 
 
@@ -102,10 +110,15 @@ class Task:
         object.__setattr__(self, "train", as_pair("train", self.train))
         object.__setattr__(self, "test", as_pair("test", self.test))
         if isinstance(self.metric, str):
-            checks.check_choice("metric", self.metric, METRICS)
+            check_choice("metric", self.metric, METRICS)
             object.__setattr__(self, "metric", METRICS[self.metric])
-        checks.check_positive("epochs", self.epochs)
-        checks.check_task_batch(self.batch_size, len(self.train[1]))
+        check_positive("epochs", self.epochs)
+        check_positive("batch_size", self.batch_size)
+        if self.batch_size >= len(self.train[1]):
+            raise ValueError(
+                f"batch_size={self.batch_size} must be smaller than the number of training "
+                f"examples, {len(self.train[1])}: the gate measures noise from batch to batch."
+            )
         try_task(self, by_class=self.scored_by is METRICS["accuracy"])
 
     def new_model(self, device: str = "cpu") -> nn.Module:
@@ -168,7 +181,11 @@ def as_pair(name: str, data: Any) -> Pair:
         pair = tuple(data)
     elif isinstance(data, Sized) and hasattr(data, "__getitem__") and len(data) > 0:
         rows = [cast(Any, data)[i] for i in range(len(data))]
-        checks.check_rows(name, rows)
+        for i, row in enumerate(rows):
+            if not isinstance(row, (tuple, list)) or len(row) != 2:
+                raise TypeError(
+                    f"{name}[{i}] must be a pair (input, target), but got {type(row).__name__}."
+                )
         columns = zip(("input", "target"), zip(*rows, strict=True), strict=True)
         pair = tuple(_stacked(name, part, column) for part, column in columns)
     else:
@@ -176,7 +193,7 @@ def as_pair(name: str, data: Any) -> Pair:
             f"{name} must be a pair (inputs, targets) of tensors or a non-empty data set of such "
             f"pairs, but got {type(data).__name__}."
         )
-    checks.check_tensors(name, pair)
+    check_tensors(name, pair)
     return cast(Pair, pair)
 
 
