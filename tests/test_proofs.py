@@ -124,8 +124,9 @@ def test_an_old_comparison_is_resumed_to_the_same_numbers(tmp_path: Path) -> Non
     path, whole = directories.copied("half", tmp_path), DATA / "directories" / "whole"
     before, expected = directories.numbers(path), directories.numbers(whole)
     assert 0 < len(before) < len(expected)
-    poprisk("compare", directories.TASK, "--seeds", 3, "--workers", 1, "--out", path)
-    assert_same_numbers(directories.numbers(path), expected)
+    poprisk("compare", directories.TASK, "--seeds", 1, "--workers", 1, "--out", path)
+    first = {name: row for name, row in expected.items() if row["seed"] == 0}
+    assert_same_numbers(directories.numbers(path), first)
     resumed = [row for row in directories.starts(path) if row["epoch"]]
     assert len(resumed) == 1, "no run went on from its checkpoint"
 
