@@ -204,3 +204,9 @@ def test_nothing_is_left_behind() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("chunk", [-4, 0, 1])
+def test_a_chunk_has_two_examples_at_least(chunk: int) -> None:
+    with pytest.raises(ValueError, match=rf"^chunk must be at least 2, but got {chunk}"):
+        grad_mean_var(net(), per_example, (X, Y), chunk=chunk)

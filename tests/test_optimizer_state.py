@@ -131,6 +131,20 @@ def test_gradients_whose_squares_overflow_are_skipped(size: float) -> None:
     assert_bitwise(opt.state_dict()["state"], before)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:.*skipped a step")
+def test_a_quarter_of_the_root_of_the_largest_number_is_the_limit(
+    dtype: torch.dtype, capturable: bool
+) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    limit = torch.finfo(wide).max ** 0.5 / 4
+    for size, skipped in ((0.98 * limit, 0), (1.02 * limit, 1)):
+        opt = PopRiskAdamW([parameter(4, dtype=dtype)], capturable=capturable)
+        take_steps(opt, [[torch.tensor([size, 0.0, -1.0, 1.0], dtype=dtype)]])
+        assert opt.skipped_steps == skipped
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_norm_beyond_low_precision_is_not_skipped(dtype: torch.dtype) -> None:
     opt = stepped([parameter(4, dtype=dtype)])
