@@ -24,7 +24,7 @@ NUMERICS = {
     for name in (
         "channel claim_image drift evaluation factors follow fused fuzz gate gated kernel monitor "
         "optimizer optimizer_state path recorder risk_canaries risk_choose risk_estimate "
-        "risk_fresh risk_gap risk_links risk_loo risk_tangent risk_twin tasks_fields training "
+        "risk_fresh risk_gap risk_links risk_loo risk_tangent risk_twin rules tasks_fields training "
         "variance within"
     ).split()
 }

@@ -1,10 +1,13 @@
 """Following vectors along a run, without matrices: the operators applied, and the cells."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from poprisk.path import follow, integrate, record, trace_cells
+from poprisk.path.follow import Applied, follow_all
 from runs import data, recorded
 from samplers import randn
 
@@ -28,6 +31,72 @@ def test_following_vectors_is_applying_the_operators(optimizer: str) -> None:
         close(followed[..., :3].reshape(-1, 3), operator @ columns, 1e-8)
         if float(affine.norm()) > 0:
             close(followed[..., 3].flatten(), affine, 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("every", "points", "steps"),
+    [(1, 2, [0, 20]), (1, 3, [0, 10, 20]), (4, 5, [0, 8, 12, 16, 20]), (8, 3, [0, 16, 20])],
+)
+def test_moments_are_kept_at_the_first_update_from_where_they_are_asked(
+    every: int, points: int, steps: list[int]
+) -> None:
+    """Of 20 steps; all outputs are updated at every multiple of ``every`` and at the end."""
+    run, told = recorded("AdamW", steps=20), list[tuple[int, int | None]]()
+    found = follow(
+        run, randn(14, 2, 1), every=every, points=points, progress=lambda *now: told.append(now)
+    )
+    assert [m.step for m in found.moments] == steps
+    assert told == [(k + 1, 20) for k in range(20)]
+    for m in found.moments:
+        close(m.outputs, run.problem.outputs(run.weights[m.step], run.problem.query[0]), 1e-12)
+
+
+def errors(found: Applied, exact: Applied) -> Tensor:
+    """Of each of the four, relative."""
+    pairs = zip(found, exact, strict=True)
+    return torch.stack([(a.double() - b).norm() / b.norm() for a, b in pairs])
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "AdamW"])
+@pytest.mark.parametrize("settings", [{"segments": 2}, {"dtype": torch.float32}])
+def test_pieces_and_precision_change_little(optimizer: str, settings: dict[str, Any]) -> None:
+    run = recorded(optimizer, "cross_entropy", steps=20)
+    (exact, _), (found, closure) = (follow_all(run, randn(14, 2, 2), **s) for s in ({}, settings))
+    assert {a.dtype for a in found} == {settings.get("dtype", torch.float64)}
+    assert bool((errors(found, exact) < 1e-4).all())
+    assert closure.worst < 1e-4
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "AdamW"])
+def test_rare_updates_of_all_outputs_are_second_order(optimizer: str) -> None:
+    run, probes = recorded(optimizer, "cross_entropy", steps=24, b=None), randn(14, 2, 2)
+    exact = follow(run, probes).applied
+    every_4, every_8 = (errors(follow(run, probes, every=e).applied, exact) for e in (4, 8))
+    assert bool((every_4 < 0.4 * every_8).all())
+    assert bool((every_8 < 0.05).all())
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "AdamW"])
+def test_strided_runs_are_followed_approximately(optimizer: str) -> None:
+    probes = randn(14, 2, 2)
+    exact, two, four = (
+        follow(recorded(optimizer, "cross_entropy", steps=24, b=None, stride=s), probes).applied
+        for s in (1, 2, 4)
+    )
+    assert bool((errors(two, exact) < 0.06).all())
+    assert bool((errors(two, exact) < 0.6 * errors(four, exact)).all())
+
+
+@pytest.mark.parametrize("shape", [(14, 2), (13, 2, 1), (14, 3, 1)])
+def test_probes_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"probes must have shape \(n, c, r\) = \(14, 2, r\)"):
+        follow(recorded("SGD", steps=1), randn(*shape))
+
+
+@pytest.mark.parametrize("name", ["every", "segments"])
+def test_less_than_one_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        follow(recorded("SGD", steps=1), randn(14, 2, 1), **{name: 0})
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "Nesterov", "AdamW", "PopRiskAdamW soft"])
