@@ -19,5 +19,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "w = self.w if rule.steps == 1 else (self.w + end) / 2 -> w = self.w if rule.steps <= 1 "
         "else (self.w + end) / 2": "an interval has one step at least",
     },
+    "path/rules.py": {
+        "if mu > 0: -> if mu != 0:": "RMSprop refuses a negative momentum",
+    },
 }
 """By file and by change, in the words of :func:`mutants.change_of`."""

@@ -51,7 +51,7 @@ PINNED: dict[str, list[str]] = {
     ],
     "path/follow.py": ["test_follow.py"],
     "path/integrals.py": PATH,
-    "path/quadrature.py": ["test_path.py"],
+    "path/quadrature.py": ["test_quadrature.py", "test_path.py"],
     "path/rules.py": ["test_rules.py", "test_recorder.py", "test_path.py"],
     "risk/links.py": ["test_risk_links.py", "test_risk_estimate.py", "test_risk_losses.py"],
     "risk/estimate.py": ["test_risk_estimate.py", "test_risk_losses.py", "test_risk_twin.py"],

@@ -14,7 +14,6 @@ from poprisk.path import (
     record,
 )
 from poprisk.path.jacobian import JacobianRows
-from poprisk.path.quadrature import PathJacobian, composite
 from poprisk.reference import path as reference
 from runs import LOSSES, OPTIMIZERS, N, batches, data, network, recorded
 from samplers import randn
@@ -237,18 +236,6 @@ def test_kinks_are_refined() -> None:
     plain, refined = integrate(run), integrate(run, refine=1e-5)
     assert 1e-6 < plain.closure.worst < 1e-2
     assert refined.closure.worst < min(1e-4, plain.closure.worst / 10)
-
-
-def test_a_refined_jacobian_is_that_of_the_pieces() -> None:
-    run = recorded("SGD", act=nn.ReLU, steps=1)
-    w = run.weights[0]
-    end = w + 2 * randn(len(w), seed=3)
-    x = run.problem.train[0]
-    rough, fine = (
-        PathJacobian(run.problem, composite("gauss3", s), refine=r)(w, end, x)
-        for s, r in ((1, 1e-5), (300, None))
-    )
-    close(rough, fine, 1e-3)
 
 
 def test_a_large_closure_error_is_told() -> None:
