@@ -15,7 +15,7 @@ from torch.optim import Optimizer, lr_scheduler
 from asserts import assert_bitwise, assert_close, nothing_changes
 from cases import DECOUPLED, MASKS, REDUCTIONS, WRAPPED
 from poprisk import PopRiskAdamW, gated
-from poprisk.gated import GatedOptimizer
+from poprisk.gated import GatedOptimizer, rewrite_step
 from samplers import (
     copies,
     grad_rows,
@@ -111,6 +111,62 @@ def test_decoupled_weight_decay_is_not_gated(name: str) -> None:
     (end,) = take_steps(opt, rows[1:])[-1]
     torch.testing.assert_close(end, start * (1 - 0.1 * 0.5) ** 5, rtol=1e-13, atol=0)
     assert opt.param_groups[0]["weight_decay"] == 0.5
+
+
+class DecayLast(Optimizer):
+    """Weights shrink after the update, and the update with them."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad).mul_(1 - group["lr"] * group["weight_decay"])
+
+
+@pytest.mark.parametrize("name", [*DECOUPLED, "last"])
+@pytest.mark.parametrize("kept", [1.0, 0.5])
+def test_a_rewritten_step_decays_as_the_optimizer_does(name: str, kept: float) -> None:
+    """Other parameters, without gradient, stay where they are."""
+    build, last = ({**DECOUPLED, "last": DecayLast}[name], name == "last")
+    start, (g,) = parameter(3, 4), noisy_grads(1, 3, 4)
+    (plain,) = trajectory(build, [start], [[g]])[0]
+    shrunk = start.detach() * (1 - 0.1 * 0.5)
+    whole, seen = plain - shrunk, list[Tensor]()
+    w, idle = copies([start, start])
+    w.grad, opt = g, build([w, idle])
+
+    def rewrite(p: Tensor, update: Tensor) -> Tensor:
+        assert p is w
+        seen.append(update)
+        return kept * update
+
+    with torch.no_grad():
+        rewrite_step(opt, rewrite)
+    close = torch.testing.assert_close
+    close(w.detach(), shrunk + kept * whole, rtol=1e-12, atol=1e-14)
+    close(seen[0], whole / (1 - 0.1 * 0.5 if last else 1), rtol=1e-12, atol=1e-14)
+    assert_bitwise(idle, start)
+    assert opt.param_groups[0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("mask", ["soft", closed])
+def test_weight_decay_after_the_update_is_not_gated(mask: Any) -> None:
+    w, (plain,) = parameter(3, 4), copies([parameter(3, 4)])
+    opt, alone = gated(DecayLast([w]), mask=mask), DecayLast([plain])
+    rows = [[g] for g in noisy_grads(2, 3, 4)]
+    take_steps(alone, rows[:1])
+    (start,) = take_steps(opt, rows[:1])[-1]  # nothing is gated yet
+    torch.testing.assert_close(start, plain.detach(), rtol=1e-13, atol=0)
+    (end,) = take_steps(opt, rows[1:])[-1]
+    if mask is closed:
+        torch.testing.assert_close(end, start * (1 - 0.1 * 0.5), rtol=1e-13, atol=0)
+    else:
+        q = observed_masks([row[0] for row in rows])[1]
+        torch.testing.assert_close(end, (start - 0.1 * q * rows[1][0]) * (1 - 0.1 * 0.5))
 
 
 def test_weight_decay_that_enters_the_gradient_is_gated_with_it() -> None:
@@ -280,6 +336,19 @@ def test_loading_a_state_of_before_the_first_step_forgets_all_steps() -> None:
     take_steps(opt, [[g] for g in noisy_grads(3, 3)])
     opt.load_state_dict(initial)
     assert_bitwise(opt.state_dict(), initial)
+
+
+def test_saved_settings_replace_present_ones_and_others_stay() -> None:
+    """Both the optimizer's and the gate's; what an old state does not know keeps its value."""
+    saved = gated(torch.optim.SGD([parameter(3)], lr=0.3, momentum=0.5), rho=0.5, beta1=0.7)
+    opt = gated(torch.optim.SGD([parameter(3)], lr=0.1, nesterov=True, momentum=0.9))
+    state = saved.state_dict()
+    del state["param_groups"][0]["nesterov"]
+    with pytest.warns(RuntimeWarning, match=r"beta1.*rho"):
+        opt.load_state_dict(state)
+    group = opt.param_groups[0]
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.3, 0.5, True)
+    assert (opt.settings["rho"], opt.settings["betas"]) == (0.5, (0.7, 0.0))
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
