@@ -22,5 +22,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "path/rules.py": {
         "if mu > 0: -> if mu != 0:": "RMSprop refuses a negative momentum",
     },
+    "gated.py": {
+        "q = masks(bucket.slots([param]), clock, estimator, gate)[0] -> q = "
+        "masks(bucket.slots([param]), clock, estimator, gate)[ -1]": "the list has one mask",
+    },
 }
 """By file and by change, in the words of :func:`mutants.change_of`."""

@@ -54,9 +54,9 @@ PINNED: dict[str, list[str]] = {
     "path/quadrature.py": ["test_quadrature.py", "test_path.py"],
     "path/rules.py": ["test_rules.py", "test_recorder.py", "test_path.py"],
     "risk/links.py": ["test_risk_links.py", "test_risk_estimate.py", "test_risk_losses.py"],
-    "risk/estimate.py": ["test_risk_estimate.py", "test_risk_losses.py", "test_risk_twin.py"],
+    "risk/estimate.py": ["test_risk_estimate.py", "test_risk_twin.py", "test_risk_losses.py"],
     "optimizer.py": OPTIMIZER,
-    "gated.py": ["test_gated.py"],
+    "gated.py": ["test_gated.py", "test_optimizer_state.py"],
 }
 """The files under test, and the tests that pin each, the quickest first."""
 

@@ -190,6 +190,37 @@ def test_an_error_of_the_optimizer_leaves_its_weight_decay() -> None:
     assert opt.param_groups[0]["weight_decay"] == 0.5
 
 
+def test_an_error_after_the_step_puts_the_weights_back() -> None:
+    params = [parameter(3, 4), parameter(2)]
+    opt = gated(sgd(params))
+    take_steps(opt, grad_rows(params, 2))
+    before = [p.detach().clone() for p in params]
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    opt.optimizer.register_step_post_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    assert_bitwise(params, before)
+
+
+def test_an_error_while_loading_leaves_everything_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opt = stepped(sgd, parameter(3))
+    before, load = total_state(opt), opt.optimizer.load_state_dict
+
+    def fail(state: dict[str, Any]) -> None:
+        load(state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opt.optimizer, "load_state_dict", fail)
+    with pytest.raises(KeyboardInterrupt):
+        opt.load_state_dict(stepped(lambda ps: torch.optim.SGD(ps, 9.0), parameter(3)).state_dict())
+    assert_bitwise(total_state(opt), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     w = parameter(8, dtype=dtype)
