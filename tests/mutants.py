@@ -37,7 +37,6 @@ TESTS = Path(__file__).parent
 RESULTS = TESTS.parent / "benchmarks" / "results" / "mutants.json"
 
 OPTIMIZER = ["test_optimizer.py", "test_optimizer_state.py", "test_captured.py"]
-PATH = ["test_path.py", "test_channel.py"]
 PINNED: dict[str, list[str]] = {
     "gate.py": ["test_gate.py", "test_optimizer.py", "test_captured.py"],
     "update.py": OPTIMIZER,
@@ -50,7 +49,7 @@ PINNED: dict[str, list[str]] = {
         "test_within.py",
     ],
     "path/follow.py": ["test_follow.py"],
-    "path/integrals.py": PATH,
+    "path/integrals.py": ["test_integrals.py", "test_path.py", "test_channel.py"],
     "path/quadrature.py": ["test_quadrature.py", "test_path.py"],
     "path/rules.py": ["test_rules.py", "test_recorder.py", "test_path.py"],
     "risk/links.py": ["test_risk_links.py", "test_risk_estimate.py", "test_risk_losses.py"],
