@@ -163,6 +163,55 @@ def test_deep_interpolation_is_flagged(share: float, comparable: bool, reason: s
     assert reason in found.reason
 
 
+@pytest.mark.parametrize(("share", "valid"), [(0.34, True), (0.45, False)])
+def test_a_loss_below_zero_is_judged_by_its_spread(share: float, valid: bool) -> None:
+    """Moved by a constant, losses have no zero; half a squared normal's spread stands for it."""
+
+    def moved(u: Tensor, y: Tensor) -> Tensor:
+        return squared(u, y) - 7
+
+    u, y, twin = follower(200, share)
+    plain, found = (estimate_risk(loss, u, y, [twin]) for loss in (squared, moved))
+    assert found.value == pytest.approx(plain.value - 7)
+    assert found.standard_error == pytest.approx(plain.standard_error)
+    assert found.valid == valid
+    if not valid:
+        fitted = squared(u, y)
+        spread = 1.15 * (fitted - fitted.median()).abs().mean()
+        times = (plain.value - plain.train_loss) / float(spread)
+        assert found.reason == (
+            f"deep interpolation: the estimate lies {times:.1f} times the spread of the training "
+            "losses above their mean"
+        )
+
+
+@pytest.mark.parametrize("off", [1, -1])
+@pytest.mark.parametrize(("wrong", "separable"), [(0, True), (2, True), (3, False), (400, False)])
+def test_labels_that_are_all_fitted_are_separable(off: int, wrong: int, separable: bool) -> None:
+    """All but half a percent of 400; what is wrong is so in either direction."""
+    y = torch.arange(400) % 3
+    predicted = torch.where(torch.arange(400) < wrong, (y + off) % 3, y)
+    u = 3 * F.one_hot(predicted, 3).double()
+    found = estimate_risk(cross_entropy, u, y, [TwinOutputs(u, torch.ones_like(u))])
+    assert found.reason.startswith(f"separable: {1 - wrong / 400:.1%} of the") == separable
+    assert found.accuracy == 1 - wrong / 400
+
+
+@pytest.mark.parametrize(("wrong", "separable"), [(0, True), (2, True), (3, False), (400, False)])
+def test_binary_labels_that_are_all_fitted_are_separable(wrong: int, separable: bool) -> None:
+    loss: Loss = lambda u, y: F.binary_cross_entropy_with_logits(u, y, reduction="none").sum(1)  # noqa: E731
+    y = (torch.arange(400) % 2).double().unsqueeze(1)
+    right = torch.where(torch.arange(400) < wrong, -1.0, 1.0).double().unsqueeze(1)
+    u = 3 * right * (2 * y - 1)
+    found = estimate_risk(loss, u, y, [TwinOutputs(u, torch.ones_like(u))])
+    assert found.reason.startswith(f"separable: {1 - wrong / 400:.1%} of the") == separable
+
+
+def test_squared_error_has_a_best_fit_however_close() -> None:
+    u, y, twin = follower(200, 0.34)
+    assert "separable" not in estimate_risk(squared, u, y, [twin]).reason
+
+
 def test_parts_have_their_own_response() -> None:
     n, shares = 200, torch.tensor([0.1, 0.3]).double()
     y, parts = randn(n, 1), torch.arange(n) % 2
