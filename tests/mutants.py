@@ -267,7 +267,8 @@ def run(module: str, results: Results, *, seed: int, sample: int | None, again: 
     mutants = mutants_of(source, order)
     outcomes = results.outcomes(module, digest)
     if again:
-        outcomes = {c: o for c, o in outcomes.items() if o != "survived"}
+        known = EQUIVALENT.get(module, {})
+        outcomes = {c: o for c, o in outcomes.items() if o != "survived" or c in known}
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop(Path(folder))
         if not outcomes and (found := workshop.outcome(module, source)) != "survived":
@@ -297,7 +298,7 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", help="files; all that are pinned if left out")
     parser.add_argument("--sample", type=int, help="mutants of each file; all if left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--again", action="store_true", help="try the survivors once more")
+    parser.add_argument("--again", action="store_true", help="try survivors that are not equivalent once more")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
