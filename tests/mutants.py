@@ -97,9 +97,9 @@ def mutants_of(source: str, order: list[tuple[str, int, int]]) -> Iterator[Mutan
     tree = ast.parse(source)
     original, usual = behaviour(tree), odd_comparisons(tree)
     for name, occurrence, line in order:
-        mutated = mutate_code(source, get_operator(name)(), occurrence)
+        mutated = mutate_code(source, get_operator(name)(), occurrence) or source
         try:
-            tree = ast.parse(mutated or source)
+            tree = ast.parse(mutated)
         except SyntaxError:
             continue
         if odd_comparisons(tree) == usual and behaviour(tree) != original:
@@ -298,7 +298,9 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", help="files; all that are pinned if left out")
     parser.add_argument("--sample", type=int, help="mutants of each file; all if left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--again", action="store_true", help="try survivors that are not equivalent once more")
+    parser.add_argument(
+        "--again", action="store_true", help="try survivors that are not equivalent once more"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

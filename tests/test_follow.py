@@ -42,9 +42,11 @@ def test_moments_are_kept_at_the_first_update_from_where_they_are_asked(
 ) -> None:
     """Of 20 steps; all outputs are updated at every multiple of ``every`` and at the end."""
     run, told = recorded("AdamW", steps=20), list[tuple[int, int | None]]()
-    found = follow(
-        run, randn(14, 2, 1), every=every, points=points, progress=lambda *now: told.append(now)
-    )
+
+    def tell(done: int, total: int | None) -> None:
+        told.append((done, total))
+
+    found = follow(run, randn(14, 2, 1), every=every, points=points, progress=tell)
     assert [m.step for m in found.moments] == steps
     assert told == [(k + 1, 20) for k in range(20)]
     for m in found.moments:
@@ -61,7 +63,8 @@ def errors(found: Applied, exact: Applied) -> Tensor:
 @pytest.mark.parametrize("settings", [{"segments": 2}, {"dtype": torch.float32}])
 def test_pieces_and_precision_change_little(optimizer: str, settings: dict[str, Any]) -> None:
     run = recorded(optimizer, "cross_entropy", steps=20)
-    (exact, _), (found, closure) = (follow_all(run, randn(14, 2, 2), **s) for s in ({}, settings))
+    exact, _ = follow_all(run, randn(14, 2, 2))
+    found, closure = follow_all(run, randn(14, 2, 2), **settings)
     assert {a.dtype for a in found} == {settings.get("dtype", torch.float64)}
     assert bool((errors(found, exact) < 1e-4).all())
     assert closure.worst < 1e-4
@@ -95,8 +98,9 @@ def test_probes_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["every", "segments"])
 def test_less_than_one_is_refused(name: str) -> None:
+    settings: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"^{name} must be"):
-        follow(recorded("SGD", steps=1), randn(14, 2, 1), **{name: 0})
+        follow(recorded("SGD", steps=1), randn(14, 2, 1), **settings)
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "Nesterov", "AdamW", "PopRiskAdamW soft"])

@@ -210,7 +210,7 @@ def test_foreach_is_the_loop_for_all_layouts_at_once(
 def test_small_tensors_go_together_and_large_ones_in_pieces() -> None:
     """Where there is no state of variances, its column stays empty."""
     sizes = [BLOCK // 2, BLOCK // 2, 3, 2 * CHUNK + 5, 4, CHUNK, 5]
-    columns = [[torch.zeros(n) for n in sizes] for _ in range(4)]
+    w, g, m, v = columns = [[torch.zeros(n) for n in sizes] for _ in range(4)]
     seen: list[list[int]] = []
 
     def count(slots: Slots) -> None:
@@ -219,7 +219,7 @@ def test_small_tensors_go_together_and_large_ones_in_pieces() -> None:
         for column in slots[:4]:
             torch._foreach_add_(column, 1.0)
 
-    cache_blocks(Slots(*columns, []), count)
+    cache_blocks(Slots(w, g, m, v, []), count)
     pieces = [[CHUNK], [CHUNK], [5]]
     assert seen == [[BLOCK // 2] * 2, *pieces, [3, 4], [CHUNK], [5]]
     assert all(bool((t == 1).all()) for column in columns for t in column)

@@ -1,5 +1,7 @@
 """Averages over a segment of the path: nodes, Hessians and Jacobians."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ class Segment:
         self.end, self.x = self.w + self.step, self.problem.train[0]
         self.moved = self.problem.values(self.end, self.x) - self.problem.values(self.w, self.x)
 
-    def rows(self, nodes: Nodes, **how: float) -> Tensor:
+    def rows(self, nodes: Nodes, **how: Any) -> Tensor:
         """The average Jacobian, (n, c, P)."""
         return PathJacobian(self.problem, nodes, **how)(self.w, self.end, self.x).view(14, 2, -1)
 

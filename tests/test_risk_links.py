@@ -158,7 +158,12 @@ def test_a_gain_is_found_in_few_looks_at_the_freedom(
     freedom = link.freedom
     if freedom(gain) == 0:
         pytest.skip("no curvature: every gain has the same freedom")
-    monkeypatch.setattr(link, "freedom", lambda a: looks.append(a) or freedom(a))
+
+    def looked_at(gain: float) -> float:
+        looks.append(gain)
+        return freedom(gain)
+
+    monkeypatch.setattr(link, "freedom", looked_at)
     assert link.gain(freedom(gain)) == pytest.approx(gain, rel=1e-7)
     assert len(looks) < 30
 
