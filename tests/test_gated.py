@@ -231,6 +231,24 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert bool(w.isfinite().all())
 
 
+def test_weights_that_were_moved_to_double_precision_are_kept_in_it() -> None:
+    w, twin = (parameter(5, dtype=torch.float32) for _ in range(2))
+    opt, alone = gated(sgd([w]), q_min=1.0), sgd([twin])
+    for t, g in enumerate(noisy_grads(6, 5)):
+        if t == 3:
+            for p in (w, twin):
+                p.data = p.data.double()
+            for state in (opt.optimizer.state, alone.state):
+                (entries,) = state.values()
+                entries["momentum_buffer"] = entries["momentum_buffer"].double()
+            with torch.no_grad():
+                w.copy_(twin)
+        for o in (opt, alone):
+            take_steps(o, [[g.to(w.dtype)]])
+    assert opt.state[w]["exp_avg"].dtype == torch.float64
+    torch.testing.assert_close(w, twin, rtol=1e-13, atol=1e-13)
+
+
 def test_the_gradient_is_never_written() -> None:
     w = parameter(4)
     rows = grad_rows([w], 4)

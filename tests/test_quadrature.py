@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from asserts import assert_bitwise
+from poprisk.path import record
 from poprisk.path.quadrature import (
     QUADRATURES,
     Nodes,
@@ -15,7 +16,7 @@ from poprisk.path.quadrature import (
     composite,
     gauss,
 )
-from runs import recorded
+from runs import data, network, recorded
 from samplers import randn
 
 
@@ -35,7 +36,9 @@ def test_gauss_is_exact_for_polynomials_of_twice_its_nodes_less_one(count: int) 
     assert mean_power(nodes, 2 * count) != pytest.approx(1 / (2 * count + 1), rel=1e-13)
 
 
-@pytest.mark.parametrize(("name", "degree"), [("left", 0), ("midpoint", 1), ("gauss5", 9)])
+@pytest.mark.parametrize(
+    ("name", "degree"), [("left", 0), ("midpoint", 1), ("gauss2", 3), ("gauss3", 5), ("gauss5", 9)]
+)
 def test_a_composite_rule_is_exact_on_each_piece(name: str, degree: int) -> None:
     """Of a function that is a power on the second of three pieces and zero on the others."""
     nodes = composite(name, 3)
@@ -43,6 +46,8 @@ def test_a_composite_rule_is_exact_on_each_piece(name: str, degree: int) -> None
     assert nodes == sorted(nodes)
     piece = [(3 * x - 1, weight) for x, weight in nodes if 1 <= 3 * x < 2]
     assert mean_power(piece, degree) == pytest.approx(1 / (3 * (degree + 1)), rel=1e-13)
+    missed = degree + 1
+    assert mean_power(piece, missed) != pytest.approx(1 / (3 * (missed + 1)), rel=1e-13)
     assert composite(name, 1) == QUADRATURES[name]
 
 
@@ -56,6 +61,20 @@ def test_bad_rules_are_refused(name: str, segments: int) -> None:
 def test_the_average_hessian_turns_a_change_of_outputs_into_one_of_gradients(loss: str) -> None:
     problem = recorded("SGD", loss, steps=1).problem
     u, du = randn(14, 2, seed=1), randn(14, 2, seed=2)
+    found = (average_hessian(problem, u, du) @ du.unsqueeze(2)).squeeze(2)
+    close(found, problem.output_gradient(u + du) - problem.output_gradient(u), 1e-12)
+
+
+def test_the_average_hessian_is_exact_for_polynomials_of_degree_19() -> None:
+    """Here the curvature is one of degree 18, which nine nodes would miss."""
+
+    def loss(u: Tensor, y: Tensor) -> Tensor:
+        return (u - y).pow(20).sum(1)
+
+    (x, y), query, _ = data()
+    sgd = torch.optim.SGD((net := network()).parameters(), lr=1e-9)
+    problem = record(net, loss, sgd, [torch.arange(14)], query, train=(x, y)).problem
+    u, du = y + randn(14, 2, seed=1), randn(14, 2, seed=2)
     found = (average_hessian(problem, u, du) @ du.unsqueeze(2)).squeeze(2)
     close(found, problem.output_gradient(u + du) - problem.output_gradient(u), 1e-12)
 
@@ -94,6 +113,34 @@ def test_only_examples_that_are_off_are_refined_and_then_they_are_not() -> None:
     assert_bitwise(refined[~off], plain[~off])
     assert bool((segment.errors(refined)[off] < segment.errors(plain)[off]).all())
     assert float(segment.errors(refined).max()) < 0.1
+
+
+def test_halving_stops_where_it_is_enough() -> None:
+    """The midpoint rule's error falls eightfold on half a segment."""
+    segment = Segment(nn.Tanh, 0.3)
+    plain, halves = segment.rows(gauss(1)), segment.rows(composite("midpoint", 2))
+    errors = segment.errors(plain)
+    refine = 0.5 * float(errors.max())
+    refined, off = segment.rows(gauss(1), refine=refine), errors > refine
+    assert 0 < int(off.sum()) < 14
+    close(refined[off], halves[off], 1e-13)
+
+
+def test_an_example_that_hardly_moves_is_judged_by_the_others() -> None:
+    """Without biases, an input of a millionth has outputs, and errors, of a millionth."""
+    x, y = randn(6, 3, seed=1), torch.zeros(6, 2, dtype=torch.float64)
+    x[0] = 1e-6 * x[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 6, False), nn.ReLU(), nn.Linear(6, 2, False)).double()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    problem = record(net, "squared_error", sgd, [torch.arange(6)], x, train=(x, y)).problem
+    w, end = randn(problem.size, seed=4), randn(problem.size, seed=3)
+    plain, refined = (
+        PathJacobian(problem, gauss(3), refine=r)(w, end, x).view(6, 2, -1) for r in (None, 1e-4)
+    )
+    assert not torch.equal(plain[1], refined[1])
+    assert_bitwise(plain[0], refined[0])
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
