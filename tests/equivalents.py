@@ -26,5 +26,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "q = masks(bucket.slots([param]), clock, estimator, gate)[0] -> q = "
         "masks(bucket.slots([param]), clock, estimator, gate)[ -1]": "the list has one mask",
     },
+    "optimizer.py": {
+        "if count == 1: -> if count <= 1:": "skipped steps are counted from 1",
+    },
 }
 """By file and by change, in the words of :func:`mutants.change_of`."""

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from poprisk.reference import risk as reference
-from poprisk.risk.estimate import TwinOutputs, estimate_risk, measure_freedom, measure_parts
+from poprisk.risk.estimate import (
+    TwinOutputs,
+    estimate_risk,
+    grouped_error,
+    measure_freedom,
+    measure_parts,
+)
 from poprisk.risk.links import link_of
 from samplers import randn
 
@@ -183,6 +189,42 @@ def test_a_loss_below_zero_is_judged_by_its_spread(share: float, valid: bool) ->
             f"deep interpolation: the estimate lies {times:.1f} times the spread of the training "
             "losses above their mean"
         )
+
+
+def test_the_error_of_a_sum_is_that_of_its_groups() -> None:
+    d = torch.tensor([3.0, 4.0, -12.0])
+    assert grouped_error(d, None) == pytest.approx(13 * math.sqrt(3 / 2))
+    assert grouped_error(d, torch.tensor([0, 1, 0])) == pytest.approx(math.sqrt(2 * (81 + 16)))
+    assert grouped_error(d[:1], None) == 3.0
+
+
+def test_influence_is_the_share_of_each_answer_in_the_error() -> None:
+    """Its summed squares are what the response adds to the squared standard error."""
+    n = 200
+    h, y = smoother(n, 1.0), randn(n, 1, seed=1)
+    found = estimate_risk(squared, h @ y, y, [twin_of(h, y, signs(n, s)) for s in range(2)])
+    assert found.influence.shape == (2, n)
+    mine = found.losses - found.value
+    sampling = float(mine.square().sum().sqrt()) * math.sqrt(n / (n - 1)) / n
+    rest = math.sqrt(found.standard_error**2 - sampling**2)
+    assert float(found.influence.norm()) == pytest.approx(rest, rel=1e-6)
+    assert rest > 0.01 * found.standard_error
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, -0.2])
+def test_without_curvature_the_gain_is_the_response_of_outputs(share: float) -> None:
+    """Absolute error off its kinks: no gradient turns, so that no freedom is used up."""
+
+    def absolute(u: Tensor, y: Tensor) -> Tensor:
+        return (u - y).abs().sum(1)
+
+    n, delta = 200, 0.1
+    u, z, side = randn(n, 1), signs(n, 1), signs(n, 2)
+    y = u + side * (1 + randn(n, 1, seed=3).abs())
+    found = estimate_risk(absolute, u, y, [TwinOutputs(u + share * delta * z, delta * z)])
+    assert found.freedom == 0
+    torch.testing.assert_close(found.outputs, u - max(share, 0.0) * side)
+    assert found.value == pytest.approx(found.train_loss + max(share, 0.0))
 
 
 @pytest.mark.parametrize("off", [1, -1])
