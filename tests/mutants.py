@@ -49,6 +49,7 @@ PINNED: dict[str, list[str]] = {
     "poprisk/path/follow.py": PATH,
     "poprisk/path/integrals.py": PATH,
     "poprisk/path/quadrature.py": ["test_path.py"],
+    "poprisk/path/recursion.py": [*PATH, "test_risk_loo.py"],
     "poprisk/optim/step.py": ["test_path.py", "test_recorder.py"],
     "poprisk/risk/local_losses.py": [
         "test_risk_links.py",

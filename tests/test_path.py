@@ -26,20 +26,20 @@ each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 def reference_steps(run: Run) -> list[reference.Step]:
     """The steps of a recorded run in the form of the reference."""
-    steps = []
+    found = list[reference.Step]()
     for k, interval in enumerate(run.intervals):
         rule = run.rule(k, torch.float64)
-        flat: list[Any] = [t.squeeze(1) if isinstance(t, Tensor) else t for t in rule[1:]]
-        scale, gain, correction, carry, p, q, coupled, decay, sign = flat
-        assert sign == 1.0
+        flat: list[Any] = [t.squeeze(1) if isinstance(t, Tensor) else t for t in rule]
+        scale, correction, carry, gain, p, q, coupled, decay, sign, steps = flat
+        assert (sign, steps) == (1.0, 1)
         counts = (interval.sampling * 5 / run.problem.n).round().long().tolist()
         pairs = zip(interval.examples.tolist(), counts, strict=True)
         batch = [i for i, count in pairs for _ in range(count)]
         nesterov = p if q else None
-        steps.append(
+        found.append(
             reference.Step(batch, scale, correction, carry, gain, nesterov, coupled, decay)
         )
-    return steps
+    return found
 
 
 def naive(run: Run) -> reference.Operators:

@@ -2,6 +2,7 @@ r"""Record a run: weights, batches and the optimizer's realized steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from poprisk.optim.step import Facts, Rule, StepRule, describe
 from poprisk.path import checks as refuse
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.problem import Problem, digest_of, flat, private_copy
-from poprisk.path.run import SCALARS, Interval, Run
+from poprisk.path.run import Interval, Run
 from poprisk.path.store import Storage
 from poprisk.path.trial import (
     EXAMPLES,
@@ -253,8 +254,7 @@ class Recorder:
         rule = self.rule(p, facts)
         self.started[i] = True
         g = rule.sign * grad + rule.coupled * w
-        self.momentum[i] = m = rule.carry * self.momentum[i] + rule.gain * g
-        r = rule.from_momentum * m + rule.from_gradient * g
+        self.momentum[i], r = rule.take(self.momentum[i], g)
         implied = -rule.correction * rule.precondition * r - rule.decay * w
         # what rounding of the weights themselves can do to their difference is no error
         slack = 2 * torch.finfo(w.dtype).eps * w.abs()
@@ -277,28 +277,25 @@ class Recorder:
 
     def _close_interval(self) -> None:
         steps, self.pending = self.pending, list[_Step]()
-        diagonals = {
-            key: [_mean([getattr(s.rules[i], key) for s in steps]) for i in range(len(self.params))]
-            for key in ("precondition", "gain")
-        }
-        uniform = torch.zeros(len(self.params), 2, dtype=torch.float64)
-        for j, (key, table) in enumerate(
-            (("precondition", self.preconditions), ("gain", self.gains))
-        ):
-            if len(table) or any(isinstance(d, Tensor) for d in diagonals[key]):
-                pairs = zip(self.params, diagonals[key], strict=True)
+        tables = {"precondition": self.preconditions, "gain": self.gains}
+        fields: dict[str, Any] = {"steps": len(steps)}
+        for name in StepRule._fields[:-1]:
+            rules = zip(*(s.rules for s in steps), strict=True)
+            means = [_mean([getattr(rule, name) for rule in tensor]) for tensor in rules]
+            table = tables.get(name)
+            if table is not None and (len(table) or any(isinstance(d, Tensor) for d in means)):
+                pairs = zip(self.params, means, strict=True)
                 table.append(flat([d + torch.zeros_like(p) for p, d in pairs]))
-            else:
-                uniform[:, j] = torch.tensor(diagonals[key], dtype=torch.float64)
-        scalars = torch.tensor(
-            [[[getattr(r, name) for name in SCALARS] for r in s.rules] for s in steps],
-            dtype=torch.float64,
-        ).mean(0)
+                fields[name] = math.nan
+                continue
+            numbers = [float(d) for d in means]
+            same = all(d == numbers[0] for d in numbers)
+            fields[name] = numbers[0] if same else torch.tensor(numbers, dtype=torch.float64)
         total = torch.zeros(self.problem.n, dtype=torch.float64)
         for s in steps:
             total[s.examples] += s.sampling / len(steps)
         examples = total.nonzero().squeeze(1)
-        self.intervals.append(Interval(len(steps), examples, total[examples], scalars, uniform))
+        self.intervals.append(Interval(examples, total[examples], StepRule(**fields)))
         self.weights.append(flat(self.before))
 
 
