@@ -15,7 +15,6 @@ from poprisk.path import (
     record,
     trace_cells,
 )
-from poprisk.path.jacobian import JacobianRows
 from poprisk.path.quadrature import PathJacobian, composite
 from reference import path as reference
 from runs import LOSSES, OPTIMIZERS, N, batches, data, network, recorded
@@ -394,7 +393,7 @@ def test_rows_are_those_of_torch_func(model: type[nn.Module]) -> None:
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     problem = record(net, "squared_error", sgd, [torch.arange(6)], x, train=(x, y)).problem
     a, b = randn(problem.size, seed=1), randn(problem.size, seed=2)
-    rows = JacobianRows(problem)
+    rows = problem.rows
     out = torch.empty(6 * c, problem.size, dtype=torch.float64)
     found = rows.write(out, [(a, 0.3), (b, 2.0)], x)
     close(found, 0.3 * problem.jacobian(a, x) + 2.0 * problem.jacobian(b, x), 1e-12)

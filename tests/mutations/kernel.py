@@ -33,7 +33,7 @@ MUTATIONS = {
         MODELS,
     ),
     "forward mode wherever it exists": Mutation(
-        "poprisk/jacobian.py",
+        "poprisk/ntk.py",
         "        if self._has_forward_mode:",
         "        if True:",
         "test_kernel.py::test_products_stop_where_gradients_stop",

@@ -141,9 +141,9 @@ MUTATIONS = {
         TILT,
     ),
     "an overwritten record is read": Mutation(
-        "poprisk/path/checks.py",
-        "    if found is None or found != written:",
-        "    if found is None:",
+        "poprisk/path/store.py",
+        "if found is None or found != self.written:",
+        "if found is None:",
         OVERWRITTEN,
     ),
     "a deleted record is begun anew": Mutation(

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from poprisk import _validate as checks
 from poprisk.intervals import t_interval
 from poprisk.losses import Loss, gradient
-from poprisk.path import Run, record
-from poprisk.path.checks import check_minibatches, check_probes
+from poprisk.path import NotAnalysable, Run, record
+from poprisk.path.checks import check_probes
 from poprisk.path.coupling import label_response
 from poprisk.path.follow import follow_all
 from poprisk.path.integrals import WARN_ABOVE
@@ -122,8 +122,15 @@ def movement(
         NotAnalysable: if the run is full-batch or strided: it shows no minibatch noise.
     """
     problem = run.problem.to(torch.float64)
-    seen = max(len(i.examples) for i in run.intervals)
-    check_minibatches(seen, problem.n, run.stride)
+    if run.stride > 1:
+        raise NotAnalysable(
+            f"drift and diffusion need every step, but the run was recorded every {run.stride}; "
+            "record with stride=1."
+        )
+    if max(len(i.examples) for i in run.intervals) >= problem.n:
+        raise NotAnalysable(
+            "a full-batch run has no minibatch noise, so no diffusion; record minibatches."
+        )
     if directions is not None:
         check_probes(directions, (problem.n, problem.c))
     marks = np.unique(np.geomspace(min(first, len(run)), len(run), points).round().astype(int))

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from poprisk.optim.step import StepRule
 from poprisk.path.checks import check_budget
-from poprisk.path.jacobian import JacobianRows
 from poprisk.path.quadrature import (
     OUTPUT_NODES,
     Nodes,
@@ -246,7 +245,6 @@ class _Walk:
         p = self.problem
         self.x, self.points = p.train[0], p.query[0]
         self.w = run.weights[0].double()
-        self.rows = jacobian.rows = JacobianRows(p)
         self.u, self.v = self._outputs(self.w)
         self.u0, self.v0 = self.u, self.v
         self.g0 = p.output_gradient(self.u).flatten()
@@ -301,7 +299,7 @@ class _Walk:
 
     def _jacobian(self, w: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """Rows of the Jacobian at ``w``, written to ``out``."""
-        return self.rows.write(out, [(w, 1.0)], x)
+        return self.problem.rows.write(out, [(w, 1.0)], x)
 
     def _step(self, rule: StepRule, J: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
         r"""Take a step and return what it moves, (N+Nq, N+1).

@@ -29,8 +29,8 @@ from torch.func import grad, jvp, vjp, vmap
 from poprisk import _validate as checks
 from poprisk import losses as of_outputs
 from poprisk._validate import risk as inputs
-from poprisk.path import Run
-from poprisk.path.checks import check_answers, check_forward_mode
+from poprisk.path import NotAnalysable, Run
+from poprisk.path.checks import check_answers
 from poprisk.path.recursion import Recursion
 from poprisk.path.run import Interval
 from poprisk.printing import short_repr
@@ -159,8 +159,11 @@ class _Path:
         self.x, self.y = self.problem.train
         self.w = run.weights[len(run)]
         inputs.check_transformable(self.problem, self.w)
-        if form == "hessian":
-            check_forward_mode(self._not_vectorized, 'choose form="gauss-newton"')
+        if form == "hessian" and self._not_vectorized:
+            raise NotAnalysable(
+                f"{self._not_vectorized}; write that part of the model with other operations of "
+                'torch, or choose form="gauss-newton".'
+            )
         self.final = self.problem.values(self.w, self.x)
 
     def losses(self, u: Tensor, index: Tensor | None = None) -> Tensor:
