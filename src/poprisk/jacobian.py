@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.func import jacrev, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from poprisk._validate import examples as checks
-from poprisk._validate.errors import first_line
+from poprisk._validate import first_line
 from poprisk.evaluation import evaluating, outputs_of, uncompiled
 from poprisk.forward_mode import plain_kernels
-from poprisk.per_sample import Factors, capture
+from poprisk.per_sample import Factors, capture, checks
 from poprisk.per_sample.plan import Plan, learn_plan
 from poprisk.per_sample.terms import OneHot, Outer, Term
 from poprisk.per_sample.visible import check_unhooked, check_whole

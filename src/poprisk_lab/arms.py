@@ -157,7 +157,12 @@ def settings_used(optimizer: Optimizer) -> dict[str, Any]:
     classes = [optimizer]
     while isinstance(inner := getattr(classes[-1], "optimizer", None), Optimizer):
         classes.append(inner)
-    names = [f"{type(o).__module__.partition('.')[0]}.{type(o).__name__}" for o in classes]
+    packages = [type(o).__module__.partition(".")[0] for o in classes]
+    # records older than the laboratory know one package: they must go on
+    names = [
+        f"{p.removesuffix('_lab')}.{type(o).__name__}"
+        for p, o in zip(packages, classes, strict=True)
+    ]
     group = classes[-1].param_groups[0]
     left_out = ("params", "param_names", "skipped_steps", "step")
     return {

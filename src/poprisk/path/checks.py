@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poprisk._validate.errors import NotAnalysable
+from poprisk._validate import NotAnalysable
 
 
 def named(names: Collection[str], most: int = 3) -> str:

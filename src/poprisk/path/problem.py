@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from poprisk import losses
-from poprisk._validate.errors import NotAnalysable, first_line
+from poprisk._validate import NotAnalysable, first_line
 from poprisk.evaluation import evaluating
 from poprisk.jacobian import JACOBIAN_BYTES, Jacobian, Rows, flat
 from poprisk.losses import Loss

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import _validate as checks
-from poprisk._validate.errors import NotAnalysable
+from poprisk._validate import NotAnalysable
 from poprisk.dtensor import is_sharded
 from poprisk.evaluation import evaluating
 from poprisk.jacobian import flat

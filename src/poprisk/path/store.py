@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poprisk._validate.errors import NotAnalysable
+from poprisk._validate import NotAnalysable
 from poprisk.path.checks import check_budget
 from poprisk.printing import described
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from poprisk import losses
-from poprisk._validate.errors import NotAnalysable, first_line
-from poprisk._validate.examples import check_separate
+from poprisk._validate import NotAnalysable, check_separate, first_line
 from poprisk.evaluation import evaluating, outputs_of, uncompiled
 from poprisk.forward_mode import plain_kernels
 from poprisk.jacobian import flat
