@@ -38,7 +38,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def skip(*_: object) -> None: ...
 
-    monkeypatch.setattr(poprisk_lab.cli, "write_report", skip)
+    monkeypatch.setattr("poprisk_lab.page.write_report", skip)
 
 
 def run(*arguments: str | Path) -> Result:
@@ -438,7 +438,7 @@ def full_disk(*_: object) -> None:
 def test_a_full_disk_at_the_page_loses_no_verdict(
     finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr(poprisk_lab.cli, "write_report", full_disk)
+    monkeypatch.setattr("poprisk_lab.page.write_report", full_disk)
     arguments = ["report", "out"] if command == "report" else ["compare", TINY, *QUICK]
     result = run(*arguments, *(["--out", "out"] if command == "compare" else []))
     assert result.exit_code == 2
@@ -463,10 +463,10 @@ def test_a_full_disk_at_the_page_of_an_explanation_loses_no_word_of_it(
     def sentences(_: object) -> list[str]:
         return ["a sentence"]
 
-    monkeypatch.setattr(poprisk_lab.cli, "explain", found)
-    monkeypatch.setattr(poprisk_lab.cli, "headline", headline)
-    monkeypatch.setattr(poprisk_lab.cli, "sentences", sentences)
-    monkeypatch.setattr(poprisk_lab.cli, "write_json", full_disk)
+    monkeypatch.setattr("poprisk_lab.explain.explain", found)
+    monkeypatch.setattr("poprisk_lab.explain.words.headline", headline)
+    monkeypatch.setattr("poprisk_lab.page.explanation.sentences", sentences)
+    monkeypatch.setattr("poprisk_lab.rundir.write_json", full_disk)
     result = run("explain", "digits")
     assert result.exit_code == 2
     assert result.stdout == "a notice\n\na headline\n- a sentence\n"
@@ -575,7 +575,7 @@ def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(poprisk_lab.cli, "compare", interrupted)
+    monkeypatch.setattr("poprisk_lab.compare.compare", interrupted)
     result = run("compare", TINY, *QUICK)
     assert result.exit_code == 130
     assert result.stderr == "poprisk: stopped; repeat the command to go on where it was.\n"
