@@ -12,7 +12,7 @@ PIP  := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-dev run test test-shuffled test-portable mutants test-extras run-extras lint types format docs bench chromium clean
+.PHONY: help setup setup-dev run test test-claims test-shuffled test-portable mutants test-extras run-extras lint types format docs bench chromium clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,18 +24,22 @@ test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: export OPENBLAS_NUM_THREADS := 1
 test: lint types  ## Lint, check types and run the tests; ARGS goes to pytest
-	$(BIN)/pytest -n 2 -p no:randomly $(ARGS)
+	$(BIN)/pytest -n 2 -p no:randomly -m "not claims" $(ARGS)
+
+test-claims: export OMP_NUM_THREADS := 1
+test-claims: setup-dev  ## Run every claim of the paper in its quick form
+	$(BIN)/pytest -n 2 -p no:randomly -m claims $(ARGS)
 
 test-shuffled: export OMP_NUM_THREADS := 1
 test-shuffled: setup-dev  ## Run the quick tests in an order of chance, whose seed is printed
-	$(BIN)/pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/pytest -n 2 -m "not slow and not claims" $(ARGS)
 
 # What other processors do: no vector instructions of torch, and MKL's code for any of them.
 test-portable: export OMP_NUM_THREADS := 1
 test-portable: export ATEN_CPU_CAPABILITY := default
 test-portable: export MKL_CBWR := COMPATIBLE
 test-portable: setup-dev  ## Run the tests of numbers as on a processor without vector instructions
-	$(BIN)/pytest -n 2 -p no:randomly -m "numerics and not slow" $(ARGS)
+	$(BIN)/pytest -n 2 -p no:randomly -m "numerics and not slow and not claims" $(ARGS)
 
 mutants: $(VENV)/mutants.stamp  ## Break the library by cosmic-ray and see tests go red; resumable
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 nice -n 19 $(BIN)/python tests/mutants.py $(ARGS)

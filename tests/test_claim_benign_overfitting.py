@@ -117,7 +117,7 @@ def test_the_noise_of_a_network_comes_in_pairs_and_has_its_own_run() -> None:
     assert found == run(given, Workspace())
 
 
-@pytest.mark.slow
+@pytest.mark.claims
 def test_the_quick_form_gives_a_page(tmp_path: Path) -> None:
     text = claimed.quick_form(CLAIM, tmp_path)
     assert "Excess test error, predicted and measured" in text

@@ -135,7 +135,7 @@ def test_a_forecast_of_the_run_itself_is_its_coupling() -> None:
     assert found.error < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.claims
 def test_the_quick_form(tmp_path: Path) -> None:
     page = claimed.quick_form(CLAIM, tmp_path / "run")
     for wanted in ("Kernel drift", "Movement of the test outputs", "it is an identity"):

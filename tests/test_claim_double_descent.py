@@ -103,7 +103,7 @@ def test_noise_gets_through_as_the_gain_says() -> None:
     assert 0.5 < harmful / predicted < 2
 
 
-@pytest.mark.slow
+@pytest.mark.claims
 def test_the_quick_form_gives_a_page(tmp_path: Path) -> None:
     text = claimed.quick_form(CLAIM, tmp_path)
     assert "Test error and noise gain: random features" in text

@@ -130,7 +130,7 @@ def test_a_short_run_is_accounted_for() -> None:
     assert found["error"] == pytest.approx(float((outputs - query[1]).square().mean()))
 
 
-@pytest.mark.slow
+@pytest.mark.claims
 def test_the_quick_form(tmp_path: Path) -> None:
     page = claimed.quick_form(CLAIM, tmp_path / "run")
     for wanted in ("Kernel drift", "Alignment of kernel and target", "digits, odd against even"):

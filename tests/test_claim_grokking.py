@@ -415,7 +415,7 @@ def test_two_steps_are_judged_by_accuracy(gap: float, expected: str) -> None:
 # --- the quick forms ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.claims
 @pytest.mark.parametrize("claim", [CLAIM, multistep.CLAIM], ids=lambda c: c.name)
 def test_the_quick_form_runs_to_a_verdict_and_a_page(tmp_path: Path, claim: Claim) -> None:
     directory = ClaimDirectory(tmp_path / "run", claim)

@@ -102,6 +102,7 @@ def test_adamw_is_chosen_by_its_end_and_in_hindsight_by_its_best_moment() -> Non
 # --- running --------------------------------------------------------------------------------------
 
 
+@pytest.mark.claims
 def test_the_quick_form_gives_a_verdict_and_a_page_with_pictures(finished: ClaimDirectory) -> None:
     found = judged(CLAIM, finished.read())
     assert found.findings is not None

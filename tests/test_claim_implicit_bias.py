@@ -126,7 +126,7 @@ def test_distances_by_hand() -> None:
     assert found["norm"] == pytest.approx(5 / 3)
 
 
-@pytest.mark.slow
+@pytest.mark.claims
 def test_the_quick_form_gives_a_page(tmp_path: Path) -> None:
     text = claimed.quick_form(CLAIM, tmp_path)
     assert "When half of a direction&#39;s residual is gone" in text

@@ -103,7 +103,7 @@ def test_the_rest_of_the_grid_keeps_no_curve_and_right_labels_no_memorization() 
     assert "shares" not in clean["curves"]
 
 
-@pytest.mark.slow
+@pytest.mark.claims
 def test_the_quick_form(tmp_path: Path) -> None:
     page = claimed.quick_form(CLAIM, tmp_path / "run")
     for wanted in ("shuffled mask", "Memorization along the runs, 40% wrong labels", "AdamW"):

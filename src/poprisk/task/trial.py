@@ -35,7 +35,7 @@ def try_task(task: Any, *, by_class: bool) -> None:
 
     Args:
         task: a :class:`poprisk.Task` whose data are checked.
-        by_class: whether it is scored by accuracy.
+        by_class: whether class scores are scored against labels.
 
     Raises:
         TypeError, ValueError: for what would go wrong later; the message names the part, what was
@@ -84,11 +84,10 @@ def _check_clean(task: Any) -> None:
     clean, targets = task.clean, task.train[1]
     if clean is None:
         return
-    if not isinstance(clean, Tensor) or clean.shape != targets.shape:
-        found = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+    if clean.shape != targets.shape:
         raise ValueError(
             f"clean must have the shape of the training targets, {tuple(targets.shape)}, but got "
-            f"{found}."
+            f"{tuple(clean.shape)}."
         )
     if clean.is_floating_point() and not bool(clean.isfinite().all()):
         raise ValueError("clean holds NaN or Inf; leave it out if the clean targets are unknown.")
@@ -250,15 +249,15 @@ def _ignored(task: Any, y: Tensor) -> Tensor:
 
 
 def _check_classes(task: Any, name: str, u: Tensor, losses: Tensor) -> None:
-    """Accuracy asks which column is largest: there must be several, and each label must be one."""
+    """A column of outputs stands for a class: there are several, and each label is one."""
     y = getattr(task, name)[1]
     if u.ndim < 2 or u[:, 0].shape != y.shape:
         return  # the metric says so itself
     classes = u.shape[1]
     if classes == 1:
         raise ValueError(
-            "accuracy compares columns of outputs, but model gives one column only; give a column "
-            "per class, or another metric=Metric(...)."
+            f"{task.scored_by.name} compares columns of outputs, but model gives one column only; "
+            "give a column per class, or another metric=Metric(...)."
         )
     _check_range(task, name, y, classes, losses)
     if name == "train" and task.clean is not None:
@@ -281,7 +280,7 @@ def _check_range(task: Any, name: str, y: Tensor, classes: int, losses: Tensor |
 
 
 def _check_scored(task: Any, name: str, u: Tensor) -> None:
-    """Refuse a class that the loss leaves out and accuracy would count."""
+    """Refuse a class that the loss leaves out and the metric would count."""
     y = getattr(task, name)[1]
     if u.ndim < 2 or u[:, 0].shape != y.shape:
         return
@@ -292,8 +291,8 @@ def _check_scored(task: Any, name: str, u: Tensor) -> None:
             count = int((y == label).sum())
             raise ValueError(
                 f"loss is zero for label {label} whatever the outputs (an ignore_index, or a "
-                f"weight of zero), but accuracy would count the {count} of them in {name}; "
-                "set them to -100 and ignore_index with them, or give a "
+                f"weight of zero), but {task.scored_by.name} would count the {count} of them in "
+                f"{name}; set them to -100 and ignore_index with them, or give a "
                 "metric=Metric(...) that leaves them out."
             )
 
