@@ -271,10 +271,14 @@ def report(
 def tasks(trace: Trace = False) -> None:
     """List the built-in tasks."""
     with _errors(trace=trace):
+        from rich.table import Table
+
         from poprisk_lab.tasks import BUILT_IN
 
+        table = Table.grid(padding=(0, 2))
         for name, function in BUILT_IN.items():
-            console.print(f"[bold]{name:18}[/] {(function.__doc__ or '').splitlines()[0]}")
+            table.add_row(f"[bold]{name}[/]", (function.__doc__ or "").splitlines()[0])
+        console.print(table)
 
 
 bench = typer.Typer(help="Measure side by side with torch, in one run.")
