@@ -104,7 +104,8 @@ def callable_lines(head: str, function: Any, indent: str) -> Iterator[str]:
         if kind is p.POSITIONAL_ONLY and p.kind is not kind:
             yield f"{indent}    /,"
         kind = p.kind
-        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        stars: dict[Any, str] = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}
+        star = stars.get(p.kind, "")
         annotation = "" if p.annotation is p.empty else f": {written(p.annotation)}"
         default = "" if p.default is p.empty else f" = {shown(p.default)}"
         yield f"{indent}    {star}{p.name}{annotation}{default},"

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from poprisk.intervals import Interval
-from poprisk_lab.rundir import RunDirectory
+from poprisk_lab.compare import COMPARISON
+from poprisk_lab.results import read_run
+from poprisk_lab.store import Store
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimDirectory
@@ -53,27 +55,38 @@ def half_finished_claim(to: Path) -> Path:
     return path
 
 
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of the old record, and of those of single trials that were written since."""
+    found = list[dict[str, Any]]()
+    for file in (path / "metrics.jsonl", *sorted((path / "trials").glob("*.jsonl"))):
+        own = {} if file.parent == path else {"trial": file.stem}
+        lines = file.read_text(encoding="utf-8").splitlines()
+        found += [{**own, **json.loads(line)} for line in lines]
+    return found
+
+
 def numbers(path: Path) -> dict[str, Any]:
     """The last row of each epoch, run or trial, without the time it took."""
     found = {}
-    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in rows(path):
         row.pop("seconds", None)
         if row.get("event") != "start":
-            name = [row.get(key) for key in ("trial", "event", "arm", "seed", "epoch")]
+            keys = ("arm", "seed", "event", "epoch") if "arm" in row else ("trial",)
+            name = [row.get(key) for key in keys]
+            for key in ("trial",) if "arm" in row else ("event",):  # says what the name says
+                row.pop(key, None)
             found[", ".join(str(part) for part in name if part is not None)] = row
     return found
 
 
 def starts(path: Path) -> list[dict[str, Any]]:
     """The rows that say from which epoch a run was begun or resumed."""
-    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["event"] == "start"]
+    return [row for row in rows(path) if row.get("event") == "start"]
 
 
 def judged_comparison(path: Path) -> dict[str, Any]:
     """The rows of the verdict: the only place here that knows its classes."""
-    found = judge(RunDirectory(path).read())
+    found = judge(read_run(Store(path, COMPARISON)))
     return {
         "reference": found.reference,
         "rows": [row_of(row) for row in found.rows],

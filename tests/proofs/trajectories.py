@@ -74,7 +74,13 @@ class Case(NamedTuple):
 
 def ours(**changes: Any) -> Build:
     """PopRiskAdamW with settings that leave masks neither all 0 nor all 1."""
-    settings = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, "rho": 0.95, **changes}
+    settings: dict[str, Any] = {
+        "lr": 0.01,
+        "betas": (0.9, 0.99),
+        "weight_decay": 0.1,
+        "rho": 0.95,
+        **changes,
+    }
     return lambda params: PopRiskAdamW(params, **settings)
 
 
@@ -172,6 +178,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
     "captured": {"capturable": True},
 }
+FOREACH: dict[str, Any] = {}
 ON_PATHS: dict[str, dict[str, Any]] = {
     "soft": {},
     "hard, second-moment, per_tensor": {
@@ -206,7 +213,7 @@ GATES: dict[str, dict[str, Any]] = {
 
 def grid() -> dict[str, Case]:
     """Mask, mode, variance and reduction, all with all."""
-    cases = {}
+    cases: dict[str, Case] = {}
     for mask in ("soft", "hard", "snr"):
         for mode in ("auto", "paper"):
             for variance in ("ema", "second-moment"):
@@ -226,7 +233,7 @@ def all_cases() -> dict[str, Case]:
         for name, changes in ON_PATHS.items():
             cases[f"{path}: {name}"] = Case(ours(**changes, **how), dtypes=dtypes)
     cases["captured: not finite"] = Case(ours(capturable=True), not_finite, dtypes=FLOATS[:1])
-    for path, how in {"foreach": {}, "fused": {"fused": True}}.items():
+    for path, how in (("foreach", FOREACH), ("fused", PATHS["fused"])):
         build = ours(**how)
         cases[f"{path}: gradients missing"] = Case(build, missing)
         cases[f"{path}: not finite"] = Case(build, not_finite)
@@ -334,7 +341,7 @@ def trajectory(name: str, dtype: torch.dtype, nudge: float = 0.0) -> Trajectory:
         with torch.no_grad():
             for j, p in enumerate(params):
                 p.copy_(uniform(*p.shape, seed=j))
-    optimizer, shown = case.build(params), {}
+    optimizer, shown = case.build(params), dict[str, dict[str, float]]()
     for step in range(1, STEPS + 1):
         if case.within:
             backward(model, optimizer, step, case.within, nudge)
