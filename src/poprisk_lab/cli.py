@@ -42,7 +42,7 @@ from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import TrainingError, environment, warm_up_workers
 from poprisk_lab.selection import twin_report
 from poprisk_lab.store import RunDirectoryError, Store, write_json
-from poprisk_lab.studies import CLAIMS
+from poprisk_lab.studies import CLAIMS, Claim
 from poprisk_lab.studies.command import ALL, chosen, directory_of, run_claim, summarize
 from poprisk_lab.studies.record import Judged
 from poprisk_lab.studies.run import ClaimDirectory
@@ -222,7 +222,7 @@ def reproduce_command(
         if not summary:
             for one in claims:
                 directory = directory_of(one, quick=quick, out=out, alone=claim != ALL)
-                _reproduce(directory, quick=quick, workers=workers or _cores())
+                _reproduce(one, directory, quick=quick, workers=workers or _cores())
         if summary or claim == ALL:
             _summarize(summarize(claim, quick=quick, out=out), out or Path("runs"))
     except (RunDirectoryError, ValueError) as error:
@@ -233,8 +233,7 @@ def reproduce_command(
         _fail("stopped; repeat the command to go on where it was.", code=130)
 
 
-def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
-    claim = directory.claim
+def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
     _say(f"{claim.title}: {claim.statement}", style="bold")
     _say(f"record in {directory.path} (stop at any time, repeat the command to go on)")
     with PhaseDisplay(console) as display:
@@ -244,7 +243,7 @@ def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
             if not console.is_terminal:
                 _say(f"[{done:3}/{total}] {name}")
 
-        found = run_claim(directory, quick=quick, workers=workers, on_trial=tell)
+        found = run_claim(claim, directory, quick=quick, workers=workers, on_trial=tell)
     for notice in claim_notices(found):
         _say(notice, style="yellow")
     if found.findings is not None:

@@ -6,16 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from poprisk_lab.store import Row, Store
-from poprisk_lab.study import Found, Settings, Trial, end_of
+from poprisk_lab.study import Done, Trial, end_of
 
 Key = tuple[str, int]
-
-
-class Done(NamedTuple):
-    """A finished trial: its settings, and what it found."""
-
-    settings: Settings
-    found: Found
 
 
 class RunData(NamedTuple):
