@@ -157,6 +157,7 @@ def settings_used(optimizer: Optimizer) -> dict[str, Any]:
     classes = [optimizer]
     while isinstance(inner := getattr(classes[-1], "optimizer", None), Optimizer):
         classes.append(inner)
+    # Records older than the laboratory know one package, and must go on.
     packages = [type(o).__module__.partition(".")[0].removesuffix("_lab") for o in classes]
     names = [f"{p}.{type(o).__name__}" for p, o in zip(packages, classes, strict=True)]
     group = classes[-1].param_groups[0]
