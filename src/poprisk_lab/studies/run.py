@@ -8,11 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-from poprisk_lab.results import finished
 from poprisk_lab.runner import environment, run_trials
 from poprisk_lab.store import FORMAT, Kind, Row, Store
 from poprisk_lab.studies.claim import Claim
-from poprisk_lab.study import Done, Study, Trial, missing_packages
+from poprisk_lab.study import Done, Study, Trial, end_of, missing_packages
 
 OnTrial = Callable[[str, int, int], None]
 """Told of a finished trial: its name, how many are done, of how many."""
@@ -77,7 +76,8 @@ class ClaimDirectory:
         """
         config = self.store.config()
         trials = [Trial(name, given, tuple(needs)) for name, given, needs in config["trials"]]
-        ends, gone = finished(trials, self.store), missing_packages(trials)
+        rows, gone = self.store.rows(t.name for t in trials), missing_packages(trials)
+        ends = {name: end for name, found in rows.items() if (end := end_of(found)) is not None}
         blocked = [t for t in trials if gone & set(t.needs) and t.name not in ends]
         return Progress(
             done=[Done(t.settings, ends[t.name]["found"]) for t in trials if t.name in ends],
