@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from poprisk_lab.comparison import Comparison
     from poprisk_lab.results import RunData
     from poprisk_lab.store import Store
+    from poprisk_lab.studies import Claim
     from poprisk_lab.studies.record import Judged
     from poprisk_lab.studies.run import ClaimDirectory
 
@@ -211,17 +212,16 @@ def reproduce_command(
         if not summary:
             for one in claims:
                 directory = directory_of(one, quick=quick, out=out, alone=claim != ALL)
-                _reproduce(directory, quick=quick, workers=workers or _cores())
+                _reproduce(one, directory, quick=quick, workers=workers or _cores())
         if summary or claim == ALL:
             _summarize(summarize(claim, quick=quick, out=out), out or Path("runs"))
 
 
-def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
+def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
     from poprisk_lab.display import PhaseDisplay, criteria_table
     from poprisk_lab.page.claims import notices, write_claim
     from poprisk_lab.studies.command import run_claim
 
-    claim = directory.claim
     _say(f"{claim.title}: {claim.statement}", style="bold")
     _say(f"record in {directory.path} (stop at any time, repeat the command to go on)")
     with PhaseDisplay(console) as display:
@@ -231,7 +231,7 @@ def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
             if not console.is_terminal:
                 _say(f"[{done:3}/{total}] {name}")
 
-        found = run_claim(directory, quick=quick, workers=workers, on_trial=tell)
+        found = run_claim(claim, directory, quick=quick, workers=workers, on_trial=tell)
     for notice in notices(found):
         _say(notice, style="yellow")
     if found.findings is not None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.results import Done, by_seed, where
+from poprisk_lab.results import by_seed, where
 from poprisk_lab.studies.judge import Criterion, Steps
-from poprisk_lab.study import Found, Trial
+from poprisk_lab.study import Done, Found, Trial
 
 __all__ = [
     "Claim",
