@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import poprisk_lab.cli
 import tiny
 from poprisk_lab.cli import app
+from poprisk_lab.plots import Table
 from poprisk_lab.rundir import RunDirectory
 from poprisk_lab.store import LOCK
 from poprisk_lab.tasks import BUILT_IN
@@ -460,16 +461,22 @@ def test_a_full_disk_at_the_page_of_an_explanation_loses_no_word_of_it(
     def headline(_: object) -> str:
         return "a headline"
 
-    def sentences(_: object) -> list[str]:
-        return ["a sentence"]
+    def warnings(_: object) -> list[str]:
+        return ["a warning"]
+
+    def figures_of(_: object) -> Table:
+        return Table(["figure"], [["a figure"]])
 
     monkeypatch.setattr(poprisk_lab.cli, "explain", found)
     monkeypatch.setattr(poprisk_lab.cli, "headline", headline)
-    monkeypatch.setattr(poprisk_lab.cli, "sentences", sentences)
+    monkeypatch.setattr(poprisk_lab.cli, "warnings", warnings)
+    monkeypatch.setattr(poprisk_lab.cli, "figures_of", figures_of)
     monkeypatch.setattr(poprisk_lab.cli, "write_json", full_disk)
     result = run("explain", "digits")
     assert result.exit_code == 2
-    assert result.stdout == "a notice\n\na headline\n- a sentence\n"
+    assert result.stdout.startswith("a notice\na warning\n")
+    assert "a figure" in result.stdout
+    assert result.stdout.endswith("\na headline\n")
     assert result.stderr.startswith("poprisk: cannot write runs/explain-digits: No space left")
 
 

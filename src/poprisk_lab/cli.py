@@ -27,16 +27,19 @@ from poprisk_lab.display import (
     PhaseDisplay,
     ProgressDisplay,
     criteria_table,
+    data_table,
     summary_table,
     twin_table,
     verdict_table,
 )
 from poprisk_lab.explain import Plan, explain
-from poprisk_lab.explain.words import headline
+from poprisk_lab.explain.words import headline, warnings
+from poprisk_lab.explain.words import table as figures_of
 from poprisk_lab.page import write_report
+from poprisk_lab.page.claims import headline as claim_headline
 from poprisk_lab.page.claims import notices as claim_notices
 from poprisk_lab.page.claims import summary_rows, write_claim, write_summary
-from poprisk_lab.page.explanation import sentences, write_explanation
+from poprisk_lab.page.explanation import write_explanation
 from poprisk_lab.page.notes import notices
 from poprisk_lab.rundir import RunData, RunDirectory, RunDirectoryError, write_json
 from poprisk_lab.selection import twin_report
@@ -184,11 +187,10 @@ def explain_command(
         _fail(str(error), error=error if trace else None)
     except KeyboardInterrupt:
         _fail("stopped.", code=130)
-    for notice in found["notices"]:
+    for notice in [*found["notices"], *warnings(found)]:
         _say(notice, style="yellow")
+    console.print(data_table(figures_of(found)))
     _say(f"\n{headline(found)}", style="bold")
-    for sentence in sentences(found):
-        _say(f"- {sentence}")
     try:  # last: what was found is printed though the disk be full
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "explanation.json", found)
@@ -247,10 +249,7 @@ def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
         _say(notice, style="yellow")
     if found.findings is not None:
         console.print(criteria_table(found.findings.criteria))
-        for sentence in found.findings.sentences:
-            _say(f"- {sentence}")
-        _say(f"- Controls: {found.findings.controls}" if found.findings.controls else "")
-        _say(f"\nVerdict: {found.verdict}: {found.findings.ours}", style="bold")
+        _say(f"\nVerdict: {claim_headline(found)}", style="bold")
     page = directory.path / "report.html"
     try:
         write_claim(found, page)

@@ -19,9 +19,10 @@ from poprisk_lab.fit import Row as Record
 from poprisk_lab.page.claims import SummaryRow, criterion_line
 from poprisk_lab.page.formats import MINUS, Format, format_for
 from poprisk_lab.page.table import difference_cell, plus_minus
+from poprisk_lab.plots import Table as Data
 from poprisk_lab.rundir import RunData
 from poprisk_lab.selection import TwinReport
-from poprisk_lab.studies.judge import Criterion
+from poprisk_lab.studies.criteria import Criterion
 from poprisk_lab.verdict import Verdict
 from poprisk_lab.wording import Row, Scale, scale_of
 
@@ -186,6 +187,16 @@ def twin_table(twins: TwinReport, data: RunData) -> Table:
     return table
 
 
+def data_table(given: Data) -> Table:
+    """A table as it is, for the terminal."""
+    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
+    for name in given.head:
+        table.add_column(escape(name), overflow="fold")
+    for row in given.rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def criteria_table(criteria: Sequence[Criterion]) -> Table:
     """What a verdict rests on, for the terminal."""
     table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
@@ -193,7 +204,7 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
         table.add_column(name, overflow="fold")
     for line in map(criterion_line, criteria):
         style = {"good": "green", "bad": "red"}.get(line.mark, "")
-        cells = (line.asks, line.bound, line.claimed or "-", line.found)
+        cells = (line.name, line.bound, line.claimed or "-", line.found)
         table.add_row(*map(escape, cells), f"[{style}]{line.outcome}[/]" if style else line.outcome)
     return table
 
@@ -201,11 +212,11 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
 def summary_table(rows: Sequence[SummaryRow]) -> Table:
     """All claims, for the terminal."""
     table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD, show_lines=True)
-    for name in ("claim", "paper", "here", "controls", "verdict"):
+    for name in ("claim", "main figure", "here", "paper", "criteria that hold", "verdict"):
         table.add_column(name, overflow="fold")
     for row in rows:
         style = {"good": "green", "bad": "red"}.get(row.mark, "yellow")
-        cells = (row.name, row.paper, row.ours, row.controls)
+        cells = (row.name, row.figure, row.ours, row.paper, row.holds)
         table.add_row(*map(escape, cells), f"[{style}]{row.verdict}[/]")
     return table
 

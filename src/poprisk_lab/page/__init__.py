@@ -6,16 +6,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
 from poprisk.intervals import MIN_SEEDS
 from poprisk.optim.stats import STARVED_BELOW
 from poprisk_lab.page import figures, notes
-from poprisk_lab.page.curves import EpochRow
+from poprisk_lab.page.draw import OURS, plotly_script
 from poprisk_lab.page.figures import Group, Quantity
 from poprisk_lab.page.page import template
-from poprisk_lab.page.series import OURS, arm_series, module_series
+from poprisk_lab.page.series import EpochRow, arm_series, module_series
 from poprisk_lab.page.table import run_table, verdict_table
 from poprisk_lab.rundir import RunData
 from poprisk_lab.selection import twin_report
@@ -53,7 +50,7 @@ def write_report(data: RunData, verdict: Verdict, path: Path) -> None:
 def render(data: RunData, verdict: Verdict) -> str:
     """Return the page as text; the same input gives the same text."""
     page = template("report.html.j2")
-    return page.render(context(data, verdict), plotly=Markup(get_plotlyjs()))
+    return page.render(context(data, verdict), plotly=plotly_script())
 
 
 def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
