@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from poprisk._validate.errors import first_line
+from poprisk._validate import first_line
 from poprisk.randomness import RandomState
 from poprisk.task import Task, module_kinds
 from poprisk.task.batches import LAST_BATCH, joins_last

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from poprisk import _validate as checks
+from poprisk._validate import check_choice, check_number, plain
 from poprisk.dtensor import GlobalMeans, Layout
 from poprisk.optim.gate import ALPHAS, MASKS_, Gate, local_means, momentum_noise, threshold
 from poprisk.optim.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
@@ -29,8 +30,8 @@ def plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
     The learning rate may stay a tensor: schedulers write to it, and captured steps read it there.
     """
-    numbers = {key: checks.plain(group[key]) for key in NUMBERS}
-    return {**group, **numbers, "betas": tuple(map(checks.plain, group["betas"]))}
+    numbers = {key: plain(group[key]) for key in NUMBERS}
+    return {**group, **numbers, "betas": tuple(map(plain, group["betas"]))}
 
 
 def make_plain_(group: dict[str, Any]) -> None:
@@ -41,9 +42,9 @@ def make_plain_(group: dict[str, Any]) -> None:
     captured = bool(group["capturable"])
     for key in ("lr", *NUMBERS):
         if not isinstance(group[key], Tensor) or (captured and key != "lr"):
-            group[key] = checks.plain(group[key])
+            group[key] = plain(group[key])
     if captured or not any(isinstance(beta, Tensor) for beta in group["betas"]):
-        group["betas"] = tuple(map(checks.plain, group["betas"]))
+        group["betas"] = tuple(map(plain, group["betas"]))
 
 
 def tell_differences(
@@ -70,40 +71,91 @@ def _differ(mine: Any, theirs: Any) -> bool:
         return type(mine) is not type(theirs) or getattr(mine, "__name__", "") != getattr(
             theirs, "__name__", ""
         )
-    return bool(checks.plain(mine) != checks.plain(theirs))
+    return bool(plain(mine) != plain(theirs))
 
 
 def check_gate_settings(group: Mapping[str, Any]) -> None:
     """Refuse bad settings of the gate (TypeError, ValueError)."""
-    beta1, _ = checks.check_betas(group["betas"])
-    checks.check_number("rho", group["rho"], low=0.0, high=1.0, include_high=False)
-    checks.check_number("z", group["z"], low=0.0)
-    checks.check_number("softness", group["softness"], low=0.0)
-    checks.check_number("q_min", group["q_min"], low=0.0, high=1.0)
+    betas, alpha = group["betas"], group["alpha"]
+    if not isinstance(betas, (tuple, list, np.ndarray)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair such as (0.9, 0.999), but got {betas!r}.")
+    beta1, _ = (
+        check_number(f"betas[{i}]", beta, low=0.0, high=1.0, include_high=False)
+        for i, beta in enumerate(betas)
+    )
+    check_number("rho", group["rho"], low=0.0, high=1.0, include_high=False)
+    check_number("z", group["z"], low=0.0)
+    check_number("softness", group["softness"], low=0.0)
+    check_number("q_min", group["q_min"], low=0.0, high=1.0)
     if not callable(group["mask"]):
-        checks.check_choice("mask", group["mask"], MASKS_)
-    checks.check_choice("mode", group["mode"], MODES)
-    checks.check_choice("variance", group["variance"], ESTIMATORS)
+        check_choice("mask", group["mask"], MASKS_)
+    check_choice("mode", group["mode"], MODES)
+    check_choice("variance", group["variance"], ESTIMATORS)
     if group["reduction"] is not None:
-        checks.check_choice("reduction", group["reduction"], ("per_tensor",))
-    checks.check_alpha(group["alpha"], ALPHAS, group["dataset_size"])
-    checks.check_batch(group["batch_size"], group["dataset_size"])
-    checks.check_second_moment(group["variance"], beta1)
+        check_choice("reduction", group["reduction"], ("per_tensor",))
+    if not isinstance(alpha, str):
+        check_number("alpha", alpha, low=0.0)
+    else:
+        check_choice("alpha", alpha, ALPHAS)
+        if alpha == "finite" and group["dataset_size"] is None:
+            raise ValueError('alpha="finite" is b/(n-b) and needs batch_size and dataset_size.')
+    _check_sizes(plain(group["batch_size"]), plain(group["dataset_size"]))
+    if group["variance"] == "second-moment" and beta1 == 0:
+        raise ValueError(
+            'variance="second-moment" is v̂ - m̂² and needs betas[0] > 0, but got 0; use '
+            'variance="ema".'
+        )
+
+
+def _check_sizes(batch_size: Any, dataset_size: Any) -> None:
+    for name, value in (("batch_size", batch_size), ("dataset_size", dataset_size)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                f"{name} must be an integer or None, but got {value!r} ({type(value).__name__})."
+            )
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, but got {value}.")
+    if dataset_size is None:
+        return
+    if batch_size is None:
+        raise ValueError(
+            f"dataset_size={dataset_size} was given without batch_size; pass the number of "
+            "examples behind one step (batch × accumulation steps × processes)."
+        )
+    if batch_size >= dataset_size:
+        raise ValueError(
+            f"batch_size={batch_size} must be smaller than dataset_size={dataset_size}: a "
+            "full batch has no sampling noise to estimate. Pass dataset_size=None to ignore the "
+            "finite size, or give alpha as a number."
+        )
 
 
 def check_optimizer_settings(group: Mapping[str, Any]) -> None:
     """Refuse bad settings of AdamW or of the gate (TypeError, ValueError)."""
-    checks.check_number("lr", group["lr"], low=0.0)
-    checks.check_number("eps", group["eps"], low=0.0)
-    checks.check_number("weight_decay", group["weight_decay"], low=0.0)
+    check_number("lr", group["lr"], low=0.0)
+    check_number("eps", group["eps"], low=0.0)
+    check_number("weight_decay", group["weight_decay"], low=0.0)
     check_gate_settings(group)
-    checks.check_captured_variance(group["variance"], capturable=group["capturable"])
-    checks.check_fused(
-        fused=group["fused"],
-        foreach=group["foreach"],
-        mask=group["mask"],
-        capturable=group["capturable"],
-    )
+    variance, captured, fused = group["variance"], group["capturable"], group["fused"]
+    if captured and variance not in ("ema", "second-moment"):
+        raise ValueError(
+            f"variance={variance!r} cannot be captured: it is told to the optimizer outside of "
+            'the step; use capturable=False or variance="ema".'
+        )
+    if fused and group["foreach"]:
+        raise ValueError("fused=True and foreach=True were both given; choose one of them.")
+    if fused and captured:
+        raise ValueError(
+            "fused=True and capturable=True were both given: the native kernel cannot be captured; "
+            "choose one of them (torch.compile fuses a captured step)."
+        )
+    if fused and callable(group["mask"]):
+        raise TypeError(
+            "fused=True needs a mask by name, but got a function, which the native kernel cannot "
+            "call; use foreach=True."
+        )
 
 
 def estimator_of(group: Mapping[str, Any]) -> VarianceEstimator | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final, overload
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk import _validate as checks
+from poprisk._validate import check_number
 from poprisk.dtensor import (
     Layout,
     all_agree,
@@ -35,7 +35,11 @@ from poprisk.optim.groups import update_slots
 from poprisk.optim.settings import check_gate_settings, gate_of, plain_settings, tell_differences
 from poprisk.optim.state import (
     check_distinct,
+    check_group_sizes,
+    check_is_state,
     check_not_resized,
+    check_state_keys,
+    check_state_shapes,
     count_step,
     follow_precision_,
     hooked_state,
@@ -302,12 +306,17 @@ class GatedOptimizer(Optimizer):
         """The wrapped optimizer's state, the gate's, its settings, skipped steps; all checked."""
         if "gate" in state_dict and "optimizer" in state_dict:
             state_dict = _today(state_dict)
-        checks.check_state_keys(state_dict, ("state", "param_groups"), "a gated or plain")
+        check_state_keys(state_dict, ("state", "param_groups"), "a gated or plain")
         groups = [dict(group) for group in state_dict["param_groups"]]
-        checks.check_group_sizes(groups, self.param_groups)
+        check_group_sizes(groups, self.param_groups)
         marked = [_pop_marked(group) for group in groups]
+        numbers = {k for k, v in self.defaults.items() if type(v) in (int, float, tuple)}
         for group, mine in zip(groups, self.param_groups, strict=True):
-            checks.check_hyperparameters(group, self.defaults)
+            if missing := sorted(numbers - set(group)):
+                raise ValueError(
+                    "state_dict does not come from an optimizer of this kind: a group of it lacks "
+                    f"{missing}."
+                )
             group.update({k: v for k, v in mine.items() if k not in group and k != "params"})
         found = behaviours(
             self._wrapped,
@@ -317,14 +326,14 @@ class GatedOptimizer(Optimizer):
         for group, mine in zip(groups, self.param_groups, strict=True):
             kind = kind_of({**group, "params": mine["params"]})
             for i, p in zip(group["params"], mine["params"], strict=True):
-                entries = checks.check_is_state(i, state.get(i, {}))
+                entries = check_is_state(i, state.get(i, {}))
                 rest = dict(entries)
                 gate = _pop_marked(rest)
-                checks.check_state_complete(i, rest, found[kind].keys[p.dim()])
-                checks.check_state_shapes(i, p, rest, found[kind].keys[p.dim()], flat=True)
+                _check_complete(i, rest, found[kind].keys[p.dim()])
+                check_state_shapes(i, p, rest, found[kind].keys[p.dim()], flat=True)
                 if gate:
-                    checks.check_state_complete(i, gate, STATE)
-                    checks.check_state_shapes(i, p, gate, STATE[1:])
+                    _check_complete(i, gate, STATE)
+                    check_state_shapes(i, p, gate, STATE[1:])
                     own[p] = gate
                 if i in state:
                     state[i] = rest
@@ -475,6 +484,15 @@ def keep_slots_(
     torch._foreach_copy_(start, update)
 
 
+def _check_complete(index: Any, state: Mapping[str, Any], keys: Iterable[str]) -> None:
+    missing = sorted(set(keys) - set(state))
+    if state and missing:
+        raise ValueError(
+            f"state_dict does not come from an optimizer of this kind: its state of parameter "
+            f"{index} has {sorted(state)}, but not {missing}."
+        )
+
+
 def _pop_marked(group: dict[str, Any]) -> dict[str, Any]:
     """Take the gate's entries out of a saved group, or of the state of a parameter."""
     keys = [key for key in group if key.startswith(PREFIX)]
@@ -554,7 +572,7 @@ def gated(
         raise TypeError(f"gated() takes a torch optimizer, but got {type(optimizer).__name__}.")
     if isinstance(optimizer, (PopRiskAdamW, GatedOptimizer)):
         raise TypeError(f"{type(optimizer).__name__} is gated already.")
-    checks.check_number("beta1", beta1, low=0.0, high=1.0, include_high=False)
+    check_number("beta1", beta1, low=0.0, high=1.0, include_high=False)
     settings = {
         "betas": (beta1, 0.0),
         "rho": rho,
