@@ -335,7 +335,7 @@ def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[P
     assert "two classes, 30% of the training labels wrong" in page
     assert text.startswith("two classes, 30% of the training labels wrong\n15 arms, 1 seed")
     assert "[ 15/15]" in text
-    assert "PopRiskAdamW, default settings, ends at" in text
+    assert "PopRiskAdamW ends at" in text
     assert text.endswith("Report: out/report.html\n")
 
 

@@ -29,7 +29,6 @@ from poprisk_lab.display import (
     criteria_table,
     data_table,
     summary_table,
-    twin_table,
     verdict_table,
 )
 from poprisk_lab.explain import Plan, explain
@@ -41,6 +40,7 @@ from poprisk_lab.page.claims import notices as claim_notices
 from poprisk_lab.page.claims import summary_rows, write_claim, write_summary
 from poprisk_lab.page.explanation import write_explanation
 from poprisk_lab.page.notes import notices
+from poprisk_lab.page.table import leads_table
 from poprisk_lab.rundir import RunData, RunDirectory, RunDirectoryError, write_json
 from poprisk_lab.selection import twin_report
 from poprisk_lab.studies import CLAIMS
@@ -351,16 +351,15 @@ def _conclude(directory: RunDirectory) -> None:
     verdict = judge(data)
     if verdict.rows:
         console.print(verdict_table(verdict, data))
-    for notice in notices(data):
+        console.print(data_table(leads_table(verdict, data.config)))
+    for notice in [*notices(data), *verdict.warnings]:
         _say(notice, style="yellow")
     console.print(f"\n{verdict.headline}", style="bold", markup=False, highlight=False)
-    for sentence in verdict.sentences:
-        console.print(f"- {sentence}", markup=False, highlight=False)
     twins = twin_report(data)
     if twins is not None:
-        console.print(twin_table(twins, data))
-        for sentence in twins.sentences:
-            console.print(f"- {sentence}", markup=False, highlight=False)
+        for table in (twins.table, twins.summary):
+            console.print(data_table(table))
+            console.print(table.about, markup=False, highlight=False)
     path = directory.path / "report.html"
     try:  # last: the verdict is printed though the disk be full
         write_report(data, verdict, path)

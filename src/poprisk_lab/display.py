@@ -21,7 +21,6 @@ from poprisk_lab.page.formats import MINUS, Format, format_for
 from poprisk_lab.page.table import difference_cell, plus_minus
 from poprisk_lab.plots import Table as Data
 from poprisk_lab.rundir import RunData
-from poprisk_lab.selection import TwinReport
 from poprisk_lab.studies.criteria import Criterion
 from poprisk_lab.verdict import Verdict
 from poprisk_lab.wording import Row, Scale, scale_of
@@ -163,27 +162,6 @@ def verdict_table(verdict: Verdict, data: RunData) -> Table:
     for row in verdict.rows:
         style = "bold green" if row.family == "poprisk" else ""
         table.add_row(*table_cells(row, scale), style=style)
-    return table
-
-
-def twin_table(twins: TwinReport, data: RunData) -> Table:
-    """The table of what the twins say, for the terminal."""
-    scale = scale_of(data.config)
-    table = Table(
-        title="Risk estimated by twins, without validation data",
-        title_justify="left",
-        title_style="",
-        header_style="bold",
-        pad_edge=False,
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("")
-    for name in ("estimated loss", "held-out loss", f"test {escape(scale.name)}", "epoch"):
-        table.add_column(name, justify="right", min_width=7)
-    for row in twins.rows:
-        held_out = "-" if row.held_out is None else f"{row.held_out:.3g}"
-        cells = (f"{row.estimate:.3g} ± {row.error:.1g}", held_out, scale.value(row.metric))
-        table.add_row(row.label, *cells, f"{row.epoch:.0f}")
     return table
 
 

@@ -13,12 +13,11 @@ from poprisk_lab.page.draw import OURS, plotly_script
 from poprisk_lab.page.figures import Group, Quantity
 from poprisk_lab.page.page import template
 from poprisk_lab.page.series import EpochRow, arm_series, module_series
-from poprisk_lab.page.table import run_table, verdict_table
+from poprisk_lab.page.table import leads_table, run_table, verdict_table
 from poprisk_lab.rundir import RunData
 from poprisk_lab.selection import twin_report
 from poprisk_lab.store import replace_text
 from poprisk_lab.verdict import Verdict
-from poprisk_lab.wording import scale_of
 
 __all__ = ["write_report"]
 
@@ -73,6 +72,7 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "notices": notes.notices(data),
         "verdict": verdict,
         "table": table,
+        "leads": leads_table(verdict, data.config),
         "runs": run_table(data, table.format),
         "curves": figures.group(series, _quantities(task)),
         "stops": any(s.stops for s in series),
@@ -82,7 +82,6 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "starved_below": STARVED_BELOW,
         "intervals": len(data.config["seeds"]) >= MIN_SEEDS,
         "twins": twin_report(data),
-        "scale": scale_of(data.config),
         "families": {arm["family"] for arm in data.config["arms"]},
     }
 

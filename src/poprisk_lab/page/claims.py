@@ -82,9 +82,8 @@ def render_claim(judged: Judged) -> str:
 
 
 def main_figure(judged: Judged) -> Criterion | None:
-    """The first of the primary criteria; None as long as nothing was judged."""
-    criteria = judged.findings.criteria if judged.findings else []
-    return next((c for c in criteria if c.primary), None)
+    """The criterion that is the claim's main figure; None as long as nothing was judged."""
+    return judged.findings.criteria[judged.findings.main] if judged.findings else None
 
 
 def headline(judged: Judged) -> str:

@@ -325,7 +325,7 @@ def judge(done: Sequence[Done]) -> Findings:
         at_most("worst relative residual: noise is fitted",
                 worst(done, "residual", (*LINEAR, *NETWORKS)), 1e-2),
     ]  # fmt: skip
-    return Findings([*decided, *controls(*beside)], _table(done))
+    return Findings([*decided, *controls(*beside)], _table(done), main=5)
 
 
 def _table(done: Sequence[Done]) -> Table:

@@ -46,11 +46,13 @@ class Findings(NamedTuple):
         criteria: what was asked and found; the verdict follows from them.
         table: the numbers behind.
         notes: warnings that protect a reader, such as a choice at the edge of its grid.
+        main: which of the criteria is the claim's main figure.
     """
 
     criteria: list[Criterion]
     table: Table
     notes: Sequence[str] = ()
+    main: int = 0
 
 
 @final

@@ -271,7 +271,7 @@ def judge(done: Sequence[Done]) -> Findings:
         "other labels: same inputs, initial weights and batches, its own path; only its training "
         "movement is known to the predictor.",
     )
-    return Findings([*decided, *controls(*beside)], table)
+    return Findings([*decided, *controls(*beside)], table, main=1)
 
 
 ERRORS = {

@@ -245,6 +245,7 @@ def judge(done: Sequence[Done]) -> Findings:
          *controls(*(c for f in found for c in _beside(f)))],
         table,
         [f"{', '.join(edges)}: {note}: a wider one may hold a better one."] if edges else [],
+        main=1,
     )  # fmt: skip
 
 
