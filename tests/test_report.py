@@ -597,7 +597,7 @@ def test_fifty_arms() -> None:
     page = Page(render(data, verdict))
     assert len(data.config["arms"]) == 49
     assert f"The rest of the grid ({len(verdict.other)})" in page.text
-    assert len(page.tables[1]) == len(verdict.other) + 1
+    assert len(page.tables[2]) == len(verdict.other) + 1
     assert f"{len(verdict.other)} more to show" in page.text
     assert len(traces(page.figures[0])) == len(verdict.rows) + len(verdict.other)
 

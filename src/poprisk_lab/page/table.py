@@ -195,7 +195,12 @@ def leads_table(verdict: Verdict, config: dict[str, Any]) -> Table:
     base = means.get(verdict.reference, 0.0)
     unit = "points" if scale.percent else "% of the best AdamW" if base else scale.name
     rows = [[label, scale.written(lead, base)] for label, lead in verdict.leads.items()]
-    return Table(["PopRiskAdamW against", f"gain, {unit}"], rows, "Paired over seeds.")
+    return Table(
+        ["PopRiskAdamW against", f"gain, {unit}"],
+        rows,
+        "Paired over seeds; each at 95%, not corrected for "
+        "their number: the verdict rests on the best AdamW alone.",
+    )
 
 
 def run_table(data: RunData, form: Format) -> Table:
