@@ -21,7 +21,7 @@ from poprisk_lab.page.figures import POINTS, epoch_line
 from poprisk_lab.page.formats import Format, format_for, listed, plain, plural
 from poprisk_lab.page.series import FAMILIES, SHADES
 from poprisk_lab.plots import Line, thinned
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Verdict, judge
 from poprisk_lab.wording import scale_of
 

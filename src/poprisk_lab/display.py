@@ -20,7 +20,7 @@ from poprisk_lab.page.claims import SummaryRow, criterion_line
 from poprisk_lab.page.formats import MINUS, Format, format_for
 from poprisk_lab.page.table import difference_cell, plus_minus
 from poprisk_lab.plots import Table as Data
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.studies.criteria import Criterion
 from poprisk_lab.verdict import Verdict
 from poprisk_lab.wording import Row, Scale, scale_of

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from poprisk.intervals import t_interval
 from poprisk.risk.choose import comparable_positions
 from poprisk_lab.plots import Table
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.wording import Scale, scale_of
 
 CHOOSABLE = ("poprisk", "adamw", "paper")

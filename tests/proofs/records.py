@@ -1,6 +1,6 @@
 """What the records on file come to: criteria, verdict, table and plots of every claim.
 
-:func:`judged_record` alone knows the classes of the laboratory: where they are renamed or a plot is
+:func:`described` alone knows the classes of the laboratory: where they are renamed or a plot is
 drawn by another class, it is what changes, not the data. A frozen record has the keys
 
 * ``verdict``;
@@ -21,9 +21,10 @@ from typing import Any
 
 from poprisk_lab.plots import Line, Picture, Plot
 from poprisk_lab.studies import CLAIMS
+from poprisk_lab.studies.claim import Claim
 from poprisk_lab.studies.criteria import Criterion
 from poprisk_lab.studies.image import decode
-from poprisk_lab.studies.record import FOLDER, on_record
+from poprisk_lab.studies.record import FOLDER, Judged, on_record
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 POINTS = 60
@@ -33,11 +34,14 @@ NUMBER = re.compile(r"[-−]?∞|(?<![\w.])[-−]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)
 
 
 def judged_record(name: str) -> dict[str, Any]:
-    """The record of a claim, judged and drawn, as JSON values."""
-    claim = CLAIMS[name]
-    judged = on_record(claim)
+    """The record of a claim, judged and drawn."""
+    return described(CLAIMS[name], on_record(CLAIMS[name]))
+
+
+def described(claim: Claim, judged: Judged) -> dict[str, Any]:
+    """What a claim comes to, as JSON values."""
     if judged.findings is None:
-        raise ValueError(f"the record of {name} is not judged, but {judged.verdict}.")
+        raise ValueError(f"{claim.name} is not judged, but {judged.verdict}.")
     header, rows, _ = judged.findings.table
     shown = claim.show(judged.progress.done)
     plots = [item for item in shown if isinstance(item, Plot)]

@@ -25,10 +25,10 @@ from poprisk.optim.groups import Bucket, captured_update, update_bucket
 from poprisk.optim.rank_variance import Observation, rank_variances
 from poprisk.optim.replay import gate_row, last_step_rule
 from poprisk.optim.settings import (
+    CompiledGroup,
     check_optimizer_settings,
-    estimator_of,
+    compiled,
     make_plain_,
-    plain_settings,
     tell_differences,
 )
 from poprisk.optim.state import (
@@ -235,8 +235,9 @@ class PopRiskAdamW(Optimizer):
             return loss
         self._notes.patience.took(grads)
         given = self._given_variances()
-        buckets = self._buckets()
-        take_variances_(self.param_groups, self.state, given)
+        groups = [compiled(group) for group in self.param_groups]
+        buckets = [bucket for group in groups for bucket in self._buckets(group)]
+        take_variances_(groups, self.state, given)
         self.rank_observations.clear()
         for bucket in buckets:
             update_bucket(bucket)
@@ -408,15 +409,16 @@ class PopRiskAdamW(Optimizer):
         finite = all_small(locals_of(grads))
         for group in self.param_groups:
             group["skipped_steps"] = group["skipped_steps"] + (~finite).int()
+            now = compiled(group)
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    captured_update(group, p, self.state[p], finite)
+                    captured_update(now, p, self.state[p], finite)
 
     def _prepare_captured(self) -> None:
         """Make all state at once: none may be made while a step is captured."""
         for group in self.param_groups:
             for p in group["params"] if group["capturable"] else []:
-                prepare_state(p, self.state[p], estimator_of(group), on_device=True)
+                prepare_state(p, self.state[p], compiled(group).estimator, on_device=True)
 
     def _any(self, switch: str) -> bool:
         return any(group[switch] for group in self.param_groups)
@@ -427,18 +429,14 @@ class PopRiskAdamW(Optimizer):
             group["skipped_steps"] = count
         return count
 
-    def _buckets(self) -> list[Bucket]:
-        return [bucket for group in self.param_groups for bucket in self._group_buckets(group)]
-
-    def _group_buckets(self, group: dict[str, Any]) -> list[Bucket]:
-        group = plain_settings(group)
-        estimator = estimator_of(group)
-        params = [p for p in group["params"] if p.grad is not None and p.numel()]
+    def _buckets(self, group: CompiledGroup) -> list[Bucket]:
+        """The group's parameters with gradients, counted on."""
+        params = [p for p in group.settings["params"] if p.grad is not None and p.numel()]
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
-            prepare_state(p, state, estimator)
+            prepare_state(p, state, group.estimator)
         steps = count_step(states)
-        starts = [state["variance_start"] for state in states] if estimator else steps
+        starts = [state["variance_start"] for state in states] if group.estimator else steps
         kinds = [
             (p.device, p.dtype, t, t - start, layout_of(p))
             for p, t, start in zip(params, steps, starts, strict=True)

@@ -1,10 +1,10 @@
-"""From the settings of a parameter group to its variance estimator and gate."""
+"""From the settings of a parameter group to what one step takes: numbers, estimator and gate."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from poprisk._validate import check_choice, check_number, plain
 from poprisk.dtensor import GlobalMeans, Layout
 from poprisk.optim.gate import ALPHAS, MASKS_, Gate, local_means, momentum_noise, threshold
+from poprisk.optim.update import AdamSettings
 from poprisk.optim.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
 
 MODES = ("auto", "paper")
@@ -25,13 +26,71 @@ GATE_SETTINGS = (
 )
 
 
-def plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with Python numbers for numpy's and for tensors of one element.
+class CompiledGroup(NamedTuple):
+    """A parameter group as one step takes it; made by :func:`compiled`.
 
-    The learning rate may stay a tensor: schedulers write to it, and captured steps read it there.
+    Attributes:
+        settings: of the group, with Python numbers; the learning rate may stay a tensor, which
+            schedulers write to and captured steps read.
+        estimator: of the variance; None: the group is not gated.
     """
+
+    settings: dict[str, Any]
+    estimator: VarianceEstimator | None
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The estimator's entries in a parameter's state."""
+        return self.estimator.state_keys if self.estimator else ()
+
+    def clock(self, t: Any, observations: Any) -> Clock:
+        """Counters with the decay rates of the group."""
+        return Clock(t, observations, *self.settings["betas"])
+
+    def adam(self, clock: Clock) -> AdamSettings:
+        """The settings of AdamW itself."""
+        lr, decay = self.settings["lr"], self.settings["weight_decay"]
+        lr = lr if clock.captured else float(lr)
+        return AdamSettings(lr, clock.beta1, clock.beta2, self.settings["eps"], decay)
+
+    def gate(self, clock: Clock, layout: Layout | None = None) -> Gate | None:
+        """The gate of one step, None where it is ungated; averages go over all of a DTensor."""
+        if self.estimator is None:
+            return None
+        s = self.settings
+        inflation: Any = self.estimator.inflation(clock)
+        alpha, paper = s["alpha"], s["mode"] == "paper"
+        if paper and alpha == "auto":
+            alpha = "fresh" if s["dataset_size"] is None else "finite"
+        elif not paper and not clock.captured and inflation == 0:
+            return None
+        return Gate(
+            mask=s["mask"] if callable(s["mask"]) else MASKS_[s["mask"]],
+            alpha=threshold(
+                alpha,
+                noise_ratio=momentum_noise(clock.t, clock.beta1),
+                inflation=inflation,
+                z=s["z"],
+                batch_size=s["batch_size"],
+                dataset_size=s["dataset_size"],
+            ),
+            softness=s["softness"],
+            eps=s["eps"] if paper else 0.0,
+            q_min=s["q_min"],
+            per_tensor=s["reduction"] == "per_tensor",
+            opened=inflation == 0 if clock.captured and not paper else None,
+            pool=local_means if layout is None else GlobalMeans(layout),
+        )
+
+
+def compiled(group: Mapping[str, Any]) -> CompiledGroup:
+    """A group's settings with Python numbers for numpy's and for tensors of one element."""
     numbers = {key: plain(group[key]) for key in NUMBERS}
-    return {**group, **numbers, "betas": tuple(map(plain, group["betas"]))}
+    betas = tuple(map(plain, group["betas"]))
+    settings: dict[str, Any] = {**group, **numbers, "betas": betas}
+    paper = settings["mode"] == "paper"
+    gated = make_estimator(settings["variance"], rho=settings["rho"], paper=paper)
+    return CompiledGroup(settings, gated if settings["gate"] else None)
 
 
 def make_plain_(group: dict[str, Any]) -> None:
@@ -156,44 +215,3 @@ def check_optimizer_settings(group: Mapping[str, Any]) -> None:
             "fused=True needs a mask by name, but got a function, which the native kernel cannot "
             "call; use foreach=True."
         )
-
-
-def estimator_of(group: Mapping[str, Any]) -> VarianceEstimator | None:
-    """The variance estimator of a group; None if the group is not gated."""
-    if not group["gate"]:
-        return None
-    return make_estimator(group["variance"], rho=group["rho"], paper=group["mode"] == "paper")
-
-
-def gate_of(
-    group: Mapping[str, Any],
-    clock: Clock,
-    estimator: VarianceEstimator | None,
-    layout: Layout | None = None,
-) -> Gate | None:
-    """The gate of one step, None where it is not gated; averages go over all of a DTensor."""
-    if estimator is None:
-        return None
-    alpha, paper = group["alpha"], group["mode"] == "paper"
-    inflation: Any = estimator.inflation(clock)
-    if paper and alpha == "auto":
-        alpha = "fresh" if group["dataset_size"] is None else "finite"
-    elif not paper and not clock.captured and inflation == 0:
-        return None
-    return Gate(
-        mask=group["mask"] if callable(group["mask"]) else MASKS_[group["mask"]],
-        alpha=threshold(
-            alpha,
-            noise_ratio=momentum_noise(clock.t, clock.beta1),
-            inflation=inflation,
-            z=group["z"],
-            batch_size=group["batch_size"],
-            dataset_size=group["dataset_size"],
-        ),
-        softness=group["softness"],
-        eps=group["eps"] if paper else 0.0,
-        q_min=group["q_min"],
-        per_tensor=group["reduction"] == "per_tensor",
-        opened=inflation == 0 if clock.captured and not paper else None,
-        pool=local_means if layout is None else GlobalMeans(layout),
-    )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from poprisk._validate import check_type
-from poprisk.optim.settings import check_optimizer_settings, estimator_of, plain_settings
+from poprisk.optim.settings import CompiledGroup, check_optimizer_settings
 from poprisk.optim.update import state_dtype
 from poprisk.optim.variance import Given, GivenVariances, VarianceEstimator
 
@@ -115,15 +115,12 @@ def follow_precision_(p: Tensor, state: dict[str, Any]) -> None:
             state[key] = state[key].to(dtype)
 
 
-def take_variances_(groups: list[dict[str, Any]], state: Any, given: GivenVariances) -> None:
+def take_variances_(groups: list[CompiledGroup], state: Any, given: GivenVariances) -> None:
     """Put variances that were found elsewhere into the running averages."""
-    if not given:
-        return
-    for group in map(plain_settings, groups):
-        estimator = estimator_of(group)
+    for settings, estimator in groups:
         if isinstance(estimator, Given):
-            weight = 1 - estimator.decay(group["betas"][0])
-            for p in group["params"]:
+            weight = 1 - estimator.decay(settings["betas"][0])
+            for p in settings["params"]:
                 if p in given:
                     s = state[p]["grad_mean_var"]
                     s.lerp_(given[p]().to(s.dtype), weight)

@@ -348,9 +348,10 @@ def grad_mean_var(
     with recording(), evaluating(model, eval_mode=False, backward_hooks=True):
         for rows in split(b, max(1, b // (chunk or b))):
             outputs, losses = _losses(model, loss, take(x, rows), targets[rows])
-            check_batch_losses(losses, rows.stop - rows.start)
+            size = rows.stop - rows.start
+            check_batch_losses(losses, size)
             check_numbers("losses", losses, start=rows.start)
-            if isinstance(outputs, Tensor) and outputs.shape[:1] == losses.shape and b > 3:
+            if isinstance(outputs, Tensor) and outputs.shape[:1] == losses.shape and size > 3:
                 check_separate(loss, outputs, targets[rows], losses)
             found = capture(losses, named).moments()
             total = found if total is None else total.plus(found)

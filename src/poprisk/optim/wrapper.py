@@ -30,9 +30,10 @@ from poprisk.optim.adamw import (
     tensor_names,
 )
 from poprisk.optim.behaviour import Behaviour, Decay, Kind, behaviours, kind_of
-from poprisk.optim.gate import MASKS_, Gate, Mask, TensorList
+from poprisk.optim.gate import Gate, Mask, TensorList
 from poprisk.optim.groups import update_slots
-from poprisk.optim.settings import check_gate_settings, gate_of, plain_settings, tell_differences
+from poprisk.optim.replay import mask_and_passed, mask_of
+from poprisk.optim.settings import CompiledGroup, check_gate_settings, compiled, tell_differences
 from poprisk.optim.state import (
     check_distinct,
     check_group_sizes,
@@ -56,7 +57,7 @@ from poprisk.optim.update import (
     real_slots,
     state_dtype,
 )
-from poprisk.optim.variance import Clock, Ema
+from poprisk.optim.variance import Clock, Ema, VarianceEstimator
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]
 PREFIX = "gate_"
@@ -220,8 +221,9 @@ class GatedOptimizer(Optimizer):
         buckets = [
             b for g, d in zip(self.param_groups, decays, strict=True) for b in self._take(g, d)
         ]
+        own = compiled(self.settings)
         for bucket in buckets:
-            self._observe(bucket)
+            _observe(bucket, own)
         try:
             with without_decay(self._wrapped, decays):
                 self._wrapped.step()
@@ -230,7 +232,7 @@ class GatedOptimizer(Optimizer):
                 torch._foreach_copy_(locals_of(bucket.params), bucket.starts)
             raise
         for bucket in buckets:
-            self._rewrite(bucket)
+            _rewrite(bucket, own)
         return loss
 
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
@@ -381,61 +383,34 @@ class GatedOptimizer(Optimizer):
             torch._foreach_copy_(bucket.starts, locals_of(bucket.params))
         return list(buckets.values())
 
-    def _clock(self, t: int) -> Clock:
-        return Clock(t, t - 1, *self.settings["betas"])
-
-    def _observe(self, bucket: _Bucket) -> None:
-        grads = [gradient_of(p, bucket.layout) for p in bucket.params]
-        slots, clock = bucket.slots(grads), self._clock(bucket.t)
-        observe_ = functools.partial(
-            observe_slots_, clock=clock, estimator=Ema(self.settings["rho"])
-        )
-        update_slots(slots, self.settings, observe_)
-
-    def _rewrite(self, bucket: _Bucket) -> None:
-        estimator, clock = Ema(self.settings["rho"]), self._clock(bucket.t)
-        gate = gate_of(self.settings, clock, estimator, bucket.layout)
-        share, last = _share(bucket.decay, bucket.group)
-        slots = bucket.slots(bucket.starts)
-        keep_ = functools.partial(
-            keep_slots_, clock=clock, estimator=estimator, gate=gate, share=share, last=last
-        )
-        update_slots(slots, self.settings, keep_)
-        for p, w in zip(locals_of(bucket.params), slots.params, strict=True):
-            if p.dtype in LOW_PRECISION:
-                p.copy_(w)
-
     def _row(self, p: Tensor) -> Tensor:
         """The gate of the last step evaluated again: the sums of its statistics."""
         state, layout = self.state[p], layout_of(p)
         bucket = _Bucket({}, None, int(state["step"]), layout, [p], [state], [self._updates[p]])
         slots = bucket.slots(bucket.starts)
-        gate, clock, estimator = self._last_gate(p)
+        clock, estimator, gate = self._last_gate(p)
         total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
         for piece in [slots] if gate is not None and gate.per_tensor else pieces(slots):
             (update,), (m,), (s,) = piece.grads, piece.exp_avgs, piece.variances
-            q = passed = torch.ones_like(m)
-            if gate is not None:
-                threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
-                q, passed = (masks(piece, clock, estimator, g)[0] for g in (gate, threshold))
+            q, passed = mask_and_passed(piece, clock, estimator, gate)
             total += gate_sums(q, passed, update, ((m != 0) | (s > 0)).to(m.dtype))
         return global_sums(total, layout)
 
-    def _last_gate(self, p: Tensor) -> tuple[Gate | None, Clock, Ema]:
-        clock, estimator = self._clock(int(self.state[p]["step"])), Ema(self.settings["rho"])
-        return gate_of(self.settings, clock, estimator, layout_of(p)), clock, estimator
+    def _last_gate(self, p: Tensor) -> tuple[Clock, VarianceEstimator | None, Gate | None]:
+        t, own = int(self.state[p]["step"]), compiled(self.settings)
+        clock = own.clock(t, t - 1)
+        return clock, own.estimator, own.gate(clock, layout_of(p))
 
     @torch.no_grad()
     def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
         """The last step of ``param`` as a linear map of its gradient: the wrapped one's, masked."""
         inner = facts._replace(state=self._wrapped.state.get(param, {}))
         rule = describe(self._wrapped).rule(param, inner)
-        gate, clock, estimator = self._last_gate(param)
+        clock, estimator, gate = self._last_gate(param)
         if gate is None:
             return rule
-        state = self.state[param]
-        bucket = _Bucket({}, None, clock.t, None, [param], [state], [param])
-        q = masks(bucket.slots([param]), clock, estimator, gate)[0]
+        bucket = _Bucket({}, None, clock.t, None, [param], [self.state[param]], [param])
+        q = mask_of(bucket.slots([param]), clock, estimator, gate)
         return rule._replace(precondition=q * rule.precondition)
 
     def momentum_of(self, param: Tensor) -> Tensor | None:
@@ -444,6 +419,27 @@ class GatedOptimizer(Optimizer):
 
     def _own_settings(self) -> dict[str, Any]:
         return {"beta1": self.settings["betas"][0], **{k: self.settings[k] for k in SETTINGS[1:]}}
+
+
+def _observe(bucket: _Bucket, own: CompiledGroup) -> None:
+    grads = [gradient_of(p, bucket.layout) for p in bucket.params]
+    clock = own.clock(bucket.t, bucket.t - 1)
+    how: dict[str, Any] = {"clock": clock, "estimator": own.estimator}
+    update_slots(bucket.slots(grads), own.settings, functools.partial(observe_slots_, **how))
+
+
+def _rewrite(bucket: _Bucket, own: CompiledGroup) -> None:
+    clock = own.clock(bucket.t, bucket.t - 1)
+    share, last = _share(bucket.decay, bucket.group)
+    slots = bucket.slots(bucket.starts)
+    how: dict[str, Any] = {"clock": clock, "estimator": own.estimator}
+    keep_ = functools.partial(
+        keep_slots_, **how, gate=own.gate(clock, bucket.layout), share=share, last=last
+    )
+    update_slots(slots, own.settings, keep_)
+    for p, w in zip(locals_of(bucket.params), slots.params, strict=True):
+        if p.dtype in LOW_PRECISION:
+            p.copy_(w)
 
 
 def observe_slots_(slots: Slots, *, clock: Clock, estimator: Ema) -> None:
@@ -592,4 +588,4 @@ def gated(
         "weight_decay": 0.0,
     }
     check_gate_settings(settings)
-    return GatedOptimizer(optimizer, plain_settings(settings))
+    return GatedOptimizer(optimizer, compiled(settings).settings)

@@ -9,7 +9,7 @@ from typing import Any
 
 from poprisk_lab.page.formats import listed, plain, plural
 from poprisk_lab.page.series import EpochRow, module_sizes
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 
 
 def notices(data: RunData) -> list[str]:

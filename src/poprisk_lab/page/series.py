@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from poprisk_lab.arms import FAMILIES
 from poprisk_lab.page.formats import plural
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Verdict, early_stopping_choices
 
 DASHES = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "12 4"}

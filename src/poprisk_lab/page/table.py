@@ -12,7 +12,7 @@ from poprisk_lab.page.draw import OURS
 from poprisk_lab.page.formats import MISSING, Format, format_for, plural
 from poprisk_lab.page.series import colour_of
 from poprisk_lab.plots import Table
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Row, Verdict
 from poprisk_lab.wording import scale_of
 
