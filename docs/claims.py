@@ -33,6 +33,10 @@ COLOURS = {
         ("#45085a", "#472c7a", "#3d4b89", "#31688e", "#27808e", "#209a8a", "#31b27c", "#60c860"), 1
     )},
 }  # fmt: skip
+CORRECTION = (
+    "“Reproduced” takes all criteria but the controls at once, which needs no correction for their "
+    "number; read one by one they stand uncorrected."
+)
 LINES = {"solid": "-", "dash": "--", "dot": ":"}
 
 
@@ -57,7 +61,7 @@ def draw_line(axes: plt.Axes, line: Line) -> None:
     colour, label = COLOURS[line.colour], line.name or "_nolegend_"
     if len(line.low):
         axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-    if line.kind == "points":
+    if line.kind in ("points", "marks"):
         axes.plot(line.x, line.mean, ".", color=colour, label=label, alpha=0.8)
     else:
         axes.plot(line.x, line.mean, LINES[line.dash], color=colour, label=label, lw=1.8)
@@ -84,6 +88,7 @@ def page(found: Judged) -> str:
     for line in map(criterion_line, findings.criteria):
         cells = (line.name, line.bound, line.claimed or "–", line.found, line.outcome)
         lines.append(row(cells))
+    lines += ["", CORRECTION]
     for number, item in enumerate(claim.show(found.progress.done), 1):
         lines += [
             "",
