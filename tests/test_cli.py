@@ -18,6 +18,7 @@ import poprisk_lab.cli
 import tiny
 from poprisk_lab.cli import app
 from poprisk_lab.compare import run_directory
+from poprisk_lab.plots import Table
 from poprisk_lab.results import read_run
 from poprisk_lab.store import Store
 from poprisk_lab.studies import CLAIMS
@@ -407,7 +408,7 @@ def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[P
     assert "two classes, 30% of the training labels wrong" in page
     assert text.startswith("two classes, 30% of the training labels wrong\n15 arms, 1 seed")
     assert "[ 15/15]" in text
-    assert "PopRiskAdamW, default settings, ends at" in text
+    assert "PopRiskAdamW ends at" in text
     assert text.endswith("Report: out/report.html\n")
 
 
@@ -536,16 +537,22 @@ def test_a_full_disk_at_the_page_of_an_explanation_loses_no_word_of_it(
     def headline(_: object) -> str:
         return "a headline"
 
-    def sentences(_: object) -> list[str]:
-        return ["a sentence"]
+    def warnings(_: object) -> list[str]:
+        return ["a warning"]
+
+    def figures_of(_: object) -> Table:
+        return Table(["figure"], [["a figure"]])
 
     monkeypatch.setattr("poprisk_lab.explain.explain", found)
     monkeypatch.setattr("poprisk_lab.explain.words.headline", headline)
-    monkeypatch.setattr("poprisk_lab.page.explanation.sentences", sentences)
+    monkeypatch.setattr("poprisk_lab.explain.words.warnings", warnings)
+    monkeypatch.setattr("poprisk_lab.explain.words.table", figures_of)
     monkeypatch.setattr("poprisk_lab.store.write_json", full_disk)
     result = run("explain", "digits")
     assert result.exit_code == 2
-    assert result.stdout == "a notice\n\na headline\n- a sentence\n"
+    assert result.stdout.startswith("a notice\na warning\n")
+    assert "a figure" in result.stdout
+    assert result.stdout.endswith("\na headline\n")
     assert result.stderr.startswith("poprisk: cannot write runs/explain-digits: No space left")
 
 

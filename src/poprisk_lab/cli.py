@@ -158,21 +158,20 @@ def explain_command(
     directory = out or Path("runs") / f"explain-{_slug(task.removesuffix('.py'))}"
     page = directory / "report.html"
     with _errors(trace=trace):
-        from poprisk_lab.display import PhaseDisplay
+        from poprisk_lab.display import PhaseDisplay, data_table
         from poprisk_lab.explain import Plan, explain
-        from poprisk_lab.explain.words import headline
-        from poprisk_lab.page.explanation import sentences, write_explanation
+        from poprisk_lab.explain.words import headline, table, warnings
+        from poprisk_lab.page.explanation import write_explanation
         from poprisk_lab.runner import environment
         from poprisk_lab.store import write_json
 
         plan = Plan(task, settings, seed, optimizer, lr, epochs, seconds)
         with PhaseDisplay(console) as display:
             found = explain(plan, say=display)
-        for notice in found["notices"]:
+        for notice in [*found["notices"], *warnings(found)]:
             _say(notice, style="yellow")
+        console.print(data_table(table(found)))
         _say(f"\n{headline(found)}", style="bold")
-        for sentence in sentences(found):
-            _say(f"- {sentence}")
         # Last: what was found is printed though the disk be full.
         with _writing(directory, advice="; choose another with --out"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -219,7 +218,7 @@ def reproduce_command(
 
 def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
     from poprisk_lab.display import PhaseDisplay, criteria_table
-    from poprisk_lab.page.claims import notices, write_claim
+    from poprisk_lab.page.claims import headline, notices, write_claim
     from poprisk_lab.studies.command import run_claim
 
     _say(f"{claim.title}: {claim.statement}", style="bold")
@@ -236,10 +235,7 @@ def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers:
         _say(notice, style="yellow")
     if found.findings is not None:
         console.print(criteria_table(found.findings.criteria))
-        for sentence in found.findings.sentences:
-            _say(f"- {sentence}")
-        _say(f"- Controls: {found.findings.controls}" if found.findings.controls else "")
-        _say(f"\nVerdict: {found.verdict}: {found.findings.ours}", style="bold")
+        _say(f"\nVerdict: {headline(found)}", style="bold")
     page = directory.path / "report.html"
     with _writing(page):
         write_claim(found, page)
@@ -358,9 +354,10 @@ def main() -> None:
 
 
 def _conclude(directory: Store) -> None:
-    from poprisk_lab.display import twin_table, verdict_table
+    from poprisk_lab.display import data_table, verdict_table
     from poprisk_lab.page import write_report
     from poprisk_lab.page.notes import notices
+    from poprisk_lab.page.table import leads_table
     from poprisk_lab.results import read_run
     from poprisk_lab.selection import twin_report
     from poprisk_lab.verdict import judge
@@ -369,16 +366,15 @@ def _conclude(directory: Store) -> None:
     verdict = judge(data)
     if verdict.rows:
         console.print(verdict_table(verdict, data))
-    for notice in notices(data):
+        console.print(data_table(leads_table(verdict, data.config)))
+    for notice in [*notices(data), *verdict.warnings]:
         _say(notice, style="yellow")
     console.print(f"\n{verdict.headline}", style="bold", markup=False, highlight=False)
-    for sentence in verdict.sentences:
-        console.print(f"- {sentence}", markup=False, highlight=False)
     twins = twin_report(data)
     if twins is not None:
-        console.print(twin_table(twins, data))
-        for sentence in twins.sentences:
-            console.print(f"- {sentence}", markup=False, highlight=False)
+        for table in (twins.table, twins.summary):
+            console.print(data_table(table))
+            console.print(table.about, markup=False, highlight=False)
     path = directory.path / "report.html"
     # Last: the verdict is printed though the disk be full.
     with _writing(path, advice=f"; `poprisk report {directory.path}` writes it once there is room"):
