@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def processes() -> int:
+    """How many there are, 1 without torch.distributed."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if several else 1
+
+
 def is_sharded(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor; free where nobody has imported them."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from poprisk._validate import examples as checks
 from poprisk.evaluation import evaluating, outputs_of, uncompiled
 from poprisk.forward_mode import plain_kernels
-from poprisk.per_sample import Factors, capture, check_graph
+from poprisk.per_sample import Factors, capture, check_graph, checks
 from poprisk.per_sample.plan import Plan, learn_plan
 from poprisk.per_sample.visible import check_unhooked, check_whole
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from poprisk import _validate as checks
-from poprisk._validate import examples
 from poprisk.jacobian import (
     Jacobian,
     Selection,
@@ -30,6 +29,7 @@ from poprisk.jacobian import (
 )
 from poprisk.linalg import Eigenpairs, Estimate, top_eigenpairs, trace_estimate
 from poprisk.per_sample import Factors
+from poprisk.per_sample import checks as examples
 from poprisk.printing import described
 
 __all__ = ["Eigenpairs", "Estimate", "Kernel", "entk"]
@@ -87,7 +87,7 @@ def entk(
         checks.check_choice("outputs", outputs, ("all", "sum", "trace"))
     named = trainable(model, params)
     model = inner(model)
-    examples.check_no_batch_statistics(model)
+    checks.check_no_batch_statistics(model)
     weights = _weights(precondition, named)
     kept = None if outputs == "all" else outputs
     sides = []
@@ -199,7 +199,7 @@ class Kernel:
         examples.check_symmetric(self.symmetric, "trace")
         if probes is None:
             return Estimate(float(self.diagonal().double().sum()), 0.0)
-        examples.check_range("probes", probes, 2)
+        checks.check_range("probes", probes, 2)
         signs = torch.randint(0, 2, (self.shape[0], probes), generator=generator) * 2 - 1
         return trace_estimate(self.matmul, self._like(signs))
 
@@ -220,7 +220,7 @@ class Kernel:
             generator: for the start.
         """
         examples.check_symmetric(self.symmetric, "eigsh")
-        examples.check_range("k", k, 1, self.shape[0])
+        checks.check_range("k", k, 1, self.shape[0])
         start = torch.randn(self.shape[0], min(k + 2, self.shape[0]), generator=generator)
         limit = 20 * k + 40 if max_products is None else max_products
         return top_eigenpairs(

@@ -21,7 +21,8 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from poprisk_lab.comparison import Comparison
-    from poprisk_lab.rundir import RunData, RunDirectory
+    from poprisk_lab.results import RunData
+    from poprisk_lab.store import Store
     from poprisk_lab.studies.record import Judged
     from poprisk_lab.studies.run import ClaimDirectory
 
@@ -90,10 +91,11 @@ def compare_command(
     settings = dict(_parse_setting(text) for text in setting or [])
     with _errors(trace=trace, resumable=True):
         from poprisk_lab.arms import default_arms
-        from poprisk_lab.compare import compare, environment, warm_up_workers
+        from poprisk_lab.compare import compare, run_directory
         from poprisk_lab.comparison import Comparison
         from poprisk_lab.display import ProgressDisplay
-        from poprisk_lab.rundir import RunDirectory
+        from poprisk_lab.results import read_run
+        from poprisk_lab.runner import environment, warm_up_workers
 
         warm_up_workers()
         comparison = Comparison(
@@ -108,19 +110,19 @@ def compare_command(
             twin=twin,
         )
         name = _default_name(comparison)
-        directory = RunDirectory(out or Path("runs") / name)
+        directory = run_directory(out or Path("runs") / name)
         config = comparison.config()
-        data = directory.read() if directory.exists() else None
+        data = read_run(directory) if directory.exists() else None
         for seed in comparison.seeds[1:]:
             if data is None or not all((arm.name, seed) in data.ends for arm in comparison.arms):
                 comparison.try_seed(seed)
         directory.create(config, environment(comparison.workers))
-        data = directory.read()
+        data = read_run(directory)
         mine = data._replace(ends={k: v for k, v in data.ends.items() if k[1] in comparison.seeds})
         _say_what_begins(comparison, directory, data)
         _say_what_is_there(comparison, data, len(mine.ends))
         older = Path("runs") / f"{name}-{seeds}-seeds"  # how versions before named it
-        if out is None and seeds != DEFAULT_SEEDS and RunDirectory(older).exists():
+        if out is None and seeds != DEFAULT_SEEDS and run_directory(older).exists():
             _say(f"{older} is of an earlier version; --out {older} goes on there")
         with ProgressDisplay(console, comparison, mine) as display:
             compare(comparison, directory, display)
@@ -155,12 +157,12 @@ def explain_command(
     directory = out or Path("runs") / f"explain-{_slug(task.removesuffix('.py'))}"
     page = directory / "report.html"
     with _errors(trace=trace):
-        from poprisk_lab.compare import environment
         from poprisk_lab.display import PhaseDisplay
         from poprisk_lab.explain import Plan, explain
         from poprisk_lab.explain.words import headline
         from poprisk_lab.page.explanation import sentences, write_explanation
-        from poprisk_lab.rundir import write_json
+        from poprisk_lab.runner import environment
+        from poprisk_lab.store import write_json
 
         plan = Plan(task, settings, seed, optimizer, lr, epochs, seconds)
         with PhaseDisplay(console) as display:
@@ -262,9 +264,9 @@ def report(
 ) -> None:
     """Write report.html of a run directory again and print its verdict."""
     with _errors(trace=trace):
-        from poprisk_lab.rundir import RunDirectory
+        from poprisk_lab.compare import run_directory
 
-        _conclude(RunDirectory(run))
+        _conclude(run_directory(run))
 
 
 @app.command()
@@ -355,14 +357,15 @@ def main() -> None:
     app()
 
 
-def _conclude(directory: RunDirectory) -> None:
+def _conclude(directory: Store) -> None:
     from poprisk_lab.display import twin_table, verdict_table
     from poprisk_lab.page import write_report
     from poprisk_lab.page.notes import notices
+    from poprisk_lab.results import read_run
     from poprisk_lab.selection import twin_report
     from poprisk_lab.verdict import judge
 
-    data = directory.read()
+    data = read_run(directory)
     verdict = judge(data)
     if verdict.rows:
         console.print(verdict_table(verdict, data))
@@ -383,7 +386,7 @@ def _conclude(directory: RunDirectory) -> None:
     _say(f"\nReport: {path}")
 
 
-def _say_what_begins(comparison: Comparison, directory: RunDirectory, data: RunData) -> None:
+def _say_what_begins(comparison: Comparison, directory: Store, data: RunData) -> None:
     """The task, and how much there is to train."""
     from poprisk.task.batches import LAST_BATCH
 
@@ -432,7 +435,7 @@ def _errors(*, trace: bool, resumable: bool = False) -> Iterator[None]:
     except ValueError as error:  # as TaskError, RunDirectoryError and NotAnalysable are
         _fail(str(error), error=error if trace else None)
     except Exception as error:
-        from poprisk_lab.compare import TrainingError
+        from poprisk_lab.runner import TrainingError
 
         if isinstance(error, TrainingError):
             _fail(str(error), code=1)

@@ -6,14 +6,14 @@ REFERENCE = "test_path.py::test_equals_the_reference[squared_error-momentum]"
 NESTEROV = "test_path.py::test_equals_the_reference[squared_error-Nesterov]"
 ADAMW = "test_path.py::test_equals_the_reference[cross_entropy-AdamW]"
 ACCOUNTING = "test_path.py::test_the_loss_drop_is_accounted_for[AdamW]"
-FOLLOW = "test_path.py::test_following_vectors_is_applying_the_operators[AdamW]"
+FOLLOW = "test_follow.py::test_following_vectors_is_applying_the_operators[AdamW]"
 CELLS = "test_channel.py::test_the_cells_are_those_of_the_definition"
 COUPLING = "test_channel.py::test_the_coupling_is_that_of_the_definition"
 GAIN = "test_channel.py::test_noise_gain_is_the_variance_of_noisy_labels"
 DRIFT = "test_drift.py::test_drift_and_diffusion_are_the_sums_of_the_definition"
 
 ROWS = "test_path.py::test_rows_are_those_of_torch_func"
-DECAYING = "test_path.py::test_decay_that_acts_on_what_was_moved_adds_up_too[AdamW]"
+DECAYING = "test_follow.py::test_decay_that_acts_on_what_was_moved_adds_up_too[AdamW]"
 WALKS = "test_drift.py::test_known_powers_are_found[1.0]"
 
 MUTATIONS = {

@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from poprisk._validate.examples import processes
+from poprisk.dtensor import processes
 
 PATIENCE = timedelta(seconds=60)
 """How long the first measurement waits for the other ranks' monitors to be made."""

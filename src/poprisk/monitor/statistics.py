@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poprisk._validate import risk as inputs
-from poprisk._validate.examples import check_separate
+from poprisk._validate import check_separate
 from poprisk.evaluation import Forward, evaluating, outputs_of
 from poprisk.monitor.signal import SUMS, Counts, Signal, sums_of
 from poprisk.optim.update import CHUNK
@@ -18,6 +17,7 @@ from poprisk.per_sample import WORKSPACE, capture
 from poprisk.per_sample.gram import gram_, mirror_
 from poprisk.per_sample.moments import total, wide
 from poprisk.per_sample.terms import Dense, Term
+from poprisk.risk.inputs import check_output_losses
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -89,7 +89,7 @@ class Statistics:
 
             # What is compared below is to be of one state; else each part is looked at once.
             values = loss(outputs, y) if self.checked else unchanged(outputs, y)
-            losses = inputs.check_losses(values, outputs)
+            losses = check_output_losses(values, outputs)
             if not self.checked:
                 check_separate(unchanged, outputs, y, losses)
                 self.checked = True

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poprisk._validate.errors import NotAnalysable
+from poprisk._validate import NotAnalysable
 from poprisk.printing import short_repr
 
 Diagonal = Tensor | float

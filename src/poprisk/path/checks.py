@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from poprisk._validate.errors import NotAnalysable, first_line
+from poprisk._validate import NotAnalysable, first_line
 
 
 def check_weights(parameters: list[Tensor]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vmap
 
 from poprisk import losses
-from poprisk._validate.errors import first_line
+from poprisk._validate import first_line
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.forward_mode import plain_kernels
 from poprisk.losses import Loss

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from poprisk import losses
-from poprisk._validate.errors import first_line
-from poprisk._validate.examples import check_separate
+from poprisk._validate import check_separate, first_line
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.forward_mode import plain_kernels
 from poprisk.path import checks as refuse

@@ -28,11 +28,11 @@ from torch.func import grad, jvp, vjp, vmap
 
 from poprisk import _validate as checks
 from poprisk import losses as of_outputs
-from poprisk._validate import risk as inputs
 from poprisk.path import Run
 from poprisk.path.checks import check_answers, check_forward_mode
 from poprisk.path.run import Interval
 from poprisk.printing import short_repr
+from poprisk.risk import inputs
 from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
 from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, link_of
 

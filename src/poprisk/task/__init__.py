@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from poprisk import _validate as checks
+from poprisk._validate import check_choice, check_positive
 from poprisk.printing import described
 from poprisk.task.data import Pair, as_pair, as_tensor
 from poprisk.task.metrics import METRICS, Metric, accuracy
@@ -66,10 +66,15 @@ class Task:
         if self.clean is not None:
             object.__setattr__(self, "clean", as_tensor("clean", self.clean))
         if isinstance(self.metric, str):
-            checks.check_choice("metric", self.metric, METRICS)
+            check_choice("metric", self.metric, METRICS)
             object.__setattr__(self, "metric", METRICS[self.metric])
-        checks.check_positive("epochs", self.epochs)
-        checks.check_task_batch(self.batch_size, len(self.train[1]))
+        check_positive("epochs", self.epochs)
+        check_positive("batch_size", self.batch_size)
+        if self.batch_size >= len(self.train[1]):
+            raise ValueError(
+                f"batch_size={self.batch_size} must be smaller than the number of training "
+                f"examples, {len(self.train[1])}: the gate measures noise from batch to batch."
+            )
         try_task(self, by_class=self.scored_by.by_class)
 
     def new_model(self, device: str = "cpu") -> nn.Module:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from poprisk._validate import check_tensors
+
 Pair = tuple[Tensor, Tensor]
 
 TARGETS = ("label", "labels", "target", "targets", "y")
@@ -47,7 +49,8 @@ def as_pair(name: str, data: Any) -> Pair:
             f"{name} must be a pair (inputs, targets) of tensors or a non-empty data set of such "
             f"pairs, but got {type(data).__name__}."
         )
-    return _checked(name, cast(Pair, pair))
+    check_tensors(name, pair)
+    return cast(Pair, pair)
 
 
 def as_tensor(what: str, value: Any) -> Tensor:
@@ -137,18 +140,3 @@ def _entry(where: str, part: str, value: Any) -> Tensor:
             f"{where} must hold a tensor or numbers as {part}, but got {type(value).__name__}; "
             "convert it in the data set."
         ) from error
-
-
-def _checked(name: str, pair: Pair) -> Pair:
-    for part, value in zip(("inputs", "targets"), pair, strict=True):
-        if value.ndim == 0 or len(value) == 0:
-            raise ValueError(
-                f"{name} {part} must not be empty, but got shape {tuple(value.shape)}."
-            )
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(f"{name} {part} hold NaN or Inf; remove or impute those rows first.")
-    if len(pair[0]) != len(pair[1]):
-        raise ValueError(
-            f"{name} has {len(pair[0])} inputs but {len(pair[1])} targets; they must match."
-        )
-    return pair

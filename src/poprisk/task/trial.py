@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poprisk._validate.errors import first_line
-from poprisk._validate.examples import check_separate
+from poprisk._validate import check_callable, check_losses, check_separate, first_line
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.randomness import RandomState
 from poprisk.risk.local_losses import ignored_examples
@@ -70,9 +69,8 @@ def _check_callables(task: Any) -> None:
             f"model must be a function that returns a torch.nn.Module, but got a "
             f"{type(task.model).__name__}; pass what makes a new one, as in lambda: Net(64)."
         )
-    for name in ("model", "loss"):
-        if not callable(getattr(task, name)):
-            raise TypeError(f"{name} must be callable, but got {getattr(task, name)!r}.")
+    check_callable("model", task.model)
+    check_callable("loss", task.loss)
     if not callable(task.scored_by.function):
         raise TypeError(
             f"metric must hold a function of outputs and targets, but got "
@@ -200,14 +198,7 @@ def _first_failing(call: Callable[[slice], Any], n: int) -> tuple[int, Exception
 
 
 def _check_losses(losses: Any, u: Tensor, y: Tensor) -> None:
-    n = len(y)
-    if not isinstance(losses, Tensor) or tuple(losses.shape) != (n,):
-        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"loss must give one value per example, shape ({n},) for {n} examples, but gave "
-            f"{found}; pass reduction='none' and average over all dimensions but the first."
-            f"{_shapes(u, y)}"
-        )
+    check_losses(losses, len(y), hint=_shapes(u, y))
     if not losses.is_floating_point():
         raise TypeError(f"loss must give floating-point numbers, but gave {losses.dtype}.")
 
