@@ -122,12 +122,12 @@ class PhaseDisplay:
             BarColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
-            disable=not console.is_terminal,
         )
         self.phases: dict[str, TaskID] = {}
 
     def __enter__(self) -> PhaseDisplay:
-        self.progress.start()
+        if self.console.is_terminal:
+            self.progress.start()
         return self
 
     def __exit__(
@@ -136,7 +136,8 @@ class PhaseDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.progress.stop()
+        if self.console.is_terminal:
+            self.progress.stop()
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
         """Take how much of a phase is done."""
