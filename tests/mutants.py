@@ -52,6 +52,13 @@ PINNED: dict[str, list[str]] = {
     "poprisk/path/integrals.py": ["test_integrals.py", "test_path.py", "test_channel.py"],
     "poprisk/path/quadrature.py": ["test_quadrature.py", "test_path.py"],
     "poprisk/optim/step.py": ["test_rules.py", "test_recorder.py", "test_path.py"],
+    "poprisk/path/recursion.py": [
+        "test_follow.py",
+        "test_integrals.py",
+        "test_path.py",
+        "test_channel.py",
+        "test_risk_loo.py",
+    ],
     "poprisk/risk/local_losses.py": [
         "test_risk_links.py",
         "test_risk_estimate.py",

@@ -13,7 +13,6 @@ from poprisk.path import (
     realized_update,
     record,
 )
-from poprisk.path.jacobian import JacobianRows
 from reference import path as reference
 from runs import LOSSES, OPTIMIZERS, N, batches, data, network, recorded
 from samplers import randn
@@ -23,20 +22,20 @@ each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 def reference_steps(run: Run) -> list[reference.Step]:
     """The steps of a recorded run in the form of the reference."""
-    steps = []
+    found = list[reference.Step]()
     for k, interval in enumerate(run.intervals):
         rule = run.rule(k, torch.float64)
-        flat: list[Any] = [t.squeeze(1) if isinstance(t, Tensor) else t for t in rule[1:]]
-        scale, gain, correction, carry, p, q, coupled, decay, sign = flat
-        assert sign == 1.0
+        flat: list[Any] = [t.squeeze(1) if isinstance(t, Tensor) else t for t in rule]
+        scale, correction, carry, gain, p, q, coupled, decay, sign, steps = flat
+        assert (sign, steps) == (1.0, 1)
         counts = (interval.sampling * 5 / run.problem.n).round().long().tolist()
         pairs = zip(interval.examples.tolist(), counts, strict=True)
         batch = [i for i, count in pairs for _ in range(count)]
         nesterov = p if q else None
-        steps.append(
+        found.append(
             reference.Step(batch, scale, correction, carry, gain, nesterov, coupled, decay)
         )
-    return steps
+    return found
 
 
 def naive(run: Run) -> reference.Operators:
@@ -309,7 +308,7 @@ def test_rows_are_those_of_torch_func(model: type[nn.Module]) -> None:
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     problem = record(net, "squared_error", sgd, [torch.arange(6)], x, train=(x, y)).problem
     a, b = randn(problem.size, seed=1), randn(problem.size, seed=2)
-    rows = JacobianRows(problem)
+    rows = problem.rows
     out = torch.empty(6 * c, problem.size, dtype=torch.float64)
     found = rows.write(out, [(a, 0.3), (b, 2.0)], x)
     close(found, 0.3 * problem.jacobian(a, x) + 2.0 * problem.jacobian(b, x), 1e-12)

@@ -73,7 +73,7 @@ def test_python_snippet_runs(code: str, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_run_in_their_order(folder: Path) -> None:
-    program = [sys.executable, "-m", "poprisk"]
+    program = [sys.executable, "-m", "poprisk_lab"]
     for command in COMMANDS:
         output = run([*program, *shlex.split(command)[1:]], folder)
         if any(word in command for word in ("compare", "explain", "report")):

@@ -91,6 +91,15 @@ def hessian_product(loss: Loss, u: Tensor, y: Tensor, vectors: Tensor) -> Tensor
     return torch.stack(columns, dim=-1)
 
 
+IGNORED = -100
+"""The label that torch's losses ignore unless told otherwise."""
+
+
+def ignored_labels(loss: Loss, y: Tensor) -> Tensor:
+    """Which of the labels of classes the loss leaves out, in the shape of ``y``."""
+    return y == getattr(loss, "ignore_index", IGNORED)
+
+
 def _grad(total: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
     """Gradient of a sum; zero where it does not depend on ``u`` (a loss linear in it)."""
     if not total.requires_grad:

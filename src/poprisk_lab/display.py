@@ -16,12 +16,14 @@ from rich.table import Table
 from poprisk.intervals import Interval
 from poprisk_lab.comparison import Comparison
 from poprisk_lab.fit import Row as Record
-from poprisk_lab.page.claims import SummaryRow, criterion_line
+from poprisk_lab.page.claims import MARKS, criterion_line, main_figure
 from poprisk_lab.page.formats import MINUS, Format, format_for
 from poprisk_lab.page.table import difference_cell, plus_minus
 from poprisk_lab.plots import Table as Data
+from poprisk_lab.plots import written
 from poprisk_lab.results import RunData
-from poprisk_lab.studies.criteria import Criterion
+from poprisk_lab.studies.criteria import Criterion, point
+from poprisk_lab.studies.record import Judged
 from poprisk_lab.verdict import Verdict
 from poprisk_lab.wording import Row, Scale, scale_of
 
@@ -187,15 +189,19 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
     return table
 
 
-def summary_table(rows: Sequence[SummaryRow]) -> Table:
-    """All claims, for the terminal."""
-    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD, show_lines=True)
-    for name in ("claim", "main figure", "here", "paper", "criteria that hold", "verdict"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        style = {"good": "green", "bad": "red"}.get(row.mark, "yellow")
-        cells = (row.name, row.figure, row.ours, row.paper, row.holds)
-        table.add_row(*map(escape, cells), f"[{style}]{row.verdict}[/]")
+def summary_table(claims: Sequence[Judged]) -> Table:
+    """A line for each claim, with the mean of its main figure."""
+    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD, expand=True)
+    for name in ("claim", "verdict", "found"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("criterion", no_wrap=True, overflow="ellipsis", ratio=1)
+    for judged in claims:
+        style = {"good": "green", "bad": "red"}.get(MARKS.get(judged.verdict, ""), "yellow")
+        verdict = judged.verdict + " (quick form)" * judged.progress.quick
+        main, cells = main_figure(judged), ("", "")
+        if main is not None:
+            cells = (written(point(main.estimate.mean), percent=main.percent), main.name)
+        table.add_row(judged.claim.name, f"[{style}]{verdict}[/]", *map(escape, cells))
     return table
 
 

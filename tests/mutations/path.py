@@ -18,7 +18,10 @@ WALKS = "test_drift.py::test_known_powers_are_found[1.0]"
 
 MUTATIONS = {
     "decay that grows what was moved": Mutation(
-        "poprisk/path/follow.py", "self.own -= V", "self.own += V", DECAYING
+        "poprisk/path/follow.py",
+        "self.recursion.decayed -= V",
+        "self.recursion.decayed += V",
+        DECAYING,
     ),
     "propagator with the wrong sign": Mutation(
         "poprisk/path/integrals.py",
@@ -39,39 +42,39 @@ MUTATIONS = {
         ADAMW,
     ),
     "no bias correction of the momentum": Mutation(
-        "poprisk/path/integrals.py",
-        "V = R * (some.correction * some.precondition)",
-        "V = R * some.precondition",
+        "poprisk/path/recursion.py",
+        "V = r * (rule.correction * rule.precondition)",
+        "V = r * rule.precondition",
         ADAMW,
     ),
     "decay left out of the affine part": Mutation(
-        "poprisk/path/integrals.py",
-        "V[:, -1:] += some.decay * some.steps * at",
-        "V[:, -1:] -= some.decay * some.steps * at",
+        "poprisk/path/recursion.py",
+        "_add(V, rule.decay * rule.steps, z)",
+        "_add(V, -rule.decay * rule.steps, z)",
         ADAMW,
     ),
     "coupled decay left out": Mutation(
-        "poprisk/path/integrals.py", "Q[:, -1:] += gain * rule.coupled * w", "pass", REFERENCE
+        "poprisk/path/recursion.py", "_add(r, gain * rule.coupled, z)", "pass", REFERENCE
     ),
     "a factor with the wrong sign": Mutation(
-        "poprisk/path/jacobian.py",
+        "poprisk/jacobian.py",
         "(term.cot[:, k].mT, term.act)",
         "(term.cot[:, k].mT, -term.act)",
         ROWS,
     ),
     "nodes of the quadrature that overwrite each other": Mutation(
-        "poprisk/path/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
+        "poprisk/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
     ),
     "weights of the quadrature lost": Mutation(
-        "poprisk/path/jacobian.py", "capture(weight * self", "capture(1.0 * self", REFERENCE
+        "poprisk/jacobian.py", "capture(weight * jacobian", "capture(1.0 * jacobian", REFERENCE
     ),
     "windows that overlap the first point": Mutation(
         "poprisk/path/drift.py", "walks[:, ::lag].diff(dim=1)", "walks[:, 1::lag]", WALKS
     ),
     "momentum brought in forgotten": Mutation(
-        "poprisk/path/integrals.py",
-        "self.Q[:, -1] = run.momentum_in.double()",
-        "self.Q[:, -1] = 0.0",
+        "poprisk/path/recursion.py",
+        "momentum[:, -1] = run.momentum_in.to(dtype)",
+        "momentum[:, -1] = 0.0",
         "test_path.py::test_momentum_that_was_there_before_is_affine",
     ),
     "Nesterov reads the momentum only": Mutation(
@@ -82,8 +85,8 @@ MUTATIONS = {
     ),
     "gradient at the start in place of its mean": Mutation(
         "poprisk/path/integrals.py",
-        "mean = _mean_gradient(self, u)",
-        "mean = self.problem.output_gradient(self.u).flatten()",
+        "mean = average_gradient(problem, self.u, u - self.u).flatten()",
+        "mean = problem.output_gradient(self.u).flatten()",
         ACCOUNTING,
     ),
     "output Hessian at the start": Mutation(

@@ -11,6 +11,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from poprisk._validate import check_callable, check_positive, check_type
+from poprisk.dtensor import sharding_of
 from poprisk.evaluation import Forward, call, evaluating
 from poprisk.jacobian import inner
 from poprisk.monitor.quantities import (
@@ -25,7 +26,7 @@ from poprisk.monitor.quantities import (
     Signal,
     check_quantities,
 )
-from poprisk.monitor.ranks import Ranks, sharding_of, writes
+from poprisk.monitor.ranks import Ranks, writes
 from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
 from poprisk.monitor.statistics import PerExampleLoss, Statistics
 from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch

@@ -9,12 +9,13 @@ rule of few nodes leaves the error that the closure reports.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from poprisk import _validate as checks
-from poprisk.path.jacobian import JacobianRows
 from poprisk.path.problem import Problem
 
 OUTPUT_NODES = 10
@@ -33,6 +34,12 @@ def gauss(nodes: int) -> Nodes:
     """
     x, weight = np.polynomial.legendre.leggauss(nodes)
     return [((1 + float(a)) / 2, float(b) / 2) for a, b in zip(x, weight, strict=True)]
+
+
+def averaged(function: Callable[[float], Tensor], nodes: Nodes) -> Tensor:
+    """The weighted sum of a function over the nodes."""
+    first, *others = (weight * function(x) for x, weight in nodes)
+    return sum(others, first)
 
 
 QUADRATURES: dict[str, Nodes] = {
@@ -61,10 +68,12 @@ def composite(quadrature: str, segments: int) -> Nodes:
 
 def average_hessian(problem: Problem, u: Tensor, du: Tensor) -> Tensor:
     r""":math:`\bar B`, its diagonal blocks (n, c, c), for training outputs (n, c)."""
-    return sum(
-        (b * problem.output_hessian(u + x * du) for x, b in gauss(OUTPUT_NODES)),
-        torch.zeros((), dtype=u.dtype),
-    )
+    return averaged(lambda x: problem.output_hessian(u + x * du), gauss(OUTPUT_NODES))
+
+
+def average_gradient(problem: Problem, u: Tensor, du: Tensor) -> Tensor:
+    r""":math:`\bar g` (n, c), the output gradient on the way, for training outputs (n, c)."""
+    return averaged(lambda x: problem.output_gradient(u + x * du), gauss(OUTPUT_NODES))
 
 
 class PathJacobian:
@@ -76,28 +85,18 @@ class PathJacobian:
         refine: relative error of :math:`\bar J\Delta w = \Delta u` of one example above which its
             segment is halved; None: never.
         depth: how often at most.
-        rows: what writes Jacobians; None: made for the first weights.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        nodes: Nodes,
-        *,
-        refine: float | None = None,
-        depth: int = 12,
-        rows: JacobianRows | None = None,
+        self, problem: Problem, nodes: Nodes, *, refine: float | None = None, depth: int = 12
     ) -> None:
         self.problem, self.nodes, self.refine, self.depth = problem, nodes, refine, depth
-        self.rows = rows
 
     def __call__(self, w: Tensor, end: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The average Jacobian (b·c, P) of inputs (b, ...) from ``w`` to ``end`` (P,)."""
-        if self.rows is None:
-            self.rows = JacobianRows(self.problem)
         total = w.new_empty(len(x) * self.problem.c, len(w)) if out is None else out
         at = [(torch.lerp(w, end, position), weight) for position, weight in self.nodes]
-        self.rows.write(total, at, x)
+        self.problem.rows.write(total, at, x)
         if self.refine is not None:
             self._mend(total.view(len(x), -1, len(w)), w, end, x)
         return total
@@ -131,8 +130,6 @@ class PathJacobian:
         def at(position: Tensor) -> Tensor:
             return w + position[:, None] * step
 
-        total = torch.zeros((), dtype=w.dtype)
-        for position, weight in self.nodes:
-            total = total + weight * self.problem.jacobians(at(left + position * length), x)
+        total = averaged(lambda p: self.problem.jacobians(at(left + p * length), x), self.nodes)
         change = self.problem.each(at(left + length), x) - self.problem.each(at(left), x)
         return total, change

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from poprisk._validate import check_losses
+from poprisk.dtensor import is_sharded, sharding_of
 
 
 @final
@@ -139,13 +140,9 @@ def _ids(name: str, ids: Any, n: int) -> tuple[Tensor, Tensor]:
     return torch.unique(ids.cpu(), return_inverse=True, return_counts=True)[1:]
 
 
-SHARDED = ("FSDPModule", "FullyShardedDataParallel")
-
-
 def check_not_sharded(name: str, model: nn.Module) -> None:
     """Raise ValueError if a model's parameters are sharded over processes."""
-    kinds = {kind.__name__ for m in model.modules() for kind in type(m).__mro__}
-    if kinds & set(SHARDED) or any(hasattr(p, "to_local") for p in model.parameters()):
+    if sharding_of(model) is not None or any(map(is_sharded, model.parameters())):
         raise ValueError(
             f"{name} does not take models whose parameters are sharded (FSDP, DTensor), which "
             "cannot be copied; use DistributedDataParallel, or measure on one process."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from poprisk._validate import check_callable, check_losses, check_separate, first_line
 from poprisk.evaluation import evaluating, outputs_of
+from poprisk.losses import ignored_labels
 from poprisk.randomness import RandomState
 from poprisk.risk.local_losses import ignored_examples
 from poprisk.task.batches import batch_sizes, split_batches
@@ -22,8 +23,6 @@ TRIED = 4
 """Examples that a label is given to, to see whether it has a loss."""
 LABELS = 64
 """Labels that are looked at so, the smallest ones and the largest."""
-IGNORED = -100
-"""The class that torch's losses leave out."""
 
 
 def try_task(task: Any, *, by_class: bool) -> None:
@@ -235,10 +234,6 @@ def _types(u: Tensor, y: Tensor) -> str:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def _ignored(task: Any, y: Tensor) -> Tensor:
-    return y == getattr(task.loss, "ignore_index", IGNORED)
-
-
 def _check_classes(task: Any, name: str, u: Tensor, losses: Tensor) -> None:
     """A column of outputs stands for a class: there are several, and each label is one."""
     y = getattr(task, name)[1]
@@ -256,7 +251,7 @@ def _check_classes(task: Any, name: str, u: Tensor, losses: Tensor) -> None:
 
 
 def _check_range(task: Any, name: str, y: Tensor, classes: int, losses: Tensor | None) -> None:
-    outside = ((y < 0) | (y >= classes)) & ~_ignored(task, y)
+    outside = ((y < 0) | (y >= classes)) & ~ignored_labels(task.loss, y)
     if losses is not None:
         # What costs nothing is left out by the loss in a way of its own.
         outside &= (losses != 0).reshape(-1, *[1] * (y.ndim - 1))
@@ -290,7 +285,7 @@ def _check_scored(task: Any, name: str, u: Tensor) -> None:
 
 def _check_variety(task: Any) -> None:
     y = task.train[1]
-    found = y[~_ignored(task, y)].unique()
+    found = y[~ignored_labels(task.loss, y)].unique()
     if len(found) < 2:
         label = _value(found[0]) if len(found) else "one that is ignored"
         raise ValueError(

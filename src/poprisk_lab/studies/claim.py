@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.plots import Line, Picture, Plot, Table, seeds_line
-from poprisk_lab.results import Done, by_seed, where
+from poprisk_lab.results import by_seed, where
 from poprisk_lab.studies.criteria import Criterion, Steps
-from poprisk_lab.study import Found, Trial
+from poprisk_lab.study import Done, Found, Trial
 
 __all__ = [
     "Claim",
