@@ -581,6 +581,7 @@ def test_a_scale_writes_its_metric() -> None:
     assert (POINTS.gap(-0.021, 0.5), POINTS.gain(0.1)) == ("2.1 points", 0.1)
     assert (MSE.value(12.3456), MSE.gap(-1.0, 4.0), MSE.gain(0.1)) == ("12.35", "25.0%", -0.1)
     assert MSE.gap(-0.25, 0.0) == "0.25"
+    assert (POINTS.signed(-0.04, 1.0), POINTS.signed(-0.06, 1.0)) == ("+0.0", "-0.1")
     assert scale_of({"task": {"metric": ERROR}}) == MSE
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from poprisk.intervals import Interval
 from poprisk_lab.comparison import Comparison
 from poprisk_lab.fit import Row as Record
-from poprisk_lab.page.claims import MARKS, criterion_line
+from poprisk_lab.page.claims import MARKS, criterion_line, main_figure
 from poprisk_lab.page.formats import MINUS, Format, format_for
 from poprisk_lab.page.table import difference_cell, plus_minus
 from poprisk_lab.plots import Table as Data
@@ -191,7 +191,7 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
 
 
 def summary_table(claims: Sequence[Judged]) -> Table:
-    """A line for each claim, with the mean of its first criterion that decides."""
+    """A line for each claim, with the mean of its main figure."""
     table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD, expand=True)
     for name in ("claim", "verdict", "found"):
         table.add_column(name, no_wrap=True)
@@ -199,11 +199,9 @@ def summary_table(claims: Sequence[Judged]) -> Table:
     for judged in claims:
         style = {"good": "green", "bad": "red"}.get(MARKS.get(judged.verdict, ""), "yellow")
         verdict = judged.verdict + " (quick form)" * judged.progress.quick
-        criteria = judged.findings.criteria if judged.findings else ()
-        first = next((c for c in criteria if c.primary), None)
-        cells = ("", "")
-        if first is not None:
-            cells = (written(point(first.estimate.mean), percent=first.percent), first.name)
+        main, cells = main_figure(judged), ("", "")
+        if main is not None:
+            cells = (written(point(main.estimate.mean), percent=main.percent), main.name)
         table.add_row(judged.claim.name, f"[{style}]{verdict}[/]", *map(escape, cells))
     return table
 

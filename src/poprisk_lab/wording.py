@@ -73,7 +73,8 @@ class Scale(NamedTuple):
     def signed(self, gain: float, base: float) -> str:
         """One of :meth:`gains`, with its sign and unit; points without."""
         if self.percent or base:
-            return f"{gain:+.1f}{'' if self.percent else '%'}"
+            tenths = round(gain, 1) + 0.0  # no minus before a zero
+            return f"{tenths:+.1f}{'' if self.percent else '%'}"
         return f"{gain:+.3g}"
 
     def written(self, difference: Interval, base: float) -> str:

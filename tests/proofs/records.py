@@ -26,7 +26,7 @@ from poprisk_lab.studies.criteria import Criterion
 from poprisk_lab.studies.image import decode
 from poprisk_lab.studies.record import FOLDER, Judged, on_record
 
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+NAMES = sorted(name for name in CLAIMS if (FOLDER / f"{name}.json").exists())
 POINTS = 60
 """Points of a line that are kept, at most."""
 
