@@ -330,11 +330,16 @@ def test_what_another_process_has_done_meanwhile_is_not_done_again(
 
 def test_an_interruption_waits_until_a_worker_is_started() -> None:
     """A half started worker could not be ended, and would print a traceback of its own."""
-    handler, reached = signal.getsignal(signal.SIGINT), False
-    with pytest.raises(KeyboardInterrupt), _interrupts_held():
-        signal.raise_signal(signal.SIGINT)
-        reached = True
-    assert reached
+    handler, done = signal.getsignal(signal.SIGINT), list[str]()
+
+    def start() -> None:
+        with _interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            done.append("started")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert done == ["started"]
     assert signal.getsignal(signal.SIGINT) is handler
 
 
