@@ -26,7 +26,7 @@ from poprisk_lab.compare import _train, compare, run_directory, trials_of
 from poprisk_lab.comparison import Comparison, differences
 from poprisk_lab.fit import Row, Run
 from poprisk_lab.results import RunData, read_run
-from poprisk_lab.runner import TrainingError, environment
+from poprisk_lab.runner import TrainingError, _interrupts_held, environment
 from poprisk_lab.store import RunDirectoryError, Store
 
 POPRISK = Path(sys.executable).with_name("poprisk")
@@ -326,6 +326,21 @@ def test_what_another_process_has_done_meanwhile_is_not_done_again(
     compare(what, directory, take)
     assert sorted(ended) == sorted(t.name for t in trials_of(what))
     assert len(directory.attempts("stopped-lr0.001-wd0.01-0")) == 1
+
+
+def test_an_interruption_waits_until_a_worker_is_started() -> None:
+    """A half started worker could not be ended, and would print a traceback of its own."""
+    handler, done = signal.getsignal(signal.SIGINT), list[str]()
+
+    def start() -> None:
+        with _interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            done.append("started")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert done == ["started"]
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 # --- interrupted ----------------------------------------------------------------------------------

@@ -174,8 +174,12 @@ def test_an_attempt_goes_on_from_the_latest_checkpoint(run: Store) -> None:
     save_checkpoint(first.path, {"epoch": 3})
     _, second = run.begin("b-0")
     assert second.load() == {"epoch": 3}
+    left, alive = (run.checkpoints / f"b-0~1.{process}.tmp" for process in (1, 2))
+    for file in (left, alive):
+        file.write_bytes(b"half")
+    os.utime(left, (0, 0))
     second.clear()
-    assert [*run.checkpoints.iterdir()] == []
+    assert [*run.checkpoints.iterdir()] == [alive]
 
 
 def test_a_claim_that_another_process_was_faster_to_make_is_left_to_it(

@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -19,6 +20,8 @@ TENSOR = "__tensor__"
 TUPLE = "__tuple__"
 INT_KEYS = "__int_keys__"
 CHECKPOINT_SECONDS = 20.0
+LEFT_SECONDS = 600.0
+"""No checkpoint takes that long to write."""
 
 
 class CheckpointError(OSError):
@@ -82,10 +85,13 @@ class Workspace:
             self._saved_at = now
 
     def clear(self) -> None:
-        """Remove all checkpoints: the trial is done."""
-        for file in (self.path, *self.earlier):
-            if file is not None:
-                file.unlink(missing_ok=True)
+        """Remove all checkpoints, and what killed attempts left half written: the trial is done."""
+        for file in (self.path, *self.earlier) if self.path is not None else ():
+            file.unlink(missing_ok=True)
+            for left in file.parent.glob(f"{file.stem}.*.tmp"):
+                with suppress(FileNotFoundError):  # its process is alive, and has finished it
+                    if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                        left.unlink()
 
     def keep(self, value: Any) -> None:
         """Keep what trials that come after this one need."""

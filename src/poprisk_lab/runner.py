@@ -10,8 +10,9 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from importlib import metadata
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -98,7 +99,8 @@ def _work_off(
                 on_row(trial, end)
                 continue
             job = _Job(trial, *store.begin(trial.name, trial.after))
-            running[pool.submit(_do, run, *job)] = job
+            with _interrupts_held():  # a worker that is half started could not be ended
+                running[pool.submit(_do, run, *job)] = job
         done, _ = concurrent.futures.wait(
             running, POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
         )
@@ -178,6 +180,22 @@ def warm_up_workers() -> None:
         forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = list[int]()
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _prepare() -> None:
