@@ -38,10 +38,10 @@ def toy(n: int, m: int, c: int, *, classes: bool, seed: int) -> tuple[Any, Any]:
     return (x[:n], y[:n]), (x[n:], y[n:])
 
 
-def mlp(sizes: list[int], act: type[nn.Module] = nn.Tanh, scale: float = 1.0) -> nn.Module:
+def mlp(sizes: list[int], activation: type[nn.Module] = nn.Tanh, scale: float = 1.0) -> nn.Module:
     layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
-        layers += [nn.Linear(a, b), act()]
+        layers += [nn.Linear(a, b), activation()]
     net = nn.Sequential(*layers[:-1]).double()
     with torch.no_grad():
         for p in net.parameters():
@@ -88,7 +88,7 @@ def _close(
     *,
     b: int | None = None,
     classes: bool = False,
-    act: type[nn.Module] = nn.Tanh,
+    activation: type[nn.Module] = nn.Tanh,
     refine: float | None = None,
     scale: float = 1.0,
     target: float = 1.0,
@@ -98,7 +98,7 @@ def _close(
     if not classes:
         train, query = ((x, target * y) for x, y in (train, query))
     torch.manual_seed(seed)
-    net = mlp([3, 16, 2 if classes else 1], act, scale)
+    net = mlp([3, 16, 2 if classes else 1], activation, scale)
     loss = "cross_entropy" if classes else "squared_error"
     batches = index_batches(24, b, 300, seed)
     run = record(net, loss, build(net.parameters()), batches, query, train=train)

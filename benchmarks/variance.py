@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW, grad_mean_var
 from poprisk.optim.gate import momentum_noise
-from poprisk.optim.variance import Clock, Given, VarianceEstimator, make_estimator
+from poprisk.optim.variance import Precomputed, StepCounts, VarianceEstimator, make_estimator
 from poprisk.task import Task
 from poprisk_lab.bench import environment
 from poprisk_lab.tasks import load_task
@@ -59,7 +59,7 @@ class Tracker:
         """Take a gradient, or a variance found within the batch."""
         if self.estimator.observes(t):
             self.observations += 1
-            if isinstance(self.estimator, Given):
+            if isinstance(self.estimator, Precomputed):
                 self.variances[0].lerp_(observed, 1 - self.estimator.decay(BETAS[0]))
             else:
                 self.estimator.observe_(self.variances, [observed], [mean], self._clock(t))
@@ -70,8 +70,8 @@ class Tracker:
         (raw,), scale = self.estimator.read(self.variances, [mean], [square], clock)
         return raw * scale / max(self.estimator.inflation(clock), 1e-12)
 
-    def _clock(self, t: int) -> Clock:
-        return Clock(t, self.observations, *BETAS)
+    def _clock(self, t: int) -> StepCounts:
+        return StepCounts(t, self.observations, *BETAS)
 
 
 def between_chunks(task: Task, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Run:
         self.make = lambda: PopRiskAdamW(params, **settings, **path)
         self.opt = self.make()
 
-    def act(self, action: str, grads: list[Tensor | None]) -> None:
+    def activation(self, action: str, grads: list[Tensor | None]) -> None:
         if action == "reload":
             self.opt = reloaded(self.opt, self.make)
         if action == "copy":
@@ -194,7 +194,7 @@ def check(seed: int) -> str:
             for t, mean in zip(starts, means, strict=True)
         ]
         for run in runs:
-            run.act(action, grads)
+            run.activation(action, grads)
         for i, g in enumerate(grads):
             if g is not None and g.numel():
                 expected[i] = references[i].step(g)

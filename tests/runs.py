@@ -56,11 +56,11 @@ def data(kind: str = "squared_error", *, n: int = N, c: int = 2) -> tuple[Any, A
     return (x[:n], y[:n]), (x[n:], y[n:]), clean[:n]
 
 
-def network(c: int = 2, *, hidden: int = 6, act: type[nn.Module] = nn.Tanh) -> nn.Module:
+def network(c: int = 2, *, hidden: int = 6, activation: type[nn.Module] = nn.Tanh) -> nn.Module:
     """One hidden layer, float64, always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(3, hidden), act(), nn.Linear(hidden, c))
+        net = nn.Sequential(nn.Linear(3, hidden), activation(), nn.Linear(hidden, c))
     return net.double()
 
 
@@ -79,14 +79,14 @@ def recorded(
     steps: int = 16,
     b: int | None = 5,
     hidden: int = 6,
-    act: type[nn.Module] = nn.Tanh,
+    activation: type[nn.Module] = nn.Tanh,
     n: int = N,
     c: int = 2,
     **settings: Any,
 ) -> Run:
     """A run of the small network."""
     train, query, _ = data(loss, n=n, c=c)
-    net = network(c, hidden=hidden, act=act)
+    net = network(c, hidden=hidden, activation=activation)
     build = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     return record(
         net,

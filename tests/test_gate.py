@@ -13,7 +13,7 @@ from asserts import assert_bitwise, assert_close
 from cases import MASKS, MODES, REDUCTIONS, evaluate
 from poprisk import PopRiskAdamW
 from poprisk.optim.gate import MASKS_, Gate, finite_ratio, momentum_noise, threshold
-from poprisk.optim.variance import Clock, Ema
+from poprisk.optim.variance import Ema, StepCounts
 from reference import optimizer as reference
 from samplers import moments, noisy_grads, observed_masks, parameter, take_steps
 
@@ -210,9 +210,9 @@ def moments_of_noise(
     ema = Ema(rho)
     for t in range(2, steps + 1):
         g = draw()
-        ema.observe_([s], [g], [m], Clock(t, t - 1, beta1, 0.999))
+        ema.observe_([s], [g], [m], StepCounts(t, t - 1, beta1, 0.999))
         m.lerp_(g, 1 - beta1)
-    clock = Clock(steps, steps - 1, beta1, 0.999)
+    clock = StepCounts(steps, steps - 1, beta1, 0.999)
     (raw,), scale = ema.read([s], [m], [m], clock)
     return m * clock.mean_scale, raw * scale
 
@@ -239,7 +239,7 @@ def test_z_of_one_is_unbiased_on_a_stream(beta1: float, resolution: float) -> No
     alpha = threshold(
         "auto",
         noise_ratio=momentum_noise(steps, beta1),
-        inflation=Ema(0.98).inflation(Clock(steps, steps - 1, beta1, 0.999)),
+        inflation=Ema(0.98).inflation(StepCounts(steps, steps - 1, beta1, 0.999)),
         z=1.0,
         batch_size=None,
         dataset_size=None,
@@ -262,7 +262,7 @@ def test_z_of_one_is_unbiased_on_a_finite_data_set(beta1: float) -> None:
     alpha = threshold(
         "auto",
         noise_ratio=momentum_noise(steps, beta1),
-        inflation=Ema(0.95).inflation(Clock(steps, steps - 1, beta1, 0.999)),
+        inflation=Ema(0.95).inflation(StepCounts(steps, steps - 1, beta1, 0.999)),
         z=1.0,
         batch_size=b,
         dataset_size=n,

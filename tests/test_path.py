@@ -231,7 +231,7 @@ def test_segments_are_a_composite_rule() -> None:
 
 
 def test_kinks_are_refined() -> None:
-    run = recorded(lambda ps: torch.optim.SGD(ps, lr=0.03), act=nn.ReLU, steps=30)
+    run = recorded(lambda ps: torch.optim.SGD(ps, lr=0.03), activation=nn.ReLU, steps=30)
     plain, refined = integrate(run), integrate(run, refine=1e-5)
     assert 1e-6 < plain.closure.worst < 1e-2
     assert refined.closure.worst < min(1e-4, plain.closure.worst / 10)
@@ -239,7 +239,7 @@ def test_kinks_are_refined() -> None:
 
 def test_a_large_closure_error_is_told() -> None:
     with pytest.warns(RuntimeWarning, match="the path operators are off by"):
-        integrate(recorded("SGD", act=nn.ReLU, steps=20), quadrature="left")
+        integrate(recorded("SGD", activation=nn.ReLU, steps=20), quadrature="left")
 
 
 # --- strided --------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ def test_the_average_hessian_is_exact_for_polynomials_of_degree_19() -> None:
 class Segment:
     """A long step of a small network: the average Jacobian times it is the change of outputs."""
 
-    def __init__(self, act: type[nn.Module], length: float = 2.0) -> None:
-        self.problem = recorded("SGD", act=act, steps=1).problem
+    def __init__(self, activation: type[nn.Module], length: float = 2.0) -> None:
+        self.problem = recorded("SGD", activation=activation, steps=1).problem
         self.w = randn(self.problem.size, seed=4)
         self.step = length * randn(self.problem.size, seed=3)
         self.end, self.x = self.w + self.step, self.problem.train[0]
@@ -172,7 +172,7 @@ def test_the_average_is_written_where_it_is_wanted() -> None:
 
 
 def test_a_refined_jacobian_is_that_of_the_pieces() -> None:
-    run = recorded("SGD", act=nn.ReLU, steps=1)
+    run = recorded("SGD", activation=nn.ReLU, steps=1)
     w = run.weights[0]
     end = w + 2 * randn(len(w), seed=3)
     x = run.problem.train[0]

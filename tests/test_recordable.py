@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from poprisk import path as paths
 from poprisk.path import NotAnalysable, Recorder, integrate, record, trace_cells
 from runs import batches, data, network
 
@@ -61,7 +62,7 @@ class Running(Around):
         return h / self.scale
 
 
-class Clock(Around):
+class StepCounts(Around):
     """Changes its mind after some calls, counted in an attribute."""
 
     def __init__(self) -> None:
@@ -237,7 +238,7 @@ def test_a_record_is_exact_and_leaves_no_trace(kind: str) -> None:
 REFUSED: dict[str, tuple[Make, str]] = {
     "running state": (Running, "'scale', which outputs depend on"),
     "fast running state": (lambda: Running(0.1), "writes to what it reads, 'scale'"),
-    "a counter that is read": (Clock, "'calls', which outputs depend on"),
+    "a counter that is read": (StepCounts, "'calls', which outputs depend on"),
     "first batch": (FirstBatch, "first forward pass writes to 'scale'.*call the model once"),
     "spectral norm": (lambda: changed(normalized), r"'0\.parametrizations\.weight"),
     "re-entrant": (lambda: Checkpointed(use_reentrant=True), "pass use_reentrant=False"),
@@ -374,3 +375,10 @@ def test_data_that_is_written_to_later_is_noticed(which: str) -> None:
         integrate(run)
     with pytest.raises(NotAnalysable, match=message):
         trace_cells(run, clean)
+
+
+def test_the_context_of_a_step_has_its_old_name_for_one_release() -> None:
+    with pytest.warns(DeprecationWarning, match="Facts is called StepContext now"):
+        assert paths.Facts is paths.StepContext
+    with pytest.raises(AttributeError, match="has no attribute 'Fact'"):
+        _ = paths.Fact

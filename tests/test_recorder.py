@@ -15,10 +15,10 @@ from poprisk import PopRiskAdamW, loo_risk
 from poprisk.losses import gradient, hessian, hessian_product, squared_error
 from poprisk.path import (
     Closure,
-    Facts,
     NotAnalysable,
     Recorder,
     Run,
+    StepContext,
     StepRule,
     integrate,
     record,
@@ -238,7 +238,7 @@ def test_an_optimizer_without_a_rule() -> None:
 
 def test_a_step_that_is_not_its_rule() -> None:
     class Halved(torch.optim.SGD):
-        def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
+        def step_rule(self, param: Tensor, facts: StepContext) -> StepRule:
             return StepRule(precondition=0.05)
 
     message = refused(optimizer=Halved)

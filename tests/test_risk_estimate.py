@@ -18,7 +18,7 @@ from poprisk.risk.estimate import (
     measure_freedom,
     measure_parts,
 )
-from poprisk.risk.local_losses import link_of
+from poprisk.risk.local_losses import local_loss_of
 from reference import risk as reference
 from samplers import randn
 
@@ -50,7 +50,7 @@ def twin_of(h: Tensor, y: Tensor, z: Tensor, delta: float = 0.3) -> TwinOutputs:
 def test_h_is_the_trace_in_expectation_over_all_signs() -> None:
     n = 8
     h, y = smoother(n), randn(n, 1, seed=1)
-    link = link_of(squared, h @ y, y)
+    link = local_loss_of(squared, h @ y, y)
     every = [torch.tensor(z).double().unsqueeze(1) for z in itertools.product((-1, 1), repeat=n)]
     found = [measure_freedom(link, h @ y, [twin_of(h, y, z)]) for z in every]
     expected = float(h.trace()) / n
@@ -63,7 +63,7 @@ def test_h_is_the_trace_in_expectation_over_all_signs() -> None:
 def test_the_error_of_h_is_its_spread_over_signs() -> None:
     n = 200
     h, y = smoother(n, 0.3), randn(n, 1, seed=1)
-    link = link_of(squared, h @ y, y)
+    link = local_loss_of(squared, h @ y, y)
     found = [measure_freedom(link, h @ y, [twin_of(h, y, signs(n, s))]) for s in range(50)]
     mean_error = sum(f.error for f in found) / len(found)
     assert mean_error == pytest.approx(reference.response_error(h), rel=0.05)
@@ -97,7 +97,7 @@ def test_equal_leverages_give_the_exact_left_out_predictions() -> None:
 def test_probes_average_and_their_error_falls() -> None:
     n = 100
     h, y = smoother(n, 0.3), randn(n, 1, seed=1)
-    link = link_of(squared, h @ y, y)
+    link = local_loss_of(squared, h @ y, y)
     twins = [twin_of(h, y, signs(n, s)) for s in range(4)]
     single = [measure_freedom(link, h @ y, [t]) for t in twins]
     four = measure_freedom(link, h @ y, twins)
@@ -280,13 +280,13 @@ def test_parts_that_differ_by_their_noise_share_one_response() -> None:
 def test_parts_are_drawn_together_by_what_is_not_noise() -> None:
     n = 200
     u, y, parts = randn(n, 1), randn(n, 1, seed=1), torch.arange(n) % 2
-    link, z = link_of(squared, u, y), signs(n, 3)
+    link, z = local_loss_of(squared, u, y), signs(n, 3)
     follows = torch.tensor([0.1, 0.3]).double()[parts].unsqueeze(1) * z
     twins = [TwinOutputs(u + 0.3 * (follows + 0.4 * randn(n, 1, seed=4)), 0.6 * z)]
     rows = [(parts == k).nonzero().squeeze(1) for k in range(2)]
     own = [
         measure_freedom(
-            link_of(squared, u[r], y[r]), u[r], [TwinOutputs(*(t[r] for t in twins[0]))]
+            local_loss_of(squared, u[r], y[r]), u[r], [TwinOutputs(*(t[r] for t in twins[0]))]
         )
         for r in rows
     ]

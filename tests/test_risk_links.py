@@ -15,13 +15,13 @@ from poprisk.risk.local_losses import (
     SMALLEST_GAIN,
     Bend,
     Coupled,
-    Link,
+    LocalLoss,
     Separate,
     Softmax,
     ignored_examples,
     is_bent,
-    is_gauge,
-    link_of,
+    is_shift_invariant,
+    local_loss_of,
     on_logits,
 )
 from reference import risk as reference
@@ -95,7 +95,7 @@ def mistakes(u: Tensor, y: Tensor) -> Tensor:
     return (u.argmax(1) != y).double()
 
 
-CASES: dict[str, tuple[Loss, Callable[[], Tensor], type[Link], int]] = {
+CASES: dict[str, tuple[Loss, Callable[[], Tensor], type[LocalLoss], int]] = {
     "cross-entropy": (cross_entropy, classes, Softmax, C - 1),
     "soft labels": (cross_entropy, soft_labels, Softmax, C - 1),
     "label smoothing": (smoothed, classes, Softmax, C - 1),
@@ -110,20 +110,20 @@ CASES: dict[str, tuple[Loss, Callable[[], Tensor], type[Link], int]] = {
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> tuple[Loss, Tensor, Link, int]:
+def case(request: pytest.FixtureRequest) -> tuple[Loss, Tensor, LocalLoss, int]:
     loss, targets, _, dimensions = CASES[request.param]
-    return loss, targets(), link_of(loss, randn(N, C), targets()), dimensions
+    return loss, targets(), local_loss_of(loss, randn(N, C), targets()), dimensions
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_kind_of_a_loss_is_found(name: str) -> None:
     loss, targets, kind, dimensions = CASES[name]
-    link = link_of(loss, randn(N, C), targets())
+    link = local_loss_of(loss, randn(N, C), targets())
     assert type(link) is kind
     assert link.dimensions == dimensions
 
 
-def test_curvature_is_the_second_derivative(case: tuple[Loss, Tensor, Link, int]) -> None:
+def test_curvature_is_the_second_derivative(case: tuple[Loss, Tensor, LocalLoss, int]) -> None:
     loss, y, link, _ = case
     u, v = randn(N, C), randn(N, C, seed=9)
     expected = [reference.hessian(loss, u[i], y[i]) @ v[i] for i in range(N)]
@@ -131,7 +131,7 @@ def test_curvature_is_the_second_derivative(case: tuple[Loss, Tensor, Link, int]
 
 
 @pytest.mark.parametrize("gain", [0.01, 1.0, 30.0])
-def test_freedom_is_the_trace(case: tuple[Loss, Tensor, Link, int], gain: float) -> None:
+def test_freedom_is_the_trace(case: tuple[Loss, Tensor, LocalLoss, int], gain: float) -> None:
     loss, y, link, dimensions = case
     expected = reference.freedom(loss, randn(N, C), y, gain, dimensions)
     assert link.freedom(gain) == pytest.approx(expected, rel=1e-8, abs=1e-12)
@@ -139,7 +139,7 @@ def test_freedom_is_the_trace(case: tuple[Loss, Tensor, Link, int], gain: float)
 
 @pytest.mark.parametrize("gain", [0.01, 1.0, 30.0])
 def test_leave_one_out_inverts_the_freedom(
-    case: tuple[Loss, Tensor, Link, int], gain: float
+    case: tuple[Loss, Tensor, LocalLoss, int], gain: float
 ) -> None:
     loss, y, link, _ = case
     if link.freedom(gain) == 0:
@@ -151,7 +151,7 @@ def test_leave_one_out_inverts_the_freedom(
 
 @pytest.mark.parametrize("gain", [1e-10, 1e-3, 2.5, 1e4])
 def test_a_gain_is_found_in_few_looks_at_the_freedom(
-    case: tuple[Loss, Tensor, Link, int], gain: float, monkeypatch: pytest.MonkeyPatch
+    case: tuple[Loss, Tensor, LocalLoss, int], gain: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each costs a pass over all examples; halving alone would take a hundred."""
     link, looks = case[2], list[float]()
@@ -169,7 +169,7 @@ def test_a_gain_is_found_in_few_looks_at_the_freedom(
 
 
 def test_gains_end_where_no_output_follows_or_all_do() -> None:
-    link = link_of(squared, randn(N, C), numbers())
+    link = local_loss_of(squared, randn(N, C), numbers())
     assert link.gain(math.nextafter(0.0, 1.0)) == SMALLEST_GAIN
     assert link.gain(0.5 * link.freedom(SMALLEST_GAIN)) == SMALLEST_GAIN
     assert link.gain(1.0) == link.gain(2.0) == LARGEST_GAIN
@@ -190,7 +190,7 @@ def test_an_example_pulled_back_quadratically_is_left_out_exactly(name: str) -> 
         return value
 
     descent.step(pulled)
-    link = link_of(loss, u.detach(), y)
+    link = local_loss_of(loss, u.detach(), y)
     found = link.leave_one_out(u.detach(), link.freedom(gain))
     torch.testing.assert_close(found, without, rtol=1e-6, atol=1e-6)
 
@@ -198,13 +198,13 @@ def test_an_example_pulled_back_quadratically_is_left_out_exactly(name: str) -> 
 @pytest.mark.parametrize("freedom", [0.1, 0.5, 0.9])
 def test_squared_error_divides_residuals_by_one_minus_h(freedom: float) -> None:
     u, y = randn(N, C), numbers()
-    found = link_of(squared, u, y).leave_one_out(u, freedom)
+    found = local_loss_of(squared, u, y).leave_one_out(u, freedom)
     torch.testing.assert_close(y - found, (y - u) / (1 - freedom))
 
 
 def test_nothing_is_left_out_where_nothing_follows() -> None:
     u = randn(N, C)
-    link = link_of(cross_entropy, u, classes())
+    link = local_loss_of(cross_entropy, u, classes())
     assert torch.equal(link.leave_one_out(u, 0.0), u)
     assert torch.equal(link.leave_one_out(u, -0.3), u)
     assert torch.equal(link.leave_one_out(u, math.nan), u)
@@ -212,7 +212,7 @@ def test_nothing_is_left_out_where_nothing_follows() -> None:
 
 def test_negative_curvature_counts_as_none() -> None:
     u, y = randn(N, 2), randn(N, 2, seed=1)
-    link = link_of(gaussian, u, y)
+    link = local_loss_of(gaussian, u, y)
     assert isinstance(link, Coupled)
     assert float(link.values.min()) == 0
     assert 0 < link.freedom(1.0) < 1
@@ -221,7 +221,7 @@ def test_negative_curvature_counts_as_none() -> None:
 def test_one_output_without_its_own_dimension() -> None:
     u, y = randn(N), (randn(N, seed=1) > 0).double()
     loss: Loss = lambda u, y: F.binary_cross_entropy_with_logits(u, y, reduction="none")  # noqa: E731
-    link = link_of(loss, u, y)
+    link = local_loss_of(loss, u, y)
     expected = binary(u.unsqueeze(1).requires_grad_(), y.unsqueeze(1))
     assert isinstance(link, Separate)
     assert expected.shape == (N,)
@@ -232,7 +232,7 @@ def test_one_output_without_its_own_dimension() -> None:
 def test_many_coupled_outputs_are_refused() -> None:
     loss: Loss = lambda u, y: u.square().sum(1).square()  # noqa: E731
     with pytest.raises(ValueError, match=r"couples all 200 outputs.*each token be an example"):
-        link_of(loss, randn(3, 200), torch.zeros(3))
+        local_loss_of(loss, randn(3, 200), torch.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_many_coupled_outputs_are_refused() -> None:
 )
 def test_a_loss_that_is_not_one_value_an_example_is_refused(loss: Loss, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        link_of(loss, randn(N, C), classes())
+        local_loss_of(loss, randn(N, C), classes())
 
 
 # --- what a loss is like elsewhere ----------------------------------------------------------------
@@ -274,8 +274,8 @@ def test_the_log_probabilities_of_one_example_are_logits_too() -> None:
 
 
 def test_a_gradient_of_zero_has_no_gauge() -> None:
-    assert not is_gauge(torch.zeros(3, 4))
-    assert is_gauge(torch.tensor([[1.0, -1.0]]))
+    assert not is_shift_invariant(torch.zeros(3, 4))
+    assert is_shift_invariant(torch.tensor([[1.0, -1.0]]))
 
 
 def test_ignored_is_only_what_has_no_loss_anywhere() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from asserts import assert_bitwise
 from poprisk import Canaries, RiskEstimate, TwinRisk, fresh_batch_risk
 from poprisk.randomness import RandomState
-from poprisk.risk.local_losses import Softmax, ignored_examples, link_of
+from poprisk.risk.local_losses import Softmax, ignored_examples, local_loss_of
 from poprisk.task.metrics import accuracy, mean_squared_error
 from samplers import randn
 
@@ -313,7 +313,7 @@ def test_log_probabilities_are_logits() -> None:
     assert outside.freedom == pytest.approx(inside.freedom, rel=1e-3)
     assert outside.accuracy == inside.accuracy
     u = randn(6, 4).log_softmax(1)
-    assert isinstance(link_of(of_log_probabilities, u, torch.arange(6) % 4), Softmax)
+    assert isinstance(local_loss_of(of_log_probabilities, u, torch.arange(6) % 4), Softmax)
 
 
 @pytest.mark.parametrize("kind", ["squared", "absolute", "logistic"])

@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector
 from poprisk import Recorder, Run, TwinRisk, loo_risk
 from poprisk.forward_mode import prepare_forward_mode
 from poprisk.risk.estimate import TwinOutputs, measure_freedom
-from poprisk.risk.local_losses import link_of
+from poprisk.risk.local_losses import local_loss_of
 from poprisk.risk.loo import _Path
 from reference import risk as reference
 from samplers import randn
@@ -66,7 +66,7 @@ def trained(loss: Loss, delta: float) -> tuple[Run, TwinRisk]:
 def response(twin: TwinRisk, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, signs z, and the twin's displacement per unit of push."""
     u, _, (pushed,) = twin.outputs([(randn(N, 3), y, torch.arange(N))])
-    z = twin.probes[0].tilt(torch.arange(N), u.shape[1:], gauge=y.ndim == 1)
+    z = twin.probes[0].tilt(torch.arange(N), u.shape[1:], shift_invariant=y.ndim == 1)
     size = float((pushed.tilt / z)[z != 0].mean())
     return u, z, (pushed.outputs - u) / size
 
@@ -103,7 +103,7 @@ def test_degrees_of_freedom_tend_to_those_of_the_tangent(loss: Loss) -> None:
     y = TARGETS[loss]
     _, twin = trained(loss, 1e-4)
     u, z, _ = response(twin, y)
-    exact = measure_freedom(link_of(loss, u, y), u, [TwinOutputs(u + naive(loss, z), z)])
+    exact = measure_freedom(local_loss_of(loss, u, y), u, [TwinOutputs(u + naive(loss, z), z)])
     found = twin.estimate(randn(N, 3), y)
     assert found.freedom == pytest.approx(exact.value, rel=1e-3)
     assert found.freedom_error == pytest.approx(exact.error, rel=1e-3)

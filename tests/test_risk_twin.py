@@ -134,7 +134,7 @@ def test_the_twin_learns_tilted_labels() -> None:
         slopes.append(torch.autograd.grad(run.loss(u, y[index]).sum(), u)[0])
     start, tilted = slopes
     scale = 0.5 * float((start - start.mean(0)).square().mean().sqrt())
-    z = twin.probes[0].tilt(index, torch.Size([3]), gauge=True)
+    z = twin.probes[0].tilt(index, torch.Size([3]), shift_invariant=True)
     torch.testing.assert_close(tilted, start - scale * z.float())
     torch.testing.assert_close(z.sum(1), torch.zeros(20, dtype=torch.float64))
     assert float(z.square().mean()) == pytest.approx(1, rel=0.35)
@@ -159,7 +159,7 @@ def test_h_of_a_linear_model_is_that_of_its_smoother(decay: float) -> None:
             run.optimizer.step()
     found = twin.estimate(x, y)
     h = reference.descent_smoother(x, lr=0.2, decay=decay, steps=30)
-    z = twin.probes[0].tilt(torch.arange(N), torch.Size([1]), gauge=False)
+    z = twin.probes[0].tilt(torch.arange(N), torch.Size([1]), shift_invariant=False)
     along = float((z.T @ h @ z).squeeze()) / N
     assert found.freedom == pytest.approx(along, rel=1e-9)
     assert found.freedom == pytest.approx(float(h.trace()) / N, abs=3 * reference.response_error(h))

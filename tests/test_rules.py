@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from poprisk.optim.step import Rule, adam, describe
-from poprisk.path import Facts, StepRule, realized_update
+from poprisk.path import StepContext, StepRule, realized_update
 from samplers import noisy_grads, parameter, take_steps
 
 BUILDS: dict[str, Callable[[Any], Optimizer]] = {
@@ -40,7 +40,7 @@ def assert_rule_is_the_step(optimizer: Optimizer, rule: Rule | None = None) -> l
         w, first = p.detach().clone(), described.momentum(p) is None
         take_steps(optimizer, [[g]])
         group, state = optimizer.param_groups[0], optimizer.state[p]
-        step = described.rule(p, Facts(group, state, first, p.detach() - w, g, w, m))
+        step = described.rule(p, StepContext(group, state, first, p.detach() - w, g, w, m))
         seen = step.sign * g + step.coupled * w
         m = step.carry * m + step.gain * seen
         r = step.from_momentum * m + step.from_gradient * seen
@@ -66,7 +66,7 @@ def test_a_realized_update_is_the_step(momentum: float) -> None:
 
 def test_no_momentum_by_default_and_no_scale_where_there_is_no_gradient() -> None:
     g, update = torch.tensor([0.0, 2.0]), torch.tensor([0.0, -1.0])
-    rule = realized_update()(Facts({}, {}, False, update, g, g, g))
+    rule = realized_update()(StepContext({}, {}, False, update, g, g, g))
     assert isinstance(rule.precondition, Tensor)
     assert rule.precondition.tolist() == [0.0, 0.5]
     assert (rule.carry, rule.gain) == (0.0, 1.0)
@@ -81,5 +81,5 @@ def test_the_decay_of_adam_is_coupled_unless_its_group_says_otherwise(said: bool
     group = {k: v for k, v in optimizer.param_groups[0].items() if k != "decoupled_weight_decay"}
     if said is not None:
         group["decoupled_weight_decay"] = said
-    facts = Facts(group, optimizer.state[w], False, w, w, w, w)
+    facts = StepContext(group, optimizer.state[w], False, w, w, w, w)
     assert (adam(facts).coupled, adam(facts).decay) == ((0.0, 0.1 * 0.2) if said else (0.2, 0.0))

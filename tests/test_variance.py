@@ -7,7 +7,7 @@ from torch.nn import Parameter
 
 from asserts import assert_bitwise
 from poprisk import PopRiskAdamW, grad_mean_var
-from poprisk.optim.variance import ESTIMATORS, Clock, Ema, SecondMoment, make_estimator
+from poprisk.optim.variance import ESTIMATORS, Ema, SecondMoment, StepCounts, make_estimator
 from samplers import grad_rows, noisy_grads, parameter, take_steps
 
 BETA1, BETA2, RHO = 0.9, 0.99, 0.95
@@ -40,7 +40,7 @@ def estimate(opt: PopRiskAdamW, variance: str, *, paper: bool = False) -> tuple[
     (p,) = opt.param_groups[0]["params"]
     state = opt.state[p]
     t = int(state["step"])
-    clock = Clock(t, t - state["variance_start"], *opt.param_groups[0]["betas"])
+    clock = StepCounts(t, t - state["variance_start"], *opt.param_groups[0]["betas"])
     estimator = make_estimator(variance, rho=RHO, paper=paper)
     raw, scale = estimator.read(
         [state[key] for key in estimator.state_keys],
@@ -79,7 +79,7 @@ def test_an_estimator_that_starts_late_counts_from_there() -> None:
     """At step 8 with one observation, ŝ is the one squared deviation."""
     m, g = parameter(5).detach(), parameter(5, seed=1).detach()
     s = torch.zeros_like(m)
-    clock = Clock(t=8, observations=1, beta1=BETA1, beta2=BETA2)
+    clock = StepCounts(t=8, observations=1, beta1=BETA1, beta2=BETA2)
     ema = Ema(RHO)
     ema.observe_([s], [g], [m], clock)
     (raw,), scale = ema.read([s], [m], [m], clock)
@@ -91,7 +91,7 @@ def test_estimators_change_nothing_but_their_state(name: str) -> None:
     g, m, v = (parameter(5, seed=j).detach().square() for j in range(3))
     before = [x.clone() for x in (g, m, v)]
     estimator = make_estimator(name, rho=RHO, paper=False)
-    clock = Clock(t=4, observations=3, beta1=BETA1, beta2=BETA2)
+    clock = StepCounts(t=4, observations=3, beta1=BETA1, beta2=BETA2)
     variances = [torch.zeros_like(g) for _ in estimator.state_keys]
     estimator.observe_(variances, [g], [m], clock)
     estimator.read(variances, [m], [v], clock)
@@ -126,8 +126,8 @@ def test_inflation_counts_the_noise_of_the_average(
 ) -> None:
     """At β₁ = 1/3, the average keeps half of the noise of one batch."""
     first = 1 if estimator.observes(1) else 0
-    assert estimator.inflation(Clock(1, first, 1 / 3, BETA2)) == before
-    assert estimator.inflation(Clock(300, 300, 1 / 3, BETA2)) == pytest.approx(after)
+    assert estimator.inflation(StepCounts(1, first, 1 / 3, BETA2)) == before
+    assert estimator.inflation(StepCounts(300, 300, 1 / 3, BETA2)) == pytest.approx(after)
 
 
 @pytest.mark.parametrize(

@@ -407,10 +407,12 @@ def _fill(place: Tensor, terms: list[Term]) -> None:
     if not terms:
         place.zero_()
     for i, term in enumerate(terms):
-        if isinstance(term, Outer) and not isinstance(term.act, OneHot):
+        if isinstance(term, Outer) and not isinstance(term.activation, OneHot):
             for k in range(place.shape[1]):
-                factors = (term.cot[:, k].mT, term.act)
-                left, right = (term.act.mT, term.cot[:, k]) if term.flipped else factors
+                factors = (term.cotangent[:, k].mT, term.activation)
+                left, right = (
+                    (term.activation.mT, term.cotangent[:, k]) if term.flipped else factors
+                )
                 shape = (left.shape[1], right.shape[2])
                 place[:, k].unflatten(1, shape).baddbmm_(left, right, beta=int(i > 0))
         elif i == 0:

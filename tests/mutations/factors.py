@@ -83,14 +83,14 @@ MUTATIONS = {
     ),
     "reshaped factors are cut by their own rows": Mutation(
         "poprisk/per_sample/nodes.py",
-        "if term.shape[:1] != (rows,) or term.cot.is_complex():",
-        "if term.cot.is_complex():",
+        "if term.shape[:1] != (rows,) or term.cotangent.is_complex():",
+        "if term.cotangent.is_complex():",
         CUT,
     ),
     "squares of positions instead of gradients": Mutation(
         "poprisk/per_sample/moments.py",
-        "total[1].index_add_(0, keys % act.size, grads.square())",
-        "total[1].index_add_(0, indices.flatten(), term.cot.flatten(0, 2).square())",
+        "total[1].index_add_(0, keys % activation.size, grads.square())",
+        "total[1].index_add_(0, indices.flatten(), term.cotangent.flatten(0, 2).square())",
         f"{DENSE}[Embedding with padding]",
     ),
     "the caller's no_grad hides the graph": Mutation(

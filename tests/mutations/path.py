@@ -58,8 +58,8 @@ MUTATIONS = {
     ),
     "a factor with the wrong sign": Mutation(
         "poprisk/jacobian.py",
-        "(term.cot[:, k].mT, term.act)",
-        "(term.cot[:, k].mT, -term.act)",
+        "(term.cotangent[:, k].mT, term.activation)",
+        "(term.cotangent[:, k].mT, -term.activation)",
         ROWS,
     ),
     "nodes of the quadrature that overwrite each other": Mutation(

@@ -43,8 +43,8 @@ MUTATIONS = {
     ),
     "signs of other examples in the estimate": Mutation(
         "poprisk/risk/twin.py",
-        "scale * probe.tilt(index, u.shape[1:], gauge=gauge)",
-        "scale * probe.tilt(index.flip(0), u.shape[1:], gauge=gauge)",
+        "scale * probe.tilt(index, u.shape[1:], shift_invariant=shift_invariant)",
+        "scale * probe.tilt(index.flip(0), u.shape[1:], shift_invariant=shift_invariant)",
         LINEAR,
     ),
     "random numbers not rewound": Mutation(

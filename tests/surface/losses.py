@@ -21,14 +21,14 @@ class Sort:
     Attributes:
         loss: from outputs (b, c) and targets to, as a rule, one value an example.
         targets: "numbers", "classes", "ignored", "binary" or "counts".
-        gauge: whether a constant added to all outputs changes nothing.
+        shift_invariant: whether a constant added to all outputs changes nothing.
         curved: whether its second derivative is positive wherever it is differentiable.
         separate: whether it is one value an example.
     """
 
     loss: Loss
     targets: str
-    gauge: bool = False
+    shift_invariant: bool = False
     curved: bool = True
     separate: bool = True
 
@@ -56,10 +56,10 @@ def each(function: Callable[..., Tensor], **options: Any) -> Loss:
 ORDINARY: dict[str, Sort] = {
     "squared error": Sort(lambda u, y: rows((u - y).square()) / 2, "numbers"),
     "mean squared error": Sort(lambda u, y: (u - y).square().mean(1), "numbers"),
-    "cross-entropy": Sort(cross_entropy(), "classes", gauge=True),
-    "weighted cross-entropy": Sort(cross_entropy(weight=WEIGHTS), "classes", gauge=True),
-    "label smoothing": Sort(cross_entropy(label_smoothing=0.1), "classes", gauge=True),
-    "ignored labels": Sort(cross_entropy(ignore_index=-100), "ignored", gauge=True),
+    "cross-entropy": Sort(cross_entropy(), "classes", shift_invariant=True),
+    "weighted cross-entropy": Sort(cross_entropy(weight=WEIGHTS), "classes", shift_invariant=True),
+    "label smoothing": Sort(cross_entropy(label_smoothing=0.1), "classes", shift_invariant=True),
+    "ignored labels": Sort(cross_entropy(ignore_index=-100), "ignored", shift_invariant=True),
     "logistic": Sort(each(F.binary_cross_entropy_with_logits), "binary"),
     "Poisson": Sort(each(F.poisson_nll_loss), "counts"),
     "absolute error": Sort(each(F.l1_loss), "numbers", curved=False),

@@ -114,7 +114,7 @@ def compare_values(s: Situation, found: poprisk.RiskEstimate, u: Tensor) -> str:
     follows = sum(float((m @ t) @ v) for m, t, v in zip(b, tilt, moved, strict=True))
     freedom = follows / float(tilt.square().sum())
     agree("the freedom", found.freedom, freedom, 20 * s.tolerance, abs(freedom) + 0.02)
-    dimensions = s.c - int(losses.LOSSES[s.sort].gauge)
+    dimensions = s.c - int(losses.LOSSES[s.sort].shift_invariant)
     low, high = math.log(1e-12), math.log(1e9)
     for _ in range(60):
         middle = 0.5 * (low + high)
@@ -129,7 +129,7 @@ def compare_values(s: Situation, found: poprisk.RiskEstimate, u: Tensor) -> str:
 
 def tilt_of(s: Situation) -> Tensor:
     """Signs times delta times the spread of the output gradient over the first batch."""
-    gauge = losses.LOSSES[s.sort].gauge
+    shift_invariant = losses.LOSSES[s.sort].shift_invariant
     x, y = s.data("float64")
     first = batches_of(s)[0]
     v = s.bare("float64")(x[first]).detach().requires_grad_()
@@ -137,5 +137,5 @@ def tilt_of(s: Situation) -> Tensor:
     spread = (g - g.mean(0)) if len(g) > 1 else g
     maker: Any = poprisk.risk.twin.Probe  # its signs are drawn by seed
     probe = maker(max(s.n, 2), 0)
-    z = probe.tilt(torch.arange(s.n), torch.Size([s.c]), gauge=gauge)
+    z = probe.tilt(torch.arange(s.n), torch.Size([s.c]), shift_invariant=shift_invariant)
     return DELTA * float(spread.square().mean().sqrt()) * z

@@ -198,7 +198,7 @@ def _grams(terms: Mapping[str, list[Term]], block: slice) -> Iterator[tuple[str,
         by_module.setdefault(module_of(name), []).append(name)
     for module, names in by_module.items():
         like = terms[names[0]][0]
-        factor = like.grads if isinstance(like, Dense) else like.cot
+        factor = like.grads if isinstance(like, Dense) else like.cotangent
         gram = factor.new_zeros(b, b)
         for name in names:
             own = [t.part(block) for t in terms[name]]

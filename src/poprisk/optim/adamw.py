@@ -21,7 +21,7 @@ from poprisk.dtensor import (
 from poprisk.optim.batch_variance import BatchParts
 from poprisk.optim.fused import gradients_are_finite
 from poprisk.optim.gate import Mask, TensorList
-from poprisk.optim.groups import Bucket, captured_update, update_bucket
+from poprisk.optim.groups import TensorGroup, captured_update, update_group
 from poprisk.optim.rank_variance import Observation, rank_variances
 from poprisk.optim.replay import gate_row, last_step_rule
 from poprisk.optim.settings import (
@@ -44,7 +44,7 @@ from poprisk.optim.state import (
     take_variances_,
 )
 from poprisk.optim.stats import GateStats, module_stats
-from poprisk.optim.step import Facts, StepRule
+from poprisk.optim.step import StepContext, StepRule
 from poprisk.optim.update import (
     all_finite,
     all_small,
@@ -236,11 +236,11 @@ class PopRiskAdamW(Optimizer):
         self._notes.patience.took(grads)
         given = self._given_variances()
         groups = [compiled(group) for group in self.param_groups]
-        buckets = [bucket for group in groups for bucket in self._buckets(group)]
+        buckets = [bucket for group in groups for bucket in self._tensor_groups(group)]
         take_variances_(groups, self.state, given)
         self.rank_observations.clear()
         for bucket in buckets:
-            update_bucket(bucket)
+            update_group(bucket)
         self._use_parts()
         return loss
 
@@ -356,7 +356,7 @@ class PopRiskAdamW(Optimizer):
         return module_stats(self._tensor_gates(names))
 
     @torch.no_grad()
-    def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
+    def step_rule(self, param: Tensor, facts: StepContext) -> StepRule:
         """The last step of ``param`` as a linear map of its gradient, for :mod:`poprisk.path`.
 
         The preconditioner contains the mask. A mask given as a function may draw at random, so it
@@ -429,7 +429,7 @@ class PopRiskAdamW(Optimizer):
             group["skipped_steps"] = count
         return count
 
-    def _buckets(self, group: CompiledGroup) -> list[Bucket]:
+    def _tensor_groups(self, group: CompiledGroup) -> list[TensorGroup]:
         """The group's parameters with gradients, counted on."""
         params = [p for p in group.settings["params"] if p.grad is not None and p.numel()]
         states = [self.state[p] for p in params]
@@ -442,8 +442,8 @@ class PopRiskAdamW(Optimizer):
             for p, t, start in zip(params, steps, starts, strict=True)
         ]
         if len(set(kinds)) == 1:
-            return [Bucket(group, params, states, *kinds[0][2:])]
-        buckets = {kind: Bucket(group, [], [], *kind[2:]) for kind in kinds}
+            return [TensorGroup(group, params, states, *kinds[0][2:])]
+        buckets = {kind: TensorGroup(group, [], [], *kind[2:]) for kind in kinds}
         for kind, p, state in zip(kinds, params, states, strict=True):
             buckets[kind].params.append(p)
             buckets[kind].states.append(state)

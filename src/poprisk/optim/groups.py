@@ -16,14 +16,14 @@ from poprisk.optim.settings import CompiledGroup
 from poprisk.optim.state import ADAM_KEYS
 from poprisk.optim.update import (
     LOW_PRECISION,
-    Slots,
+    TensorLists,
     cache_blocks,
     gated_adamw_,
     real_slots,
 )
 
 
-class Bucket(NamedTuple):
+class TensorGroup(NamedTuple):
     """Parameters of one group that share dtype, device, layout and counters, updated together."""
 
     group: CompiledGroup
@@ -37,17 +37,17 @@ class Bucket(NamedTuple):
 def captured_update(group: CompiledGroup, p: Tensor, state: dict[str, Any], finite: Tensor) -> None:
     """Update one parameter unless a gradient of the step was not finite."""
     t = state["step"].double() + 1
-    bucket = Bucket(group, [p], [state], t, t - state.get("variance_start", 0), layout_of(p))
+    bucket = TensorGroup(group, [p], [state], t, t - state.get("variance_start", 0), layout_of(p))
     columns = _columns(bucket)
     kept = [[x.clone() for x in column] for column in (columns.params, *columns[2:])]
-    update_bucket(bucket)
+    update_group(bucket)
     for column, old in zip((columns.params, *columns[2:]), kept, strict=True):
         for x, before in zip(column, old, strict=True):
             x.copy_(torch.where(finite, x, before))
     state["step"].add_(finite.to(state["step"].dtype))
 
 
-def update_bucket(bucket: Bucket) -> None:
+def update_group(bucket: TensorGroup) -> None:
     """Update the parameters of a bucket and their moments in place."""
     group, settings = bucket.group, bucket.group.settings
     clock = group.clock(bucket.t, bucket.observations)
@@ -70,7 +70,9 @@ def update_bucket(bucket: Bucket) -> None:
             p.copy_(w)
 
 
-def update_slots(slots: Slots, settings: dict[str, Any], update_: Callable[[Slots], None]) -> None:
+def update_slots(
+    slots: TensorLists, settings: dict[str, Any], update_: Callable[[TensorLists], None]
+) -> None:
     """All tensors at once, block by block, or one at a time."""
     whole_tensors = settings["reduction"] is not None or callable(settings["mask"])
     if settings["foreach"] is False:
@@ -82,11 +84,11 @@ def update_slots(slots: Slots, settings: dict[str, Any], update_: Callable[[Slot
         cache_blocks(slots, update_)
 
 
-def _columns(bucket: Bucket) -> Slots:
+def _columns(bucket: TensorGroup) -> TensorLists:
     """The tensors of a bucket as they are, of DTensors the parts that are here."""
     keys = (*ADAM_KEYS, *bucket.group.state_keys)
     columns = [bucket.params, [gradient_of(p, bucket.layout) for p in bucket.params]]
     columns += [[state[key] for state in bucket.states] for key in keys]
     if bucket.layout is not None:
         columns = [locals_of(column) for column in columns]
-    return Slots(*columns, *([] for _ in range(5 - len(columns))))
+    return TensorLists(*columns, *([] for _ in range(5 - len(columns))))

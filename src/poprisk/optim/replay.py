@@ -12,25 +12,25 @@ from poprisk.optim.gate import MASKS_, Gate
 from poprisk.optim.settings import CompiledGroup, compiled
 from poprisk.optim.state import ADAM_KEYS
 from poprisk.optim.stats import gate_sums
-from poprisk.optim.step import Facts, StepRule
-from poprisk.optim.update import Slots, adam_denominator, masks, pieces
-from poprisk.optim.variance import Clock, VarianceEstimator
+from poprisk.optim.step import StepContext, StepRule
+from poprisk.optim.update import TensorLists, adam_denominator, masks, pieces
+from poprisk.optim.variance import StepCounts, VarianceEstimator
 
 
 def last_gate(
     p: Tensor, state: dict[str, Any], group: CompiledGroup
-) -> tuple[Slots, Clock, VarianceEstimator | None, Gate | None]:
+) -> tuple[TensorLists, StepCounts, VarianceEstimator | None, Gate | None]:
     """What the gate of the last step looked at, and the gate; of a DTensor, the part here."""
     t = int(state["step"].item())
     clock = group.clock(t, t - state.get("variance_start", t))
     gate = group.gate(clock, layout_of(p))
     moments = [local(state[key]) for key in (*ADAM_KEYS, *group.state_keys)]
     moments = [torch.view_as_real(x) if x.is_complex() else x for x in moments]
-    slots = Slots([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
+    slots = TensorLists([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
     return slots, clock, group.estimator, gate
 
 
-def last_step_rule(p: Tensor, state: dict[str, Any], facts: Facts) -> StepRule:
+def last_step_rule(p: Tensor, state: dict[str, Any], facts: StepContext) -> StepRule:
     """The last step of one parameter as a linear map of its gradient, from the state it left."""
     group = compiled(facts.group)
     settings, lr, t = group.settings, float(group.settings["lr"]), int(state["step"].item())
@@ -58,7 +58,7 @@ def last_mask(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor
 
 
 def mask_of(
-    slots: Slots, clock: Clock, estimator: VarianceEstimator | None, gate: Gate | None
+    slots: TensorLists, clock: StepCounts, estimator: VarianceEstimator | None, gate: Gate | None
 ) -> Tensor:
     """The mask of one tensor; ones where it is not gated."""
     if gate is None or estimator is None:
@@ -67,7 +67,7 @@ def mask_of(
 
 
 def mask_and_passed(
-    slots: Slots, clock: Clock, estimator: VarianceEstimator | None, gate: Gate | None
+    slots: TensorLists, clock: StepCounts, estimator: VarianceEstimator | None, gate: Gate | None
 ) -> tuple[Tensor, Tensor]:
     """The mask of one tensor, and 1 where the threshold is passed."""
     hard = gate and gate._replace(mask=MASKS_["hard"], q_min=0.0)

@@ -13,7 +13,7 @@ from poprisk._validate import check_choice, check_number, plain
 from poprisk.dtensor import GlobalMeans, Layout
 from poprisk.optim.gate import ALPHAS, MASKS_, Gate, local_means, momentum_noise, threshold
 from poprisk.optim.update import AdamSettings
-from poprisk.optim.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
+from poprisk.optim.variance import ESTIMATORS, StepCounts, VarianceEstimator, make_estimator
 
 MODES = ("auto", "paper")
 
@@ -43,17 +43,17 @@ class CompiledGroup(NamedTuple):
         """The estimator's entries in a parameter's state."""
         return self.estimator.state_keys if self.estimator else ()
 
-    def clock(self, t: Any, observations: Any) -> Clock:
+    def clock(self, t: Any, observations: Any) -> StepCounts:
         """Counters with the decay rates of the group."""
-        return Clock(t, observations, *self.settings["betas"])
+        return StepCounts(t, observations, *self.settings["betas"])
 
-    def adam(self, clock: Clock) -> AdamSettings:
+    def adam(self, clock: StepCounts) -> AdamSettings:
         """The settings of AdamW itself."""
         lr, decay = self.settings["lr"], self.settings["weight_decay"]
         lr = lr if clock.captured else float(lr)
         return AdamSettings(lr, clock.beta1, clock.beta2, self.settings["eps"], decay)
 
-    def gate(self, clock: Clock, layout: Layout | None = None) -> Gate | None:
+    def gate(self, clock: StepCounts, layout: Layout | None = None) -> Gate | None:
         """The gate of one step, None where it is ungated; averages go over all of a DTensor."""
         if self.estimator is None:
             return None

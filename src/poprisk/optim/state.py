@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from poprisk._validate import check_type
 from poprisk.optim.settings import CompiledGroup, check_optimizer_settings
 from poprisk.optim.update import state_dtype
-from poprisk.optim.variance import Given, GivenVariances, VarianceEstimator
+from poprisk.optim.variance import GivenVariances, Precomputed, VarianceEstimator
 
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 TENSORS = {*ADAM_KEYS, "grad_mean_var"}
@@ -118,7 +118,7 @@ def follow_precision_(p: Tensor, state: dict[str, Any]) -> None:
 def take_variances_(groups: list[CompiledGroup], state: Any, given: GivenVariances) -> None:
     """Put variances that were found elsewhere into the running averages."""
     for settings, estimator in groups:
-        if isinstance(estimator, Given):
+        if isinstance(estimator, Precomputed):
             weight = 1 - estimator.decay(settings["betas"][0])
             for p in settings["params"]:
                 if p in given:

@@ -89,7 +89,7 @@ class StepRule(NamedTuple):
         return self.from_momentum * carried, self.from_momentum * entered + self.from_gradient * s
 
 
-class Facts(NamedTuple):
+class StepContext(NamedTuple):
     """What a rule may look at, besides the optimizer's state after the step.
 
     Attributes:
@@ -113,10 +113,10 @@ class Facts(NamedTuple):
     __repr__ = short_repr
 
 
-Rule = Callable[[Facts], StepRule]
+Rule = Callable[[StepContext], StepRule]
 
 
-def sgd(facts: Facts) -> StepRule:
+def sgd(facts: StepContext) -> StepRule:
     """``torch.optim.SGD``: the first momentum is the gradient itself, without dampening."""
     group = facts.group
     mu, nesterov = group["momentum"], group["nesterov"]
@@ -131,7 +131,7 @@ def sgd(facts: Facts) -> StepRule:
     )
 
 
-def adam(facts: Facts) -> StepRule:
+def adam(facts: StepContext) -> StepRule:
     """``torch.optim.Adam`` and ``AdamW``, with and without AMSGrad."""
     group, state = facts.group, facts.state
     (beta1, beta2), t = group["betas"], float(state["step"])
@@ -150,12 +150,12 @@ def adam(facts: Facts) -> StepRule:
     )
 
 
-def adamw(facts: Facts) -> StepRule:
+def adamw(facts: StepContext) -> StepRule:
     """``torch.optim.AdamW``: decay is decoupled, whether or not the group says so."""
     return adam(facts._replace(group={**facts.group, "decoupled_weight_decay": True}))
 
 
-def rmsprop(facts: Facts) -> StepRule:
+def rmsprop(facts: StepContext) -> StepRule:
     """``torch.optim.RMSprop``, centred or not; its momentum averages preconditioned gradients."""
     group, state = facts.group, facts.state
     v, lr, mu = state["square_avg"], float(group["lr"]), group["momentum"]
@@ -179,7 +179,7 @@ def realized_update(*, momentum: float = 0.0) -> Rule:
     negative, and count by their absolute value in W.
     """
 
-    def rule(facts: Facts) -> StepRule:
+    def rule(facts: StepContext) -> StepRule:
         m = momentum * facts.momentum + (1 - momentum) * facts.grad
         scale = torch.where(m == 0, torch.zeros_like(m), -facts.update / m)
         return StepRule(precondition=scale, carry=momentum, gain=1 - momentum)
@@ -204,7 +204,7 @@ class Description(NamedTuple):
         momentum: a parameter's momentum at present, None if it has none yet.
     """
 
-    rule: Callable[[Tensor, Facts], StepRule]
+    rule: Callable[[Tensor, StepContext], StepRule]
     momentum: Callable[[Tensor], Tensor | None]
 
 
@@ -231,7 +231,7 @@ def describe(optimizer: Optimizer, rule: Rule | None = None) -> Description:
         key = ""
     found = rule
 
-    def of_any(param: Tensor, facts: Facts) -> StepRule:
+    def of_any(param: Tensor, facts: StepContext) -> StepRule:
         return found(facts)
 
     return Description(of_any, _Momentum(optimizer, key))

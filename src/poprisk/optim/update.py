@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from poprisk.optim.gate import Gate, TensorList, scaled
-from poprisk.optim.variance import Clock, VarianceEstimator
+from poprisk.optim.variance import StepCounts, VarianceEstimator
 
 CHUNK = 131_072
 """Elements of a piece of a large tensor on the CPU: its temporaries stay in cache, and it is still
@@ -39,7 +39,7 @@ class AdamSettings(NamedTuple):
     weight_decay: float
 
 
-class Slots(NamedTuple):
+class TensorLists(NamedTuple):
     """Parallel lists of real tensors of one dtype on one device.
 
     ``variances`` is empty for an estimator without state.
@@ -51,12 +51,12 @@ class Slots(NamedTuple):
     exp_avg_sqs: TensorList
     variances: TensorList
 
-    def subset(self, indices: list[int]) -> Slots:
+    def subset(self, indices: list[int]) -> TensorLists:
         """The slots at ``indices``."""
-        return Slots(*([column[i] for i in indices] if column else [] for column in self))
+        return TensorLists(*([column[i] for i in indices] if column else [] for column in self))
 
 
-def cache_blocks(slots: Slots, update_: Callable[[Slots], None]) -> None:
+def cache_blocks(slots: TensorLists, update_: Callable[[TensorLists], None]) -> None:
     """Apply an elementwise update piece by piece.
 
     A tensor of over :data:`CHUNK` elements is cut into views if its memory layout has them; of the
@@ -79,22 +79,22 @@ def cache_blocks(slots: Slots, update_: Callable[[Slots], None]) -> None:
         update_(slots.subset(block))
 
 
-def pieces(slots: Slots) -> list[Slots]:
+def pieces(slots: TensorLists) -> list[TensorLists]:
     """The one tensor of ``slots`` in views of at most :data:`CHUNK` elements."""
     if not all(t.is_contiguous() for column in slots for t in column):
         return [slots]
     columns = [column[0].view(-1).split(CHUNK) if column else () for column in slots]
     return [
-        Slots(*([column[j]] if column else [] for column in columns))
+        TensorLists(*([column[j]] if column else [] for column in columns))
         for j in range(len(columns[0]))
     ]
 
 
 def gated_adamw_(
-    slots: Slots,
+    slots: TensorLists,
     *,
     settings: AdamSettings,
-    clock: Clock,
+    clock: StepCounts,
     estimator: VarianceEstimator | None,
     gate: Gate | None,
 ) -> None:
@@ -135,7 +135,9 @@ def gated_adamw_(
         torch._foreach_addcdiv_(w, step, denom, -rate)
 
 
-def masks(slots: Slots, clock: Clock, estimator: VarianceEstimator, gate: Gate) -> TensorList:
+def masks(
+    slots: TensorLists, clock: StepCounts, estimator: VarianceEstimator, gate: Gate
+) -> TensorList:
     """The mask of each tensor; the moments contain the present gradients."""
     raw, var_scale = estimator.read(slots.variances, slots.exp_avgs, slots.exp_avg_sqs, clock)
     return gate(slots.exp_avgs, raw, mean_scale=clock.mean_scale, var_scale=var_scale)
@@ -146,7 +148,7 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
 
 
-def real_slots(columns: Slots, maximize: bool) -> Slots:
+def real_slots(columns: TensorLists, maximize: bool) -> TensorLists:
     """Real float32 or float64 tensors; parameters share memory unless low precision."""
     dtype = state_dtype(columns.params[0])
     slots = [list(column) for column in columns]
@@ -156,7 +158,7 @@ def real_slots(columns: Slots, maximize: bool) -> Slots:
         slots = [[torch.view_as_real(x) for x in column] for column in slots]
     if maximize:
         slots[1] = list(torch._foreach_neg(slots[1]))
-    return Slots(*slots)
+    return TensorLists(*slots)
 
 
 def size_limit(dtype: torch.dtype) -> float:
@@ -204,7 +206,7 @@ def _constant(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=dtype)
 
 
-def adam_denominator(exp_avg_sqs: TensorList, clock: Clock, eps: float) -> TensorList:
+def adam_denominator(exp_avg_sqs: TensorList, clock: StepCounts, eps: float) -> TensorList:
     r""":math:`\sqrt{\hat v} + \varepsilon`, newly allocated."""
     denom = list(torch._foreach_sqrt(exp_avg_sqs))
     torch._foreach_div_(denom, _number((1 - clock.beta2**clock.t) ** 0.5, denom[0]))

@@ -44,7 +44,7 @@ from poprisk.per_sample import Moments, capture
 from poprisk.per_sample.checks import check_numbers, check_one_device, check_part
 
 
-class Clock(NamedTuple):
+class StepCounts(NamedTuple):
     """Counters and decay rates of one step.
 
     Attributes:
@@ -81,7 +81,7 @@ class VarianceEstimator(ABC):
 
     @abstractmethod
     def observe_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
     ) -> None:
         """Update the state in place; ``exp_avgs`` does not contain ``grads`` yet."""
 
@@ -91,16 +91,16 @@ class VarianceEstimator(ABC):
         variances: TensorList,
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
-        clock: Clock,
+        clock: StepCounts,
     ) -> tuple[TensorList, float]:
         """Return ``raw`` and ``scale``; the moments contain the present gradients."""
 
-    def scale(self, clock: Clock) -> float:
+    def scale(self, clock: StepCounts) -> float:
         """The ``scale`` of :meth:`read`, without reading."""
         return 1.0
 
     @abstractmethod
-    def inflation(self, clock: Clock) -> float:
+    def inflation(self, clock: StepCounts) -> float:
         r"""Expected :math:`\hat s` over the variance of one batch mean; 0: no estimate yet."""
 
 
@@ -132,7 +132,7 @@ class Ema(VarianceEstimator):
         return self.paper or t > 1
 
     def observe_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
     ) -> None:
         if clock.captured:
             self._observe_captured_(variances, grads, exp_avgs, clock)
@@ -142,7 +142,7 @@ class Ema(VarianceEstimator):
             torch._foreach_lerp_(variances, d, 1 - self.rho)
 
     def _observe_captured_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
     ) -> None:
         weight = (clock.observations > 0).double() * (1 - self.rho)
         d = list(torch._foreach_sub(grads, scaled(exp_avgs, self.centre(clock))))
@@ -154,22 +154,22 @@ class Ema(VarianceEstimator):
         variances: TensorList,
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
-        clock: Clock,
+        clock: StepCounts,
     ) -> tuple[TensorList, float]:
         return variances, self.scale(clock)
 
-    def centre(self, clock: Clock) -> float:
+    def centre(self, clock: StepCounts) -> float:
         r"""The factor on :math:`m_{t-1}` in the deviation: its bias correction, or 1."""
         if self.paper:
             return 1.0
         before = clock.t - 1
         return 1 / (1 - clock.beta1 ** (before.clamp_min(1) if clock.captured else before))
 
-    def scale(self, clock: Clock) -> float:
+    def scale(self, clock: StepCounts) -> float:
         k = clock.observations
         return 1 / (1 - self.rho ** (k.clamp_min(1) if clock.captured else k))
 
-    def inflation(self, clock: Clock) -> float:
+    def inflation(self, clock: StepCounts) -> float:
         found = 1 + momentum_noise(clock.t, clock.beta1)
         return _where(clock.observations > 0, found)
 
@@ -185,7 +185,7 @@ class SecondMoment(VarianceEstimator):
     """
 
     def observe_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
     ) -> None:
         return
 
@@ -194,19 +194,19 @@ class SecondMoment(VarianceEstimator):
         variances: TensorList,
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
-        clock: Clock,
+        clock: StepCounts,
     ) -> tuple[TensorList, float]:
         raw = scaled(exp_avg_sqs, 1 / (1 - clock.beta2**clock.t))
         add_scaled_squares_(raw, exp_avgs, -(clock.mean_scale**2))
         torch._foreach_clamp_min_(raw, 0.0)
         return raw, 1.0
 
-    def inflation(self, clock: Clock) -> float:
+    def inflation(self, clock: StepCounts) -> float:
         return _where(clock.t > 1, 1 - momentum_noise(clock.t, clock.beta1))
 
 
 @final
-class Given(VarianceEstimator):
+class Precomputed(VarianceEstimator):
     r"""Average of variances that were found without comparing steps [ours].
 
     .. math:: s_t = \rho s_{t-1} + (1-\rho)\,\mathrm{var}_t,\qquad \hat s_t = s_t/(1-\rho^{k})
@@ -231,7 +231,7 @@ class Given(VarianceEstimator):
         return beta1**2 if self.rho is None else self.rho
 
     def observe_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: Clock
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
     ) -> None:
         return
 
@@ -240,14 +240,14 @@ class Given(VarianceEstimator):
         variances: TensorList,
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
-        clock: Clock,
+        clock: StepCounts,
     ) -> tuple[TensorList, float]:
         return variances, self.scale(clock)
 
-    def scale(self, clock: Clock) -> float:
+    def scale(self, clock: StepCounts) -> float:
         return 1 / (1 - self.decay(clock.beta1) ** clock.observations)
 
-    def inflation(self, clock: Clock) -> float:
+    def inflation(self, clock: StepCounts) -> float:
         return 1.0
 
 
@@ -279,7 +279,7 @@ def make_estimator(name: str, *, rho: float, paper: bool) -> VarianceEstimator:
         return SecondMoment()
     if name == "ema":
         return Ema(rho, paper=paper)
-    return Given(None if name == "exact" else rho)
+    return Precomputed(None if name == "exact" else rho)
 
 
 PerExampleLoss = Callable[[Any, Any], Tensor]

@@ -47,17 +47,17 @@ from poprisk.optim.state import (
     loaded_hooks,
 )
 from poprisk.optim.stats import GateStats, gate_sums, module_stats
-from poprisk.optim.step import Facts, StepRule, describe
+from poprisk.optim.step import StepContext, StepRule, describe
 from poprisk.optim.update import (
     LOW_PRECISION,
-    Slots,
+    TensorLists,
     all_finite,
     masks,
     pieces,
     real_slots,
     state_dtype,
 )
-from poprisk.optim.variance import Clock, Ema, VarianceEstimator
+from poprisk.optim.variance import Ema, StepCounts, VarianceEstimator
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]
 PREFIX = "gate_"
@@ -127,11 +127,11 @@ class _Bucket(NamedTuple):
     states: list[dict[str, Any]]
     starts: TensorList
 
-    def slots(self, second: TensorList) -> Slots:
+    def slots(self, second: TensorList) -> TensorLists:
         """Weights, gradients or starts, and moments, as real tensors that share memory."""
         moments = ([state[key] for state in self.states] for key in STATE[1:])
         m, s = (locals_of(column) for column in moments)
-        columns = Slots(locals_of(self.params), locals_of(second), m, [], s)
+        columns = TensorLists(locals_of(self.params), locals_of(second), m, [], s)
         return real_slots(columns, maximize=False)
 
 
@@ -396,13 +396,13 @@ class GatedOptimizer(Optimizer):
             total += gate_sums(q, passed, update, ((m != 0) | (s > 0)).to(m.dtype))
         return global_sums(total, layout)
 
-    def _last_gate(self, p: Tensor) -> tuple[Clock, VarianceEstimator | None, Gate | None]:
+    def _last_gate(self, p: Tensor) -> tuple[StepCounts, VarianceEstimator | None, Gate | None]:
         t, own = int(self.state[p]["step"]), compiled(self.settings)
         clock = own.clock(t, t - 1)
         return clock, own.estimator, own.gate(clock, layout_of(p))
 
     @torch.no_grad()
-    def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
+    def step_rule(self, param: Tensor, facts: StepContext) -> StepRule:
         """The last step of ``param`` as a linear map of its gradient: the wrapped one's, masked."""
         inner = facts._replace(state=self._wrapped.state.get(param, {}))
         rule = describe(self._wrapped).rule(param, inner)
@@ -442,7 +442,7 @@ def _rewrite(bucket: _Bucket, own: CompiledGroup) -> None:
             p.copy_(w)
 
 
-def observe_slots_(slots: Slots, *, clock: Clock, estimator: Ema) -> None:
+def observe_slots_(slots: TensorLists, *, clock: StepCounts, estimator: Ema) -> None:
     """Update the variance and then the average gradient, which must not contain it yet."""
     _, g, m, _, s = slots
     estimator.observe_(s, g, m, clock)
@@ -450,7 +450,13 @@ def observe_slots_(slots: Slots, *, clock: Clock, estimator: Ema) -> None:
 
 
 def keep_slots_(
-    slots: Slots, *, clock: Clock, estimator: Ema, gate: Gate | None, share: float, last: bool
+    slots: TensorLists,
+    *,
+    clock: StepCounts,
+    estimator: Ema,
+    gate: Gate | None,
+    share: float,
+    last: bool,
 ) -> None:
     r"""Let a step that was taken keep :math:`q \odot \Delta w`, and apply decoupled decay.
 

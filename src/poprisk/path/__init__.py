@@ -4,8 +4,10 @@
 operators P, Q, W, G, D of the theory, :func:`follow` into their action on a few vectors.
 """
 
+import warnings
+
 from poprisk._validate import NotAnalysable
-from poprisk.optim.step import Facts, StepRule, realized_update
+from poprisk.optim.step import StepContext, StepRule, realized_update
 from poprisk.path.follow import Applied, Followed, follow
 from poprisk.path.integrals import Closure, Integrals, integrate, phi_functions
 from poprisk.path.recorder import Recorder, record
@@ -16,13 +18,13 @@ __all__ = [
     "Applied",
     "CellTrace",
     "Closure",
-    "Facts",
     "Followed",
     "Integrals",
     "NotAnalysable",
     "QueryParts",
     "Recorder",
     "Run",
+    "StepContext",
     "StepRule",
     "follow",
     "integrate",
@@ -32,3 +34,11 @@ __all__ = [
     "split_gradient",
     "trace_cells",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Names of the last release."""
+    if name != "Facts":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("Facts is called StepContext now", DeprecationWarning, stacklevel=2)
+    return StepContext

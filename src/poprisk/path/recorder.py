@@ -18,7 +18,7 @@ from poprisk.dtensor import is_sharded
 from poprisk.evaluation import evaluating
 from poprisk.jacobian import flat
 from poprisk.losses import Loss, gradient, resolve_loss
-from poprisk.optim.step import Facts, Rule, StepRule, describe
+from poprisk.optim.step import Rule, StepContext, StepRule, describe
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.checks import check_indices, named
 from poprisk.path.problem import Problem, digest_of, private_copy
@@ -301,7 +301,9 @@ class Recorder:
             return StepRule(precondition=0.0, carry=1.0, gain=0.0), 0.0, 0.0
         w, update = self.before[i], self.after[i] - self.before[i]
         state = self.optimizer.state.get(p, {})
-        facts = Facts(self.groups[i], state, not self.started[i], update, grad, w, self.momentum[i])
+        facts = StepContext(
+            self.groups[i], state, not self.started[i], update, grad, w, self.momentum[i]
+        )
         rule = self.rule(p, facts)
         self.started[i] = True
         g = rule.sign * grad + rule.coupled * w

@@ -79,7 +79,7 @@ def size(terms: list[Term]) -> tuple[int, int]:
 
 def like(terms: list[Term]) -> Tensor:
     """A tensor of the dtype, device and leading sizes (b, k) of the terms."""
-    return terms[0].cot if isinstance(terms[0], Outer) else terms[0].grads
+    return terms[0].cotangent if isinstance(terms[0], Outer) else terms[0].grads
 
 
 def _add(
@@ -92,7 +92,7 @@ def _add(
     table = out.unflatten(1, size(right)).unflatten(0, size(left))
     for x in outers[0]:
         for y in outers[1]:
-            pairs = x.cot[0, :, :, 0].numel() * y.cot[..., 0].numel()
+            pairs = x.cotangent[0, :, :, 0].numel() * y.cotangent[..., 0].numel()
             step = max(1, workspace // max(1, 2 * pairs))
             for i in range(0, len(table), step):
                 rows = slice(i, i + step)
@@ -122,25 +122,33 @@ def _shape(term: Term) -> tuple[int, ...]:
 
 def _factors_pay(left: list[Outer], right: list[Outer], weight: Tensor | None) -> bool:
     """Whether inner products through the factors take fewer operations than forming gradients."""
-    (b, k), (c, m) = left[0].cot.shape[:2], right[0].cot.shape[:2]
+    (b, k), (c, m) = left[0].cotangent.shape[:2], right[0].cotangent.shape[:2]
     x, y = left[0], right[0]
-    elements = x.columns * x.cot.shape[3]
-    pairs = b * c * sum(u.cot.shape[2] for u in left) * sum(u.cot.shape[2] for u in right)
-    formed = (b * k * x.cot.shape[2] + c * m * y.cot.shape[2] + b * k * c * m) * elements
+    elements = x.columns * x.cotangent.shape[3]
+    pairs = (
+        b * c * sum(u.cotangent.shape[2] for u in left) * sum(u.cotangent.shape[2] for u in right)
+    )
+    formed = (
+        b * k * x.cotangent.shape[2] + c * m * y.cotangent.shape[2] + b * k * c * m
+    ) * elements
     if weight is None:
-        return pairs * (x.columns + k * m * (x.cot.shape[3] + 1)) < formed
-    one_position = x.cot.shape[2] == y.cot.shape[2] == len(left) == len(right) == 1
-    looked_up = isinstance(x.act, OneHot)
-    return one_position and not looked_up and pairs * (elements + k * m * x.cot.shape[3]) < formed
+        return pairs * (x.columns + k * m * (x.cotangent.shape[3] + 1)) < formed
+    one_position = x.cotangent.shape[2] == y.cotangent.shape[2] == len(left) == len(right) == 1
+    looked_up = isinstance(x.activation, OneHot)
+    return (
+        one_position
+        and not looked_up
+        and pairs * (elements + k * m * x.cotangent.shape[3]) < formed
+    )
 
 
 def _add_products(out: Tensor, x: Outer, y: Outer) -> None:
     """Add ⟨G, G'⟩ to ``out`` (b, k, b', k')."""
     if x.flipped == y.flipped:
-        first, second = _dot(x.cot, y.cot), _dot(x.act, y.act)
+        first, second = _dot(x.cotangent, y.cotangent), _dot(x.activation, y.activation)
     else:
-        first, second = _dot(x.cot, y.act), _dot(x.act, y.cot)
-    if x.cot.shape[2] == y.cot.shape[2] == 1:
+        first, second = _dot(x.cotangent, y.activation), _dot(x.activation, y.cotangent)
+    if x.cotangent.shape[2] == y.cotangent.shape[2] == 1:
         out.addcmul_(first[:, :, 0, :, :, 0], second[:, :, 0, :, :, 0])
     else:
         out += (first * second).sum(dim=(2, 5))
@@ -164,13 +172,13 @@ def _dot(x: Tensor | OneHot, y: Tensor | OneHot) -> Tensor:
 
 def _add_weighted(out: Tensor, x: Outer, y: Outer, weight: Tensor) -> None:
     """Add ⟨G, M ⊙ G'⟩ to ``out`` for one position: row by row of the output's side."""
-    assert isinstance(x.act, Tensor)
-    assert isinstance(y.act, Tensor)
+    assert isinstance(x.activation, Tensor)
+    assert isinstance(y.activation, Tensor)
     matrix = weight.reshape(x.columns, -1).T if x.flipped else weight.reshape(-1, x.columns)
-    inputs, others = x.act[:, 0], y.act[:, 0]
+    inputs, others = x.activation[:, 0], y.activation[:, 0]
     for o, row in enumerate(matrix):
         pairs = (inputs * row) @ others.T
-        products = x.cot[:, :, 0, o].flatten()[:, None] * y.cot[:, :, 0, o].flatten()
+        products = x.cotangent[:, :, 0, o].flatten()[:, None] * y.cotangent[:, :, 0, o].flatten()
         out.addcmul_(products.reshape(out.shape), pairs[:, None, :, None])
 
 
@@ -197,7 +205,7 @@ def _matrix_shape(term: Term) -> tuple[int, int]:
     if isinstance(term, Dense):
         rows = term.shape[0] if term.shape else 1
         return rows, term.grads.shape[2] // max(1, rows)
-    r, c = term.cot.shape[3], term.columns
+    r, c = term.cotangent.shape[3], term.columns
     return (c, r) if term.flipped else (r, c)
 
 
@@ -211,26 +219,30 @@ def _of_rows(term: Term, rows: slice) -> Term:
         count, columns = _matrix_shape(term)
         return term._replace(grads=term.grads.unflatten(2, (count, columns))[:, :, rows].flatten(2))
     if not term.flipped:
-        return term._replace(cot=term.cot[..., rows])
-    if isinstance(term.act, Tensor):
-        return term._replace(act=term.act[..., rows])
-    inside = (term.act.indices >= rows.start) & (term.act.indices < rows.stop)
-    indices = torch.where(inside, term.act.indices - rows.start, 0)
-    cot = term.cot * inside[:, None, :, None]
-    return term._replace(cot=cot, act=OneHot(indices, rows.stop - rows.start))
+        return term._replace(cotangent=term.cotangent[..., rows])
+    if isinstance(term.activation, Tensor):
+        return term._replace(activation=term.activation[..., rows])
+    inside = (term.activation.indices >= rows.start) & (term.activation.indices < rows.stop)
+    indices = torch.where(inside, term.activation.indices - rows.start, 0)
+    cotangent = term.cotangent * inside[:, None, :, None]
+    return term._replace(cotangent=cotangent, activation=OneHot(indices, rows.stop - rows.start))
 
 
 def _norms_in_factors(terms: list[Outer]) -> bool:
-    t = sum(term.cot.shape[2] for term in terms)
-    r, c = terms[0].cot.shape[3], terms[0].columns
+    t = sum(term.cotangent.shape[2] for term in terms)
+    r, c = terms[0].cotangent.shape[3], terms[0].columns
     return t * (r + c) <= r * c
 
 
 def _own_products(x: Outer, y: Outer) -> Tensor:
     """⟨G_ik, G'_ik⟩ of two terms for the same examples, (b, k)."""
     if x.flipped == y.flipped:
-        return (_own_dot(x.cot, y.cot) * _own_dot(x.act, y.act)).sum(dim=(2, 3))
-    return (_own_dot(x.cot, y.act) * _own_dot(x.act, y.cot)).sum(dim=(2, 3))
+        return (_own_dot(x.cotangent, y.cotangent) * _own_dot(x.activation, y.activation)).sum(
+            dim=(2, 3)
+        )
+    return (_own_dot(x.cotangent, y.activation) * _own_dot(x.activation, y.cotangent)).sum(
+        dim=(2, 3)
+    )
 
 
 def _own_dot(x: Tensor | OneHot, y: Tensor | OneHot) -> Tensor:

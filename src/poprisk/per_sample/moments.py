@@ -20,10 +20,10 @@ def moments(terms: list[Term]) -> tuple[Tensor, Tensor]:
     terms = [wide(term) for term in terms]
     if len(terms) == 1 and isinstance(terms[0], Outer):
         term = terms[0]
-        if isinstance(term.act, OneHot):
-            return _looked_up(term, term.act)
-        if term.cot.shape[2] == 1:
-            return _one_position(term.cot.flatten(0, 2), term.act, term)
+        if isinstance(term.activation, OneHot):
+            return _looked_up(term, term.activation)
+        if term.cotangent.shape[2] == 1:
+            return _one_position(term.cotangent.flatten(0, 2), term.activation, term)
     return _formed(terms)
 
 
@@ -31,35 +31,41 @@ def wide(term: Term) -> Term:
     """In float32 at least: squares of scaled float16 gradients overflow."""
     if isinstance(term, Dense):
         return term._replace(grads=_at_least_float32(term.grads))
-    act = term.act if isinstance(term.act, OneHot) else _at_least_float32(term.act)
-    return term._replace(cot=_at_least_float32(term.cot), act=act)
+    activation = (
+        term.activation
+        if isinstance(term.activation, OneHot)
+        else _at_least_float32(term.activation)
+    )
+    return term._replace(cotangent=_at_least_float32(term.cotangent), activation=activation)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _one_position(cot: Tensor, act: Tensor, term: Outer) -> tuple[Tensor, Tensor]:
-    act = act.flatten(0, 1)
-    if len(cot) > len(act):
-        act = act.repeat_interleave(len(cot) // len(act), dim=0)
+def _one_position(cotangent: Tensor, activation: Tensor, term: Outer) -> tuple[Tensor, Tensor]:
+    activation = activation.flatten(0, 1)
+    if len(cotangent) > len(activation):
+        activation = activation.repeat_interleave(len(cotangent) // len(activation), dim=0)
     if term.flipped:
-        cot, act = act, cot
-    return (cot.T @ act).flatten(), (cot.square().T @ act.square()).flatten()
+        cotangent, activation = activation, cotangent
+    return (cotangent.T @ activation).flatten(), (
+        cotangent.square().T @ activation.square()
+    ).flatten()
 
 
-def _looked_up(term: Outer, act: OneHot) -> tuple[Tensor, Tensor]:
+def _looked_up(term: Outer, activation: OneHot) -> tuple[Tensor, Tensor]:
     """An embedding: only rows that an example uses have a gradient."""
-    b, k, t, r = term.cot.shape
-    example = torch.arange(b * k, device=term.cot.device)[:, None].expand(b * k, t)
-    indices = act.indices[:, None].expand(b, k, t).reshape(b * k, t)
-    keys, inverse = (example * act.size + indices).unique(return_inverse=True)
-    grads = term.cot.new_zeros(len(keys), r).index_add_(
-        0, inverse.flatten(), term.cot.flatten(0, 2)
+    b, k, t, r = term.cotangent.shape
+    example = torch.arange(b * k, device=term.cotangent.device)[:, None].expand(b * k, t)
+    indices = activation.indices[:, None].expand(b, k, t).reshape(b * k, t)
+    keys, inverse = (example * activation.size + indices).unique(return_inverse=True)
+    grads = term.cotangent.new_zeros(len(keys), r).index_add_(
+        0, inverse.flatten(), term.cotangent.flatten(0, 2)
     )
-    total = term.cot.new_zeros(2, act.size, r)
-    total[0].index_add_(0, keys % act.size, grads)
-    total[1].index_add_(0, keys % act.size, grads.square())
+    total = term.cotangent.new_zeros(2, activation.size, r)
+    total[0].index_add_(0, keys % activation.size, grads)
+    total[1].index_add_(0, keys % activation.size, grads.square())
     if not term.flipped:
         total = total.mT
     return total[0].flatten(), total[1].flatten()
@@ -67,8 +73,10 @@ def _looked_up(term: Outer, act: OneHot) -> tuple[Tensor, Tensor]:
 
 def _formed(terms: list[Term]) -> tuple[Tensor, Tensor]:
     first = terms[0]
-    like = first.cot if isinstance(first, Outer) else first.grads
-    elements = first.cot.shape[3] * first.columns if isinstance(first, Outer) else like.shape[2]
+    like = first.cotangent if isinstance(first, Outer) else first.grads
+    elements = (
+        first.cotangent.shape[3] * first.columns if isinstance(first, Outer) else like.shape[2]
+    )
     sums, squares = like.new_zeros(elements), like.new_zeros(elements)
     step = max(1, CACHED // max(1, elements * like.shape[1]))
     for i in range(0, len(like), step):
@@ -107,9 +115,11 @@ def total(terms: list[Term]) -> Tensor:
 def _total_of(term: Term) -> Tensor:
     if isinstance(term, Dense):
         return term.grads.flatten(0, 1).sum(dim=0)
-    cot, act = term.cot.flatten(0, 2), term.act
-    if isinstance(act, OneHot):
-        table = cot.new_zeros(act.size, cot.shape[1]).index_add_(0, act.indices.flatten(), cot)
+    cotangent, activation = term.cotangent.flatten(0, 2), term.activation
+    if isinstance(activation, OneHot):
+        table = cotangent.new_zeros(activation.size, cotangent.shape[1]).index_add_(
+            0, activation.indices.flatten(), cotangent
+        )
         return (table if term.flipped else table.mT).flatten()
-    rows = act.flatten(0, 1)
-    return (rows.T @ cot if term.flipped else cot.T @ rows).flatten()
+    rows = activation.flatten(0, 1)
+    return (rows.T @ cotangent if term.flipped else cotangent.T @ rows).flatten()

@@ -117,9 +117,13 @@ def _to_parameters(graph: Graph, site: Site, local: Local) -> list[tuple[str, Te
     if end in graph.owners and isinstance(local, Outer):
         param = cast(Any, end).variable
         dtype, shape = param.dtype, tuple(param.shape)
-        act = local.act if isinstance(local.act, OneHot) else local.act.detach().to(dtype)
+        activation = (
+            local.activation
+            if isinstance(local.activation, OneHot)
+            else local.activation.detach().to(dtype)
+        )
         flipped = local.flipped != flips
-        term = _smaller(Outer(local.cot.to(dtype), act, flipped, shape))
+        term = _smaller(Outer(local.cotangent.to(dtype), activation, flipped, shape))
         return [(graph.owners[end], term)]
     if isinstance(local, Outer):
         local = local.dense().unflatten(2, site.shape)
@@ -155,11 +159,11 @@ def _smaller(term: Outer) -> Term:
 
     Terms of one parameter are cut into the same rows, so factors of a reshaped one are multiplied.
     """
-    _, k, t, r = term.cot.shape
+    _, k, t, r = term.cotangent.shape
     rows = term.columns if term.flipped else r
-    if term.shape[:1] != (rows,) or term.cot.is_complex():
+    if term.shape[:1] != (rows,) or term.cotangent.is_complex():
         return Dense(term.dense(), term.shape)
-    if isinstance(term.act, OneHot) or t * (term.columns + k * r) <= k * r * term.columns:
+    if isinstance(term.activation, OneHot) or t * (term.columns + k * r) <= k * r * term.columns:
         return term
     return Dense(term.dense(), term.shape)
 

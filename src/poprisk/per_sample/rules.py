@@ -77,11 +77,11 @@ def _inputs(site: Site, tensor: Tensor) -> Tensor:
 def _matrix_product(site: Site, left: Tensor | None, right: Tensor | None) -> Outer | None:
     """Derivative of left @ right; None stands for the factor that is the parameter."""
     layout = cast(Layout, site.layouts[0])
-    cot = site.first(site.grad)
+    cotangent = site.first(site.grad)
     if right is None and left is not None and layout.dim == 0:
-        return Outer(cot, _inputs(site, left), True, site.shape)
+        return Outer(cotangent, _inputs(site, left), True, site.shape)
     if left is None and right is not None and layout.dim == 1:
-        return Outer(cot, _inputs(site, right), False, site.shape)
+        return Outer(cotangent, _inputs(site, right), False, site.shape)
     return None
 
 
@@ -109,11 +109,13 @@ def _bmm(site: Site) -> Local | None:
     right = site.edge == 1
     if layout.dim != (1 if right else 2):
         return None
-    cot = site.first(site.grad)
-    act = _inputs(site, site.node._saved_self if right else site.node._saved_mat2)
+    cotangent = site.first(site.grad)
+    activation = _inputs(site, site.node._saved_self if right else site.node._saved_mat2)
     if site.shape[0] == 1:
-        return Outer(cot.squeeze(3), act.squeeze(2), right, site.shape)
-    return torch.einsum("bktgo,btgi->bkgio" if right else "bktgo,btgi->bkgoi", cot, act)
+        return Outer(cotangent.squeeze(3), activation.squeeze(2), right, site.shape)
+    return torch.einsum(
+        "bktgo,btgi->bkgio" if right else "bktgo,btgi->bkgoi", cotangent, activation
+    )
 
 
 def _convolution(site: Site) -> Local | None:
@@ -126,15 +128,15 @@ def _convolution(site: Site) -> Local | None:
     inputs, outputs = math.prod(site.shape[1:]), site.shape[0] * site.values
     if node._saved_groups > 1 or positions * (inputs + outputs) > inputs * outputs:
         return _convolution_by_example(site, layout)
-    act = patches(
+    activation = patches(
         node._saved_input,
         site.shape[2:],
         stride=node._saved_stride,
         padding=node._saved_padding,
         dilation=node._saved_dilation,
     )
-    cot = site.first(site.grad).flatten(4).mT.flatten(2, 3)
-    return Outer(cot, _inputs(site, act).flatten(1, 2), False, site.shape)
+    cotangent = site.first(site.grad).flatten(4).mT.flatten(2, 3)
+    return Outer(cotangent, _inputs(site, activation).flatten(1, 2), False, site.shape)
 
 
 def _convolution_by_example(site: Site, layout: Layout) -> Tensor:
@@ -191,13 +193,13 @@ def _embedding(site: Site) -> Local | None:
     node = site.node
     if node._saved_scale_grad_by_freq:
         return None
-    cot = site.first(site.grad)
+    cotangent = site.first(site.grad)
     indices = _inputs(site, node._saved_indices).flatten(1)
-    cot = cot.reshape(site.examples, site.values, indices.shape[1], cot.shape[-1])
+    cotangent = cotangent.reshape(site.examples, site.values, indices.shape[1], cotangent.shape[-1])
     padding = indices == node._saved_padding_idx
     if padding.any():
-        cot = cot.masked_fill(padding[:, None, :, None], 0.0)
-    return Outer(cot, OneHot(indices, site.shape[0]), True, site.shape)
+        cotangent = cotangent.masked_fill(padding[:, None, :, None], 0.0)
+    return Outer(cotangent, OneHot(indices, site.shape[0]), True, site.shape)
 
 
 def _norm(site: Site, normalized: Callable[[Site], Tensor]) -> Local | None:

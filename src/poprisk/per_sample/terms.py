@@ -3,7 +3,7 @@ r"""Per-example gradients of one parameter as sums of outer products.
 For k values per example, b examples and t positions per example, the gradient of value k of
 example i with respect to a matrix is
 
-.. math:: G_{ik} = \sum_t \mathrm{cot}_{ikt} \otimes \mathrm{act}_{it}
+.. math:: G_{ik} = \sum_t \mathrm{cotangent}_{ikt} \otimes \mathrm{activation}_{it}
 
 with the gradient that arrives at the layer's output and the layer's input. Everything that is
 needed is computed from the two factors, or from :math:`G` where that is cheaper.
@@ -35,46 +35,58 @@ class Outer(NamedTuple):
     """Per-example gradients of a matrix in factors.
 
     Attributes:
-        cot: (b, k, t, r), gradients at the output.
-        act: (b, t, c), inputs, or their indices.
+        cotangent: (b, k, t, r), gradients at the output.
+        activation: (b, t, c), inputs, or their indices.
         flipped: whether the parameter is (c, r) instead of (r, c).
         shape: the parameter's shape, with r·c elements.
     """
 
-    cot: Tensor
-    act: Tensor | OneHot
+    cotangent: Tensor
+    activation: Tensor | OneHot
     flipped: bool
     shape: tuple[int, ...]
 
     @property
     def columns(self) -> int:
         """The length c of the inputs."""
-        return self.act.size if isinstance(self.act, OneHot) else self.act.shape[-1]
+        return (
+            self.activation.size
+            if isinstance(self.activation, OneHot)
+            else self.activation.shape[-1]
+        )
 
     def elements(self) -> int:
         """Elements of memory."""
-        act = self.act.indices if isinstance(self.act, OneHot) else self.act
-        return self.cot.numel() + act.numel()
+        activation = (
+            self.activation.indices if isinstance(self.activation, OneHot) else self.activation
+        )
+        return self.cotangent.numel() + activation.numel()
 
     def part(self, b: slice, k: slice = ALL) -> Outer:
         """The factors of some examples and values."""
-        act = self.act
-        some = act._replace(indices=act.indices[b]) if isinstance(act, OneHot) else act[b]
-        return self._replace(cot=self.cot[b, k], act=some)
+        activation = self.activation
+        some = (
+            activation._replace(indices=activation.indices[b])
+            if isinstance(activation, OneHot)
+            else activation[b]
+        )
+        return self._replace(cotangent=self.cotangent[b, k], activation=some)
 
     def dense(self) -> Tensor:
         """The gradients themselves, (b, k, r·c) in the order of the parameter."""
-        b, k, _, r = self.cot.shape
-        if isinstance(self.act, OneHot):
-            table = self.cot.new_zeros(b, k, self.act.size, r)
-            index = self.act.indices[:, None, :, None].expand(self.cot.shape)
-            table.scatter_add_(2, index, self.cot)
+        b, k, _, r = self.cotangent.shape
+        if isinstance(self.activation, OneHot):
+            table = self.cotangent.new_zeros(b, k, self.activation.size, r)
+            index = self.activation.indices[:, None, :, None].expand(self.cotangent.shape)
+            table.scatter_add_(2, index, self.cotangent)
             return (table if self.flipped else table.mT).reshape(b, k, -1)
         shape = (self.columns, r) if self.flipped else (r, self.columns)
-        grads = self.cot.new_empty(b, k, *shape)
+        grads = self.cotangent.new_empty(b, k, *shape)
         for i in range(k):
-            cot = self.cot[:, i]
-            grads[:, i] = self.act.mT @ cot if self.flipped else cot.mT @ self.act
+            cotangent = self.cotangent[:, i]
+            grads[:, i] = (
+                self.activation.mT @ cotangent if self.flipped else cotangent.mT @ self.activation
+            )
         return grads.reshape(b, k, -1)
 
 
@@ -122,15 +134,19 @@ def merged(terms: list[Term]) -> list[Term]:
     for term in terms:
         if isinstance(term, Dense):
             whole.append(term)
-        elif isinstance(term.act, OneHot):
+        elif isinstance(term.activation, OneHot):
             kept.append(term)
         else:
             joined.setdefault(term.flipped, []).append(term)
     for same in joined.values():
-        cot = torch.cat([term.cot for term in same], dim=2) if len(same) > 1 else same[0].cot
-        acts = [term.act for term in same if isinstance(term.act, Tensor)]
-        act = torch.cat(acts, dim=1) if len(acts) > 1 else acts[0]
-        kept.append(same[0]._replace(cot=cot, act=act))
+        cotangent = (
+            torch.cat([term.cotangent for term in same], dim=2)
+            if len(same) > 1
+            else same[0].cotangent
+        )
+        acts = [term.activation for term in same if isinstance(term.activation, Tensor)]
+        activation = torch.cat(acts, dim=1) if len(acts) > 1 else acts[0]
+        kept.append(same[0]._replace(cotangent=cotangent, activation=activation))
     if whole:
         grads = whole[0].grads if len(whole) == 1 else torch.stack([w.grads for w in whole]).sum(0)
         kept.append(whole[0]._replace(grads=grads))
@@ -145,8 +161,10 @@ def products(terms: list[Term], vector: Tensor) -> Tensor:
         if isinstance(term, Dense):
             total = total + term.grads @ flat
             continue
-        act, c = term.act, term.columns
+        activation, c = term.activation, term.columns
         matrix = flat.reshape(c, -1) if term.flipped else flat.reshape(-1, c).T
-        mapped = matrix[act.indices] if isinstance(act, OneHot) else act @ matrix
-        total = total + torch.einsum("bktr,btr->bk", term.cot, mapped)
+        mapped = (
+            matrix[activation.indices] if isinstance(activation, OneHot) else activation @ matrix
+        )
+        total = total + torch.einsum("bktr,btr->bk", term.cotangent, mapped)
     return torch.as_tensor(total)

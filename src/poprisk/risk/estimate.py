@@ -36,13 +36,13 @@ from poprisk.printing import described, short_repr
 from poprisk.risk.local_losses import (
     LARGEST_GAIN,
     Bend,
-    Link,
+    LocalLoss,
     PerExampleLoss,
     bend_of,
     gradient_of,
     ignored_examples,
     is_bent,
-    link_of,
+    local_loss_of,
     on_logits,
 )
 
@@ -236,7 +236,7 @@ class Response(NamedTuple):
         by_gradients: whether the gradients' response stood for the curvature's.
     """
 
-    link: Link
+    link: LocalLoss
     freedom: Freedom
     gains: Gains
     influence: Tensor
@@ -247,7 +247,7 @@ class Part(NamedTuple):
     """Examples that share one response: which, the link of their losses, what was measured."""
 
     rows: Tensor | slice
-    link: Link
+    link: LocalLoss
     freedom: Freedom
     gains: Gains
 
@@ -288,7 +288,7 @@ def _respond(
     groups: Tensor | None,
 ) -> Response:
     """The response of examples, from the curvature of their losses or from their gradients."""
-    link = link_of(loss, outputs, targets)
+    link = local_loss_of(loss, outputs, targets)
     answers = [_answer(loss, link, outputs, targets, twin) for twin in twins]
     freedom = measure_freedom(link, outputs, twins, groups)
     gains = _curved_gains(link, freedom)
@@ -300,7 +300,7 @@ def _respond(
     return Response(link, freedom, gains, influence / influence.norm().clamp_min(TINY), bent)
 
 
-def _curved_gains(link: Link, freedom: Freedom) -> Gains:
+def _curved_gains(link: LocalLoss, freedom: Freedom) -> Gains:
     low, middle, high = (link.gain(freedom.value + e * freedom.error) for e in (-1, 0, 1))
     return low, middle, high
 
@@ -328,7 +328,7 @@ class _Answer(NamedTuple):
 
 
 def _answer(
-    loss: PerExampleLoss, link: Link, outputs: Tensor, targets: Tensor, twin: TwinOutputs
+    loss: PerExampleLoss, link: LocalLoss, outputs: Tensor, targets: Tensor, twin: TwinOutputs
 ) -> _Answer:
     t = twin.tilt.double().reshape(len(outputs), -1)
     moved = (twin.outputs.double() - outputs).reshape_as(t)
@@ -395,7 +395,7 @@ def measure_parts(
     found: list[Part] = []
     for k in range(int(parts.max()) + 1):
         rows = (parts == k).nonzero().squeeze(1)
-        link = link_of(loss, outputs[rows], targets[rows])
+        link = local_loss_of(loss, outputs[rows], targets[rows])
         freedom = measure_freedom(link, outputs[rows], _rows(twins, rows), _of(groups, rows))
         found.append(Part(rows, link, freedom, ALONE))
     noise = sum(p.freedom.error**2 for p in found) / len(found)
@@ -420,7 +420,7 @@ def _parts_by_gradients(
     for k in range(int(parts.max()) + 1):
         rows = (parts == k).nonzero().squeeze(1)
         u, y, mine = outputs[rows], targets[rows], _rows(twins, rows)
-        link = link_of(loss, u, y)
+        link = local_loss_of(loss, u, y)
         own = _by_gradients([_answer(loss, link, u, y, t) for t in mine], _of(groups, rows))
         found.append(Part(rows, link, own.freedom, own.gains))
     errors = [0.5 * (p.gains[2] - p.gains[0]) for p in found]
@@ -441,7 +441,7 @@ def _drawn(own: Freedom, whole: Freedom, real: float) -> Freedom:
 
 
 def measure_freedom(
-    link: Link, outputs: Tensor, twins: Sequence[TwinOutputs], groups: Tensor | None = None
+    link: LocalLoss, outputs: Tensor, twins: Sequence[TwinOutputs], groups: Tensor | None = None
 ) -> Freedom:
     r"""Hutchinson's estimate of :math:`\tfrac1N\sum_i\mathrm{tr}(B_iH_i)`, from the twins.
 
@@ -463,7 +463,9 @@ def measure_freedom(
     )
 
 
-def _one_freedom(link: Link, outputs: Tensor, twin: TwinOutputs, groups: Tensor | None) -> Freedom:
+def _one_freedom(
+    link: LocalLoss, outputs: Tensor, twin: TwinOutputs, groups: Tensor | None
+) -> Freedom:
     t = twin.tilt.double().reshape(len(outputs), -1)
     moved = (twin.outputs.double() - outputs).reshape_as(t)
     size = t.square().sum(1)
@@ -483,7 +485,7 @@ def grouped_error(deviations: Tensor, groups: Tensor | None) -> float:
     return float(deviations.square().sum().sqrt()) * math.sqrt(n / max(n - 1, 1))
 
 
-def _label_scale(link: Link) -> float:
+def _label_scale(link: LocalLoss) -> float:
     """How a tilt enters a squared error's label: its constant curvature; 1 for other losses."""
     diagonal = getattr(link, "diagonal", None)
     if diagonal is None or not float(diagonal.max()) > 0:
@@ -555,7 +557,7 @@ class _Judged(NamedTuple):
 
 
 def _fitted_without_end(
-    loss: PerExampleLoss, link: Link, outputs: Tensor, targets: Tensor
+    loss: PerExampleLoss, link: LocalLoss, outputs: Tensor, targets: Tensor
 ) -> float:
     """Share of examples on the right side of a loss that falls further and further there.
 
@@ -569,7 +571,7 @@ def _fitted_without_end(
     far = (flat - step).reshape(outputs.shape)
     vanishes = gradient_of(loss, far, targets).double().abs().amax(1) <= 1e-3 * largest[:, 0]
     endless = vanishes & (_scored(loss, far, targets) <= _scored(loss, outputs, targets))
-    if link.gauge:
+    if link.shift_invariant:
         fitted = (flat.argmax(1) == g.argmin(1)) | (largest[:, 0] == 0)
     else:
         neutral = gradient_of(loss, torch.zeros_like(outputs), targets).double()
@@ -588,9 +590,11 @@ def _base(losses: Tensor) -> float:
     return SPREAD * float((losses - losses.median()).abs().mean())
 
 
-def _accuracy(loss: PerExampleLoss, link: Link, outputs: Tensor, targets: Tensor) -> float | None:
+def _accuracy(
+    loss: PerExampleLoss, link: LocalLoss, outputs: Tensor, targets: Tensor
+) -> float | None:
     """Share of right classes; None where targets are not classes."""
-    if link.gauge and outputs.ndim == 2:
+    if link.shift_invariant and outputs.ndim == 2:
         classes = targets if targets.ndim == 1 else targets.argmax(1)
         return float((outputs.argmax(1) == classes).double().mean())
     if targets.shape != outputs.shape or not bool(((targets == 0) | (targets == 1)).all()):

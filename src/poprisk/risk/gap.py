@@ -24,7 +24,7 @@ from poprisk.path.checks import check_answers
 from poprisk.printing import short_repr
 from poprisk.risk import inputs
 from poprisk.risk.estimate import Freedom, TwinOutputs, measure_freedom
-from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, link_of
+from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, local_loss_of
 from poprisk.risk.twin import TwinRisk
 
 
@@ -109,7 +109,7 @@ def adaptation_gap(
         for t, d in zip(twins, along, strict=False)
     ]
     targets = y.double() if y.is_floating_point() else y
-    link = link_of(twin.loss, u, targets)
+    link = local_loss_of(twin.loss, u, targets)
     bends = [bend_of(twin.loss, link, u, targets, moved.flatten(1)) for moved, _, _ in pairs]
     reason = NO_CURVATURE if is_bent(bends) else ""
     gap, full, path = (

@@ -13,7 +13,7 @@ from poprisk.dtensor import is_sharded, sharding_of
 
 
 @final
-class Witness:
+class InputRecorder:
     """A hook that notes the inputs of a model while it is switched on.
 
     A copy of the model, such as a recorded run keeps, gets a witness of its own that stays off.
@@ -32,8 +32,8 @@ class Witness:
         if self.on:
             self.seen.append(tree_leaves((args, kwargs)))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Witness:
-        return Witness()
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputRecorder:
+        return InputRecorder()
 
 
 def check_same(name: str, mine: Any, twins: Any) -> None:

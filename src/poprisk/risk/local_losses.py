@@ -40,15 +40,15 @@ NOT_TWICE = ("not implemented", "differentiate twice")
 """Autograd's words for a derivative that has no derivative."""
 
 
-class Link(ABC):
+class LocalLoss(ABC):
     """What a loss is, locally, at the outputs of n examples, float64 throughout.
 
     Attributes:
         gradient: derivative of each example's loss by its outputs, (n, c).
-        gauge: whether adding a constant to all outputs of an example changes nothing.
+        shift_invariant: whether adding a constant to all outputs of an example changes nothing.
     """
 
-    gauge: bool = False
+    shift_invariant: bool = False
 
     def __init__(self, gradient: Tensor) -> None:
         self.gradient = gradient
@@ -56,7 +56,7 @@ class Link(ABC):
     @property
     def dimensions(self) -> int:
         """Outputs per example that the loss can tell apart."""
-        return self.gradient.shape[1] - int(self.gauge)
+        return self.gradient.shape[1] - int(self.shift_invariant)
 
     @abstractmethod
     def curvature(self, v: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Link(ABC):
 
 
 @final
-class Separate(Link):
+class Separate(LocalLoss):
     """A loss that is a sum over outputs (squared error, binary cross-entropy, Huber, Poisson).
 
     Args:
@@ -122,7 +122,7 @@ class Separate(Link):
 
 
 @final
-class Softmax(Link):
+class Softmax(LocalLoss):
     r"""Cross-entropy of logits, :math:`B_i = w_i(\mathrm{diag}\,p_i - p_ip_i^\top)`.
 
     Args:
@@ -131,7 +131,7 @@ class Softmax(Link):
         weight: of each example, (n, 1).
     """
 
-    gauge = True
+    shift_invariant = True
 
     def __init__(self, gradient: Tensor, p: Tensor, weight: Tensor) -> None:
         super().__init__(gradient)
@@ -150,7 +150,7 @@ class Softmax(Link):
 
 
 @final
-class Coupled(Link):
+class Coupled(LocalLoss):
     """Any other loss of few outputs, by its full second derivative.
 
     Args:
@@ -158,9 +158,9 @@ class Coupled(Link):
         hessian: (n, c, c); its negative eigenvalues count as zero.
     """
 
-    def __init__(self, gradient: Tensor, hessian: Tensor, *, gauge: bool) -> None:
+    def __init__(self, gradient: Tensor, hessian: Tensor, *, shift_invariant: bool) -> None:
         super().__init__(gradient)
-        self.gauge = gauge
+        self.shift_invariant = shift_invariant
         values, self.vectors = torch.linalg.eigh(hessian)
         self.values = values.clamp_min(0.0)
 
@@ -174,7 +174,7 @@ class Coupled(Link):
 
 
 @final
-class Unknown(Link):
+class Unknown(LocalLoss):
     """A loss whose second derivative autograd does not have, such as ``multi_margin_loss``.
 
     Its curvature counts as zero; what it is stands in the response of its gradients alone.
@@ -183,9 +183,9 @@ class Unknown(Link):
         gradient: (n, c).
     """
 
-    def __init__(self, gradient: Tensor, *, gauge: bool) -> None:
+    def __init__(self, gradient: Tensor, *, shift_invariant: bool) -> None:
         super().__init__(gradient)
-        self.gauge = gauge
+        self.shift_invariant = shift_invariant
 
     def curvature(self, v: Tensor) -> Tensor:
         return torch.zeros_like(v)
@@ -194,7 +194,7 @@ class Unknown(Link):
         return 0.0
 
 
-def link_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Link:
+def local_loss_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> LocalLoss:
     """Find the link of a loss from its derivatives at the outputs.
 
     Args:
@@ -219,7 +219,7 @@ def link_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Link:
     except RuntimeError as error:
         if not any(words in str(error) for words in NOT_TWICE):
             raise
-        return Unknown(gradient, gauge=is_gauge(gradient))
+        return Unknown(gradient, shift_invariant=is_shift_invariant(gradient))
     softmax = _softmax(gradient, u.detach(), v, along) if outputs.ndim == 2 and c > 1 else None
     if softmax is not None:
         return softmax
@@ -234,7 +234,9 @@ def link_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Link:
         )
     columns = [product(torch.eye(c, dtype=u.dtype)[j].expand_as(u)) for j in range(c)]
     hessian = torch.stack(columns, dim=2)
-    return Coupled(gradient, 0.5 * (hessian + hessian.mT), gauge=is_gauge(gradient))
+    return Coupled(
+        gradient, 0.5 * (hessian + hessian.mT), shift_invariant=is_shift_invariant(gradient)
+    )
 
 
 def gradient_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -263,7 +265,7 @@ BENT = 0.5
 
 
 def bend_of(
-    loss: PerExampleLoss, link: Link, outputs: Tensor, targets: Tensor, moved: Tensor
+    loss: PerExampleLoss, link: LocalLoss, outputs: Tensor, targets: Tensor, moved: Tensor
 ) -> Bend:
     """How far a loss is from quadratic between outputs (n, ...) and these moved by (n, c)."""
     there = gradient_of(loss, outputs + moved.reshape(outputs.shape), targets).double()
@@ -330,7 +332,7 @@ def _differentiated(
     return u, g
 
 
-def is_gauge(gradient: Tensor) -> bool:
+def is_shift_invariant(gradient: Tensor) -> bool:
     """Whether the gradient (n, c) of every example sums to zero over its outputs, c > 1."""
     if gradient.shape[1] < 2:
         return False
@@ -345,7 +347,7 @@ def _softmax(gradient: Tensor, u: Tensor, v: Tensor, along: Tensor) -> Softmax |
     inner = (v * expected).sum(1, keepdim=True)
     weight = (v * along).sum(1, keepdim=True) / inner.clamp_min(1e-300)
     found = Softmax(gradient, unit.p, weight)
-    return found if _close(found.curvature(v), along) and is_gauge(gradient) else None
+    return found if _close(found.curvature(v), along) and is_shift_invariant(gradient) else None
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

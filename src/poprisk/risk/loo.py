@@ -35,7 +35,7 @@ from poprisk.path.run import Interval
 from poprisk.printing import short_repr
 from poprisk.risk import inputs
 from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
-from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, link_of
+from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, local_loss_of
 
 FORMS = ("gauss-newton", "hessian")
 CHUNK = 64
@@ -175,7 +175,7 @@ class _Path:
         """Whether the loss is not quadratic over what deletions move, up or down."""
         problem = self.run.problem.to(torch.float64)
         u, y = self.final[index].double(), problem.train[1][index]
-        link = link_of(problem.loss, problem.shaped(u), y)
+        link = local_loss_of(problem.loss, problem.shaped(u), y)
         moved = left_out.double() - u
         return is_bent(
             [bend_of(problem.loss, link, problem.shaped(u), y, s * moved) for s in (1.0, -1.0)]
@@ -194,9 +194,9 @@ class _Path:
         """Degrees of freedom per output, by Hutchinson's estimate with one probe."""
         problem = self.run.problem.to(torch.float64)
         u = problem.shaped(self.final.double())
-        link = link_of(problem.loss, u, problem.train[1])
+        link = local_loss_of(problem.loss, u, problem.train[1])
         z = 2.0 * torch.randint(2, self.final.shape, generator=generator).to(self.final) - 1
-        z = z - z.mean(1, keepdim=True) if link.gauge else z
+        z = z - z.mean(1, keepdim=True) if link.shift_invariant else z
         moved = self.moved(torch.zeros(1, len(z), dtype=torch.bool), z)[0]
         return measure_freedom(link, u, [TwinOutputs(u + problem.shaped(moved), z)])
 

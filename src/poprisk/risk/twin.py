@@ -26,7 +26,7 @@ from poprisk.printing import described, short_repr
 from poprisk.randomness import RandomState
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
 from poprisk.risk.inputs import (
-    Witness,
+    InputRecorder,
     check_groups,
     check_index,
     check_not_sharded,
@@ -38,8 +38,8 @@ from poprisk.risk.local_losses import (
     PerExampleLoss,
     gradient_of,
     ignored_examples,
-    is_gauge,
-    link_of,
+    is_shift_invariant,
+    local_loss_of,
     on_logits,
 )
 
@@ -54,7 +54,7 @@ CONSTANT = 1e-6
 
 
 class Probe:
-    r"""Random signs z, one vector an example; centred over the outputs where the loss has a gauge.
+    r"""Random signs z, one vector an example; centred where the loss ignores shifts.
 
     Args:
         dataset_size: number of examples.
@@ -65,14 +65,14 @@ class Probe:
         self.dataset_size, self.seed = dataset_size, seed
         self.signs = torch.empty(0, dtype=torch.int8)
 
-    def tilt(self, index: Tensor, shape: torch.Size, *, gauge: bool) -> Tensor:
+    def tilt(self, index: Tensor, shape: torch.Size, *, shift_invariant: bool) -> Tensor:
         """The signs (b, *shape) of the examples at ``index``, of mean square one."""
         if self.signs.shape != (self.dataset_size, *shape):
             generator = torch.Generator().manual_seed(self.seed)
             size = (self.dataset_size, *shape)
             self.signs = 2 * torch.randint(2, size, generator=generator, dtype=torch.int8) - 1
         z = self.signs[index.to(self.signs.device)].double()
-        if not gauge:
+        if not shift_invariant:
             return z
         c = z.shape[1]
         return (z - z.mean(1, keepdim=True)) * math.sqrt(c / (c - 1))
@@ -152,7 +152,7 @@ class Replica:
         self.optimizer = owner.make_optimizer(model)
         self.seconds = 0.0
         self.scored = 0
-        self.inputs = Witness()
+        self.inputs = InputRecorder()
         self._owner = owner
         model.register_forward_pre_hook(self.inputs, with_kwargs=True)
 
@@ -455,9 +455,9 @@ class TwinRisk:
                 for column, part in zip(columns, (y.cpu(), index.cpu(), *rows), strict=True):
                     column.append(part)
         y, index, u, *others = (torch.cat(column) for column in columns)
-        scale, gauge = self._set_scale(u, y)
+        scale, shift_invariant = self._set_scale(u, y)
         twins = [
-            TwinOutputs(v, scale * probe.tilt(index, u.shape[1:], gauge=gauge))
+            TwinOutputs(v, scale * probe.tilt(index, u.shape[1:], shift_invariant=shift_invariant))
             for v, probe in zip(others, self.probes, strict=True)
         ]
         return Answers(u, y, twins)
@@ -488,7 +488,7 @@ class TwinRisk:
 
     def _tilt(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The tilt of the present batch for a twin, None for the model; checks on the way."""
-        scale, gauge = self._set_scale(outputs, targets)
+        scale, shift_invariant = self._set_scale(outputs, targets)
         index = self._checked_index(outputs)
         if run.position == 0:
             self.seen.note(index, targets)
@@ -504,7 +504,9 @@ class TwinRisk:
                     "cannot repeat. Use torch's, numpy's or Python's global generator inside the "
                     "loop, and draw the batch before it."
                 )
-        z = self.probes[run.position - 1].tilt(index, outputs.shape[1:], gauge=gauge)
+        z = self.probes[run.position - 1].tilt(
+            index, outputs.shape[1:], shift_invariant=shift_invariant
+        )
         return (scale * z).to(outputs.device, _full(outputs).dtype)
 
     def _checked_index(self, outputs: Tensor) -> Tensor:
@@ -524,7 +526,7 @@ class TwinRisk:
         return self._index
 
     def _set_scale(self, outputs: Tensor, targets: Tensor) -> tuple[float, bool]:
-        """Size of the tilt and whether the loss has a gauge; settled by the first batch."""
+        """Size of the tilt and whether the loss ignores shifts; settled by the first batch."""
         if self._scale is None:
             scale, sample = _gradient_scale(self.loss, outputs, targets)
             self._scale, self._sample, self._shape = scale, sample, tuple(outputs.shape[1:])
@@ -696,7 +698,7 @@ Sample = tuple[Tensor, Tensor, Tensor]
 def _gradient_scale(
     loss: PerExampleLoss, outputs: Tensor, targets: Tensor
 ) -> tuple[tuple[float, bool], Sample]:
-    """Spread of the output gradient over a batch, and whether the loss has a gauge; a sample."""
+    """Spread of the output gradient over a batch, and whether the loss ignores shifts; a sample."""
     u = _full(outputs.detach())
     targets = _full(targets) if targets.is_floating_point() else targets
     losses = check_output_losses(loss(u.requires_grad_(), targets), u)
@@ -712,8 +714,10 @@ def _gradient_scale(
     if processes() > 1:
         torch.distributed.all_reduce(scale)
         scale /= processes()
-    gauge = g.ndim > 1 and is_gauge(g.reshape(g.shape[0], g.shape[1], -1).sum(2))
-    return (_check_scale(float(scale)), gauge), sample
+    shift_invariant = g.ndim > 1 and is_shift_invariant(
+        g.reshape(g.shape[0], g.shape[1], -1).sum(2)
+    )
+    return (_check_scale(float(scale)), shift_invariant), sample
 
 
 def _check_scale(scale: float) -> float:
@@ -731,7 +735,7 @@ def _try_out(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> None:
     """Do on a few examples what an estimate does, so that it does not fail after training."""
     if not len(outputs):
         return
-    link_of(loss, outputs, targets)
+    local_loss_of(loss, outputs, targets)
     for step in (-1.0, 1.0):  # leave-one-out outputs lie anywhere around a model's own
         moved = outputs + step * (1 + outputs.abs())
         try:

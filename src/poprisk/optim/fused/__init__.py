@@ -19,17 +19,17 @@ from torch import Tensor
 from poprisk.optim.fused import native
 from poprisk.optim.fused.build import library
 from poprisk.optim.gate import MASKS_, Gate, TensorList
-from poprisk.optim.update import AdamSettings, Slots, all_finite, size_limit, state_dtype
-from poprisk.optim.variance import Clock, Ema, SecondMoment, VarianceEstimator
+from poprisk.optim.update import AdamSettings, TensorLists, all_finite, size_limit, state_dtype
+from poprisk.optim.variance import Ema, SecondMoment, StepCounts, VarianceEstimator
 
 MASK_NAMES = {mask: name for name, mask in MASKS_.items()}
 
 
 def fused_adamw_(
-    slots: Slots,
+    slots: TensorLists,
     *,
     settings: AdamSettings,
-    clock: Clock,
+    clock: StepCounts,
     estimator: VarianceEstimator | None,
     gate: Gate | None,
     maximize: bool,
@@ -87,7 +87,7 @@ def _within(kernel: ctypes.CDLL, grads: TensorList) -> bool:
 class _Launch:
     """Calls of the kernel on the same tensors."""
 
-    def __init__(self, kernel: ctypes.CDLL, slots: Slots, numbers: dict[str, float]) -> None:
+    def __init__(self, kernel: ctypes.CDLL, slots: TensorLists, numbers: dict[str, float]) -> None:
         self.kernel = kernel
         self.columns = [native.addresses(column) for column in slots]
         self.numels = native.sizes(slots.params)
@@ -112,7 +112,7 @@ class _Launch:
 
 
 def _two_passes(
-    launch: _Launch, slots: Slots, clock: Clock, estimator: VarianceEstimator, gate: Gate
+    launch: _Launch, slots: TensorLists, clock: StepCounts, estimator: VarianceEstimator, gate: Gate
 ) -> None:
     """Moments and their sums first; then one mask per tensor, and the weights."""
     numels = launch.numels
@@ -125,7 +125,7 @@ def _two_passes(
     launch("weights", gates=native.start(gates))
 
 
-def _fitting(slots: Slots) -> tuple[Slots, list[int]]:
+def _fitting(slots: TensorLists) -> tuple[TensorLists, list[int]]:
     """The tensors that the kernel can take, gradients laid out like them, and the others' indices.
 
     Parameter and state must be dense and laid out alike.
@@ -150,7 +150,7 @@ def _all_contiguous(tensors: TensorList) -> bool:
     return all(map(Tensor.is_contiguous, tensors))
 
 
-def _state_fits(slots: Slots) -> bool:
+def _state_fits(slots: TensorLists) -> bool:
     """Whether the state is of the dtype and size that the kernel takes it for."""
     needed = state_dtype(slots.params[0])
     return all(
@@ -187,7 +187,7 @@ def _code(t: Tensor) -> int:
     return native.DTYPES[t.dtype.to_real()]
 
 
-def _adam_numbers(settings: AdamSettings, clock: Clock) -> dict[str, float]:
+def _adam_numbers(settings: AdamSettings, clock: StepCounts) -> dict[str, float]:
     lr = float(settings.lr)
     return {
         "decay": 1 - lr * settings.weight_decay,
@@ -200,7 +200,7 @@ def _adam_numbers(settings: AdamSettings, clock: Clock) -> dict[str, float]:
     }
 
 
-def _variance_numbers(clock: Clock, estimator: VarianceEstimator | None) -> dict[str, float]:
+def _variance_numbers(clock: StepCounts, estimator: VarianceEstimator | None) -> dict[str, float]:
     """What the kernel observes, and how it reads the variance."""
     if isinstance(estimator, Ema) and clock.observations > 0:
         return {
@@ -219,7 +219,7 @@ def _variance_numbers(clock: Clock, estimator: VarianceEstimator | None) -> dict
 
 
 def _mask_numbers(
-    gate: Gate, clock: Clock, estimator: VarianceEstimator, dtype: torch.dtype
+    gate: Gate, clock: StepCounts, estimator: VarianceEstimator, dtype: torch.dtype
 ) -> dict[str, float]:
     """The coefficients of the mask on raw moments, in the order of operations of the masks."""
     name, info = MASK_NAMES[gate.mask], torch.finfo(dtype)

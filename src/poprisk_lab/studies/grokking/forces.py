@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from poprisk.linalg import top_eigenpairs
-from poprisk.optim.step import Facts, describe
+from poprisk.optim.step import StepContext, describe
 from poprisk_lab.studies.claim import Found, Workspace
 from poprisk_lab.studies.grokking import runs
 
@@ -107,7 +107,7 @@ def _preconditioners(optimizer: Optimizer, weights: list[Tensor], update: Tensor
     return found
 
 
-def _last_facts(optimizer: Optimizer, p: Tensor, update: Tensor) -> Facts:
+def _last_facts(optimizer: Optimizer, p: Tensor, update: Tensor) -> StepContext:
     """What a step rule of Adam's kind looks at, after a step of an optimizer with one group.
 
     The momentum is the one after the step, which these rules do not read.
@@ -121,7 +121,7 @@ def _last_facts(optimizer: Optimizer, p: Tensor, update: Tensor) -> Facts:
     state = optimizer.state[p]
     assert p.grad is not None
     weight = p.detach() - update
-    return Facts(group, state, False, update, p.grad, weight, state["exp_avg"])
+    return StepContext(group, state, False, update, p.grad, weight, state["exp_avg"])
 
 
 def run(settings: dict[str, Any], workspace: Workspace) -> Found:
