@@ -12,7 +12,7 @@ PIP  := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-dev run test test-claims test-shuffled test-portable mutants test-extras run-extras lint types format docs bench chromium clean
+.PHONY: help setup setup-dev run test test-claims test-shuffled test-portable mutants test-extras run-extras lint types format docs claim-pages bench chromium clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,7 @@ test-extras:  ## Run the tests of the extras hf, lightning and pinn, in .venv-ex
 run-extras: $(VENV)/extras.stamp
 	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_lightning.py \
 		tests/test_claim_pinn.py $(ARGS)
+	$(BIN)/pytest -m extras tests/test_pages.py $(ARGS)
 
 lint: setup-dev  ## Check style and formatting
 	$(BIN)/ruff check .
@@ -62,9 +63,12 @@ format: setup-dev  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup-dev  ## Write the API reference to site/ and the pages of the claims to docs/claims/
-	$(PIP) -e '.[docs]'
-	$(BIN)/pdoc --docformat google --math --output-directory site poprisk
+docs: export OMP_NUM_THREADS := 1
+docs: $(VENV)/docs.stamp  ## Run the tutorials and write all pages to site/; a warning is an error
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs site $(ARGS)
+	@echo "Open site/index.html"
+
+claim-pages: $(VENV)/docs.stamp  ## Write the pages of the claims, docs/claims/, from records/
 	$(BIN)/python docs/claims.py
 
 bench: setup  ## Measure step times and print them beside AdamW's
@@ -78,7 +82,7 @@ chromium:  ## Install the browser of the browser tests (Debian, as root)
 	apt-get install --yes --no-install-recommends chromium
 
 clean:  ## Remove everything made here but runs/
-	rm -rf $(VENV) .venv-extras site build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-extras site docs/_build docs/gallery build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: no later requirement then gets to choose another build of it.
@@ -98,6 +102,10 @@ $(VENV)/cli.stamp: $(VENV)/torch.stamp pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) -e '.[lab,dev]'
 	@touch $@ $(VENV)/cli.stamp
+
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(PIP) -e '.[docs]'
+	@touch $@
 
 # Two small requirements of cosmic-ray, pure Python, come without wheels.
 $(VENV)/mutants.stamp: $(VENV)/torch.stamp pyproject.toml

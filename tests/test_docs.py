@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
-THEORY = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+THEORY = (ROOT / "docs" / "explanation" / "theory.md").read_text(encoding="utf-8")
 
 NAMES = sorted(set(re.findall(r"`((?:[a-z_]+\.)+[A-Za-z_.]+)`", THEORY)))
 FILES = sorted(set(re.findall(r"`([a-z_]+/[a-z_/]+\.(?:py|cpp))`", THEORY)))
