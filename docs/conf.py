@@ -78,7 +78,9 @@ sphinx_gallery_conf = {
 }
 
 
-def skip_aliases(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+def skip_aliases(
+    app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object
+) -> bool | None:
     """Leave out fields of named tuples: the class's docstring lists them."""
     return True if type(obj).__name__ == "_tuplegetter" else None
 

@@ -1,4 +1,4 @@
-"""Figures of README and pages, from what is on record: python docs/readme_figures.py lists stale ones.
+"""Figures of README and pages from the records: python docs/readme_figures.py lists stale ones.
 
 Each piece of text below is made from a record in ``benchmarks/results`` or from the claims' results
 and must stand on its page word for word; a test sees to it.
@@ -156,9 +156,7 @@ def _count() -> list[str]:
     told = list(verdicts().values())
     kinds = ("reproduced", "partly reproduced", "not reproduced")
     whole, partly, not_at_all = map(told.count, kinds)
-    return [
-        f"{len(told)} claims, {whole} of them reproduced, {partly} in part, {not_at_all} not"
-    ]
+    return [f"{len(told)} claims, {whole} of them reproduced, {partly} in part, {not_at_all} not"]
 
 
 def _claims() -> list[str]:

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +65,9 @@ def commands(page: Path) -> list[str]:
 
 def of_torchrun(block: Block) -> bool:
     """Whether a page starts the block on several processes, so that it does not run alone."""
-    return any(c.startswith("torchrun") and c.endswith(f" {block.file}") for c in commands(block.page))
+    return any(
+        c.startswith("torchrun") and c.endswith(f" {block.file}") for c in commands(block.page)
+    )
 
 
 BLOCKS = [block for page in SHOWN for block in blocks(page)]
@@ -77,7 +78,7 @@ RUN = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path) -> Path:
     """A folder with the data that the pages name."""
     x, y = load_wine(return_X_y=True)
     header = ",".join([*(f"x{i}" for i in range(x.shape[1])), "class"])
@@ -88,7 +89,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         for i in range(30):
             image = random.integers(brightness - 40, brightness + 40, (8, 8, 3), dtype=np.uint8)
             io.imsave(tmp_path / "shapes" / name / f"{i}.png", image, check_contrast=False)
-    yield tmp_path
+    return tmp_path
 
 
 def run(command: list[str], folder: Path) -> str:

@@ -56,7 +56,9 @@ def test_a_stale_figure_would_be_found() -> None:
 
 
 def test_verdicts_are_those_on_record() -> None:
-    said = re.search(r"^On record: (.*?)\n\n", PAGES["docs/how-to/reproduce.md"], flags=re.DOTALL | re.MULTILINE)
+    said = re.search(
+        r"^On record: (.*?)\n\n", PAGES["docs/how-to/reproduce.md"], flags=re.DOTALL | re.MULTILINE
+    )
     assert said is not None
     reproduced, partly, not_at_all = re.split(r"\*reproduced\*;|\*partly\*;", said[1])
     told = {"reproduced": reproduced, "partly reproduced": partly, "not reproduced": not_at_all}

@@ -43,7 +43,11 @@ print(f"{wrong.sum()} of {len(y_train)} training labels are wrong")
 def train(make_optimizer, epochs=60):
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+        nn.Linear(64, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
     )
     optimizer = make_optimizer(model)
     accuracy, memorized = [], []
@@ -53,7 +57,9 @@ def train(make_optimizer, epochs=60):
             nn.functional.cross_entropy(model(x_train[i]), y_train[i]).backward()
             optimizer.step()
         with torch.no_grad():
-            accuracy.append((model(x_test).argmax(1) == y_test).double().mean().item())
+            accuracy.append(
+                (model(x_test).argmax(1) == y_test).double().mean().item()
+            )
             given = model(x_train).argmax(1)
             memorized.append((given == y_train)[wrong].double().mean().item())
     return model, optimizer, accuracy, memorized
@@ -66,7 +72,9 @@ def train(make_optimizer, epochs=60):
 runs = {
     "AdamW": train(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)),
     "PopRiskAdamW": train(
-        lambda model: poprisk.PopRiskAdamW(model, lr=1e-3, batch_size=64, dataset_size=1000)
+        lambda model: poprisk.PopRiskAdamW(
+            model, lr=1e-3, batch_size=64, dataset_size=1000
+        )
     ),
 }
 for name, (_, _, accuracy, memorized) in runs.items():
@@ -117,14 +125,18 @@ precision = wrong[suspects].double().mean().item()
 recall = wrong[suspects].sum().item() / wrong.sum().item()
 right = (p.argmax(1) == clean)[suspects][wrong[suspects]].double().mean().item()
 print(f"{len(suspects)} labels are suspect: {precision:.0%} of them are wrong,")
-print(f"which is {recall:.0%} of all wrong ones; for {right:.0%} the prediction is the right digit.")
+print(
+    f"which is {recall:.0%} of all wrong ones; for {right:.0%} the prediction is the right digit."
+)
 
 # %%
 # AdamW's own end says nothing of the kind, since it agrees with most of what it was told:
 
 with torch.no_grad():
     agrees = (runs["AdamW"][0](x_train).argmax(1) == y_train).double().mean().item()
-print(f"AdamW agrees with {agrees:.0%} of its training labels; {1 - wrong.double().mean():.0%} are right.")
+print(
+    f"AdamW agrees with {agrees:.0%} of its training labels; {1 - wrong.double().mean():.0%} are right."
+)
 
 # %%
 # The twelve most suspect images, with the label they were given:

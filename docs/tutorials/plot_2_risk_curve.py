@@ -40,7 +40,13 @@ x_train, y_train, x_test, y_test = x[:300], y[:300], x[300:], y[300:]
 
 def make_model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(10, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1))
+    return nn.Sequential(
+        nn.Linear(10, 128),
+        nn.ReLU(),
+        nn.Linear(128, 128),
+        nn.ReLU(),
+        nn.Linear(128, 1),
+    )
 
 
 def squared_error(outputs, targets):
@@ -51,7 +57,9 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-twin = poprisk.TwinRisk(make_model, adamw, squared_error, dataset_size=300, probes=2)
+twin = poprisk.TwinRisk(
+    make_model, adamw, squared_error, dataset_size=300, probes=2
+)
 epochs, estimates, training, held_out = [], [], [], []
 for epoch in range(1, 61):
     for index in torch.randperm(300).split(32):
@@ -63,11 +71,15 @@ for epoch in range(1, 61):
         epochs.append(epoch)
         estimates.append(twin.estimate(x_train, y_train))
         with torch.no_grad():
-            training.append(squared_error(twin.model(x_train), y_train).mean().item())
+            training.append(
+                squared_error(twin.model(x_train), y_train).mean().item()
+            )
             on_others = squared_error(twin.model(x_test), y_test)
         held_out.append(on_others.mean().item())
 
-for epoch, estimate, loss, truth in list(zip(epochs, estimates, training, held_out, strict=True))[::3]:
+for epoch, estimate, loss, truth in list(
+    zip(epochs, estimates, training, held_out, strict=True)
+)[::3]:
     print(
         f"epoch {epoch:2}: estimated risk {estimate.value:.2f} ± {estimate.standard_error:.2f}"
         f"{'' if estimate.valid else ' (flagged)'}, 142 other patients {truth:.2f}, training loss {loss:.2f}"
@@ -88,7 +100,9 @@ print(f"standard error of what 142 patients say: {on_others.std() / 142**0.5:.2f
 
 best = poprisk.stopping_point(estimates)
 at = epochs[best.index]
-print(f"stop after epoch {at} (anything from {epochs[best.low]} to {epochs[best.high]} may be as good)")
+print(
+    f"stop after epoch {at} (anything from {epochs[best.low]} to {epochs[best.high]} may be as good)"
+)
 print(
     f"risk on the 142 others: {held_out[best.index]:.3f} there, {min(held_out):.3f} at the best moment in "
     f"hindsight, {held_out[-1]:.3f} at the end"
@@ -101,7 +115,9 @@ value = torch.tensor([estimates[i].value for i in shown])
 error = torch.tensor([estimates[i].standard_error for i in shown])
 at_shown = [epochs[i] for i in shown]
 axis.fill_between(at_shown, value - 2 * error, value + 2 * error, alpha=0.2)
-axis.plot(at_shown, value, label="estimated, no data held out (± 2 standard errors)")
+axis.plot(
+    at_shown, value, label="estimated, no data held out (± 2 standard errors)"
+)
 axis.plot(epochs, held_out, label="142 patients not trained on")
 axis.plot(epochs, training, label="training loss", color="gray", ls=":")
 axis.axvline(at, color="k", lw=1, ls="--", label="stopping point")

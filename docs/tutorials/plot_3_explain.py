@@ -54,7 +54,9 @@ operators = poprisk.path_operators(run)
 print(f"closure error: {operators.closure.worst:.0e}")
 dimensions = operators.spectrum.dimensions((1e-1, 1e-2, 1e-4, 1e-8))
 for tolerance, dimension in dimensions.items():
-    print(f"directions of 100 in the channel, at a tolerance of {tolerance:.0e}: {dimension}")
+    print(
+        f"directions of 100 in the channel, at a tolerance of {tolerance:.0e}: {dimension}"
+    )
 
 # %%
 # "In the channel" is a matter of a tolerance, so look at the whole profile. What lies below the tolerance is called the
@@ -62,7 +64,11 @@ for tolerance, dimension in dimensions.items():
 
 figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
 axis.semilogy(operators.spectrum.eigenvalues.clamp_min(1e-16))
-axis.set(xlabel="direction", ylabel="eigenvalue of W", title="How much each direction was trained")
+axis.set(
+    xlabel="direction",
+    ylabel="eigenvalue of W",
+    title="How much each direction was trained",
+)
 plt.show()
 
 # %%
@@ -90,7 +96,9 @@ with torch.no_grad():
     outputs = model(query[0]).flatten()
 as_it_is = (outputs.sign() == query[1].flatten()).double().mean().item()
 without = ((outputs - harmful).sign() == query[1].flatten()).double().mean().item()
-print(f"accuracy {as_it_is:.1%} as it is, {without:.1%} without the flips that got through")
+print(
+    f"accuracy {as_it_is:.1%} as it is, {without:.1%} without the flips that got through"
+)
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
@@ -100,7 +108,11 @@ for sign, name, colour in ((1, "benign", "#3f7fe8"), (-1, "malignant", "#e8500a"
     axis.plot(signal[mine], harmful[mine], ".", color=colour, label=name, alpha=0.7)
 axis.axhline(0, color="k", lw=0.5)
 axis.axvline(0, color="k", lw=0.5)
-axis.set(xlabel="moved by right labels", ylabel="moved by flips", title="Each query, in parts")
+axis.set(
+    xlabel="moved by right labels",
+    ylabel="moved by flips",
+    title="Each query, in parts",
+)
 axis.legend(frameon=False)
 plt.show()
 

@@ -8,7 +8,7 @@ nothing about the run, bit for bit, and never ends it: what cannot be measured i
 """
 
 # %%
-# Digits with 40% wrong labels again, and a plain loop.
+# Digits again, two labels in five wrong, and a plain loop.
 
 import json
 import tempfile
@@ -52,9 +52,14 @@ def train(make_optimizer, path, epochs=30):
 
 
 folder = Path(tempfile.mkdtemp())
-adamw = train(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3), folder / "adamw.jsonl")
+adamw = train(
+    lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+    folder / "adamw.jsonl",
+)
 gated = train(
-    lambda model: poprisk.PopRiskAdamW(model, lr=1e-3, batch_size=64, dataset_size=1000),
+    lambda model: poprisk.PopRiskAdamW(
+        model, lr=1e-3, batch_size=64, dataset_size=1000
+    ),
     folder / "gated.jsonl",
 )
 
@@ -73,7 +78,9 @@ for name, value in row.items():
 # %%
 # The file holds the same, a line a row; what is infinite or not a number is null there.
 
-rows = [json.loads(line) for line in (folder / "gated.jsonl").read_text().splitlines()]
+rows = [
+    json.loads(line) for line in (folder / "gated.jsonl").read_text().splitlines()
+]
 print(len(rows), "rows, the last at step", rows[-1]["step"])
 
 # %%
@@ -89,19 +96,25 @@ def mean_share(monitor, first, last):
 
 for name, monitor in (("AdamW", adamw), ("PopRiskAdamW", gated)):
     early, late = mean_share(monitor, 0, 5), mean_share(monitor, -20, None)
-    print(f"{name:12} signal share: {early:.0%} in the first measurements, {late:.0%} in the last twenty")
+    print(
+        f"{name:12} signal share: {early:.0%} in the first measurements, {late:.0%} in the last twenty"
+    )
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 for name, monitor in (("AdamW", adamw), ("PopRiskAdamW", gated)):
     steps = [step for step, _ in monitor.rows]
-    axes[0].plot(steps, [row["signal/share"] for _, row in monitor.rows], label=name)
+    axes[0].plot(
+        steps, [row["signal/share"] for _, row in monitor.rows], label=name
+    )
 axes[0].axhline(0, color="k", lw=0.5)
 axes[0].set(xlabel="step", title="Share of the batch gradient that is signal")
 axes[0].legend(frameon=False)
 for module in ("0", "2"):
     ratios = [row[f"gate/update_ratio/{module}"] for _, row in gated.rows[1:]]
-    axes[1].plot([step for step, _ in gated.rows[1:]], ratios, label=f"module {module}")
+    axes[1].plot(
+        [step for step, _ in gated.rows[1:]], ratios, label=f"module {module}"
+    )
 axes[1].set(xlabel="step", title="Gated update over ungated")
 axes[1].legend(frameon=False)
 plt.show()
