@@ -65,7 +65,7 @@ format: setup-dev  ## Fix what ruff can fix
 
 docs: export OMP_NUM_THREADS := 1
 docs: $(VENV)/docs.stamp  ## Run the tutorials and write all pages to site/; a warning is an error
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going \
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going \
 		--doctree-dir docs/_build/doctrees docs site $(ARGS)
 	@echo "Open site/index.html"
 

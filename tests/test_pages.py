@@ -19,6 +19,7 @@ SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"(?:^<!-- needs: ([\w, ]+) -->\n)?^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE
 )
+NUMBER = re.compile(r"[+-]\d+\.\d+")
 
 
 class Block(NamedTuple):
@@ -30,6 +31,7 @@ class Block(NamedTuple):
         needs: packages beyond those of `make test`.
         language: after the backticks.
         code: as it stands there.
+        prints: what the page says that it prints, in a block of text after it.
     """
 
     page: Path
@@ -37,6 +39,7 @@ class Block(NamedTuple):
     needs: tuple[str, ...]
     language: str
     code: str
+    prints: str | None
 
     @property
     def name(self) -> str:
@@ -51,9 +54,19 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    after = [*found[1:], ("", "", "")]
     return [
-        Block(page, i, tuple(re.findall(r"\w+", needs)), language, code)
-        for i, (needs, language, code) in enumerate(found)
+        Block(
+            page,
+            i,
+            tuple(re.findall(r"\w+", needs)),
+            language,
+            code,
+            then if kind == "text" else None,
+        )
+        for i, ((needs, language, code), (_, kind, then)) in enumerate(
+            zip(found, after, strict=True)
+        )
     ]
 
 
@@ -101,7 +114,11 @@ def run(command: list[str], folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in PYTHON if not b.needs], ids=lambda b: b.name)
 def test_code_runs_without_a_warning(block: Block, folder: Path) -> None:
-    run([sys.executable, "-W", "error", "-c", block.code], folder)
+    output = run([sys.executable, "-W", "error", "-c", block.code], folder)
+    if block.prints is not None:
+        assert NUMBER.sub("#", output) == NUMBER.sub("#", block.prints)
+        said, found = (list(map(float, NUMBER.findall(t))) for t in (block.prints, output))
+        assert found == pytest.approx(said, abs=0.03)
 
 
 @pytest.mark.slow
