@@ -54,7 +54,7 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     found = BLOCK.findall(page.read_text(encoding="utf-8"))
-    after = [*found[1:], ("", "", "")]
+    after = [*found, ("", "", "")][1:]
     return [
         Block(
             page,
