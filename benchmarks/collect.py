@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from poprisk.intervals import Interval
-from poprisk_lab.rundir import RunDirectory
+from poprisk_lab.compare import run_directory
+from poprisk_lab.results import read_run
 from poprisk_lab.verdict import Row, judge
 
 
@@ -31,7 +32,7 @@ def row(value: Row) -> dict[str, Any]:
 
 def summary(path: Path) -> dict[str, Any]:
     """A finished run: task, seeds, environment, the table and every final metric."""
-    data = RunDirectory(path).read()
+    data = read_run(run_directory(path))
     verdict = judge(data)
     finals: dict[str, dict[int, float]] = {}
     for (arm, seed), end in sorted(data.ends.items()):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from poprisk_lab.compare import environment
+from poprisk_lab.runner import environment
 from poprisk_lab.store import write_json
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from poprisk import Canaries, PopRiskAdamW
 from poprisk.task import Task
-from poprisk_lab.compare import environment
+from poprisk_lab.runner import environment
 from poprisk_lab.tasks.digits import digits, digits_clean
 
 RUNS = Path("runs/risk-canaries")

@@ -29,7 +29,7 @@ from risk_problems import (
 from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW, fresh_batch_risk
-from poprisk_lab.compare import environment
+from poprisk_lab.runner import environment
 
 RUNS = Path("runs/risk-fresh")
 RESULTS = Path(__file__).parent / "results" / "risk-fresh.json"

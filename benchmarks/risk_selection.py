@@ -17,7 +17,7 @@ from risk_problems import PROBLEMS, Problem, adamw, gate
 from risk_stopping import mean, slug, with_twin
 
 from poprisk import stopping_point
-from poprisk_lab.compare import environment
+from poprisk_lab.runner import environment
 
 RUNS = Path("runs/risk-selection")
 RESULTS = Path(__file__).parent / "results" / "risk-selection.json"

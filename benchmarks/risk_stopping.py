@@ -16,7 +16,7 @@ from risk_problems import PROBLEMS, Data, Problem
 from torch import nn
 
 from poprisk import RiskEstimate, TwinRisk, stopping_point
-from poprisk_lab.compare import environment
+from poprisk_lab.runner import environment
 
 RUNS = Path("runs/risk-stopping")
 RESULTS = Path(__file__).parent / "results" / "risk-stopping.json"

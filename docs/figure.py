@@ -6,8 +6,9 @@ import math
 import sys
 from pathlib import Path
 
+from poprisk_lab.compare import run_directory
 from poprisk_lab.page.curves import Curve, curve
-from poprisk_lab.rundir import RunData, RunDirectory
+from poprisk_lab.results import RunData, read_run
 
 WIDTH, HEIGHT, LEFT, TOP, PANEL_W, PANEL_H = 920, 350, 52, 72, 370, 220
 GAP = 20
@@ -81,7 +82,7 @@ def band(c: Curve, colour: str, point: object) -> str:
 
 def main(run: Path, out: Path) -> None:
     """Write the picture."""
-    data = RunDirectory(run).read()
+    data = read_run(run_directory(run))
     seeds, noise = len(data.config["seeds"]), data.config["task"]["description"]
     left2 = LEFT + PANEL_W + GAP + 50
     foot = f"{noise}; means and 95% intervals over {seeds} seeds, by epoch"

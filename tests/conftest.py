@@ -22,10 +22,10 @@ settings.load_profile("poprisk")
 NUMERICS = {
     f"test_{name}.py"
     for name in (
-        "channel claim_image drift evaluation factors fused fuzz gate gated kernel monitor "
-        "optimizer optimizer_state path recorder risk_canaries risk_choose risk_estimate "
-        "risk_fresh risk_gap risk_links risk_loo risk_tangent risk_twin tasks_fields training "
-        "variance within"
+        "channel claim_image drift evaluation factors follow fused fuzz gate gated integrals "
+        "kernel monitor optimizer optimizer_state path quadrature recorder risk_canaries "
+        "risk_choose risk_estimate risk_fresh risk_gap risk_links risk_loo risk_tangent risk_twin "
+        "rules tasks_fields training variance within"
     ).split()
 }
 """Files whose numbers depend on the processor: what `make test-portable` runs again."""

@@ -4,6 +4,30 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "poprisk/optim/gate.py": {
         "if self.q_min > 0.0: -> if self.q_min > -1.0:": "a floor of 0 under a mask that is never "
         "negative changes nothing; the line only saves the work",
+        "q_min: float = 0.0 -> q_min: float = -1.0": "no floor either: a mask is never negative",
+    },
+    "poprisk/optim/update.py": {
+        "if settings.weight_decay != 0: -> if settings.weight_decay > 0:": "a negative weight "
+        "decay is refused",
+    },
+    "poprisk/optim/variance.py": {
+        "return self.paper or t > 1 -> return self.paper or t != 1": "steps are counted from 1",
+    },
+    "poprisk/path/follow.py": {
+        "if due or k + 1 == len(run): -> if due or k + 1 >= len(run):": "no step comes after the "
+        "last",
+        "w = self.w if rule.steps == 1 else (self.w + end) / 2 -> w = self.w if rule.steps <= 1 "
+        "else (self.w + end) / 2": "an interval has one step at least",
+    },
+    "poprisk/optim/step.py": {
+        "if mu > 0: -> if mu != 0:": "RMSprop refuses a negative momentum",
+    },
+    "poprisk/optim/wrapper.py": {
+        "q = masks(bucket.slots([param]), clock, estimator, gate)[0] -> q = "
+        "masks(bucket.slots([param]), clock, estimator, gate)[ -1]": "the list has one mask",
+    },
+    "poprisk/optim/adamw.py": {
+        "if count == 1: -> if count <= 1:": "skipped steps are counted from 1",
     },
 }
 """By file and by change, in the words of :func:`mutants.change_of`."""

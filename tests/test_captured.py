@@ -60,6 +60,16 @@ def test_captured_steps_are_foreach_for_every_layout(layout: str) -> None:
     assert_close(ours, foreach, 4 * torch.finfo(start.dtype).eps)
 
 
+def test_captured_steps_leave_out_what_has_no_gradient_or_no_entries() -> None:
+    w, idle, empty = parameter(3), parameter(4, seed=1), parameter(0)
+    opt = PopRiskAdamW([w, idle, empty], capturable=True)
+    before = idle.detach().clone()
+    take_steps(opt, [[g, None, torch.zeros(0).double()] for g in noisy_grads(3, 3)])
+    assert torch.equal(idle, before)
+    assert [float(opt.state[p]["step"]) for p in (w, idle)] == [3.0, 0.0]
+    assert opt.skipped_steps == 0
+
+
 def train(wrap: Callable[[Any], Any], **how: Any) -> tuple[list[Tensor], int]:
     """Weights and skipped steps of twelve steps, of which the sixth has a NaN."""
     starts = [parameter(7, 5, dtype=torch.float32), parameter(30, dtype=torch.float32)]

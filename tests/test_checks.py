@@ -11,8 +11,9 @@ import torch
 
 from asserts import nothing_changes
 from poprisk import PopRiskAdamW
-from poprisk import _validate as checks
+from poprisk._validate import check_number
 from poprisk.optim.gate import soft
+from poprisk.optim.state import check_state_shapes
 from samplers import parameter, take_steps
 
 BAD_VALUES: dict[str, list[Any]] = {
@@ -59,15 +60,15 @@ def test_numbers_of_another_type(name: str, value: Any) -> None:
 def test_the_interval_is_shown(bounds: dict[str, Any], interval: str) -> None:
     value = 2.0 if "high" in bounds else -2.0
     with pytest.raises(ValueError, match=f"^x must lie in {interval}, but got {value}.$"):
-        checks.check_number("x", value, **bounds)
+        check_number("x", value, **bounds)
 
 
 def test_bounds_are_included_or_not() -> None:
-    assert checks.check_number("x", 0, low=0.0, high=1.0) == 0.0
-    assert checks.check_number("x", torch.tensor(1.0), low=0.0, high=1.0) == 1.0
+    assert check_number("x", 0, low=0.0, high=1.0) == 0.0
+    assert check_number("x", torch.tensor(1.0), low=0.0, high=1.0) == 1.0
     for value, sides in ((0.0, {"include_low": False}), (1.0, {"include_high": False})):
         with pytest.raises(ValueError, match="x must lie in"):
-            checks.check_number("x", value, low=0.0, high=1.0, **sides)
+            check_number("x", value, low=0.0, high=1.0, **sides)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_sparse_gradients_are_refused_before_anything_changes(steps: int) -> Non
 
 def test_state_shapes() -> None:
     state = {"exp_avg": torch.zeros(2), "step": torch.tensor(1.0)}
-    checks.check_state_shapes(0, torch.zeros(2), state, ("exp_avg", "exp_avg_sq"))
+    check_state_shapes(0, torch.zeros(2), state, ("exp_avg", "exp_avg_sq"))
     message = r"'exp_avg' of parameter 7 has shape \(2,\), .* shape \(3,\).*same order"
     with pytest.raises(ValueError, match=message):
-        checks.check_state_shapes(7, torch.zeros(3), state, ("exp_avg",))
+        check_state_shapes(7, torch.zeros(3), state, ("exp_avg",))

@@ -162,7 +162,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(
 ) -> None:
     settings = {**SMALL, "arm": arm}
     whole = runs.run(settings, Workspace())
-    monkeypatch.setattr("poprisk_lab.studies.claim.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("poprisk_lab.checkpoint.CHECKPOINT_SECONDS", -1.0)
     path = tmp_path / "run.safetensors"
     workspace, calls = Workspace(path), 0
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from typer.testing import CliRunner, Result
 import poprisk_lab.cli
 import tiny
 from poprisk_lab.cli import app
-from poprisk_lab.rundir import RunDirectory
-from poprisk_lab.store import LOCK
+from poprisk_lab.compare import run_directory
+from poprisk_lab.results import read_run
+from poprisk_lab.store import Store
 from poprisk_lab.tasks import BUILT_IN
 
 POPRISK = Path(sys.executable).with_name("poprisk")
@@ -49,7 +51,6 @@ def contents(path: Path) -> dict[str, bytes | None]:
     return {
         str(p.relative_to(path)): p.read_bytes() if p.is_file() else None
         for p in sorted(path.rglob("*"))
-        if p.name != LOCK
     }
 
 
@@ -322,14 +323,19 @@ def verdict_in(text: str) -> str:
 
 def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[Path, str]) -> None:
     path, text = finished
-    names = {p.name for p in path.iterdir()} - {LOCK}
-    expected = {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "report.html"}
-    assert names == expected
+    assert {p.name for p in path.iterdir()} == {
+        "config.json",
+        "environment.json",
+        "trials",
+        "checkpoints",
+        "report.html",
+    }
+    assert len([*(path / "trials").iterdir()]) == 15
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     assert (config["task"]["name"], config["task"]["epochs"], config["seeds"]) == ("tiny", 1, [0])
     environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     assert {"python", "torch", "workers"} <= environment.keys()
-    assert len(RunDirectory(path).read().ends) == 15
+    assert len(read_run(run_directory(path)).ends) == 15
     page = (path / "report.html").read_text(encoding="utf-8")
     assert "two classes, 30% of the training labels wrong" in page
     assert text.startswith("two classes, 30% of the training labels wrong\n15 arms, 1 seed")
@@ -349,11 +355,11 @@ def test_repeated_it_trains_nothing_and_says_the_same(
     def pool(*_: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr("poprisk_lab.compare._Pool", pool)
-    before = Path("out/metrics.jsonl").read_bytes()
+    monkeypatch.setattr("poprisk_lab.runner._work_off", pool)
+    before = contents(Path("out/trials"))
     result = run("compare", TINY, *QUICK, "--out", "out")
     assert result.exit_code == 0, result.output
-    assert Path("out/metrics.jsonl").read_bytes() == before
+    assert contents(Path("out/trials")) == before
     assert verdict_in(result.stdout) == verdict_in(finished[1])
 
 
@@ -376,13 +382,13 @@ def test_another_configuration_is_refused(here: Path, out: Path) -> None:
 
 @pytest.mark.usefixtures("no_report")
 def test_more_seeds_extend_a_run_and_fewer_say_so(out: Path) -> None:
-    before = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    before = contents(out / "trials")
     more = run("compare", TINY, *QUICK, "--seeds", "2", "--out", "out")
     assert more.exit_code == 0, more.output
     assert "15 of 30 trainings are there already; going on with the rest" in more.stdout
     assert "[ 30/30]" in more.stdout
-    assert (out / "metrics.jsonl").read_text(encoding="utf-8").startswith(before)
-    assert {seed for _, seed in RunDirectory(out).read().ends} == {0, 1}
+    assert before.items() <= contents(out / "trials").items()
+    assert {seed for _, seed in read_run(run_directory(out)).ends} == {0, 1}
     fewer = run("compare", TINY, *QUICK, "--out", "out")
     assert fewer.exit_code == 0, fewer.output
     assert "all 15 trainings are there already\n" in fewer.stdout
@@ -399,16 +405,19 @@ def test_more_seeds_extend_a_run_and_fewer_say_so(out: Path) -> None:
         ("config.json", b'{"format": 1}'),
         ("config.json", b'{"format": 99}'),
         ("environment.json", b"\xff"),
-        ("metrics.jsonl", b"\x00\xff\n"),
-        ("metrics.jsonl", b'{"event": "end", "arm": "poprisk", "seed": 0}\n'),
-        ("metrics.jsonl", None),
+        ("metrics.jsonl", b"\x00\xff\n"),  # of versions before, still read
+        ("trials/poprisk-0.jsonl", b"\x00\xff\n"),
+        ("trials/poprisk-0.jsonl", b'{"event": "end", "arm": "poprisk", "seed": 0}\n'),
+        ("trials", None),
         ("environment.json", None),
     ],
 )
 def test_a_corrupted_run_directory(
     here: Path, out: Path, command: str, name: str, content: bytes | None
 ) -> None:
-    if content is None:
+    if name == "trials":
+        shutil.rmtree(out / name)
+    elif content is None:
         (out / name).unlink()
     else:
         (out / name).write_bytes(content)
@@ -475,7 +484,8 @@ def test_a_full_disk_at_the_page_of_an_explanation_loses_no_word_of_it(
 
 @pytest.mark.usefixtures("no_report", "here")
 def test_a_run_that_is_not_finished_has_no_verdict_yet(out: Path) -> None:
-    (out / "metrics.jsonl").write_bytes(b"")
+    for record in (out / "trials").iterdir():
+        record.write_bytes(b"")
     result = run("report", "out")
     assert result.exit_code == 0, result.output
     assert "Not enough runs have finished for a verdict." in result.stdout
@@ -483,7 +493,8 @@ def test_a_run_that_is_not_finished_has_no_verdict_yet(out: Path) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_the_page_of_a_run_that_is_not_finished_is_written(out: Path) -> None:
-    (out / "metrics.jsonl").write_bytes(b"")
+    for record in (out / "trials").iterdir():
+        record.write_bytes(b"")
     assert run("report", "out").exit_code == 0
     assert (out / "report.html").stat().st_size > 0
 
@@ -589,11 +600,11 @@ def directories(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Paths of the run directories that commands would use; nothing is trained."""
     found: list[Path] = []
 
-    def created(self: RunDirectory, *_: object) -> None:
+    def created(self: Store, *_: object) -> None:
         found.append(self.path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunDirectory, "create", created)
+    monkeypatch.setattr(Store, "create", created)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from poprisk._validate.errors import LONGEST, first_line
+from poprisk._validate import LONGEST, first_line
 
 
 @pytest.mark.parametrize(

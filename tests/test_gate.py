@@ -132,6 +132,19 @@ def test_the_gate_corrects_its_moments_by_numbers(mask: str) -> None:
 
 
 @each_mask
+@pytest.mark.parametrize("count", [1, 2])
+def test_corrections_in_tensors_are_those_in_numbers(mask: str, count: int) -> None:
+    """Captured steps keep counters, and so corrections and eps, in float64 tensors."""
+    mean = [parameter(5, seed=j, dtype=torch.float32).detach() for j in range(count)]
+    var = [m.flip(0).square() for m in mean]
+    gate = Gate(MASKS_[mask], alpha=0.7, softness=0.2, eps=1e-2)
+    three, five = (torch.tensor(x, dtype=torch.float64) for x in (3.0, 5.0))
+    found = gate(mean, var, mean_scale=three, var_scale=five)  # pyrefly: ignore
+    assert_close(found, gate(mean, var, mean_scale=3.0, var_scale=5.0), 1e-6)
+    assert {q.dtype for q in found} == {torch.float32}
+
+
+@each_mask
 def test_per_tensor_averages_before_the_comparison(mask: str) -> None:
     m, s = parameter(6, 2).detach(), parameter(6, 2, seed=1).detach().square()
     (q,) = Gate(MASKS_[mask], alpha=0.5, softness=0.2, per_tensor=True)([m], [s])

@@ -15,7 +15,7 @@ from torch.optim import Optimizer, lr_scheduler
 from asserts import assert_bitwise, assert_close, nothing_changes
 from cases import DECOUPLED, MASKS, REDUCTIONS, WRAPPED
 from poprisk import PopRiskAdamW, gated
-from poprisk.optim.wrapper import GatedOptimizer
+from poprisk.optim.wrapper import GatedOptimizer, rewrite_step
 from samplers import (
     copies,
     grad_rows,
@@ -113,6 +113,62 @@ def test_decoupled_weight_decay_is_not_gated(name: str) -> None:
     assert opt.param_groups[0]["weight_decay"] == 0.5
 
 
+class DecayLast(Optimizer):
+    """Weights shrink after the update, and the update with them."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad).mul_(1 - group["lr"] * group["weight_decay"])
+
+
+@pytest.mark.parametrize("name", [*DECOUPLED, "last"])
+@pytest.mark.parametrize("kept", [1.0, 0.5])
+def test_a_rewritten_step_decays_as_the_optimizer_does(name: str, kept: float) -> None:
+    """Other parameters, without gradient, stay where they are."""
+    build, last = ({**DECOUPLED, "last": DecayLast}[name], name == "last")
+    start, (g,) = parameter(3, 4), noisy_grads(1, 3, 4)
+    (plain,) = trajectory(build, [start], [[g]])[0]
+    shrunk = start.detach() * (1 - 0.1 * 0.5)
+    whole, seen = plain - shrunk, list[Tensor]()
+    w, idle = copies([start, start])
+    w.grad, opt = g, build([w, idle])
+
+    def rewrite(p: Tensor, update: Tensor) -> Tensor:
+        assert p is w
+        seen.append(update)
+        return kept * update
+
+    with torch.no_grad():
+        rewrite_step(opt, rewrite)
+    close = torch.testing.assert_close
+    close(w.detach(), shrunk + kept * whole, rtol=1e-12, atol=1e-14)
+    close(seen[0], whole / (1 - 0.1 * 0.5 if last else 1), rtol=1e-12, atol=1e-14)
+    assert_bitwise(idle, start)
+    assert opt.param_groups[0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("mask", ["soft", closed])
+def test_weight_decay_after_the_update_is_not_gated(mask: Any) -> None:
+    w, (plain,) = parameter(3, 4), copies([parameter(3, 4)])
+    opt, alone = gated(DecayLast([w]), mask=mask), DecayLast([plain])
+    rows = [[g] for g in noisy_grads(2, 3, 4)]
+    take_steps(alone, rows[:1])
+    (start,) = take_steps(opt, rows[:1])[-1]  # nothing is gated yet
+    torch.testing.assert_close(start, plain.detach(), rtol=1e-13, atol=0)
+    (end,) = take_steps(opt, rows[1:])[-1]
+    if mask is closed:
+        torch.testing.assert_close(end, start * (1 - 0.1 * 0.5), rtol=1e-13, atol=0)
+    else:
+        q = observed_masks([row[0] for row in rows])[1]
+        torch.testing.assert_close(end, (start - 0.1 * q * rows[1][0]) * (1 - 0.1 * 0.5))
+
+
 def test_weight_decay_that_enters_the_gradient_is_gated_with_it() -> None:
     w = parameter(3)
     opt = gated(torch.optim.SGD([w], lr=0.1, weight_decay=0.5), mask=closed)
@@ -134,6 +190,37 @@ def test_an_error_of_the_optimizer_leaves_its_weight_decay() -> None:
     assert opt.param_groups[0]["weight_decay"] == 0.5
 
 
+def test_an_error_after_the_step_puts_the_weights_back() -> None:
+    params = [parameter(3, 4), parameter(2)]
+    opt = gated(sgd(params))
+    take_steps(opt, grad_rows(params, 2))
+    before = [p.detach().clone() for p in params]
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    opt.optimizer.register_step_post_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    assert_bitwise(params, before)
+
+
+def test_an_error_while_loading_leaves_everything_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opt = stepped(sgd, parameter(3))
+    before, load = total_state(opt), opt.optimizer.load_state_dict
+
+    def fail(state: dict[str, Any]) -> None:
+        load(state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opt.optimizer, "load_state_dict", fail)
+    with pytest.raises(KeyboardInterrupt):
+        opt.load_state_dict(stepped(lambda ps: torch.optim.SGD(ps, 9.0), parameter(3)).state_dict())
+    assert_bitwise(total_state(opt), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     w = parameter(8, dtype=dtype)
@@ -142,6 +229,24 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     expected = torch.complex64 if dtype.is_complex else torch.float32
     assert {opt.state[w][key].dtype for key in ("exp_avg", "grad_mean_var")} == {expected}
     assert bool(w.isfinite().all())
+
+
+def test_weights_that_were_moved_to_double_precision_are_kept_in_it() -> None:
+    w, twin = (parameter(5, dtype=torch.float32) for _ in range(2))
+    opt, alone = gated(sgd([w]), q_min=1.0), sgd([twin])
+    for t, g in enumerate(noisy_grads(6, 5)):
+        if t == 3:
+            for p in (w, twin):
+                p.data = p.data.double()
+            for state in (opt.optimizer.state, alone.state):
+                (entries,) = state.values()
+                entries["momentum_buffer"] = entries["momentum_buffer"].double()
+            with torch.no_grad():
+                w.copy_(twin)
+        for o in (opt, alone):
+            take_steps(o, [[g.to(w.dtype)]])
+    assert opt.state[w]["exp_avg"].dtype == torch.float64
+    torch.testing.assert_close(w, twin, rtol=1e-13, atol=1e-13)
 
 
 def test_the_gradient_is_never_written() -> None:
@@ -280,6 +385,19 @@ def test_loading_a_state_of_before_the_first_step_forgets_all_steps() -> None:
     take_steps(opt, [[g] for g in noisy_grads(3, 3)])
     opt.load_state_dict(initial)
     assert_bitwise(opt.state_dict(), initial)
+
+
+def test_saved_settings_replace_present_ones_and_others_stay() -> None:
+    """Both the optimizer's and the gate's; what an old state does not know keeps its value."""
+    saved = gated(torch.optim.SGD([parameter(3)], lr=0.3, momentum=0.5), rho=0.5, beta1=0.7)
+    opt = gated(torch.optim.SGD([parameter(3)], lr=0.1, nesterov=True, momentum=0.9))
+    state = saved.state_dict()
+    del state["param_groups"][0]["nesterov"]
+    with pytest.warns(RuntimeWarning, match=r"beta1.*rho"):
+        opt.load_state_dict(state)
+    group = opt.param_groups[0]
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.3, 0.5, True)
+    assert (opt.settings["rho"], opt.settings["betas"]) == (0.5, (0.7, 0.0))
 
 
 REFUSED: dict[str, Callable[[], Any]] = {

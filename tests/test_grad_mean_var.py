@@ -113,6 +113,17 @@ def test_few_examples_and_a_loss_that_takes_no_single_one(b: int) -> None:
     close(found["bias"], torch.stack(rows).var(0) / b, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize(("b", "chunk"), [(2, None), (3, None), (4, 2), (7, 3), (9, 4)])
+def test_a_loss_that_fails_on_one_example_is_never_given_one(b: int, chunk: int | None) -> None:
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(out.squeeze(), y, reduction="none")
+
+    linear, y = nn.Linear(5, 1).double(), (Y[:b] > 0).double()
+    found = grad_mean_var(linear, loss, (X[:b], y), chunk=chunk)
+    residual = (linear(X[:b]).squeeze(1).sigmoid() - y).detach()
+    close(found["bias"], (residual.var() / b).reshape(1), rtol=1e-10, atol=1e-14)
+
+
 def test_a_mistake_of_the_users_own_is_not_explained_away() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         grad_mean_var(net(), per_example, (randn(4, 6), Y[:4]))
@@ -204,3 +215,9 @@ def test_nothing_is_left_behind() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("chunk", [-4, 0, 1])
+def test_a_chunk_has_two_examples_at_least(chunk: int) -> None:
+    with pytest.raises(ValueError, match=rf"^chunk must be at least 2, but got {chunk}"):
+        grad_mean_var(net(), per_example, (X, Y), chunk=chunk)

@@ -21,7 +21,7 @@ from cases import (
 from poprisk import GateStats, PopRiskAdamW
 from poprisk.optim import gate
 from poprisk.optim.stats import gate_sums
-from poprisk.optim.update import CHUNK
+from poprisk.optim.update import BLOCK, CHUNK, Slots, cache_blocks
 from reference.optimizer import ReferenceOptimizer
 from samplers import copies, grad_rows, noisy_grads, parameter, randn, take_steps, trajectory
 
@@ -206,6 +206,24 @@ def test_foreach_is_the_loop_for_all_layouts_at_once(
     starts = [make() for make in LAYOUTS.values()]
     starts += [parameter(CHUNK // 3, seed=j, dtype=torch.float32) for j in range(5)]
     compare_paths(starts, mask=mask, variance=variance, reduction=reduction, z=1.0)
+
+
+def test_small_tensors_go_together_and_large_ones_in_pieces() -> None:
+    """Where there is no state of variances, its column stays empty."""
+    sizes = [BLOCK // 2, BLOCK // 2, 3, 2 * CHUNK + 5, 4, CHUNK, 5]
+    w, g, m, v = columns = [[torch.zeros(n) for n in sizes] for _ in range(4)]
+    seen: list[list[int]] = []
+
+    def count(slots: Slots) -> None:
+        assert slots.variances == []
+        seen.append([w.numel() for w in slots.params])
+        for column in slots[:4]:
+            torch._foreach_add_(column, 1.0)
+
+    cache_blocks(Slots(w, g, m, v, []), count)
+    pieces = [[CHUNK], [CHUNK], [5]]
+    assert seen == [[BLOCK // 2] * 2, *pieces, [3, 4], [CHUNK], [5]]
+    assert all(bool((t == 1).all()) for column in columns for t in column)
 
 
 @each_path

@@ -87,6 +87,44 @@ def test_training_goes_on_after_skips_as_if_they_had_not_been() -> None:
     assert opt.skipped_steps == 3
 
 
+MAKES: dict[str, Callable[[list[Parameter]], Any]] = {
+    "PopRiskAdamW": PopRiskAdamW,
+    "gated optimizer": lambda params: gated(torch.optim.SGD(params, lr=0.1)),
+}
+
+
+def told(opt: Any, grads: list[Tensor | None]) -> list[tuple[int, str]]:
+    """Which of these steps of one parameter warn, counted from 1, and how."""
+    (w,), found = opt.param_groups[0]["params"], list[tuple[int, str]]()
+    for t, w.grad in enumerate(grads, 1):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            opt.step()
+        assert {warning.filename for warning in seen} <= {__file__}
+        found += [(t, str(warning.message)) for warning in seen]
+    return found
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_hundred_skips_in_a_row_are_told_once_more(name: str) -> None:
+    opt, good, bad = MAKES[name]([parameter(2)]), torch.ones(2).double(), torch.full((2,), NAN)
+    steps: list[Tensor | None] = [*[bad.double()] * 50, good, *[bad.double()] * 250, good]
+    found = told(opt, [*steps, *[bad.double()] * 101])
+    assert [t for t, _ in found] == [1, 51 + 100, 302 + 100]
+    assert found[0][1].startswith(f"{name} skipped a step because a gradient holds NaN")
+    for _, message in found[1:]:
+        assert message.startswith(f"{name} has skipped 100 steps in a row: NOTHING IS BEING")
+    assert opt.skipped_steps == 50 + 250 + 101
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_ten_steps_in_a_row_without_a_gradient_are_told_once(name: str) -> None:
+    opt, good = MAKES[name]([parameter(2)]), torch.ones(2).double()
+    found = told(opt, [*[None] * 9, good, *[None] * 25, good, *[None] * 25])
+    assert [t for t, _ in found] == [20]
+    assert found[0][1].startswith(f"{name} has found no gradient at all in 10 steps in a row")
+
+
 def test_the_loss_of_a_skipped_step_is_returned() -> None:
     w = parameter(2)
     opt = PopRiskAdamW([w])
@@ -129,6 +167,20 @@ def test_gradients_whose_squares_overflow_are_skipped(size: float) -> None:
         take_steps(opt, [[torch.full((4,), size)]])
     assert opt.skipped_steps == 1
     assert_bitwise(opt.state_dict()["state"], before)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:.*skipped a step")
+def test_a_quarter_of_the_root_of_the_largest_number_is_the_limit(
+    dtype: torch.dtype, capturable: bool
+) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    limit = torch.finfo(wide).max ** 0.5 / 4
+    for size, skipped in ((0.98 * limit, 0), (1.02 * limit, 1)):
+        opt = PopRiskAdamW([parameter(4, dtype=dtype)], capturable=capturable)
+        take_steps(opt, [[torch.tensor([size, 0.0, -1.0, 1.0], dtype=dtype)]])
+        assert opt.skipped_steps == skipped
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

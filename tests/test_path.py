@@ -8,15 +8,11 @@ from torch import Tensor, nn
 
 from poprisk.path import (
     Run,
-    follow,
     integrate,
     phi_functions,
     realized_update,
     record,
-    trace_cells,
 )
-from poprisk.path.jacobian import JacobianRows
-from poprisk.path.quadrature import PathJacobian, composite
 from reference import path as reference
 from runs import LOSSES, OPTIMIZERS, N, batches, data, network, recorded
 from samplers import randn
@@ -26,20 +22,20 @@ each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 def reference_steps(run: Run) -> list[reference.Step]:
     """The steps of a recorded run in the form of the reference."""
-    steps = []
+    found = list[reference.Step]()
     for k, interval in enumerate(run.intervals):
         rule = run.rule(k, torch.float64)
-        flat: list[Any] = [t.squeeze(1) if isinstance(t, Tensor) else t for t in rule[1:]]
-        scale, gain, correction, carry, p, q, coupled, decay, sign = flat
-        assert sign == 1.0
+        flat: list[Any] = [t.squeeze(1) if isinstance(t, Tensor) else t for t in rule]
+        scale, correction, carry, gain, p, q, coupled, decay, sign, steps = flat
+        assert (sign, steps) == (1.0, 1)
         counts = (interval.sampling * 5 / run.problem.n).round().long().tolist()
         pairs = zip(interval.examples.tolist(), counts, strict=True)
         batch = [i for i, count in pairs for _ in range(count)]
         nesterov = p if q else None
-        steps.append(
+        found.append(
             reference.Step(batch, scale, correction, carry, gain, nesterov, coupled, decay)
         )
-    return steps
+    return found
 
 
 def naive(run: Run) -> reference.Operators:
@@ -241,18 +237,6 @@ def test_kinks_are_refined() -> None:
     assert refined.closure.worst < min(1e-4, plain.closure.worst / 10)
 
 
-def test_a_refined_jacobian_is_that_of_the_pieces() -> None:
-    run = recorded("SGD", act=nn.ReLU, steps=1)
-    w = run.weights[0]
-    end = w + 2 * randn(len(w), seed=3)
-    x = run.problem.train[0]
-    rough, fine = (
-        PathJacobian(run.problem, composite("gauss3", s), refine=r)(w, end, x)
-        for s, r in ((1, 1e-5), (300, None))
-    )
-    close(rough, fine, 1e-3)
-
-
 def test_a_large_closure_error_is_told() -> None:
     with pytest.warns(RuntimeWarning, match="the path operators are off by"):
         integrate(recorded("SGD", act=nn.ReLU, steps=20), quadrature="left")
@@ -283,77 +267,7 @@ def test_phi_functions_solve_a_linear_equation() -> None:
     close(Z @ phi2, phi1 - torch.eye(4), 1e-12)
 
 
-# --- matrix-free ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("optimizer", ["momentum", "AdamW", "centred RMSprop", "gated SGD"])
-def test_following_vectors_is_applying_the_operators(optimizer: str) -> None:
-    run = recorded(optimizer, "cross_entropy", steps=20)
-    ops, probes = integrate(run), randn(14, 2, 3)
-    applied = follow(run, probes).applied
-    columns = probes.flatten(0, 1)
-    for followed, operator, affine in zip(
-        (applied.gradient, applied.momentum, applied.train, applied.query),
-        (ops.P, ops.Q, ops.D, ops.G),
-        (ops.affine.gradient, ops.affine.momentum, ops.affine.train, ops.affine.query),
-        strict=True,
-    ):
-        close(followed[..., :3].reshape(-1, 3), operator @ columns, 1e-8)
-        if float(affine.norm()) > 0:
-            close(followed[..., 3].flatten(), affine, 1e-8)
-
-
-@pytest.mark.parametrize("optimizer", ["momentum", "Nesterov", "AdamW", "PopRiskAdamW soft"])
-def test_decay_that_acts_on_what_was_moved_adds_up_too(optimizer: str) -> None:
-    run = recorded(optimizer, "squared_error", steps=20)
-    start = run.problem.outputs(run.weights[0], run.problem.train[0])
-    probes = run.problem.output_gradient(start).unsqueeze(2) * torch.tensor([0.3, 0.7]).double()
-    plain, decaying = (follow(run, probes, decaying=d) for d in (False, True))
-    assert decaying.closure().worst < 1e-9
-    assert float((plain.applied.train - decaying.applied.train).norm()) > 1e-5
-    close(plain.applied.train.sum(-1), decaying.applied.train.sum(-1), 1e-9)
-
-
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_the_cells_add_up_to_the_movement(optimizer: str) -> None:
-    run, clean = recorded(optimizer, "cross_entropy", steps=40), data("cross_entropy")[2]
-    trace = trace_cells(run, clean, every=1, quadrature="gauss3", points=5)
-    assert trace.closure.worst < 1e-8
-    assert [p.step for p in trace.parts] == [0, 10, 20, 30, 40]
-    for p in trace.parts:
-        close(trace.start + p.signal + p.noise + p.affine, p.outputs, 1e-8)
-    last = trace.parts[-1]
-    close(trace.without_noise(), last.outputs - last.noise, 1e-12)
-
-
-def test_cheap_cells_are_close_to_the_exact_ones() -> None:
-    run, clean = recorded("AdamW", "cross_entropy", steps=60), data("cross_entropy")[2]
-    exact = trace_cells(run, clean, every=1, quadrature="gauss3")
-    cheap = trace_cells(run, clean)
-    assert cheap.closure.worst < 1e-2
-    close(cheap.parts[-1].noise, exact.parts[-1].noise, 0.05)
-
-
-def test_clean_labels_leave_no_noise() -> None:
-    run = recorded("SGD", "cross_entropy")
-    parts = trace_cells(run, run.problem.train[1]).parts
-    assert float(parts[-1].noise.norm()) == 0.0
-
-
-class Transformer(nn.Module):
-    """A decoder of about a million weights."""
-
-    def __init__(self, vocabulary: int = 64, width: int = 128, layers: int = 5) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 4)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.body(self.embed(tokens)).mean(1))
+# --- rows of Jacobians ---------------------------------------------------------------------------
 
 
 class Twice(nn.Module):
@@ -394,34 +308,10 @@ def test_rows_are_those_of_torch_func(model: type[nn.Module]) -> None:
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     problem = record(net, "squared_error", sgd, [torch.arange(6)], x, train=(x, y)).problem
     a, b = randn(problem.size, seed=1), randn(problem.size, seed=2)
-    rows = JacobianRows(problem)
+    rows = problem.rows
     out = torch.empty(6 * c, problem.size, dtype=torch.float64)
     found = rows.write(out, [(a, 0.3), (b, 2.0)], x)
     close(found, 0.3 * problem.jacobian(a, x) + 2.0 * problem.jacobian(b, x), 1e-12)
     one = rows.write(torch.empty_like(out[:c]), [(a, 1.0)], x[:1])
     close(one, problem.jacobian(a, x[:1]), 1e-12)
     assert model is not Twice or rows.factored
-
-
-@pytest.mark.slow
-def test_a_transformer_of_a_million_weights() -> None:
-
-    torch.manual_seed(0)
-    net = Transformer()
-    tokens = torch.randint(64, (24, 8))
-    clean = tokens[:, 0] % 4
-    noisy = clean.clone()
-    noisy[:6] = (noisy[:6] + 1) % 4
-    adamw = torch.optim.AdamW(net.parameters(), lr=3e-4)
-    run = record(
-        net,
-        "cross_entropy",
-        adamw,
-        torch.arange(24).repeat(2).split(8),
-        tokens[:4],
-        train=(tokens, noisy),
-    )
-    assert run.problem.size > 1_000_000
-    trace = trace_cells(run, clean, every=1, quadrature="gauss2")
-    assert trace.closure.worst < 1e-2
-    assert float(trace.parts[-1].noise.norm()) > 0

@@ -278,7 +278,7 @@ def multi_margin(u: Tensor, y: Tensor) -> Tensor:
 LOSSES: dict[str, tuple[Any, str]] = {
     "no second derivative": (multi_margin, "loss has no second derivative"),
     "no derivative": (lambda u, y: (u.argmax(1) != 0).double(), "differentiable in the outputs"),
-    "a mean": (lambda u, y: (u - y).square().mean(), r"shape \(8,\), but gave \(\)"),
+    "a mean": (lambda u, y: (u - y).square().mean(), r"shape \(8,\) for 8 examples, but gave \(\)"),
     "per output": (lambda u, y: (u - y).square(), "one value per example"),
     "across the batch": (lambda u, y: (u - u.mean(0)).square().sum(1), "the others of its batch"),
     "out of range": (

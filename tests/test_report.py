@@ -20,7 +20,7 @@ from poprisk_lab.page import render, write_report
 from poprisk_lab.page.curves import Curve, curve, thin
 from poprisk_lab.page.formats import Format, format_for, listed, plain, plural
 from poprisk_lab.page.series import FAMILIES, SHADES
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Verdict, judge
 from poprisk_lab.wording import scale_of
 

@@ -16,8 +16,8 @@ import toyclaim
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab import studies as reproduce
 from poprisk_lab.cli import app
-from poprisk_lab.compare import TrainingError
 from poprisk_lab.page.claims import notices, render_claim, summary_rows
+from poprisk_lab.runner import TrainingError
 from poprisk_lab.store import RunDirectoryError
 from poprisk_lab.studies.claim import Done, Trial, Workspace, where
 from poprisk_lab.studies.command import chosen, summarize
@@ -213,16 +213,17 @@ def test_a_failing_trial_is_named_and_the_rest_goes_on_later(tmp_path: Path) -> 
     )
     directory = ClaimDirectory(tmp_path / "run", claim)
     directory.create(quick=True, workers=1)
-    with pytest.raises(TrainingError, match=r"trial fast-0 failed.*told to fail"):
+    with pytest.raises(TrainingError, match=r"(?s)^trial fast-0 failed:\n.*: told to fail$"):
         directory.work(workers=1, on_trial=lambda *_: None)
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    records = tmp_path / "run" / "trials"
+    before = {file.name: file.read_text() for file in records.iterdir()}
     assert 0 < len(directory.read().left) < 6
     assert judged(toyclaim.CLAIM, directory.read()).verdict == "not run to the end"
     marker.unlink()
     seen: list[tuple[object, ...]] = []
     directory.work(workers=1, on_trial=lambda *told: seen.append(told))
     assert directory.read().left == []
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)
+    assert all((records / name).read_text() == text for name, text in before.items())
     assert seen[-1][1:] == (6, 6)
 
 
@@ -238,7 +239,7 @@ def test_a_workspace_keeps_a_state_for_the_next_time(
     workspace = Workspace(path)
     workspace.save(lambda: {"step": 1})
     assert not path.exists()  # too soon
-    monkeypatch.setattr("poprisk_lab.studies.claim.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("poprisk_lab.checkpoint.CHECKPOINT_SECONDS", -1.0)
     workspace.save(lambda: {"step": 2})
     assert Workspace(path).load() == {"step": 2}
     workspace.clear()
@@ -333,7 +334,7 @@ def test_a_summary_lists_what_was_not_run_yet(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("only_toy")
 def test_a_damaged_directory_names_its_claim(tmp_path: Path) -> None:
     finish(tmp_path / "toy")
-    (tmp_path / "toy" / "metrics.jsonl").write_text("nonsense\n")
+    (tmp_path / "toy" / "trials" / "fast-0.jsonl").write_text("nonsense\n")
     with pytest.raises(RunDirectoryError, match=r"line 1 is not a record.*claim toy"):
         summarize("toy", quick=True, out=tmp_path / "toy")
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from poprisk.risk.estimate import TwinOutputs, estimate_risk, measure_freedom, measure_parts
+from poprisk.risk.estimate import (
+    TwinOutputs,
+    estimate_risk,
+    grouped_error,
+    measure_freedom,
+    measure_parts,
+)
 from poprisk.risk.local_losses import link_of
 from reference import risk as reference
 from samplers import randn
@@ -161,6 +167,91 @@ def test_deep_interpolation_is_flagged(share: float, comparable: bool, reason: s
     found = estimate_risk(squared, u, y, [twin])
     assert (found.valid, found.comparable) == (not reason, comparable)
     assert reason in found.reason
+
+
+@pytest.mark.parametrize(("share", "valid"), [(0.34, True), (0.45, False)])
+def test_a_loss_below_zero_is_judged_by_its_spread(share: float, valid: bool) -> None:
+    """Moved by a constant, losses have no zero; half a squared normal's spread stands for it."""
+
+    def moved(u: Tensor, y: Tensor) -> Tensor:
+        return squared(u, y) - 7
+
+    u, y, twin = follower(200, share)
+    plain, found = (estimate_risk(loss, u, y, [twin]) for loss in (squared, moved))
+    assert found.value == pytest.approx(plain.value - 7)
+    assert found.standard_error == pytest.approx(plain.standard_error)
+    assert found.valid == valid
+    if not valid:
+        fitted = squared(u, y)
+        spread = 1.15 * (fitted - fitted.median()).abs().mean()
+        times = (plain.value - plain.train_loss) / float(spread)
+        assert found.reason == (
+            f"deep interpolation: the estimate lies {times:.1f} times the spread of the training "
+            "losses above their mean"
+        )
+
+
+def test_the_error_of_a_sum_is_that_of_its_groups() -> None:
+    d = torch.tensor([3.0, 4.0, -12.0])
+    assert grouped_error(d, None) == pytest.approx(13 * math.sqrt(3 / 2))
+    assert grouped_error(d, torch.tensor([0, 1, 0])) == pytest.approx(math.sqrt(2 * (81 + 16)))
+    assert grouped_error(d[:1], None) == 3.0
+
+
+def test_influence_is_the_share_of_each_answer_in_the_error() -> None:
+    """Its summed squares are what the response adds to the squared standard error."""
+    n = 200
+    h, y = smoother(n, 1.0), randn(n, 1, seed=1)
+    found = estimate_risk(squared, h @ y, y, [twin_of(h, y, signs(n, s)) for s in range(2)])
+    assert found.influence.shape == (2, n)
+    mine = found.losses - found.value
+    sampling = float(mine.square().sum().sqrt()) * math.sqrt(n / (n - 1)) / n
+    rest = math.sqrt(found.standard_error**2 - sampling**2)
+    assert float(found.influence.norm()) == pytest.approx(rest, rel=1e-6)
+    assert rest > 0.01 * found.standard_error
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, -0.2])
+def test_without_curvature_the_gain_is_the_response_of_outputs(share: float) -> None:
+    """Absolute error off its kinks: no gradient turns, so that no freedom is used up."""
+
+    def absolute(u: Tensor, y: Tensor) -> Tensor:
+        return (u - y).abs().sum(1)
+
+    n, delta = 200, 0.1
+    u, z, side = randn(n, 1), signs(n, 1), signs(n, 2)
+    y = u + side * (1 + randn(n, 1, seed=3).abs())
+    found = estimate_risk(absolute, u, y, [TwinOutputs(u + share * delta * z, delta * z)])
+    assert found.freedom == 0
+    torch.testing.assert_close(found.outputs, u - max(share, 0.0) * side)
+    assert found.value == pytest.approx(found.train_loss + max(share, 0.0))
+
+
+@pytest.mark.parametrize("off", [1, -1])
+@pytest.mark.parametrize(("wrong", "separable"), [(0, True), (2, True), (3, False), (400, False)])
+def test_labels_that_are_all_fitted_are_separable(off: int, wrong: int, separable: bool) -> None:
+    """All but half a percent of 400; what is wrong is so in either direction."""
+    y = torch.arange(400) % 3
+    predicted = torch.where(torch.arange(400) < wrong, (y + off) % 3, y)
+    u = 3 * F.one_hot(predicted, 3).double()
+    found = estimate_risk(cross_entropy, u, y, [TwinOutputs(u, torch.ones_like(u))])
+    assert found.reason.startswith(f"separable: {1 - wrong / 400:.1%} of the") == separable
+    assert found.accuracy == 1 - wrong / 400
+
+
+@pytest.mark.parametrize(("wrong", "separable"), [(0, True), (2, True), (3, False), (400, False)])
+def test_binary_labels_that_are_all_fitted_are_separable(wrong: int, separable: bool) -> None:
+    loss: Loss = lambda u, y: F.binary_cross_entropy_with_logits(u, y, reduction="none").sum(1)  # noqa: E731
+    y = (torch.arange(400) % 2).double().unsqueeze(1)
+    right = torch.where(torch.arange(400) < wrong, -1.0, 1.0).double().unsqueeze(1)
+    u = 3 * right * (2 * y - 1)
+    found = estimate_risk(loss, u, y, [TwinOutputs(u, torch.ones_like(u))])
+    assert found.reason.startswith(f"separable: {1 - wrong / 400:.1%} of the") == separable
+
+
+def test_squared_error_has_a_best_fit_however_close() -> None:
+    u, y, twin = follower(200, 0.34)
+    assert "separable" not in estimate_risk(squared, u, y, [twin]).reason
 
 
 def test_parts_have_their_own_response() -> None:

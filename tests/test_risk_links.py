@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poprisk.risk.local_losses import (
+    LARGEST_GAIN,
+    SMALLEST_GAIN,
     Bend,
     Coupled,
     Link,
@@ -147,6 +149,33 @@ def test_leave_one_out_inverts_the_freedom(
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("gain", [1e-10, 1e-3, 2.5, 1e4])
+def test_a_gain_is_found_in_few_looks_at_the_freedom(
+    case: tuple[Loss, Tensor, Link, int], gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs a pass over all examples; halving alone would take a hundred."""
+    link, looks = case[2], list[float]()
+    freedom = link.freedom
+    if freedom(gain) == 0:
+        pytest.skip("no curvature: every gain has the same freedom")
+
+    def looked_at(gain: float) -> float:
+        looks.append(gain)
+        return freedom(gain)
+
+    monkeypatch.setattr(link, "freedom", looked_at)
+    assert link.gain(freedom(gain)) == pytest.approx(gain, rel=1e-7)
+    assert len(looks) < 30
+
+
+def test_gains_end_where_no_output_follows_or_all_do() -> None:
+    link = link_of(squared, randn(N, C), numbers())
+    assert link.gain(math.nextafter(0.0, 1.0)) == SMALLEST_GAIN
+    assert link.gain(0.5 * link.freedom(SMALLEST_GAIN)) == SMALLEST_GAIN
+    assert link.gain(1.0) == link.gain(2.0) == LARGEST_GAIN
+    assert link.gain(link.freedom(0.5 * LARGEST_GAIN)) < LARGEST_GAIN
+
+
 @pytest.mark.parametrize("name", ["cross-entropy", "binary cross-entropy", "squared error"])
 def test_an_example_pulled_back_quadratically_is_left_out_exactly(name: str) -> None:
     loss, targets, _, _ = CASES[name]
@@ -258,7 +287,11 @@ def test_ignored_is_only_what_has_no_loss_anywhere() -> None:
     def here(u: Tensor, y: Tensor) -> Tensor:
         return y * (1 - u.abs()).clamp_min(0).sum(1)
 
+    def rewarded(u: Tensor, y: Tensor) -> Tensor:
+        return -y * u.abs().sum(1)
+
     y = torch.tensor([1.0, 0.0, 1.0])
     far = torch.full((3, 1), 1000.0, dtype=torch.float64)
     assert ignored_examples(beyond, far, y).tolist() == [False, True, False]
-    assert ignored_examples(here, 0 * far, y).tolist() == [False, True, False]
+    for loss in (here, rewarded):
+        assert ignored_examples(loss, 0 * far, y).tolist() == [False, True, False]

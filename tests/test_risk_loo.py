@@ -283,8 +283,9 @@ def test_an_estimate_that_blew_up_is_flagged() -> None:
     run = train(Features(), squared, randn(N, 1, seed=1), drawn=batches(5))
 
     def at(lr: float) -> Run:
-        uniform = torch.tensor([[lr, 1.0]] * 2, dtype=torch.float64)
-        return replace(run, intervals=[i._replace(uniform=uniform) for i in run.intervals])
+        rules = (i.rule._replace(precondition=lr) for i in run.intervals)
+        pairs = zip(run.intervals, rules, strict=True)
+        return replace(run, intervals=[i._replace(rule=rule) for i, rule in pairs])
 
     wild = loo_risk(at(50.0))
     assert not wild.valid

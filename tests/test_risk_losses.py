@@ -16,7 +16,7 @@ from asserts import assert_bitwise
 from poprisk import Canaries, RiskEstimate, TwinRisk, fresh_batch_risk
 from poprisk.randomness import RandomState
 from poprisk.risk.local_losses import Softmax, ignored_examples, link_of
-from poprisk.task import accuracy, mean_squared_error
+from poprisk.task.metrics import accuracy, mean_squared_error
 from samplers import randn
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from poprisk_lab.rundir import FORMAT, RunDirectory, RunDirectoryError, write_json
-from poprisk_lab.store import LOCK
+from poprisk_lab.checkpoint import save_checkpoint
+from poprisk_lab.compare import run_directory
+from poprisk_lab.results import read_run
+from poprisk_lab.store import FORMAT, Record, RunDirectoryError, Store, write_json
 
 CONFIG: dict[str, Any] = {
     "format": FORMAT,
@@ -31,166 +33,255 @@ def row(event: str, arm: str = "a", seed: int = 0, epoch: int = 0, **more: Any) 
 
 
 def contents(path: Path) -> dict[str, bytes | None]:
-    """Every file below a path with its bytes, and every directory; all but the lock."""
+    """Every file below a path with its bytes, and every directory."""
     return {
         str(p.relative_to(path)): p.read_bytes() if p.is_file() else None
         for p in sorted(path.rglob("*"))
-        if p.name != LOCK
     }
 
 
+ROWS = (
+    row("start"),
+    row("epoch", epoch=1, test_metric=0.5),
+    row("epoch", epoch=2, test_metric=0.6),
+    row("end", epoch=2, final_metric=0.6),
+    row("start", "b"),
+    row("epoch", "b", epoch=1, test_metric=0.1),
+)
+"""A finished run and one in the middle."""
+
+
+def attempt(run: Store, name: str, *rows: dict[str, Any]) -> Record:
+    """The record of a new attempt at a trial that writes these rows."""
+    record, _ = run.begin(name)
+    for r in rows:
+        record.append(r)
+    return record
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
+def run(tmp_path: Path) -> Store:
     """A directory with one finished run and one in the middle."""
-    directory = RunDirectory(tmp_path / "runs" / "tiny")
+    directory = run_directory(tmp_path / "runs" / "tiny")
     directory.create(CONFIG, ENVIRONMENT)
-    for r in (
-        row("start"),
-        row("epoch", epoch=1, test_metric=0.5),
-        row("epoch", epoch=2, test_metric=0.6),
-        row("end", epoch=2, final_metric=0.6),
-        row("start", "b"),
-        row("epoch", "b", epoch=1, test_metric=0.1),
-    ):
-        directory.append(r)
+    attempt(directory, "a-0", *ROWS[:4])
+    attempt(directory, "b-0", *ROWS[4:])
     (directory.checkpoints / "b-0.safetensors").write_bytes(b"checkpoint")
     return directory
+
+
+def record_of(run: Store) -> Path:
+    """The record of the run in the middle."""
+    return run.trials / "b-0.jsonl"
 
 
 # --- writing and reading --------------------------------------------------------------------------
 
 
 def test_a_new_directory_holds_everything_and_no_left_overs(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "new" / "deep")
+    directory = run_directory(tmp_path / "new" / "deep")
     directory.create(CONFIG, ENVIRONMENT)
     assert {p.name for p in directory.path.iterdir()} == {
         "config.json",
         "environment.json",
-        "metrics.jsonl",
+        "trials",
         "checkpoints",
     }
-    data = directory.read()
+    data = read_run(directory)
     assert (data.config, data.environment, data.epochs, data.ends) == (CONFIG, ENVIRONMENT, [], {})
 
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
-    RunDirectory(tmp_path).create(CONFIG, ENVIRONMENT)
-    assert RunDirectory(tmp_path).read().config == CONFIG
+    run_directory(tmp_path).create(CONFIG, ENVIRONMENT)
+    assert read_run(run_directory(tmp_path)).config == CONFIG
 
 
-def test_rows_come_back_by_run(run: RunDirectory) -> None:
-    data = run.read()
+def test_rows_come_back_by_run(run: Store) -> None:
+    data = read_run(run)
     assert [(r["arm"], r["epoch"]) for r in data.epochs] == [("a", 1), ("a", 2), ("b", 1)]
     assert data.ends == {("a", 0): row("end", epoch=2, final_metric=0.6)}
 
 
-def test_the_same_configuration_goes_on_and_changes_nothing(run: RunDirectory) -> None:
+def test_the_same_configuration_goes_on_and_changes_nothing(run: Store) -> None:
     before = contents(run.path)
     run.create(copy.deepcopy(CONFIG), {"python": "4"})
     assert contents(run.path) == before
 
 
-def test_numbers_that_are_not_finite_come_back(run: RunDirectory) -> None:
-    run.append(row("epoch", "b", epoch=2, test_metric=math.nan, train_loss=math.inf))
-    last = run.read().epochs[-1]
+def test_numbers_that_are_not_finite_come_back(run: Store) -> None:
+    attempt(run, "b-0", row("epoch", "b", epoch=2, test_metric=math.nan, train_loss=math.inf))
+    last = read_run(run).epochs[-1]
     assert math.isnan(last["test_metric"])
     assert last["train_loss"] == math.inf
 
 
-def test_a_row_is_on_disk_when_append_returns(run: RunDirectory) -> None:
-    run.append(row("epoch", "b", epoch=2))
-    assert run.metrics.read_text(encoding="utf-8").endswith('"epoch": 2}\n')
+def test_a_row_is_on_disk_when_append_returns(run: Store) -> None:
+    record = attempt(run, "b-0", row("epoch", "b", epoch=2))
+    assert record.path.read_text(encoding="utf-8").endswith('"epoch": 2}\n')
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full disk to write to")
-def test_a_full_disk_is_told(run: RunDirectory) -> None:
-    run.metrics.unlink()
-    run.metrics.symlink_to("/dev/full")
+def test_a_full_disk_is_told(run: Store) -> None:
+    record = attempt(run, "b-0")
+    record.path.unlink()
+    record.path.symlink_to("/dev/full")
     with pytest.raises(RunDirectoryError) as caught:
-        run.append(row("epoch", "b", epoch=2))
-    assert f"cannot write {run.metrics}: No space left on device" in str(caught.value)
+        record.append(row("epoch", "b", epoch=2))
+    assert f"cannot write {record.path}: No space left on device" in str(caught.value)
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_record_deleted_while_it_grows_does_not_go_on_half_empty(
-    run: RunDirectory, whole: bool
+def test_a_record_deleted_while_it_grows_does_not_go_on_half_empty(run: Store, whole: bool) -> None:
+    record = attempt(run, "b-0")
+    shutil.rmtree(run.path) if whole else record.path.unlink()
+    message = r"b-0~1\.jsonl was deleted while .* with --out"
+    with pytest.raises(RunDirectoryError, match=message):
+        record.append(row("epoch", "b", epoch=2))
+    assert not record.path.exists()
+    with pytest.raises(RunDirectoryError, match=message):
+        record.new_rows()
+
+
+def test_a_record_is_followed_as_it_grows(run: Store) -> None:
+    record = attempt(run, "a-1", row("start", seed=1))
+    assert [r["event"] for r in record.new_rows()] == ["start"]
+    assert record.new_rows() == []
+    with record.path.open("ab") as file:
+        file.write(b'{"event": "epo')  # not whole yet
+    assert record.new_rows() == []
+    with record.path.open("ab") as file:
+        file.write(b'ch"}\n{"event": "end"}\n')
+    assert [r["event"] for r in record.new_rows()] == ["epoch", "end"]
+
+
+# --- attempts -------------------------------------------------------------------------------------
+
+
+def test_every_attempt_has_files_of_its_own(run: Store) -> None:
+    """Two processes that take up one trial must not write into one file."""
+    (record, workspace), (other, second) = run.begin("b-0"), run.begin("b-0")
+    assert [record.path.name, other.path.name] == ["b-0~1.jsonl", "b-0~2.jsonl"]
+    assert workspace.path != second.path
+    assert workspace.latest == second.latest == run.checkpoints / "b-0.safetensors"
+    record.append(row("start", "b", epoch=1))
+    other.append(row("start", "b", epoch=1))
+    assert [path.read_bytes().count(b"\n") for path in run.attempts("b-0")] == [2, 1, 1]
+
+
+def test_an_attempt_goes_on_from_the_latest_checkpoint(run: Store) -> None:
+    _, first = run.begin("b-0")
+    assert first.path is not None
+    save_checkpoint(first.path, {"epoch": 3})
+    _, second = run.begin("b-0")
+    assert second.load() == {"epoch": 3}
+    second.clear()
+    assert [*run.checkpoints.iterdir()] == []
+
+
+def test_a_claim_that_another_process_was_faster_to_make_is_left_to_it(
+    run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.rmtree(run.path) if whole else run.metrics.unlink()
-    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl was deleted while .* with --out"):
-        run.append(row("epoch", "b", epoch=2))
-    assert not run.metrics.exists()
+    def seen_before_the_other_wrote(name: str) -> list[Path]:
+        return []
+
+    monkeypatch.setattr(run, "attempts", seen_before_the_other_wrote)
+    before = record_of(run).read_bytes()
+    record, _ = run.begin("b-0")
+    assert record.path.name == "b-0~1.jsonl"
+    assert record_of(run).read_bytes() == before
 
 
-# --- resumed runs ---------------------------------------------------------------------------------
+def test_a_trial_is_begun_until_it_has_failed(run: Store) -> None:
+    assert run.is_begun("b-0")
+    assert not run.is_begun("b-1")
+    attempt(run, "b-0", {"event": "failed"})
+    assert not run.is_begun("b-0")
 
 
-def test_rows_that_a_resumed_run_repeats_are_counted_once(run: RunDirectory) -> None:
-    for r in (
+def test_rows_that_attempts_repeat_are_counted_once(run: Store) -> None:
+    attempt(
+        run,
+        "b-0",
         row("epoch", "b", epoch=2, test_metric=0.2),
         row("epoch", "b", epoch=3, test_metric=0.3),
+        {"event": "failed"},
+    )
+    attempt(
+        run,
+        "b-0",
         row("start", "b", epoch=1),
         row("epoch", "b", epoch=2, test_metric=0.25),
         row("epoch", "b", epoch=3, test_metric=0.35),
         row("end", "b", epoch=3),
-    ):
-        run.append(r)
-    data = run.read()
+    )
+    attempt(run, "b-0", row("start", "b", epoch=1))  # by a process that knew nothing of the end
+    data = read_run(run)
     found = [(r["epoch"], r["test_metric"]) for r in data.epochs if r["arm"] == "b"]
     assert found == [(1, 0.1), (2, 0.25), (3, 0.35)]
     assert set(data.ends) == {("a", 0), ("b", 0)}
 
 
-def test_a_run_begun_anew_has_not_ended(run: RunDirectory) -> None:
-    run.append(row("start", "a", epoch=0))
-    data = run.read()
-    assert data.ends == {}
-    assert [r["arm"] for r in data.epochs] == ["b"]
-
-
-def test_seeds_and_arms_do_not_mix(run: RunDirectory) -> None:
-    run.append(row("start", "a", seed=1))
-    run.append(row("epoch", "a", seed=1, epoch=1))
-    run.append(row("start", "b"))
-    data = run.read()
+def test_seeds_and_arms_do_not_mix(run: Store) -> None:
+    attempt(run, "a-1", row("start", "a", seed=1), row("epoch", "a", seed=1, epoch=1))
+    data = read_run(run)
     assert [(r["arm"], r["seed"], r["epoch"]) for r in data.epochs] == [
         ("a", 0, 1),
         ("a", 0, 2),
+        ("b", 0, 1),
         ("a", 1, 1),
     ]
     assert set(data.ends) == {("a", 0)}
+
+
+# --- records of versions before -------------------------------------------------------------------
+
+
+def as_before(run: Store, *rows: dict[str, Any]) -> Path:
+    """Turn a directory into one whose rows are all in one file."""
+    shutil.rmtree(run.trials)
+    file = run.path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return file
+
+
+def test_the_one_file_of_versions_before_is_read_and_left_alone(run: Store) -> None:
+    whole = read_run(run)
+    file = as_before(run, *ROWS)
+    with file.open("ab") as old:
+        old.write(b'{"event": "ep')  # torn
+    before = contents(run.path)
+    assert read_run(run) == whole
+    assert contents(run.path) == before
+    run.create(CONFIG, ENVIRONMENT)
+    _, workspace = run.begin("b-0")
+    assert workspace.latest == run.checkpoints / "b-0.safetensors"
+    attempt(run, "b-0", row("epoch", "b", epoch=2), row("end", "b", epoch=2))
+    data = read_run(run)
+    assert [r["epoch"] for r in data.epochs] == [1, 2, 1, 2]
+    assert set(data.ends) == {("a", 0), ("b", 0)}
+    assert file.read_bytes() == before["metrics.jsonl"]
 
 
 # --- a torn last line -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("torn", ['{"event": "epo', "{", "\0\0\0", '{"event": "end"}', "\n"])
-def test_a_torn_last_line_is_dropped_and_the_record_goes_on(run: RunDirectory, torn: str) -> None:
-    whole = run.metrics.read_bytes()
-    expected = run.read()
+def test_a_torn_last_line_is_dropped_and_the_record_goes_on(run: Store, torn: str) -> None:
+    expected = read_run(run)
     line = json.dumps(row("epoch", "b", epoch=2)).encode()
-    with run.metrics.open("ab") as file:
+    with record_of(run).open("ab") as file:
         file.write(line[:30] if torn == "\n" else torn.encode())
-    assert run.read() == expected
-    run.create(CONFIG, ENVIRONMENT)
-    assert run.metrics.read_bytes() == whole
-    run.append(row("epoch", "b", epoch=2))
-    assert run.metrics.read_bytes() == whole + line + b"\n"
-    assert len(run.read().epochs) == len(expected.epochs) + 1
-
-
-def test_a_record_torn_in_its_first_line_is_empty(run: RunDirectory) -> None:
-    run.metrics.write_bytes(b'{"event": "st')
-    run.create(CONFIG, ENVIRONMENT)
-    assert run.metrics.read_bytes() == b""
-    assert run.read().ends == {}
-
-
-def test_reading_alone_does_not_mend(run: RunDirectory) -> None:
-    with run.metrics.open("ab") as file:
-        file.write(b"{")
     before = contents(run.path)
-    run.read()
+    assert read_run(run) == expected
+    run.create(CONFIG, ENVIRONMENT)
     assert contents(run.path) == before
+    attempt(run, "b-0", row("epoch", "b", epoch=2))
+    assert len(read_run(run).epochs) == len(expected.epochs) + 1
+
+
+def test_a_record_torn_in_its_first_line_is_empty(run: Store) -> None:
+    record_of(run).write_bytes(b'{"event": "st')
+    assert {r["arm"] for r in read_run(run).epochs} == {"a"}
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -198,11 +289,11 @@ def test_reading_alone_does_not_mend(run: RunDirectory) -> None:
 GOOD = json.dumps(row("start"))
 
 
-def refused(directory: RunDirectory, base: Path, *, creating: bool) -> str:
+def refused(directory: Store, base: Path, *, creating: bool) -> str:
     """The message with which it is refused; nothing below ``base`` changes."""
     before = contents(base)
     with pytest.raises(RunDirectoryError) as caught:
-        directory.create(CONFIG, ENVIRONMENT) if creating else directory.read()
+        directory.create(CONFIG, ENVIRONMENT) if creating else read_run(directory)
     assert contents(base) == before
     text = str(caught.value)
     assert "\n" not in text
@@ -229,22 +320,20 @@ def refused(directory: RunDirectory, base: Path, *, creating: bool) -> str:
         "\0" * 40,
     ],
 )
-def test_a_damaged_line_in_the_middle_is_named(
-    run: RunDirectory, line: str, creating: bool
-) -> None:
-    good = run.metrics.read_text(encoding="utf-8")
-    run.metrics.write_text(f"{GOOD}\n{line}\n{good}", encoding="utf-8")
+def test_a_damaged_line_in_the_middle_is_named(run: Store, line: str, creating: bool) -> None:
+    good = record_of(run).read_text(encoding="utf-8")
+    record_of(run).write_text(f"{GOOD}\n{line}\n{good}", encoding="utf-8")
     text = refused(run, run.path, creating=creating)
-    assert "metrics.jsonl is damaged: line 2 is not a record" in text
+    assert "b-0.jsonl is damaged: line 2 is not a record" in text
     assert "Nothing was changed" in text
 
 
 @pytest.mark.parametrize("creating", [True, False])
-@pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "environment.json", "trials/b-0.jsonl", "metrics.jsonl"]
+)
 @pytest.mark.parametrize("garbage", [b"\xff\xfe\x00\x80", b"\x80\n\x80\n"])
-def test_binary_garbage_is_named(
-    run: RunDirectory, name: str, garbage: bytes, creating: bool
-) -> None:
+def test_binary_garbage_is_named(run: Store, name: str, garbage: bytes, creating: bool) -> None:
     (run.path / name).write_bytes(garbage)
     assert f"{run.path / name} is damaged" in refused(run, run.path, creating=creating)
 
@@ -252,7 +341,7 @@ def test_binary_garbage_is_named(
 @pytest.mark.parametrize("creating", [True, False])
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
 @pytest.mark.parametrize("text", ["", "{", '{"format": 1'])
-def test_half_a_json_file_is_named(run: RunDirectory, name: str, text: str, creating: bool) -> None:
+def test_half_a_json_file_is_named(run: Store, name: str, text: str, creating: bool) -> None:
     (run.path / name).write_text(text, encoding="utf-8")
     assert f"{run.path / name} is damaged" in refused(run, run.path, creating=creating)
 
@@ -260,7 +349,7 @@ def test_half_a_json_file_is_named(run: RunDirectory, name: str, text: str, crea
 @pytest.mark.parametrize("creating", [True, False])
 @pytest.mark.parametrize("config", [{**CONFIG, "format": FORMAT + 1}, {}, [], "text", None, 3])
 def test_a_configuration_of_another_format_is_refused(
-    run: RunDirectory, config: Any, creating: bool
+    run: Store, config: Any, creating: bool
 ) -> None:
     write_json(run.path / "config.json", config)
     text = refused(run, run.path, creating=creating)
@@ -269,20 +358,20 @@ def test_a_configuration_of_another_format_is_refused(
 
 
 @pytest.mark.parametrize("name", ["arms", "task", "seeds"])
-def test_a_configuration_without_what_it_must_have_is_refused(run: RunDirectory, name: str) -> None:
+def test_a_configuration_without_what_it_must_have_is_refused(run: Store, name: str) -> None:
     """`poprisk report` reads such a file with nothing to compare it with."""
     write_json(run.path / "config.json", {k: v for k, v in CONFIG.items() if k != name})
     assert "config.json" in refused(run, run.path, creating=False)
 
 
 @pytest.mark.parametrize("creating", [True, False])
-@pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl"])
-def test_a_missing_file_is_named(run: RunDirectory, name: str, creating: bool) -> None:
-    (run.path / name).unlink()
+@pytest.mark.parametrize("name", ["environment.json", "trials"])
+def test_a_missing_file_is_named(run: Store, name: str, creating: bool) -> None:
+    shutil.rmtree(run.trials) if name == "trials" else (run.path / name).unlink()
     assert name in refused(run, run.path, creating=creating)
 
 
-def test_missing_checkpoints_are_made_room_for(run: RunDirectory) -> None:
+def test_missing_checkpoints_are_made_room_for(run: Store) -> None:
     """Without them, runs start at the beginning; the directory must be there to write to."""
     (run.checkpoints / "b-0.safetensors").unlink()
     run.checkpoints.rmdir()
@@ -295,7 +384,7 @@ def test_missing_checkpoints_are_made_room_for(run: RunDirectory) -> None:
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("dear", encoding="utf-8")
-    directory = RunDirectory(tmp_path)
+    directory = run_directory(tmp_path)
     text = refused(directory, tmp_path, creating=True)
     assert f"{tmp_path} exists and is not a run directory (no config.json)" in text
     assert "--out" in text
@@ -303,27 +392,27 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_missing_directory_cannot_be_read(tmp_path: Path) -> None:
-    text = refused(RunDirectory(tmp_path / "gone"), tmp_path, creating=False)
+    text = refused(run_directory(tmp_path / "gone"), tmp_path, creating=False)
     assert f"{tmp_path / 'gone'} is not a run directory: it has no config.json" in text
 
 
 def test_a_file_in_its_place_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine", encoding="utf-8")
-    directory = RunDirectory(tmp_path / "out")
+    directory = run_directory(tmp_path / "out")
     assert "exists and is not a run directory" in refused(directory, tmp_path, creating=True)
     assert "is not a run directory" in refused(directory, tmp_path, creating=False)
 
 
 def test_a_parent_that_is_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
-    below = RunDirectory(tmp_path / "file" / "run")
+    below = run_directory(tmp_path / "file" / "run")
     text = refused(below, tmp_path, creating=True)
     assert f"cannot write the run directory {below.path}" in text
     assert "--out" in text
 
 
 def test_a_name_that_is_too_long_cannot_be_written(tmp_path: Path) -> None:
-    below = RunDirectory(tmp_path / ("x" * 300))
+    below = run_directory(tmp_path / ("x" * 300))
     assert "cannot write the run directory" in refused(below, tmp_path, creating=True)
 
 
@@ -331,7 +420,7 @@ def test_a_name_that_is_too_long_cannot_be_written(tmp_path: Path) -> None:
 def test_a_read_only_parent_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        below = RunDirectory(tmp_path / "run")
+        below = run_directory(tmp_path / "run")
         assert "cannot write the run directory" in refused(below, tmp_path, creating=True)
     finally:
         tmp_path.chmod(0o700)
@@ -339,21 +428,21 @@ def test_a_read_only_parent_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_creation_that_was_killed_half_way_is_taken_up(tmp_path: Path) -> None:
     """config.json is written last: until then nothing has been trained."""
-    whole = RunDirectory(tmp_path / "whole")
+    whole = run_directory(tmp_path / "whole")
     whole.create(CONFIG, ENVIRONMENT)
-    half = RunDirectory(tmp_path / "half")
+    half = run_directory(tmp_path / "half")
     half.checkpoints.mkdir(parents=True)
     write_json(half.path / "environment.json", ENVIRONMENT)
     (half.path / "config.123.tmp").write_text('{"form', encoding="utf-8")
     half.create(CONFIG, ENVIRONMENT)
-    assert half.read() == whole.read()
+    assert read_run(half) == read_run(whole)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/epoch-3.pt", "config.yaml"])
 def test_a_directory_with_files_of_another_program_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("theirs", encoding="utf-8")
-    assert "not a run directory" in refused(RunDirectory(tmp_path), tmp_path, creating=True)
+    assert "not a run directory" in refused(run_directory(tmp_path), tmp_path, creating=True)
 
 
 # --- another configuration ------------------------------------------------------------------------
@@ -378,7 +467,7 @@ def test_a_directory_with_files_of_another_program_is_left_alone(tmp_path: Path,
     ],
 )
 def test_another_configuration_is_refused_by_what_differs(
-    run: RunDirectory, changes: dict[str, Any], named: str
+    run: Store, changes: dict[str, Any], named: str
 ) -> None:
     before = contents(run.path)
     with pytest.raises(RunDirectoryError) as caught:
@@ -387,15 +476,6 @@ def test_another_configuration_is_refused_by_what_differs(
     text = str(caught.value)
     assert f"{run.path} holds a run with another configuration (it differs in {named}" in text
     assert "--out" in text
-
-
-def test_another_configuration_does_not_even_mend_a_torn_line(run: RunDirectory) -> None:
-    with run.metrics.open("ab") as file:
-        file.write(b"{")
-    before = contents(run.path)
-    with pytest.raises(RunDirectoryError, match="differs in device"):
-        run.create({**CONFIG, "seeds": [5], "device": "cuda"}, ENVIRONMENT)
-    assert contents(run.path) == before
 
 
 FULL: dict[str, Any] = {
@@ -448,7 +528,7 @@ def test_what_changed_between_versions_of_a_task_or_of_poprisk_is_named(
     tmp_path: Path, path: str, value: Any, named: str
 ) -> None:
     """A default that changed with the version, and a module that was edited, among others."""
-    directory = RunDirectory(tmp_path / "run")
+    directory = run_directory(tmp_path / "run")
     directory.create(FULL, ENVIRONMENT)
     with pytest.raises(RunDirectoryError, match=re.escape(f"(it differs in {named})")):
         directory.create(altered(path, value), ENVIRONMENT)
@@ -463,39 +543,32 @@ def test_what_changed_between_versions_of_a_task_or_of_poprisk_is_named(
     ],
 )
 def test_what_differs_between_machines_alone_goes_on(tmp_path: Path, path: str, value: Any) -> None:
-    directory = RunDirectory(tmp_path / "run")
+    directory = run_directory(tmp_path / "run")
     directory.create(FULL, ENVIRONMENT)
     directory.create(altered(path, value), ENVIRONMENT)
-    assert directory.read().config == FULL
+    assert read_run(directory).config == FULL
 
 
 @pytest.mark.parametrize("path", ["optimizers", "task/model", "task/sources", "task/start"])
 def test_a_record_of_an_earlier_version_goes_on(tmp_path: Path, path: str) -> None:
-    directory = RunDirectory(tmp_path / "run")
+    directory = run_directory(tmp_path / "run")
     directory.create(altered(path, ...), ENVIRONMENT)
     directory.create(FULL, ENVIRONMENT)
-    assert directory.read().config == altered(path, ...)
-    whole = RunDirectory(tmp_path / "whole")
+    assert read_run(directory).config == altered(path, ...)
+    whole = run_directory(tmp_path / "whole")
     whole.create(FULL, ENVIRONMENT)
     with pytest.raises(RunDirectoryError, match="it differs in"):
         whole.create(altered(path, ...), ENVIRONMENT)
 
 
-def test_more_seeds_extend_a_run(run: RunDirectory) -> None:
-    rows = run.metrics.read_bytes()
+def test_more_seeds_extend_a_run(run: Store) -> None:
+    rows = contents(run.trials)
     run.create({**CONFIG, "seeds": [0, 1, 2, 3]}, ENVIRONMENT)
-    assert run.read().config == {**CONFIG, "seeds": [0, 1, 2, 3]}
+    assert read_run(run).config == {**CONFIG, "seeds": [0, 1, 2, 3]}
     run.create({**CONFIG, "seeds": [0]}, ENVIRONMENT)
-    assert run.read().config["seeds"] == [0, 1, 2, 3]
-    assert run.metrics.read_bytes() == rows
-    assert set(run.read().ends) == {("a", 0)}
-
-
-def test_a_run_that_another_process_works_in_is_not_extended(run: RunDirectory) -> None:
-    before = contents(run.path)
-    with run.locked(), pytest.raises(RunDirectoryError, match="another process is working in"):
-        run.create({**CONFIG, "seeds": [0, 1, 2]}, ENVIRONMENT)
-    assert contents(run.path) == before
+    assert read_run(run).config["seeds"] == [0, 1, 2, 3]
+    assert contents(run.trials) == rows
+    assert set(read_run(run).ends) == {("a", 0)}
 
 
 # --- write_json -----------------------------------------------------------------------------------

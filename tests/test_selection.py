@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import tiny
 from asserts import assert_bitwise
 from poprisk_lab.arms import Arm
-from poprisk_lab.compare import compare
+from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.compare import compare, run_directory
 from poprisk_lab.comparison import Comparison
 from poprisk_lab.fit import Row, Run
 from poprisk_lab.page import render
-from poprisk_lab.rundir import RunData, RunDirectory
+from poprisk_lab.results import RunData, read_run
 from poprisk_lab.selection import twin_report
 from poprisk_lab.verdict import judge
 
@@ -48,13 +50,14 @@ def test_a_twin_changes_nothing_about_the_training(arm: Arm) -> None:
 def test_resumed_estimates_are_the_same(arm: Arm, tmp_path: Path) -> None:
     through = rows_of(Run(task=tiny.tiny(epochs=6), arm=arm, seed=0, with_twin=True))
     path = tmp_path / "run.safetensors"
-    first = Run(task=tiny.tiny(epochs=6), arm=arm, seed=0, with_twin=True, checkpoint=path)
-    first._saved_at = -math.inf
+    run = partial(Run, tiny.tiny(epochs=6), arm, 0, with_twin=True)
+    first = run(workspace=Workspace(path))
+    first.workspace._saved_at = -math.inf
     stopped = first.rows()
     for _ in range(3):
         next(stopped)
-        first._saved_at = -math.inf
-    second = Run(task=tiny.tiny(epochs=6), arm=arm, seed=0, with_twin=True, checkpoint=path)
+        first.workspace._saved_at = -math.inf
+    second = run(workspace=Workspace(path))
     assert second.resume()
     done = second.progress.epoch
     assert rows_of(second) == through[done:]
@@ -64,10 +67,10 @@ def test_a_comparison_ends_with_a_report(tmp_path: Path) -> None:
     comparison = Comparison(
         task=tiny.source("tiny"), arms=[OURS, ADAMW, STOPPED], seeds=[0], twin=True
     )
-    directory = RunDirectory(tmp_path / "run")
+    directory = run_directory(tmp_path / "run")
     directory.create(comparison.config(), {})
     compare(comparison, directory, lambda row: None)
-    data = directory.read()
+    data = read_run(directory)
     report = twin_report(data)
     assert report is not None
     assert {row.label for row in report.rows} <= {"PopRiskAdamW", "AdamW", "stopped"}

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import poprisk_lab.fit
+import poprisk_lab.checkpoint
 import tiny
 from poprisk import Metric, Task
 from poprisk_lab.arms import Arm, default_arms
-from poprisk_lab.checkpoint import load_checkpoint
-from poprisk_lab.fit import CHECKPOINT_SECONDS, PATIENCE, Row, Run
+from poprisk_lab.checkpoint import CHECKPOINT_SECONDS, Workspace, load_checkpoint
+from poprisk_lab.fit import PATIENCE, Row, Run
 
 ARMS = {arm.name: arm for arm in default_arms(full=True)}
 ADAMW = ARMS["adamw-lr0.003-wd0.1"]
@@ -297,7 +297,7 @@ def test_about_fifty_evaluations_a_run_the_last_at_the_end(
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint after every evaluation."""
-    monkeypatch.setattr(poprisk_lab.fit, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("poprisk_lab.checkpoint.CHECKPOINT_SECONDS", -1.0)
 
 
 @pytest.mark.usefixtures("eager")
@@ -313,7 +313,7 @@ def test_a_run_killed_after_every_epoch_ends_as_if_it_had_not_been(
     run = whole
     rows: list[Row] = []
     for epoch in range(task.epochs):
-        run = Run(task, arm, 0, checkpoint=tmp_path / "run.safetensors", **settings)
+        run = Run(task, arm, 0, workspace=Workspace(tmp_path / "run.safetensors"), **settings)
         assert run.resume() == (epoch > 0)
         assert run.progress.epoch == epoch
         going = run.rows()
@@ -330,7 +330,7 @@ def test_a_run_killed_after_every_epoch_ends_as_if_it_had_not_been(
 @pytest.mark.usefixtures("eager")
 def test_a_checkpoint_goes_when_its_run_has_ended(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
-    rows = Run(tiny.tiny(), ADAMW, 0, checkpoint=path).rows()
+    rows = Run(tiny.tiny(), ADAMW, 0, workspace=Workspace(path)).rows()
     existed = [path.exists() for _ in rows]
     assert existed == [False, True, True, True, True]
     assert list(tmp_path.iterdir()) == []
@@ -338,10 +338,10 @@ def test_a_checkpoint_goes_when_its_run_has_ended(tmp_path: Path) -> None:
 
 def test_checkpoints_are_written_when_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(poprisk_lab.fit, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(poprisk_lab.checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
     path = tmp_path / "run.safetensors"
     kept: list[int | None] = []
-    for _ in Run(tiny.tiny(epochs=8), ADAMW, 0, checkpoint=path).rows():
+    for _ in Run(tiny.tiny(epochs=8), ADAMW, 0, workspace=Workspace(path)).rows():
         kept.append(load_checkpoint(path)["progress"]["epoch"] if path.exists() else None)
         now += 9.0
     assert CHECKPOINT_SECONDS == 20.0
@@ -351,7 +351,8 @@ def test_checkpoints_are_written_when_due(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("eager")
 def test_a_trace_is_not_kept_in_the_header_of_a_checkpoint(tmp_path: Path) -> None:
     """The JSON header of a file of tensors holds at most 100 MB."""
-    run = Run(tiny.tiny(), ARMS["poprisk"], 0, record=True, checkpoint=tmp_path / "run.safetensors")
+    workspace = Workspace(tmp_path / "run.safetensors")
+    run = Run(tiny.tiny(), ARMS["poprisk"], 0, record=True, workspace=workspace)
     going = run.rows()
     next(going)
     next(going)  # saves what the first left
@@ -362,7 +363,8 @@ def test_a_trace_is_not_kept_in_the_header_of_a_checkpoint(tmp_path: Path) -> No
 
 def test_without_a_checkpoint_a_run_starts_at_the_beginning(tmp_path: Path) -> None:
     assert not Run(tiny.tiny(), ADAMW, 0).resume()
-    assert not Run(tiny.tiny(), ADAMW, 0, checkpoint=tmp_path / "none.safetensors").resume()
+    none = Workspace(tmp_path / "none.safetensors")
+    assert not Run(tiny.tiny(), ADAMW, 0, workspace=none).resume()
 
 
 def test_the_global_random_state_of_the_caller_does_not_matter() -> None:

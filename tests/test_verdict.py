@@ -12,7 +12,7 @@ from scipy import stats
 
 from poprisk.intervals import Interval, student_quantile, t_interval
 from poprisk_lab.convergence import still_improving
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Row, Verdict, judge
 from poprisk_lab.wording import Field, Scale, compared, headline, scale_of
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import poprisk_lab.checkpoint
-import poprisk_lab.fit
 from poprisk import Task
 
 FILE = Path(__file__)
@@ -88,7 +87,7 @@ def patient(seed: int = 0, *, epochs: int = 20) -> Task:
     """
     worker = multiprocessing.parent_process() is not None
     if worker:
-        poprisk_lab.fit.CHECKPOINT_SECONDS = -1.0
+        poprisk_lab.checkpoint.CHECKPOINT_SECONDS = -1.0
     task = tiny(seed, epochs=epochs)
     hold = os.environ.get("TINY_HOLD", "")
     if hold and worker:
@@ -115,7 +114,7 @@ def lethal(seed: int = 0) -> Task:
 def crowded(seed: int = 0) -> Task:
     """The task ``tiny``, checkpointed every epoch onto a disk that is full."""
     if multiprocessing.parent_process() is not None:
-        poprisk_lab.fit.CHECKPOINT_SECONDS = -1.0
+        poprisk_lab.checkpoint.CHECKPOINT_SECONDS = -1.0
         setattr(poprisk_lab.checkpoint.os, "replace", _full_disk)  # noqa: B010 (in the worker alone)
     return tiny(seed)
 

@@ -7,13 +7,45 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def processes() -> int:
+    """How many there are, 1 without torch.distributed."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if several else 1
 
 
 def is_sharded(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor; free where nobody has imported them."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
+
+
+SPLIT = {
+    "placements": "a DTensor (FSDP2 or tensor parallelism)",
+    "_fsdp_flattened": "part of a flat parameter (FSDP)",
+    "_unpadded_unsharded_size": "a flat parameter (FSDP)",
+    "ds_id": "partitioned by DeepSpeed",
+}
+"""Attributes by which a parameter tells that it is split between processes."""
+
+
+def split_of(p: Tensor) -> str | None:
+    """What a parameter is if it is split between processes; None if it is whole."""
+    found = (what for mark, what in SPLIT.items() if getattr(p, mark, None) not in (None, False))
+    return next(found, None)
+
+
+def sharding_of(model: nn.Module) -> str | None:
+    """What spreads a model's weights over processes, ``"FSDP1"`` or ``"FSDP2"``; None: neither.
+
+    By the modules: while a batch goes through, parameters may be whole.
+    """
+    kinds = {kind.__name__ for m in model.modules() for kind in type(m).__mro__}
+    if "FullyShardedDataParallel" in kinds:
+        return "FSDP1"
+    return "FSDP2" if "FSDPModule" in kinds else None
 
 
 def local(t: Tensor) -> Tensor:

@@ -1,29 +1,33 @@
-"""The Jacobian of a model's outputs with respect to its parameters, block by block of examples."""
+"""The Jacobian of a model's outputs by its weights: products, rows, and the data they are of."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.func import jacrev, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from poprisk._validate import examples as checks
+from poprisk._validate import first_line
 from poprisk.evaluation import evaluating, outputs_of, uncompiled
 from poprisk.forward_mode import plain_kernels
-from poprisk.per_sample import Factors, capture, check_graph
+from poprisk.per_sample import Factors, capture, checks
 from poprisk.per_sample.plan import Plan, learn_plan
+from poprisk.per_sample.terms import OneHot, Outer, Term
 from poprisk.per_sample.visible import check_unhooked, check_whole
 
 Inputs = Any
 """A tensor for ``model(x)``, a tuple of tensors for ``model(*x)`` or a dict for ``model(**x)``."""
 
-LEARNT_FROM = 4
-"""Examples in the batches that show where the examples lie."""
+JACOBIAN_BYTES = 256 * 2**20
+"""Memory that the Jacobian of one chunk of examples may take."""
+
+Result = TypeVar("Result")
 
 Selection = Collection[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -118,63 +122,50 @@ def take(inputs: Inputs, examples: slice | list[int]) -> Inputs:
     return pytree.tree_map(part, inputs)
 
 
-class Footprint(NamedTuple):
-    """Memory of one example, in elements.
+class _Holder(nn.Module):
+    """Gives weights to a model for the time of any work, where a call is not all of it."""
 
-    Attributes:
-        graph: tensors that a forward pass saves for the backward pass.
-        factors: what is kept of them, and of the gradients.
-    """
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
 
-    graph: int
-    factors: int
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
 
 
 @final
 class Jacobian:
-    """J, of shape (n·c, P), row by row of examples; it is never formed.
+    r"""J, (b·k, P): derivatives of a model's outputs by its weights, at any weights and inputs.
+
+    Products take J and its transpose without forming it; :class:`Rows` writes it to memory. Weights
+    are given by name; None: the model's own.
 
     Args:
         model: any module whose output has the examples first.
-        params: those to differentiate with respect to.
-        inputs: n examples.
+        params: the weights to differentiate by, of the model itself.
         outputs: positions of the outputs that count, None: all; or ``"sum"``: their sum.
+        written: buffers that a forward pass writes to, without outputs that depend on them.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        params: Mapping[str, nn.Parameter],
-        inputs: Inputs,
-        outputs: Sequence[int] | str | None,
+        params: Mapping[str, Tensor],
+        outputs: Sequence[int] | str | None = None,
+        written: Sequence[str] = (),
     ) -> None:
-        self.model = model
-        self.params = params
-        self.inputs = inputs
-        self.outputs = outputs
-        self.examples = length(inputs)
-        self.values = self._first_alone().shape[1]
+        self.model, self.params, self.outputs = model, params, outputs
+        buffers = dict(model.named_buffers())
+        self.written = {name: buffers[name] for name in written}
+        self._slots = _slots(model, {**params, **self.written})
 
-    def _first_alone(self) -> Tensor:
-        """The outputs of the first example.
-
-        Raises:
-            ValueError: if the model takes no single examples.
-        """
-        try:
-            return self.outputs_of(take(self.inputs, slice(0, 1)))
-        except (RuntimeError, IndexError) as error:
-            checks.check_part(1, self.examples, error)
-            raise
-
-    def outputs_of(self, inputs: Inputs) -> Tensor:
-        """The outputs that count, (b, k), without a graph."""
-        return outputs_of(self.model, inputs, lambda _, x: self.evaluate(x))
-
-    def evaluate(self, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The outputs that count, (b, k), with other weights if given."""
-        outputs = call(self.model, inputs, weights)
-        checks.check_outputs(outputs, length(inputs))
+    def __call__(self, x: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The outputs that count, (b, k)."""
+        if weights is None:
+            outputs = call(self.model, x)
+        else:
+            outputs = self.holding(weights, lambda: call(self.model, x))
+        checks.check_outputs(outputs, length(x))
         flat = outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
         if self.outputs == "sum":
             return flat.sum(dim=1, keepdim=True)
@@ -183,120 +174,249 @@ class Jacobian:
         checks.check_positions("outputs", self.outputs, flat.shape[1])
         return flat[:, list(self.outputs)]
 
-    def factors(self, examples: slice) -> Factors:
-        """The rows of some examples, in factors."""
-        inputs = take(self.inputs, examples)
-        alone = length(inputs) == 1
-        with recording():
-            values = self.evaluate(take(inputs, [0, 0]) if alone else inputs)
-            checks.check_differentiable(values.requires_grad)
-            checks.check_numbers("outputs", values, start=examples.start or 0, finite=False)
-            captured = capture(values, self.params, plan=self._plan)
-        return captured.part(slice(0, 1)) if alone else captured
+    def values(self, x: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The outputs that count, (b, k), without a graph."""
+        return outputs_of(self.model, x, lambda _, x: self(x, weights))
 
-    @functools.cached_property
-    def _plan(self) -> Plan | None:
-        """Where the examples lie, learnt from a few batches of four."""
-        if self.examples < 2 * LEARNT_FROM:
-            return None
+    def holding(self, weights: Mapping[str, Tensor], work: Callable[[], Result]) -> Result:
+        """What ``work`` returns while the model has other weights, and no fused kernel is used.
 
-        def values_of(some: list[int]) -> Tensor:
-            return self.evaluate(take(self.inputs, some))
-
-        with recording():
-            return learn_plan(values_of, self.params, examples=self.examples, size=LEARNT_FROM)
-
-    def footprint(self) -> Footprint:
-        """What an example costs, measured on two."""
-        saved: dict[int, int] = {}
-        own = {p.untyped_storage().data_ptr() for p in self.params.values()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-            return tensor
-
-        inputs = take(self.inputs, [0, min(1, self.examples - 1)])
-        with recording(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            values = self.evaluate(inputs)
-            checks.check_differentiable(values.requires_grad)
-        captured = capture(values, self.params, plan=self._plan)
-        return Footprint(sum(saved.values()) // 2, captured.elements() // 2)
-
-    def transposed_product(self, vector: Tensor, block: int) -> dict[str, Tensor]:
-        """Jᵀv by reverse mode, (n·k,) to parameters, ``block`` examples at a time."""
-        total = {name: torch.zeros_like(p) for name, p in self.params.items()}
-        parts = vector.reshape(self.examples, self.values)
-        for rows in chunks(self.examples, block):
-            with recording():
-                values = self.evaluate(take(self.inputs, rows))
-                checks.check_differentiable(values.requires_grad)
-                checks.check_numbers("outputs", values, start=rows.start, finite=False)
-            grads = torch.autograd.grad(
-                values, list(self.params.values()), parts[rows], allow_unused=True
-            )
-            for name, grad in zip(total, grads, strict=True):
-                if grad is not None:
-                    total[name] += grad
-        return total
-
-    def product(self, vector: Mapping[str, Tensor], block: int) -> Tensor:
-        """Jw, parameters to (n·k,): by forward mode, or by factors where that is not to be had."""
-        rows = chunks(self.examples, block)
-        if self._has_forward_mode:
-            products = [self._forward_mode(vector, take(self.inputs, r)) for r in rows]
-        else:
-            products = [self.factors(r).products(vector) for r in rows]
-        return torch.cat(products).flatten()
-
-    @functools.cached_property
-    def _has_forward_mode(self) -> bool:
-        """Whether forward mode exists and is the transpose of reverse mode: v·(J Jᵀv) = ‖Jᵀv‖².
-
-        Forward mode does not stop at ``torch.no_grad()`` in a model, as reverse mode does.
+        A backward pass through checkpointed layers calls them again, and is to be in here too.
         """
-        some = self.part(slice(0, LEARNT_FROM))
-        generator = torch.Generator().manual_seed(0)
-        v = torch.rand(some.examples, some.values, generator=generator) + 0.5
-        try:
-            v = v.to(next(iter(self.params.values())).device)
-            w = some.transposed_product(v.flatten(), some.examples)
-            product = self._forward_mode(w, some.inputs)
-        except (NotImplementedError, RuntimeError):
-            return False
-        found, expected = (v * product).sum(), sum(x.abs().square().sum() for x in w.values())
-        tolerance = 1e-9 if found.dtype == torch.float64 else 1e-3
-        return bool((found - expected).abs() <= tolerance * expected)
+        # Copies, for torch.func lets no captured tensor be written to.
+        tensors = {**weights, **{name: t.clone() for name, t in self.written.items()}}
+        held = {f"model.{slot}": tensors[name] for slot, name in self._slots.items()}
+        with plain_kernels(self.model), uncompiled():
+            found = torch.func.functional_call(
+                _Holder(self.model), held, (work,), tie_weights=False
+            )
+            return cast(Result, found)
 
-    def _forward_mode(self, vector: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-        slots = _slots(self.model, self.params)
-        weights = {slot: self.params[name].detach() for slot, name in slots.items()}
-        tangents = {slot: vector[name] for slot, name in slots.items()}
+    def pullback(
+        self, x: Inputs, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Callable[..., list[dict[str, Tensor]]]]:
+        """Outputs (b, k) with their graph, and Jᵀ as a map from some (b, k) to weights, of each."""
+        given = self.params if weights is None else weights
+        with recording():
+            leaves = given if weights is None else leaves_at(given)
+            u = self(x, None if weights is None else leaves)
 
-        def outputs(weights: dict[str, Tensor]) -> Tensor:
-            return self.evaluate(inputs, weights)
+        def product(vector: Tensor) -> dict[str, Tensor]:
+            inputs = list(leaves.values())
+            grads = torch.autograd.grad(
+                u, inputs, vector, retain_graph=True, materialize_grads=True
+            )
+            return dict(zip(leaves, grads, strict=True))
+
+        def pull(*vectors: Tensor) -> list[dict[str, Tensor]]:
+            def work() -> list[dict[str, Tensor]]:
+                return [product(vector) for vector in vectors]
+
+            return work() if weights is None else self.holding(leaves, work)
+
+        return u, pull
+
+    def pushforward(
+        self, x: Inputs, weights: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+    ) -> Tensor:
+        """J times a direction by forward mode, (b, k)."""
+
+        def at(z: dict[str, Tensor]) -> Tensor:
+            return self(x, z)
 
         with plain_kernels(self.model):
-            return torch.func.jvp(outputs, (weights,), (tangents,))[1]
+            return jvp(at, (dict(weights),), (dict(direction),))[1]
 
-    def part(self, examples: slice) -> Jacobian:
-        """The rows of some examples."""
-        return Jacobian(self.model, self.params, take(self.inputs, examples), self.outputs)
+    def flaw_of(
+        self,
+        product: Callable[[dict[str, Tensor]], Tensor],
+        x: Inputs,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> str:
+        r"""Why a product with J by forward mode is not to be had, or not right; else empty.
+
+        The right one is the transpose of reverse mode, :math:`v^T(J J^T v) = \|J^T v\|^2`: forward
+        mode does not stop at ``torch.no_grad()`` inside a model, as reverse mode does.
+        """
+        u, pull = self.pullback(x, weights)
+        u = u.detach()
+        v = torch.linspace(0.5, 1.5, u.numel(), dtype=u.dtype, device=u.device).view_as(u)
+        (row,) = pull(v)
+        try:
+            found = (v * product(row)).sum()
+        except (NotImplementedError, RuntimeError) as error:
+            return f"the model has no forward-mode derivative ({first_line(error)})"
+        expected = torch.stack([g.abs().square().sum() for g in row.values()]).sum()
+        if bool((found - expected).abs() <= _tolerance(found) * expected):
+            return ""
+        return "forward and reverse mode differ (torch.no_grad() or detach() inside the model?)"
+
+    # --- rows, at flat weights (P,) of one real dtype ---------------------------------------------
+
+    def named(self, w: Tensor) -> dict[str, Tensor]:
+        """Flat weights by name, in their shapes, as views."""
+        pieces = w.split([p.numel() for p in self.params.values()])
+        pairs = zip(self.params.items(), pieces, strict=True)
+        return {name: piece.view(p.shape) for (name, p), piece in pairs}
+
+    def one(self, w: Tensor, example: Tensor) -> Tensor:
+        """Outputs (k,) of one example."""
+        return self(example.unsqueeze(0), self.named(w))[0]
+
+    def dense(self, w: Tensor, x: Tensor, *, vectorized: bool) -> Tensor:
+        """J by ``torch.func``, (b, k, P): of all examples at once, or one after the other."""
+        if vectorized:
+            return cast(Tensor, vmap(jacrev(self.one), in_dims=(None, 0))(w, x))
+        found: list[Tensor] = []
+        for example in x.split(1):
+            u, pull = self.pullback(example, self.named(w))
+            units = torch.eye(u.numel(), dtype=u.dtype, device=u.device).unsqueeze(1)
+            found.append(torch.stack([flat(row.values()) for row in pull(*units)]))
+        return torch.stack(found)
+
+    def no_vectorizing(self, w: Tensor, x: Tensor) -> str:
+        """Why J of some examples at once is not to be had, or not right; else empty.
+
+        Some operations of torch (``cdist``) are silently wrong under ``vmap``.
+        """
+        try:
+            found = self.dense(w, x, vectorized=True)
+        except RuntimeError as error:
+            return first_line(error)
+        expected = self.dense(w, x, vectorized=False)
+        off = float((found - expected).abs().max())
+        if off <= _tolerance(w) * float(expected.abs().max()):
+            return ""
+        return "torch's vectorized derivative of it is wrong"
 
 
-def _slots(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
-    """Every attribute of a module that holds a parameter, once, to the parameter's name.
+def _tolerance(like: Tensor) -> float:
+    """Relative difference of two ways to a product that rounding may make."""
+    return 1e-9 if like.dtype == torch.float64 else 1e-3
+
+
+def _slots(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every attribute of a module that holds one of the tensors, once, to the tensor's name.
 
     ``functional_call`` leaves other weights behind in modules that it meets under several names.
     """
-    names = {id(p): name for name, p in params.items()}
+    names = {id(t): name for name, t in tensors.items()}
     return {
-        f"{prefix}.{attribute}".lstrip("."): names[id(p)]
+        f"{prefix}.{attribute}".lstrip("."): names[id(t)]
         for prefix, module in model.named_modules()
-        for attribute, p in module._parameters.items()
-        if id(p) in names
+        for attribute, t in (*module._parameters.items(), *module._buffers.items())
+        if id(t) in names
     }
+
+
+def leaves_at(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights, to be differentiated by."""
+    return {name: w.detach().requires_grad_() for name, w in weights.items()}
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """One vector of all entries, detached and copied."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+Weighted = Sequence[tuple[Tensor, float]]
+"""Flat weights (P,) and what the Jacobian at them counts."""
+
+
+@final
+class Rows:
+    r"""Weighted sums over weights of the Jacobian of some inputs, written into given memory.
+
+    Matrices of this size are large: to allocate one costs about as much as to multiply with it. A
+    quadrature over weights is one product per layer, :math:`\sum_j b_j\, \delta_j a_j^T`, of the
+    factors at all of its nodes. Per-example gradients in factors are an order of magnitude faster
+    than ``torch.func``. They are tried on a few examples first; a model for which they differ, or
+    are not to be had without a warning, is left to ``torch.func``.
+
+    Args:
+        jacobian: of a model whose weights are of one real dtype.
+        dense: J (b·k, P) at flat weights for inputs (b, ...), where factors are not to be had.
+        w: flat weights for the trial.
+        x: examples for it.
+    """
+
+    def __init__(
+        self, jacobian: Jacobian, dense: Callable[[Tensor, Tensor], Tensor], w: Tensor, x: Tensor
+    ) -> None:
+        self.jacobian, self.dense = jacobian, dense
+        self.plan: Plan | None = None
+        self.factored = True
+        self.factored = self._agree(w, x)
+
+    def _agree(self, w: Tensor, x: Tensor) -> bool:
+        """Whether factors can be had, and give the same."""
+        if len(x) < 2:
+            return False
+        expected, found = self.dense(w, x), torch.empty(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                leaves = leaves_at(self.jacobian.named(w))
+                self.plan = learn_plan(
+                    lambda some: 1.0 * self.jacobian(x[some], leaves),
+                    leaves,
+                    examples=len(x),
+                    size=len(x),
+                )
+                found = torch.empty_like(expected)
+                self._write(found, [(w, 1.0)], x)
+            except (Warning, RuntimeError, ValueError, TypeError, NotImplementedError):
+                return False
+        scale = float(expected.abs().max())
+        tolerance = 1e-10 if w.dtype == torch.float64 else 1e-4
+        return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
+
+    def write(self, out: Tensor, at: Weighted, x: Tensor) -> Tensor:
+        """Fill ``out`` (b·k, P) for inputs (b, ...), and return it."""
+        rows = len(out) // len(x)
+        for part in chunks(len(x), max(2, JACOBIAN_BYTES // (rows * out[0].nbytes))):
+            self._write(out[part.start * rows : part.stop * rows], at, x[part])
+        return out
+
+    def _write(self, out: Tensor, at: Weighted, x: Tensor) -> None:
+        if not self.factored or len(x) < 2:
+            for i, (w, weight) in enumerate(at):
+                rows = self.dense(w, x)
+                out.copy_(rows.mul_(weight)) if i == 0 else out.add_(rows, alpha=weight)
+            return
+        terms: dict[str, list[Term]] = {}
+        for w, weight in at:
+            for name, found in self._factors(w, weight, x).terms.items():
+                terms.setdefault(name, []).extend(found)
+        params, rows = self.jacobian.params, out.view(len(x), -1, out.shape[1])
+        whole = Factors(terms, params, examples=len(x), values=rows.shape[1])
+        places = rows.split([p.numel() for p in params.values()], dim=2)
+        for name, place in zip(params, places, strict=True):
+            _fill(place, whole.terms.get(name, []))
+
+    def _factors(self, w: Tensor, weight: float, x: Tensor) -> Factors:
+        leaves, jacobian = leaves_at(self.jacobian.named(w)), self.jacobian
+        with torch.enable_grad():
+            return jacobian.holding(
+                leaves, lambda: capture(weight * jacobian(x, leaves), leaves, plan=self.plan)
+            )
+
+
+def _fill(place: Tensor, terms: list[Term]) -> None:
+    """Write the sum of terms to (b, k, entries of a parameter)."""
+    if not terms:
+        place.zero_()
+    for i, term in enumerate(terms):
+        if isinstance(term, Outer) and not isinstance(term.act, OneHot):
+            for k in range(place.shape[1]):
+                factors = (term.cot[:, k].mT, term.act)
+                left, right = (term.act.mT, term.cot[:, k]) if term.flipped else factors
+                shape = (left.shape[1], right.shape[2])
+                place[:, k].unflatten(1, shape).baddbmm_(left, right, beta=int(i > 0))
+        elif i == 0:
+            place.copy_(term.dense())
+        else:
+            place.add_(term.dense())
 
 
 @contextlib.contextmanager
@@ -314,14 +434,12 @@ def recording() -> Iterator[None]:
         yield
 
 
-def call(model: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """The model's output for inputs of any form, with other weights if given."""
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's output for inputs of any form."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     with uncompiled():
-        if weights is None:
-            return model(*args, **kwargs)
-        return torch.func.functional_call(model, dict(weights), args, kwargs, tie_weights=False)
+        return model(*args, **kwargs)
 
 
 def chunks(count: int, size: int) -> list[slice]:
@@ -333,36 +451,6 @@ def split(count: int, pieces: int) -> list[slice]:
     """Ranges that cover ``count``, as equal as can be."""
     edges = [count * i // pieces for i in range(pieces + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
-
-
-def check_repeatable_model(jacobian: Jacobian) -> None:
-    """Raise unless outputs are the same when computed again, and in other company.
-
-    Raises:
-        ValueError: for dropout, batch statistics, or anything else that makes the outputs of an
-            example random or dependent on the other examples.
-    """
-    some = take(jacobian.inputs, slice(0, 8))
-    first, again = jacobian.outputs_of(some), jacobian.outputs_of(some)
-    checks.check_numbers("outputs", first, finite=False)
-    checks.check_deterministic(close(first, again), jacobian.model)
-    if len(first) > 1:
-        order = list(range(len(first) - 1, 0, -1))
-        for rows in ([0], order):
-            alone = jacobian.outputs_of(take(some, rows))
-            checks.check_independent(close(first[rows], alone))
-
-
-def check_readable_model(jacobian: Jacobian) -> None:
-    """Raise unless gradients can be read from the graph of the outputs, tried on two examples.
-
-    Raises:
-        ValueError: for reentrant checkpointing, say, or outputs that depend on no parameter.
-    """
-    with recording():
-        values = jacobian.evaluate(take(jacobian.inputs, [0, 0]))
-        checks.check_differentiable(values.requires_grad)
-        check_graph(values, jacobian.params)
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -7,13 +7,12 @@ by whoever sums.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from poprisk import _validate as checks
+from poprisk._validate import check_choice, check_losses
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From outputs (b, ...) and targets (b, ...) to one value per example, (b,)."""
@@ -51,7 +50,7 @@ def resolve_loss(loss: str | Loss) -> Loss:
     """The loss called by a name of :data:`LOSSES`, or the given function."""
     if callable(loss):
         return loss
-    checks.check_choice("loss", loss, LOSSES)
+    check_choice("loss", loss, LOSSES)
     return LOSSES[loss]
 
 
@@ -61,9 +60,7 @@ def values(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: if the loss gives anything but one value per example.
     """
-    result = loss(u, y)
-    _check_per_example(result, len(u))
-    return result
+    return check_losses(loss(u, y), len(u))
 
 
 def gradient(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
@@ -94,6 +91,15 @@ def hessian_product(loss: Loss, u: Tensor, y: Tensor, vectors: Tensor) -> Tensor
     return torch.stack(columns, dim=-1)
 
 
+IGNORED = -100
+"""The label that torch's losses ignore unless told otherwise."""
+
+
+def ignored_labels(loss: Loss, y: Tensor) -> Tensor:
+    """Which of the labels of classes the loss leaves out, in the shape of ``y``."""
+    return y == getattr(loss, "ignore_index", IGNORED)
+
+
 def _grad(total: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
     """Gradient of a sum; zero where it does not depend on ``u`` (a loss linear in it)."""
     if not total.requires_grad:
@@ -102,13 +108,3 @@ def _grad(total: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
         total, u, create_graph=create_graph, retain_graph=True, materialize_grads=True
     )
     return grad
-
-
-def _check_per_example(values: Any, examples: int) -> None:
-    """Raise ValueError unless a loss gave one value per example."""
-    if not isinstance(values, Tensor) or tuple(values.shape) != (examples,):
-        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"loss must give one value per example, shape ({examples},), but gave {found}; pass "
-            "reduction='none' and reduce all dimensions but the first."
-        )

@@ -9,32 +9,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from functools import cached_property
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from poprisk import _validate as checks
-from poprisk._validate import examples
 from poprisk.jacobian import (
+    Inputs,
     Jacobian,
     Selection,
     as_inputs,
-    check_readable_model,
-    check_repeatable_model,
     chunks,
+    close,
     inner,
+    length,
     looking,
+    recording,
+    take,
     trainable,
 )
 from poprisk.linalg import Eigenpairs, Estimate, top_eigenpairs, trace_estimate
-from poprisk.per_sample import Factors
+from poprisk.per_sample import Factors, capture, check_graph
+from poprisk.per_sample import checks as examples
+from poprisk.per_sample.plan import Plan, learn_plan
 from poprisk.printing import described
 
 __all__ = ["Eigenpairs", "Estimate", "Kernel", "entk"]
 
 MAX_MEMORY = 2 << 30
+LEARNT_FROM = 4
+"""Examples in the batches that show where the examples lie."""
 
 
 def entk(
@@ -87,7 +94,7 @@ def entk(
         checks.check_choice("outputs", outputs, ("all", "sum", "trace"))
     named = trainable(model, params)
     model = inner(model)
-    examples.check_no_batch_statistics(model)
+    checks.check_no_batch_statistics(model)
     weights = _weights(precondition, named)
     kept = None if outputs == "all" else outputs
     sides = []
@@ -96,9 +103,8 @@ def entk(
             inputs = as_inputs(name, data)
             examples.check_one_device(pytree.tree_leaves(inputs), named)
             with looking(model):
-                sides.append(Jacobian(model, named, inputs, kept))
-                check_repeatable_model(sides[-1])
-                check_readable_model(sides[-1])
+                sides.append(_Side(Jacobian(model, named, kept), inputs))
+                sides[-1].check()
     left, right = sides[0], sides[-1]
     examples.check_same_values(left.values, right.values)
     return Kernel(left, right, weights=weights, trace=outputs == "trace", max_memory=max_memory)
@@ -118,8 +124,8 @@ class Kernel:
 
     def __init__(
         self,
-        left: Jacobian,
-        right: Jacobian,
+        left: _Side,
+        right: _Side,
         *,
         weights: dict[str, Tensor] | None,
         trace: bool,
@@ -137,7 +143,7 @@ class Kernel:
     def __repr__(self) -> str:
         kind = "symmetric" if self.symmetric else "between two sets"
         formed = "formed" if self._blocks else "not formed"
-        model = type(self._left.model).__name__
+        model = type(self._left.jacobian.model).__name__
         size = f"{self.shape[0]:,} × {self.shape[1]:,}"
         return described("Kernel", size, kind, f"of a {model}", formed)
 
@@ -147,7 +153,7 @@ class Kernel:
         return 1 if self._trace else self._left.values
 
     def _looking(self) -> contextlib.AbstractContextManager[None]:
-        return looking(self._left.model)
+        return looking(self._left.jacobian.model)
 
     def dense(self) -> Tensor:
         """K itself, of :attr:`shape`, in the dtype and on the device of the parameters."""
@@ -199,7 +205,7 @@ class Kernel:
         examples.check_symmetric(self.symmetric, "trace")
         if probes is None:
             return Estimate(float(self.diagonal().double().sum()), 0.0)
-        examples.check_range("probes", probes, 2)
+        checks.check_range("probes", probes, 2)
         signs = torch.randint(0, 2, (self.shape[0], probes), generator=generator) * 2 - 1
         return trace_estimate(self.matmul, self._like(signs))
 
@@ -220,7 +226,7 @@ class Kernel:
             generator: for the start.
         """
         examples.check_symmetric(self.symmetric, "eigsh")
-        examples.check_range("k", k, 1, self.shape[0])
+        checks.check_range("k", k, 1, self.shape[0])
         start = torch.randn(self.shape[0], min(k + 2, self.shape[0]), generator=generator)
         limit = 20 * k + 40 if max_products is None else max_products
         return top_eigenpairs(
@@ -303,13 +309,135 @@ class Kernel:
         return max(1, free // 4), block
 
     def _zeros(self, *shape: int) -> Tensor:
-        like = next(iter(self._left.params.values()))
+        like = next(iter(self._left.jacobian.params.values()))
         dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
     def _like(self, tensor: Tensor) -> Tensor:
         like = self._zeros(1)
         return tensor.to(like.device, like.dtype)
+
+
+class _Footprint(NamedTuple):
+    """Memory of one example, in elements.
+
+    Attributes:
+        graph: tensors that a forward pass saves for the backward pass.
+        factors: what is kept of them, and of the gradients.
+    """
+
+    graph: int
+    factors: int
+
+
+@final
+class _Side:
+    """The Jacobian of one set of n examples, (n·k, P), block by block of them."""
+
+    def __init__(self, jacobian: Jacobian, inputs: Inputs) -> None:
+        self.jacobian, self.inputs, self.examples = jacobian, inputs, length(inputs)
+        try:
+            self.values = jacobian.values(take(inputs, slice(0, 1))).shape[1]
+        except (RuntimeError, IndexError) as error:
+            examples.check_part(1, self.examples, error)
+            raise
+
+    def check(self) -> None:
+        """Raise unless outputs are repeatable, independent, and gradients can be read from them.
+
+        Raises:
+            ValueError: for dropout, batch statistics, or anything else that makes the outputs of
+                an example random or dependent on the other examples; for reentrant checkpointing,
+                say, or outputs that depend on no parameter.
+        """
+        J, some = self.jacobian, take(self.inputs, slice(0, 8))
+        first, again = J.values(some), J.values(some)
+        examples.check_numbers("outputs", first, finite=False)
+        examples.check_deterministic(close(first, again), J.model)
+        if len(first) > 1:
+            order = list(range(len(first) - 1, 0, -1))
+            for rows in ([0], order):
+                examples.check_independent(close(first[rows], J.values(take(some, rows))))
+        with recording():
+            values = J(take(self.inputs, [0, 0]))
+            examples.check_differentiable(values.requires_grad)
+            check_graph(values, J.params)
+
+    def factors(self, rows: slice) -> Factors:
+        """The rows of some examples, in factors."""
+        inputs = take(self.inputs, rows)
+        alone = length(inputs) == 1
+        with recording():
+            values = self.jacobian(take(inputs, [0, 0]) if alone else inputs)
+            _check_recorded(values, rows.start)
+            captured = capture(values, self.jacobian.params, plan=self._plan)
+        return captured.part(slice(0, 1)) if alone else captured
+
+    @cached_property
+    def _plan(self) -> Plan | None:
+        """Where the examples lie, learnt from a few batches of four."""
+        if self.examples < 2 * LEARNT_FROM:
+            return None
+
+        def values_of(some: list[int]) -> Tensor:
+            return self.jacobian(take(self.inputs, some))
+
+        params = self.jacobian.params
+        with recording():
+            return learn_plan(values_of, params, examples=self.examples, size=LEARNT_FROM)
+
+    def footprint(self) -> _Footprint:
+        """What an example costs, measured on two."""
+        saved: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in self.jacobian.params.values()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+            return tensor
+
+        inputs = take(self.inputs, [0, min(1, self.examples - 1)])
+        with recording(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            values = self.jacobian(inputs)
+            examples.check_differentiable(values.requires_grad)
+        captured = capture(values, self.jacobian.params, plan=self._plan)
+        return _Footprint(sum(saved.values()) // 2, captured.elements() // 2)
+
+    def transposed_product(self, vector: Tensor, block: int) -> dict[str, Tensor]:
+        """Jᵀv by reverse mode, (n·k,) to parameters, ``block`` examples at a time."""
+        total = {name: torch.zeros_like(p) for name, p in self.jacobian.params.items()}
+        parts = vector.reshape(self.examples, self.values)
+        for rows in chunks(self.examples, block):
+            values, pull = self.jacobian.pullback(take(self.inputs, rows))
+            _check_recorded(values, rows.start)
+            for name, grad in pull(parts[rows])[0].items():
+                total[name] += grad
+        return total
+
+    def product(self, vector: Mapping[str, Tensor], block: int) -> Tensor:
+        """Jw, parameters to (n·k,): by forward mode, or by factors where that is not to be had."""
+        rows = chunks(self.examples, block)
+        if self._has_forward_mode:
+            products = [self._forward(vector, take(self.inputs, r)) for r in rows]
+        else:
+            products = [self.factors(r).products(vector) for r in rows]
+        return torch.cat(products).flatten()
+
+    @cached_property
+    def _has_forward_mode(self) -> bool:
+        some = take(self.inputs, slice(0, LEARNT_FROM))
+        return not self.jacobian.flaw_of(lambda row: self._forward(row, some), some)
+
+    def _forward(self, vector: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        weights = {name: p.detach() for name, p in self.jacobian.params.items()}
+        return self.jacobian.pushforward(inputs, weights, vector)
+
+
+def _check_recorded(values: Tensor, start: int | None) -> None:
+    """Raise ValueError for outputs (b, k) without gradients, or that are NaN."""
+    examples.check_differentiable(values.requires_grad)
+    examples.check_numbers("outputs", values, start=start or 0, finite=False)
 
 
 def _finite(kernel: Tensor) -> Tensor:

@@ -157,7 +157,9 @@ def settings_used(optimizer: Optimizer) -> dict[str, Any]:
     classes = [optimizer]
     while isinstance(inner := getattr(classes[-1], "optimizer", None), Optimizer):
         classes.append(inner)
-    names = [f"{type(o).__module__.partition('.')[0]}.{type(o).__name__}" for o in classes]
+    # Records older than the laboratory know one package, and must go on.
+    packages = [type(o).__module__.partition(".")[0].removesuffix("_lab") for o in classes]
+    names = [f"{p}.{type(o).__name__}" for p, o in zip(packages, classes, strict=True)]
     group = classes[-1].param_groups[0]
     left_out = ("params", "param_names", "skipped_steps", "step")
     return {

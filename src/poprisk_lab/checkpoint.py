@@ -1,4 +1,4 @@
-"""Checkpoints of a run: tensors in safetensors, all else in its JSON header; no pickle.
+"""Checkpoints of a trial: tensors in safetensors, all else in its JSON header; no pickle.
 
 Written atomically, so that a process killed at any moment leaves the old one or the new one.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -16,10 +18,79 @@ from torch import Tensor
 TENSOR = "__tensor__"
 TUPLE = "__tuple__"
 INT_KEYS = "__int_keys__"
+CHECKPOINT_SECONDS = 20.0
 
 
 class CheckpointError(OSError):
-    """A checkpoint that cannot be written, on a full disk for one; the old one is kept."""
+    """A checkpoint that cannot be written, on a full disk for one, or that is damaged."""
+
+
+@final
+class Workspace:
+    """The files of one attempt at a trial, which may be stopped at any moment.
+
+    Args:
+        path: of the checkpoint, written by this attempt alone; None: nothing is kept.
+        earlier: checkpoints of the attempts before it, the latest first.
+        product: where to keep what later trials need; None: nowhere.
+        given: the products of the trials that this one comes after, by name.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        earlier: Sequence[Path] = (),
+        product: Path | None = None,
+        given: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.path, self.earlier, self.product = path, earlier, product
+        self.given = given or {}
+        self._saved_at = time.monotonic()
+
+    @property
+    def latest(self) -> Path | None:
+        """The checkpoint to go on from; None if there is none."""
+        files = [self.path, *self.earlier] if self.path is not None else []
+        return next((file for file in files if file is not None and file.exists()), None)
+
+    def load(self) -> Any:
+        """The state that was last saved; None if none was.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        if self.latest is None:
+            return None
+        try:
+            return load_checkpoint(self.latest)
+        except Exception as error:
+            raise self.damaged(error) from error
+
+    def damaged(self, error: Exception) -> CheckpointError:
+        """The refusal of a state that cannot be taken up."""
+        return CheckpointError(
+            f"{self.latest} is damaged: {error}. Nothing was changed; delete that file to begin "
+            "its trial from the start."
+        )
+
+    def save(self, state: Callable[[], Any]) -> None:
+        """Save what ``state()`` returns, if the last time is long enough ago."""
+        now = time.monotonic()
+        if self.path is not None and now - self._saved_at > CHECKPOINT_SECONDS:
+            save_checkpoint(self.path, state())
+            self._saved_at = now
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the trial is done."""
+        for file in (self.path, *self.earlier):
+            if file is not None:
+                file.unlink(missing_ok=True)
+
+    def keep(self, value: Any) -> None:
+        """Keep what trials that come after this one need."""
+        if self.product is not None:
+            save_checkpoint(self.product, value)
 
 
 def save_checkpoint(path: Path, value: Any) -> None:
@@ -43,7 +114,9 @@ def save_checkpoint(path: Path, value: Any) -> None:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        raise CheckpointError(
+            f"cannot write {path}: {error}; what was trained is kept, repeat the command to go on."
+        ) from error
 
 
 def load_checkpoint(path: Path) -> Any:

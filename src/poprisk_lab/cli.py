@@ -21,7 +21,7 @@ from poprisk_lab.arms import default_arms
 from poprisk_lab.bench import write_results
 from poprisk_lab.bench.kernel import bench_kernels, kernel_table
 from poprisk_lab.bench.step import bench_cold_start, bench_steps, bench_table
-from poprisk_lab.compare import TrainingError, compare, environment, warm_up_workers
+from poprisk_lab.compare import compare, run_directory
 from poprisk_lab.comparison import Comparison
 from poprisk_lab.display import (
     PhaseDisplay,
@@ -38,8 +38,10 @@ from poprisk_lab.page.claims import notices as claim_notices
 from poprisk_lab.page.claims import summary_rows, write_claim, write_summary
 from poprisk_lab.page.explanation import sentences, write_explanation
 from poprisk_lab.page.notes import notices
-from poprisk_lab.rundir import RunData, RunDirectory, RunDirectoryError, write_json
+from poprisk_lab.results import RunData, read_run
+from poprisk_lab.runner import TrainingError, environment, warm_up_workers
 from poprisk_lab.selection import twin_report
+from poprisk_lab.store import RunDirectoryError, Store, write_json
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.command import ALL, chosen, directory_of, run_claim, summarize
 from poprisk_lab.studies.record import Judged
@@ -116,15 +118,15 @@ def compare_command(
         twin=twin,
     )
     name = _default_name(comparison)
-    directory = RunDirectory(out or Path("runs") / name)
+    directory = run_directory(out or Path("runs") / name)
     try:
         config = comparison.config()
-        data = directory.read() if directory.exists() else None
+        data = read_run(directory) if directory.exists() else None
         for seed in comparison.seeds[1:]:
             if data is None or not all((arm.name, seed) in data.ends for arm in comparison.arms):
                 comparison.try_seed(seed)
         directory.create(config, environment(comparison.workers))
-        data = directory.read()
+        data = read_run(directory)
         _say(config["task"]["description"] or config["task"]["name"], style="bold")
         _say(
             f"{len(comparison.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, {comparison.workers} "
@@ -136,7 +138,7 @@ def compare_command(
         mine = data._replace(ends={k: v for k, v in data.ends.items() if k[1] in comparison.seeds})
         _say_what_is_there(comparison, data, len(mine.ends))
         older = Path("runs") / f"{name}-{seeds}-seeds"  # how versions before named it
-        if out is None and seeds != DEFAULT_SEEDS and RunDirectory(older).exists():
+        if out is None and seeds != DEFAULT_SEEDS and run_directory(older).exists():
             _say(f"{older} is of an earlier version; --out {older} goes on there")
         with ProgressDisplay(console, comparison, mine) as display:
             compare(comparison, directory, display)
@@ -274,7 +276,7 @@ def _summarize(found: list[Judged], folder: Path) -> None:
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write report.html of a run directory again and print its verdict."""
     try:
-        _conclude(RunDirectory(run))
+        _conclude(run_directory(run))
     except RunDirectoryError as error:
         _fail(str(error))
 
@@ -347,8 +349,8 @@ def main() -> None:
     app()
 
 
-def _conclude(directory: RunDirectory) -> None:
-    data = directory.read()
+def _conclude(directory: Store) -> None:
+    data = read_run(directory)
     verdict = judge(data)
     if verdict.rows:
         console.print(verdict_table(verdict, data))

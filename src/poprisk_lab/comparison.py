@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -14,18 +15,27 @@ from typing import Any
 
 import torch
 
-from poprisk._validate.errors import first_line
+from poprisk._validate import first_line
 from poprisk.randomness import RandomState
 from poprisk.task import Task, module_kinds
 from poprisk.task.batches import LAST_BATCH, joins_last
 from poprisk_lab.arms import Arm, settings_used
 from poprisk_lab.fit import Run
-from poprisk_lab.rundir import FORMAT, TOL
+from poprisk_lab.store import FORMAT, Config, Kind, Row
 from poprisk_lab.tasks import TaskError, load_task
 from poprisk_lab.tasks.sources import task_sources
 
 FEWEST = 5
 """Training examples of which a fifth can be held out."""
+TOL = 1e-3
+"""Relative difference of initial losses that rounding on another processor may make."""
+NEW = {("optimizers",), *(("task", key) for key in ("model", "modules", "sources", "start"))}
+"""Entries that records of earlier versions lack."""
+HASHED = {
+    "task.data": "the data or the task's file",
+    "task.model": "the layers or shapes of the model",
+}
+"""Hashes, and what a difference in them means."""
 
 
 @dataclass(frozen=True)
@@ -237,3 +247,74 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)
         raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
+
+
+def differences(found: Config, wanted: Config) -> list[str]:
+    """What in two configurations makes them different runs: where, and both values.
+
+    Seeds do not; nor do initial losses within rounding, what a record of an earlier version does
+    not say, and settings that torch's or other libraries' optimizers have in one version only.
+    """
+    return [*_differences(_by_name(found), _by_name(wanted), ())]
+
+
+def with_more_seeds(found: Config, wanted: Config) -> Config:
+    """The first configuration with the seeds of the second added."""
+    more = [seed for seed in wanted["seeds"] if seed not in found["seeds"]]
+    return {**found, "seeds": [*found["seeds"], *more]}
+
+
+def _by_name(config: Config) -> Config:
+    """A configuration whose arms have names for places, and which has no seeds."""
+    arms = config["arms"] if isinstance(config["arms"], list) else []
+    return {
+        **{key: value for key, value in config.items() if key != "seeds"},
+        "arms": {arm["name"]: arm for arm in arms},
+    }
+
+
+def _differences(found: Any, wanted: Any, at: tuple[str, ...]) -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted({*found, *wanted}):
+            here = (*at, key)
+            if key in found and key in wanted:
+                yield from _differences(found[key], wanted[key], here)
+            elif not _may_lack(here, found, wanted):
+                yield _said(here, found.get(key), wanted.get(key))
+    elif not _equal(found, wanted, at):
+        yield _said(at, found, wanted)
+
+
+def _may_lack(at: tuple[str, ...], found: Config, wanted: Config) -> bool:
+    """Whether one of two configurations may do without what stands at a place."""
+    if at in NEW and at[-1] not in found:
+        return True
+    if at[0] != "optimizers" or len(at) < 3:
+        return False
+    return not {"PopRiskAdamW"} & {str(c.get("class")).rpartition(".")[2] for c in (found, wanted)}
+
+
+def _equal(found: Any, wanted: Any, at: tuple[str, ...]) -> bool:
+    if at[:2] == ("task", "start"):
+        return math.isclose(found, wanted, rel_tol=TOL)
+    return json.dumps(found) == json.dumps(wanted)
+
+
+def _said(at: tuple[str, ...], found: Any, wanted: Any) -> str:
+    """A difference in a few words; hashes and what is long go unquoted."""
+    place = ".".join(at)
+    if at[:2] == ("task", "sources") and len(at) == 3:
+        return f"the source of module {at[2]}"
+    if place in HASHED:
+        return f"{place}: {HASHED[place]}"
+    values = [f"{v:.6g}" if isinstance(v, float) else json.dumps(v) for v in (found, wanted)]
+    return place if max(map(len, values)) > 40 else f"{place}: {values[0]} there, {values[1]} now"
+
+
+def _is_row(row: Row) -> bool:
+    known = row["event"] in ("start", "epoch", "end") and isinstance(row["arm"], str)
+    return known and {type(row["seed"]), type(row["epoch"])} == {int}
+
+
+COMPARISON = Kind(frozenset({"task", "arms", "seeds"}), _is_row, differences, with_more_seeds)
+"""The run directories of comparisons."""

@@ -19,7 +19,7 @@ from poprisk_lab.fit import Row as Record
 from poprisk_lab.page.claims import SummaryRow, criterion_line
 from poprisk_lab.page.formats import MINUS, Format, format_for
 from poprisk_lab.page.table import difference_cell, plus_minus
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.selection import TwinReport
 from poprisk_lab.studies.judge import Criterion
 from poprisk_lab.verdict import Verdict

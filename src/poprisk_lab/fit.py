@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,12 @@ from poprisk.risk import TwinRisk
 from poprisk.task import Pair, Task
 from poprisk.task.batches import batch_sizes, split_batches
 from poprisk_lab.arms import Arm, build_optimizer
-from poprisk_lab.checkpoint import load_checkpoint, save_checkpoint
+from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.controls import UpdateTrace
 
 EVALUATIONS = 50
 PATIENCE = 10
 """Early stopping gives up after this many evaluations without a better held-out metric."""
-CHECKPOINT_SECONDS = 20.0
 
 Row = dict[str, Any]
 
@@ -60,7 +58,7 @@ class Run:
         seed: of initial weights, order of examples, and the held-out split.
         trace: update sizes, for an arm that follows another.
         record: whether to record update sizes for an arm that follows this one.
-        checkpoint: where to keep the state between evaluations; None: nowhere.
+        workspace: where to keep the state between evaluations.
         device: where to train.
         with_twin: whether to estimate the risk at every evaluation, at the cost of a second run.
     """
@@ -70,7 +68,7 @@ class Run:
     seed: int
     trace: list[list[float]] | None = None
     record: bool = False
-    checkpoint: Path | None = None
+    workspace: Workspace = field(default_factory=Workspace)
     device: str = "cpu"
     with_twin: bool = False
 
@@ -92,7 +90,6 @@ class Run:
             )
         self.optimizer = self.twin.optimizer if self.twin else self._build(self.model)
         self.progress = Progress()
-        self._saved_at = time.monotonic()
 
     def _build(self, model: nn.Module) -> Optimizer:
         return build_optimizer(
@@ -104,15 +101,22 @@ class Run:
         )
 
     def resume(self) -> bool:
-        """Continue from the checkpoint if there is one; return whether there was."""
-        if self.checkpoint is None or not self.checkpoint.exists():
+        """Continue from the checkpoint if there is one; return whether there was.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        state = self.workspace.load()
+        if state is None:
             return False
-        state = load_checkpoint(self.checkpoint)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.twin is not None:
-            self.twin.load_state_dict(state["twin"])
-        self.progress = Progress(**state["progress"], trace=state["trace"].tolist())
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.twin is not None:
+                self.twin.load_state_dict(state["twin"])
+            self.progress = Progress(**state["progress"], trace=state["trace"].tolist())
+        except Exception as error:
+            raise self.workspace.damaged(error) from error
         return True
 
     def rows(self) -> Iterator[Row]:
@@ -128,10 +132,10 @@ class Run:
             yield {**self._row("epoch"), **row, "seconds": p.seconds}
             if self._gave_up():
                 break
-            self._save()
+            if p.epoch < epochs:
+                self.workspace.save(self._state)
         yield {**self._row("end"), **self._closing()}
-        if self.checkpoint is not None:
-            self.checkpoint.unlink(missing_ok=True)
+        self.workspace.clear()
 
     def try_out(self) -> None:
         """Take a step on each size of batch that an epoch has; the run is spent by it."""
@@ -237,10 +241,7 @@ class Run:
         row["skipped_steps"] = getattr(self.optimizer, "skipped_steps", 0)
         return row
 
-    def _save(self) -> None:
-        due = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
-        if self.checkpoint is None or not due or self.progress.epoch >= self.task.epochs:
-            return
+    def _state(self) -> dict[str, Any]:
         state = {
             "model": self.model.state_dict(),
             "optimizer": _without_functions(self.optimizer.state_dict()),
@@ -250,8 +251,7 @@ class Run:
         if self.twin is not None:
             twin = self.twin.state_dict()
             state["twin"] = twin | {"optimizers": [*map(_without_functions, twin["optimizers"])]}
-        save_checkpoint(self.checkpoint, state)
-        self._saved_at = time.monotonic()
+        return state
 
 
 def score(task: Task, outputs: Tensor, targets: Tensor) -> float:

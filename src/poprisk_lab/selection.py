@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from poprisk.intervals import Interval, t_interval
 from poprisk.risk.choose import comparable_positions
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.wording import scale_of
 
 CHOOSABLE = ("poprisk", "adamw", "paper")

@@ -1,28 +1,32 @@
-"""A directory that holds a configuration, its environment, an append-only record and checkpoints.
+"""The directory of a study: configuration, environment, a record of every trial, checkpoints.
 
-``config.json`` and ``environment.json`` are written once; ``metrics.jsonl`` gets one JSON object
-a line, flushed, so that a killed run loses at most the line being written.
+``config.json`` and ``environment.json`` are written once. Every attempt at a trial has a file of
+its own in ``trials``, ``NAME.jsonl``, then ``NAME~1.jsonl`` …: one JSON object a line, flushed, so
+that what is killed loses at most the line being written. An attempt claims its file by creating it
+exclusively and is its only writer, so that any number of processes and machines can work in one
+directory without a lock. Who finds a trial begun and not ended cannot know whether its process
+still lives. It takes such a trial last, in an attempt of its own: trials repeat bit for bit, and
+two attempts at one write the same rows.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, final
+
+from poprisk_lab.checkpoint import Workspace
 
 FORMAT = 1
-LOCK = ".lock"
-"""Of the process that writes; where the system locks by the file's being there, it ends with it."""
-
-
 SHOWN = 4
 """Differences that a message names."""
 
 Config = dict[str, Any]
+Row = dict[str, Any]
 
 
 class RunDirectoryError(ValueError):
@@ -38,34 +42,85 @@ def differing_keys(found: Config, wanted: Config) -> list[str]:
     )
 
 
-class RecordDirectory:
-    """Reads and writes one directory.
+class Kind(NamedTuple):
+    """What the directories of one kind of study hold.
+
+    Attributes:
+        keys: that ``config.json`` must have.
+        is_row: whether a JSON object is a row of a record; may raise TypeError or KeyError.
+        differences: what keeps a directory of the first configuration from going on under the
+            second, in a few words each.
+        extend: the configuration to keep when the first goes on as the second.
+    """
+
+    keys: frozenset[str]
+    is_row: Callable[[Row], bool]
+    differences: Callable[[Config, Config], list[str]] = differing_keys
+    extend: Callable[[Config, Config], Config] = lambda found, wanted: found
+
+
+@dataclass
+class Record:
+    """The file of one attempt at a trial, for its only writer and for who follows it."""
+
+    path: Path
+    position: int = field(default=0, init=False)
+
+    def append(self, row: Row) -> None:
+        """Add one row and flush it.
+
+        Raises:
+            RunDirectoryError: if it was deleted or cannot be written.
+        """
+        try:
+            with open(self.path, "a", encoding="utf-8", opener=_open_existing) as file:
+                file.write(json.dumps(row) + "\n")
+        except FileNotFoundError:
+            raise self._deleted() from None
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write {self.path}: {error.strerror or error}; what it holds is kept, "
+                "repeat the command to go on."
+            ) from error
+
+    def new_rows(self) -> list[Row]:
+        """The rows that were added since the last call."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.position)
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            raise self._deleted() from None
+        self.position += sum(len(line) + 1 for line in lines)
+        return [json.loads(line) for line in lines]
+
+    def _deleted(self) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"{self.path} was deleted while its trial ran, and with it what it held; start anew in "
+            "another directory with --out."
+        )
+
+
+@final
+class Store:
+    """Reads and writes one directory; see the text of this module.
 
     Args:
         path: where it is, or will be.
-        keys: that ``config.json`` must have.
-        is_row: whether a JSON value is a row of the record; may raise TypeError or KeyError.
-        differences: what keeps a directory of the first configuration from going on under the
-            second, in a few words each.
-        take_up: the configuration to keep when the first goes on as the second.
+        kind: of what study.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        keys: set[str],
-        is_row: Callable[[Any], bool],
-        differences: Callable[[Config, Config], list[str]] = differing_keys,
-        take_up: Callable[[Config, Config], Config] = lambda found, wanted: found,
-    ) -> None:
-        self.path = path
-        self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self._keys, self._is_row = keys, is_row
-        self._differences, self._take_up = differences, take_up
+    def __init__(self, path: Path, kind: Kind) -> None:
+        self.path, self.kind = path, kind
+        self.trials, self.checkpoints = path / "trials", path / "checkpoints"
+        self._old = path / "metrics.jsonl"
+        """The rows of all trials in one file, as versions before wrote them; only read."""
 
-    def create(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+    def exists(self) -> bool:
+        """Whether there is a configuration, so that it can be read."""
+        return os.path.isfile(self.path / "config.json")
+
+    def create(self, config: Config, environment: dict[str, Any]) -> None:
         """Make the directory, or check that an existing one can go on under a configuration.
 
         Raises:
@@ -74,23 +129,18 @@ class RecordDirectory:
         """
         try:
             if (self.path / "config.json").exists():
-                self._check_same(config)
-                with self.locked():
-                    self._drop_torn_line()
-                    found = self.config()
-                    kept = self._take_up(found, config)
-                    if kept != found:
-                        write_json(self.path / "config.json", kept)
-                self.checkpoints.mkdir(exist_ok=True)
+                found = self._check_same(config)
+                self._make_folders()
+                if (kept := self.kind.extend(found, config)) != found:
+                    write_json(self.path / "config.json", kept)
                 return
             if self.path.exists() and not self._is_blank():
                 raise RunDirectoryError(
                     f"{self.path} exists and is not a run directory (no config.json); choose "
                     "another with --out."
                 )
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._make_folders()
             write_json(self.path / "environment.json", environment)
-            self.metrics.touch()
             write_json(self.path / "config.json", config)
         except OSError as error:
             raise RunDirectoryError(
@@ -98,48 +148,7 @@ class RecordDirectory:
                 "another with --out."
             ) from error
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from writing here.
-
-        Raises:
-            RunDirectoryError: if one is writing already.
-        """
-        lock = _file_lock(self.path / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except TimeoutError:
-            raise RunDirectoryError(
-                f"another process is working in {self.path}; wait for it, or choose another "
-                "directory with --out."
-            ) from None
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write the run directory {self.path}: {error.strerror or error}; choose "
-                "another with --out."
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add one row to the record and flush it."""
-        try:
-            with open(self.metrics, "a", encoding="utf-8", opener=_open_existing) as file:
-                file.write(json.dumps(row) + "\n")
-        except FileNotFoundError:
-            raise RunDirectoryError(
-                f"{self.metrics} was deleted while runs were being trained, and with it what it "
-                "held; start anew in another directory with --out."
-            ) from None
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write {self.metrics}: {error.strerror or error}; what it holds is kept, "
-                "repeat the command to go on."
-            ) from error
-
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """What ``config.json`` holds.
 
         Raises:
@@ -147,7 +156,7 @@ class RecordDirectory:
         """
         config = self._read_json("config.json")
         known = isinstance(config, dict) and config.get("format") == FORMAT
-        if not known or not self._keys <= config.keys():
+        if not known or not self.kind.keys <= config.keys():
             raise RunDirectoryError(
                 f"{self.path / 'config.json'} is not of format {FORMAT}; it was written by another "
                 "version of poprisk or damaged."
@@ -158,42 +167,95 @@ class RecordDirectory:
         """What ``environment.json`` holds."""
         return self._read_json("environment.json")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the record; a torn last line is left out."""
-        try:
-            lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunDirectoryError(self._damaged("metrics.jsonl", str(error))) from error
-        rows = []
-        for number, line in enumerate(lines[:-1], start=1):  # the last piece was torn, or is empty
-            row: dict[str, Any] = {}
+    def rows(self, names: Iterable[str]) -> dict[str, list[Row]]:
+        """The rows of trials, of one attempt after the other; a torn last line is left out.
+
+        Raises:
+            RunDirectoryError: if a record is damaged, or there are none at all.
+        """
+        if not self._old.exists() and not self.trials.is_dir():
+            raise RunDirectoryError(f"{self.path} is not a run directory: it has no trials.")
+        old = self._old_rows()
+        return {
+            name: [
+                *old.get(name, ()),
+                *(row for path in self.attempts(name) for row in self._read_rows(path)),
+            ]
+            for name in names
+        }
+
+    def attempts(self, name: str) -> list[Path]:
+        """The records of the attempts at a trial, the first one first."""
+        found = list[Path]()
+        while (path := self.trials / _numbered(name, len(found), ".jsonl")).exists():
+            found.append(path)
+        return found
+
+    def is_begun(self, name: str) -> bool:
+        """Whether a process may be at work on a trial: it was begun, and has not failed."""
+        found = self.attempts(name)
+        rows = self._read_rows(found[-1]) if found else []
+        return bool(found) and not (rows and rows[-1]["event"] == "failed")
+
+    def begin(self, name: str, after: Iterable[str] = ()) -> tuple[Record, Workspace]:
+        """Claim a new attempt at a trial, which takes up what those before it have left.
+
+        Args:
+            name: of the trial.
+            after: the trials whose products it is given.
+
+        Raises:
+            RunDirectoryError: if its record cannot be made.
+        """
+        for k in count(len(self.attempts(name))):
+            path = self.trials / _numbered(name, k, ".jsonl")
             try:
-                row = json.loads(line)
-                valid = self._is_row(row)
-            except (json.JSONDecodeError, TypeError, KeyError):
-                valid = False
-            if not valid:
-                found = f"line {number} is not a record: {line[:60]!r}"
-                raise RunDirectoryError(self._damaged("metrics.jsonl", found))
-            rows.append(row)
-        return rows
+                path.open("x").close()
+            except FileExistsError:
+                continue  # another process was faster
+            except OSError as error:
+                raise RunDirectoryError(
+                    f"cannot write {path}: {error.strerror or error}; start anew in another "
+                    "directory with --out."
+                ) from error
+            return Record(path), Workspace(
+                self._checkpoint(name, k),
+                earlier=[self._checkpoint(name, j) for j in reversed(range(k))],
+                product=self._checkpoint(f"trace-{name}", k),
+                given={other: file for other in after if (file := self.product(other))},
+            )
+        raise AssertionError  # count does not end
+
+    def product(self, name: str) -> Path | None:
+        """What a trial keeps for those after it; None if it has not."""
+        attempts = range(max(1, len(self.attempts(name))))
+        files = (self._checkpoint(f"trace-{name}", k) for k in reversed(attempts))
+        return next((file for file in files if file.exists()), None)
+
+    def _checkpoint(self, name: str, k: int) -> Path:
+        return self.checkpoints / _numbered(name, k, ".safetensors")
+
+    def _make_folders(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.trials.mkdir(exist_ok=True)
 
     def _is_blank(self) -> bool:
         """Whether it is a directory with no more in it than an interrupted ``create`` leaves."""
 
         def left_over(p: Path) -> bool:
             if p.is_dir():
-                return p == self.checkpoints and not any(p.iterdir())
-            empty = p in (self.metrics, self.path / LOCK) and p.stat().st_size == 0
-            return p.suffix == ".tmp" or p.name == "environment.json" or empty
+                return p in (self.checkpoints, self.trials) and not any(p.iterdir())
+            return p.suffix == ".tmp" or p.name == "environment.json"
 
         return self.path.is_dir() and all(left_over(p) for p in self.path.iterdir())
 
-    def _check_same(self, config: dict[str, Any]) -> None:
-        found, _, _ = self.config(), self.environment(), self.rows()  # damage anywhere is told
-        differ = self._differences(found, config)
+    def _check_same(self, config: Config) -> Config:
+        found = self.config()
+        self.environment()  # damage anywhere is told
+        self.rows(path.stem.partition("~")[0] for path in self.trials.glob("*.jsonl"))
+        differ = self.kind.differences(found, config)
         if not differ:
-            return
+            return found
         more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
         raise RunDirectoryError(
             f"{self.path} holds a run with another configuration (it differs in "
@@ -201,16 +263,32 @@ class RecordDirectory:
             "another directory with --out."
         )
 
-    def _drop_torn_line(self) -> None:
-        """Cut off a last line without a newline: the process was killed while writing it."""
+    def _old_rows(self) -> dict[str, list[Row]]:
+        """The rows of the one file that versions before wrote, by trial."""
+        found: dict[str, list[Row]] = {}
+        for row in self._read_rows(self._old) if self._old.exists() else ():
+            name = row["trial"] if "trial" in row else f"{row['arm']}-{row['seed']}"
+            found.setdefault(name, []).append(row)
+        return found
+
+    def _read_rows(self, path: Path) -> list[Row]:
         try:
-            with self.metrics.open("r+b") as file:
-                content = file.read()
-                file.truncate(content.rfind(b"\n") + 1)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write {self.metrics}: {error.strerror or error}."
-            ) from error
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunDirectoryError(self._damaged(path, str(error))) from error
+        rows = list[Row]()
+        for number, line in enumerate(lines[:-1], start=1):  # the last piece was torn, or is empty
+            row: Row = {}
+            try:
+                row = {"event": "end", **json.loads(line)}  # rows of old claims have no event
+                valid = row["event"] == "failed" or self.kind.is_row(row)
+            except (json.JSONDecodeError, TypeError, KeyError):
+                valid = False
+            if not valid:
+                found = f"line {number} is not a record: {line[:60]!r}"
+                raise RunDirectoryError(self._damaged(path, found))
+            rows.append(row)
+        return rows
 
     def _read_json(self, name: str) -> Any:
         try:
@@ -220,22 +298,17 @@ class RecordDirectory:
                 f"{self.path} is not a run directory: it has no {name}."
             ) from None
         except (OSError, ValueError) as error:
-            raise RunDirectoryError(self._damaged(name, str(error))) from error
+            raise RunDirectoryError(self._damaged(self.path / name, str(error))) from error
 
-    def _damaged(self, name: str, found: str) -> str:
+    def _damaged(self, path: Path, found: str) -> str:
         return (
-            f"{self.path / name} is damaged: {found}. Nothing was changed; mend the file, or start "
-            "anew in another directory with --out."
+            f"{path} is damaged: {found}. Nothing was changed; mend the file, or start anew in "
+            "another directory with --out."
         )
 
 
-def _file_lock(path: Path) -> Any:
-    """The system's own lock of a file; a file that is made exclusively where it has none."""
-    with warnings.catch_warnings():  # filelock says at import which of them it is
-        warnings.simplefilter("ignore")
-        import filelock
-
-        return filelock.FileLock(path)
+def _numbered(name: str, k: int, suffix: str) -> str:
+    return f"{name}~{k}{suffix}" if k else f"{name}{suffix}"
 
 
 def _open_existing(path: str, flags: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab.arms import FAMILIES
 from poprisk_lab.convergence import Improvement, still_improving
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.wording import Field, Row, headline, scale_of, sentences
 
 __all__ = ["Row", "Verdict", "judge"]

@@ -9,31 +9,31 @@ FACTOR = "test_within.py::test_a_common_factor_counts"
 
 MUTATIONS = {
     "upper triangle not filled": Mutation(
-        "poprisk/ntk/__init__.py",
+        "poprisk/ntk.py",
         "            if self.symmetric and i != j:\n                out[j : j + block.shape[1], i",
         "            if False:\n                out[j : j + block.shape[1], i",
         BLOCKS,
     ),
     "upper triangle left out of products": Mutation(
-        "poprisk/ntk/__init__.py",
+        "poprisk/ntk.py",
         "                out[j : j + width] += block.T @ columns[i : i + height]",
         "                pass",
         BLOCKS,
     ),
     "products without M": Mutation(
-        "poprisk/ntk/__init__.py",
+        "poprisk/ntk.py",
         "return {name: v * self._weights[name] for name, v in vector.items()}",
         "return vector",
         "test_kernel.py::test_preconditions_and_parameters[MLP]",
     ),
     "trace of the first output only": Mutation(
-        "poprisk/ntk/__init__.py",
+        "poprisk/ntk.py",
         "        for k in range(left.values):",
         "        for k in range(1):",
         MODELS,
     ),
     "forward mode wherever it exists": Mutation(
-        "poprisk/jacobian.py",
+        "poprisk/ntk.py",
         "        if self._has_forward_mode:",
         "        if True:",
         "test_kernel.py::test_products_stop_where_gradients_stop",

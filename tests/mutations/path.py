@@ -6,19 +6,22 @@ REFERENCE = "test_path.py::test_equals_the_reference[squared_error-momentum]"
 NESTEROV = "test_path.py::test_equals_the_reference[squared_error-Nesterov]"
 ADAMW = "test_path.py::test_equals_the_reference[cross_entropy-AdamW]"
 ACCOUNTING = "test_path.py::test_the_loss_drop_is_accounted_for[AdamW]"
-FOLLOW = "test_path.py::test_following_vectors_is_applying_the_operators[AdamW]"
+FOLLOW = "test_follow.py::test_following_vectors_is_applying_the_operators[AdamW]"
 CELLS = "test_channel.py::test_the_cells_are_those_of_the_definition"
 COUPLING = "test_channel.py::test_the_coupling_is_that_of_the_definition"
 GAIN = "test_channel.py::test_noise_gain_is_the_variance_of_noisy_labels"
 DRIFT = "test_drift.py::test_drift_and_diffusion_are_the_sums_of_the_definition"
 
 ROWS = "test_path.py::test_rows_are_those_of_torch_func"
-DECAYING = "test_path.py::test_decay_that_acts_on_what_was_moved_adds_up_too[AdamW]"
+DECAYING = "test_follow.py::test_decay_that_acts_on_what_was_moved_adds_up_too[AdamW]"
 WALKS = "test_drift.py::test_known_powers_are_found[1.0]"
 
 MUTATIONS = {
     "decay that grows what was moved": Mutation(
-        "poprisk/path/follow.py", "self.own -= V", "self.own += V", DECAYING
+        "poprisk/path/follow.py",
+        "self.recursion.decayed -= V",
+        "self.recursion.decayed += V",
+        DECAYING,
     ),
     "propagator with the wrong sign": Mutation(
         "poprisk/path/integrals.py",
@@ -39,39 +42,39 @@ MUTATIONS = {
         ADAMW,
     ),
     "no bias correction of the momentum": Mutation(
-        "poprisk/path/integrals.py",
-        "V = R * (some.correction * some.precondition)",
-        "V = R * some.precondition",
+        "poprisk/path/recursion.py",
+        "V = r * (rule.correction * rule.precondition)",
+        "V = r * rule.precondition",
         ADAMW,
     ),
     "decay left out of the affine part": Mutation(
-        "poprisk/path/integrals.py",
-        "V[:, -1:] += some.decay * some.steps * at",
-        "V[:, -1:] -= some.decay * some.steps * at",
+        "poprisk/path/recursion.py",
+        "_add(V, rule.decay * rule.steps, z)",
+        "_add(V, -rule.decay * rule.steps, z)",
         ADAMW,
     ),
     "coupled decay left out": Mutation(
-        "poprisk/path/integrals.py", "Q[:, -1:] += gain * rule.coupled * w", "pass", REFERENCE
+        "poprisk/path/recursion.py", "_add(r, gain * rule.coupled, z)", "pass", REFERENCE
     ),
     "a factor with the wrong sign": Mutation(
-        "poprisk/path/jacobian.py",
+        "poprisk/jacobian.py",
         "(term.cot[:, k].mT, term.act)",
         "(term.cot[:, k].mT, -term.act)",
         ROWS,
     ),
     "nodes of the quadrature that overwrite each other": Mutation(
-        "poprisk/path/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
+        "poprisk/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
     ),
     "weights of the quadrature lost": Mutation(
-        "poprisk/path/jacobian.py", "capture(weight * self", "capture(1.0 * self", REFERENCE
+        "poprisk/jacobian.py", "capture(weight * jacobian", "capture(1.0 * jacobian", REFERENCE
     ),
     "windows that overlap the first point": Mutation(
         "poprisk/path/drift.py", "walks[:, ::lag].diff(dim=1)", "walks[:, 1::lag]", WALKS
     ),
     "momentum brought in forgotten": Mutation(
-        "poprisk/path/integrals.py",
-        "self.Q[:, -1] = run.momentum_in.double()",
-        "self.Q[:, -1] = 0.0",
+        "poprisk/path/recursion.py",
+        "momentum[:, -1] = run.momentum_in.to(dtype)",
+        "momentum[:, -1] = 0.0",
         "test_path.py::test_momentum_that_was_there_before_is_affine",
     ),
     "Nesterov reads the momentum only": Mutation(

@@ -99,16 +99,16 @@ MUTATIONS = {
         RETRAINED,
     ),
     "the momentum of a displacement forgotten": Mutation(
-        "poprisk/risk/loo.py",
-        "m, d = rule.advance(m, g), d - step",
-        "m, d = g, d - step",
+        "poprisk/path/recursion.py",
+        "m.copy_(after)",
+        "m.copy_(g)",
         RETRAINED,
     ),
     "decay of a displacement forgotten": Mutation(
-        "poprisk/risk/loo.py", "+ rule.coupled * d\n", "\n", RETRAINED
+        "poprisk/path/recursion.py", "_add(g, rule.coupled, z)", "pass", RETRAINED
     ),
     "decoupled decay of a displacement forgotten": Mutation(
-        "poprisk/risk/loo.py", "d - step - rule.decay * d", "d - step", OTHERS
+        "poprisk/path/recursion.py", "_add(V, rule.decay * rule.steps, z)", "pass", OTHERS
     ),
     "a gap that is all of the twin's answer": Mutation(
         "poprisk/risk/gap.py", "[(moved - d, z) for", "[(moved + 0 * d, z) for", GAP
@@ -141,9 +141,9 @@ MUTATIONS = {
         TILT,
     ),
     "an overwritten record is read": Mutation(
-        "poprisk/path/checks.py",
-        "    if found is None or found != written:",
-        "    if found is None:",
+        "poprisk/path/store.py",
+        "if found is None or found != self.written:",
+        "if found is None:",
         OVERWRITTEN,
     ),
     "a deleted record is begun anew": Mutation(

@@ -10,9 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poprisk._validate.monitor import check_settings
+from poprisk._validate import check_callable, check_positive
 from poprisk.evaluation import Forward
 from poprisk.monitor import Quantity, RiskMonitor
+from poprisk.monitor.quantities import check_quantities
 from poprisk.monitor.sinks import as_sinks
 from poprisk.monitor.statistics import PerExampleLoss
 from poprisk.monitor.steps import innermost
@@ -49,7 +50,9 @@ class RiskCallback(Callback):
         forward: Forward | None = None,
         log: bool = False,
     ) -> None:
-        check_settings(loss, every, quantities)
+        check_callable("loss", loss)
+        check_positive("every", every)
+        check_quantities(quantities or ())
         self.loss, self.every, self.split = loss, every, split or _pair
         self.quantities, self.sinks = quantities, as_sinks(sinks)
         self.forward, self.log = forward, log

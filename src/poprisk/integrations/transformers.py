@@ -24,8 +24,9 @@ from typing import Any, final
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from poprisk._validate.monitor import check_settings
+from poprisk._validate import check_callable, check_positive
 from poprisk.monitor import Quantity, RiskMonitor
+from poprisk.monitor.quantities import check_quantities
 from poprisk.monitor.sinks import as_sinks
 from poprisk.monitor.statistics import PerExampleLoss
 from poprisk.optim.adamw import PopRiskAdamW
@@ -79,7 +80,9 @@ class RiskCallback(TrainerCallback):
         sinks: Any = (),
         labels: str = "labels",
     ) -> None:
-        check_settings(loss, every, quantities)
+        check_callable("loss", loss)
+        check_positive("every", every)
+        check_quantities(quantities or ())
         self.loss, self.every, self.labels = loss, every, labels
         self.quantities, self.sinks = quantities, as_sinks(sinks)
         self.monitor: RiskMonitor | None = None

@@ -10,8 +10,8 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from poprisk import _validate as checks
-from poprisk._validate import monitor as inputs
+from poprisk._validate import check_callable, check_positive, check_type
+from poprisk.dtensor import sharding_of
 from poprisk.evaluation import Forward, call, evaluating
 from poprisk.jacobian import inner
 from poprisk.monitor.quantities import (
@@ -24,8 +24,9 @@ from poprisk.monitor.quantities import (
     Quantity,
     Risk,
     Signal,
+    check_quantities,
 )
-from poprisk.monitor.ranks import Ranks, sharding_of, writes
+from poprisk.monitor.ranks import Ranks, writes
 from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
 from poprisk.monitor.statistics import PerExampleLoss, Statistics
 from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch
@@ -105,20 +106,20 @@ class RiskMonitor:
         accumulate: int | None = None,
         forward: Forward | None = None,
     ) -> None:
-        inputs.check_monitored(model, loss)
-        checks.check_positive("every", every)
+        check_type("model", model, nn.Module, "a torch.nn.Module")
+        check_callable("loss", loss)
+        check_positive("every", every)
         if accumulate is not None:
-            checks.check_positive("accumulate", accumulate)
+            check_positive("accumulate", accumulate)
         self.model, self.optimizer = inner(model), innermost(optimizer)
         self.loss, self.every, self.forward = loss, every, forward or call
         self.accumulate = accumulate
         self._sharding = sharding_of(self.model)
-        inputs.check_trains(self.optimizer, self.model, self._sharding)
+        self._check_trains()
         if quantities is None:
             gates: list[Quantity] = [Gates()] if hasattr(self.optimizer, "gate_stats") else []
             quantities = [Loss(), Signal(), *gates]
-        self.quantities = [inputs.check_quantity(q) for q in quantities]
-        inputs.check_unique(q.name for q in self.quantities)
+        self.quantities = check_quantities(quantities)
         self.sinks = as_sinks(sinks)
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.steps = 0
@@ -135,6 +136,26 @@ class RiskMonitor:
         self._watched = watch(self.optimizer, self)
         if not self._watched:
             warn_unwatched(optimizer, self._expected)
+
+    def _check_trains(self) -> None:
+        """Raise unless the optimizer trains parameters of the model."""
+        groups = getattr(self.optimizer, "param_groups", None)
+        if not groups:
+            raise TypeError(
+                f"optimizer must be a torch optimizer, or around one, but got "
+                f"{type(self.optimizer).__name__}."
+            )
+        own = {id(p) for p in self._trained().values()}
+        if not own:
+            raise ValueError(
+                "model has no trainable parameter: all are frozen (requires_grad=False)."
+            )
+        # FSDP shows other parameters while weights are whole.
+        if self._sharding is None and not any(id(p) in own for g in groups for p in g["params"]):
+            raise ValueError(
+                "optimizer trains none of the model's parameters; pass the optimizer of this "
+                "model, made after it was moved or wrapped."
+            )
 
     def __repr__(self) -> str:
         measured = f"{len(self.rows):,} measurements, one every {self.every} steps"
@@ -186,7 +207,13 @@ class RiskMonitor:
         Raises:
             ValueError: if this is no state of a monitor.
         """
-        self.steps = inputs.check_state(state_dict)
+        steps = state_dict.get("steps") if isinstance(state_dict, dict) else None
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(
+                f"state_dict must be what RiskMonitor.state_dict() returned, but got "
+                f"{state_dict!r}."
+            )
+        self.steps = steps
 
     def before_step(self) -> None:
         """What the optimizer calls before each of its steps; not for you."""

@@ -7,14 +7,14 @@ A quantity has a name and a ``measure`` that returns numbers by name; they are w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk._validate import monitor as inputs
 from poprisk.evaluation import Forward, outputs_of
 from poprisk.monitor import signal as norms
 from poprisk.monitor.statistics import Statistics
@@ -47,6 +47,28 @@ class Quantity(Protocol):
     def measure(self, moment: Moment) -> dict[str, float]:
         """The numbers, by name; an empty name stands for the quantity itself."""
         ...
+
+
+def check_quantities(quantities: Iterable[Any]) -> list[Quantity]:
+    """Return quantities as a list if each can be measured, under a name of its own.
+
+    Raises:
+        TypeError: if one has no name or no ``measure``.
+        ValueError: if two have one name.
+    """
+    found = list(quantities)
+    for q in found:
+        if not isinstance(getattr(q, "name", None), str) or not callable(
+            getattr(q, "measure", None)
+        ):
+            raise TypeError(
+                "quantities must hold objects of poprisk.monitor such as Signal() or Kernel(x), "
+                f"but got {q!r}; a function of your own goes in as Measured('name', function)."
+            )
+    for name, count in Counter(q.name for q in found).items():
+        if count > 1:
+            raise ValueError(f"quantities must have different names, but two are called {name!r}.")
+    return found
 
 
 @final
@@ -94,7 +116,11 @@ class Signal:
 
     def measure(self, moment: Moment) -> dict[str, float]:
         found = moment.statistics
-        inputs.check_whole(found.whole)
+        if not found.whole:
+            raise RuntimeError(
+                "it needs per-example gradients of whole weights, and FSDP spreads them over "
+                "processes; it is left out."
+            )
         if found.failed or found.examples < 2:
             return dict.fromkeys(norms.NAMES, math.nan)
         signals = found.signals()
@@ -113,8 +139,12 @@ class Gates:
     name, gradients = "gate", False
 
     def measure(self, moment: Moment) -> dict[str, float]:
-        inputs.check_gated(moment.optimizer)
-        stats = moment.optimizer.gate_stats(moment.model)  # pyrefly: ignore[missing-attribute]
+        if not hasattr(moment.optimizer, "gate_stats"):
+            raise TypeError(
+                "Gates() needs PopRiskAdamW or poprisk.gated(...), but got "
+                f"{type(moment.optimizer).__name__}."
+            )
+        stats = moment.optimizer.gate_stats(moment.model)
         parts = ("pass_rate", "update_ratio", "starved")
         return {f"{p}/{m}": float(getattr(row, p)) for m, row in stats.items() for p in parts}
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import warnings
 from datetime import timedelta
 from typing import Any, final
 
 import torch
-from torch import nn
 
-from poprisk._validate.examples import processes
+from poprisk.dtensor import processes
 
 PATIENCE = timedelta(seconds=60)
 """How long the first measurement waits for the other ranks' monitors to be made."""
@@ -67,13 +65,3 @@ class Ranks:
 def writes() -> bool:
     """Whether this rank writes to the sinks."""
     return processes() == 1 or torch.distributed.get_rank() == 0
-
-
-def sharding_of(model: nn.Module) -> str | None:
-    """Whether and how weights are spread over processes: by ``"FSDP2"``, ``"FSDP1"``, or not."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return None
-    if any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
-        return "FSDP1"
-    return "FSDP2" if any(isinstance(m, fsdp.FSDPModule) for m in model.modules()) else None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-from poprisk._validate import monitor as inputs
 
 Row = dict[str, float]
 Sink = Callable[[int, Row], None]
@@ -24,11 +23,15 @@ class Jsonl:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        refused = f"sinks: cannot write to {self.path}: "
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise inputs.unwritable(self.path, error) from error
-        inputs.check_file(self.path)
+            raise OSError(f"{refused}{error.strerror or error}.") from error
+        if self.path.is_dir():
+            raise OSError(f"{refused}it is a folder; name a file in it.")
+        if not os.access(self.path if self.path.exists() else self.path.parent, os.W_OK):
+            raise OSError(f"{refused}no permission.")
 
     def __repr__(self) -> str:
         return str(self.path)
@@ -84,4 +87,9 @@ def as_sink(sink: Any) -> Sink:
         return TensorBoard(sink)
     if hasattr(sink, "log"):
         return WeightsAndBiases(sink)
-    return inputs.check_sink(sink)
+    if not callable(sink):
+        raise TypeError(
+            "sinks must hold paths of JSONL files, TensorBoard writers, wandb runs, 'wandb', or "
+            f"functions of step and row, but got {sink!r}."
+        )
+    return sink

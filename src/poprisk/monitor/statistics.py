@@ -9,23 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poprisk._validate import risk as inputs
-from poprisk._validate.examples import check_separate
+from poprisk._validate import check_separate
 from poprisk.evaluation import Forward, evaluating, outputs_of
+from poprisk.losses import ignored_labels
 from poprisk.monitor.signal import SUMS, Counts, Signal, sums_of
 from poprisk.optim.update import CHUNK
 from poprisk.per_sample import WORKSPACE, capture
 from poprisk.per_sample.gram import gram_, mirror_
 from poprisk.per_sample.moments import total, wide
 from poprisk.per_sample.terms import Dense, Term
+from poprisk.risk.inputs import check_output_losses
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 BLOCK = 256
 """Examples whose inner products are taken at once; errors do without those between blocks."""
-
-IGNORED = -100
-"""The label that torch's losses ignore unless told otherwise."""
 
 
 class Statistics:
@@ -89,7 +87,7 @@ class Statistics:
 
             # What is compared below is to be of one state; else each part is looked at once.
             values = loss(outputs, y) if self.checked else unchanged(outputs, y)
-            losses = inputs.check_losses(values, outputs)
+            losses = check_output_losses(values, outputs)
             if not self.checked:
                 check_separate(unchanged, outputs, y, losses)
                 self.checked = True
@@ -174,7 +172,7 @@ def counted(loss: PerExampleLoss, y: Any, examples: int) -> Tensor:
     classes = isinstance(y, Tensor) and y.ndim > 0 and len(y) == examples and y.numel() > 0
     if not classes or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         return everything
-    ignored = y.reshape(examples, -1) == getattr(loss, "ignore_index", IGNORED)
+    ignored = ignored_labels(loss, y).reshape(examples, -1)
     return ~ignored.all(1).cpu()
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, final, overload
+from typing import Any, SupportsFloat, final, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk import _validate as checks
-from poprisk._validate import examples
+from poprisk._validate import check_positive, check_type
 from poprisk.dtensor import (
     all_agree,
     layout_of,
@@ -25,16 +25,18 @@ from poprisk.optim.groups import Bucket, captured_update, update_bucket
 from poprisk.optim.rank_variance import Observation, rank_variances
 from poprisk.optim.replay import gate_row, last_step_rule
 from poprisk.optim.settings import (
+    CompiledGroup,
     check_optimizer_settings,
-    estimator_of,
+    compiled,
     make_plain_,
-    plain_settings,
     tell_differences,
 )
 from poprisk.optim.state import (
     ADAM_KEYS,
+    check_dense,
     check_distinct,
     check_not_resized,
+    check_state_shapes,
     completed_state,
     count_step,
     loaded_hooks,
@@ -177,8 +179,7 @@ class PopRiskAdamW(Optimizer):
         Where the other groups have names and this one has none, they are looked up in the module
         that the constructor was given, else made up from the position; and the other way round.
         """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group).__name__}.")
+        check_type("param_group", param_group, dict, "a dict")
         check_optimizer_settings({**self.defaults, **param_group})
         unnamed = self._agree_on_names(param_group)
         try:
@@ -234,8 +235,9 @@ class PopRiskAdamW(Optimizer):
             return loss
         self._notes.patience.took(grads)
         given = self._given_variances()
-        buckets = self._buckets()
-        take_variances_(self.param_groups, self.state, given)
+        groups = [compiled(group) for group in self.param_groups]
+        buckets = [bucket for group in groups for bucket in self._buckets(group)]
+        take_variances_(groups, self.state, given)
         self.rank_observations.clear()
         for bucket in buckets:
             update_bucket(bucket)
@@ -262,8 +264,11 @@ class PopRiskAdamW(Optimizer):
                 zero entries or scale, or something else changes gradients on their way
                 (DistributedDataParallel, say). ``.grad`` and weights are then as before.
         """
-        examples.check_within("backward", self._modes(), "exact")
-        examples.check_weight(weight)
+        self._check_within("backward", "exact")
+        if isinstance(weight, bool) or not isinstance(weight, SupportsFloat):
+            raise TypeError(f"weight must be a number, but got {type(weight).__name__}.")
+        if not 0 < float(weight) < math.inf:
+            raise ValueError(f"weight must be positive and finite, but got {weight}.")
         self._batch_parts().backward(losses, float(weight), self._step_size("exact"))
 
     def microbatch(self, size: int) -> None:
@@ -278,8 +283,8 @@ class PopRiskAdamW(Optimizer):
         Raises:
             RuntimeError: if there was no or more than one backward pass since the last call.
         """
-        examples.check_within("microbatch", self._modes(), "microbatch")
-        checks.check_positive("size", size)
+        self._check_within("microbatch", "microbatch")
+        check_positive("size", size)
         self._batch_parts().part(size, self._step_size("microbatch"))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -326,8 +331,19 @@ class PopRiskAdamW(Optimizer):
         groups = [g for g in self.param_groups if g["gate"] and g["variance"] == variance]
         return min((g["batch_size"] for g in groups if g["batch_size"] is not None), default=None)
 
-    def _modes(self) -> set[str]:
-        return {group["variance"] for group in self.param_groups if group["gate"]}
+    def _check_within(self, method: str, needed: str) -> None:
+        """Raise RuntimeError if a method does not belong to the variance estimator in use."""
+        found = {group["variance"] for group in self.param_groups if group["gate"]}
+        if set(WITHIN_BATCH) <= found:
+            raise RuntimeError(
+                'one optimizer takes variance="exact" or "microbatch", not both; use two '
+                "optimizers."
+            )
+        if needed not in found:
+            used = ", ".join(map(repr, sorted(found))) or "none"
+            raise RuntimeError(
+                f"{method}() is for variance={needed!r}, but this optimizer uses {used}."
+            )
 
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
         """What the gate let through at the last step, per module (:class:`GateStats`).
@@ -376,7 +392,7 @@ class PopRiskAdamW(Optimizer):
         indices = [i for g in completed["param_groups"] for i in g["params"]]
         saved = {p: completed["state"].get(i, {}) for p, i in zip(params, indices, strict=True)}
         for i, (p, state) in enumerate(saved.items()):
-            checks.check_state_shapes(i, p, state, (*ADAM_KEYS, "grad_mean_var"))
+            check_state_shapes(i, p, state, (*ADAM_KEYS, "grad_mean_var"))
         pairs = zip(self.param_groups, completed["param_groups"], strict=True)
         tell_differences("PopRiskAdamW", list(pairs))
         super().load_state_dict(completed)
@@ -393,15 +409,16 @@ class PopRiskAdamW(Optimizer):
         finite = all_small(locals_of(grads))
         for group in self.param_groups:
             group["skipped_steps"] = group["skipped_steps"] + (~finite).int()
+            now = compiled(group)
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    captured_update(group, p, self.state[p], finite)
+                    captured_update(now, p, self.state[p], finite)
 
     def _prepare_captured(self) -> None:
         """Make all state at once: none may be made while a step is captured."""
         for group in self.param_groups:
             for p in group["params"] if group["capturable"] else []:
-                prepare_state(p, self.state[p], estimator_of(group), on_device=True)
+                prepare_state(p, self.state[p], compiled(group).estimator, on_device=True)
 
     def _any(self, switch: str) -> bool:
         return any(group[switch] for group in self.param_groups)
@@ -412,18 +429,14 @@ class PopRiskAdamW(Optimizer):
             group["skipped_steps"] = count
         return count
 
-    def _buckets(self) -> list[Bucket]:
-        return [bucket for group in self.param_groups for bucket in self._group_buckets(group)]
-
-    def _group_buckets(self, group: dict[str, Any]) -> list[Bucket]:
-        group = plain_settings(group)
-        estimator = estimator_of(group)
-        params = [p for p in group["params"] if p.grad is not None and p.numel()]
+    def _buckets(self, group: CompiledGroup) -> list[Bucket]:
+        """The group's parameters with gradients, counted on."""
+        params = [p for p in group.settings["params"] if p.grad is not None and p.numel()]
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
-            prepare_state(p, state, estimator)
+            prepare_state(p, state, group.estimator)
         steps = count_step(states)
-        starts = [state["variance_start"] for state in states] if estimator else steps
+        starts = [state["variance_start"] for state in states] if group.estimator else steps
         kinds = [
             (p.device, p.dtype, t, t - start, layout_of(p))
             for p, t, start in zip(params, steps, starts, strict=True)
@@ -521,7 +534,7 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
 def checked_gradients(optimizer: Optimizer) -> TensorList:
     """All gradients of an optimizer's parameters; sparse ones are refused."""
     grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    checks.check_gradients(grads)
+    check_dense(grads)
     return grads
 
 

@@ -22,9 +22,9 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from poprisk._validate import check_gradients
-from poprisk._validate import examples as checks
-from poprisk.optim.variance import GivenVariances
+from poprisk.dtensor import processes
+from poprisk.optim.state import check_dense
+from poprisk.optim.variance import GivenVariances, check_batch_losses
 from poprisk.per_sample import Factors, capture
 from poprisk.per_sample.graph import leaves_of
 from poprisk.per_sample.moments import not_negative, squared
@@ -35,6 +35,11 @@ SCALED_TOLERANCE = 1e-2
 
 PROBE = 4096
 """Entries of a gradient, roughly, in which changes before the step are looked for."""
+
+LEFT_OVER = (
+    "gradients are left from before this batch; call optimizer.zero_grad() before "
+    "optimizer.backward(losses), and use no other backward pass with it."
+)
 
 
 @dataclass
@@ -110,14 +115,23 @@ class BatchParts:
             RuntimeError: if ``.grad`` holds something that is no part of this batch, or something
                 outside the graph changes gradients.
         """
-        checks.check_losses(losses)
+        check_batch_losses(losses)
         self._restart_if_cleared()
         share, before = weight / len(losses), self._share
-        checks.check_same_share(before is None or math.isclose(share, before, rel_tol=1e-6))
-        checks.check_step_size(self.examples + len(losses), len(losses) / weight, batch_size)
+        if before is not None and not math.isclose(share, before, rel_tol=1e-6):
+            raise ValueError(
+                "weight must give every example of a step the same share: the number of losses "
+                "over the batch size, also for a smaller last part."
+            )
+        _check_step_size(self.examples + len(losses), len(losses) / weight, batch_size)
         values = losses * share
         leaves = [*leaves_of(values), *self.params.values()]
-        checks.check_no_post_hooks(any(p._post_accumulate_grad_hooks for p in leaves))
+        if any(p._post_accumulate_grad_hooks for p in leaves):
+            raise RuntimeError(
+                "a parameter has a hook by register_post_accumulate_grad_hook(), which may step or "
+                "change gradients within the backward pass; optimizer.backward(losses) cannot see "
+                'what it does: remove it, or use another variance than "exact".'
+            )
         with _set_aside(leaves):
             found = _shares(capture(values, self.params, accumulate=True))
         for p in found:
@@ -141,10 +155,14 @@ class BatchParts:
             RuntimeError: if there was no or more than one backward pass since the last part.
         """
         self._restart_if_cleared()
-        checks.check_step_size(self.examples + size, size, batch_size)
+        _check_step_size(self.examples + size, size, batch_size)
         check_whole(self.params, "what one part of a batch adds to its gradient is not seen whole")
         changes = [self._changes(p) for p in self.params.values() if p.grad is not None]
-        checks.check_some_backward(any(changes))
+        if not any(changes):
+            raise RuntimeError(
+                "there was no backward pass since the last part; call optimizer.microbatch(size) "
+                "once after each."
+            )
         for p in self.params.values():
             if p.grad is None:
                 continue
@@ -161,8 +179,19 @@ class BatchParts:
         Raises:
             RuntimeError: unless gradients are the sum of at least two parts, up to a factor.
         """
-        checks.check_parts(self.parts)
-        checks.check_seen(all(p in self._noted for p in params))
+        if self.parts < 2:
+            raise RuntimeError(
+                f'variance="exact" or "microbatch" saw {self.parts} part(s) of the batch and needs '
+                'two: for "exact" call optimizer.backward(losses), with one loss per example, in '
+                'place of losses.mean().backward(); for "microbatch" call '
+                "optimizer.microbatch(size) after each backward pass of an accumulated step."
+            )
+        if not all(p in self._noted for p in params):
+            raise RuntimeError(
+                "a parameter has a gradient from elsewhere: compute all gradients by "
+                'optimizer.backward(losses) for variance="exact", and call '
+                'optimizer.microbatch(size) after each backward pass for "microbatch".'
+            )
         factors = {p: self._factor(p) for p in params}
         return {p: partial(self._variance, p, factor) for p, factor in factors.items()}
 
@@ -184,10 +213,23 @@ class BatchParts:
         """
         grad, noted = _grad(p), self._noted.get(p)
         if noted is None:
-            checks.check_fresh(self._used.get(p) != (weakref.ref(grad), grad._version))
+            if self._used.get(p) == (weakref.ref(grad), grad._version):
+                raise RuntimeError(LEFT_OVER)
             return 1
-        checks.check_one_backward(grad is noted.grad, grad._version - noted.version)
-        return grad._version - noted.version
+        same, changes = grad is noted.grad, grad._version - noted.version
+        if not same or changes > 1:
+            wrapped = (
+                " A wrapper that averages gradients over processes writes them, too: under "
+                'DistributedDataParallel use variance="data-parallel" with observe_ranks(model, '
+                "optimizer)."
+            )
+            raise RuntimeError(
+                "call optimizer.microbatch(size) once after each backward pass, and "
+                "optimizer.zero_grad() between steps: the gradients were "
+                f"{f'changed {changes} times' if same else 'replaced by other tensors'} since the "
+                f"last call.{wrapped if processes() > 1 else ''}"
+            )
+        return changes
 
     def _note(self, p: Tensor, squares: Tensor, copy: Tensor | None = None) -> None:
         grad = _grad(p)
@@ -204,15 +246,34 @@ class BatchParts:
         if p.grad is None:
             return
         noted = self._noted.get(p)
-        if noted is None:
-            checks.check_fresh(not bool(p.grad.any()))
-        else:
-            checks.check_same_grad(noted.holds(p.grad))
+        if noted is None and bool(p.grad.any()):
+            raise RuntimeError(LEFT_OVER)
+        if noted is not None and not noted.holds(p.grad):
+            raise RuntimeError(
+                "gradients were changed between two parts of a batch; clip or unscale them once, "
+                "after the last part, and call optimizer.zero_grad() between steps."
+            )
 
     def _restart_if_cleared(self) -> None:
         """A batch whose step was skipped leaves its parts behind; its gradients are gone."""
         if any(p.grad is None for p in self._noted):
             self.reset()
+
+
+def _check_step_size(examples: int, implied: float, batch_size: int | None) -> None:
+    """Raise ValueError if a step has more examples than its optimizer was told.
+
+    Args:
+        examples: seen in this step so far.
+        implied: size of the whole by the weight of the last part; weights may be rounded.
+        batch_size: the setting; of all processes, so more than those seen here is no contradiction.
+    """
+    if batch_size is not None and (examples > batch_size or implied > 1.05 * batch_size):
+        raise ValueError(
+            f"batch_size={batch_size}, but this step has {max(examples, round(implied))} examples; "
+            "set batch_size to the examples behind one step (batch × accumulation steps × "
+            "processes), and weight to a part's share of them."
+        )
 
 
 @contextmanager
@@ -242,7 +303,7 @@ def _shares(factors: Factors) -> dict[Tensor, tuple[Tensor, Tensor]]:
     for name, sums, squares in factors.each_moments():
         p = factors.params[name]
         grad = torch.zeros_like(p) if p.grad is None else p.grad
-        check_gradients([grad])
+        check_dense([grad])
         gap, size = _gap(grad, sums, squares)
         if p._backward_hooks and bool(gap > _tolerance(p) * size):
             squares = _behind_hook(name, grad, sums, squares)
@@ -306,7 +367,7 @@ def _unseen(name: str, p: Tensor) -> RuntimeError:
     cause = (
         "a wrapper such as DistributedDataParallel averages it over processes. Use "
         'variance="data-parallel" with observe_ranks(model, optimizer)'
-        if checks.processes() > 1
+        if processes() > 1
         else "it takes a way that the graph does not show, such as a backward pass that a custom "
         "autograd.Function runs itself, or a hook on its AccumulateGrad node. Remove that, or use "
         "another variance"
@@ -362,5 +423,10 @@ def _common_factor(after: Tensor, before: Tensor) -> float:
     norm = float(torch.linalg.vector_norm(then))
     factor = float(torch.linalg.vector_norm(now)) / norm if norm > 0 else 1.0
     rest = float(torch.linalg.vector_norm(now - factor * then))
-    checks.check_only_scaled(rest <= SCALED_TOLERANCE * factor * norm)
+    if not rest <= SCALED_TOLERANCE * factor * norm:
+        raise RuntimeError(
+            'gradients were changed between the backward pass and step(): variance="exact" and '
+            '"microbatch" take a common factor per tensor (unscaling, clipping by norm), but not '
+            "clipping by value, added noise or terms from another backward pass."
+        )
     return factor

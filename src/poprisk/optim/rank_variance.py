@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poprisk import _validate as checks
 from poprisk.optim.variance import GivenVariances
 
 
@@ -69,7 +68,12 @@ def rank_variances(
     Raises:
         RuntimeError: if a gradient has no observation.
     """
-    checks.check_observed(all(p in observations for p in params))
+    if not all(p in observations for p in params):
+        raise RuntimeError(
+            'variance="data-parallel" has no observation of a gradient of this step: call '
+            "poprisk.observe_ranks(ddp_model, optimizer) once before training, on at least two "
+            "processes, and reduce the gradients with DistributedDataParallel."
+        )
     return {p: partial(observations[p].rescaled, cast(Tensor, p.grad)) for p in params}
 
 

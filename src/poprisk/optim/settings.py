@@ -1,16 +1,18 @@
-"""From the settings of a parameter group to its variance estimator and gate."""
+"""From the settings of a parameter group to what one step takes: numbers, estimator and gate."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from poprisk import _validate as checks
+from poprisk._validate import check_choice, check_number, plain
 from poprisk.dtensor import GlobalMeans, Layout
 from poprisk.optim.gate import ALPHAS, MASKS_, Gate, local_means, momentum_noise, threshold
+from poprisk.optim.update import AdamSettings
 from poprisk.optim.variance import ESTIMATORS, Clock, VarianceEstimator, make_estimator
 
 MODES = ("auto", "paper")
@@ -24,13 +26,71 @@ GATE_SETTINGS = (
 )
 
 
-def plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with Python numbers for numpy's and for tensors of one element.
+class CompiledGroup(NamedTuple):
+    """A parameter group as one step takes it; made by :func:`compiled`.
 
-    The learning rate may stay a tensor: schedulers write to it, and captured steps read it there.
+    Attributes:
+        settings: of the group, with Python numbers; the learning rate may stay a tensor, which
+            schedulers write to and captured steps read.
+        estimator: of the variance; None: the group is not gated.
     """
-    numbers = {key: checks.plain(group[key]) for key in NUMBERS}
-    return {**group, **numbers, "betas": tuple(map(checks.plain, group["betas"]))}
+
+    settings: dict[str, Any]
+    estimator: VarianceEstimator | None
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The estimator's entries in a parameter's state."""
+        return self.estimator.state_keys if self.estimator else ()
+
+    def clock(self, t: Any, observations: Any) -> Clock:
+        """Counters with the decay rates of the group."""
+        return Clock(t, observations, *self.settings["betas"])
+
+    def adam(self, clock: Clock) -> AdamSettings:
+        """The settings of AdamW itself."""
+        lr, decay = self.settings["lr"], self.settings["weight_decay"]
+        lr = lr if clock.captured else float(lr)
+        return AdamSettings(lr, clock.beta1, clock.beta2, self.settings["eps"], decay)
+
+    def gate(self, clock: Clock, layout: Layout | None = None) -> Gate | None:
+        """The gate of one step, None where it is ungated; averages go over all of a DTensor."""
+        if self.estimator is None:
+            return None
+        s = self.settings
+        inflation: Any = self.estimator.inflation(clock)
+        alpha, paper = s["alpha"], s["mode"] == "paper"
+        if paper and alpha == "auto":
+            alpha = "fresh" if s["dataset_size"] is None else "finite"
+        elif not paper and not clock.captured and inflation == 0:
+            return None
+        return Gate(
+            mask=s["mask"] if callable(s["mask"]) else MASKS_[s["mask"]],
+            alpha=threshold(
+                alpha,
+                noise_ratio=momentum_noise(clock.t, clock.beta1),
+                inflation=inflation,
+                z=s["z"],
+                batch_size=s["batch_size"],
+                dataset_size=s["dataset_size"],
+            ),
+            softness=s["softness"],
+            eps=s["eps"] if paper else 0.0,
+            q_min=s["q_min"],
+            per_tensor=s["reduction"] == "per_tensor",
+            opened=inflation == 0 if clock.captured and not paper else None,
+            pool=local_means if layout is None else GlobalMeans(layout),
+        )
+
+
+def compiled(group: Mapping[str, Any]) -> CompiledGroup:
+    """A group's settings with Python numbers for numpy's and for tensors of one element."""
+    numbers = {key: plain(group[key]) for key in NUMBERS}
+    betas = tuple(map(plain, group["betas"]))
+    settings: dict[str, Any] = {**group, **numbers, "betas": betas}
+    paper = settings["mode"] == "paper"
+    gated = make_estimator(settings["variance"], rho=settings["rho"], paper=paper)
+    return CompiledGroup(settings, gated if settings["gate"] else None)
 
 
 def make_plain_(group: dict[str, Any]) -> None:
@@ -41,9 +101,9 @@ def make_plain_(group: dict[str, Any]) -> None:
     captured = bool(group["capturable"])
     for key in ("lr", *NUMBERS):
         if not isinstance(group[key], Tensor) or (captured and key != "lr"):
-            group[key] = checks.plain(group[key])
+            group[key] = plain(group[key])
     if captured or not any(isinstance(beta, Tensor) for beta in group["betas"]):
-        group["betas"] = tuple(map(checks.plain, group["betas"]))
+        group["betas"] = tuple(map(plain, group["betas"]))
 
 
 def tell_differences(
@@ -70,78 +130,88 @@ def _differ(mine: Any, theirs: Any) -> bool:
         return type(mine) is not type(theirs) or getattr(mine, "__name__", "") != getattr(
             theirs, "__name__", ""
         )
-    return bool(checks.plain(mine) != checks.plain(theirs))
+    return bool(plain(mine) != plain(theirs))
 
 
 def check_gate_settings(group: Mapping[str, Any]) -> None:
     """Refuse bad settings of the gate (TypeError, ValueError)."""
-    beta1, _ = checks.check_betas(group["betas"])
-    checks.check_number("rho", group["rho"], low=0.0, high=1.0, include_high=False)
-    checks.check_number("z", group["z"], low=0.0)
-    checks.check_number("softness", group["softness"], low=0.0)
-    checks.check_number("q_min", group["q_min"], low=0.0, high=1.0)
+    betas, alpha = group["betas"], group["alpha"]
+    if not isinstance(betas, (tuple, list, np.ndarray)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair such as (0.9, 0.999), but got {betas!r}.")
+    beta1, _ = (
+        check_number(f"betas[{i}]", beta, low=0.0, high=1.0, include_high=False)
+        for i, beta in enumerate(betas)
+    )
+    check_number("rho", group["rho"], low=0.0, high=1.0, include_high=False)
+    check_number("z", group["z"], low=0.0)
+    check_number("softness", group["softness"], low=0.0)
+    check_number("q_min", group["q_min"], low=0.0, high=1.0)
     if not callable(group["mask"]):
-        checks.check_choice("mask", group["mask"], MASKS_)
-    checks.check_choice("mode", group["mode"], MODES)
-    checks.check_choice("variance", group["variance"], ESTIMATORS)
+        check_choice("mask", group["mask"], MASKS_)
+    check_choice("mode", group["mode"], MODES)
+    check_choice("variance", group["variance"], ESTIMATORS)
     if group["reduction"] is not None:
-        checks.check_choice("reduction", group["reduction"], ("per_tensor",))
-    checks.check_alpha(group["alpha"], ALPHAS, group["dataset_size"])
-    checks.check_batch(group["batch_size"], group["dataset_size"])
-    checks.check_second_moment(group["variance"], beta1)
+        check_choice("reduction", group["reduction"], ("per_tensor",))
+    if not isinstance(alpha, str):
+        check_number("alpha", alpha, low=0.0)
+    else:
+        check_choice("alpha", alpha, ALPHAS)
+        if alpha == "finite" and group["dataset_size"] is None:
+            raise ValueError('alpha="finite" is b/(n-b) and needs batch_size and dataset_size.')
+    _check_sizes(plain(group["batch_size"]), plain(group["dataset_size"]))
+    if group["variance"] == "second-moment" and beta1 == 0:
+        raise ValueError(
+            'variance="second-moment" is v̂ - m̂² and needs betas[0] > 0, but got 0; use '
+            'variance="ema".'
+        )
+
+
+def _check_sizes(batch_size: Any, dataset_size: Any) -> None:
+    for name, value in (("batch_size", batch_size), ("dataset_size", dataset_size)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                f"{name} must be an integer or None, but got {value!r} ({type(value).__name__})."
+            )
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, but got {value}.")
+    if dataset_size is None:
+        return
+    if batch_size is None:
+        raise ValueError(
+            f"dataset_size={dataset_size} was given without batch_size; pass the number of "
+            "examples behind one step (batch × accumulation steps × processes)."
+        )
+    if batch_size >= dataset_size:
+        raise ValueError(
+            f"batch_size={batch_size} must be smaller than dataset_size={dataset_size}: a "
+            "full batch has no sampling noise to estimate. Pass dataset_size=None to ignore the "
+            "finite size, or give alpha as a number."
+        )
 
 
 def check_optimizer_settings(group: Mapping[str, Any]) -> None:
     """Refuse bad settings of AdamW or of the gate (TypeError, ValueError)."""
-    checks.check_number("lr", group["lr"], low=0.0)
-    checks.check_number("eps", group["eps"], low=0.0)
-    checks.check_number("weight_decay", group["weight_decay"], low=0.0)
+    check_number("lr", group["lr"], low=0.0)
+    check_number("eps", group["eps"], low=0.0)
+    check_number("weight_decay", group["weight_decay"], low=0.0)
     check_gate_settings(group)
-    checks.check_captured_variance(group["variance"], capturable=group["capturable"])
-    checks.check_fused(
-        fused=group["fused"],
-        foreach=group["foreach"],
-        mask=group["mask"],
-        capturable=group["capturable"],
-    )
-
-
-def estimator_of(group: Mapping[str, Any]) -> VarianceEstimator | None:
-    """The variance estimator of a group; None if the group is not gated."""
-    if not group["gate"]:
-        return None
-    return make_estimator(group["variance"], rho=group["rho"], paper=group["mode"] == "paper")
-
-
-def gate_of(
-    group: Mapping[str, Any],
-    clock: Clock,
-    estimator: VarianceEstimator | None,
-    layout: Layout | None = None,
-) -> Gate | None:
-    """The gate of one step, None where it is not gated; averages go over all of a DTensor."""
-    if estimator is None:
-        return None
-    alpha, paper = group["alpha"], group["mode"] == "paper"
-    inflation: Any = estimator.inflation(clock)
-    if paper and alpha == "auto":
-        alpha = "fresh" if group["dataset_size"] is None else "finite"
-    elif not paper and not clock.captured and inflation == 0:
-        return None
-    return Gate(
-        mask=group["mask"] if callable(group["mask"]) else MASKS_[group["mask"]],
-        alpha=threshold(
-            alpha,
-            noise_ratio=momentum_noise(clock.t, clock.beta1),
-            inflation=inflation,
-            z=group["z"],
-            batch_size=group["batch_size"],
-            dataset_size=group["dataset_size"],
-        ),
-        softness=group["softness"],
-        eps=group["eps"] if paper else 0.0,
-        q_min=group["q_min"],
-        per_tensor=group["reduction"] == "per_tensor",
-        opened=inflation == 0 if clock.captured and not paper else None,
-        pool=local_means if layout is None else GlobalMeans(layout),
-    )
+    variance, captured, fused = group["variance"], group["capturable"], group["fused"]
+    if captured and variance not in ("ema", "second-moment"):
+        raise ValueError(
+            f"variance={variance!r} cannot be captured: it is told to the optimizer outside of "
+            'the step; use capturable=False or variance="ema".'
+        )
+    if fused and group["foreach"]:
+        raise ValueError("fused=True and foreach=True were both given; choose one of them.")
+    if fused and captured:
+        raise ValueError(
+            "fused=True and capturable=True were both given: the native kernel cannot be captured; "
+            "choose one of them (torch.compile fuses a captured step)."
+        )
+    if fused and callable(group["mask"]):
+        raise TypeError(
+            "fused=True needs a mask by name, but got a function, which the native kernel cannot "
+            "call; use foreach=True."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poprisk import _validate as checks
-from poprisk.optim.settings import check_optimizer_settings, estimator_of, plain_settings
+from poprisk._validate import check_type
+from poprisk.optim.settings import CompiledGroup, check_optimizer_settings
 from poprisk.optim.update import state_dtype
 from poprisk.optim.variance import Given, GivenVariances, VarianceEstimator
 
@@ -98,6 +98,15 @@ def check_distinct(params: Iterable[Any]) -> None:
         seen.add(key)
 
 
+def check_dense(grads: Iterable[Tensor]) -> None:
+    """Raise RuntimeError if a gradient is sparse."""
+    if any(grad.layout is not torch.strided for grad in grads):
+        raise RuntimeError(
+            "the gate does not support sparse gradients: the variance estimate needs every "
+            "coordinate. Build the embedding with sparse=False."
+        )
+
+
 def follow_precision_(p: Tensor, state: dict[str, Any]) -> None:
     """Let the state follow a parameter that was moved to another precision."""
     dtype = state_dtype(p)
@@ -106,15 +115,12 @@ def follow_precision_(p: Tensor, state: dict[str, Any]) -> None:
             state[key] = state[key].to(dtype)
 
 
-def take_variances_(groups: list[dict[str, Any]], state: Any, given: GivenVariances) -> None:
+def take_variances_(groups: list[CompiledGroup], state: Any, given: GivenVariances) -> None:
     """Put variances that were found elsewhere into the running averages."""
-    if not given:
-        return
-    for group in map(plain_settings, groups):
-        estimator = estimator_of(group)
+    for settings, estimator in groups:
         if isinstance(estimator, Given):
-            weight = 1 - estimator.decay(group["betas"][0])
-            for p in group["params"]:
+            weight = 1 - estimator.decay(settings["betas"][0])
+            for p in settings["params"]:
                 if p in given:
                     s = state[p]["grad_mean_var"]
                     s.lerp_(given[p]().to(s.dtype), weight)
@@ -122,9 +128,23 @@ def take_variances_(groups: list[dict[str, Any]], state: Any, given: GivenVarian
 
 def completed_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """A shallow copy of ``state_dict`` whose groups have every setting."""
-    checks.check_state_dict(state_dict, ADAM_KEYS)
+    check_state_keys(state_dict, ("state", "param_groups"), "an")
     saved = state_dict["param_groups"]
-    checks.check_group_sizes(saved, groups)
+    # Entries of the state that belong to no parameter of a group are left to whoever put them there
+    for group in saved:
+        if "params" not in group or "betas" not in group:
+            raise ValueError(
+                "state_dict does not come from AdamW or PopRiskAdamW: a group of it has no "
+                "'params' or no 'betas'."
+            )
+        for index in group["params"]:
+            state = check_is_state(index, state_dict["state"].get(index, {}))
+            if state and not all(isinstance(state.get(key), Tensor) for key in ADAM_KEYS):
+                raise ValueError(
+                    f"state_dict does not come from AdamW or PopRiskAdamW: its state of parameter "
+                    f"{index} lacks a tensor {' or '.join(ADAM_KEYS)}."
+                )
+    check_group_sizes(saved, groups)
     if any(group.get("amsgrad") for group in saved):
         raise ValueError(
             "state_dict comes from AdamW(amsgrad=True), whose maximum of v̂ PopRiskAdamW does "
@@ -139,6 +159,53 @@ def completed_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) ->
     return {"state": state_dict["state"], "param_groups": filled}
 
 
+def check_state_keys(state_dict: Any, keys: Collection[str], kind: str) -> None:
+    """Raise unless ``state_dict`` is a mapping with ``keys``; ``kind`` is the article."""
+    check_type("state_dict", state_dict, Mapping, "a dict")
+    for key in keys:
+        if key not in state_dict:
+            raise ValueError(f"state_dict has no {key!r}: it is not {kind} optimizer's state.")
+
+
+def check_is_state(index: Any, state: Any) -> Mapping[str, Any]:
+    """Return the state of a parameter; raise ValueError if it is no mapping."""
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"state_dict is damaged: its state of parameter {index} is a {type(state).__name__}, "
+            "not a dict."
+        )
+    return state
+
+
+def check_group_sizes(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless saved groups hold as many parameters as the optimizer's."""
+    if any("params" not in group for group in saved):
+        raise ValueError("state_dict is damaged: a group of it has no 'params'.")
+    sizes, mine = [len(g["params"]) for g in saved], [len(g["params"]) for g in own]
+    if sizes != mine:
+        raise ValueError(
+            f"state_dict does not fit this optimizer: its groups hold {sizes} parameters, the "
+            f"optimizer's {mine}. Load it into an optimizer with the groups that it was saved "
+            "from, and add groups after that."
+        )
+
+
+def check_state_shapes(
+    index: int, p: Tensor, state: Mapping[str, Any], keys: Iterable[str], *, flat: bool = False
+) -> None:
+    """Raise ValueError if a loaded state does not fit its parameter; ``flat``: nor is flattened."""
+    for key in keys:
+        value = state.get(key)
+        if not isinstance(value, Tensor) or value.shape == p.shape:
+            continue
+        if not (flat and value.dim() == 1 and value.numel() == p.numel()):
+            raise ValueError(
+                f"state_dict does not fit this optimizer: state {key!r} of parameter {index} has "
+                f"shape {tuple(value.shape)}, but the parameter has shape {tuple(p.shape)}. "
+                "Load the checkpoint of the same model, with the parameters in the same order."
+            )
+
+
 PRE_HOOKS, POST_HOOKS = (f"_optimizer_load_state_dict_{when}_hooks" for when in ("pre", "post"))
 
 
@@ -149,7 +216,7 @@ def loaded_hooks(optimizer: Optimizer, state_dict: Any) -> Iterator[dict[str, An
     Checks and conversions thus see what hooks before the load made, and hooks after it have the
     last word, as with torch. Within the block torch's own load runs no hooks.
     """
-    checks.check_state_keys(state_dict, (), "an")
+    check_state_keys(state_dict, (), "an")
     state_dict = dict(state_dict)
     for hook in getattr(optimizer, PRE_HOOKS).values():
         changed = hook(optimizer, state_dict)

@@ -23,14 +23,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poprisk._validate.errors import NotAnalysable
+from poprisk._validate import NotAnalysable
 from poprisk.printing import short_repr
 
 Diagonal = Tensor | float
 
 
 class StepRule(NamedTuple):
-    r"""What one step did to one tensor; tensors have its shape, floats hold for all entries.
+    r"""A step as a linear map: of one tensor, or of all weights of a recorded run.
+
+    Numbers hold for all entries. Tensors have the shape of what the rule is of: a parameter, or
+    (P, 1) for all weights; a recorded interval keeps one number per parameter, (T,).
 
     Attributes:
         precondition: :math:`\eta M`, learning rate times preconditioner (and gate), ≥ 0.
@@ -42,19 +45,48 @@ class StepRule(NamedTuple):
         coupled: :math:`\lambda`, weight decay that enters the gradient.
         decay: :math:`\delta`, decoupled weight decay times learning rate.
         sign: :math:`\sigma`, -1 for an optimizer that maximizes.
+        steps: taken one after the other with one gradient, where a run is recorded every few.
     """
 
     precondition: Diagonal
-    correction: float = 1.0
-    carry: float = 0.0
+    correction: Diagonal = 1.0
+    carry: Diagonal = 0.0
     gain: Diagonal = 1.0
-    from_momentum: float = 1.0
-    from_gradient: float = 0.0
-    coupled: float = 0.0
-    decay: float = 0.0
-    sign: float = 1.0
+    from_momentum: Diagonal = 1.0
+    from_gradient: Diagonal = 0.0
+    coupled: Diagonal = 0.0
+    decay: Diagonal = 0.0
+    sign: Diagonal = 1.0
+    steps: int = 1
 
     __repr__ = short_repr
+
+    def part(self, rows: slice) -> StepRule:
+        """The rule of some of the weights."""
+        return StepRule(*(v[rows] if isinstance(v, Tensor) else v for v in self))  # pyrefly: ignore
+
+    def usual(self) -> tuple[float, float] | None:
+        """Numbers a and c of one step that reads the momentum itself; None for any other rule."""
+        others = (self.from_momentum, self.from_gradient, self.sign, self.steps)
+        numbers = [v for v in (self.carry, self.gain, *others) if not isinstance(v, Tensor)]
+        return (numbers[0], numbers[1]) if numbers[2:] == [1.0, 0.0, 1.0, 1] else None
+
+    def take(self, momentum: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Momentum after the steps, and r summed over them, for one :math:`\hat g`."""
+        a, s = self.carry, self.steps
+        if s == 1:  # the sums below are 0/0 for a tensor that gets no gradient, a = 1
+            after = a * momentum + self.gain * gradient
+            return after, self.from_momentum * after + self.from_gradient * gradient
+        carried, entered = self.weights()
+        after = a**s * momentum + self.gain * (1 - a**s) / (1 - a) * gradient
+        return after, carried * momentum + entered * gradient
+
+    def weights(self) -> tuple[Diagonal, Diagonal]:
+        """How much of the momentum before, and of the gradient, r holds over several steps."""
+        a, s = self.carry, self.steps
+        carried = a * (1 - a**s) / (1 - a)
+        entered = self.gain * (s - carried) / (1 - a)
+        return self.from_momentum * carried, self.from_momentum * entered + self.from_gradient * s
 
 
 class Facts(NamedTuple):

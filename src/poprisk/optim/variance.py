@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from poprisk._validate import examples as checks
+from poprisk._validate import (
+    check_losses,
+    check_no_batch_statistics,
+    check_range,
+    check_separate,
+    check_type,
+    first_line,
+)
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.jacobian import (
     Inputs,
@@ -34,6 +41,7 @@ from poprisk.jacobian import (
 )
 from poprisk.optim.gate import TensorList, momentum_noise, scaled
 from poprisk.per_sample import Moments, capture
+from poprisk.per_sample.checks import check_numbers, check_one_device, check_part
 
 
 class Clock(NamedTuple):
@@ -320,26 +328,31 @@ def grad_mean_var(
         >>> grad_mean_var(model, losses, batch)["weight"]
         tensor([[1.]])
     """
-    inputs, targets = checks.check_pair("batch", batch)
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"batch must be a pair (inputs, targets), but got {type(batch).__name__}.")
+    inputs, targets = batch
     named = trainable(model, params)
     model = inner(model)
-    checks.check_no_batch_statistics(model)
+    check_no_batch_statistics(model)
     x = as_inputs("batch inputs", inputs)
     b = length(x)
-    checks.check_targets(targets, b)
-    checks.check_one_device(pytree.tree_leaves((x, targets)), named)
+    check_type("the targets", targets, Tensor, "a tensor")
+    if targets.ndim == 0 or len(targets) != b:
+        raise ValueError(f"there are {b} examples but targets of shape {tuple(targets.shape)}.")
+    check_one_device(pytree.tree_leaves((x, targets)), named)
     if chunk is not None:
-        checks.check_range("chunk", chunk, 2)
+        check_range("chunk", chunk, 2)
     _check_unmixed(model, loss, x, targets)
     total: Moments | None = None
     # Around all chunks: each draws random numbers of its own.
     with recording(), evaluating(model, eval_mode=False, backward_hooks=True):
         for rows in split(b, max(1, b // (chunk or b))):
             outputs, losses = _losses(model, loss, take(x, rows), targets[rows])
-            checks.check_losses(losses, rows.stop - rows.start)
-            checks.check_numbers("losses", losses, start=rows.start)
-            if isinstance(outputs, Tensor) and outputs.shape[:1] == losses.shape and b > 3:
-                checks.check_separate(loss, outputs, targets[rows], losses)
+            size = rows.stop - rows.start
+            check_batch_losses(losses, size)
+            check_numbers("losses", losses, start=rows.start)
+            if isinstance(outputs, Tensor) and outputs.shape[:1] == losses.shape and size > 3:
+                check_separate(loss, outputs, targets[rows], losses)
             found = capture(losses, named).moments()
             total = found if total is None else total.plus(found)
     assert total is not None
@@ -360,8 +373,28 @@ def _losses(model: nn.Module, loss: PerExampleLoss, x: Inputs, y: Tensor) -> tup
     try:
         return outputs, loss(outputs, y)
     except (TypeError, AttributeError) as error:
-        checks.check_loss_takes(outputs, error)
-        raise
+        if isinstance(outputs, Tensor):
+            raise
+        raise TypeError(
+            f"the model returned {type(outputs).__name__}, on which loss failed "
+            f"({first_line(error)}); let loss take what counts of it, as in lambda out, y: "
+            "loss(out[0], y) or loss(out.logits, y)."
+        ) from error
+
+
+def check_batch_losses(losses: Any, examples: int | None = None) -> None:
+    """Raise unless losses are one differentiable value per example, for at least two."""
+    check_type("the losses", losses, Tensor, "a tensor")
+    check_losses(losses, examples)
+    if len(losses) < 2:
+        raise ValueError(
+            f"a variance between examples needs at least two of them, but got {len(losses)}."
+        )
+    if not losses.requires_grad:
+        raise ValueError(
+            "the losses depend on no trainable parameter: all are frozen, or they were computed "
+            "under torch.no_grad()."
+        )
 
 
 def _check_unmixed(model: nn.Module, loss: PerExampleLoss, x: Inputs, targets: Tensor) -> None:
@@ -379,14 +412,20 @@ def _check_unmixed(model: nn.Module, loss: PerExampleLoss, x: Inputs, targets: T
             found = outputs_of(model, take(x, rows), of_loss)
         except (RuntimeError, IndexError) as error:
             if rows != list(range(length(x))):
-                checks.check_part(len(rows), length(x), error)
+                check_part(len(rows), length(x), error)
             raise
-        checks.check_values(found, len(rows))
-        return found
+        check_type("the losses", found, Tensor, "a tensor")
+        return check_losses(found, len(rows))
 
     with evaluating(model):
         whole = losses(list(range(count)))
         for rows in ([0, 0], list(range(count))[::-1]):
             part = losses(rows)
             same = close(part, whole[rows])
-            checks.check_unmixed(same or not close(part, losses(rows)))
+            if not same and close(part, losses(rows)):
+                raise ValueError(
+                    "the loss of an example changes with the others of its batch: the model or "
+                    "loss looks across the batch (contrast, normalization, division by a number of "
+                    "the batch's), so there are no per-example gradients. Each loss must depend on "
+                    "its own example alone."
+                )

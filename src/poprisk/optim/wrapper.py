@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final, overload
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk import _validate as checks
+from poprisk._validate import check_number
 from poprisk.dtensor import (
     Layout,
     all_agree,
@@ -30,12 +30,17 @@ from poprisk.optim.adamw import (
     tensor_names,
 )
 from poprisk.optim.behaviour import Behaviour, Decay, Kind, behaviours, kind_of
-from poprisk.optim.gate import MASKS_, Gate, Mask, TensorList
+from poprisk.optim.gate import Gate, Mask, TensorList
 from poprisk.optim.groups import update_slots
-from poprisk.optim.settings import check_gate_settings, gate_of, plain_settings, tell_differences
+from poprisk.optim.replay import mask_and_passed, mask_of
+from poprisk.optim.settings import CompiledGroup, check_gate_settings, compiled, tell_differences
 from poprisk.optim.state import (
     check_distinct,
+    check_group_sizes,
+    check_is_state,
     check_not_resized,
+    check_state_keys,
+    check_state_shapes,
     count_step,
     follow_precision_,
     hooked_state,
@@ -52,7 +57,7 @@ from poprisk.optim.update import (
     real_slots,
     state_dtype,
 )
-from poprisk.optim.variance import Clock, Ema
+from poprisk.optim.variance import Clock, Ema, VarianceEstimator
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]
 PREFIX = "gate_"
@@ -216,8 +221,9 @@ class GatedOptimizer(Optimizer):
         buckets = [
             b for g, d in zip(self.param_groups, decays, strict=True) for b in self._take(g, d)
         ]
+        own = compiled(self.settings)
         for bucket in buckets:
-            self._observe(bucket)
+            _observe(bucket, own)
         try:
             with without_decay(self._wrapped, decays):
                 self._wrapped.step()
@@ -226,7 +232,7 @@ class GatedOptimizer(Optimizer):
                 torch._foreach_copy_(locals_of(bucket.params), bucket.starts)
             raise
         for bucket in buckets:
-            self._rewrite(bucket)
+            _rewrite(bucket, own)
         return loss
 
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
@@ -302,12 +308,17 @@ class GatedOptimizer(Optimizer):
         """The wrapped optimizer's state, the gate's, its settings, skipped steps; all checked."""
         if "gate" in state_dict and "optimizer" in state_dict:
             state_dict = _today(state_dict)
-        checks.check_state_keys(state_dict, ("state", "param_groups"), "a gated or plain")
+        check_state_keys(state_dict, ("state", "param_groups"), "a gated or plain")
         groups = [dict(group) for group in state_dict["param_groups"]]
-        checks.check_group_sizes(groups, self.param_groups)
+        check_group_sizes(groups, self.param_groups)
         marked = [_pop_marked(group) for group in groups]
+        numbers = {k for k, v in self.defaults.items() if type(v) in (int, float, tuple)}
         for group, mine in zip(groups, self.param_groups, strict=True):
-            checks.check_hyperparameters(group, self.defaults)
+            if missing := sorted(numbers - set(group)):
+                raise ValueError(
+                    "state_dict does not come from an optimizer of this kind: a group of it lacks "
+                    f"{missing}."
+                )
             group.update({k: v for k, v in mine.items() if k not in group and k != "params"})
         found = behaviours(
             self._wrapped,
@@ -317,14 +328,14 @@ class GatedOptimizer(Optimizer):
         for group, mine in zip(groups, self.param_groups, strict=True):
             kind = kind_of({**group, "params": mine["params"]})
             for i, p in zip(group["params"], mine["params"], strict=True):
-                entries = checks.check_is_state(i, state.get(i, {}))
+                entries = check_is_state(i, state.get(i, {}))
                 rest = dict(entries)
                 gate = _pop_marked(rest)
-                checks.check_state_complete(i, rest, found[kind].keys[p.dim()])
-                checks.check_state_shapes(i, p, rest, found[kind].keys[p.dim()], flat=True)
+                _check_complete(i, rest, found[kind].keys[p.dim()])
+                check_state_shapes(i, p, rest, found[kind].keys[p.dim()], flat=True)
                 if gate:
-                    checks.check_state_complete(i, gate, STATE)
-                    checks.check_state_shapes(i, p, gate, STATE[1:])
+                    _check_complete(i, gate, STATE)
+                    check_state_shapes(i, p, gate, STATE[1:])
                     own[p] = gate
                 if i in state:
                     state[i] = rest
@@ -372,61 +383,34 @@ class GatedOptimizer(Optimizer):
             torch._foreach_copy_(bucket.starts, locals_of(bucket.params))
         return list(buckets.values())
 
-    def _clock(self, t: int) -> Clock:
-        return Clock(t, t - 1, *self.settings["betas"])
-
-    def _observe(self, bucket: _Bucket) -> None:
-        grads = [gradient_of(p, bucket.layout) for p in bucket.params]
-        slots, clock = bucket.slots(grads), self._clock(bucket.t)
-        observe_ = functools.partial(
-            observe_slots_, clock=clock, estimator=Ema(self.settings["rho"])
-        )
-        update_slots(slots, self.settings, observe_)
-
-    def _rewrite(self, bucket: _Bucket) -> None:
-        estimator, clock = Ema(self.settings["rho"]), self._clock(bucket.t)
-        gate = gate_of(self.settings, clock, estimator, bucket.layout)
-        share, last = _share(bucket.decay, bucket.group)
-        slots = bucket.slots(bucket.starts)
-        keep_ = functools.partial(
-            keep_slots_, clock=clock, estimator=estimator, gate=gate, share=share, last=last
-        )
-        update_slots(slots, self.settings, keep_)
-        for p, w in zip(locals_of(bucket.params), slots.params, strict=True):
-            if p.dtype in LOW_PRECISION:
-                p.copy_(w)
-
     def _row(self, p: Tensor) -> Tensor:
         """The gate of the last step evaluated again: the sums of its statistics."""
         state, layout = self.state[p], layout_of(p)
         bucket = _Bucket({}, None, int(state["step"]), layout, [p], [state], [self._updates[p]])
         slots = bucket.slots(bucket.starts)
-        gate, clock, estimator = self._last_gate(p)
+        clock, estimator, gate = self._last_gate(p)
         total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
         for piece in [slots] if gate is not None and gate.per_tensor else pieces(slots):
             (update,), (m,), (s,) = piece.grads, piece.exp_avgs, piece.variances
-            q = passed = torch.ones_like(m)
-            if gate is not None:
-                threshold = gate._replace(mask=MASKS_["hard"], q_min=0.0)
-                q, passed = (masks(piece, clock, estimator, g)[0] for g in (gate, threshold))
+            q, passed = mask_and_passed(piece, clock, estimator, gate)
             total += gate_sums(q, passed, update, ((m != 0) | (s > 0)).to(m.dtype))
         return global_sums(total, layout)
 
-    def _last_gate(self, p: Tensor) -> tuple[Gate | None, Clock, Ema]:
-        clock, estimator = self._clock(int(self.state[p]["step"])), Ema(self.settings["rho"])
-        return gate_of(self.settings, clock, estimator, layout_of(p)), clock, estimator
+    def _last_gate(self, p: Tensor) -> tuple[Clock, VarianceEstimator | None, Gate | None]:
+        t, own = int(self.state[p]["step"]), compiled(self.settings)
+        clock = own.clock(t, t - 1)
+        return clock, own.estimator, own.gate(clock, layout_of(p))
 
     @torch.no_grad()
     def step_rule(self, param: Tensor, facts: Facts) -> StepRule:
         """The last step of ``param`` as a linear map of its gradient: the wrapped one's, masked."""
         inner = facts._replace(state=self._wrapped.state.get(param, {}))
         rule = describe(self._wrapped).rule(param, inner)
-        gate, clock, estimator = self._last_gate(param)
+        clock, estimator, gate = self._last_gate(param)
         if gate is None:
             return rule
-        state = self.state[param]
-        bucket = _Bucket({}, None, clock.t, None, [param], [state], [param])
-        q = masks(bucket.slots([param]), clock, estimator, gate)[0]
+        bucket = _Bucket({}, None, clock.t, None, [param], [self.state[param]], [param])
+        q = mask_of(bucket.slots([param]), clock, estimator, gate)
         return rule._replace(precondition=q * rule.precondition)
 
     def momentum_of(self, param: Tensor) -> Tensor | None:
@@ -435,6 +419,27 @@ class GatedOptimizer(Optimizer):
 
     def _own_settings(self) -> dict[str, Any]:
         return {"beta1": self.settings["betas"][0], **{k: self.settings[k] for k in SETTINGS[1:]}}
+
+
+def _observe(bucket: _Bucket, own: CompiledGroup) -> None:
+    grads = [gradient_of(p, bucket.layout) for p in bucket.params]
+    clock = own.clock(bucket.t, bucket.t - 1)
+    how: dict[str, Any] = {"clock": clock, "estimator": own.estimator}
+    update_slots(bucket.slots(grads), own.settings, functools.partial(observe_slots_, **how))
+
+
+def _rewrite(bucket: _Bucket, own: CompiledGroup) -> None:
+    clock = own.clock(bucket.t, bucket.t - 1)
+    share, last = _share(bucket.decay, bucket.group)
+    slots = bucket.slots(bucket.starts)
+    how: dict[str, Any] = {"clock": clock, "estimator": own.estimator}
+    keep_ = functools.partial(
+        keep_slots_, **how, gate=own.gate(clock, bucket.layout), share=share, last=last
+    )
+    update_slots(slots, own.settings, keep_)
+    for p, w in zip(locals_of(bucket.params), slots.params, strict=True):
+        if p.dtype in LOW_PRECISION:
+            p.copy_(w)
 
 
 def observe_slots_(slots: Slots, *, clock: Clock, estimator: Ema) -> None:
@@ -473,6 +478,15 @@ def keep_slots_(
     if new is not w:
         torch._foreach_copy_(w, new)
     torch._foreach_copy_(start, update)
+
+
+def _check_complete(index: Any, state: Mapping[str, Any], keys: Iterable[str]) -> None:
+    missing = sorted(set(keys) - set(state))
+    if state and missing:
+        raise ValueError(
+            f"state_dict does not come from an optimizer of this kind: its state of parameter "
+            f"{index} has {sorted(state)}, but not {missing}."
+        )
 
 
 def _pop_marked(group: dict[str, Any]) -> dict[str, Any]:
@@ -554,7 +568,7 @@ def gated(
         raise TypeError(f"gated() takes a torch optimizer, but got {type(optimizer).__name__}.")
     if isinstance(optimizer, (PopRiskAdamW, GatedOptimizer)):
         raise TypeError(f"{type(optimizer).__name__} is gated already.")
-    checks.check_number("beta1", beta1, low=0.0, high=1.0, include_high=False)
+    check_number("beta1", beta1, low=0.0, high=1.0, include_high=False)
     settings = {
         "betas": (beta1, 0.0),
         "rho": rho,
@@ -574,4 +588,4 @@ def gated(
         "weight_decay": 0.0,
     }
     check_gate_settings(settings)
-    return GatedOptimizer(optimizer, plain_settings(settings))
+    return GatedOptimizer(optimizer, compiled(settings).settings)

@@ -4,7 +4,7 @@
 operators P, Q, W, G, D of the theory, :func:`follow` into their action on a few vectors.
 """
 
-from poprisk._validate.errors import NotAnalysable
+from poprisk._validate import NotAnalysable
 from poprisk.optim.step import Facts, StepRule, realized_update
 from poprisk.path.follow import Applied, Followed, follow
 from poprisk.path.integrals import Closure, Integrals, integrate, phi_functions

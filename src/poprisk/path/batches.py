@@ -8,7 +8,7 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from poprisk._validate.errors import NotAnalysable
+from poprisk._validate import NotAnalysable
 from poprisk.path.checks import check_indices
 
 Batch = Tensor | tuple[Tensor, Tensor]

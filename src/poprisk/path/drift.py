@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from poprisk import _validate as checks
 from poprisk.intervals import t_interval
 from poprisk.losses import Loss, gradient
-from poprisk.path import Run, record
-from poprisk.path.checks import check_minibatches, check_probes
+from poprisk.path import NotAnalysable, Run, record
+from poprisk.path.checks import check_probes
 from poprisk.path.coupling import label_response
 from poprisk.path.follow import follow_all
 from poprisk.path.integrals import WARN_ABOVE
+from poprisk.path.recursion import Recursion
 from poprisk.printing import short_repr
 
 
@@ -121,8 +122,15 @@ def movement(
         NotAnalysable: if the run is full-batch or strided: it shows no minibatch noise.
     """
     problem = run.problem.to(torch.float64)
-    seen = max(len(i.examples) for i in run.intervals)
-    check_minibatches(seen, problem.n, run.stride)
+    if run.stride > 1:
+        raise NotAnalysable(
+            f"drift and diffusion need every step, but the run was recorded every {run.stride}; "
+            "record with stride=1."
+        )
+    if max(len(i.examples) for i in run.intervals) >= problem.n:
+        raise NotAnalysable(
+            "a full-batch run has no minibatch noise, so no diffusion; record minibatches."
+        )
     if directions is not None:
         check_probes(directions, (problem.n, problem.c))
     marks = np.unique(np.geomspace(min(first, len(run)), len(run), points).round().astype(int))
@@ -153,18 +161,15 @@ class _Steps:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.momentum = run.momentum_in.to("cpu", torch.float64).unsqueeze(1)
+        self.recursion = Recursion.of_run(run, 1, torch.float64)
         self.error = self.size = 0.0
 
     def take(self, k: int, gradient: Tensor) -> None:
         """Predict the step of interval ``k`` from the gradient (P, 1) of its batch."""
-        rule = self.run.rule(k, torch.float64)
-        w, end = self.run.weights[k].double(), self.run.weights[k + 1].double()
-        g = rule.sign * gradient + rule.coupled * w[:, None]
-        read = rule.readout(self.momentum, g)
-        self.momentum = rule.advance(self.momentum, g)
-        step = -rule.correction * rule.precondition * read - rule.decay * w[:, None]
-        realized = (end - w)[:, None]
+        w, end = (self.run.weights[i].to(gradient).unsqueeze(1) for i in (k, k + 1))
+        self.recursion.decayed = w
+        step = -self.recursion.step(self.run.rule(k, torch.float64), gradient)[1]
+        realized = end - w
         self.error += float((step - realized).square().sum())
         self.size += float(realized.square().sum())
 

@@ -18,6 +18,7 @@ from poprisk.path.checks import check_probes
 from poprisk.path.integrals import REMEDY, Closure, relative
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, composite, gauss
+from poprisk.path.recursion import Recursion
 from poprisk.path.run import Run
 from poprisk.printing import short_repr
 
@@ -170,18 +171,19 @@ class _March:
         X = probes.to(dtype)
         self.X = torch.cat([X, torch.zeros_like(X[..., :1])], -1) if self.affine else X
         r = self.X.shape[-1]
-        self.Q = torch.zeros(p.size, r, dtype=dtype)
-        if self.affine:
-            self.Q[:, -1] = run.momentum_in.to(dtype)
         self.w = self.origin = run.weights[0].to(dtype)
-        self.own: Tensor | None = None
-        if self.affine and decaying:  # the weights as the sum of what each column made of them
-            self.own = torch.zeros_like(self.Q)
-            self.own[:, -1] = self.w
+        self.recursion = Recursion.of_run(run, r, dtype)
+        self.decaying = self.affine and decaying
+        if not self.affine:
+            self.recursion.decayed = self.w.new_empty(p.size, 0)
+        if self.decaying:  # the weights as the sum of what each column made of them
+            own = torch.zeros_like(self.recursion.momentum)
+            own[:, -1] = self.w
+            self.recursion.decayed = own
         self.u, self.v = self._outputs()
         self.u0 = self.u
         self.D, self.G = torch.zeros_like(self.X), torch.zeros(*self.v.shape, r, dtype=dtype)
-        self.moved = torch.zeros_like(self.Q)
+        self.moved = torch.zeros_like(self.recursion.momentum)
         self.fresh, self.steps = True, 0
         self.moments: list[Moment] = []
         self.keep()
@@ -204,24 +206,14 @@ class _March:
         w = self.w if rule.steps == 1 else (self.w + end) / 2
         u, pull = self.problem.pullback(w, self.problem.train[0][rows])
         X = self.X[rows] if self.fresh else self._at(rows, w, u)
-        gradient = pull(interval.sampling.to(self.dtype)[:, None, None] * X) * rule.sign
-        if self.affine:
-            self._decay(gradient, rule.coupled, w)
-        V = rule.readout(self.Q, gradient) * rule.correction * rule.precondition
-        self.Q = rule.advance(self.Q, gradient)
-        if self.affine:
-            self._decay(V, rule.decay * rule.steps, w)
-        if self.own is not None:
-            self.own -= V
+        gradient = pull(interval.sampling.to(self.dtype)[:, None, None] * X)
+        if self.affine and not self.decaying:
+            self.recursion.decayed = w.unsqueeze(1)
+        V = self.recursion.step(rule, gradient)[1]
+        if self.decaying:
+            self.recursion.decayed -= V
         self.moved += V
         self.w, self.fresh, self.steps = end, False, self.steps + rule.steps
-
-    def _decay(self, columns: Tensor, rate: Tensor | float, w: Tensor) -> None:
-        """Add weight decay to the affine column, or to each what it made of the weights."""
-        if self.own is None:
-            columns[:, -1:] += rate * w[:, None]
-        else:
-            columns += rate * self.own
 
     def _at(self, rows: Tensor, w: Tensor, u: Tensor) -> Tensor:
         """Columns of the batch at ``w``: what they were at the last refresh, moved since."""
@@ -249,15 +241,15 @@ class _March:
 
     def result(self) -> Followed:
         """Everything followed; the affine column is there even where it is zero."""
-        columns = (self._with_affine(t) for t in (self.X, self.Q, self.D, self.G))
+        columns = (self._with_affine(t) for t in (self.X, self.recursion.momentum, self.D, self.G))
         g = self.problem.output_gradient(self.u)
         return Followed(Applied(*columns), self.moments, (self.u0, self.u), g)
 
 
 def has_affine_part(run: Run) -> bool:
     """Whether anything but the starting output gradient moved the weights."""
-    decayed = any(bool(i.scalars[:, 4:6].any()) for i in run.intervals)  # coupled, decay
-    return decayed or bool(run.momentum_in.any())
+    decays = (decay for i in run.intervals for decay in (i.rule.coupled, i.rule.decay))
+    return bool(run.momentum_in.any()) or any(bool(torch.as_tensor(d).any()) for d in decays)
 
 
 def _curved(problem: Problem, u: Tensor, end: Tensor, moved: Tensor, rows: Tensor) -> Tensor:

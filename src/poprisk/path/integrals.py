@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poprisk.optim.step import StepRule
 from poprisk.path.checks import check_budget
-from poprisk.path.jacobian import JacobianRows
 from poprisk.path.quadrature import (
     OUTPUT_NODES,
     Nodes,
@@ -26,7 +26,8 @@ from poprisk.path.quadrature import (
     composite,
     gauss,
 )
-from poprisk.path.run import FlatRule, Run
+from poprisk.path.recursion import Recursion
+from poprisk.path.run import Run
 from poprisk.printing import short_repr
 
 Progress = Callable[[int, int | None], None]
@@ -244,7 +245,6 @@ class _Walk:
         p = self.problem
         self.x, self.points = p.train[0], p.query[0]
         self.w = run.weights[0].double()
-        self.rows = jacobian.rows = JacobianRows(p)
         self.u, self.v = self._outputs(self.w)
         self.u0, self.v0 = self.u, self.v
         self.g0 = p.output_gradient(self.u).flatten()
@@ -255,8 +255,7 @@ class _Walk:
         self.J_batch = torch.empty(0, p.size, **zeros)
         self.inputs = torch.cat([self.x, self.points])
         self.X = torch.cat([torch.eye(N, **zeros), torch.zeros(N, 1, **zeros)], 1)
-        self.Q = torch.zeros(p.size, N + 1, **zeros)
-        self.Q[:, -1] = run.momentum_in.double()
+        self.recursion = Recursion.of_run(run, N + 1, torch.float64)
         self.W, self.D = torch.zeros(N, N, **zeros), torch.zeros(N, N + 1, **zeros)
         self.G = torch.zeros(Nq, N + 1, **zeros)
         self.accounted = 0.0
@@ -300,41 +299,27 @@ class _Walk:
 
     def _jacobian(self, w: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """Rows of the Jacobian at ``w``, written to ``out``."""
-        return self.rows.write(out, [(w, 1.0)], x)
+        return self.problem.rows.write(out, [(w, 1.0)], x)
 
-    def _step(self, rule: FlatRule, J: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
+    def _step(self, rule: StepRule, J: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
         r"""Take a step and return what it moves, (N+Nq, N+1).
 
         Weights are gone through piece by piece: gradient :math:`J^T S P`, momentum, step
         :math:`V = \eta M R/(1-\beta_1^{k+1})`, and :math:`\bar J V`.
         """
-        moved = torch.zeros(len(self.J), self.Q.shape[1], dtype=torch.float64)
-        size = max(1, BLOCK // self.Q.shape[1])
+        columns = pulled.shape[1]
+        moved = torch.zeros(len(self.J), columns, dtype=torch.float64)
+        self.recursion.decayed = w.unsqueeze(1)
+        size = max(1, BLOCK // columns)
         for start in range(0, len(w), size):
             part = slice(start, start + size)
-            some, at = rule.part(part), w[part, None]
-            R = self._readout(some, self.Q[part], J[:, part].T, pulled, at)
+            some = rule.part(part)
+            R, V = self.recursion.step(some, J[:, part].T, pulled, rows=part)
             self._dissipate(R[:, :-1], some)
-            V = R * (some.correction * some.precondition)
-            V[:, -1:] += some.decay * some.steps * at
             moved.addmm_(self.J[:, part], V)
         return moved
 
-    def _readout(self, rule: FlatRule, Q: Tensor, JT: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
-        """Advance the momentum of some weights in place and return what the step reads of it."""
-        usual = rule.usual()
-        if usual is not None:
-            carry, gain = usual
-            Q.addmm_(JT, pulled, beta=carry, alpha=gain)
-            Q[:, -1:] += gain * rule.coupled * w
-            return Q
-        gradient = rule.sign * (JT @ pulled)
-        gradient[:, -1:] += rule.coupled * w
-        R = rule.readout(Q, gradient)
-        Q.copy_(rule.advance(Q, gradient))
-        return R
-
-    def _pulled(self, k: int, rule: FlatRule, w: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    def _pulled(self, k: int, rule: StepRule, w: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         r"""Jacobian of the batch, (b·c, P), and :math:`S P` on its rows, (b·c, N+1)."""
         interval, c = self.run.intervals[k], self.problem.c
         rows = (interval.examples[:, None] * c + torch.arange(c)).flatten()
@@ -350,7 +335,7 @@ class _Walk:
         return J, sampling * X[rows]
 
     def _interval_mean(
-        self, rule: FlatRule, w: Tensor, sampled: tuple[Tensor, Tensor, Tensor], B: Tensor
+        self, rule: StepRule, w: Tensor, sampled: tuple[Tensor, Tensor, Tensor], B: Tensor
     ) -> Tensor:
         r"""Mean of the columns over an interval of several steps (exponential midpoint).
 
@@ -363,14 +348,14 @@ class _Walk:
         A = torch.zeros(len(J_S), len(J_S), dtype=torch.float64)
         JT = rule.sign * J_S[rows].T
         A[:, rows] = _blocks(B, J_S @ (scale * entered * JT)) * sampling.T
-        forcing = scale * carried * self.Q
+        forcing = scale * carried * self.recursion.momentum
         coupled = scale * entered * rule.coupled + rule.decay * rule.steps
         forcing[:, -1:] += coupled * w[:, None]
         f = _blocks(B, J_S @ forcing)
         phi1, phi2 = phi_functions(-A)
         return phi1 @ self.X - phi2 @ f
 
-    def _dissipate(self, R: Tensor, rule: FlatRule) -> None:
+    def _dissipate(self, R: Tensor, rule: StepRule) -> None:
         r""":math:`W \mathrel{+}= V^T V` with :math:`V = (\eta M)^{1/2} R`, of some weights."""
         scale = rule.precondition
         if isinstance(scale, Tensor):
@@ -393,8 +378,9 @@ class _Walk:
         )
         drop = self.problem.training_loss(self.u0) - self.problem.training_loss(self.u)
         accounting = Accounting(drop, self.accounted, float(self.g0 @ self.W @ self.g0))
-        affine = Affine(self.X[:, -1], self.Q[:, -1], self.D[:, -1], self.G[:, -1])
-        P, Q, G, D = (t[:, :-1] for t in (self.X, self.Q, self.G, self.D))
+        Q = self.recursion.momentum
+        affine = Affine(self.X[:, -1], Q[:, -1], self.D[:, -1], self.G[:, -1])
+        P, Q, G, D = (t[:, :-1] for t in (self.X, Q, self.G, self.D))
         W = (self.W + self.W.T) / 2
         return Integrals(
             P, Q, W, G, D, affine, self.g0, closure, accounting, self.frozen, self.kept

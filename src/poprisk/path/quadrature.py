@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from poprisk import _validate as checks
-from poprisk.path.jacobian import JacobianRows
 from poprisk.path.problem import Problem
 
 OUTPUT_NODES = 10
@@ -76,28 +75,18 @@ class PathJacobian:
         refine: relative error of :math:`\bar J\Delta w = \Delta u` of one example above which its
             segment is halved; None: never.
         depth: how often at most.
-        rows: what writes Jacobians; None: made for the first weights.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        nodes: Nodes,
-        *,
-        refine: float | None = None,
-        depth: int = 12,
-        rows: JacobianRows | None = None,
+        self, problem: Problem, nodes: Nodes, *, refine: float | None = None, depth: int = 12
     ) -> None:
         self.problem, self.nodes, self.refine, self.depth = problem, nodes, refine, depth
-        self.rows = rows
 
     def __call__(self, w: Tensor, end: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The average Jacobian (b·c, P) of inputs (b, ...) from ``w`` to ``end`` (P,)."""
-        if self.rows is None:
-            self.rows = JacobianRows(self.problem)
         total = w.new_empty(len(x) * self.problem.c, len(w)) if out is None else out
         at = [(torch.lerp(w, end, position), weight) for position, weight in self.nodes]
-        self.rows.write(total, at, x)
+        self.problem.rows.write(total, at, x)
         if self.refine is not None:
             self._mend(total.view(len(x), -1, len(w)), w, end, x)
         return total

@@ -2,6 +2,7 @@ r"""Record a run: weights, batches and the optimizer's realized steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import _validate as checks
+from poprisk._validate import NotAnalysable
 from poprisk.dtensor import is_sharded
 from poprisk.evaluation import evaluating
+from poprisk.jacobian import flat
 from poprisk.losses import Loss, gradient, resolve_loss
 from poprisk.optim.step import Facts, Rule, StepRule, describe
-from poprisk.path import checks as refuse
 from poprisk.path.batches import Batch, Examples
-from poprisk.path.problem import Problem, digest_of, flat, private_copy
-from poprisk.path.run import SCALARS, Interval, Run
+from poprisk.path.checks import check_indices, named
+from poprisk.path.problem import Problem, digest_of, private_copy
+from poprisk.path.run import Interval, Run
 from poprisk.path.store import Storage
 from poprisk.path.trial import (
     EXAMPLES,
@@ -94,15 +97,18 @@ class Recorder:
     ) -> None:
         checks.check_positive("stride", stride)
         checks.check_tensors("train", train)
-        refuse.check_lengths("train", *map(len, train))
         self.model, self.optimizer = model, optimizer
         self.rule, self.momentum_of = describe(optimizer, rule)
         self.exact = rule is None
         trained = self._trained()
-        named = {n: p for n, p in model.named_parameters() if p in trained}
-        refuse.check_foreign(len(trained) - len(named))
-        self.names, self.params = tuple(named), list(named.values())
-        _check_model(model, named)
+        own = {n: p for n, p in model.named_parameters() if p in trained}
+        if foreign := len(trained) - len(own):
+            raise NotAnalysable(
+                f"the optimizer trains {foreign} tensors that are no parameters of the model; pass "
+                "the module that holds all of them."
+            )
+        self.names, self.params = tuple(own), list(own.values())
+        _check_model(model, own)
         points = (train[0], None) if query is None else query
         x, y = points if isinstance(points, (tuple, list)) else (points, None)
         with torch.inference_mode(False), torch.enable_grad():
@@ -122,8 +128,9 @@ class Recorder:
         return described("Recorder", optimizer, f"{self.count:,} steps so far", stride=self.stride)
 
     def __enter__(self) -> Recorder:
-        refuse.check_recorded_once(len(self.weights) > 0)
-        refuse.check_surroundings(self.surroundings.changed(thorough=True))
+        if len(self.weights):
+            raise ValueError("a Recorder records one run; make another for the next.")
+        self._check_surroundings(thorough=True)
         self.before = self.after = [p.detach().clone() for p in self.params]
         self.weights.append(flat(self.before))
         self.momentum = [self._momentum_in(p) for p in self.params]
@@ -146,13 +153,19 @@ class Recorder:
             handle.remove()
         if error is not None:
             return
-        refuse.check_stepped(self._taken is None)
+        self._check_alternating(self._taken is None)
         if self.pending:
             self._close_interval()
-        if self.count:
-            refuse.check_untouched(self._touched())
-            refuse.check_surroundings(self.surroundings.changed(thorough=True))
-            refuse.check_state_kept(same_outputs(self.model, self.problem, flat(self.after)))
+        if not self.count:
+            return
+        self._check_untouched()
+        self._check_surroundings(thorough=True)
+        if not same_outputs(self.model, self.problem, flat(self.after)):
+            raise NotAnalysable(
+                "the model's outputs at the end are not those of the recorded weights: something "
+                "else in it changed (a counter or a cache that outputs depend on, a setting?); "
+                "keep it fixed while recording."
+            )
 
     @property
     def run(self) -> Run:
@@ -177,12 +190,12 @@ class Recorder:
             ValueError: if they are no indices of training examples, or no step was taken.
             NotAnalysable: if the gradient of that step was another.
         """
-        refuse.check_indices(batch, self.problem.n)
+        check_indices(batch, self.problem.n)
         if self._taken is None:
-            refuse.check_stepped(getattr(self.optimizer, "skipped_steps", 0) > self.skipped)
+            self._check_alternating(getattr(self.optimizer, "skipped_steps", 0) > self.skipped)
             self.skipped += 1
             return
-        refuse.check_untouched(self._touched())
+        self._check_untouched()
         rules, grads = self._taken
         self._taken = None
         self.count += 1
@@ -200,30 +213,68 @@ class Recorder:
         groups = self.optimizer.param_groups
         return {p: group for group in groups for p in group["params"] if p.requires_grad}
 
-    def _touched(self) -> list[str]:
-        """Names of the weights that are not those after the last step."""
+    def _check_untouched(self) -> None:
+        """Raise NotAnalysable unless weights are those after the last step."""
         pairs = zip(self.names, self.params, self.after, strict=True)
-        return [name for name, p, w in pairs if not torch.equal(p, w)]
+        if touched := [name for name, p, w in pairs if not torch.equal(p, w)]:
+            raise NotAnalysable(
+                f"weights changed outside of the optimizer's steps: {named(touched)} (clipping, "
+                "averaging, or a load?); only what the optimizer does can be followed."
+            )
+
+    def _check_surroundings(self, *, thorough: bool) -> None:
+        """Raise NotAnalysable if what the optimizer does not train has changed."""
+        if changed := self.surroundings.changed(thorough=thorough):
+            raise NotAnalysable(
+                f"{named(changed)} changed since the recorder was made, but not by the optimizer "
+                "that is recorded (a second optimizer, running statistics, a load?); only what one "
+                "optimizer does can be followed."
+            )
+
+    def _check_alternating(self, stepped: bool) -> None:
+        """Raise ValueError unless steps of the optimizer and of the recorder alternate."""
+        if not stepped:
+            raise ValueError(
+                "call Recorder.step(batch) once after each optimizer.step(), and not after one "
+                "that was left out, as a GradScaler does when gradients overflow."
+            )
+
+    def _check_finite(self, tensors: list[Tensor]) -> None:
+        """Raise NotAnalysable if weights would become, or became, NaN or infinite."""
+        if not _all_finite(tensors):
+            raise NotAnalysable(
+                f"the gradient of step {self.count + 1} is NaN or infinite, or the weights are "
+                "after it; lower the learning rate, or use an optimizer that skips such steps, "
+                "such as PopRiskAdamW."
+            )
 
     def _momentum_in(self, p: Tensor) -> Tensor:
         found = self.momentum_of(p)
         return torch.zeros_like(p) if found is None else found.detach().clone().to(p.dtype)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        refuse.check_stepped(self._taken is None)
-        refuse.check_untouched(self._touched())
-        thorough = _is_due(self.count + 1)
-        refuse.check_surroundings(self.surroundings.changed(thorough=thorough))
-        refuse.check_no_hooks(_hooked(dict(zip(self.names, self.params, strict=True))))
+        self._check_alternating(self._taken is None)
+        self._check_untouched()
+        self._check_surroundings(thorough=_is_due(self.count + 1))
+        _check_unhooked(dict(zip(self.names, self.params, strict=True)))
         groups = {p: g for g in optimizer.param_groups for p in g["params"]}
         trained, now = set(self.params), set(self._trained())
-        refuse.check_trained(len(now - trained), len(trained - set(groups)))
+        if now - trained or trained - set(groups):
+            raise NotAnalysable(
+                "the optimizer trains other parameters than when the recorder was made "
+                f"({len(now - trained)} more, {len(trained - set(groups))} fewer: a group added, a "
+                "layer unfrozen?); make a new Recorder when that changes."
+            )
         self.groups = [groups[p] for p in self.params]
-        refuse.check_unscaled(getattr(optimizer, "grad_scale", None) is not None)
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise NotAnalysable(
+                "a GradScaler leaves unscaling to the fused step, which hides the gradient; call "
+                "scaler.unscale_(optimizer) before scaler.step(optimizer), or make the optimizer "
+                "with fused=False."
+            )
         closure = (args[1] if len(args) > 1 else None) or kwargs.get("closure")
         if closure is None and not hasattr(optimizer, "skipped_steps"):
-            grads = [p.grad for p in self.params if p.grad is not None]
-            refuse.check_finite(self.count + 1, _all_finite(grads))
+            self._check_finite([p.grad for p in self.params if p.grad is not None])
 
     def _after_step(self, *_: Any) -> None:
         if getattr(self.optimizer, "skipped_steps", 0) > self.skipped:
@@ -231,7 +282,7 @@ class Recorder:
         # Read now, and not before the step: a closure has put them there meanwhile.
         grads = [torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in self.params]
         self.after = [p.detach().clone() for p in self.params]
-        refuse.check_finite(self.count + 1, _all_finite(self.after))
+        self._check_finite(self.after)
         rules, worst, size = list[StepRule](), 0.0, 0.0
         for i, p in enumerate(self.params):
             rule, error, norm = self._apply_rule(i, p, grads[i])
@@ -239,8 +290,12 @@ class Recorder:
             worst, size = worst + error, size + norm
         relative = (worst / size) ** 0.5 if size > 0 else 0.0
         self.rule_error = max(self.rule_error, relative)
-        name = type(self.optimizer).__name__
-        refuse.check_rule_error(relative, RULE_TOLERANCE[self.params[0].dtype], name)
+        if not relative <= RULE_TOLERANCE[self.params[0].dtype]:
+            raise NotAnalysable(
+                f"the step of {type(self.optimizer).__name__} is not the one its rule describes "
+                f"(relative difference {relative:.2g}); is step() overridden or wrapped, or was "
+                "another state loaded? Pass rule=poprisk.path.realized_update(momentum=...)."
+            )
         self._taken = rules, grads
 
     def _apply_rule(self, i: int, p: Tensor, grad: Tensor) -> tuple[StepRule, float, float]:
@@ -253,8 +308,7 @@ class Recorder:
         rule = self.rule(p, facts)
         self.started[i] = True
         g = rule.sign * grad + rule.coupled * w
-        self.momentum[i] = m = rule.carry * self.momentum[i] + rule.gain * g
-        r = rule.from_momentum * m + rule.from_gradient * g
+        self.momentum[i], r = rule.take(self.momentum[i], g)
         implied = -rule.correction * rule.precondition * r - rule.decay * w
         # what rounding of the weights themselves can do to their difference is no error
         slack = 2 * torch.finfo(w.dtype).eps * w.abs()
@@ -273,32 +327,35 @@ class Recorder:
         seen = torch.cat([torch.full_like(p, p.grad is not None).flatten() for p in self.params])
         expected = expected * seen
         error = float((grad - expected).norm() / expected.norm().clamp_min(1e-30))
-        refuse.check_gradient(self.count, error, GRADIENT_TOLERANCE[w.dtype])
+        if not error <= GRADIENT_TOLERANCE[w.dtype]:
+            raise NotAnalysable(
+                f"the gradient of step {self.count} is not that of the recorded loss on the "
+                f"recorded batch (relative difference {error:.2g}): augmented or changing data, "
+                "dropout, another reduction than the mean, or clipping would do that. Record with "
+                "repeatable data, loss.mean() over the batch, and no clipping."
+            )
 
     def _close_interval(self) -> None:
         steps, self.pending = self.pending, list[_Step]()
-        diagonals = {
-            key: [_mean([getattr(s.rules[i], key) for s in steps]) for i in range(len(self.params))]
-            for key in ("precondition", "gain")
-        }
-        uniform = torch.zeros(len(self.params), 2, dtype=torch.float64)
-        for j, (key, table) in enumerate(
-            (("precondition", self.preconditions), ("gain", self.gains))
-        ):
-            if len(table) or any(isinstance(d, Tensor) for d in diagonals[key]):
-                pairs = zip(self.params, diagonals[key], strict=True)
+        tables = {"precondition": self.preconditions, "gain": self.gains}
+        fields: dict[str, Any] = {"steps": len(steps)}
+        for name in StepRule._fields[:-1]:
+            rules = zip(*(s.rules for s in steps), strict=True)
+            means = [_mean([getattr(rule, name) for rule in tensor]) for tensor in rules]
+            table = tables.get(name)
+            if table is not None and (len(table) or any(isinstance(d, Tensor) for d in means)):
+                pairs = zip(self.params, means, strict=True)
                 table.append(flat([d + torch.zeros_like(p) for p, d in pairs]))
-            else:
-                uniform[:, j] = torch.tensor(diagonals[key], dtype=torch.float64)
-        scalars = torch.tensor(
-            [[[getattr(r, name) for name in SCALARS] for r in s.rules] for s in steps],
-            dtype=torch.float64,
-        ).mean(0)
+                fields[name] = math.nan
+                continue
+            numbers = [float(d) for d in means]
+            same = all(d == numbers[0] for d in numbers)
+            fields[name] = numbers[0] if same else torch.tensor(numbers, dtype=torch.float64)
         total = torch.zeros(self.problem.n, dtype=torch.float64)
         for s in steps:
             total[s.examples] += s.sampling / len(steps)
         examples = total.nonzero().squeeze(1)
-        self.intervals.append(Interval(len(steps), examples, total[examples], scalars, uniform))
+        self.intervals.append(Interval(examples, total[examples], StepRule(**fields)))
         self.weights.append(flat(self.before))
 
 
@@ -309,27 +366,68 @@ class _Step:
         self.rules, self.examples, self.sampling = rules, examples, sampling
 
 
-def _check_model(model: nn.Module, named: Mapping[str, Tensor]) -> None:
+def _check_model(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
     """Refuse a model whose weights and gradients cannot be read as they are."""
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+    found = [type(m).__name__ for m in model.modules() if type(m).__name__ in wrappers]
+    if found:
+        raise NotAnalysable(
+            f"the model is wrapped in {found[0]}, but recording needs the whole model in one "
+            "process. Under DistributedDataParallel pass the module inside (model.module), and to "
+            "recorder.step() the examples of all processes."
+        )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    refuse.check_whole(model, [n for n, t in tensors.items() if is_sharded(t)])
+    if sharded := [n for n, t in tensors.items() if is_sharded(t)]:
+        raise NotAnalysable(
+            f"parameters are spread over processes as DTensors (FSDP2?): {named(sharded)}; "
+            "recording needs the whole model in one process."
+        )
     lazy = [n for n, t in tensors.items() if nn.parameter.is_lazy(t)]
-    refuse.check_plain_tensors(
-        [n for n, t in tensors.items() if n not in lazy and t.is_inference()], lazy
-    )
-    refuse.check_weights(list(named.values()))
-    refuse.check_no_hooks(_hooked(named))
-    device = next(iter(named.values())).device.type
-    refuse.check_no_autocast(torch.is_autocast_enabled(device))
+    if inference := [n for n, t in tensors.items() if n not in lazy and t.is_inference()]:
+        raise NotAnalysable(
+            f"the model was made under torch.inference_mode(): {named(inference)}; make it "
+            "outside, for such tensors cannot be trained."
+        )
+    if lazy:
+        raise NotAnalysable(
+            f"parameters have no shape yet: {named(lazy)}; call the model once on a batch, make "
+            "the optimizer, and record then."
+        )
+    _check_weights(list(trained.values()))
+    _check_unhooked(trained)
+    if torch.is_autocast_enabled(next(iter(trained.values())).device.type):
+        raise NotAnalysable(
+            "torch.autocast is on, whose rounding hides what single steps do; record outside of "
+            "it, in float32 or float64."
+        )
 
 
-def _hooked(named: Mapping[str, Tensor]) -> list[str]:
-    """Names of parameters whose gradients pass through hooks."""
-    return [
-        name
-        for name, p in named.items()
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-    ]
+def _check_weights(parameters: list[Tensor]) -> None:
+    """Raise NotAnalysable unless there are real trained weights of one dtype and device."""
+    if not parameters:
+        raise NotAnalysable("the optimizer trains no parameter of the model; pass the same model.")
+    kinds = {(p.dtype, p.device) for p in parameters}
+    if len(kinds) > 1 or not parameters[0].is_floating_point():
+        raise NotAnalysable(
+            f"the trained parameters must be real, of one dtype and on one device, but they are "
+            f"{sorted(map(str, kinds))}; convert the model with model.to(...)."
+        )
+    if parameters[0].dtype in (torch.float16, torch.bfloat16):
+        raise NotAnalysable(
+            f"weights are {parameters[0].dtype}, whose rounding hides single steps; train in "
+            "float32 or float64."
+        )
+
+
+def _check_unhooked(trained: Mapping[str, Tensor]) -> None:
+    """Raise NotAnalysable if hooks stand between the loss and the gradients of parameters."""
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    if hooked := [n for n, p in trained.items() if any(getattr(p, h, None) for h in hooks)]:
+        raise NotAnalysable(
+            f"hooks are registered on gradients of {named(hooked)} (a mask, clipping, a step in "
+            "the backward pass?), which the Jacobian does not see; remove them, and freeze with "
+            "requires_grad_(False)."
+        )
 
 
 def _is_due(step: int) -> bool:

@@ -8,86 +8,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poprisk.optim.step import StepRule
 from poprisk.path.problem import Problem
 from poprisk.path.store import Table
 from poprisk.printing import described, short_repr
 
-SCALARS = ("correction", "carry", "from_momentum", "from_gradient", "coupled", "decay", "sign")
-"""What is one number per tensor in a :class:`poprisk.optim.step.StepRule`."""
-
 
 class Interval(NamedTuple):
-    r"""One recorded interval: a step, or ``steps`` of them in strided mode.
+    r"""One recorded interval: a step, or several of them in strided mode.
 
     Attributes:
-        steps: optimizer steps in it.
         examples: indices of the training examples seen in it, ascending.
         sampling: the diagonal of :math:`S_k` at them, averaged over the steps.
-        scalars: :data:`SCALARS` of each tensor, averaged, (T, 7).
-        uniform: preconditioner and gain per tensor (T, 2), where they are numbers.
+        rule: of its steps, averaged: numbers, or one per parameter (T,); what the tables of the
+            run hold is left to them.
     """
 
-    steps: int
     examples: Tensor
     sampling: Tensor
-    scalars: Tensor
-    uniform: Tensor
+    rule: StepRule
 
     __repr__ = short_repr
-
-
-class FlatRule(NamedTuple):
-    r"""A :class:`poprisk.optim.step.StepRule` over all weights: numbers, or vectors (P, 1).
-
-    ``steps`` of the recursion :math:`m \leftarrow a m + c\hat g` are taken with one gradient.
-    """
-
-    steps: int
-    precondition: Tensor | float
-    gain: Tensor | float
-    correction: Tensor | float
-    carry: Tensor | float
-    from_momentum: Tensor | float
-    from_gradient: Tensor | float
-    coupled: Tensor | float
-    decay: Tensor | float
-    sign: Tensor | float
-
-    __repr__ = short_repr
-
-    def part(self, rows: slice) -> FlatRule:
-        """The rule over some of the weights."""
-        fields = (v[rows] if isinstance(v, Tensor) else v for v in self[1:])
-        return FlatRule(self.steps, *fields)
-
-    def usual(self) -> tuple[float, float] | None:
-        """Numbers a and c of one step that reads the momentum itself; None for any other rule."""
-        others = (self.from_momentum, self.from_gradient, self.sign)
-        numbers = [v for v in (self.carry, self.gain, *others) if not isinstance(v, Tensor)]
-        if self.steps != 1 or numbers[2:] != [1.0, 0.0, 1.0]:
-            return None
-        return numbers[0], numbers[1]
-
-    def readout(self, momentum: Tensor, gradient: Tensor) -> Tensor:
-        r"""Sum over the steps of :math:`r = p m + q \hat g`, with m before them."""
-        carried, entered = self.weights()
-        return carried * momentum + entered * gradient
-
-    def weights(self) -> tuple[Tensor | float, Tensor | float]:
-        """How much of the momentum before, and of the gradient, the summed readout holds."""
-        a, s = self.carry, self.steps
-        if s == 1:  # the sums below are 0/0 for a tensor that gets no gradient, a = 1
-            return self.from_momentum * a, self.from_momentum * self.gain + self.from_gradient
-        carried = a * (1 - a**s) / (1 - a)
-        entered = self.gain * (s - carried) / (1 - a)
-        return self.from_momentum * carried, self.from_momentum * entered + self.from_gradient * s
-
-    def advance(self, momentum: Tensor, gradient: Tensor) -> Tensor:
-        """The momentum after the steps."""
-        a, s = self.carry, self.steps
-        if s == 1:
-            return a * momentum + self.gain * gradient
-        return a**s * momentum + self.gain * (1 - a**s) / (1 - a) * gradient
 
 
 @dataclass(frozen=True)
@@ -137,32 +78,30 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps."""
-        return sum(interval.steps for interval in self.intervals)
+        return sum(interval.rule.steps for interval in self.intervals)
 
     @property
     def preconditioned(self) -> bool:
         """Whether steps were scaled by vectors, which the optimizer takes from its gradients."""
         return len(self.preconditions) + len(self.gains) > 0
 
-    def rule(self, k: int, dtype: torch.dtype) -> FlatRule:
-        """The rule of interval ``k`` over all weights."""
-        interval = self.intervals[k]
+    def rule(self, k: int, dtype: torch.dtype) -> StepRule:
+        """The rule of interval ``k`` over all weights: numbers, or vectors (P, 1)."""
         numels = torch.tensor([p.numel() for p in self.problem.parameters])
 
-        def spread(column: Tensor) -> Tensor | float:
-            if bool((column == column[0]).all()):
-                return float(column[0])
-            return column.repeat_interleave(numels).to(dtype).unsqueeze(1)
+        def spread(value: Tensor | float) -> Tensor | float:
+            if not isinstance(value, Tensor):
+                return value
+            return value.repeat_interleave(numels).to(dtype).unsqueeze(1)
 
-        def diagonal(table: Table, column: Tensor) -> Tensor | float:
+        def diagonal(table: Table, value: Tensor | float) -> Tensor | float:
             row = k - len(self.intervals) + len(table)  # numbers until the first vector
-            return table[row].to(dtype).unsqueeze(1) if row >= 0 else spread(column)
+            return table[row].to(dtype).unsqueeze(1) if row >= 0 else spread(value)
 
-        return FlatRule(
-            interval.steps,
-            diagonal(self.preconditions, interval.uniform[:, 0]),
-            diagonal(self.gains, interval.uniform[:, 1]),
-            *(spread(column) for column in interval.scalars.T),
+        *fields, steps = stored = self.intervals[k].rule
+        return StepRule(*map(spread, fields), steps=steps)._replace(
+            precondition=diagonal(self.preconditions, stored.precondition),
+            gain=diagonal(self.gains, stored.gain),
         )
 
     def describe(self) -> list[str]:

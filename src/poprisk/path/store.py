@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poprisk.path import checks as refuse
+from poprisk._validate import NotAnalysable
+from poprisk.path.checks import check_budget
 from poprisk.printing import described
 
 
@@ -30,7 +31,7 @@ class Storage:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                refuse.check_written(self.directory, error)
+                raise _unwritable(self.directory, error) from error
 
     def table(self, name: str) -> Table:
         """An empty table."""
@@ -43,7 +44,7 @@ class Storage:
             NotAnalysable: if that is over the budget.
         """
         where = "disk" if self.directory is not None else "memory"
-        refuse.check_budget(
+        check_budget(
             self.used + size,
             self.budget,
             f"recording this run to {where}",
@@ -65,7 +66,7 @@ class Table:
         self.width = 0
         directory = storage.directory
         self.path = None if directory is None else directory / f"{name}.bin"
-        self.written: refuse.FileState | None = None
+        self.written: tuple[int, int] | None = None
         if self.path is not None:
             self._write(self.path, b"", "wb")
 
@@ -103,9 +104,33 @@ class Table:
             with path.open(mode) as file:
                 file.write(content)
         except OSError as error:
-            refuse.check_written(path, error)
-        self.written = refuse.file_state(path)
+            raise _unwritable(path, error) from error
+        self.written = _state_of(path)
 
     def _check_kept(self) -> None:
-        if self.path is not None:
-            refuse.check_kept(self.path, self.written)
+        if self.path is None:
+            return
+        found = _state_of(self.path)
+        if found is None or found != self.written:
+            what = "is gone" if found is None else "was changed since"
+            raise NotAnalysable(
+                f"{self.path}, which holds a part of the recorded run, {what}; record again, each "
+                "run into a directory of its own that is kept while the run is used."
+            )
+
+
+def _state_of(path: Path) -> tuple[int, int] | None:
+    """Size of a file in bytes, and when it was last written, in ns; None if it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _unwritable(path: Path, error: OSError) -> NotAnalysable:
+    """The error for a file of a recorded run that cannot be written."""
+    return NotAnalysable(
+        f"{path} cannot be written: {error.strerror or error}; choose another directory=, or leave "
+        "it out to record in memory."
+    )

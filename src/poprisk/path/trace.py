@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk.path.checks import check_clean
 from poprisk.path.follow import follow
 from poprisk.path.integrals import Closure
 from poprisk.path.run import Run
@@ -80,7 +79,14 @@ def split_gradient(run: Run, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """
     with torch.inference_mode(False):
         problem = run.problem.to(w.dtype)
-        check_clean(clean, problem.train[1])
+        targets = problem.train[1]
+        fits = isinstance(clean, Tensor) and clean.shape == targets.shape
+        if not fits or clean.is_floating_point() != targets.is_floating_point():
+            form = f"{tuple(clean.shape)} of {clean.dtype}" if isinstance(clean, Tensor) else clean
+            raise ValueError(
+                f"clean targets must be like the training targets, {tuple(targets.shape)} of "
+                f"{targets.dtype}, but got {form}."
+            )
         y = clean.to(w.dtype) if clean.is_floating_point() else clean
         u = problem.values(w, problem.train[0])
         signal = problem.output_gradient(u, y.clone())

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from poprisk import losses
-from poprisk._validate.errors import first_line
-from poprisk._validate.examples import check_separate
-from poprisk.evaluation import evaluating, outputs_of
+from poprisk._validate import NotAnalysable, check_separate, first_line
+from poprisk.evaluation import evaluating, outputs_of, uncompiled
 from poprisk.forward_mode import plain_kernels
-from poprisk.path import checks as refuse
-from poprisk.path.problem import Problem, eagerly, flat
+from poprisk.jacobian import flat
+from poprisk.path.checks import named
+from poprisk.path.problem import Problem
 
 EXAMPLES = 8
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -47,19 +47,50 @@ def try_outputs(model: nn.Module, x: Tensor, others: Tensor) -> tuple[Tensor, fr
     with evaluating(model, eval_mode=False):
         kept = state_of(model)
         whole = _outputs(model, x)
-        refuse.check_rows(whole, len(x))
+        _check_rows(whole, len(x))
         after_one = state_of(model)
         again, part = _outputs(model, x), _outputs(model, x[: (len(x) + 1) // 2])
         _outputs(model, others)
         always = changed(after_one, state_of(model))
         written = changed(kept, state_of(model))
-        refuse.check_weights_kept(changed(before, _leaves(weights)) or _renormalized(model))
-        refuse.check_repeatable(_close(again, whole), always)
-        fits = part.shape[1:] == whole.shape[1:] and len(part) == (len(x) + 1) // 2
-        refuse.check_independent(fits, fits and _close(part, whole[: len(part)]))
+        if moved := changed(before, _leaves(weights)) or _renormalized(model):
+            raise NotAnalysable(
+                f"the forward pass writes to parameters, {named(moved)} "
+                "(nn.Embedding(max_norm=...), or an initialization by the first batch?), so they "
+                "move outside of the optimizer; leave max_norm out, or call the model once before "
+                "recording."
+            )
+        if not _close(again, whole):
+            raise NotAnalysable(
+                f"the model gives other outputs when the same inputs are repeated, for its forward "
+                f"pass writes to what it reads, {named(always)}, so its path is no function of the "
+                "weights; record in model.eval(), or keep that state fixed."
+                if always
+                else "the model gives other outputs when the same inputs are repeated (dropout?), "
+                "so its path is no function of the weights; set dropout to 0 or record in "
+                "model.eval()."
+            )
+        if part.shape[1:] != whole.shape[1:] or len(part) != (len(x) + 1) // 2:
+            raise NotAnalysable(
+                "the shape of outputs depends on the number of examples: the model must return one "
+                "tensor with a row per example, examples first."
+            )
+        if not _close(part, whole[: len(part)]):
+            raise NotAnalysable(
+                "outputs depend on the other examples of the batch (batch norm in training mode?); "
+                "record in model.eval(), or use group or layer norm."
+            )
         read = [name for name in written if not _ignores(model, name, x, whole)]
-        once = [name for name in read if name not in always]
-        refuse.check_state_unread([name for name in read if name in always], once)
+        if often := [name for name in read if name in always]:
+            raise NotAnalysable(
+                f"the forward pass writes to {named(often)}, which outputs depend on, so the path "
+                "is no function of the weights; record in model.eval(), or keep that state fixed."
+            )
+        if read:
+            raise NotAnalysable(
+                f"the first forward pass writes to {named(read)}, which outputs depend on; call "
+                "the model once on a batch before recording."
+            )
     return whole, frozenset(written)
 
 
@@ -83,14 +114,24 @@ def try_loss(loss: losses.Loss, u: Tensor, y: Tensor, targets: Tensor) -> None:
         with torch.no_grad():
             losses.values(loss, u[rows], targets)
     except (RuntimeError, IndexError) as error:
-        refuse.check_targets(error)
+        raise NotAnalysable(
+            f"loss fails on the targets of the training set ({first_line(error)}); check their "
+            "range and dtype."
+        ) from error
     check_separate(loss, u, y, found)
-    refuse.check_differentiable(found.requires_grad)
+    if not found.requires_grad:
+        raise NotAnalysable(
+            "loss must be differentiable in the outputs, but its value is constant (argmax, "
+            "detach() or numpy inside?)."
+        )
     ones = torch.ones(*u.flatten(1).shape, 1, dtype=u.dtype, device=u.device)
     try:
         losses.hessian_product(loss, u, y, ones)
     except (RuntimeError, NotImplementedError) as error:
-        refuse.check_second_derivative(error)
+        raise NotAnalysable(
+            f"loss has no second derivative ({first_line(error)}), which the path of the output "
+            "gradient needs; write it with elementary operations of torch."
+        ) from error
 
 
 def try_weights(problem: Problem, x: Tensor) -> None:
@@ -102,21 +143,32 @@ def try_weights(problem: Problem, x: Tensor) -> None:
     w, other, params = flat(problem.parameters), problem.elsewhere(), problem.parameters
     with _set(params, other), evaluating(problem.model, eval_mode=False):
         expected = _outputs(problem.model, x)
-        with plain_kernels(problem.model), eagerly(problem.model):
+        with plain_kernels(problem.model), uncompiled():
             u = problem.model(x)
             inside = _reentrant(u)
-            refuse.check_reverse_mode(u.requires_grad, "they do not depend on them", inside)
+            if not u.requires_grad:
+                raise _no_reverse_mode("they do not depend on them", inside)
             u.sum().backward()
         slope = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
     with evaluating(problem.model, eval_mode=False):
         u = problem.values(other, x)
-        refuse.check_function_of_weights(_close(u, expected.reshape_as(u)))
-        found = _pulled(problem, other, x, inside)
-    refuse.check_reverse_mode(_close(found, slope), "they are not what backward() gives", inside)
+        if not _close(u, expected.reshape_as(u)):
+            raise NotAnalysable(
+                "the model gives other outputs when torch.func.functional_call puts the same "
+                "weights into it: it reads them from elsewhere than its parameters (a list, a "
+                "cache?)."
+            )
+        try:
+            u, pull = problem.pullback(other, x)
+            found = pull(torch.ones_like(u).unsqueeze(-1)).squeeze(-1)
+        except (RuntimeError, NotImplementedError) as error:
+            raise _no_reverse_mode(first_line(error), inside) from error
+    if not _close(found, slope):
+        raise _no_reverse_mode("they are not what backward() gives", inside)
     if w.dtype != torch.float64:
         try:
             problem.to(torch.float64)
-        except refuse.NotAnalysable as error:
+        except NotAnalysable as error:
             warnings.warn(
                 f"{error} Until then only what computes in the dtype of the weights can be had of "
                 "this run, such as trace_cells().",
@@ -133,11 +185,20 @@ def try_query(problem: Problem) -> None:
         ValueError: if there are more or fewer targets, or the loss does not take them.
     """
     (x, y), model = problem.query, problem.model
-    refuse.check_lengths("query", len(x), len(x) if y is None else len(y))
+    targets = len(x) if y is None else len(y)
+    if len(x) != targets or len(x) == 0:
+        raise ValueError(
+            f"query must hold a target for each input, at least one, but holds {len(x)} inputs and "
+            f"{targets} targets."
+        )
     with evaluating(model, eval_mode=False):
         u = _outputs(model, x[:2])
-    refuse.check_rows(u, len(x[:2]))
-    refuse.check_query_shape(tuple(u.shape[1:]), problem.output_shape)
+    _check_rows(u, len(x[:2]))
+    if tuple(u.shape[1:]) != problem.output_shape:
+        raise NotAnalysable(
+            f"outputs of a query point have shape {tuple(u.shape[1:])}, but those of a training "
+            f"example {problem.output_shape}; the model must give the same number for each."
+        )
     if y is not None:
         losses.values(problem.loss, u, y[:2])
 
@@ -146,7 +207,7 @@ def same_outputs(model: nn.Module, problem: Problem, w: Tensor) -> bool:
     """Whether a model still gives the outputs of its private copy at weights ``w``."""
     x = problem.train[0][:EXAMPLES]
     modes = {name: module.training for name, module in problem.model.named_modules()}
-    with evaluating(model, eval_mode=False), eagerly(model):
+    with evaluating(model, eval_mode=False):
         for name, module in model.named_modules():
             module.training = modes.get(name, module.training)
         found = _outputs(model, x)
@@ -155,14 +216,32 @@ def same_outputs(model: nn.Module, problem: Problem, w: Tensor) -> bool:
     return _close(found.reshape_as(expected), expected)
 
 
-def _pulled(problem: Problem, w: Tensor, x: Tensor, reentrant: bool) -> Tensor:
-    """The gradient (P,) of the sum of outputs at ``w``."""
-    try:
-        u, pull = problem.pullback(w, x)
-        return pull(torch.ones_like(u).unsqueeze(-1)).squeeze(-1)
-    except (RuntimeError, NotImplementedError) as error:
-        refuse.check_reverse_mode(False, first_line(error), reentrant)
-        raise
+def _check_rows(outputs: Any, examples: int) -> None:
+    """Raise NotAnalysable unless a model gave one real tensor with a row per example."""
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != examples:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise NotAnalysable(
+            f"the model must return one tensor with a row per example, but for {examples} examples "
+            f"it returned {found}; wrap it in a module that does."
+        )
+    if not outputs.is_floating_point():
+        raise NotAnalysable(f"outputs must be real numbers, but are {outputs.dtype}.")
+    if not bool(outputs.isfinite().all()):
+        raise NotAnalysable(
+            "outputs of the first examples are NaN or infinite before any step; check weights and "
+            "inputs."
+        )
+
+
+def _no_reverse_mode(why: str, reentrant: bool) -> NotAnalysable:
+    """The error for a model without a derivative by its weights, or with a wrong one."""
+    advice = "the trained weights must lead to the outputs by operations of torch"
+    if reentrant:
+        advice = "pass use_reentrant=False to torch.utils.checkpoint"
+    return NotAnalysable(
+        "outputs have no derivatives by the weights that torch.autograd.grad gives "
+        f"({why}); {advice}."
+    )
 
 
 def _reentrant(u: Tensor) -> bool:
@@ -300,7 +379,7 @@ def _shifted(value: Any) -> Any:
 
 
 def _outputs(model: nn.Module, x: Tensor) -> Any:
-    with plain_kernels(model), eagerly(model):
+    with plain_kernels(model), uncompiled():
         return outputs_of(model, x)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+from poprisk.dtensor import split_of
 from poprisk.per_sample.graph import Graph
 
 COMPILED = "CompiledFunctionBackward"
@@ -28,14 +29,6 @@ TRANSPARENT = frozenset(("BackwardHookFunctionBackward", "_NoopSaveInputsBackwar
 NORMALIZATIONS = frozenset(
     f"{name}BatchNormBackward{i}" for name in ("Native", "Cudnn", "Miopen") for i in range(2)
 )
-
-SHARDED = {
-    "placements": "a DTensor (FSDP2 or tensor parallelism)",
-    "_fsdp_flattened": "part of a flat parameter (FSDP)",
-    "_unpadded_unsharded_size": "a flat parameter (FSDP)",
-    "ds_id": "partitioned by DeepSpeed",
-}
-"""Attributes by which a parameter tells that the graph holds another tensor in its place."""
 
 
 def check_whole(
@@ -48,13 +41,12 @@ def check_whole(
         lost: what cannot be done therefore.
     """
     for name, p in params.items():
-        for attribute, what in SHARDED.items():
-            if getattr(p, attribute, None) not in (None, False):
-                raise ValueError(
-                    f"parameter {name} is {what}, with a gathered copy in its place while a batch "
-                    f"goes through: {lost}. Measure the model before it is sharded; train it with "
-                    'variance="ema" or "second-moment".'
-                )
+        if what := split_of(p):
+            raise ValueError(
+                f"parameter {name} is {what}, with a gathered copy in its place while a batch goes "
+                f"through: {lost}. Measure the model before it is sharded; train it with "
+                'variance="ema" or "second-moment".'
+            )
 
 
 def check_unhooked(params: Mapping[str, Tensor]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from poprisk import _validate as checks
-from poprisk._validate import risk as inputs
+from poprisk._validate import check_number
 from poprisk.printing import described, short_repr
+from poprisk.risk.inputs import check_index
 
 
 class Memorization(NamedTuple):
@@ -95,12 +95,17 @@ class Canaries:
         seed: int = 0,
         ignore_index: int = -100,
     ) -> None:
-        checks.check_number("fraction", fraction, low=0.0, high=1.0, include_low=False)
-        checks.check_number("spread", spread, low=0.0, include_low=False)
-        targets = inputs.check_labels(targets)
+        check_number("fraction", fraction, low=0.0, high=1.0, include_low=False)
+        check_number("spread", spread, low=0.0, include_low=False)
+        _check_labels(targets)
         self.labelled = _labelled(targets, ignore_index)
         known = self.labelled.nonzero().squeeze(1)
-        count = inputs.check_canaries(len(known), fraction)
+        count = round(fraction * len(known))
+        if not 1 <= count < len(known):
+            raise ValueError(
+                f"fraction={fraction} of {len(known)} labels makes {count} canaries; choose one "
+                "that makes at least one and leaves some labels as they are."
+            )
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(known), generator=generator)[:count]
         self.index = known[order.sort().values.to(known.device)]
@@ -114,7 +119,7 @@ class Canaries:
             signs = 2 * torch.randint(2, shape, generator=generator) - 1
             drawn = original + size * signs.to(targets.device, targets.dtype)
         else:
-            self.classes = inputs.check_classes(numbers[known], classes, targets.dtype)
+            self.classes = _classes(numbers[known], classes, targets.dtype)
             drawn = torch.randint(self.classes, (count,), generator=generator).to(original)
         self.original = original.to(targets.dtype)
         self.targets = numbers.index_copy(0, self.index, drawn).to(targets.dtype)
@@ -130,7 +135,7 @@ class Canaries:
             targets: its own labels, (b, ...).
             index: positions of its examples, (b,).
         """
-        index = inputs.check_index(index, len(self.targets)).to(self.targets.device)
+        index = check_index(index, len(self.targets)).to(self.targets.device)
         chosen = torch.isin(index, self.index).to(targets.device)
         chosen = chosen.reshape(-1, *[1] * (targets.ndim - 1))
         return torch.where(chosen, self.targets[index].to(targets), targets)
@@ -154,7 +159,7 @@ class Canaries:
         """
         u = self._on_canaries(outputs)
         if self.classes is not None:
-            values = self._label_contrast(inputs.check_logits(u, self.classes))
+            values = self._label_contrast(u, self.classes)
         else:
             drawn, original = self.targets[self.index], self.original
             noise = (drawn - original).double().flatten(1 if original.ndim > 1 else 0)
@@ -186,8 +191,17 @@ class Canaries:
         Raises:
             ValueError: if targets are numbers.
         """
-        k = inputs.check_bound(self.classes, outputs, len(self.targets))
-        checks.check_number("confidence", confidence, low=0.0, high=1.0, include_high=False)
+        k = self.classes
+        if k is None:
+            raise ValueError(
+                "the bound is for classes, but the targets are numbers; use memorization()."
+            )
+        if outputs.ndim != 2 or len(outputs) != len(self.targets):
+            raise ValueError(
+                f"outputs must be those of the whole training set, ({len(self.targets)}, {k}), but "
+                f"got {tuple(outputs.shape)}."
+            )
+        check_number("confidence", confidence, low=0.0, high=1.0, include_high=False)
         wrong = (outputs.argmax(1) != self.targets.to(outputs.device, torch.long)).double()
         others = self.labelled.to(wrong.device, copy=True)
         others[self.index.to(wrong.device)] = False
@@ -200,13 +214,21 @@ class Canaries:
         reason = "" if value < 1 else f"vacuous: {m} canaries are too few for {k} classes"
         return ErrorBound(value, expected, error, not reason, reason, self._cost)
 
-    def _label_contrast(self, logits: Tensor) -> Tensor:
+    def _label_contrast(self, logits: Tensor, k: int) -> Tensor:
         """The planted label's probability against that of other wrong labels, by canary."""
+        shape = tuple(logits.shape)
+        if logits.ndim != 2 or shape[1] != k:
+            raise ValueError(f"outputs must be logits of shape (m, {k}), but got {shape}.")
+        sums = logits.double().sum(1)
+        if bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
+            raise ValueError(
+                "outputs must be logits, but got probabilities: each row is not negative and sums "
+                "to 1; pass their logarithms."
+            )
         p = logits.double().softmax(1)
         planted = self.targets[self.index].to(p.device, torch.long)
         original = self.original.to(p.device, torch.long)
         own = p.gather(1, planted[:, None]).squeeze(1)
-        k = p.shape[1]
         if k == 2:
             return 2 * own - 1
         replaced = p.gather(1, original[:, None]).squeeze(1)
@@ -218,9 +240,81 @@ class Canaries:
         return len(self.index) / int(self.labelled.sum())
 
     def _on_canaries(self, outputs: Tensor) -> Tensor:
-        inputs.check_canary_outputs(len(outputs), len(self.index), len(self.targets))
-        whole = len(outputs) == len(self.targets)
+        found, canaries, n = len(outputs), len(self.index), len(self.targets)
+        if found not in (canaries, n):
+            raise ValueError(
+                f"outputs must be those of the {canaries} canaries (in the order of .index) or of "
+                f"all {n} training examples, but got {found} rows."
+            )
+        whole = found == n
         return outputs[self.index.to(outputs.device)] if whole else outputs
+
+
+def _check_labels(targets: Any) -> None:
+    """Raise unless targets are labels some of which can be replaced by others."""
+    if not isinstance(targets, Tensor) or targets.is_complex() or targets.ndim == 0:
+        raise TypeError(f"targets must be a tensor of labels, but got {type(targets).__name__}.")
+    if not targets.is_floating_point():
+        if targets.ndim != 1:
+            raise TypeError(
+                f"class targets must have shape (n,), but got {tuple(targets.shape)}; flatten "
+                "tokens."
+            )
+        return
+    known = targets[~targets.isnan()]
+    found = known.unique() if len(known) else known
+    if 0 < len(found) <= 2:
+        values = " and ".join(f"{v:g}" for v in found.tolist())
+        raise ValueError(
+            f"targets hold only {values} as {targets.dtype}: class labels, which noise cannot "
+            "be added to; pass integer classes 0..classes-1 (n,): targets.long() for zeros and "
+            "ones, (targets > 0).long() for signs, or targets.argmax(1) for one-hot rows."
+        )
+    if _are_distributions(targets):
+        raise ValueError(
+            f"targets {tuple(targets.shape)} are probabilities (no row has a negative entry, "
+            "all sum to one), which they would not be with noise added; pass integer classes "
+            "(n,): targets.argmax(1)."
+        )
+
+
+def _are_distributions(targets: Tensor) -> bool:
+    """Whether every row of (n, c) that is not missing sums to one, c > 1, nothing being below 0."""
+    if targets.ndim != 2 or targets.shape[1] < 2:
+        return False
+    rows = targets[~targets.isnan().any(1)].double()
+    sums = rows.sum(1)
+    return len(rows) > 0 and bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
+
+
+def _classes(targets: Tensor, classes: int | None, dtype: torch.dtype) -> int:
+    """The number of classes, counted if not given; at least two, and all labels below it.
+
+    Args:
+        targets: labels, (n,), 64 bits.
+        classes: given number of them.
+        dtype: of the labels as they came, which has to hold the last class.
+    """
+    low, found = int(targets.min()), int(targets.max()) + 1
+    if classes is None and dtype != torch.bool and low >= 0:
+        absent = found - len(targets.unique())
+        if absent:
+            raise ValueError(
+                f"{absent} of the labels 0..{found - 1} never occur, so the number of classes "
+                f"cannot be counted; pass classes={found} if there are so many, "
+                f"ignore_index={found - 1} if that one stands for no label, and begin with 0."
+            )
+    if classes is None:
+        classes = max(found, 2) if dtype == torch.bool else found
+    if classes < max(found, 2) or low < 0:
+        raise ValueError(
+            f"labels must lie in 0..classes-1 with at least two classes, but got "
+            f"{low}..{found - 1} and classes={classes}."
+        )
+    largest = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+    if classes - 1 > largest:
+        raise ValueError(f"classes={classes} do not fit into labels of {dtype}; widen them.")
+    return classes
 
 
 def _labelled(targets: Tensor, ignore_index: int) -> Tensor:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from poprisk._validate import risk as inputs
 from poprisk.printing import short_repr
 from poprisk.risk.estimate import RiskEstimate, grouped_error
 
 Z = 2.0
 """Standard errors within which two estimates count as equal."""
+NO_ESTIMATE = "there is no estimate to choose from; call twin.estimate(x, y) first."
 
 
 class StoppingPoint(NamedTuple):
@@ -77,7 +77,7 @@ def stopping_point(estimates: Sequence[RiskEstimate]) -> StoppingPoint:
         >>> stopping_point([estimate(3.0), estimate(1.0), estimate(2.0)]).index
         1
     """
-    inputs.check_estimates(estimates, RiskEstimate)
+    _check_estimates(estimates)
     positions = comparable_positions([e.comparable for e in estimates])
     if not positions:
         return StoppingPoint(0, 0, 0, estimates[0], False, estimates[0].reason)
@@ -100,11 +100,16 @@ def select(arms: Mapping[str, RiskEstimate | Sequence[RiskEstimate]]) -> Selecti
         TypeError: if ``arms`` is no mapping to estimates.
         ValueError: if there is no arm, or they are not of the same examples.
     """
-    inputs.check_arms(arms)
+    if not isinstance(arms, Mapping):
+        raise TypeError(
+            f"arms must be a dict from names to estimates, but got {type(arms).__name__}."
+        )
+    if not arms:
+        raise ValueError(NO_ESTIMATE)
     runs = {k: [v] if isinstance(v, RiskEstimate) else v for k, v in arms.items()}
     for run in runs.values():
-        inputs.check_estimates(run, RiskEstimate)
-    inputs.check_estimates([e for run in runs.values() for e in run], RiskEstimate)
+        _check_estimates(run)
+    _check_estimates([e for run in runs.values() for e in run])
     points = {name: stopping_point(run) for name, run in runs.items()}
     left_out = {name: p.reason for name, p in points.items() if not p.valid}
     usable = {name: p for name, p in points.items() if p.valid}
@@ -114,6 +119,27 @@ def select(arms: Mapping[str, RiskEstimate | Sequence[RiskEstimate]]) -> Selecti
     chosen = usable[best]
     tied = [k for k, p in usable.items() if k != best and _ties(p.estimate, chosen.estimate)]
     return Selection(best, chosen, tied, left_out)
+
+
+def _check_estimates(estimates: Any) -> None:
+    """Raise unless there are estimates, all of equally many examples."""
+    single = isinstance(estimates, (RiskEstimate, str)) or not isinstance(estimates, Iterable)
+    found: list[Any] = [estimates] if single else list(estimates)
+    strange = (e for e in found if not isinstance(e, RiskEstimate))
+    wrong = next(strange, estimates if single else None)
+    if wrong is not None:
+        raise TypeError(
+            "estimates must be a sequence of what twin.estimate(x, y) returned (RiskEstimate), but "
+            f"got {type(wrong).__name__}: their values alone have no errors to compare."
+        )
+    if not found:
+        raise ValueError(NO_ESTIMATE)
+    lengths = [len(e.losses) for e in found]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"estimates must be of the same training examples, but they are of {min(lengths)} to "
+            f"{max(lengths)}; pass the same x and y each time."
+        )
 
 
 def comparable_positions(comparable: Sequence[bool]) -> list[int]:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk._validate import risk as inputs
+from poprisk._validate import check_no_batch_statistics
 from poprisk.evaluation import evaluating
 from poprisk.printing import short_repr
+from poprisk.risk.inputs import check_not_sharded, check_output_losses
 from poprisk.risk.local_losses import PerExampleLoss, ignored_examples
 
 Named = Mapping[str, Tensor]
@@ -111,8 +112,15 @@ def fresh_batch_risk(
             are those of several processes (DDP, FSDP).
         TypeError: if ``fresh`` is not a bool.
     """
-    inputs.check_not_parallel("fresh_batch_risk", model)
-    inputs.check_fresh(model, len(x), fresh, groups)
+    _check_one_process(model)
+    if not isinstance(fresh, bool):
+        raise TypeError(f"fresh must be True or False, but got {fresh!r}.")
+    if isinstance(groups, bool) or not isinstance(groups, int) or not 2 <= groups <= len(x):
+        raise ValueError(
+            f"groups must be an integer from 2 to the batch's {len(x)} examples, but got "
+            f"{groups!r}."
+        )
+    check_no_batch_statistics(model)
     modes = [(m, m.training) for m in model.modules()]
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     pieces = list(zip(x.tensor_split(groups), y.tensor_split(groups), strict=True))
@@ -120,7 +128,10 @@ def fresh_batch_risk(
     with evaluating(model), _as_trained(modes):
         found = [_gradient(model, loss, *piece, params) for piece in pieces]
     counted = sum(n for _, _, n in found)
-    inputs.check_some_loss(counted)
+    if not counted:
+        raise ValueError(
+            "no example of the batch has a loss: all labels are ignored, masked or of weight zero."
+        )
     rows = [g for _, g, _ in found]
     mean = _combined(rows, shares)
     step = _Rehearsal(optimizer, params)
@@ -149,6 +160,17 @@ def fresh_batch_risk(
     )
 
 
+def _check_one_process(model: nn.Module) -> None:
+    check_not_sharded("fresh_batch_risk", model)
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if any(isinstance(m, parallel) for m in model.modules()):
+        raise ValueError(
+            "fresh_batch_risk takes this process's batch only, but the step of a "
+            f"{type(model).__name__} is made of all processes' batches; gather the batch and pass "
+            "model.module with an optimizer of its parameters, on one process."
+        )
+
+
 @contextmanager
 def _as_trained(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
     """The modes that the model is trained in, inside of ``evaluating``, which restores the rest."""
@@ -162,7 +184,7 @@ def _gradient(
 ) -> tuple[float, dict[str, Tensor], int]:
     """Sum of the losses of a part of the batch, gradient of their mean, and how many have one."""
     outputs = model(x)
-    losses = inputs.check_losses(loss(outputs, y), outputs)
+    losses = check_output_losses(loss(outputs, y), outputs)
     grads = torch.autograd.grad(losses.mean(), list(params.values()), allow_unused=True)
     named = zip(params, grads, strict=True)
     counted = len(x) - int(ignored_examples(loss, outputs, y).sum())

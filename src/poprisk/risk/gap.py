@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk._validate import risk as inputs
 from poprisk.evaluation import outputs_of
 from poprisk.path import Closure, Followed, Run, follow
 from poprisk.path.checks import check_answers
 from poprisk.printing import short_repr
+from poprisk.risk import inputs
 from poprisk.risk.estimate import Freedom, TwinOutputs, measure_freedom
 from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, link_of
 from poprisk.risk.twin import TwinRisk
@@ -93,7 +93,12 @@ def adaptation_gap(
     x, y = run.problem.train
     named = dict(twin.model.named_parameters())
     now = [named[k].detach().cpu().reshape(-1) for k in run.problem.names if k in named]
-    inputs.check_record_of_twin(now, run.weights[len(run)], twin.steps, run.steps)
+    if not now or not torch.equal(torch.cat(now), run.weights[len(run)]):
+        raise ValueError(
+            f"the run ({run.steps} steps) does not end with the weights of the twin's model (after "
+            f"{twin.steps} batches): wrap the whole loop in Recorder(twin.model, loss, "
+            "twin.optimizer, train=(x, y)), and call this before either is trained on."
+        )
     ids = None if groups is None else inputs.check_groups(groups, len(y))
     outputs, _, twins = twin.outputs([(x, y, torch.arange(len(y)))])
     u = outputs.double()

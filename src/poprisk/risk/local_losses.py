@@ -23,7 +23,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from poprisk._validate import risk as inputs
+from poprisk.risk.inputs import check_output_losses
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 DENSE_LIMIT = 128
@@ -226,7 +226,12 @@ def link_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Link:
     diagonal = along / v
     if _close(diagonal * _directions(u, seed=1), other):
         return Separate(gradient, diagonal)
-    inputs.check_coupling(c, DENSE_LIMIT)
+    if c > DENSE_LIMIT:
+        raise ValueError(
+            f"loss couples all {c} outputs of an example in a way that is not softmax; that is "
+            f"supported up to {DENSE_LIMIT} outputs. For sequences, let each token be an example: "
+            "outputs (tokens, classes) and an index per token."
+        )
     columns = [product(torch.eye(c, dtype=u.dtype)[j].expand_as(u)) for j in range(c)]
     hessian = torch.stack(columns, dim=2)
     return Coupled(gradient, 0.5 * (hessian + hessian.mT), gauge=is_gauge(gradient))
@@ -320,7 +325,7 @@ def _differentiated(
     """Outputs (n, c) that require gradients, and the derivative of the losses by them."""
     u = outputs.detach().reshape(len(outputs), -1).requires_grad_()
     with torch.inference_mode(False), torch.enable_grad():
-        value = inputs.check_losses(loss(u.reshape(outputs.shape), targets), u)
+        value = check_output_losses(loss(u.reshape(outputs.shape), targets), u)
         (g,) = torch.autograd.grad(value.sum(), u, create_graph=twice)
     return u, g
 

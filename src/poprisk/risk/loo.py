@@ -28,11 +28,12 @@ from torch.func import grad, jvp, vjp, vmap
 
 from poprisk import _validate as checks
 from poprisk import losses as of_outputs
-from poprisk._validate import risk as inputs
-from poprisk.path import Run
-from poprisk.path.checks import check_answers, check_forward_mode
+from poprisk.path import NotAnalysable, Run
+from poprisk.path.checks import check_answers
+from poprisk.path.recursion import Recursion
 from poprisk.path.run import Interval
 from poprisk.printing import short_repr
+from poprisk.risk import inputs
 from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
 from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, link_of
 
@@ -158,8 +159,11 @@ class _Path:
         self.x, self.y = self.problem.train
         self.w = run.weights[len(run)]
         inputs.check_transformable(self.problem, self.w)
-        if form == "hessian":
-            check_forward_mode(self._not_vectorized, 'choose form="gauss-newton"')
+        if form == "hessian" and self._not_vectorized:
+            raise NotAnalysable(
+                f"{self._not_vectorized}; write that part of the model with other operations of "
+                'torch, or choose form="gauss-newton".'
+            )
         self.final = self.problem.values(self.w, self.x)
 
     def losses(self, u: Tensor, index: Tensor | None = None) -> Tensor:
@@ -226,14 +230,12 @@ class _Path:
     def displacements(self, deleted: Tensor, tilt: Tensor) -> Tensor:
         """Displacements (P, G) of the weights at the end; arguments as for :meth:`moved`."""
         d = torch.zeros(len(self.w), len(deleted), dtype=self.dtype)
-        m = torch.zeros_like(d)
+        recursion = Recursion(torch.zeros_like(d), d)
         change_of = self._change_by_rows if self._not_vectorized else self._gradient_change
         for k, interval in enumerate(self.run.intervals):
             rule, rows = self.run.rule(k, self.dtype), interval.examples
             change = change_of(k, interval, deleted[:, rows], tilt[rows], d)
-            g = rule.sign * change + rule.coupled * d
-            step = rule.correction * rule.precondition * rule.readout(m, g)
-            m, d = rule.advance(m, g), d - step - rule.decay * d
+            d -= recursion.step(rule, change)[1]
         return d
 
     def _change_by_rows(

@@ -5,21 +5,35 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
-from poprisk import _validate as checks
-from poprisk._validate import risk as inputs
-from poprisk._validate.examples import check_separate, processes
+from poprisk._validate import (
+    check_callable,
+    check_number,
+    check_positive,
+    check_separate,
+    check_type,
+)
+from poprisk.dtensor import processes
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
 from poprisk.printing import described, short_repr
 from poprisk.randomness import RandomState
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
-from poprisk.risk.inputs import Witness
+from poprisk.risk.inputs import (
+    Witness,
+    check_groups,
+    check_index,
+    check_not_sharded,
+    check_output_losses,
+    check_parts,
+    check_same,
+)
 from poprisk.risk.local_losses import (
     PerExampleLoss,
     gradient_of,
@@ -157,7 +171,7 @@ class Replica:
             ValueError: if the loss is not one value an example, the batch is not the one passed to
                 ``runs``, or differs from the model's.
         """
-        losses = inputs.check_losses(self._owner.loss(outputs, targets), outputs)
+        losses = check_output_losses(self._owner.loss(outputs, targets), outputs)
         self.scored += 1
         tilt = self._owner._tilt(self, outputs, targets)
         if tilt is None:
@@ -229,18 +243,22 @@ class TwinRisk:
         seed: int = 0,
         forward: Forward | None = None,
     ) -> None:
-        self.dataset_size = inputs.check_dataset_size(dataset_size)
-        self.delta = checks.check_number("delta", delta, low=0.0, include_low=False)
-        checks.check_positive("probes", probes)
-        inputs.check_factories(make_model, make_optimizer, loss)
+        self.dataset_size = _length(dataset_size)
+        self.delta = check_number("delta", delta, low=0.0, include_low=False)
+        check_positive("probes", probes)
+        _check_factories(make_model, make_optimizer, loss)
         self.make_optimizer, self.loss = make_optimizer, loss
         self.forward: Forward = forward or call
         self.seed = seed
-        model = inputs.check_module(make_model())
-        inputs.check_not_sharded("TwinRisk", model)
+        model = make_model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"make_model must return a module, but returned {type(model).__name__}."
+            )
+        check_not_sharded("TwinRisk", model)
         copies = [_twin_of(model) for _ in range(probes)]
         self.replicas = [Replica(self, m, i) for i, m in enumerate([model, *copies])]
-        inputs.check_own_optimizers([(run.model, run.optimizer) for run in self.replicas])
+        _check_own_optimizers(self.replicas)
         self.seen = Seen(self.dataset_size)
         self.probes = [Probe(self.dataset_size, seed * 1009 + k) for k in range(probes)]
         self.steps = 0
@@ -283,9 +301,13 @@ class TwinRisk:
                 Likewise if ``run.loss`` was not called for a twin.
             RuntimeError: if the loop over the last batch was left early.
         """
-        index = inputs.check_index(index, self.dataset_size)
-        inputs.check_some("index", len(index))
-        inputs.check_not_nested(self._index is not None)
+        index = self._some_of(index)
+        if self._index is not None:
+            raise RuntimeError(
+                "the loop over twin.runs(index) was left before every twin had its turn (a break, "
+                "an exception, or a nested call); the runs are no longer in lockstep: start anew, "
+                "or load a checkpoint."
+            )
         self._index, self._first = index, None
         self._checking = self.steps < CHECKED_STEPS or self.steps % CHECKED_EVERY == 0
         start = end = RandomState.now()
@@ -304,7 +326,7 @@ class TwinRisk:
         for run in self.replicas:
             run.inputs.watch(False)
         if not self.doubt:
-            self.doubt = inputs.other_rates(*(run.optimizer for run in self.replicas))
+            self.doubt = _other_rates(*(run.optimizer for run in self.replicas))
         self.steps += 1
         self._checking, self._index, self._first = False, None, None
 
@@ -333,8 +355,7 @@ class TwinRisk:
         Raises:
             ValueError: if shapes do not fit.
         """
-        index = inputs.check_index(range(len(y)) if index is None else index, self.dataset_size)
-        inputs.check_some("index", len(index))
+        index = self._some_of(range(len(y)) if index is None else index)
         pieces = [slice(i, i + batch_size) for i in range(0, len(y), batch_size)]
         return self._estimate([(x[s], y[s], index[s]) for s in pieces], groups, parts)
 
@@ -352,8 +373,15 @@ class TwinRisk:
             groups: ids in the order of the examples.
             parts: likewise.
         """
-        checked = ((x, y, inputs.check_index(i, self.dataset_size)) for x, y, i in batches)
+        checked = ((x, y, check_index(i, self.dataset_size)) for x, y, i in batches)
         return self._estimate(checked, groups, parts)
+
+    def _some_of(self, index: Any) -> Tensor:
+        """Positions in the training set, at least one."""
+        index = check_index(index, self.dataset_size)
+        if len(index) == 0:
+            raise ValueError("index must hold at least one example, but it is empty; leave it out.")
+        return index
 
     def state_dict(self) -> dict[str, Any]:
         """All replicas' weights and optimizers, and what the perturbation depends on."""
@@ -380,8 +408,9 @@ class TwinRisk:
                 is changed then.
         """
         models = [run.model.state_dict() for run in self.replicas]
-        inputs.check_twin_state(state_dict, models, self._settings())
-        inputs.check_same_loss(self.loss, state_dict.get("sample"))
+        _check_state(state_dict, models, self._settings())
+        if state_dict.get("sample") is not None:
+            _check_same_loss(self.loss, *state_dict["sample"])
         before = copy.deepcopy(self.state_dict())
         try:
             self._load(state_dict)
@@ -447,8 +476,8 @@ class TwinRisk:
             u,
             y,
             twins,
-            groups=None if groups is None else inputs.check_groups(groups, len(y)),
-            parts=None if parts is None else inputs.check_parts(parts, len(y)),
+            groups=None if groups is None else check_groups(groups, len(y)),
+            parts=None if parts is None else check_parts(parts, len(y)),
             cost=sum(seconds) / seconds[0] if seconds[0] else math.nan,
             doubt=self.doubt or self._unpushed() or tally.doubt(),
         )
@@ -460,20 +489,39 @@ class TwinRisk:
     def _tilt(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The tilt of the present batch for a twin, None for the model; checks on the way."""
         scale, gauge = self._set_scale(outputs, targets)
-        inputs.check_tilt_shape(self._shape, outputs, self._index)
+        index = self._checked_index(outputs)
         if run.position == 0:
-            if self._index is not None:
-                self.seen.note(self._index, targets)
+            self.seen.note(index, targets)
             self._first = (outputs.detach(), targets) if self._checking else None
             return None
         if self._first is not None:
-            inputs.check_same("targets", self._first[1], targets)
+            check_same("targets", self._first[1], targets)
             first, again = self._first[0], outputs.detach()
             if self.steps == 0 and not torch.allclose(first, again, equal_nan=True):
-                raise ValueError(inputs.NOT_REPEATED)
-        index = self._index if self._index is not None else torch.empty(0, dtype=torch.long)
+                raise ValueError(
+                    "the twin's outputs differ from the model's at the first step although their "
+                    "weights are the same: the model or the batch is random in a way that runs() "
+                    "cannot repeat. Use torch's, numpy's or Python's global generator inside the "
+                    "loop, and draw the batch before it."
+                )
         z = self.probes[run.position - 1].tilt(index, outputs.shape[1:], gauge=gauge)
         return (scale * z).to(outputs.device, _full(outputs).dtype)
+
+    def _checked_index(self, outputs: Tensor) -> Tensor:
+        """The index of the present batch, if outputs are one row for each, of one shape always."""
+        if self._index is None:
+            raise ValueError("run.loss was called outside of `for run in twin.runs(index)`.")
+        if len(outputs) != len(self._index):
+            raise ValueError(
+                f"outputs hold {len(outputs)} examples, but index has {len(self._index)}; pass the "
+                "positions of exactly this batch's examples to twin.runs(index)."
+            )
+        if tuple(outputs.shape[1:]) != self._shape:
+            raise ValueError(
+                f"outputs must keep their shape from batch to batch, {self._shape} per example, "
+                f"but got {tuple(outputs.shape[1:])}; pad them, or let each token be an example."
+            )
+        return self._index
 
     def _set_scale(self, outputs: Tensor, targets: Tensor) -> tuple[float, bool]:
         """Size of the tilt and whether the loss has a gauge; settled by the first batch."""
@@ -486,19 +534,150 @@ class TwinRisk:
         """Check that a twin was pushed, and was fed and drew what the model did."""
         model = self.replicas[0]
         if self._checking:
-            inputs.check_calls(len(model.inputs.seen), len(run.inputs.seen))
+            calls = [len(replica.inputs.seen) for replica in (model, run)]
+            if calls[0] != calls[1]:
+                raise ValueError(
+                    f"at one step the model was called {calls[0]} times and its twin {calls[1]} "
+                    "times; do the same with every run of `for run in twin.runs(index)`."
+                )
             for mine, twins in zip(model.inputs.seen, run.inputs.seen, strict=True):
-                inputs.check_same("inputs", mine, twins)
-        inputs.check_scored(run.scored)
+                check_same("inputs", mine, twins)
+        if not run.scored:
+            raise ValueError(
+                "run.loss was not called for a twin within `for run in twin.runs(index)`, so that "
+                "it learns the labels unperturbed: in place of the loss itself call "
+                "run.loss(run.model(x), y), for the model and its twins alike."
+            )
         if not self.doubt and not end.same(RandomState.now()):
             self.doubt = "the twin drew other random numbers than the model"
+
+
+def _length(size: Any) -> int:
+    """The number of training examples, given as such, as a data set or as its loader."""
+    if isinstance(size, DataLoader):  # its own length counts batches
+        size = size.dataset
+    if isinstance(size, Sized) and not isinstance(size, (str, bytes)):
+        size = len(size)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        raise TypeError(
+            f"dataset_size must be the number of training examples (or a data set with a length), "
+            f"but got {size!r}; a twin perturbs the label of every example the same way each time "
+            "it is seen. For a stream that is seen once, use poprisk.fresh_batch_risk."
+        )
+    return size
+
+
+def _check_factories(make_model: Any, make_optimizer: Any, loss: Any) -> None:
+    if isinstance(make_model, nn.Module):
+        raise TypeError(
+            "make_model must be a function that returns a module, but got a "
+            f"{type(make_model).__name__}; pass lambda: model to train that very one."
+        )
+    if isinstance(make_optimizer, Optimizer):
+        raise TypeError(
+            "make_optimizer must be a function from a model to an optimizer, but got a "
+            f"{type(make_optimizer).__name__}; each twin needs its own."
+        )
+    check_callable("make_model", make_model)
+    check_callable("make_optimizer", make_optimizer)
+    check_callable("loss", loss)
+
+
+def _check_own_optimizers(replicas: list[Replica]) -> None:
+    """Raise ValueError unless each model has an optimizer of its own, of its own parameters."""
+    for i, run in enumerate(replicas):
+        mine = {id(p) for p in run.model.parameters()}
+        groups = getattr(run.optimizer, "param_groups", [])
+        trained = [p for group in groups for p in group["params"]]
+        other = any(run.optimizer is another.optimizer for another in replicas[:i])
+        if other or (trained and not any(id(p) in mine for p in trained)):
+            raise ValueError(
+                "make_optimizer must return a new optimizer of the model it is given, but the one "
+                f"for {f'twin {i}' if i else 'the model'} is "
+                f"{'the same as another' if other else 'of other parameters'}; build it inside the "
+                "function, as in lambda model: AdamW(model.parameters())."
+            )
+
+
+def _other_rates(first: Any, *others: Any) -> str:
+    """A doubt if learning rates of a twin are not the model's."""
+
+    def rates(optimizer: Any) -> list[float]:
+        return [float(g["lr"]) for g in getattr(optimizer, "param_groups", []) if "lr" in g]
+
+    for other in others:
+        for mine, its in zip(rates(first), rates(other), strict=False):
+            if not math.isclose(mine, its, rel_tol=1e-6):
+                return (
+                    f"the twin trained at a learning rate of {its:.3g}, the model at {mine:.3g}: "
+                    "give each run a scheduler of its own, and step them alike"
+                )
+    return ""
+
+
+def _check_state(state_dict: Any, models: list[Any], settings: dict[str, Any]) -> None:
+    """Raise unless ``state_dict`` is one of a twin with the same replicas and settings.
+
+    Args:
+        state_dict: to load; one of an earlier version has no settings.
+        models: state dicts of the replicas it is to be loaded into.
+        settings: of the twin.
+    """
+    check_type("state_dict", state_dict, Mapping, "a dict")
+    found = len(state_dict["models"]) if "models" in state_dict else 0
+    if found != len(models):
+        raise ValueError(
+            f"state_dict does not fit: it holds {found} models, this one {len(models)} (probes + "
+            "1)."
+        )
+    missing = {"optimizers", "steps", "scale", "shape", "doubt"} - state_dict.keys()
+    if missing:
+        raise ValueError(f"state_dict is not a twin's: it has no {sorted(missing)}.")
+    for name, value in state_dict.get("settings", {}).items():
+        if name in settings and settings[name] != value:
+            raise ValueError(
+                f"state_dict was saved with {name}={value!r}, but this twin has "
+                f"{settings[name]!r}; the estimates depend on it: use the same settings."
+            )
+    for mine, theirs in zip(models, state_dict["models"], strict=True):
+        for name in {**mine, **theirs}:
+            there, here = (_shape(state.get(name)) for state in (theirs, mine))
+            if there != here:
+                raise ValueError(
+                    f"state_dict is of another model: {name} is {there} there and {here} here."
+                )
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_same_loss(loss: Any, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
+    """Raise ValueError unless a loss gives what it gave on a sample of examples."""
+    try:
+        found = loss(outputs, targets)
+    except Exception as error:
+        raise ValueError(
+            f"state_dict was saved with another loss: this one fails on its examples ({error})."
+        ) from error
+    same = isinstance(found, Tensor) and found.shape == losses.shape
+    if not same or not found.detach().allclose(losses, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            "state_dict was saved with another loss: this one gives other values on its examples; "
+            "the estimates depend on it."
+        )
 
 
 def _twin_of(model: nn.Module) -> nn.Module:
     """A copy of a model with the hooks on its parameters, which copying a parameter drops."""
     found = copy.deepcopy(model)
     for name, p in model.named_parameters():
-        inputs.check_no_later_hooks(name, p)
+        # One that steps, say, holds the optimizer of the model, which is not that of its twin.
+        if p._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"{name} has a post-accumulate-grad hook when make_model returns, and a twin needs "
+                "one of its own; register it in make_optimizer, which is called for each model."
+            )
         twin = found.get_parameter(name)
         for hook in (p._backward_hooks or {}).values():
             twin.register_hook(hook)
@@ -520,12 +699,12 @@ def _gradient_scale(
     """Spread of the output gradient over a batch, and whether the loss has a gauge; a sample."""
     u = _full(outputs.detach())
     targets = _full(targets) if targets.is_floating_point() else targets
-    losses = inputs.check_losses(loss(u.requires_grad_(), targets), u)
+    losses = check_output_losses(loss(u.requires_grad_(), targets), u)
     check_separate(loss, u, targets, losses)
     labelled = (~ignored_examples(loss, u, targets)).nonzero().squeeze(1)
     sample = (u.detach()[:TRIED].clone(), targets[:TRIED].clone(), losses.detach()[:TRIED].clone())
     g = gradient_of(on_logits(loss, u), u, targets).reshape(u.shape)[labelled]
-    inputs.check_scale(float(g.abs().sum()))
+    _check_scale(float(g.abs().sum()))
     _try_out(loss, u.detach()[labelled[:TRIED]], targets[labelled[:TRIED]])
     spread = (g - g.mean(0)) if len(g) > 1 else g
     size, scale = (v.square().mean().sqrt() for v in (g, spread))
@@ -534,7 +713,18 @@ def _gradient_scale(
         torch.distributed.all_reduce(scale)
         scale /= processes()
     gauge = g.ndim > 1 and is_gauge(g.reshape(g.shape[0], g.shape[1], -1).sum(2))
-    return (inputs.check_scale(float(scale)), gauge), sample
+    return (_check_scale(float(scale)), gauge), sample
+
+
+def _check_scale(scale: float) -> float:
+    """Return the size of the output gradient if a perturbation can be measured by it."""
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"the loss has an output gradient of size {scale} on the first batch, which gives no "
+            "scale for the perturbation; check labels and outputs for NaN, or for a loss that is 0 "
+            "(are all labels of the batch ignored?)."
+        )
+    return scale
 
 
 def _try_out(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> None:
@@ -542,4 +732,15 @@ def _try_out(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> None:
     if not len(outputs):
         return
     link_of(loss, outputs, targets)
-    inputs.check_defined_around(loss, outputs, targets)
+    for step in (-1.0, 1.0):  # leave-one-out outputs lie anywhere around a model's own
+        moved = outputs + step * (1 + outputs.abs())
+        try:
+            why = "" if bool(loss(moved, targets).detach().isfinite().all()) else "is not finite"
+        except (RuntimeError, ValueError, AssertionError) as error:
+            why = f"raises {type(error).__name__}"
+        if why:
+            raise ValueError(
+                f"loss must be defined for any outputs, but {why} at some that lie a step beyond "
+                "the model's; if these are probabilities, let the model put out logits and use "
+                "binary_cross_entropy_with_logits or cross_entropy."
+            )

@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from poprisk import _validate as checks
-from poprisk.printing import described, short_repr
+from poprisk._validate import check_choice, check_positive
+from poprisk.printing import described
+from poprisk.task.data import Pair, as_pair, as_tensor
+from poprisk.task.metrics import METRICS, Metric, accuracy
 from poprisk.task.trial import try_task
 
-Pair = tuple[Tensor, Tensor]
-
-
-class Metric(NamedTuple):
-    """A number that says how good outputs are.
-
-    Attributes:
-        name: as shown in tables.
-        function: from outputs and targets of a whole data set to a float.
-        higher_is_better: whether more is better.
-        percent: whether tables show it in percent and differences in points.
-    """
-
-    name: str
-    function: Callable[[Tensor, Tensor], float]
-    higher_is_better: bool = True
-    percent: bool = False
-
-    __repr__ = short_repr
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Share of rows of ``outputs`` (n, c, ...) whose largest entry is at ``targets`` (n, ...).
-
-    Labels that are no class (-100, or another ``ignore_index`` outside of 0..c-1) stand for none:
-    they count neither as right nor as wrong. NaN if there is no other.
-    """
-    checks.check_class_scores(outputs, targets)
-    labelled = (targets >= 0) & (targets < outputs.shape[1])
-    return (outputs.argmax(1) == targets)[labelled].double().mean().item()
-
-
-def mean_squared_error(outputs: Tensor, targets: Tensor) -> float:
-    """Mean of the squared difference; both of one shape, NaN targets are masked."""
-    checks.check_one_shape("mse", outputs, targets)
-    return (outputs - targets)[~targets.isnan()].double().square().mean().item()
-
-
-METRICS = {
-    "accuracy": Metric("accuracy", accuracy, percent=True),
-    "mse": Metric("mean squared error", mean_squared_error, higher_is_better=False),
-}
+__all__ = ["METRICS", "Metric", "Pair", "Task", "module_kinds"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +26,11 @@ class Task:
         name: short name, used in reports.
         model: makes a fresh model; called after the random seed is set.
         loss: per-example loss, from outputs (b, ...) and targets (b, ...) to a tensor (b,).
-        train: training inputs and targets, as a pair of tensors or a data set of such pairs.
+        train: training inputs and targets: a pair of tensors, arrays or frames, a data set of such
+            pairs, or a ``DataLoader`` (:func:`poprisk.task.data.as_pair`).
         test: the same for the test set, used for measuring only.
-        metric: ``"accuracy"``, ``"mse"``, or a :class:`Metric`.
+        metric: ``"accuracy"``, ``"balanced accuracy"``, ``"f1"`` (macro), ``"auc"`` (of the ROC
+            curve), ``"mse"``, or a :class:`Metric`.
         epochs: passes over the training set.
         batch_size: examples per step.
         clean: training targets without label noise, where they are known: shape of the targets.
@@ -90,7 +52,7 @@ class Task:
     metric: str | Metric = "accuracy"
     epochs: int = 100
     batch_size: int = 64
-    clean: Tensor | None = None
+    clean: Any = None
     description: str = ""
 
     def __repr__(self) -> str:
@@ -101,12 +63,19 @@ class Task:
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", as_pair("train", self.train))
         object.__setattr__(self, "test", as_pair("test", self.test))
+        if self.clean is not None:
+            object.__setattr__(self, "clean", as_tensor("clean", self.clean))
         if isinstance(self.metric, str):
-            checks.check_choice("metric", self.metric, METRICS)
+            check_choice("metric", self.metric, METRICS)
             object.__setattr__(self, "metric", METRICS[self.metric])
-        checks.check_positive("epochs", self.epochs)
-        checks.check_task_batch(self.batch_size, len(self.train[1]))
-        try_task(self, by_class=self.scored_by is METRICS["accuracy"])
+        check_positive("epochs", self.epochs)
+        check_positive("batch_size", self.batch_size)
+        if self.batch_size >= len(self.train[1]):
+            raise ValueError(
+                f"batch_size={self.batch_size} must be smaller than the number of training "
+                f"examples, {len(self.train[1])}: the gate measures noise from batch to batch."
+            )
+        try_task(self, by_class=self.scored_by.by_class)
 
     def new_model(self, device: str = "cpu") -> nn.Module:
         """A fresh model on a device; lazy modules take their shapes from the first examples."""
@@ -156,48 +125,6 @@ class Task:
             return None
         deviation = (outputs.reshape(y.shape) - self.clean).double()
         return float((deviation * noise).sum() / noise.square().sum())
-
-
-def as_pair(name: str, data: Any) -> Pair:
-    """Return ``data`` as a pair of stacked tensors; data sets of pairs are stacked.
-
-    Raises:
-        TypeError: if it is neither.
-    """
-    if isinstance(data, (tuple, list)) and len(data) == 2:
-        pair = tuple(data)
-    elif isinstance(data, Sized) and hasattr(data, "__getitem__") and len(data) > 0:
-        rows = [cast(Any, data)[i] for i in range(len(data))]
-        checks.check_rows(name, rows)
-        columns = zip(("input", "target"), zip(*rows, strict=True), strict=True)
-        pair = tuple(_stacked(name, part, column) for part, column in columns)
-    else:
-        raise TypeError(
-            f"{name} must be a pair (inputs, targets) of tensors or a non-empty data set of such "
-            f"pairs, but got {type(data).__name__}."
-        )
-    checks.check_tensors(name, pair)
-    return cast(Pair, pair)
-
-
-def _stacked(name: str, part: str, values: tuple[Any, ...]) -> Tensor:
-    """One column of a data set as a tensor."""
-    tensors: list[Tensor] = []
-    for i, value in enumerate(values):
-        try:
-            tensors.append(torch.as_tensor(value))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"{name}[{i}] must hold a tensor or numbers as {part}, but got "
-                f"{type(value).__name__}; convert it in the data set."
-            ) from error
-        if tensors[i].shape != tensors[0].shape:
-            raise ValueError(
-                f"{name} must hold {part}s of one shape, but {name}[0] has "
-                f"{tuple(tensors[0].shape)} and {name}[{i}] {tuple(tensors[i].shape)}; pad or crop "
-                "them in the data set."
-            )
-    return torch.stack(tensors)
 
 
 def module_kinds(model: nn.Module) -> dict[str, str]:

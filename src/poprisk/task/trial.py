@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poprisk._validate.errors import first_line
-from poprisk._validate.examples import check_separate
+from poprisk._validate import check_callable, check_losses, check_separate, first_line
 from poprisk.evaluation import evaluating, outputs_of
+from poprisk.losses import ignored_labels
 from poprisk.randomness import RandomState
 from poprisk.risk.local_losses import ignored_examples
 from poprisk.task.batches import batch_sizes, split_batches
@@ -23,8 +23,6 @@ TRIED = 4
 """Examples that a label is given to, to see whether it has a loss."""
 LABELS = 64
 """Labels that are looked at so, the smallest ones and the largest."""
-IGNORED = -100
-"""The class that torch's losses leave out."""
 
 
 def try_task(task: Any, *, by_class: bool) -> None:
@@ -35,7 +33,7 @@ def try_task(task: Any, *, by_class: bool) -> None:
 
     Args:
         task: a :class:`poprisk.Task` whose data are checked.
-        by_class: whether it is scored by accuracy.
+        by_class: whether class scores are scored against labels.
 
     Raises:
         TypeError, ValueError: for what would go wrong later; the message names the part, what was
@@ -70,9 +68,8 @@ def _check_callables(task: Any) -> None:
             f"model must be a function that returns a torch.nn.Module, but got a "
             f"{type(task.model).__name__}; pass what makes a new one, as in lambda: Net(64)."
         )
-    for name in ("model", "loss"):
-        if not callable(getattr(task, name)):
-            raise TypeError(f"{name} must be callable, but got {getattr(task, name)!r}.")
+    check_callable("model", task.model)
+    check_callable("loss", task.loss)
     if not callable(task.scored_by.function):
         raise TypeError(
             f"metric must hold a function of outputs and targets, but got "
@@ -84,11 +81,10 @@ def _check_clean(task: Any) -> None:
     clean, targets = task.clean, task.train[1]
     if clean is None:
         return
-    if not isinstance(clean, Tensor) or clean.shape != targets.shape:
-        found = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+    if clean.shape != targets.shape:
         raise ValueError(
             f"clean must have the shape of the training targets, {tuple(targets.shape)}, but got "
-            f"{found}."
+            f"{tuple(clean.shape)}."
         )
     if clean.is_floating_point() and not bool(clean.isfinite().all()):
         raise ValueError("clean holds NaN or Inf; leave it out if the clean targets are unknown.")
@@ -201,14 +197,7 @@ def _first_failing(call: Callable[[slice], Any], n: int) -> tuple[int, Exception
 
 
 def _check_losses(losses: Any, u: Tensor, y: Tensor) -> None:
-    n = len(y)
-    if not isinstance(losses, Tensor) or tuple(losses.shape) != (n,):
-        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"loss must give one value per example, shape ({n},) for {n} examples, but gave "
-            f"{found}; pass reduction='none' and average over all dimensions but the first."
-            f"{_shapes(u, y)}"
-        )
+    check_losses(losses, len(y), hint=_shapes(u, y))
     if not losses.is_floating_point():
         raise TypeError(f"loss must give floating-point numbers, but gave {losses.dtype}.")
 
@@ -245,20 +234,16 @@ def _types(u: Tensor, y: Tensor) -> str:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def _ignored(task: Any, y: Tensor) -> Tensor:
-    return y == getattr(task.loss, "ignore_index", IGNORED)
-
-
 def _check_classes(task: Any, name: str, u: Tensor, losses: Tensor) -> None:
-    """Accuracy asks which column is largest: there must be several, and each label must be one."""
+    """A column of outputs stands for a class: there are several, and each label is one."""
     y = getattr(task, name)[1]
     if u.ndim < 2 or u[:, 0].shape != y.shape:
         return  # the metric says so itself
     classes = u.shape[1]
     if classes == 1:
         raise ValueError(
-            "accuracy compares columns of outputs, but model gives one column only; give a column "
-            "per class, or another metric=Metric(...)."
+            f"{task.scored_by.name} compares columns of outputs, but model gives one column only; "
+            "give a column per class, or another metric=Metric(...)."
         )
     _check_range(task, name, y, classes, losses)
     if name == "train" and task.clean is not None:
@@ -266,7 +251,7 @@ def _check_classes(task: Any, name: str, u: Tensor, losses: Tensor) -> None:
 
 
 def _check_range(task: Any, name: str, y: Tensor, classes: int, losses: Tensor | None) -> None:
-    outside = ((y < 0) | (y >= classes)) & ~_ignored(task, y)
+    outside = ((y < 0) | (y >= classes)) & ~ignored_labels(task.loss, y)
     if losses is not None:
         # What costs nothing is left out by the loss in a way of its own.
         outside &= (losses != 0).reshape(-1, *[1] * (y.ndim - 1))
@@ -281,7 +266,7 @@ def _check_range(task: Any, name: str, y: Tensor, classes: int, losses: Tensor |
 
 
 def _check_scored(task: Any, name: str, u: Tensor) -> None:
-    """Refuse a class that the loss leaves out and accuracy would count."""
+    """Refuse a class that the loss leaves out and the metric would count."""
     y = getattr(task, name)[1]
     if u.ndim < 2 or u[:, 0].shape != y.shape:
         return
@@ -292,15 +277,15 @@ def _check_scored(task: Any, name: str, u: Tensor) -> None:
             count = int((y == label).sum())
             raise ValueError(
                 f"loss is zero for label {label} whatever the outputs (an ignore_index, or a "
-                f"weight of zero), but accuracy would count the {count} of them in {name}; "
-                "set them to -100 and ignore_index with them, or give a "
+                f"weight of zero), but {task.scored_by.name} would count the {count} of them in "
+                f"{name}; set them to -100 and ignore_index with them, or give a "
                 "metric=Metric(...) that leaves them out."
             )
 
 
 def _check_variety(task: Any) -> None:
     y = task.train[1]
-    found = y[~_ignored(task, y)].unique()
+    found = y[~ignored_labels(task.loss, y)].unique()
     if len(found) < 2:
         label = _value(found[0]) if len(found) else "one that is ignored"
         raise ValueError(

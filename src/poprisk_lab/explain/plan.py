@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from poprisk import _validate as checks
+from poprisk._validate import check_number
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.path import NotAnalysable
@@ -129,7 +129,7 @@ def make_optimizer(
             f"there is no optimizer {plan.optimizer!r} in torch.optim; choose SGD, Adam, AdamW, "
             "RMSprop or PopRiskAdamW."
         )
-    checks.check_number("lr", plan.lr, low=0.0)
+    check_number("lr", plan.lr, low=0.0)
     return cast(Callable[..., Optimizer], kind)(model.parameters(), lr=plan.lr)
 
 

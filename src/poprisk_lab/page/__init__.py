@@ -17,7 +17,7 @@ from poprisk_lab.page.figures import Group, Quantity
 from poprisk_lab.page.page import template
 from poprisk_lab.page.series import OURS, arm_series, module_series
 from poprisk_lab.page.table import run_table, verdict_table
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.selection import twin_report
 from poprisk_lab.store import replace_text
 from poprisk_lab.verdict import Verdict

@@ -10,7 +10,7 @@ from typing import Any
 from poprisk_lab.page.curves import EpochRow
 from poprisk_lab.page.formats import listed, plain, plural
 from poprisk_lab.page.series import module_sizes
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 
 
 def notices(data: RunData) -> list[str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from poprisk_lab.arms import FAMILIES
 from poprisk_lab.page.curves import EpochRow
 from poprisk_lab.page.formats import plural
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Verdict, early_stopping_choices
 
 OURS = "poprisk"

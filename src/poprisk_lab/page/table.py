@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from poprisk.intervals import Interval
 from poprisk_lab.page.formats import MISSING, Format, format_for, plural
 from poprisk_lab.page.series import OURS, colour_of
-from poprisk_lab.rundir import RunData
+from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Row, Verdict
 
 SHARE = Format(percent=True, decimals=1)

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
-from poprisk_lab.checkpoint import load_checkpoint, save_checkpoint
+from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.results import Done, by_seed, where
 from poprisk_lab.studies.judge import Criterion, Steps
+from poprisk_lab.study import Found, Trial
 
-Found = dict[str, Any]
-"""What a trial found; JSON values."""
-CHECKPOINT_SECONDS = 20.0
-
-
-class Trial(NamedTuple):
-    """One piece of work, done in one process.
-
-    Attributes:
-        name: unique within its claim, fit for a file name.
-        settings: arguments of the claim's ``run``; JSON values.
-        needs: packages without which it is left out.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    needs: tuple[str, ...] = ()
-
-
-class Done(NamedTuple):
-    """A finished trial: its settings, and what it found."""
-
-    settings: dict[str, Any]
-    found: Found
+__all__ = [
+    "Claim",
+    "Curve",
+    "Done",
+    "Findings",
+    "Found",
+    "Picture",
+    "Plot",
+    "Trial",
+    "Workspace",
+    "by_seed",
+    "steps_of",
+    "where",
+]
 
 
 class Curve(NamedTuple):
@@ -109,35 +99,6 @@ class Findings(NamedTuple):
     table: list[list[str]]
 
 
-@final
-class Workspace:
-    """Where a long trial keeps its state, so that it can be stopped at any moment.
-
-    Args:
-        path: of the checkpoint; None: nothing is kept.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self._saved_at = time.monotonic()
-
-    def load(self) -> Any:
-        """What was last saved; None if nothing was."""
-        return load_checkpoint(self.path) if self.path is not None and self.path.exists() else None
-
-    def save(self, state: Callable[[], Any]) -> None:
-        """Save what ``state()`` returns, if the last time is long enough ago."""
-        now = time.monotonic()
-        if self.path is not None and now - self._saved_at > CHECKPOINT_SECONDS:
-            save_checkpoint(self.path, state())
-            self._saved_at = now
-
-    def clear(self) -> None:
-        """Remove the checkpoint: the trial is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class Claim:
     """A claim of the paper, and how it is checked.
@@ -167,16 +128,6 @@ class Claim:
     run: Callable[[dict[str, Any], Workspace], Found]
     judge: Callable[[Sequence[Done]], Findings]
     show: Callable[[Sequence[Done]], list[Plot | Picture]]
-
-
-def where(done: Iterable[Done], **settings: Any) -> list[Done]:
-    """The trials with these settings."""
-    return [d for d in done if all(d.settings.get(k) == v for k, v in settings.items())]
-
-
-def by_seed(done: Iterable[Done], key: str, **settings: Any) -> dict[int, Any]:
-    """What the trials with these settings found under ``key``, by seed."""
-    return {d.settings["seed"]: d.found[key] for d in where(done, **settings)}
 
 
 def steps_of(done: Sequence[Done], **settings: Any) -> Steps:

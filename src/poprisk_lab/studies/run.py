@@ -1,24 +1,28 @@
-"""Do the trials of a claim in worker processes, resumably, into a directory."""
+"""The directory of one claim: its trials, what they found, what is left of them."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import importlib.util
 import json
-import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-import torch
-
-from poprisk_lab.compare import TrainingError, environment, warm_up_workers, worker_context
-from poprisk_lab.store import FORMAT, RecordDirectory
-from poprisk_lab.studies.claim import Claim, Done, Found, Trial, Workspace
+from poprisk_lab.results import Done, finished
+from poprisk_lab.runner import environment, run_study
+from poprisk_lab.store import FORMAT, Kind, Row, Store
+from poprisk_lab.studies.claim import Claim
+from poprisk_lab.study import Study, Trial, missing_packages
 
 OnTrial = Callable[[str, int, int], None]
 """Told of a finished trial: its name, how many are done, of how many."""
+
+
+def _is_row(row: Row) -> bool:
+    return row["event"] == "end" and isinstance(row["found"], dict) and row["seconds"] >= 0
+
+
+KIND = Kind(frozenset({"claim", "quick", "trials"}), _is_row)
 
 
 class Progress(NamedTuple):
@@ -43,11 +47,11 @@ class Progress(NamedTuple):
 
 @final
 class ClaimDirectory:
-    """The record of one claim: configuration, finished trials, checkpoints of the others."""
+    """The directory of one claim."""
 
     def __init__(self, path: Path, claim: Claim) -> None:
         self.path, self.claim = path, claim
-        self._record = RecordDirectory(path, keys={"claim", "quick", "trials"}, is_row=_is_row)
+        self.store = Store(path, KIND)
 
     def create(self, *, quick: bool, workers: int) -> None:
         """Make it, or check that it holds the same form of the same claim.
@@ -63,7 +67,7 @@ class ClaimDirectory:
             "quick": quick,
             "trials": json.loads(json.dumps(trials)),
         }
-        self._record.create(config, environment(workers))
+        self.store.create(config, environment(workers))
 
     def read(self) -> Progress:
         """What is there.
@@ -71,20 +75,17 @@ class ClaimDirectory:
         Raises:
             RunDirectoryError: if it is missing or damaged.
         """
-        config = self._record.config()
+        config = self.store.config()
         trials = [Trial(name, given, tuple(needs)) for name, given, needs in config["trials"]]
-        rows = {row["trial"]: row for row in self._record.rows()}
-        gone = {n for t in trials for n in t.needs if importlib.util.find_spec(n) is None}
-        blocked = {t.name for t in trials if gone & set(t.needs) and t.name not in rows}
+        ends, gone = finished(trials, self.store), missing_packages(trials)
+        blocked = [t for t in trials if gone & set(t.needs) and t.name not in ends]
         return Progress(
-            done=[Done(t.settings, rows[t.name]["found"]) for t in trials if t.name in rows],
-            left=[t for t in trials if t.name not in rows and t.name not in blocked],
-            missing={
-                n: sum(n in t.needs for t in trials if t.name in blocked) for n in sorted(gone)
-            },
+            done=[Done(t.settings, ends[t.name]["found"]) for t in trials if t.name in ends],
+            left=[t for t in trials if t.name not in ends and t not in blocked],
+            missing={n: sum(n in t.needs for t in blocked) for n in sorted(gone)},
             quick=config["quick"],
-            environment=self._record.environment(),
-            seconds=sum(row["seconds"] for row in rows.values()),
+            environment=self.store.environment(),
+            seconds=sum(end["seconds"] for end in ends.values()),
         )
 
     def work(self, *, workers: int, on_trial: OnTrial) -> None:
@@ -92,63 +93,16 @@ class ClaimDirectory:
 
         Raises:
             TrainingError: if a trial fails; those that finished are kept.
-            RunDirectoryError: if another process works here or the record cannot be written.
+            RunDirectoryError: if the record cannot be written.
         """
-        with self._record.locked():
-            progress = self.read()
-            total = len(progress.done) + len(progress.left)
-            if progress.left:
-                self._work(progress.left, total, workers, on_trial)
+        progress = self.read()
+        count, total = len(progress.done), len(progress.done) + len(progress.left)
 
-    def _work(self, left: list[Trial], total: int, workers: int, on_trial: OnTrial) -> None:
-        warm_up_workers()
-        pool = concurrent.futures.ProcessPoolExecutor(
-            min(workers, len(left)),
-            mp_context=worker_context(),
-            initializer=_prepare,
-        )
-        count = total - len(left)
-        try:
-            run = self.claim.run
-            jobs = {pool.submit(_do, run, t.settings, self._checkpoint(t)): t for t in left}
-            for job in concurrent.futures.as_completed(jobs):
-                name = jobs[job].name
-                try:
-                    found, seconds = job.result()
-                except Exception as error:
-                    raise TrainingError(f"trial {name} failed: {error!r}") from error
-                self._record.append({"trial": name, "seconds": seconds, "found": found})
-                Workspace(self._checkpoint(jobs[job])).clear()
+        def tell(trial: Trial, row: Row) -> None:
+            nonlocal count
+            if row["event"] == "end":
                 count += 1
-                on_trial(name, count, total)
-        finally:
-            _stop(pool)
+                on_trial(trial.name, count, total)
 
-    def _checkpoint(self, trial: Trial) -> Path:
-        return self._record.checkpoints / f"{trial.name}.safetensors"
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row["trial"], str) and isinstance(row["found"], dict) and row["seconds"] >= 0
-
-
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-
-
-def _do(
-    run: Callable[[dict[str, Any], Workspace], Found], settings: dict[str, Any], checkpoint: Path
-) -> tuple[Found, float]:
-    started = time.monotonic()
-    found = run(settings, Workspace(checkpoint))
-    return json.loads(json.dumps(found)), time.monotonic() - started
-
-
-def _stop(pool: concurrent.futures.ProcessPoolExecutor) -> None:
-    """End the workers, working or not."""
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.terminate()
-        process.join()
+        study = Study(progress.left, self.claim.run)
+        run_study(study, self.store, workers=workers, on_row=tell)

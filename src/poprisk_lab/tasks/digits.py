@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poprisk import _validate as checks
+from poprisk._validate import check_number, check_positive
 from poprisk.task import Task
 
 CLASSES = 10
@@ -27,7 +27,7 @@ def flip_labels(labels: Tensor, rate: float, generator: torch.Generator) -> Tens
 def _split(seed: int, noise: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
     from sklearn.datasets import load_digits
 
-    checks.check_number("noise", noise, low=0.0, high=1.0)
+    check_number("noise", noise, low=0.0, high=1.0)
     pixels, classes = load_digits(return_X_y=True)
     x = torch.as_tensor(pixels, dtype=torch.float32) / 16
     y = torch.tensor(classes, dtype=torch.int64)
@@ -87,7 +87,7 @@ def _task(
 
 def digits(seed: int = 0, *, noise: float = 0.4, hidden: int = 256) -> Task:
     """8×8 digits, 1,000 for training with 40% symmetric label noise, 797 clean ones for testing."""
-    checks.check_positive("hidden", hidden)
+    check_positive("hidden", hidden)
     about = "MLP, {noise:.0%} of the training labels wrong"
     return _task("digits", lambda: mlp(hidden), seed, noise, 80, about)
 

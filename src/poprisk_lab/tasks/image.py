@@ -15,7 +15,7 @@ from typing import cast, final
 import torch
 from torch import Tensor, nn
 
-from poprisk import _validate as checks
+from poprisk._validate import check_choice, check_number
 from poprisk.task import Task
 from poprisk_lab.tasks.regression import squared_error
 
@@ -95,11 +95,11 @@ def photograph(name: str, size: int) -> Tensor:
     import skimage.data
     import skimage.transform
 
-    checks.check_choice("name", name, PHOTOGRAPHS)
+    check_choice("name", name, PHOTOGRAPHS)
     pixels = getattr(skimage.data, name)()
     grey = skimage.color.rgb2gray(pixels) if pixels.ndim == 3 else pixels / 255
     side = min(grey.shape)
-    checks.check_number("size", size, low=2, high=side)
+    check_number("size", size, low=2, high=side)
     top, left = (grey.shape[0] - side) // 2, (grey.shape[1] - side) // 2
     square = grey[top : top + side, left : left + side]
     small = skimage.transform.resize(square, (size, size), anti_aliasing=True)
@@ -121,8 +121,8 @@ def image(
     picture: str = "camera",
 ) -> Task:
     """Grey values of a photograph with normal noise; the test set is the same pixels without."""
-    checks.check_choice("network", network, NETWORKS)
-    checks.check_number("noise", noise, low=0.0, high=10.0)
+    check_choice("network", network, NETWORKS)
+    check_number("noise", noise, low=0.0, high=10.0)
     clean = photograph(picture, size).reshape(-1, 1)
     generator = torch.Generator().manual_seed(seed)
     noisy = clean + noise * torch.randn(clean.shape, generator=generator)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poprisk import _validate as checks
+from poprisk._validate import check_choice, check_number, check_positive
 from poprisk.task import Pair, Task
 from poprisk_lab.tasks.digits import per_example_cross_entropy
 
@@ -135,13 +135,13 @@ def split_table(kind: str, p: int, fraction: float, seed: int) -> tuple[Pair, Pa
     Raises:
         ValueError: for an unknown table, or a fraction that leaves nothing to train on or to ask.
     """
-    checks.check_choice("kind", kind, TABLES)
-    checks.check_number("fraction", fraction, low=0.0, high=1.0)
+    check_choice("kind", kind, TABLES)
+    check_number("fraction", fraction, low=0.0, high=1.0)
     x, y = TABLES[kind](p)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     n = round(fraction * len(y))
-    checks.check_positive("training examples", n)
-    checks.check_positive("test examples", len(y) - n)
+    check_positive("training examples", n)
+    check_positive("test examples", len(y) - n)
     seen, asked = order[:n], order[n:]
     return (x[seen], y[seen]), (x[asked], y[asked])
 

@@ -1,0 +1,81 @@
+"""A study: trials that are independent pieces of work, and the function that does one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.store import Row, Store
+
+Settings = dict[str, Any]
+Found = dict[str, Any]
+"""What a trial found; JSON values."""
+
+
+class Trial(NamedTuple):
+    """One piece of work, done in one process.
+
+    Attributes:
+        name: unique within its study, fit for a file name.
+        settings: arguments of the study's ``run``; JSON values.
+        needs: packages without which it is left out.
+        after: trials that must have ended before it, whose products it is given.
+        keeps: whether it keeps a product for trials after it.
+        label: in messages; empty: ``trial NAME``.
+    """
+
+    name: str
+    settings: Settings
+    needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    keeps: bool = False
+    label: str = ""
+
+
+Run = Callable[[Settings, Workspace], Found | Iterable[Row]]
+"""Does one trial, from its settings and a workspace for its checkpoints.
+
+It returns what was found, or yields rows of JSON values, each with an ``event``, the last with
+``"end"``. Picklable: a function of a module, or a partial of one.
+"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Trials, and how they are done.
+
+    Args:
+        trials: in the order in which they are begun.
+        run: does one.
+    """
+
+    trials: Sequence[Trial]
+    run: Run
+
+
+def missing_packages(trials: Iterable[Trial]) -> set[str]:
+    """The packages that trials need and that are not installed."""
+    return {n for t in trials for n in t.needs if importlib.util.find_spec(n) is None}
+
+
+def end_of(rows: Sequence[Row]) -> Row | None:
+    """The row with which a trial ended; None if it has not."""
+    return next((row for row in reversed(rows) if row["event"] == "end"), None)
+
+
+def left(study: Study, store: Store) -> list[Trial]:
+    """The trials that are still to do: not ended, or with a product that is lost.
+
+    Raises:
+        RunDirectoryError: if a record is damaged.
+    """
+    rows, gone = store.rows(t.name for t in study.trials), missing_packages(study.trials)
+    return [
+        trial
+        for trial in study.trials
+        if (end_of(rows[trial.name]) is None and not gone & set(trial.needs))
+        or (trial.keeps and store.product(trial.name) is None)
+    ]

@@ -1,0 +1,1 @@
+"""What this code computed before it was rebuilt, frozen; ``freeze.py`` writes the data."""
