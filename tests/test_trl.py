@@ -144,7 +144,7 @@ def test_preferences_are_optimized_directly(tmp_path: Path) -> None:
     reference = copy.deepcopy(model)
     trainer = names["train_by_preferences"](model, reference, tokenizer(), preferences(), args)
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(0.69, abs=0.1)
-    assert set(gated(trainer).gate_stats()) >= {"lm_head", "model.embed_tokens"}
+    assert set(gated(trainer).gate_stats(trainer.model)) >= {"lm_head", "model.embed_tokens"}
     assert any(not torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
 
 
