@@ -6,13 +6,14 @@ ARGS   ?=
 VENV := .venv
 BIN  := $(VENV)/bin
 # Every install is held to the tested pins, and nothing is ever built from source but this project.
-PIP  := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install \
+PINS := constraints.txt
+PIP   = PIP_CONSTRAINT=$(PINS) $(BIN)/python -m pip install \
         --quiet --no-build-isolation --only-binary=:all:
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-dev run test test-claims test-shuffled test-portable mutants test-extras run-extras lint types format docs claim-pages bench chromium clean
+.PHONY: help setup setup-dev run test test-claims test-shuffled test-portable mutants test-extras run-extras test-wheel test-lowest run-lowest lint types format docs claim-pages bench chromium clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +53,19 @@ run-extras: $(VENV)/extras.stamp
 		tests/test_claim_pinn.py $(ARGS)
 	$(BIN)/pytest -m extras tests/test_pages.py $(ARGS)
 
+test-wheel: setup-dev  ## Build the wheel, look at what it holds, and use it alone and with its extra
+	$(BIN)/pytest -p no:randomly tests/built_wheel.py $(ARGS)
+
+test-lowest: export OMP_NUM_THREADS := 1
+test-lowest: export MKL_NUM_THREADS := 1
+test-lowest:  ## Run the quick tests on the lowest versions promised, in .venv-lowest; Python 3.11
+	$(PYTHON) tests/lowest.py > lowest.txt
+	$(MAKE) VENV=.venv-lowest PINS=lowest.txt run-lowest
+
+run-lowest: $(VENV)/lowest.stamp
+	$(BIN)/python tests/lowest.py --check
+	$(BIN)/pytest -n 2 -p no:randomly -m "not slow and not claims" $(ARGS)
+
 lint: setup-dev  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,7 +97,7 @@ chromium:  ## Install the browser of the browser tests (Debian, as root)
 	apt-get install --yes --no-install-recommends chromium
 
 clean:  ## Remove everything made here but runs/
-	rm -rf $(VENV) .venv-extras site docs/_build docs/gallery build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-extras .venv-lowest lowest.txt site docs/_build docs/gallery build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: no later requirement then gets to choose another build of it.
@@ -111,6 +125,10 @@ $(VENV)/docs.stamp: $(VENV)/dev.stamp
 # Two small requirements of cosmic-ray, pure Python, come without wheels.
 $(VENV)/mutants.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) --no-binary=yattag,exit-codes -e '.[lab,dev,mutants]'
+	@touch $@
+
+$(VENV)/lowest.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) -e '.[lab,test]'
 	@touch $@
 
 $(VENV)/extras.stamp: $(VENV)/torch.stamp pyproject.toml

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from risk_problems import Transformer, cnn, cross_entropy, mlp, squared
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.optim import Optimizer
+
+from poprisk_lab.studies.risk.problems import Transformer, cnn, cross_entropy, mlp, squared
 
 Step = Callable[[], object]
 REPEATS, STEPS = 15, 10

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from poprisk_lab.page.claims import criterion_line, notices, summary_rows
+from poprisk_lab.page.claims import criterion_line, headline, notices, summary_rows
+from poprisk_lab.plots import Line, Picture, Plot
 from poprisk_lab.studies import CLAIMS
-from poprisk_lab.studies.claim import Curve, Picture, Plot
 from poprisk_lab.studies.record import Judged, on_record
 
 FOLDER = Path(__file__).parent / "claims"
@@ -32,34 +33,38 @@ COLOURS = {
         ("#45085a", "#472c7a", "#3d4b89", "#31688e", "#27808e", "#209a8a", "#31b27c", "#60c860"), 1
     )},
 }  # fmt: skip
+CORRECTION = (
+    "“Reproduced” takes all criteria but the controls at once, which needs no correction for their "
+    "number; read one by one they stand uncorrected."
+)
 LINES = {"solid": "-", "dash": "--", "dot": ":"}
 
 
 def draw(plot: Plot, path: Path) -> None:
     """One plot as SVG."""
     figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-    for curve in plot.curves:
-        draw_curve(axes, curve)
+    for line in plot.lines:
+        draw_line(axes, line)
     axes.set(xlabel=plot.x, ylabel=plot.y)
     axes.set_xscale("log" if plot.log_x else "linear")
     axes.set_yscale("log" if plot.log_y else "linear")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    if len(plot.curves) > 1:
+    if len(plot.lines) > 1:
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
-def draw_curve(axes: plt.Axes, curve: Curve) -> None:
+def draw_line(axes: plt.Axes, line: Line) -> None:
     """One line, its band, or its points."""
-    colour, label = COLOURS[curve.colour], curve.name or "_nolegend_"
-    if len(curve.low):
-        axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-    if curve.points:
-        axes.plot(curve.x, curve.y, ".", color=colour, label=label, alpha=0.8)
+    colour, label = COLOURS[line.colour], line.name or "_nolegend_"
+    if len(line.low):
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    if line.kind in ("points", "marks"):
+        axes.plot(line.x, line.mean, ".", color=colour, label=label, alpha=0.8)
     else:
-        axes.plot(curve.x, curve.y, LINES[curve.dash], color=colour, label=label, lw=1.8)
+        axes.plot(line.x, line.mean, LINES[line.dash], color=colour, label=label, lw=1.8)
 
 
 def page(found: Judged) -> str:
@@ -73,19 +78,17 @@ def page(found: Judged) -> str:
         "",
         f"*{claim.statement}* {claim.source}. Paper: {claim.paper or 'no figure given'}.",
         "",
-        f"**{found.verdict.capitalize()}**: {findings.ours}.",
+        f"**{headline(found)}**",
         "",
         *(f"> {notice}" for notice in notices(found)),
-        "",
-        *(f"- {sentence}" for sentence in findings.sentences),
-        *([f"- Controls: {findings.controls}"] if findings.controls else []),
         "",
         "| criterion | needed | paper | found, 95% interval | outcome |",
         "|---|---|---|---|---|",
     ]
     for line in map(criterion_line, findings.criteria):
-        cells = (line.asks, line.bound, line.claimed or "–", line.found, line.outcome)
+        cells = (line.name, line.bound, line.claimed or "–", line.found, line.outcome)
         lines.append(row(cells))
+    lines += ["", CORRECTION]
     for number, item in enumerate(claim.show(found.progress.done), 1):
         lines += [
             "",
@@ -94,10 +97,11 @@ def page(found: Judged) -> str:
             f"![{item.title}]({picture(claim.name, number, item)})",
         ]
         lines += ["", item.about]
-    if findings.table:
-        head, *rest = findings.table
-        lines += ["", "## The numbers", "", row(head), "|" + "---|" * len(head)]
-        lines += [row(cells) for cells in rest]
+    table = findings.table
+    if table.rows:
+        lines += ["", "## The numbers", "", row(table.head), "|" + "---|" * len(table.head)]
+        lines += [row(cells) for cells in table.rows]
+        lines += ["", table.about]
     lines += ["", "## Settings", "", "As published:", "", *(f"- {s}" for s in claim.published)]
     lines += ["", "Ours:", "", *(f"- {s}" for s in claim.ours), ""]
     environment = ", ".join(f"{k} {v}" for k, v in found.progress.environment.items())
@@ -110,7 +114,7 @@ def page(found: Judged) -> str:
     return "\n".join(lines) + "\n"
 
 
-def row(cells: list[str] | tuple[str, ...]) -> str:
+def row(cells: Sequence[str]) -> str:
     """A row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -133,12 +137,12 @@ def summary(found: list[Judged]) -> str:
         "found here, with controls and 95% intervals. Each row is one command, "
         "`poprisk reproduce CLAIM`; the table is `poprisk reproduce all --summary`.",
         "",
-        "| claim | paper | here | controls | verdict |",
-        "|---|---|---|---|---|",
+        "| claim | main figure | here | paper | criteria that hold | verdict |",
+        "|---|---|---|---|---|---|",
     ]
     for r in summary_rows(found):
         name = f"[{r.name}]({r.name}.md)" if r.ours else r.name
-        lines.append(row((name, r.paper, r.ours, r.controls, f"**{r.verdict}**")))
+        lines.append(row((name, r.figure, r.ours, r.paper, r.holds, f"**{r.verdict}**")))
     pages = [one.claim.name for one in found if one.findings is not None]
     lines += ["", "```{toctree}", ":hidden:", "", *pages, "```"]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from poprisk_lab.compare import run_directory
-from poprisk_lab.page.curves import Curve, curve
+from poprisk_lab.page.figures import epoch_line
+from poprisk_lab.plots import Line
 from poprisk_lab.results import RunData, read_run
 
 WIDTH, HEIGHT, LEFT, TOP, PANEL_W, PANEL_H = 920, 350, 52, 72, 370, 220
@@ -48,9 +49,9 @@ def panel(data: RunData, key: str, title: str, left: float, low: float) -> str:
             f'<text class="a" x="{x}" y="{float(y) + 18}" text-anchor="middle">{epoch}</text>'
         )
     for name, _, colour, dash in ARMS:
-        c = curve([row for row in data.epochs if row["arm"] == name], key)
+        c = epoch_line(name, [row for row in data.epochs if row["arm"] == name], key, colour)
         parts.append(band(c, colour, point))
-        line = " ".join(point(e, m) for e, m in zip(c.epochs, c.mean, strict=True))
+        line = " ".join(point(e, m) for e, m in zip(c.x, c.mean, strict=True))
         parts.append(
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" '
             f'stroke-dasharray="{dash}"/>'
@@ -70,10 +71,10 @@ def legend() -> str:
     return "".join(parts)
 
 
-def band(c: Curve, colour: str, point: object) -> str:
+def band(c: Line, colour: str, point: object) -> str:
     """The 95% interval around a line."""
     assert callable(point)
-    rows = [r for r in zip(c.epochs, c.low, c.high, strict=True) if math.isfinite(r[1])]
+    rows = [r for r in zip(c.x, c.low, c.high, strict=True) if math.isfinite(r[1])]
     upper = [point(e, high) for e, _, high in rows]
     lower = [point(e, low) for e, low, _ in reversed(rows)]
     points = " ".join(upper + lower)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from poprisk_lab.studies import CLAIMS
-from poprisk_lab.studies.record import on_record
+from poprisk_lab.studies.record import FOLDER, on_record
 from poprisk_lab.verdict import DEFAULT_ADAMW
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def _digits() -> list[str]:
 
 
 def _stopping() -> list[str]:
-    found = record("risk-stopping")
+    found = json.loads((FOLDER / "risk-stopping.json").read_text(encoding="utf-8"))
     regrets = [problem["regret"] for problem in found["problems"].values()]
     n, mean = len(regrets), sum(regrets) / len(regrets)
     error = (sum((r - mean) ** 2 for r in regrets) / (n - 1) / n) ** 0.5

@@ -9,7 +9,7 @@ from typing import Any
 from poprisk.intervals import MIN_SEEDS
 from poprisk_lab.page.claims import render_claim
 from poprisk_lab.studies.claim import Claim, Done, Found
-from poprisk_lab.studies.judge import UNDECIDED, verdict
+from poprisk_lab.studies.criteria import UNDECIDED, verdict
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimDirectory
 

@@ -21,7 +21,6 @@ from samplers import copies, noisy_grads, parameter, take_steps
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "PARAMETER_SETS", {"two": [(8, 8), (8, 8)]})
     monkeypatch.setattr(step, "bench_cold_start", lambda: step.ColdStart(1.0, 0.5))
-    monkeypatch.setattr(cli, "bench_cold_start", step.bench_cold_start)
 
 
 def test_turns_are_taken_and_ratios_pair_up() -> None:

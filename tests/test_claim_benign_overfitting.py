@@ -9,8 +9,17 @@ import pytest
 import torch
 
 import claimed
-from poprisk_lab.studies.benign_judge import factor, judge, mean_ratio
-from poprisk_lab.studies.benign_overfitting import CLAIM, NOISE, SETTINGS, TOLERANCES, make, run
+from poprisk_lab.studies.benign_overfitting import (
+    CLAIM,
+    NOISE,
+    SETTINGS,
+    TOLERANCES,
+    factor,
+    judge,
+    make,
+    mean_ratio,
+    run,
+)
 from poprisk_lab.studies.claim import Done, Found, Workspace
 from poprisk_lab.studies.descent import descent, operators, predicted, recorded, train
 
@@ -59,13 +68,15 @@ def test_nothing_holds() -> None:
     assert claimed.verdict_of(CLAIM, found) == "not reproduced"
 
 
-def test_sentences_follow_the_numbers() -> None:
-    def found(reservoir: float) -> list[str]:
-        made = claimed.made_up(CLAIM, lambda s: made_up(s, miss=1.0, reservoir=reservoir))
-        return judge(made).sentences
-
-    assert any("not in the reservoir" in s for s in found(0.0))
-    assert not any("not in the reservoir" in s for s in found(0.9))
+@pytest.mark.parametrize(("reservoir", "cell"), [(0.0, "0%"), (0.9, "90%")])
+def test_the_table_holds_shares_and_excess_errors(reservoir: float, cell: str) -> None:
+    made = claimed.made_up(CLAIM, lambda s: made_up(s, miss=2.0, reservoir=reservoir))
+    table = judge(made).table
+    row = dict(zip(table.head, table.rows[0], strict=True))
+    assert row["in reservoir at 0.01"].startswith(cell)
+    assert (row["excess / σ²"][:5], row["predicted / σ²"][:5]) == ("0.102", "0.051")
+    logistic = dict(zip(table.head, table.rows[-1], strict=True))
+    assert (logistic["excess / σ²"], logistic["labels fitted"]) == ("", "100%")
 
 
 def test_a_factor_counts_both_ways_and_the_worst_setting() -> None:

@@ -12,14 +12,19 @@ import torch
 import claimed
 from poprisk_lab.studies.claim import Found, Workspace
 from poprisk_lab.studies.descent import descent, operators, recorded
-from poprisk_lab.studies.double_descent import CLAIM, EXAMPLES, NOISE_STD, gain_at, make, run
-from poprisk_lab.studies.double_judge import (
+from poprisk_lab.studies.double_descent import (
+    CLAIM,
+    EXAMPLES,
     FEATURES,
     NETWORK,
+    NOISE_STD,
     THRESHOLD,
     between_peaks,
-    over_seeds,
+    gain_at,
+    make,
+    over_curves,
     rank_correlation,
+    run,
 )
 
 
@@ -57,7 +62,7 @@ def test_verdicts(peak: bool, gain_at: float, share: float, expected: str) -> No
 def test_peaks_are_apart_by_weights() -> None:
     done = claimed.made_up(CLAIM, lambda s: made_up(s, peak=True, gain_at=120.0))
     assert between_peaks(done, FEATURES)[:3] == pytest.approx((4.0, 4.0, 4.0))
-    assert over_seeds(done, FEATURES, rank_correlation).mean < 0.6
+    assert over_curves(done, FEATURES, rank_correlation).mean < 0.6
 
 
 def test_a_flat_curve_correlates_with_nothing() -> None:

@@ -53,7 +53,7 @@ def test_verdicts(powers: dict[str, float], expected: str) -> None:
 
 def test_what_lies_beyond_the_limits_does_not_decide() -> None:
     criteria = judge(claimed.made_up(CLAIM, made_up)).criteria
-    assert [c.decides for c in criteria] == [True] * 4 + [False] * 3
+    assert [c.primary for c in criteria] == [True] * 4 + [False] * 3
     assert {c.outcome for c in criteria[4:]} == {"does not hold"}
 
 

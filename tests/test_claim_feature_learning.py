@@ -12,8 +12,9 @@ from torch import nn
 import claimed
 from poprisk.path import record
 from poprisk_lab.studies.claim import Found, Workspace
-from poprisk_lab.studies.feature_learning import CLAIM, DIGITS, judge
-from poprisk_lab.studies.feature_runs import (
+from poprisk_lab.studies.feature_learning import (
+    CLAIM,
+    DIGITS,
     NOISE,
     PROBLEMS,
     RIDGES,
@@ -22,6 +23,7 @@ from poprisk_lab.studies.feature_runs import (
     alignment,
     data,
     frozen_error,
+    judge,
     run,
     tangents,
     train,
@@ -68,9 +70,10 @@ def test_the_digits_are_a_control() -> None:
         claimed.made_up(CLAIM, lambda s: made_up(s, error=0.3, drift=2.0, closure=1e-3))
     )
     last = findings.criteria[-1]
-    assert (last.decides, last.outcome) == (False, "does not hold")
-    assert any("digits" in s and "the kernel at the start is better" in s
-               for s in findings.sentences)  # fmt: skip
+    assert (last.primary, last.outcome) == (False, "does not hold")
+    assert last.estimate.mean == pytest.approx(0.25 / 0.2)
+    row = dict(zip(findings.table.head, findings.table.rows[-1], strict=True))
+    assert (row["test error"], row["kernel at the start"]) == ("0.25", "0.2")
 
 
 def test_data_are_clean_but_for_the_training_noise() -> None:

@@ -15,10 +15,10 @@ from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.optim.replay import last_mask
 from poprisk_lab.page.claims import render_claim
 from poprisk_lab.studies.claim import Claim, Done, Workspace
+from poprisk_lab.studies.criteria import verdict
 from poprisk_lab.studies.grokking import CLAIM, channel, channel_lead, forces, multistep, runs
 from poprisk_lab.studies.grokking.arms import ARMS, BASE
 from poprisk_lab.studies.grokking.decay import GatedDecay
-from poprisk_lab.studies.judge import verdict
 from poprisk_lab.studies.record import judged, load_record
 from poprisk_lab.studies.run import ClaimDirectory
 from poprisk_lab.tasks.modular import (
@@ -373,26 +373,31 @@ def test_the_verdict_follows_from_the_numbers(
 ) -> None:
     findings = CLAIM.judge(made_up(gate=gate, channel_at=channel_at))
     assert verdict(findings.criteria) == expected
-    assert all(len(row) == len(findings.table[0]) for row in findings.table)
+    assert all(len(row) == len(findings.table.head) for row in findings.table.rows)
 
 
 def test_the_lead_of_the_channel_is_counted_in_measurements() -> None:
     assert channel_lead(made_up(gate=1, channel_at=200)).mean == pytest.approx(100 / 50)
 
 
-def test_the_sentences_name_the_fastest_adamw() -> None:
+def test_the_table_holds_steps_of_every_setting_that_got_there() -> None:
     done = made_up(gate=190, channel_at=200)
-    fast = next(d for d in done if d.settings["name"] == "grid-lr0.003-wd3-b0.98")
-    fast.found["reached"] = 77
-    said = CLAIM.judge(done).sentences
-    assert any("lr 0.003, decay 3, β₂ 0.98: 77 steps" in s for s in said)
+    grid = [d for d in done if d.settings["name"].startswith("grid-")]
+    grid[0].found["reached"], grid[1].found["reached"] = 77, None
+    table = CLAIM.judge(done).table
+    steps = {row[0]: row[2] for row in table.rows}
+    assert steps[grid[0].settings["name"]] == "77"
+    assert grid[1].settings["name"] not in steps
+    assert "1 settings of which no run got there have no row" in table.about
 
 
-def test_runs_that_never_got_there_have_no_ratio_in_words() -> None:
+def test_runs_that_never_got_there_have_no_ratio() -> None:
     done = made_up(gate=None, channel_at=200)
     findings = CLAIM.judge([Done(d.settings, {**d.found, "reached": None}) for d in done])
-    assert "too few runs got there" in findings.ours
-    assert not any("n/a" in s for s in findings.sentences)
+    faster = [c for c in findings.criteria if "fewer steps" in c.name]
+    assert {c.outcome for c in faster} == {"open"}
+    assert all(math.isnan(c.estimate.mean) for c in faster)
+    assert findings.table.rows == []
 
 
 def multistep_results(gap: float) -> list[Done]:

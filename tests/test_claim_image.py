@@ -12,9 +12,20 @@ import torch
 
 from poprisk_lab.page.claims import render_claim
 from poprisk_lab.studies.claim import Done, Found, Picture, Plot, Workspace
-from poprisk_lab.studies.image import CLAIM, judge, show, trials
-from poprisk_lab.studies.image_runs import decode, encode, psnr, run, side_by_side, square, task_of
-from poprisk_lab.studies.judge import verdict
+from poprisk_lab.studies.criteria import verdict
+from poprisk_lab.studies.image import (
+    CLAIM,
+    decode,
+    encode,
+    judge,
+    psnr,
+    run,
+    show,
+    side_by_side,
+    square,
+    task_of,
+    trials,
+)
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimDirectory
 
@@ -63,16 +74,16 @@ def one(curve: list[float], shift: float) -> Found:
 def test_a_gate_that_stays_and_wins_reproduces_the_claim() -> None:
     found = judge(made_up([20.0, 26.2, 26.0], [26.0, 22.0, 20.0]))
     assert verdict(found.criteria) == "reproduced"
-    assert "ends 6 dB above AdamW's best end" in found.ours
-    assert "0.2 dB below its own best moment" in found.ours
-    assert sum(c.decides for c in found.criteria) == 4
+    lost, above = found.criteria[:2]
+    assert (lost.estimate.mean, above.estimate.mean) == pytest.approx((0.2, 6.0))
+    assert sum(c.primary for c in found.criteria) == 4
     assert all(c.outcome == "as claimed" for c in found.criteria)
 
 
 def test_a_gate_that_fits_the_noise_too_does_not() -> None:
     found = judge(made_up([26.0, 22.0, 20.0], [26.0, 25.0, 24.0]))
     assert verdict(found.criteria) == "not reproduced"
-    assert {c.outcome for c in found.criteria if c.decides} == {"does not hold"}
+    assert {c.outcome for c in found.criteria if c.primary} == {"does not hold"}
 
 
 def test_a_gate_that_only_falls_more_slowly_reproduces_it_partly() -> None:
@@ -88,15 +99,28 @@ def test_adamw_is_chosen_by_its_end_and_in_hindsight_by_its_best_moment() -> Non
         for d in made_up([20.0, 26.2, 26.0], [26.0, 24.0, 22.0])
     ]
     found = judge(done)
-    assert any("3e-05" not in s and "22.0 dB" in s for s in found.sentences)
-    assert any("best moment is 26.5 dB (AdamW, lr 0.0003" in s for s in found.sentences)
+    above = found.criteria[1]
+    assert above.estimate.mean == pytest.approx(26.0 - 22.0)
     (hindsight,) = [
-        c for c in found.criteria if "SIREN: dB by which it ends above AdamW stopped" in c.asks
+        c for c in found.criteria if "SIREN: dB by which it ends above AdamW stopped" in c.name
     ]
-    assert hindsight.found.mean == pytest.approx(26.02 - 26.5)
-    assert not hindsight.decides
-    (own,) = [s for s in found.sentences if s.startswith("SIREN: at their own best")]
-    assert "RMS-matched to Algorithm 1, soft mask, lr 0.001 ends at 22.0 dB and soft mask" in own
+    assert hindsight.estimate.mean == pytest.approx(26.02 - 26.5)
+    assert not hindsight.primary
+    rows = {row[0]: row[1:3] for row in found.table.rows}
+    final, best = rows["SIREN: AdamW, lr 0.0003, decay 0.01"]
+    assert (final, best) == ("21", "26.5")
+    matched = "SIREN: AdamW, RMS-matched to Algorithm 1, soft mask, lr 0.001"
+    assert rows[matched][0] == "22"
+
+
+def test_the_edge_of_the_grid_is_told() -> None:
+    done = made_up([20.0, 26.2, 26.0], [26.0, 22.0, 20.0])
+    assert judge(done).notes == []
+    for d in done:
+        if d.settings["arm"] == "adamw" and d.settings["lr"] == 1e-5:
+            d.found["runs"] = [one([20.0, 21.0, 25.0], 0.0)]
+    (note,) = judge(done).notes
+    assert note.startswith("SIREN, Fourier features: AdamW's best end is at the smallest learning")
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -111,7 +135,7 @@ def test_the_quick_form_gives_a_verdict_and_a_page_with_pictures(finished: Claim
     assert "SIREN: PSNR to the clean picture" in text
     pictures = [p for p in show(found.progress.done) if isinstance(p, Picture)]
     plots = [p for p in show(found.progress.done) if isinstance(p, Plot)]
-    assert [len(p.curves) for p in plots] == [6, 6]
+    assert [len(p.lines) for p in plots] == [6, 6]
     for picture in pictures:
         assert decode(picture.png).shape == (96, 5 * 96 + 4 * 4)
 

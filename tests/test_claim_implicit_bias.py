@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import claimed
-from poprisk_lab.studies import implicit_judge as judging
+from poprisk_lab.studies import implicit_bias as judging
 from poprisk_lab.studies.claim import Found, Workspace
 from poprisk_lab.studies.implicit_bias import (
     CLAIM,

@@ -17,7 +17,7 @@ from poprisk_lab.studies.memorization import (
     OURS,
     PAPER,
     SAME,
-    Table,
+    Levels,
     judge,
     run,
 )
@@ -70,19 +70,20 @@ def test_a_gate_that_loses_to_the_letter_is_partly_reproduced() -> None:
 def test_controls_compare_with_the_best_of_the_grid_and_do_not_decide() -> None:
     good = {OURS: (0.93, 0.02), PAPER: (0.92, 0.02), GRID[2]: (0.99, 0.0)}
     done = claimed.made_up(CLAIM, lambda s: made_up(s, good))
-    table, findings = Table(done), judge(done)
-    assert table.best(0.4) == GRID[2]
-    against = [c for c in findings.criteria if "best AdamW of the grid" in c.asks]
-    assert [c.outcome for c in against if "40%" in c.asks] == ["does not hold"]
-    assert not any(c.decides for c in against)
-    assert any("worse, by -6%" in s for s in findings.sentences)
-    assert not any("edge" in s for s in findings.sentences)
-    assert table.averaged(SAME, "memorized")[100] == pytest.approx(0.601)
+    levels, findings = Levels(done), judge(done)
+    assert levels.best(0.4) == GRID[2]
+    against = [c for c in findings.criteria if "best AdamW of the grid" in c.name]
+    assert [c.outcome for c in against if "40%" in c.name] == ["does not hold"]
+    assert not any(c.primary for c in against)
+    (worse,) = [c for c in against if "40%" in c.name]
+    assert worse.estimate.mean == pytest.approx(-0.06)
+    assert not any("wrong labels" in note and "0%" not in note for note in findings.notes)
+    assert levels.averaged(SAME, "memorized")[100] == pytest.approx(0.601)
 
 
 def test_the_edge_of_the_grid_is_told() -> None:
     done = claimed.made_up(CLAIM, lambda s: made_up(s, {GRID[0]: (0.8, 0.1)}))
-    assert any("edge of the grid" in s for s in judge(done).sentences)
+    assert any("edge of the grid" in note for note in judge(done).notes)
 
 
 def test_a_trial_of_ours_trains_what_follows_it_and_keeps_the_ends_of_its_curves() -> None:

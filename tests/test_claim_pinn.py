@@ -12,17 +12,19 @@ import torch
 
 from poprisk_lab.page.claims import notices, render_claim
 from poprisk_lab.studies.claim import Done, Found, Plot, Workspace
-from poprisk_lab.studies.judge import verdict
-from poprisk_lab.studies.pinn import CLAIM, judge, trials
-from poprisk_lab.studies.pinn_runs import (
+from poprisk_lab.studies.criteria import verdict
+from poprisk_lab.studies.pinn import (
     BATCH,
+    CLAIM,
     DEEPXDE,
     _found,
     batches,
+    judge,
     physics_loss,
     run,
+    show,
+    trials,
 )
-from poprisk_lab.studies.pinn_show import show
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimDirectory
 from poprisk_lab.tasks.convection import PeriodicMLP
@@ -78,14 +80,13 @@ def made_up(
 def test_a_gate_that_is_faster_by_the_paper_s_factor_reproduces_the_claim() -> None:
     found = judge(made_up(snr=(300, 0.1), adamw=(750, 0.3)))
     assert verdict(found.criteria) == "reproduced"
-    assert found.ours.startswith("2.49 [")
-    assert "times fewer steps to 0.4" in found.ours
+    assert found.criteria[0].estimate.mean == pytest.approx(2.49, abs=0.01)
 
 
 def test_a_gate_that_is_faster_by_less_reproduces_it_partly() -> None:
     found = judge(made_up(snr=(500, 0.1), adamw=(750, 0.3)))
     assert verdict(found.criteria) == "partly reproduced"
-    assert [c.outcome for c in found.criteria if c.decides] == [
+    assert [c.outcome for c in found.criteria if c.primary] == [
         "smaller than claimed",
         "as claimed",
     ]
@@ -94,56 +95,56 @@ def test_a_gate_that_is_faster_by_less_reproduces_it_partly() -> None:
 def test_a_gate_that_is_slower_and_ends_worse_does_not() -> None:
     found = judge(made_up(snr=(900, 0.5), adamw=(500, 0.3)))
     # The soft mask, made up like AdamW, is the better form then: a tie is not faster.
-    assert [c.outcome for c in found.criteria if c.decides] != ["as claimed"] * 2
+    assert [c.outcome for c in found.criteria if c.primary] != ["as claimed"] * 2
     slower = [d for d in made_up((900, 0.5), (500, 0.3)) if d.settings["arm"] != "soft"]
     found = judge(slower)
     assert verdict(found.criteria) == "not reproduced"
-    assert {c.outcome for c in found.criteria if c.decides} == {"does not hold"}
+    assert {c.outcome for c in found.criteria if c.primary} == {"does not hold"}
 
 
-def test_a_gate_that_never_gets_there_is_told_so() -> None:
+def rows_of(done: list[Done]) -> dict[str, dict[str, str]]:
+    table = judge(done).table
+    return {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
+
+
+def test_a_gate_that_never_gets_there_is_slower_up_to_the_end_of_the_runs() -> None:
     never = [d for d in made_up((None, 0.5), (500, 0.3)) if d.settings["arm"] != "soft"]
-    found = judge(never)
-    assert found.ours.startswith("0.4 not reached by every run")
-    assert any("did not reach 0.4 in 5 of 5 runs" in s for s in found.sentences)
+    faster = judge(never).criteria[0]
+    assert faster.estimate.mean == pytest.approx(502 / 2000, rel=1e-3)
+    row = rows_of(never)["1: Algorithm 1, snr mask, lr 0.01"]
+    assert (row["got there"], row["mean steps (Kaplan-Meier)"]) == ("0 of 5", "")
+    assert float(row["log-rank p"]) < 0.01
 
 
-def test_the_speed_up_is_told_for_the_seeds_where_both_got_there() -> None:
+def test_a_run_cut_off_counts_with_the_steps_it_had_on_both_sides() -> None:
     done = [d for d in made_up((400, 0.1), (800, 0.3)) if d.settings["arm"] != "soft"]
-    assert not any("where both" in s for s in judge(done).sentences)
     for trial in done:
         if trial.settings["arm"] == "snr":
             trial.found["runs"][2]["steps"] = None
-    found = judge(done)
-    (told,) = [s for s in found.sentences if "where both" in s]
-    assert told == (
-        "Over the 4 seeds where both reached it, Algorithm 1 was 2 [1.99, 2] times as fast."
-    )
-    assert found.criteria[0].found.mean == 0.0
+    ratios = [(800 + s) / (2000 if s == 2 else 400 + s) for s in range(5)]
+    faster = judge(done).criteria[0]
+    assert faster.estimate.mean == pytest.approx(math.prod(ratios) ** 0.2)
+    assert faster.outcome == "open"
+    row = rows_of(done)["1: Algorithm 1, snr mask, lr 0.01"]
+    assert row["got there"] == "4 of 5"
+    assert row["mean steps (Kaplan-Meier)"] == "722 up to 2,000"
 
 
-def test_starving_defaults_are_told_and_others_are_not() -> None:
-    starved = judge(made_up((300, 0.1), (750, 0.3))).sentences
-    assert any("without dataset_size" in s for s in starved)
-    fine = judge(made_up((300, 0.1), (750, 0.3), auto=700)).sentences
-    assert not any("without dataset_size" in s for s in fine)
-
-
-def test_the_run_through_deepxde_is_told_where_there_is_one() -> None:
+def test_the_run_through_deepxde_has_a_row_where_there_is_one() -> None:
     done = made_up((300, 0.1), (750, 0.3))
-    (told,) = [s for s in judge(done).sentences if "DeepXDE" in s]
-    assert "0.4 after 300 steps, 0.100 at the end; by our own loop: 0.4 after 300" in told
+    row = rows_of(done)["1: through DeepXDE, snr mask"]
+    assert (row["mean steps (Kaplan-Meier)"], row["error at the end"]) == ("300", "0.1")
     without = [d for d in done if d.settings["arm"] != DEEPXDE]
-    assert not any("DeepXDE" in s for s in judge(without).sentences)
+    assert not any("DeepXDE" in name for name in rows_of(without))
     assert judge(without).criteria == judge(done).criteria
 
 
 def test_the_control_is_compared_at_one_learning_rate() -> None:
     found = judge(made_up((300, 0.1), (750, 0.3)))
-    asked = {c.asks: c for c in found.criteria}
+    asked = {c.name: c for c in found.criteria}
     name = "snr mask, lr 0.01: times fewer steps than AdamW at its update sizes"
-    assert asked[name].found.mean == pytest.approx(900 / 302, rel=0.01)
-    assert not asked[name].decides
+    assert asked[name].estimate.mean == pytest.approx(900 / 302, rel=0.01)
+    assert not asked[name].primary
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_the_quick_form_gives_a_verdict_and_a_page(finished: ClaimDirectory) -> 
     text = render_claim(found)
     assert "Error along training, noise 1" in text
     assert "Steps to 0.4 by learning rate" in text
-    assert all(isinstance(p, Plot) and p.curves for p in show(found.progress.done))
+    assert all(isinstance(p, Plot) and p.lines for p in show(found.progress.done))
     left_out = any("pip install 'deepxde'" in n for n in notices(found))
     assert left_out != HAS_DEEPXDE
 

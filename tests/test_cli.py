@@ -18,8 +18,11 @@ import poprisk_lab.cli
 import tiny
 from poprisk_lab.cli import app
 from poprisk_lab.compare import run_directory
+from poprisk_lab.plots import Table
 from poprisk_lab.results import read_run
 from poprisk_lab.store import Store
+from poprisk_lab.studies import CLAIMS
+from poprisk_lab.studies.command import ALL
 from poprisk_lab.tasks import BUILT_IN
 
 POPRISK = Path(sys.executable).with_name("poprisk")
@@ -40,7 +43,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def skip(*_: object) -> None: ...
 
-    monkeypatch.setattr(poprisk_lab.cli, "write_report", skip)
+    monkeypatch.setattr("poprisk_lab.page.write_report", skip)
 
 
 def run(*arguments: str | Path) -> Result:
@@ -146,6 +149,39 @@ def test_a_batch_that_is_too_large_says_what_a_task_can_do(here: Path) -> None:
 def test_an_error_of_several_lines_is_told_in_one(here: Path) -> None:
     body = "raise ValueError('first\\nsecond')"
     assert "first" in refused(here, "compare", task_file(here, body))
+
+
+FUNCTIONS = """\
+from __future__ import annotations
+import poprisk
+from tiny import tiny
+from poprisk import Task
+def annotated() -> poprisk.Task: ...
+def unannotated(seed, noise=0.1, **more): ...
+def _private() -> Task: ...
+def loss(outputs, targets): ...
+def number(seed=0) -> int: ...
+def needs_more(seed, size) -> Task: ...
+class Net: ...
+"""
+
+
+def test_a_file_without_a_function_lists_those_that_give_a_task(here: Path) -> None:
+    (here / "mine.py").write_text(FUNCTIONS, encoding="utf-8")
+    for command in ("compare", "explain"):
+        assert refused(here, command, "mine.py") == (
+            "name the function of mine.py that gives the task: mine.py:annotated, "
+            "mine.py:unannotated."
+        )
+    evaluated = FUNCTIONS.partition("\n")[2]
+    (here / "mine.py").write_text(evaluated, encoding="utf-8")
+    assert "mine.py:annotated, mine.py:unannotated." in refused(here, "compare", "mine.py")
+
+
+def test_a_file_without_any_such_function(here: Path) -> None:
+    (here / "mine.py").write_text("from tiny import tiny\nx = 3\n", encoding="utf-8")
+    assert refused(here, "compare", "mine.py").endswith(": none of its functions gives a Task.")
+    assert refused(here, "compare", "gone.py") == "no file gone.py (task gone.py)."
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--epochs", "--workers"])
@@ -288,6 +324,38 @@ def test_the_traceback_of_a_worker_s_error_can_be_had(
     assert result.stderr.endswith("failed: AssertionError: gone (mine.py, line 3, in make)\n")
 
 
+UNFORESEEN = [
+    (["compare", TINY], "poprisk_lab.comparison.Comparison.config"),
+    (["explain", "digits"], "poprisk_lab.explain.explain"),
+    (["reproduce", "grokking"], "poprisk_lab.studies.command.run_claim"),
+    (["report", "run"], "poprisk_lab.results.read_run"),
+    (["bench"], "poprisk_lab.bench.step.bench_steps"),
+    (["bench", "step"], "poprisk_lab.bench.step.bench_steps"),
+    (["bench", "kernel"], "poprisk_lab.bench.kernel.bench_kernels"),
+]
+
+
+def broken(*_: object, **__: object) -> None:
+    raise KeyError("a\nb")
+
+
+@pytest.mark.parametrize(("command", "part"), UNFORESEEN, ids=[" ".join(c) for c, _ in UNFORESEEN])
+def test_an_error_that_nobody_foresaw(
+    monkeypatch: pytest.MonkeyPatch, command: list[str], part: str
+) -> None:
+    monkeypatch.setattr(part, broken)
+    result = run(*command)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("poprisk: unexpected KeyError: 'a\\nb' (test_cli.py, line ")
+    assert line.endswith(", in broken); --traceback prints all of it.")
+    result = run(*command, "--traceback")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Traceback (most recent call last):\n")
+    assert result.stderr.endswith(", in broken).\n")
+    assert 'raise KeyError("a\\nb")' in result.stderr
+
+
 # --- a finished run -------------------------------------------------------------------------------
 
 
@@ -340,7 +408,7 @@ def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[P
     assert "two classes, 30% of the training labels wrong" in page
     assert text.startswith("two classes, 30% of the training labels wrong\n15 arms, 1 seed")
     assert "[ 15/15]" in text
-    assert "PopRiskAdamW, default settings, ends at" in text
+    assert "PopRiskAdamW ends at" in text
     assert text.endswith("Report: out/report.html\n")
 
 
@@ -447,7 +515,7 @@ def full_disk(*_: object) -> None:
 def test_a_full_disk_at_the_page_loses_no_verdict(
     finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr(poprisk_lab.cli, "write_report", full_disk)
+    monkeypatch.setattr("poprisk_lab.page.write_report", full_disk)
     arguments = ["report", "out"] if command == "report" else ["compare", TINY, *QUICK]
     result = run(*arguments, *(["--out", "out"] if command == "compare" else []))
     assert result.exit_code == 2
@@ -469,16 +537,22 @@ def test_a_full_disk_at_the_page_of_an_explanation_loses_no_word_of_it(
     def headline(_: object) -> str:
         return "a headline"
 
-    def sentences(_: object) -> list[str]:
-        return ["a sentence"]
+    def warnings(_: object) -> list[str]:
+        return ["a warning"]
 
-    monkeypatch.setattr(poprisk_lab.cli, "explain", found)
-    monkeypatch.setattr(poprisk_lab.cli, "headline", headline)
-    monkeypatch.setattr(poprisk_lab.cli, "sentences", sentences)
-    monkeypatch.setattr(poprisk_lab.cli, "write_json", full_disk)
+    def figures_of(_: object) -> Table:
+        return Table(["figure"], [["a figure"]])
+
+    monkeypatch.setattr("poprisk_lab.explain.explain", found)
+    monkeypatch.setattr("poprisk_lab.explain.words.headline", headline)
+    monkeypatch.setattr("poprisk_lab.explain.words.warnings", warnings)
+    monkeypatch.setattr("poprisk_lab.explain.words.table", figures_of)
+    monkeypatch.setattr("poprisk_lab.store.write_json", full_disk)
     result = run("explain", "digits")
     assert result.exit_code == 2
-    assert result.stdout == "a notice\n\na headline\n- a sentence\n"
+    assert result.stdout.startswith("a notice\na warning\n")
+    assert "a figure" in result.stdout
+    assert result.stdout.endswith("\na headline\n")
     assert result.stderr.startswith("poprisk: cannot write runs/explain-digits: No space left")
 
 
@@ -586,7 +660,7 @@ def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(poprisk_lab.cli, "compare", interrupted)
+    monkeypatch.setattr("poprisk_lab.compare.compare", interrupted)
     result = run("compare", TINY, *QUICK)
     assert result.exit_code == 130
     assert result.stderr == "poprisk: stopped; repeat the command to go on where it was.\n"
@@ -644,7 +718,7 @@ def test_a_directory_s_name_stays_below_runs(
 
 def test_tasks_lists_every_built_in_one() -> None:
     result = run("tasks")
-    lines = result.stdout.splitlines()
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
     assert result.exit_code == 0
     assert [line.split()[0] for line in lines] == list(BUILT_IN)
     assert all(len(line.split()) > 5 for line in lines)
@@ -657,6 +731,78 @@ def test_tasks_lists_every_built_in_one() -> None:
 def test_settings_are_numbers_where_they_can_be(text: str, value: object) -> None:
     name, found = poprisk_lab.cli._parse_setting(text)
     assert (name, found, type(found)) == ("n", value, type(value))
+
+
+COMMANDS = ["", "compare", "explain", "reproduce", "report", "tasks", "bench", "bench kernel"]
+
+
+def piped(*arguments: str, **environment: str) -> str:
+    """What the command prints to a pipe."""
+    done = subprocess.run(
+        [POPRISK, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={k: v for k, v in os.environ.items() if k != "COLUMNS"} | environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--version"], *([*c.split(), "--help"] for c in COMMANDS)])
+def test_help_waits_for_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from poprisk_lab.cli import main\ntry:\n    main()\nfinally:\n"
+        "    print(*sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Usage" in done.stdout or done.stdout.startswith("poprisk ")
+    loaded = set(done.stderr.split())
+    assert "poprisk_lab.cli" in loaded
+    assert not loaded & {"torch", "numpy", "scipy", "sklearn", "plotly", "jinja2", "poprisk"}
+
+
+def test_the_claims_of_the_help_are_the_claims() -> None:
+    assert [*CLAIMS, ALL] == poprisk_lab.cli.CLAIM_NAMES
+
+
+def test_the_shell_completes_commands_and_claims() -> None:
+    def completed(line: str) -> list[str]:
+        return piped(
+            _POPRISK_COMPLETE="complete_bash",
+            COMP_WORDS=line,
+            COMP_CWORD=str(len(line.split(" ")) - 1),
+        ).split()
+
+    assert completed("poprisk re") == ["reproduce", "report"]
+    assert completed("poprisk reproduce gro") == ["grokking", "grokking-multistep"]
+    assert completed("poprisk explain --opt") == ["--optimizer"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns(command: str) -> None:
+    assert max(map(len, piped(*command.split(), "--help").splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("columns", "widest"), [({}, 80), ({"COLUMNS": "50"}, 50)])
+def test_a_pipe_is_80_columns_wide_or_as_wide_as_columns_says(
+    columns: dict[str, str], widest: int
+) -> None:
+    widths = [len(line) for line in piped("tasks", **columns).splitlines()]
+    assert widest - 20 < max(widths) <= widest
+
+
+def test_the_summary_of_all_claims_has_a_line_for_each(here: Path) -> None:
+    text = piped("reproduce", "all", "--summary", "--out", str(here))
+    head, rule, *rows, _, page = text.strip().splitlines()
+    assert head.split() == ["claim", "verdict", "found", "criterion"]
+    assert set(rule.strip()) == {"─"}
+    assert page.startswith("Page: ")
+    assert [row.split()[0] for row in rows] == list(CLAIMS)
+    assert all(len(row) <= 80 for row in rows)
+    assert re.match(r" *grokking +partly reproduced +5\.21 +times fewer steps", rows[0])
 
 
 def test_without_a_command_there_is_help() -> None:

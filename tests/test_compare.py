@@ -439,7 +439,7 @@ def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_numbers(tmp_pat
     assert numbers(resumed)[0] == expected[0]
     assert set(torn.ends) < set(resumed.ends)
     assert all(resumed.ends[key] == row for key, row in torn.ends.items())
-    assert "PopRiskAdamW, default settings, ends at" in text.replace("\n", " ")
+    assert "PopRiskAdamW ends at" in text.replace("\n", " ")
 
 
 @pytest.mark.slow

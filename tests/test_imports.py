@@ -17,7 +17,7 @@ CHAINS: Mapping[str, Sequence[str]] = {
     ).split(),
     "poprisk_lab": (
         "tasks controls arms checkpoint fit store study runner results comparison compare "
-        "convergence wording verdict selection explain studies page display bench cli"
+        "convergence plots wording verdict selection explain studies page display bench cli"
     ).split(),
 }
 """The modules of each package; one imports only those before it."""

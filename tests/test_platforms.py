@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 
-SRC = Path(__file__).parents[1] / "src" / "poprisk"
+SRC = Path(__file__).parents[1] / "src"
 
 POSIX_MODULES = (
     "fcntl grp posix pwd pty readline resource syslog termios tty crypt nis spwd _posixsubprocess "

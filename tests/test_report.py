@@ -17,9 +17,10 @@ import pytest
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab.display import table_cells
 from poprisk_lab.page import render, write_report
-from poprisk_lab.page.curves import Curve, curve, thin
+from poprisk_lab.page.figures import POINTS, epoch_line
 from poprisk_lab.page.formats import Format, format_for, listed, plain, plural
 from poprisk_lab.page.series import FAMILIES, SHADES
+from poprisk_lab.plots import Line, thinned
 from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Verdict, judge
 from poprisk_lab.wording import scale_of
@@ -308,14 +309,15 @@ def test_ours_and_the_reference_are_marked(run: tuple[RunData, Verdict], page: P
 
 def test_the_verdict_comes_first_and_in_full(run: tuple[RunData, Verdict], page: Page) -> None:
     verdict = run[1]
-    places = [page.text.index(s) for s in (verdict.headline, *verdict.sentences, "The numbers")]
+    places = [page.text.index(s) for s in (verdict.headline, *verdict.warnings, "The numbers")]
     assert places == sorted(places)
-    assert "Note." not in page.text
+    assert page.text.count("Note.") == len(verdict.warnings)
 
 
 def test_nothing_is_loaded_from_anywhere(page: Page) -> None:
     loading = {"src", "href", "srcset", "data", "action", "poster"}
-    assert [a for a in page.attributes if a[1] in loading] == []
+    found = [value for _, key, value in page.attributes if key in loading]
+    assert all(value.startswith("data:text/csv;") for value in found)
     (policy,) = [v for _, k, v in page.attributes if k == "content" and "default-src" in v]
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
@@ -595,7 +597,7 @@ def test_fifty_arms() -> None:
     page = Page(render(data, verdict))
     assert len(data.config["arms"]) == 49
     assert f"The rest of the grid ({len(verdict.other)})" in page.text
-    assert len(page.tables[1]) == len(verdict.other) + 1
+    assert len(page.tables[2]) == len(verdict.other) + 1
     assert f"{len(verdict.other)} more to show" in page.text
     assert len(traces(page.figures[0])) == len(verdict.rows) + len(verdict.other)
 
@@ -612,7 +614,7 @@ def test_names_are_escaped_everywhere() -> None:
             row["gate"] = {f"{evil}{name}": gate for name, gate in row["gate"].items()}
     data.environment[evil] = evil
     data.config["task"]["metric"]["name"] = evil
-    text = render(data, verdict._replace(headline=evil, sentences=[evil]))
+    text = render(data, verdict._replace(headline=evil, warnings=[evil]))
     assert "alert(1)</script>" not in text
     assert "<b>%" not in text
     assert len(re.findall(r'"application/json">[^<]+</script>', text)) == 6
@@ -660,18 +662,20 @@ def test_write_report_replaces_or_leaves_the_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_curve_pools_arms_within_a_seed_first() -> None:
+def test_a_line_pools_arms_within_a_seed_first() -> None:
     values = [(0, 1.0), (0, 3.0), (1, 5.0), (2, None), (3, 8.0)]
     rows = [{"epoch": 1, "seed": seed, "v": v} for seed, v in values]
-    assert curve(rows, "v") == Curve([1], [5.0], *([v] for v in t_interval([2.0, 5.0, 8.0])[1:3]))
+    mean, low, high = t_interval([2.0, 5.0, 8.0])[:3]
+    expected = Line("a", [1], [mean], "adamw", low=[low], high=[high])
+    assert epoch_line("a", rows, "v", "adamw") == expected
 
 
-def test_thin_keeps_both_ends() -> None:
-    ramp = [float(i) for i in range(1000)]
-    thinned = thin(Curve(list(range(1000)), ramp, ramp, ramp), 300)
-    assert len(thinned.epochs) == 300
-    assert (thinned.epochs[0], thinned.epochs[-1]) == (0, 999)
-    assert thinned.mean == [float(e) for e in thinned.epochs]
+def test_a_long_line_is_thinned_and_keeps_both_ends() -> None:
+    line = epoch_line("a", [{"epoch": i, "seed": 0, "v": float(i)} for i in range(1000)], "v", "b")
+    assert len(line.x) == POINTS
+    assert (line.x[0], line.x[-1]) == (0, 999)
+    assert line.mean == [float(e) for e in line.x]
+    assert thinned(3, 300) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

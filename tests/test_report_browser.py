@@ -118,8 +118,8 @@ def claim_page() -> str:
 
 
 def summary_page() -> str:
-    rows = [SummaryRow("claim-name", "A title", LONG, LONG, LONG, "partly reproduced", "")] * 3
-    return template("claims.html.j2").render(rows=rows)
+    row = SummaryRow("claim-name", "A title", LONG, LONG, LONG, "1 of 2", "partly reproduced", "")
+    return template("claims.html.j2").render(rows=[row] * 3)
 
 
 PAGES: dict[str, Callable[[], str]] = {

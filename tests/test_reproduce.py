@@ -17,22 +17,25 @@ from poprisk.intervals import Interval, t_interval
 from poprisk_lab import studies as reproduce
 from poprisk_lab.cli import app
 from poprisk_lab.page.claims import notices, render_claim, summary_rows
+from poprisk_lab.plots import seeds_line, written
 from poprisk_lab.runner import TrainingError
 from poprisk_lab.store import RunDirectoryError
 from poprisk_lab.studies.claim import Done, Trial, Workspace, where
 from poprisk_lab.studies.command import chosen, summarize
-from poprisk_lab.studies.curves import mean_curve
-from poprisk_lab.studies.judge import (
+from poprisk_lab.studies.criteria import (
     Criterion,
     Steps,
     difference,
     geometric,
+    log_rank,
     point,
     ratio,
+    restricted_mean,
     speed_up,
+    steps_table,
+    survival,
+    survival_line,
     verdict,
-    where_both,
-    written,
 )
 from poprisk_lab.studies.record import judged, load_record, save_record
 from poprisk_lab.studies.run import ClaimDirectory, Progress
@@ -41,7 +44,7 @@ NAN = math.nan
 
 
 def criterion(low: float, high: float, **more: float | bool) -> Criterion:
-    given = {"needed": 1.0, "claimed": 5.0, **more}
+    given = {"threshold": 1.0, "claimed": 5.0, **more}
     return Criterion("x", Interval((low + high) / 2, low, high), **given)  # pyrefly: ignore
 
 
@@ -57,10 +60,10 @@ def criterion(low: float, high: float, **more: float | bool) -> Criterion:
         (criterion(0.2, 0.9), "does not hold"),
         (criterion(1.0, 5.0), "as claimed"),  # the bounds belong to it
         (criterion(NAN, NAN), "open"),
-        (criterion(0.1, 0.2, needed=0.5, claimed=0.15, at_most=True), "as claimed"),
-        (criterion(0.2, 0.3, needed=0.5, claimed=0.15, at_most=True), "smaller than claimed"),
-        (criterion(0.6, 0.7, needed=0.5, claimed=0.15, at_most=True), "does not hold"),
-        (criterion(0.4, 0.7, needed=0.5, claimed=0.15, at_most=True), "open"),
+        (criterion(0.1, 0.2, threshold=0.5, claimed=0.15, at_most=True), "as claimed"),
+        (criterion(0.2, 0.3, threshold=0.5, claimed=0.15, at_most=True), "smaller than claimed"),
+        (criterion(0.6, 0.7, threshold=0.5, claimed=0.15, at_most=True), "does not hold"),
+        (criterion(0.4, 0.7, threshold=0.5, claimed=0.15, at_most=True), "open"),
     ],
 )
 def test_an_outcome_follows_from_the_whole_interval(given: Criterion, expected: str) -> None:
@@ -85,15 +88,15 @@ GOOD, LESS, OPEN, BAD = (
         ([OPEN, BAD], "not reproduced"),
         ([BAD], "not reproduced"),
         ([OPEN], "not reproduced"),
-        ([GOOD, BAD._replace(decides=False)], "reproduced"),
-        ([BAD, GOOD._replace(decides=False)], "not reproduced"),
+        ([GOOD, BAD._replace(primary=False)], "reproduced"),
+        ([BAD, GOOD._replace(primary=False)], "not reproduced"),
         ([criterion(NAN, NAN)], "undecided"),
-        ([GOOD._replace(decides=False)], "undecided"),
+        ([GOOD._replace(primary=False)], "undecided"),
         ([], "undecided"),
-        ([Criterion("two seeds", t_interval([4.0, 6.0]), needed=1.0)], "undecided"),
-        ([GOOD, Criterion("two seeds", t_interval([4.0, 6.0]), needed=1.0)], "undecided"),
-        ([Criterion("one seed", t_interval([4.0]), needed=1.0), BAD], "undecided"),
-        ([GOOD, Criterion("two seeds", t_interval([4.0, 6.0]), 1.0, decides=False)], "reproduced"),
+        ([Criterion("two seeds", t_interval([4.0, 6.0]), threshold=1.0)], "undecided"),
+        ([GOOD, Criterion("two seeds", t_interval([4.0, 6.0]), threshold=1.0)], "undecided"),
+        ([Criterion("one seed", t_interval([4.0]), threshold=1.0), BAD], "undecided"),
+        ([GOOD, Criterion("two seeds", t_interval([4.0, 6.0]), 1.0, primary=False)], "reproduced"),
     ],
 )
 def test_a_verdict_follows_from_the_criteria_that_decide(
@@ -124,31 +127,71 @@ def test_a_ratio_of_what_is_not_positive_is_refused() -> None:
         ratio({0: 0.0}, {0: 1.0})
 
 
-def test_a_slow_run_that_never_gets_there_counts_with_the_steps_it_had() -> None:
-    limit = {0: 1000, 1: 1000, 2: 1000}
-    slow = Steps({0: None, 1: 800, 2: 500}, limit)
-    fast = Steps({0: 100, 1: 80, 2: 50}, limit)
-    assert slow.censored == 1
-    assert speed_up(slow, fast)[:3] == pytest.approx((10.0, 10.0, math.inf))
-    assert criterion(*speed_up(slow, fast)[1:3], claimed=20.0).outcome == "as claimed"
-    cut_too_soon = Steps({0: None, 1: 800, 2: 500}, {**limit, 0: 90})
-    assert all(math.isnan(v) for v in speed_up(cut_too_soon, fast)[:3])
+LIMIT = {0: 1000, 1: 1000, 2: 1000}
 
 
-def test_a_fast_run_that_never_gets_there_makes_no_speed_up() -> None:
-    fast = Steps({0: 100, 1: None}, {0: 1000, 1: 1000})
-    slow = Steps({0: 900, 1: 900}, {0: 1000, 1: 1000})
-    assert speed_up(slow, fast) == point(0.0)
-    neither = Steps({0: 900, 1: None}, {0: 1000, 1: 1000})
-    assert all(math.isnan(v) for v in speed_up(neither, fast)[:3])
-    later = Steps({0: 900, 1: 1001}, {0: 3000, 1: 3000})
-    assert all(math.isnan(v) for v in speed_up(later, fast)[:3])
+def test_steps_are_compared_up_to_the_horizon_of_both_sides() -> None:
+    slow = Steps({0: None, 1: 800, 2: 500}, LIMIT)
+    fast = Steps({0: 100, 1: 80, 2: 50}, LIMIT)
+    assert (slow.censored, slow.horizon, fast.horizon) == (1, 1000, math.inf)
+    assert speed_up(slow, fast)[:3] == pytest.approx((10.0, 10.0, 10.0))
+    cut_sooner = Steps({0: None, 1: 800, 2: 500}, {**LIMIT, 0: 90})
+    assert speed_up(cut_sooner, fast).mean == pytest.approx((1 * 90 / 80 * 90 / 50) ** (1 / 3))
 
 
-def test_seeds_on_which_both_got_there() -> None:
-    slow = Steps({0: 200, 1: None, 2: 800}, {0: 1000, 1: 1000, 2: 1000})
-    fast = Steps({0: 100, 1: 50, 2: None}, {0: 1000, 1: 1000, 2: 1000})
-    assert where_both(slow, fast).mean == pytest.approx(2.0)
+def test_a_fast_run_that_never_gets_there_counts_against_it() -> None:
+    fast = Steps({0: 100, 1: None, 2: None}, LIMIT)
+    slow = Steps({0: 900, 1: 500, 2: None}, LIMIT)
+    assert speed_up(slow, fast).values == pytest.approx((9.0, 0.5, 1.0))
+    later = Steps({0: 900, 1: 1001, 2: 3000}, dict.fromkeys(LIMIT, 3000))
+    assert speed_up(later, fast).values == pytest.approx((9.0, 1.0, 1.0))  # not known to be slower
+
+
+def test_runs_of_which_none_got_there_are_not_compared() -> None:
+    never = Steps(dict.fromkeys(LIMIT), LIMIT)
+    late = Steps({0: 1500, 1: 2000, 2: 1200}, dict.fromkeys(LIMIT, 3000))
+    assert all(math.isnan(v) for v in speed_up(late, never)[:3])
+    assert math.isnan(log_rank(never, never))
+    assert criterion(*speed_up(never, never)[1:3]).outcome == "open"
+
+
+def test_the_curve_of_kaplan_and_meier_by_hand() -> None:
+    steps = Steps({0: 100, 1: 300, 2: None, 3: 300}, {0: 400, 1: 400, 2: 400, 3: 400})
+    times, left = survival(steps)
+    assert [t for t in zip(times, left, strict=True) if t[0] < 400] == [
+        (0.0, 1.0), (100.0, 0.75), (300.0, 0.25)
+    ]  # fmt: skip
+    assert restricted_mean(steps) == pytest.approx((100 + 300 + 400 + 300) / 4)
+    assert restricted_mean(Steps({0: 100, 1: 200}, {0: 400, 1: 400})) == pytest.approx(150.0)
+    line = survival_line("a", steps, "poprisk")
+    assert [*line.x][:5] == [1.0, 100.0, 100.0, 300.0, 300.0]
+    assert [*line.mean][:5] == [1.0, 1.0, 0.75, 0.75, 0.25]
+
+
+def test_the_log_rank_test_tells_early_from_late() -> None:
+    limit = dict.fromkeys(range(8), 1000)
+    early, late = (
+        Steps({s: 100 + s for s in limit}, limit),
+        Steps({s: 500 + s for s in limit}, limit),
+    )
+    assert log_rank(early, late) < 1e-3
+    assert log_rank(early, early) == pytest.approx(1.0)
+
+
+def test_the_log_rank_test_takes_stopped_runs_as_censored() -> None:
+    limit = dict.fromkeys(range(6), 100)
+    there = Steps(dict.fromkeys(limit, 100), limit)
+    assert log_rank(there, Steps(dict.fromkeys(limit), limit)) < 0.01  # at the same step
+
+
+def test_groups_that_never_got_there_have_no_row_unless_told() -> None:
+    groups = {"a": Steps({0: 1, 1: 3, 2: 5}, LIMIT), "b": Steps(dict.fromkeys(LIMIT), LIMIT)}
+    told = steps_table("arm", groups, lambda name: None, more={"also": str.upper})
+    assert told.rows == [["a", "3 of 3", "3", "", "A"]]
+    assert "1 settings of which no run got there" in told.about
+    kept = steps_table("arm", groups, lambda name: groups["a"], more={}, keep_all=True)
+    assert kept.rows[1][:3] == ["b", "0 of 3", ""]
+    assert float(kept.rows[1][3]) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -275,8 +318,11 @@ def test_the_page_escapes_and_holds_everything(finished: ClaimDirectory) -> None
         assert wanted in text
     figure = text.split('<script type="application/json">')[1].split("</script>")[0]
     data = json.loads(figure)["data"]
-    assert [t["y"] for t in data][:3] == [[0.5, 0.5], [2.0, 2.0], [1.0, None]]
-    assert data[-1]["mode"] == "markers"
+    band, dots, line = data  # ours on top
+    assert (band["x"], band["y"]) == ([0, 1, 1, 0, None], [2.0, 2.0, 0.5, 0.5, None])
+    assert (dots["mode"], line["y"]) == ("markers", [1.0, None])
+    assert 'download="toy.csv" href="data:text/csv;charset=utf-8,arm%2Csteps%0A' in text
+    assert "<dt>marker</dt>" in text  # the settings as used
 
 
 def test_an_unfinished_claim_has_a_page_too(tmp_path: Path) -> None:
@@ -301,7 +347,7 @@ def test_the_command_runs_judges_and_summarizes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = CliRunner().invoke(app, ["reproduce", "all", "--quick", "--out", str(out)])
     assert told.exit_code == 0, told.output
-    assert "Verdict: reproduced: 4.8" in told.output
+    assert "Verdict: reproduced: times fewer steps: 4.8" in told.output
     assert "pip install 'no_such_package'" in " ".join(told.output.split())
     assert (out / "reproduce-toy-quick" / "report.html").exists()
     assert "A toy" in (out / "claims.html").read_text()
@@ -316,10 +362,10 @@ def test_a_full_disk_at_the_page_loses_no_verdict(
     def full_disk(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("poprisk_lab.cli.write_claim", full_disk)
+    monkeypatch.setattr("poprisk_lab.page.claims.write_claim", full_disk)
     told = CliRunner().invoke(app, ["reproduce", "toy", "--quick", "--out", str(tmp_path / "out")])
     assert told.exit_code == 2
-    assert "Verdict: reproduced: 4.8" in told.stdout
+    assert "Verdict: reproduced: times fewer steps: 4.8" in told.stdout
     assert told.stderr.endswith("report.html: No space left on device.\n")
 
 
@@ -353,7 +399,8 @@ def test_bad_workers_are_refused() -> None:
 
 def test_summary_rows_hold_paper_and_ours(finished: ClaimDirectory) -> None:
     (row,) = summary_rows([judged(toyclaim.CLAIM, finished.read())])
-    assert (row.paper, row.verdict) == ("5×", "reproduced (quick form)")
+    assert (row.figure, row.paper, row.holds) == ("times fewer steps", "5×", "1 of 1")
+    assert row.verdict == "reproduced (quick form)"
     assert row.ours.startswith("4.8")
 
 
@@ -369,7 +416,7 @@ def test_two_seeds_have_no_verdict_and_the_page_says_how_many_it_takes() -> None
     assert few.startswith("2 seeds, so no intervals")
     assert few.endswith("which takes at least 3.")
     text = render_claim(found)
-    assert "4.9 (5 and 4.81) times fewer steps" in text
+    assert "times fewer steps: 4.9 (5 and 4.81)" in text
     assert "Undecided" in text
     assert not re.search(r"4\.9\d* \[", text)
 
@@ -377,8 +424,8 @@ def test_two_seeds_have_no_verdict_and_the_page_says_how_many_it_takes() -> None
 @pytest.mark.parametrize("seeds", [1, 2, 3])
 def test_a_band_takes_three_seeds_and_a_norm_has_none_below_zero(seeds: int) -> None:
     rows = [[0.0, 0.1], [5.0, 0.2], [1.0, 9.0]][:seeds]
-    found = mean_curve("norm", [0, 1], rows, "adamw")
+    found = seeds_line("norm", [0, 1], rows, "adamw")
     assert len(found.low) == len(found.high) == (2 if seeds == 3 else 0)
     assert all(low == 0.0 for low in found.low)
-    signed = mean_curve("difference", [0, 1], [[-v for v in row] for row in rows], "adamw")
+    signed = seeds_line("difference", [0, 1], [[-v for v in row] for row in rows], "adamw")
     assert not any(high <= 0 for high in signed.high)

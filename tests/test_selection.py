@@ -18,7 +18,7 @@ from poprisk_lab.comparison import Comparison
 from poprisk_lab.fit import Row, Run
 from poprisk_lab.page import render
 from poprisk_lab.results import RunData, read_run
-from poprisk_lab.selection import twin_report
+from poprisk_lab.selection import NOTHING, twin_report
 from poprisk_lab.verdict import judge
 
 OURS = Arm("poprisk", "PopRiskAdamW", "poprisk", "poprisk")
@@ -76,7 +76,7 @@ def test_a_comparison_ends_with_a_report(tmp_path: Path) -> None:
     assert {row.label for row in report.rows} <= {"PopRiskAdamW", "AdamW", "stopped"}
     page = render(data, judge(data))
     assert "Without validation data" in page
-    assert report.sentences[0].split(",")[0] in page
+    assert "arm chosen by the twins" in page
 
 
 def record(twin: bool = True) -> RunData:
@@ -130,14 +130,16 @@ def test_the_report_says_what_would_have_been_chosen() -> None:
     first = report.rows[0]
     assert (first.estimate, first.metric, first.epoch, first.seeds) == (1.5, 0.85, 2, 2)
     assert report.rows[2].held_out == pytest.approx(1.6)
-    assert report.sentences == [
-        "Without validation data, the twins choose AdamW and stop at epoch 2 on average: test "
-        "accuracy 85.0%; the best arm at its best epoch in hindsight has 90.0%.",
-        "A held-out fifth, choosing arm and epoch, reaches 79.0%: no clear difference (6.0 points "
-        "better).",
-        "Where a fifth was held out, estimate and held-out loss differ by 25% on average at the "
-        "stopping point.",
+    assert [*map(tuple, report.summary.rows)] == [
+        ("arm chosen by the twins", "AdamW"),
+        ("epoch, mean", "2"),
+        ("test accuracy there", "85.0%"),
+        ("test accuracy of the best arm at its best epoch in hindsight", "90.0%"),
+        ("test accuracy where a held-out fifth chooses arm and epoch", "79.0%"),
+        ("gain of the twins over it", "+6.0 (+5.0 and +7.0)"),
+        ("difference of estimate and held-out loss, mean", "25%"),
     ]
+    assert report.table.rows[0] == ["AdamW", "1.5 ± 0.1", "n/a", "85.0%", "2", "2"]
 
 
 def test_without_twins_there_is_no_report() -> None:
@@ -151,7 +153,7 @@ def test_no_estimate_that_compares_is_said() -> None:
     report = twin_report(data)
     assert report is not None
     assert report.rows == []
-    assert report.sentences == ["No arm has an estimate that can be compared with others."]
+    assert report.summary == (report.summary.head, [], NOTHING)
 
 
 def test_arms_that_follow_or_shuffle_have_no_twin() -> None:

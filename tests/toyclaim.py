@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from poprisk_lab.plots import Line, Picture, Plot, Table, points
 from poprisk_lab.studies.claim import (
     Claim,
-    Curve,
     Done,
     Findings,
     Found,
-    Picture,
-    Plot,
     Trial,
     Workspace,
     by_seed,
 )
-from poprisk_lab.studies.judge import Criterion, Steps, point, speed_up, written
+from poprisk_lab.studies.criteria import Criterion, Steps, point, speed_up
 
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9Q"
@@ -51,23 +49,20 @@ def judge(done: Sequence[Done]) -> Findings:
         Steps(by_seed(done, "steps", arm=arm), by_seed(done, "limit", arm=arm))
         for arm in ("slow", "fast")
     )
-    faster = speed_up(slow, fast)
     return Findings(
         [
-            Criterion("times fewer steps", faster, needed=1.0, claimed=4.9),
-            Criterion("share of <runs> that end", point(1.0), 0.9, percent=True, decides=False),
+            Criterion("times fewer steps", speed_up(slow, fast), threshold=1.0, claimed=4.9),
+            Criterion("share of <runs> that end", point(1.0), 0.9, percent=True, primary=False),
         ],
-        ours=f"{written(faster)} times fewer steps",
-        controls="none",
-        sentences=["A sentence with <b>markup</b>."],
-        table=[["arm", "steps"], ["slow", "100"], ["fast", "20"]],
+        Table(["arm", "steps"], [["slow", "100"], ["fast, <b>markup</b>", "20"]]),
+        ["A note with <b>markup</b>."],
     )
 
 
 def show(done: Sequence[Done]) -> list[Plot | Picture]:
     """A line with a band, and a picture."""
-    line = Curve("steps", [0, 1], [1.0, float("nan")], "poprisk", low=[0.5, 0.5], high=[2.0, 2.0])
-    dots = Curve("dots", [1, 10], [1.0, 2.0], "adamw", points=True)
+    line = Line("steps", [0, 1], [1.0, float("nan")], "poprisk", low=[0.5, 0.5], high=[2.0, 2.0])
+    dots = points("dots", [1, 10], [1.0, 2.0], "adamw")
     return [
         Plot("A plot", "step", "value", [line, dots], "How to read it.", log_y=True),
         Picture("A picture", PIXEL, "One pixel."),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -300,8 +300,7 @@ class Kernel:
         kept = elements + (elements // 2 if self.symmetric else elements)  # blocks, and the whole
         free = self._max_memory // size - kept
         examples.check_kernel_fits(self.shape, kept * size, self._max_memory)
-        costs = {side.footprint() for side in (self._left, self._right)}
-        example = max(2 * cost.graph + 2 * cost.factors for cost in costs)
+        example = 2 * max(side.footprint() for side in {self._left, self._right})
         block = free // max(1, 2 * example)
         examples.check_block_fits(block, 2 * example * size + kept * size, self._max_memory)
         rows = int((free / 8) ** 0.5) // self._rows
@@ -316,18 +315,6 @@ class Kernel:
     def _like(self, tensor: Tensor) -> Tensor:
         like = self._zeros(1)
         return tensor.to(like.device, like.dtype)
-
-
-class _Footprint(NamedTuple):
-    """Memory of one example, in elements.
-
-    Attributes:
-        graph: tensors that a forward pass saves for the backward pass.
-        factors: what is kept of them, and of the gradients.
-    """
-
-    graph: int
-    factors: int
 
 
 @final
@@ -386,8 +373,8 @@ class _Side:
         with recording():
             return learn_plan(values_of, params, examples=self.examples, size=LEARNT_FROM)
 
-    def footprint(self) -> _Footprint:
-        """What an example costs, measured on two."""
+    def footprint(self) -> int:
+        """Elements that an example takes, in a forward pass and in factors, measured on two."""
         saved: dict[int, int] = {}
         own = {p.untyped_storage().data_ptr() for p in self.jacobian.params.values()}
 
@@ -402,7 +389,7 @@ class _Side:
             values = self.jacobian(inputs)
             examples.check_differentiable(values.requires_grad)
         captured = capture(values, self.jacobian.params, plan=self._plan)
-        return _Footprint(sum(saved.values()) // 2, captured.elements() // 2)
+        return sum(saved.values()) // 2 + captured.elements() // 2
 
     def transposed_product(self, vector: Tensor, block: int) -> dict[str, Tensor]:
         """Jᵀv by reverse mode, (n·k,) to parameters, ``block`` examples at a time."""

@@ -1,4 +1,7 @@
-"""The command line: compare, explain, reproduce, report, bench, tasks."""
+"""The command line: compare, explain, reproduce, report, bench, tasks.
+
+A command imports what it runs when it is called: help, completion and refusals wait for no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,59 +10,40 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from poprisk.path import NotAnalysable
-from poprisk.task.batches import LAST_BATCH
-from poprisk_lab.arms import default_arms
-from poprisk_lab.bench import write_results
-from poprisk_lab.bench.kernel import bench_kernels, kernel_table
-from poprisk_lab.bench.step import bench_cold_start, bench_steps, bench_table
-from poprisk_lab.compare import compare, run_directory
-from poprisk_lab.comparison import Comparison
-from poprisk_lab.display import (
-    PhaseDisplay,
-    ProgressDisplay,
-    criteria_table,
-    summary_table,
-    twin_table,
-    verdict_table,
-)
-from poprisk_lab.explain import Plan, explain
-from poprisk_lab.explain.words import headline
-from poprisk_lab.page import write_report
-from poprisk_lab.page.claims import notices as claim_notices
-from poprisk_lab.page.claims import summary_rows, write_claim, write_summary
-from poprisk_lab.page.explanation import sentences, write_explanation
-from poprisk_lab.page.notes import notices
-from poprisk_lab.results import RunData, read_run
-from poprisk_lab.runner import TrainingError, environment, warm_up_workers
-from poprisk_lab.selection import twin_report
-from poprisk_lab.store import RunDirectoryError, Store, write_json
-from poprisk_lab.studies import CLAIMS
-from poprisk_lab.studies.command import ALL, chosen, directory_of, run_claim, summarize
-from poprisk_lab.studies.record import Judged
-from poprisk_lab.studies.run import ClaimDirectory
-from poprisk_lab.tasks import BUILT_IN, TaskError
-from poprisk_lab.verdict import judge
+if TYPE_CHECKING:
+    from poprisk_lab.comparison import Comparison
+    from poprisk_lab.results import RunData
+    from poprisk_lab.store import Store
+    from poprisk_lab.studies import Claim
+    from poprisk_lab.studies.record import Judged
+    from poprisk_lab.studies.run import ClaimDirectory
 
 app = typer.Typer(
     help="Train on population risk: a noise gate for AdamW, with its controls.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console() if sys.stdout.isatty() else Console(width=120)
+console = Console()
 DEFAULT_SEEDS = 3
-Trace = Annotated[
-    bool, typer.Option("--traceback", help="Print the whole traceback of an error in the task.")
-]
+CLAIM_NAMES = (
+    "grokking grokking-multistep pinn image benign-overfitting double-descent implicit-bias "
+    "drift-diffusion coupling feature-learning memorization all"
+).split()
+"""What `poprisk reproduce` takes; here, since the claims themselves import torch."""
+Trace = Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of an error.")]
+
+
+def _complete(incomplete: str) -> list[str]:
+    return [name for name in CLAIM_NAMES if name.startswith(incomplete)]
 
 
 def _version(wanted: bool) -> None:
@@ -105,21 +89,29 @@ def compare_command(
     for name, value in (("--seeds", seeds), ("--epochs", epochs), ("--workers", workers)):
         if value is not None and value < 1:
             _fail(f"{name} must be at least 1, but got {value}.")
-    warm_up_workers()
-    comparison = Comparison(
-        task=task,
-        arms=default_arms(full=full),
-        seeds=list(range(seeds)),
-        settings=dict(_parse_setting(text) for text in setting or []),
-        epochs=epochs,
-        full=full,
-        device=device,
-        workers=workers or _cores(),
-        twin=twin,
-    )
-    name = _default_name(comparison)
-    directory = run_directory(out or Path("runs") / name)
-    try:
+    settings = dict(_parse_setting(text) for text in setting or [])
+    with _errors(trace=trace, resumable=True):
+        from poprisk_lab.arms import default_arms
+        from poprisk_lab.compare import compare, run_directory
+        from poprisk_lab.comparison import Comparison
+        from poprisk_lab.display import ProgressDisplay
+        from poprisk_lab.results import read_run
+        from poprisk_lab.runner import environment, warm_up_workers
+
+        warm_up_workers()
+        comparison = Comparison(
+            task=task,
+            arms=default_arms(full=full),
+            seeds=list(range(seeds)),
+            settings=settings,
+            epochs=epochs,
+            full=full,
+            device=device,
+            workers=workers or _cores(),
+            twin=twin,
+        )
+        name = _default_name(comparison)
+        directory = run_directory(out or Path("runs") / name)
         config = comparison.config()
         data = read_run(directory) if directory.exists() else None
         for seed in comparison.seeds[1:]:
@@ -127,15 +119,8 @@ def compare_command(
                 comparison.try_seed(seed)
         directory.create(config, environment(comparison.workers))
         data = read_run(directory)
-        _say(config["task"]["description"] or config["task"]["name"], style="bold")
-        _say(
-            f"{len(comparison.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, {comparison.workers} "
-            f"worker{'s' * (comparison.workers > 1)}; record in {directory.path} (stop at any "
-            "time, repeat the command to go on)"
-        )
-        if "last_batch" in config["task"]:
-            _say(f"Batches of {config['task']['batch_size']}: {LAST_BATCH}.")
         mine = data._replace(ends={k: v for k, v in data.ends.items() if k[1] in comparison.seeds})
+        _say_what_begins(comparison, directory, data)
         _say_what_is_there(comparison, data, len(mine.ends))
         older = Path("runs") / f"{name}-{seeds}-seeds"  # how versions before named it
         if out is None and seeds != DEFAULT_SEEDS and run_directory(older).exists():
@@ -143,12 +128,6 @@ def compare_command(
         with ProgressDisplay(console, comparison, mine) as display:
             compare(comparison, directory, display)
         _conclude(directory)
-    except (TaskError, RunDirectoryError, ValueError) as error:
-        _fail(str(error), error=error if trace else None)
-    except TrainingError as error:
-        _fail(str(error), code=1)
-    except KeyboardInterrupt:
-        _fail("stopped; repeat the command to go on where it was.", code=130)
 
 
 @app.command("explain")
@@ -176,33 +155,40 @@ def explain_command(
     if epochs is not None and epochs < 1:
         _fail(f"--epochs must be at least 1, but got {epochs}.")
     settings = dict(_parse_setting(text) for text in setting or [])
-    plan = Plan(task, settings, seed, optimizer, lr, epochs, seconds)
     directory = out or Path("runs") / f"explain-{_slug(task.removesuffix('.py'))}"
     page = directory / "report.html"
-    try:
+    with _errors(trace=trace):
+        from poprisk_lab.display import PhaseDisplay, data_table
+        from poprisk_lab.explain import Plan, explain
+        from poprisk_lab.explain.words import headline, table, warnings
+        from poprisk_lab.page.explanation import write_explanation
+        from poprisk_lab.runner import environment
+        from poprisk_lab.store import write_json
+
+        plan = Plan(task, settings, seed, optimizer, lr, epochs, seconds)
         with PhaseDisplay(console) as display:
             found = explain(plan, say=display)
-    except (TaskError, NotAnalysable, ValueError) as error:
-        _fail(str(error), error=error if trace else None)
-    except KeyboardInterrupt:
-        _fail("stopped.", code=130)
-    for notice in found["notices"]:
-        _say(notice, style="yellow")
-    _say(f"\n{headline(found)}", style="bold")
-    for sentence in sentences(found):
-        _say(f"- {sentence}")
-    try:  # last: what was found is printed though the disk be full
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "explanation.json", found)
-        write_explanation(found, environment(1), page)
-    except OSError as error:
-        _fail(f"cannot write {directory}: {error.strerror or error}; choose another with --out.")
+        for notice in [*found["notices"], *warnings(found)]:
+            _say(notice, style="yellow")
+        console.print(data_table(table(found)))
+        _say(f"\n{headline(found)}", style="bold")
+        # Last: what was found is printed though the disk be full.
+        with _writing(directory, advice="; choose another with --out"):
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(directory / "explanation.json", found)
+            write_explanation(found, environment(1), page)
     _say(f"\nReport: {page}")
 
 
 @app.command("reproduce")
 def reproduce_command(
-    claim: Annotated[str, typer.Argument(help=f"One of {', '.join(CLAIMS)}, or {ALL}.")],
+    claim: Annotated[
+        str,
+        typer.Argument(
+            help=f"One of {', '.join(CLAIM_NAMES)}.",
+            autocompletion=_complete,
+        ),
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="A first look, in minutes.")] = False,
     summary: Annotated[
         bool, typer.Option("--summary", help="Run nothing; a table of what is on record.")
@@ -213,28 +199,28 @@ def reproduce_command(
     workers: Annotated[
         int | None, typer.Option(help="Processes; one per core if left out.")
     ] = None,
+    trace: Trace = False,
 ) -> None:
     """Run a claim of the paper with controls, and print a verdict; resumes when repeated."""
     if workers is not None and workers < 1:
         _fail(f"--workers must be at least 1, but got {workers}.")
-    try:
+    with _errors(trace=trace, resumable=True):
+        from poprisk_lab.studies.command import ALL, chosen, directory_of, summarize
+
         claims = chosen(claim)
         if not summary:
             for one in claims:
                 directory = directory_of(one, quick=quick, out=out, alone=claim != ALL)
-                _reproduce(directory, quick=quick, workers=workers or _cores())
+                _reproduce(one, directory, quick=quick, workers=workers or _cores())
         if summary or claim == ALL:
             _summarize(summarize(claim, quick=quick, out=out), out or Path("runs"))
-    except (RunDirectoryError, ValueError) as error:
-        _fail(str(error))
-    except TrainingError as error:
-        _fail(str(error), code=1)
-    except KeyboardInterrupt:
-        _fail("stopped; repeat the command to go on where it was.", code=130)
 
 
-def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
-    claim = directory.claim
+def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
+    from poprisk_lab.display import PhaseDisplay, criteria_table
+    from poprisk_lab.page.claims import headline, notices, write_claim
+    from poprisk_lab.studies.command import run_claim
+
     _say(f"{claim.title}: {claim.statement}", style="bold")
     _say(f"record in {directory.path} (stop at any time, repeat the command to go on)")
     with PhaseDisplay(console) as display:
@@ -244,48 +230,53 @@ def _reproduce(directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
             if not console.is_terminal:
                 _say(f"[{done:3}/{total}] {name}")
 
-        found = run_claim(directory, quick=quick, workers=workers, on_trial=tell)
-    for notice in claim_notices(found):
+        found = run_claim(claim, directory, quick=quick, workers=workers, on_trial=tell)
+    for notice in notices(found):
         _say(notice, style="yellow")
     if found.findings is not None:
         console.print(criteria_table(found.findings.criteria))
-        for sentence in found.findings.sentences:
-            _say(f"- {sentence}")
-        _say(f"- Controls: {found.findings.controls}" if found.findings.controls else "")
-        _say(f"\nVerdict: {found.verdict}: {found.findings.ours}", style="bold")
+        _say(f"\nVerdict: {headline(found)}", style="bold")
     page = directory.path / "report.html"
-    try:
+    with _writing(page):
         write_claim(found, page)
-    except OSError as error:
-        _fail(f"cannot write {page}: {error.strerror or error}.")
     _say(f"Report: {page}\n")
 
 
 def _summarize(found: list[Judged], folder: Path) -> None:
-    console.print(summary_table(summary_rows(found)))
+    from poprisk_lab.display import summary_table
+    from poprisk_lab.page.claims import write_summary
+
+    console.print(summary_table(found))
     page = folder / "claims.html"
-    try:
+    with _writing(page):
         folder.mkdir(parents=True, exist_ok=True)
         write_summary(found, page)
-    except OSError as error:
-        _fail(f"cannot write {page}: {error.strerror or error}.")
     _say(f"Page: {page}")
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory.")], trace: Trace = False
+) -> None:
     """Write report.html of a run directory again and print its verdict."""
-    try:
+    with _errors(trace=trace):
+        from poprisk_lab.compare import run_directory
+
         _conclude(run_directory(run))
-    except RunDirectoryError as error:
-        _fail(str(error))
 
 
 @app.command()
-def tasks() -> None:
+def tasks(trace: Trace = False) -> None:
     """List the built-in tasks."""
-    for name, function in BUILT_IN.items():
-        console.print(f"[bold]{name:18}[/] {(function.__doc__ or '').splitlines()[0]}")
+    with _errors(trace=trace):
+        from rich.table import Table
+
+        from poprisk_lab.tasks import BUILT_IN
+
+        table = Table.grid(padding=(0, 2))
+        for name, function in BUILT_IN.items():
+            table.add_row(f"[bold]{name}[/]", (function.__doc__ or "").splitlines()[0])
+        console.print(table)
 
 
 bench = typer.Typer(help="Measure side by side with torch, in one run.")
@@ -297,24 +288,33 @@ Out = Annotated[Path | None, typer.Option(help="Also write the results as JSON."
 
 @bench.callback(invoke_without_command=True)
 def bench_default(
-    context: typer.Context, threads: Threads = 1, steps: Steps = 50, out: Out = None
+    context: typer.Context,
+    threads: Threads = 1,
+    steps: Steps = 50,
+    out: Out = None,
+    trace: Trace = False,
 ) -> None:
     """Measure side by side with torch, in one run; alone, the same as `bench step`."""
     if context.invoked_subcommand is None:
-        bench_step(threads, steps, out)
+        bench_step(threads, steps, out, trace)
 
 
 @bench.command("step")
-def bench_step(threads: Threads = 1, steps: Steps = 50, out: Out = None) -> None:
+def bench_step(
+    threads: Threads = 1, steps: Steps = 50, out: Out = None, trace: Trace = False
+) -> None:
     """Time one optimizer step beside torch's AdamW, and its state."""
     if threads < 1 or steps < 1:
         _fail("--threads and --steps must be at least 1.")
-    results, cold = bench_steps(threads=threads, steps=steps), bench_cold_start()
-    console.print(bench_table(results, threads=threads))
-    _say(f"first fused step: {cold.compiling:.1f} s compiling, {cold.from_cache:.2f} s from cache")
-    if out is None:
-        return
-    _write(out, results, more={"cold_start_seconds": cold._asdict()}, threads=threads, steps=steps)
+    with _errors(trace=trace):
+        from poprisk_lab.bench.step import bench_cold_start, bench_steps, bench_table
+
+        results, cold = bench_steps(threads=threads, steps=steps), bench_cold_start()
+        console.print(bench_table(results, threads=threads))
+        compiling, cached = cold.compiling, cold.from_cache
+        _say(f"first fused step: {compiling:.1f} s compiling, {cached:.2f} s from cache")
+        more = {"cold_start_seconds": cold._asdict()}
+        _write(out, results, more=more, threads=threads, steps=steps)
 
 
 @bench.command("kernel")
@@ -323,21 +323,25 @@ def bench_kernel(
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each kernel.")] = 3,
     growth: Annotated[bool, typer.Option(help="Also growth with each size.")] = False,
     out: Out = None,
+    trace: Trace = False,
 ) -> None:
     """Tangent kernels and second moments beside other libraries, as far as installed."""
     if threads < 1 or repeats < 1:
         _fail("--threads and --repeats must be at least 1.")
-    results = bench_kernels(threads=threads, repeats=repeats, growth=growth)
-    console.print(kernel_table(results, threads=threads))
-    if out is not None:
+    with _errors(trace=trace):
+        from poprisk_lab.bench.kernel import bench_kernels, kernel_table
+
+        results = bench_kernels(threads=threads, repeats=repeats, growth=growth)
+        console.print(kernel_table(results, threads=threads))
         _write(out, results, threads=threads, repeats=repeats)
 
 
-def _write(out: Path, results: Sequence[Any], **settings: Any) -> None:
-    try:
-        write_results(out, results, **settings)
-    except OSError as error:
-        _fail(f"cannot write {out}: {error.strerror or error}.")
+def _write(out: Path | None, results: Sequence[Any], **settings: Any) -> None:
+    from poprisk_lab.bench import write_results
+
+    if out is not None:
+        with _writing(out):
+            write_results(out, results, **settings)
 
 
 def main() -> None:
@@ -350,29 +354,47 @@ def main() -> None:
 
 
 def _conclude(directory: Store) -> None:
+    from poprisk_lab.display import data_table, verdict_table
+    from poprisk_lab.page import write_report
+    from poprisk_lab.page.notes import notices
+    from poprisk_lab.page.table import leads_table
+    from poprisk_lab.results import read_run
+    from poprisk_lab.selection import twin_report
+    from poprisk_lab.verdict import judge
+
     data = read_run(directory)
     verdict = judge(data)
     if verdict.rows:
         console.print(verdict_table(verdict, data))
-    for notice in notices(data):
+        console.print(data_table(leads_table(verdict, data.config)))
+    for notice in [*notices(data), *verdict.warnings]:
         _say(notice, style="yellow")
     console.print(f"\n{verdict.headline}", style="bold", markup=False, highlight=False)
-    for sentence in verdict.sentences:
-        console.print(f"- {sentence}", markup=False, highlight=False)
     twins = twin_report(data)
     if twins is not None:
-        console.print(twin_table(twins, data))
-        for sentence in twins.sentences:
-            console.print(f"- {sentence}", markup=False, highlight=False)
+        for table in (twins.table, twins.summary):
+            console.print(data_table(table))
+            console.print(table.about, markup=False, highlight=False)
     path = directory.path / "report.html"
-    try:  # last: the verdict is printed though the disk be full
+    # Last: the verdict is printed though the disk be full.
+    with _writing(path, advice=f"; `poprisk report {directory.path}` writes it once there is room"):
         write_report(data, verdict, path)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"cannot write {path}: {error.strerror or error}; `poprisk report {directory.path}` "
-            "writes it once there is room."
-        ) from error
     _say(f"\nReport: {path}")
+
+
+def _say_what_begins(comparison: Comparison, directory: Store, data: RunData) -> None:
+    """The task, and how much there is to train."""
+    from poprisk.task.batches import LAST_BATCH
+
+    task, seeds = data.config["task"], len(comparison.seeds)
+    _say(task["description"] or task["name"], style="bold")
+    _say(
+        f"{len(comparison.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, {comparison.workers} "
+        f"worker{'s' * (comparison.workers > 1)}; record in {directory.path} (stop at any "
+        "time, repeat the command to go on)"
+    )
+    if "last_batch" in task:
+        _say(f"Batches of {task['batch_size']}: {LAST_BATCH}.")
 
 
 def _say_what_is_there(comparison: Comparison, data: RunData, done: int) -> None:
@@ -392,11 +414,51 @@ def _say(text: str, *, style: str = "") -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+@contextmanager
+def _errors(*, trace: bool, resumable: bool = False) -> Iterator[None]:
+    """Tell an error on one line of stderr, after its traceback if that is wanted, and exit.
+
+    With 2 for what whoever called can mend, 1 for a training that failed and for an error that
+    nobody foresaw, 130 for an interruption.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail(
+            "stopped; repeat the command to go on where it was." if resumable else "stopped.",
+            code=130,
+        )
+    except ValueError as error:  # as TaskError, RunDirectoryError and NotAnalysable are
+        _fail(str(error), error=error if trace else None)
+    except Exception as error:
+        from poprisk_lab.runner import TrainingError
+
+        if isinstance(error, TrainingError):
+            _fail(str(error), code=1)
+        _unexpected(error, trace=trace)
+
+
+def _unexpected(error: Exception, *, trace: bool) -> NoReturn:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    where = f"{Path(last.filename).name}, line {last.lineno}, in {last.name}"
+    more = "" if trace else "; --traceback prints all of it"
+    _fail(f"unexpected {text} ({where}){more}.", code=1, error=error if trace else None)
+
+
+@contextmanager
+def _writing(path: Path, *, advice: str = "") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        _fail(f"cannot write {path}: {error.strerror or error}{advice}.")
+
+
 def _fail(message: str, *, code: int = 2, error: BaseException | None = None) -> NoReturn:
     """Say on one line of stderr what is wrong, after the traceback of an error, and exit."""
-    if error is not None:
-        lines = error.trace if isinstance(error, TaskError) and error.trace else None
-        sys.stderr.write(lines or "".join(traceback.format_exception(error)))
+    if error is not None:  # that of a TaskError is of the process where the task failed
+        lines = getattr(error, "trace", "") or "".join(traceback.format_exception(error))
+        sys.stderr.write(lines)
     message = " ".join(message.split()) if code == 2 else message
     Console(stderr=True).print(f"poprisk: {message}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -11,9 +11,9 @@ import torch
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.comparison import COMPARISON, Comparison
 from poprisk_lab.fit import Row, Run
-from poprisk_lab.runner import run_study
+from poprisk_lab.runner import run_trials
 from poprisk_lab.store import Store
-from poprisk_lab.study import Settings, Study, Trial
+from poprisk_lab.study import Settings, Trial
 
 
 def run_directory(path: Path) -> Store:
@@ -29,8 +29,13 @@ def compare(comparison: Comparison, directory: Store, on_row: Callable[[Row], No
         TaskError: if the task fails for a seed.
         RunDirectoryError: if a checkpoint is damaged or a record cannot be written.
     """
-    study = Study(trials_of(comparison), partial(_train, comparison))
-    run_study(study, directory, workers=comparison.workers, on_row=lambda _, row: on_row(row))
+    run_trials(
+        trials_of(comparison),
+        partial(_train, comparison),
+        directory,
+        workers=comparison.workers,
+        on_row=lambda _, row: on_row(row),
+    )
 
 
 def trials_of(comparison: Comparison) -> list[Trial]:

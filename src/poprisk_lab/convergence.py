@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from poprisk.intervals import student_quantile
-
 SHARE, LEAST = 0.1, 5
 """The last tenth of the evaluations is looked at, and at least five."""
 POINTS, RELATIVE = 1e-3, 5e-3
@@ -76,23 +74,21 @@ def _last(curve: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _clear_rise(curves: Sequence[Sequence[float]]) -> float | None:
     """Mean rise of lines fitted to the curves; None if it may be chance."""
-    rises, errors, freedom = list[float](), list[float](), 0
+    from scipy.stats import linregress, t
+
+    if not all(math.isfinite(v) for y in curves for v in y):
+        return None
+    rises, errors = list[float](), list[float]()
     for y in curves:
-        n = len(y)
-        if not all(map(math.isfinite, y)):
-            return None
-        x = [i - (n - 1) / 2 for i in range(n)]
-        level, width = _mean(y), sum(v * v for v in x)
-        slope = sum(a * b for a, b in zip(x, y, strict=True)) / width
-        left = sum((b - level - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-        rises.append(slope * (n - 1))
-        errors.append(left / max(n - 2, 1) * (n - 1) ** 2 / width)
-        freedom += n - 2
+        line = linregress(range(len(y)), y)
+        rises.append(line.slope * (len(y) - 1))
+        errors.append((line.stderr * (len(y) - 1)) ** 2)
+    freedom = sum(len(y) - 2 for y in curves)
     seeds, mean = len(rises), _mean(rises)
     if freedom == 0 and seeds < 2:
         return None
     about_lines = math.sqrt(sum(errors)) / seeds
-    bound = student_quantile(0.975, freedom) * about_lines if freedom else 0.0
+    bound = float(t.ppf(0.975, freedom)) * about_lines if freedom else 0.0
     if seeds > 1:
         among = sum((rise - mean) ** 2 for rise in rises) / (seeds - 1)
         bound = max(bound, 2 * math.sqrt(among / seeds))

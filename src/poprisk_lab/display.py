@@ -16,12 +16,14 @@ from rich.table import Table
 from poprisk.intervals import Interval
 from poprisk_lab.comparison import Comparison
 from poprisk_lab.fit import Row as Record
-from poprisk_lab.page.claims import SummaryRow, criterion_line
+from poprisk_lab.page.claims import MARKS, criterion_line
 from poprisk_lab.page.formats import MINUS, Format, format_for
 from poprisk_lab.page.table import difference_cell, plus_minus
+from poprisk_lab.plots import Table as Data
+from poprisk_lab.plots import written
 from poprisk_lab.results import RunData
-from poprisk_lab.selection import TwinReport
-from poprisk_lab.studies.judge import Criterion
+from poprisk_lab.studies.criteria import Criterion, point
+from poprisk_lab.studies.record import Judged
 from poprisk_lab.verdict import Verdict
 from poprisk_lab.wording import Row, Scale, scale_of
 
@@ -120,12 +122,12 @@ class PhaseDisplay:
             BarColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
-            disable=not console.is_terminal,
         )
         self.phases: dict[str, TaskID] = {}
 
     def __enter__(self) -> PhaseDisplay:
-        self.progress.start()
+        if self.console.is_terminal:
+            self.progress.start()
         return self
 
     def __exit__(
@@ -134,7 +136,8 @@ class PhaseDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.progress.stop()
+        if self.console.is_terminal:
+            self.progress.stop()
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
         """Take how much of a phase is done."""
@@ -165,24 +168,13 @@ def verdict_table(verdict: Verdict, data: RunData) -> Table:
     return table
 
 
-def twin_table(twins: TwinReport, data: RunData) -> Table:
-    """The table of what the twins say, for the terminal."""
-    scale = scale_of(data.config)
-    table = Table(
-        title="Risk estimated by twins, without validation data",
-        title_justify="left",
-        title_style="",
-        header_style="bold",
-        pad_edge=False,
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("")
-    for name in ("estimated loss", "held-out loss", f"test {escape(scale.name)}", "epoch"):
-        table.add_column(name, justify="right", min_width=7)
-    for row in twins.rows:
-        held_out = "-" if row.held_out is None else f"{row.held_out:.3g}"
-        cells = (f"{row.estimate:.3g} ± {row.error:.1g}", held_out, scale.value(row.metric))
-        table.add_row(row.label, *cells, f"{row.epoch:.0f}")
+def data_table(given: Data) -> Table:
+    """A table as it is, for the terminal."""
+    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
+    for name in given.head:
+        table.add_column(escape(name), overflow="fold")
+    for row in given.rows:
+        table.add_row(*map(escape, row))
     return table
 
 
@@ -193,20 +185,26 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
         table.add_column(name, overflow="fold")
     for line in map(criterion_line, criteria):
         style = {"good": "green", "bad": "red"}.get(line.mark, "")
-        cells = (line.asks, line.bound, line.claimed or "-", line.found)
+        cells = (line.name, line.bound, line.claimed or "-", line.found)
         table.add_row(*map(escape, cells), f"[{style}]{line.outcome}[/]" if style else line.outcome)
     return table
 
 
-def summary_table(rows: Sequence[SummaryRow]) -> Table:
-    """All claims, for the terminal."""
-    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD, show_lines=True)
-    for name in ("claim", "paper", "here", "controls", "verdict"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        style = {"good": "green", "bad": "red"}.get(row.mark, "yellow")
-        cells = (row.name, row.paper, row.ours, row.controls)
-        table.add_row(*map(escape, cells), f"[{style}]{row.verdict}[/]")
+def summary_table(claims: Sequence[Judged]) -> Table:
+    """A line for each claim, with the mean of its first criterion that decides."""
+    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD, expand=True)
+    for name in ("claim", "verdict", "found"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("criterion", no_wrap=True, overflow="ellipsis", ratio=1)
+    for judged in claims:
+        style = {"good": "green", "bad": "red"}.get(MARKS.get(judged.verdict, ""), "yellow")
+        verdict = judged.verdict + " (quick form)" * judged.progress.quick
+        criteria = judged.findings.criteria if judged.findings else ()
+        first = next((c for c in criteria if c.primary), None)
+        cells = ("", "")
+        if first is not None:
+            cells = (written(point(first.estimate.mean), percent=first.percent), first.name)
+        table.add_row(judged.claim.name, f"[{style}]{verdict}[/]", *map(escape, cells))
     return table
 
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from poprisk_lab.store import Row, Store
-from poprisk_lab.study import Found, Settings, Trial, end_of
+from poprisk_lab.study import Done, end_of
 
 Key = tuple[str, int]
-
-
-class Done(NamedTuple):
-    """A finished trial: its settings, and what it found."""
-
-    settings: Settings
-    found: Found
 
 
 class RunData(NamedTuple):
@@ -32,17 +25,6 @@ class RunData(NamedTuple):
     environment: dict[str, Any]
     epochs: list[Row]
     ends: dict[Key, Row]
-
-
-def finished(trials: Sequence[Trial], store: Store) -> dict[str, Row]:
-    """The end row of every finished trial, in the order of the trials.
-
-    Raises:
-        RunDirectoryError: if a record is damaged.
-    """
-    rows = store.rows(trial.name for trial in trials)
-    ends = {name: end_of(found) for name, found in rows.items()}
-    return {name: end for name, end in ends.items() if end is not None}
 
 
 def read_run(store: Store) -> RunData:

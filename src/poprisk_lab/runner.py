@@ -10,9 +10,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from importlib import metadata
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import torch
 
 from poprisk_lab.checkpoint import CheckpointError, Workspace
 from poprisk_lab.store import Record, Row, RunDirectoryError, Store
-from poprisk_lab.study import Run, Study, Trial, end_of, left
+from poprisk_lab.study import Run, Trial, end_of, left
 from poprisk_lab.tasks import TaskError
 
 OnRow = Callable[[Trial, Row], None]
@@ -53,7 +52,9 @@ def environment(workers: int) -> dict[str, str | int]:
     }
 
 
-def run_study(study: Study, store: Store, *, workers: int, on_row: OnRow) -> None:
+def run_trials(
+    trials: Sequence[Trial], run: Run, store: Store, *, workers: int, on_row: OnRow
+) -> None:
     """Do every trial that the directory does not hold yet; ``on_row`` gets each recorded row.
 
     Several processes may do this in one directory at once: they share the trials.
@@ -63,7 +64,7 @@ def run_study(study: Study, store: Store, *, workers: int, on_row: OnRow) -> Non
         TaskError: if the task fails for a seed.
         RunDirectoryError: if a checkpoint is damaged or a record cannot be written.
     """
-    waiting = left(study, store)
+    waiting = left(trials, store)
     if not waiting:
         return
     warm_up_workers()
@@ -71,7 +72,7 @@ def run_study(study: Study, store: Store, *, workers: int, on_row: OnRow) -> Non
         workers := min(workers, len(waiting)), mp_context=worker_context(), initializer=_prepare
     )
     try:
-        _work_off(study, store, waiting, pool, workers, on_row)
+        _work_off(run, store, waiting, pool, workers, on_row)
     except BrokenProcessPool:
         raise _death(pool) from None
     finally:
@@ -79,7 +80,7 @@ def run_study(study: Study, store: Store, *, workers: int, on_row: OnRow) -> Non
 
 
 def _work_off(
-    study: Study,
+    run: Run,
     store: Store,
     waiting: list[Trial],
     pool: concurrent.futures.ProcessPoolExecutor,
@@ -97,8 +98,7 @@ def _work_off(
                 on_row(trial, end)
                 continue
             job = _Job(trial, *store.begin(trial.name, trial.after))
-            with _deaf_to_interrupts():  # this may start a process
-                running[pool.submit(_do, study.run, *job)] = job
+            running[pool.submit(_do, run, *job)] = job
         done, _ = concurrent.futures.wait(
             running, POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
         )
@@ -170,19 +170,12 @@ def warm_up_workers() -> None:
 
     # Constructing any torch optimizer imports torch._dynamo, a second of work: once for all.
     context.set_forkserver_preload(["poprisk_lab.fit", "torch._dynamo"])
-    with _deaf_to_interrupts():
-        forkserver.ensure_running()
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started inside inherit that Ctrl-C is ignored, where the system hands it on."""
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
-        yield
+        forkserver.ensure_running()
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by it and by the workers
     try:
-        yield
+        forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGINT, handler)
 

@@ -6,10 +6,11 @@ import math
 from collections import defaultdict
 from typing import Any, NamedTuple
 
-from poprisk.intervals import Interval, t_interval
+from poprisk.intervals import t_interval
 from poprisk.risk.choose import comparable_positions
+from poprisk_lab.plots import Table
 from poprisk_lab.results import RunData
-from poprisk_lab.wording import scale_of
+from poprisk_lab.wording import Scale, scale_of
 
 CHOOSABLE = ("poprisk", "adamw", "paper")
 """Families of arms that train on all labels and can have a twin."""
@@ -49,12 +50,18 @@ class TwinReport(NamedTuple):
     """What the twins say.
 
     Attributes:
-        sentences: one fact each.
+        summary: what they would have chosen, and what that is worth; without rows if no arm has an
+            estimate that can be compared with others.
         rows: one an arm, least estimated risk first.
+        table: the rows as text.
     """
 
-    sentences: list[str]
+    summary: Table
     rows: list[TwinRow]
+    table: Table
+
+
+NOTHING = "No arm has an estimate that can be compared with others."
 
 
 def twin_report(data: RunData) -> TwinReport | None:
@@ -66,9 +73,29 @@ def twin_report(data: RunData) -> TwinReport | None:
         if row.get("estimate"):
             runs[row["arm"], row["seed"]].append(row)
     stops = {key: row for key, rows in runs.items() if (row := _stop(rows)) is not None}
-    rows = [_row(arm, stops) for arm in data.config["arms"]]
-    found = sorted((row for row in rows if row is not None), key=lambda row: row.estimate)
-    return TwinReport(_sentences(data, stops), found)
+    found = [row for arm in data.config["arms"] if (row := _row(arm, stops)) is not None]
+    found.sort(key=lambda row: row.estimate)
+    return TwinReport(_summary(data, stops), found, _table(found, scale_of(data.config)))
+
+
+def _table(rows: list[TwinRow], scale: Scale) -> Table:
+    return Table(
+        ["Arm", "Estimated loss", "Held-out loss", f"Test {scale.name}", "Epoch", "Seeds"],
+        [
+            [
+                row.label,
+                f"{row.estimate:.4g} ± {row.error:.2g}",
+                "n/a" if row.held_out is None else f"{row.held_out:.4g}",
+                scale.value(row.metric),
+                f"{row.epoch:.0f}",
+                str(row.seeds),
+            ]
+            for row in rows
+        ],
+        "Each arm at the point where its twin estimates the least loss on fresh examples whose "
+        "labels are as noisy as the training set's, lowest first. Arms that train on all labels "
+        "have no held-out loss.",
+    )
 
 
 def _stop(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -94,38 +121,32 @@ def _row(arm: dict[str, Any], stops: dict[tuple[str, int], dict[str, Any]]) -> T
     )
 
 
-def _sentences(data: RunData, stops: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
+def _summary(data: RunData, stops: dict[tuple[str, int], dict[str, Any]]) -> Table:
     scale, arms = scale_of(data.config), {arm["name"]: arm for arm in data.config["arms"]}
     choices = {seed: c for seed in data.config["seeds"] if (c := _choose(seed, arms, stops))}
+    head = ["without validation data", ""]
     if not choices:
-        return ["No arm has an estimate that can be compared with others."]
+        return Table(head, [], NOTHING)
+    chosen = _mean([c.metric for c in choices.values()])
+    best = _mean([_hindsight(seed, arms, data) for seed in choices])
+    rows = {
+        "arm chosen by the twins": " or ".join(
+            sorted({arms[c.arm]["label"] for c in choices.values()})
+        ),
+        "epoch, mean": f"{_mean([c.epoch for c in choices.values()]):.0f}",
+        f"test {scale.name} there": scale.value(chosen),
+        f"test {scale.name} of the best arm at its best epoch in hindsight": scale.value(best),
+    }
     rivals = {seed: r for seed in choices if (r := _held_out(seed, arms, data)) is not None}
-    best = {seed: _hindsight(seed, arms, data) for seed in choices}
-    chosen = t_interval([c.metric for c in choices.values()])
-    labels = sorted({arms[c.arm]["label"] for c in choices.values()})
-    found = [
-        f"Without validation data, the twins choose {_listed(labels)} and stop at epoch "
-        f"{_mean([c.epoch for c in choices.values()]):.0f} on average: test {scale.name} "
-        f"{scale.value(chosen.mean)}; the best arm at its best epoch in hindsight has "
-        f"{scale.value(_mean([*best.values()]))}."
-    ]
     if rivals:
-        gaps = [scale.gain(choices[seed].metric - rivals[seed]) for seed in rivals]
-        found.append(_against_held_out(t_interval(gaps), _mean([*rivals.values()]), scale))
+        base = _mean([*rivals.values()])
+        rows[f"test {scale.name} where a held-out fifth chooses arm and epoch"] = scale.value(base)
+        gap = t_interval([choices[seed].metric - rival for seed, rival in rivals.items()])
+        rows["gain of the twins over it"] = scale.written(gap, base)
     levels = [abs(e / t - 1) for e, t in _levels(arms, stops)]
     if levels:
-        found.append(
-            f"Where a fifth was held out, estimate and held-out loss differ by "
-            f"{100 * _mean(levels):.0f}% on average at the stopping point."
-        )
-    return found
-
-
-def _against_held_out(gap: Interval, rival: float, scale: Any) -> str:
-    size = scale.gap(gap.mean, rival)
-    word = "better" if gap.mean > 0 else "worse"
-    end = f"{size} {word} for the twins" if gap.sign else f"no clear difference ({size} {word})"
-    return f"A held-out fifth, choosing arm and epoch, reaches {scale.value(rival)}: {end}."
+        rows["difference of estimate and held-out loss, mean"] = f"{100 * _mean(levels):.0f}%"
+    return Table(head, [[name, value] for name, value in rows.items()])
 
 
 def _choose(
@@ -168,7 +189,3 @@ def _levels(
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _listed(labels: list[str]) -> str:
-    return labels[0] if len(labels) == 1 else " or ".join((", ".join(labels[:-1]), labels[-1]))

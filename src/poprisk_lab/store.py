@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -72,16 +73,12 @@ class Record:
         Raises:
             RunDirectoryError: if it was deleted or cannot be written.
         """
-        try:
-            with open(self.path, "a", encoding="utf-8", opener=_open_existing) as file:
-                file.write(json.dumps(row) + "\n")
-        except FileNotFoundError:
-            raise self._deleted() from None
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write {self.path}: {error.strerror or error}; what it holds is kept, "
-                "repeat the command to go on."
-            ) from error
+        with _writing(self.path, "what it holds is kept, repeat the command to go on"):
+            try:
+                with open(self.path, "a", encoding="utf-8", opener=_open_existing) as file:
+                    file.write(json.dumps(row) + "\n")
+            except FileNotFoundError:
+                raise self._deleted() from None
 
     def new_rows(self) -> list[Row]:
         """The rows that were added since the last call."""
@@ -127,8 +124,8 @@ class Store:
             RunDirectoryError: if it cannot be written, is not a run directory, or holds another
                 configuration; nothing is changed then.
         """
-        try:
-            if (self.path / "config.json").exists():
+        with _writing(f"the run directory {self.path}", "choose another with --out"):
+            if self.exists():
                 found = self._check_same(config)
                 self._make_folders()
                 if (kept := self.kind.extend(found, config)) != found:
@@ -142,11 +139,6 @@ class Store:
             self._make_folders()
             write_json(self.path / "environment.json", environment)
             write_json(self.path / "config.json", config)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write the run directory {self.path}: {error.strerror or error}; choose "
-                "another with --out."
-            ) from error
 
     def config(self) -> Config:
         """What ``config.json`` holds.
@@ -209,15 +201,11 @@ class Store:
         """
         for k in count(len(self.attempts(name))):
             path = self.trials / _numbered(name, k, ".jsonl")
-            try:
-                path.open("x").close()
-            except FileExistsError:
-                continue  # another process was faster
-            except OSError as error:
-                raise RunDirectoryError(
-                    f"cannot write {path}: {error.strerror or error}; start anew in another "
-                    "directory with --out."
-                ) from error
+            with _writing(f"the run directory {self.path}", "choose another with --out"):
+                try:
+                    path.open("x").close()
+                except FileExistsError:
+                    continue  # another process was faster
             return Record(path), Workspace(
                 self._checkpoint(name, k),
                 earlier=[self._checkpoint(name, j) for j in reversed(range(k))],
@@ -305,6 +293,16 @@ class Store:
             f"{path} is damaged: {found}. Nothing was changed; mend the file, or start anew in "
             "another directory with --out."
         )
+
+
+@contextmanager
+def _writing(what: Path | str, advice: str) -> Iterator[None]:
+    """Tell an error of the disk in one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunDirectoryError(f"cannot write {what}: {reason}; {advice}.") from error
 
 
 def _numbered(name: str, k: int, suffix: str) -> str:

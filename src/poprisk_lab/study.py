@@ -1,4 +1,4 @@
-"""A study: trials that are independent pieces of work, and the function that does one."""
+"""A study: trials that are independent pieces of work, how one is done, what they come to."""
 
 from __future__ import annotations
 
@@ -43,17 +43,28 @@ It returns what was found, or yields rows of JSON values, each with an ``event``
 """
 
 
+class Done(NamedTuple):
+    """A finished trial: its settings, and what it found."""
+
+    settings: Settings
+    found: Found
+
+
 @dataclass(frozen=True)
 class Study:
-    """Trials, and how they are done.
+    """Trials, how one is done, and what they come to.
 
     Args:
-        trials: in the order in which they are begun.
+        name: fit for a file name.
+        trials: of the quick form (True) or the full one.
         run: does one.
+        report: from finished trials to JSON values.
     """
 
-    trials: Sequence[Trial]
+    name: str
+    trials: Callable[[bool], list[Trial]]
     run: Run
+    report: Callable[[Sequence[Done]], dict[str, Any]]
 
 
 def missing_packages(trials: Iterable[Trial]) -> set[str]:
@@ -66,16 +77,16 @@ def end_of(rows: Sequence[Row]) -> Row | None:
     return next((row for row in reversed(rows) if row["event"] == "end"), None)
 
 
-def left(study: Study, store: Store) -> list[Trial]:
+def left(trials: Sequence[Trial], store: Store) -> list[Trial]:
     """The trials that are still to do: not ended, or with a product that is lost.
 
     Raises:
         RunDirectoryError: if a record is damaged.
     """
-    rows, gone = store.rows(t.name for t in study.trials), missing_packages(study.trials)
+    rows, gone = store.rows(t.name for t in trials), missing_packages(trials)
     return [
         trial
-        for trial in study.trials
+        for trial in trials
         if (end_of(rows[trial.name]) is None and not gone & set(trial.needs))
         or (trial.keeps and store.product(trial.name) is None)
     ]

@@ -1,19 +1,17 @@
-"""From the record of a comparison to a table and a verdict in words.
-
-Every sentence follows from the numbers by the rules written here; a gate that loses is told so.
-"""
+"""From the record of a comparison to a table, a headline and warnings, by fixed rules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab.arms import FAMILIES
 from poprisk_lab.convergence import Improvement, still_improving
 from poprisk_lab.results import RunData
-from poprisk_lab.wording import Field, Row, headline, scale_of, sentences
+from poprisk_lab.wording import Field, Row, headline, scale_of, warnings
 
 __all__ = ["Row", "Verdict", "judge"]
 
@@ -29,17 +27,19 @@ class Verdict(NamedTuple):
 
     Attributes:
         headline: one line.
-        sentences: the rest, one fact each.
+        warnings: what to know before believing it.
         rows: ours, the best AdamW, controls and peers.
         other: the remaining points of the grid.
         reference: label of the best AdamW, chosen in hindsight by its final metric.
+        leads: our final metric minus others', paired over seeds, by label.
     """
 
     headline: str
-    sentences: list[str]
+    warnings: list[str]
     rows: list[Row]
     other: list[Row]
     reference: str
+    leads: Mapping[str, Interval] = MappingProxyType({})
 
 
 def judge(data: RunData) -> Verdict:
@@ -54,26 +54,30 @@ def judge(data: RunData) -> Verdict:
     key = {r.name for r in (best, hindsight) if r}
     key |= {r.name for r in runs if r.family != "adamw" or r.settings == DEFAULT_ADAMW}
     shown = sorted((rows[n] for n in rows if n in key), key=_place)
+    ours = next((r for r in runs if r.name == "poprisk"), None)
     default = next((r for r in grid if r.settings == DEFAULT_ADAMW), None)
+    beside = {r.name: r for r in runs if r.name in RIVALS}
     field = Field(
         grid=[rows[r.name] for r in grid],
         best=rows[best.name] if best else None,
-        hindsight=rows[hindsight.name] if hindsight else None,
-        default=rows[default.name] if default else None,
-        stopped=rows.get("early-stopping"),
-        matched=rows.get("rms-matched"),
-        shuffled=rows.get("shuffled"),
-        leads=_leads(runs),
+        leads={name: lead for name, r in beside.items() if (lead := _lead(ours, r)) is not None},
         edge=_edge(best, grid),
         lr=_our_rate(data.config),
         epochs=data.config["task"].get("epochs", 0),
     )
+    rivals = [r for r in (best, default, *beside.values()) if r is not None]
+    leads = {r.label: lead for r in rivals if (lead := _lead(ours, r)) is not None}
+    if hindsight is not None and ours is not None:
+        at_best = hindsight._replace(final=hindsight.best)
+        leads[f"{hindsight.label}, best epoch in hindsight"] = _paired(ours, at_best)
+    mine = rows.get("poprisk")
     return Verdict(
-        headline=headline(rows.get("poprisk"), field, scale),
-        sentences=sentences(rows.get("poprisk"), field, scale),
-        rows=shown,
-        other=[row for name, row in rows.items() if name not in key],
-        reference=best.label if best else "",
+        headline(mine, field, scale),
+        warnings(mine, field, scale),
+        shown,
+        [row for name, row in rows.items() if name not in key],
+        best.label if best else "",
+        leads,
     )
 
 
@@ -188,10 +192,9 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
-def _leads(runs: list[_Runs]) -> dict[str, Interval]:
-    found = {r.name: r for r in runs}
-    ours = found.get("poprisk")
-    return {name: _paired(ours, found[name]) for name in RIVALS if ours and name in found}
+def _lead(ours: _Runs | None, other: _Runs) -> Interval | None:
+    """Our final metric minus another's; None if one of the two is missing."""
+    return None if ours is None or other.name == ours.name else _paired(ours, other)
 
 
 def _paired(a: _Runs, b: _Runs) -> Interval:

@@ -5,8 +5,8 @@ from mutations import Mutation
 MUTATIONS = {
     "what is gained with the wrong sign": Mutation(
         "poprisk_lab/studies/memorization.py",
-        "difference(table.values(OURS, n), table.values(SAME, n))",
-        "difference(table.values(SAME, n), table.values(OURS, n))",
+        "difference(levels.values(OURS, n), levels.values(SAME, n))",
+        "difference(levels.values(SAME, n), levels.values(OURS, n))",
         "test_claim_memorization.py::test_a_gate_that_keeps_labels_out_reproduces_the_claim",
     ),
     "the worst AdamW for the best": Mutation(
@@ -17,7 +17,7 @@ MUTATIONS = {
         "::test_controls_compare_with_the_best_of_the_grid_and_do_not_decide",
     ),
     "affine parts of a forecast with the wrong sign": Mutation(
-        "poprisk_lab/studies/coupling_runs.py",
+        "poprisk_lab/studies/coupling.py",
         "train_moved + affine.train",
         "train_moved - affine.train",
         "test_claim_coupling.py::test_a_forecast_of_the_run_itself_is_its_coupling",
@@ -29,7 +29,7 @@ MUTATIONS = {
         "test_claim_coupling.py::test_the_worst_setting_counts",
     ),
     "outputs at the start always taken off": Mutation(
-        "poprisk_lab/studies/feature_runs.py",
+        "poprisk_lab/studies/feature_learning.py",
         "y - start * tangent.train",
         "y - tangent.train",
         "test_claim_feature_learning.py::test_kernel_regression_is_that_of_the_definition[9.0]",

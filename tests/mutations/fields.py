@@ -74,37 +74,37 @@ MUTATIONS = {
         SPREAD,
     ),
     "losses averaged over networks": Mutation(
-        "poprisk_lab/studies/pinn_runs.py",
+        "poprisk_lab/studies/pinn.py",
         "return (values - y).square().mean(1).sum() + residuals.square().mean(1).sum()",
         "return (values - y).square().mean() + residuals.square().mean()",
         LOSS,
     ),
     "measurements drawn with replacement": Mutation(
-        "poprisk_lab/studies/pinn_runs.py",
+        "poprisk_lab/studies/pinn.py",
         "torch.randperm(n, generator=g)",
         "torch.randint(n, (n,), generator=g)",
         EPOCH,
     ),
     "goal missed by a strict comparison": Mutation(
-        "poprisk_lab/studies/pinn_runs.py",
+        "poprisk_lab/studies/pinn.py",
         "if e <= GOAL",
         "if e < GOAL",
         KEPT,
     ),
     "speed-up upside down": Mutation(
-        "poprisk_lab/studies/pinn_field.py",
+        "poprisk_lab/studies/pinn.py",
         "return speed_up(steps_of(self.fast_adamw), steps_of(self.fast))",
         "return speed_up(steps_of(self.fast), steps_of(self.fast_adamw))",
         FASTER,
     ),
     "worse AdamW compared with": Mutation(
-        "poprisk_lab/studies/pinn_field.py",
+        "poprisk_lab/studies/pinn.py",
         "        min(adamw, key=slowness),",
         "        max(adamw, key=slowness),",
         FASTER,
     ),
     "error as a share of its own": Mutation(
-        "poprisk_lab/studies/pinn_field.py",
+        "poprisk_lab/studies/pinn.py",
         "return share(self.end, self.end_adamw)",
         "return share(self.end, self.end)",
         SLOWER,
@@ -117,8 +117,8 @@ MUTATIONS = {
     ),
     "loss from the best moment unbounded": Mutation(
         "poprisk_lab/studies/image.py",
-        "            _lost(field.paper),\n            needed=LOST_AT_MOST,",
-        "            _lost(field.paper),\n            needed=100 * LOST_AT_MOST,",
+        "_lost(field.paper), LOST_AT_MOST)",
+        "_lost(field.paper), 100 * LOST_AT_MOST)",
         FITS_NOISE,
     ),
     "AdamW in hindsight chosen by its end": Mutation(
@@ -128,7 +128,7 @@ MUTATIONS = {
         HINDSIGHT,
     ),
     "decibels of the root": Mutation(
-        "poprisk_lab/studies/image_runs.py",
+        "poprisk_lab/studies/image.py",
         "-10 * math.log10(",
         "-20 * math.log10(",
         DECIBELS,

@@ -47,10 +47,16 @@ MUTATIONS = {
         "{s: entered[s] / every[s] for s in known}, {s: network[s] / every[s] for s in known}",
         "test_claim_grokking.py::test_the_lead_of_the_channel_is_counted_in_measurements",
     ),
-    "a slow run that came later counts as a win": Mutation(
-        "poprisk_lab/studies/judge.py",
-        "step is not None and step <= limit",
-        "step is not None",
-        "test_reproduce.py::test_a_fast_run_that_never_gets_there_makes_no_speed_up",
+    "steps compared beyond what one side was watched for": Mutation(
+        "poprisk_lab/studies/criteria.py",
+        "horizon = min(slow.horizon, fast.horizon)",
+        "horizon = slow.horizon",
+        "test_reproduce.py::test_a_fast_run_that_never_gets_there_counts_against_it",
+    ),
+    "a run that was stopped counts as there": Mutation(
+        "poprisk_lab/studies/criteria.py",
+        "cut = [step is None for",
+        "cut = [False for",
+        "test_reproduce.py::test_the_log_rank_test_takes_stopped_runs_as_censored",
     ),
 }

@@ -30,13 +30,13 @@ MUTATIONS = {
         "test_claim_double_descent.py::test_an_early_gain_is_that_of_a_run_that_stopped_there",
     ),
     "the least noise gain is its peak": Mutation(
-        "poprisk_lab/studies/double_judge.py",
+        "poprisk_lab/studies/double_descent.py",
         "return max(range(len(curve)), key=lambda i: curve[i])",
         "return min(range(len(curve)), key=lambda i: curve[i])",
         "test_claim_double_descent.py::test_peaks_are_apart_by_weights",
     ),
     "a factor counts one way only": Mutation(
-        "poprisk_lab/studies/benign_judge.py",
+        "poprisk_lab/studies/benign_overfitting.py",
         "return max(a / b, b / a)",
         "return a / b",
         "test_claim_benign_overfitting.py::test_a_factor_counts_both_ways_and_the_worst_setting",

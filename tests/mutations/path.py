@@ -85,8 +85,8 @@ MUTATIONS = {
     ),
     "gradient at the start in place of its mean": Mutation(
         "poprisk/path/integrals.py",
-        "mean = _mean_gradient(self, u)",
-        "mean = self.problem.output_gradient(self.u).flatten()",
+        "mean = average_gradient(problem, self.u, u - self.u).flatten()",
+        "mean = problem.output_gradient(self.u).flatten()",
         ACCOUNTING,
     ),
     "output Hessian at the start": Mutation(

@@ -19,10 +19,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from poprisk_lab.plots import Line, Picture, Plot
 from poprisk_lab.studies import CLAIMS
-from poprisk_lab.studies.claim import Claim, Curve, Picture, Plot
-from poprisk_lab.studies.image_runs import decode
-from poprisk_lab.studies.judge import Criterion
+from poprisk_lab.studies.claim import Claim
+from poprisk_lab.studies.criteria import Criterion
+from poprisk_lab.studies.image import decode
 from poprisk_lab.studies.record import FOLDER, Judged, on_record
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -41,7 +42,7 @@ def described(claim: Claim, judged: Judged) -> dict[str, Any]:
     """What a claim comes to, as JSON values."""
     if judged.findings is None:
         raise ValueError(f"{claim.name} is not judged, but {judged.verdict}.")
-    header, *rows = judged.findings.table
+    header, rows, _ = judged.findings.table
     shown = claim.show(judged.progress.done)
     plots = [item for item in shown if isinstance(item, Plot)]
     pictures = [item for item in shown if isinstance(item, Picture)]
@@ -49,13 +50,13 @@ def described(claim: Claim, judged: Judged) -> dict[str, Any]:
         "verdict": judged.verdict,
         "criteria": [criterion(c) for c in judged.findings.criteria],
         "table": [[n for cell in row for n in NUMBER.findall(cell)] for row in rows],
-        "plots": [[line(c) for c in plot.curves] for plot in plots],
+        "plots": [[line(c) for c in plot.lines] for plot in plots],
         "pictures": [picture(p) for p in pictures],
         "names": {
-            "criteria": [c.asks for c in judged.findings.criteria],
-            "columns": header,
+            "criteria": [c.name for c in judged.findings.criteria],
+            "columns": list(header),
             "rows": [row[0] for row in rows],
-            "plots": [[p.title, p.x, p.y, *(c.name for c in p.curves)] for p in plots],
+            "plots": [[p.title, p.x, p.y, *(c.name for c in p.lines)] for p in plots],
             "pictures": [p.title for p in pictures],
         },
     }
@@ -63,20 +64,20 @@ def described(claim: Claim, judged: Judged) -> dict[str, Any]:
 
 def criterion(c: Criterion) -> dict[str, Any]:
     return {
-        "estimate": c.found.mean,
-        "low": c.found.low,
-        "high": c.found.high,
-        "values": list(c.found.values),
-        "needed": c.needed,
+        "estimate": c.estimate.mean,
+        "low": c.estimate.low,
+        "high": c.estimate.high,
+        "values": list(c.estimate.values),
+        "needed": c.threshold,
         "claimed": c.claimed,
         "at_most": c.at_most,
-        "primary": c.decides,
+        "primary": c.primary,
         "outcome": c.outcome,
     }
 
 
-def line(c: Curve) -> dict[str, Any]:
-    columns = {"x": c.x, "mean": c.y, "low": c.low, "high": c.high}
+def line(c: Line) -> dict[str, Any]:
+    columns = {"x": c.x, "mean": c.mean, "low": c.low, "high": c.high}
     return {
         "points": len(c.x),
         **{key: thinned(values) for key, values in columns.items() if len(values)},

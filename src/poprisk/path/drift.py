@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from poprisk import _validate as checks
 from poprisk.intervals import t_interval
+from poprisk.linalg import Estimate
 from poprisk.losses import Loss, gradient
 from poprisk.path import NotAnalysable, Run, record
 from poprisk.path.checks import check_probes
@@ -241,15 +242,6 @@ def _common(totals: Tensor) -> list[float]:
     noise = (totals - mean).square().sum((0, 2)) / (len(totals) - 1) / len(totals)
     floor = 1e-12 * mean.square().sum(1)
     return (mean.square().sum(1) - noise).clamp_min(floor).sqrt().tolist()
-
-
-class Estimate(NamedTuple):
-    """A number estimated from random draws, with its standard error."""
-
-    value: float
-    standard_error: float
-
-    __repr__ = short_repr
 
 
 def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Estimate:

@@ -6,7 +6,6 @@ products a step and vector; no matrix of size N is formed. THEORY §3 (ours).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +16,11 @@ from poprisk import losses
 from poprisk.path.checks import check_probes
 from poprisk.path.integrals import REMEDY, Closure, relative
 from poprisk.path.problem import Problem
-from poprisk.path.quadrature import Nodes, composite, gauss
+from poprisk.path.quadrature import Nodes, averaged, composite, gauss
 from poprisk.path.recursion import Recursion
-from poprisk.path.run import Run
+from poprisk.path.run import Progress, Run
 from poprisk.printing import short_repr
 
-Progress = Callable[[int, int | None], None]
 HESSIAN_NODES = 3
 
 
@@ -224,10 +222,7 @@ class _March:
         """Move all outputs along the chord since the last time."""
         before, chord, problem = self.u, (self.origin, self.w), self.problem
         moved, seen = (
-            sum(
-                (b * problem.jvp(torch.lerp(*chord, a), x, self.moved) for a, b in self.nodes),
-                torch.zeros((), dtype=self.dtype),
-            )
+            averaged(lambda a, x=x: problem.jvp(torch.lerp(*chord, a), x, self.moved), self.nodes)
             for x in (problem.train[0], problem.query[0])
         )
         self.u, self.v = self._outputs()
@@ -255,16 +250,9 @@ def has_affine_part(run: Run) -> bool:
 def _curved(problem: Problem, u: Tensor, end: Tensor, moved: Tensor, rows: Tensor) -> Tensor:
     r""":math:`\bar B` of some training examples times (b, c, r)."""
     y = problem.train[1][rows]
-    return (
-        sum(
-            (
-                b
-                * losses.hessian_product(
-                    problem.loss, problem.shaped(torch.lerp(u, end, a)), y, moved
-                )
-                for a, b in gauss(HESSIAN_NODES)
-            ),
-            torch.zeros((), dtype=u.dtype),
-        )
-        / problem.n
-    )
+
+    def product(a: float) -> Tensor:
+        between = problem.shaped(torch.lerp(u, end, a))
+        return losses.hessian_product(problem.loss, between, y, moved)
+
+    return averaged(product, gauss(HESSIAN_NODES)) / problem.n

@@ -16,7 +16,7 @@ from torch import Tensor
 from poprisk.losses import gradient, values
 from poprisk.path.channel import Channel
 from poprisk.path.problem import Problem
-from poprisk.path.quadrature import gauss
+from poprisk.path.quadrature import averaged, gauss
 from poprisk.printing import short_repr
 
 NODES = 24
@@ -157,13 +157,8 @@ def work_terms(problem: Problem, start: Tensor, cells: Cells, outputs: Tensor) -
         return values(problem.loss, shaped(u), y).mean().item()
 
     moved = outputs - start
-    mean = sum(
-        (
-            b * gradient(problem.loss, shaped(start + a * moved), y).reshape(-1) / m
-            for a, b in gauss(NODES)
-        ),
-        torch.zeros((), dtype=start.dtype),
-    )
+    slope = averaged(lambda a: gradient(problem.loss, shaped(start + a * moved), y), gauss(NODES))
+    mean = slope.reshape(-1) / m
     terms = {"before training": loss(start)}
     terms |= {name.replace("_", " "): float(mean @ part) for name, part in cells._asdict().items()}
     return TestError("test loss", terms, loss(outputs))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,18 +18,15 @@ from torch import Tensor
 from poprisk.optim.step import StepRule
 from poprisk.path.checks import check_budget
 from poprisk.path.quadrature import (
-    OUTPUT_NODES,
     Nodes,
     PathJacobian,
+    average_gradient,
     average_hessian,
     composite,
-    gauss,
 )
 from poprisk.path.recursion import Recursion
-from poprisk.path.run import Run
+from poprisk.path.run import Progress, Run
 from poprisk.printing import short_repr
-
-Progress = Callable[[int, int | None], None]
 
 WARN_ABOVE = 1e-2
 REMEDY = (
@@ -294,7 +290,8 @@ class _Walk:
         self.D += moved
         self.G += seen
         self.X -= _blocks(B, moved)
-        self._account(moved, u)
+        mean = average_gradient(problem, self.u, u - self.u).flatten()
+        self.accounted += float(mean @ (moved @ self.start))
         self.w, self.u, self.v = end, u, v
 
     def _jacobian(self, w: Tensor, x: Tensor, out: Tensor) -> Tensor:
@@ -363,11 +360,6 @@ class _Walk:
         else:
             self.W.addmm_(R.T, R, alpha=abs(scale) / rule.steps)
 
-    def _account(self, moved: Tensor, u: Tensor) -> None:
-        r"""Add :math:`\bar g^T \bar J (-\Delta w)`; the mean of g is :math:`g_k + \bar{\bar B}`."""
-        mean = _mean_gradient(self, u)
-        self.accounted += float(mean @ (moved @ self.start))
-
     def result(self) -> Integrals:
         """The operators with their closure."""
         g = self.problem.output_gradient(self.u).flatten()
@@ -385,15 +377,6 @@ class _Walk:
         return Integrals(
             P, Q, W, G, D, affine, self.g0, closure, accounting, self.frozen, self.kept
         )
-
-
-def _mean_gradient(walk: _Walk, u: Tensor) -> Tensor:
-    """Output gradient averaged over the straight line between two training outputs."""
-    du = u - walk.u
-    return sum(
-        (b * walk.problem.output_gradient(walk.u + x * du) for x, b in gauss(OUTPUT_NODES)),
-        torch.zeros((), dtype=u.dtype),
-    ).flatten()
 
 
 def phi_functions(Z: Tensor) -> tuple[Tensor, Tensor]:

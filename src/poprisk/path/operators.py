@@ -2,7 +2,6 @@ r"""The operators of a run, and what they say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, final
@@ -24,11 +23,9 @@ from poprisk.path.integrals import (
     relative,
 )
 from poprisk.path.quadrature import composite
-from poprisk.path.run import Run
+from poprisk.path.run import Progress, Run
 from poprisk.path.trace import split_gradient
 from poprisk.printing import described, short_repr
-
-Progress = Callable[[int, int | None], None]
 
 
 class Moment(NamedTuple):

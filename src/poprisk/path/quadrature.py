@@ -9,6 +9,8 @@ rule of few nodes leaves the error that the closure reports.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +34,12 @@ def gauss(nodes: int) -> Nodes:
     """
     x, weight = np.polynomial.legendre.leggauss(nodes)
     return [((1 + float(a)) / 2, float(b) / 2) for a, b in zip(x, weight, strict=True)]
+
+
+def averaged(function: Callable[[float], Tensor], nodes: Nodes) -> Tensor:
+    """The weighted sum of a function over the nodes."""
+    first, *others = (weight * function(x) for x, weight in nodes)
+    return sum(others, first)
 
 
 QUADRATURES: dict[str, Nodes] = {
@@ -60,10 +68,12 @@ def composite(quadrature: str, segments: int) -> Nodes:
 
 def average_hessian(problem: Problem, u: Tensor, du: Tensor) -> Tensor:
     r""":math:`\bar B`, its diagonal blocks (n, c, c), for training outputs (n, c)."""
-    return sum(
-        (b * problem.output_hessian(u + x * du) for x, b in gauss(OUTPUT_NODES)),
-        torch.zeros((), dtype=u.dtype),
-    )
+    return averaged(lambda x: problem.output_hessian(u + x * du), gauss(OUTPUT_NODES))
+
+
+def average_gradient(problem: Problem, u: Tensor, du: Tensor) -> Tensor:
+    r""":math:`\bar g` (n, c), the output gradient on the way, for training outputs (n, c)."""
+    return averaged(lambda x: problem.output_gradient(u + x * du), gauss(OUTPUT_NODES))
 
 
 class PathJacobian:
@@ -120,8 +130,6 @@ class PathJacobian:
         def at(position: Tensor) -> Tensor:
             return w + position[:, None] * step
 
-        total = torch.zeros((), dtype=w.dtype)
-        for position, weight in self.nodes:
-            total = total + weight * self.problem.jacobians(at(left + position * length), x)
+        total = averaged(lambda p: self.problem.jacobians(at(left + p * length), x), self.nodes)
         change = self.problem.each(at(left + length), x) - self.problem.each(at(left), x)
         return total, change

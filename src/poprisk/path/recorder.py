@@ -3,7 +3,7 @@ r"""Record a run: weights, batches and the optimizer's realized steps."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -22,7 +22,7 @@ from poprisk.optim.step import Facts, Rule, StepRule, describe
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.checks import check_indices, named
 from poprisk.path.problem import Problem, digest_of, private_copy
-from poprisk.path.run import Interval, Run
+from poprisk.path.run import Interval, Progress, Run
 from poprisk.path.store import Storage
 from poprisk.path.trial import (
     EXAMPLES,
@@ -34,9 +34,6 @@ from poprisk.path.trial import (
     try_weights,
 )
 from poprisk.printing import described
-
-Progress = Callable[[int, int | None], None]
-"""Called with how many steps are done, and of how many (None: unknown)."""
 
 BUDGET = 4 * 2**30
 OFTEN = 4

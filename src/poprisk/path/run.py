@@ -2,6 +2,7 @@ r"""A recorded run: its weights, batches and steps, from which the operators are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from poprisk.optim.step import StepRule
 from poprisk.path.problem import Problem
 from poprisk.path.store import Table
 from poprisk.printing import described, short_repr
+
+Progress = Callable[[int, int | None], None]
+"""Called with how many steps are done, and of how many (None: unknown)."""
 
 
 class Interval(NamedTuple):

@@ -7,7 +7,6 @@ working form is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,10 +14,8 @@ from torch import Tensor
 
 from poprisk.path.follow import follow
 from poprisk.path.integrals import Closure
-from poprisk.path.run import Run
+from poprisk.path.run import Progress, Run
 from poprisk.printing import short_repr
-
-Progress = Callable[[int, int | None], None]
 
 
 class QueryParts(NamedTuple):

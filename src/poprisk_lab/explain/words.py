@@ -1,19 +1,19 @@
-"""What the measurements say, one sentence each, by rules written here."""
+"""An explanation in one headline, warnings, and a table of its figures."""
 
 from __future__ import annotations
 
 from typing import Any
 
-HARDLY, LEARNED = 0.1, 0.5
-"""Relative drift of the kernel below which features are said to hardly change, and from which on
-they are said to be learned."""
+from poprisk_lab.plots import Table
+
+CARE, DISTRUST = 1e-2, 0.1
+"""Closure errors from which on a picture is to be taken with care, and not to be trusted."""
 
 
 def headline(found: dict[str, Any]) -> str:
-    """The most telling sentence."""
-    arms = found["arms"]
-    if arms:
-        return noise_sentence(arms[0], found["task"])
+    """What label noise cost in the first run; without one, how many directions training used."""
+    if found["arms"]:
+        return _cost_of_noise(found["arms"][0], found["task"])
     dense = found["dense"]
     if dense is None:
         return "This run could not be analysed."
@@ -23,157 +23,104 @@ def headline(found: dict[str, Any]) -> str:
     return f"Training used {used} of {total} directions; the others stayed in the soft reservoir."
 
 
+def _cost_of_noise(arm: dict[str, Any], task: dict[str, Any]) -> str:
+    last, metric = arm["rows"][-1], task["metric"]
+    now, without = (show(last[k], percent=metric["percent"]) for k in ("metric", "without_noise"))
+    sign = 1 if metric.get("higher_is_better", True) else -1
+    noise = f"With {arm['optimizer']}, the label noise that got through"
+    if now == without:
+        return f"{noise} costs nothing: test {metric['name']} is {now} with it and without it."
+    if sign * (last["without_noise"] - last["metric"]) < 0:
+        return (
+            f"{noise} does no harm: test {metric['name']} is {now}, and would be {without} "
+            "without it."
+        )
+    return f"{noise} costs: test {metric['name']} would be {without} instead of {now}."
+
+
 def channel_of(dense: dict[str, Any]) -> tuple[int, int]:
     """Directions in the channel, and all of them."""
     return dense["spectrum"]["channel"], len(dense["spectrum"]["relative"])
 
 
-def size_sentences(found: dict[str, Any]) -> list[str]:
-    """How large the runs were that were explained."""
-    task, said = found["task"], list[str]()
-    n = task["train_examples"]
-    if found["arms"]:
-        last = found["arms"][0]["rows"][-1]
-        said.append(
-            f"Signal and noise are told apart in runs of {last['epoch']:.3g} epochs "
-            f"({last['step']:,} steps) on all {n:,} training examples."
-        )
-    dense = found["dense"]
-    if dense is not None:
-        smaller = "".join(f", {k}={v}" for k, v in dense.get("smaller", {}).items())
-        said.append(
-            f"The operators are those of a small run of its own: {dense['n']:,} of {n:,} training "
-            f"examples, {dense['steps']:,} steps, {dense['parameters']:,} weights{smaller}."
-        )
-    return said
+def warnings(found: dict[str, Any]) -> list[str]:
+    """Closure errors that are too large, with what they mean."""
+    errors = {arm["optimizer"]: arm["closure"]["query"] for arm in found["arms"]}
+    if found["dense"] is not None:
+        errors["the small run"] = max(found["dense"]["closure"].values())
+        if found["dense"]["cells"] is not None:
+            errors["the four cells"] = found["dense"]["cells"]["closure"]
+    return [
+        f"Closure error of {name} {small(error)}: "
+        + ("do not trust it." if error >= DISTRUST else "take it with care.")
+        for name, error in errors.items()
+        if error >= CARE
+    ]
 
 
-def noise_sentence(arm: dict[str, Any], task: dict[str, Any]) -> str:
-    """What the metric would be without the label noise that got through."""
-    last, metric = arm["rows"][-1], task["metric"]
-    now, without = (show(last[k], percent=metric["percent"]) for k in ("metric", "without_noise"))
-    sign = 1 if metric.get("higher_is_better", True) else -1
-    name = arm["optimizer"]
-    if now == without:
-        return (
-            f"With {name}, the label noise that got through costs nothing: test {metric['name']} "
-            f"is {now} with it and without it."
-        )
-    if sign * (last["without_noise"] - last["metric"]) < 0:
-        return (
-            f"With {name}, the label noise that got through does no harm: test {metric['name']} is "
-            f"{now}, and would be {without} without it."
-        )
-    return (
-        f"With {name}, without the label noise that got through, test {metric['name']} "
-        f"would be {without} instead of {now}."
-    )
+def table(found: dict[str, Any]) -> Table:
+    """Every figure of an explanation, a row each."""
+    rows = [row for arm in found["arms"] for row in _arm_rows(arm, found["task"])]
+    if found["dense"] is not None:
+        rows += _dense_rows(found["dense"], found["task"]["train_examples"])
+    return Table(["figure", "value"], rows)
 
 
-def cells_sentence(arm: dict[str, Any]) -> str:
-    """How signal and noise moved the test outputs."""
-    rows = arm["rows"]
+def _arm_rows(arm: dict[str, Any], task: dict[str, Any]) -> list[list[str]]:
+    """How a run on the whole task ended."""
+    name, metric, rows = arm["optimizer"], task["metric"], arm["rows"]
     last, middle = rows[-1], rows[len(rows) // 2]
-    part = last["noise"] / max(last["signal"], 1e-300)
-    early = middle["noise"] / max(middle["signal"], 1e-300)
-    trend = "rising" if part > 1.05 * early else "falling" if part < early / 1.05 else "level"
-    return (
-        f"{arm['optimizer']}: label noise moves the test outputs {part:.0%} as much as the signal "
-        f"does ({early:.0%} half-way, so it is {trend}); "
-        f"{closure_words(arm['closure']['query'])}."
-    )
+    now, early = (row["noise"] / max(row["signal"], 1e-300) for row in (last, middle))
+    ends = {key: show(last[key], percent=metric["percent"]) for key in ("metric", "without_noise")}
+    return [
+        [f"{name}: epochs (steps), examples",
+         f"{last['epoch']:.3g} ({last['step']:,}), {task['train_examples']:,}"],
+        [f"{name}: test {metric['name']}", ends["metric"]],
+        [f"{name}: test {metric['name']} without the label noise", ends["without_noise"]],
+        [f"{name}: movement by label noise over that by signal (half-way)",
+         f"{now:.0%} ({early:.0%})"],
+        [f"{name}: closure error", small(arm["closure"]["query"])],
+    ]  # fmt: skip
 
 
-def spectrum_sentence(dense: dict[str, Any]) -> str:
-    """How many directions training used."""
-    s = dense["spectrum"]
+def _dense_rows(dense: dict[str, Any], n: int) -> list[list[str]]:
+    """What the operators of the small run say."""
     used, total = channel_of(dense)
-    if used == total:
-        return (
-            f"All {total} directions lie in the channel (above {s['tol']:g} of the largest), so "
-            f"the soft reservoir is empty; {s['dissipation_dimension']:.3g} directions did most of "
-            "the work."
-        )
-    return (
-        f"{s['channel']} of {total} directions lie in the channel (above {s['tol']:g} of the "
-        f"largest), {total - s['channel']} in the soft reservoir, which training hardly moved and "
-        f"test points hardly see; {s['dissipation_dimension']:.3g} directions did most of the work."
-    )
-
-
-def residual_sentence(dense: dict[str, Any]) -> str:
-    """What is left of the residual, and where."""
+    s, c, d = dense["spectrum"], dense["coupling"], dense["drift"]
     (_, a0, b0), (_, a1, b1) = dense["residual"][0], dense["residual"][-1]
-    left = (a1 + b1) / max(a0 + b0, 1e-300)
-    inside = a1 / max(a1 + b1, 1e-300)
-    used, total = channel_of(dense)
-    if used == total:
-        return (
-            f"{left:.0%} of the squared residual is left after training; all of it lies in the "
-            "channel and can still be fitted."
-        )
-    return (
-        f"{left:.0%} of the squared residual is left after training; {inside:.0%} of that lies in "
-        "the channel and can still be fitted, the rest is trapped."
-    )
+    smaller = "".join(f", {k}={v}" for k, v in dense.get("smaller", {}).items())
+    rows = {
+        "small run: training examples": f"{dense['n']:,} of {n:,}",
+        "small run: steps, weights": f"{dense['steps']:,}, {dense['parameters']:,}{smaller}",
+        f"directions in the channel (above {s['tol']:g} of the largest)": f"{used} of {total}",
+        "directions that did most of the work": f"{s['dissipation_dimension']:.3g}",
+        "squared residual left": f"{(a1 + b1) / max(a0 + b0, 1e-300):.0%}",
+        "of it in the channel": f"{a1 / max(a1 + b1, 1e-300):.0%}",
+        "test movement from the path, error (correlation)": _prediction(c, ""),
+        "test movement with the kernel frozen, error (correlation)": _prediction(c, "frozen_"),
+    }
+    if dense["cells"] is not None:
+        last = dense["cells"]["rows"][-1]
+        rows |= {
+            "movement by signal, through the channel": f"{last['learned_signal']:.3g}",
+            "movement by label noise, through the channel": f"{last['harmful_noise']:.3g}",
+            "movement by what lies in the reservoir":
+                f"{last['trapped_signal'] + last['benign_noise']:.2g}",
+            "closure error of the four cells": small(dense["cells"]["closure"]),
+        }  # fmt: skip
+    over = d["drift"][-1] / max(d["diffusion"][-1], 1e-300)
+    rows |= {
+        "power of T in the drift (theory: 1)": _exponent(d["drift_exponent"]),
+        "power of T in the diffusion (theory: 0.5)": _exponent(d["diffusion_exponent"]),
+        "drift over diffusion at the end": f"{over:.1f}",
+        "kernel drift, peak": f"{max(v for _, v in dense['kernel_drift']):.2g}",
+        "kernel drift, end": f"{dense['kernel_drift'][-1][1]:.2g}",
+    }
+    return [[name, value] for name, value in rows.items()]
 
 
-def coupling_sentence(dense: dict[str, Any]) -> str:
-    """How the coupling did beside the frozen kernel."""
-    c = dense["coupling"]
-    return (
-        f"From the training outputs alone the operators predict the test movement with an error of "
-        f"{show_small(c['error'])} (correlation {c['correlation']:.4f}); the kernel frozen at the "
-        f"start errs by {show_small(c['frozen_error'])} ({c['frozen_correlation']:.3f})."
-    )
-
-
-def four_sentence(dense: dict[str, Any]) -> str:
-    """The four cells of the small run."""
-    cells = dense["cells"]
-    last = cells["rows"][-1]
-    used, total = channel_of(dense)
-    trapped = last["trapped_signal"] + last["benign_noise"]
-    rest = "nothing lies in the reservoir"
-    if used < total:
-        rest = f"what lies in the reservoir moved it by {trapped:.2g}"
-    return (
-        "In the small run the signal moved a test output by "
-        f"{last['learned_signal']:.3g} and label noise by {last['harmful_noise']:.3g} "
-        f"(root mean square), through the channel; {rest}; "
-        f"{closure_words(cells['closure'])}."
-    )
-
-
-def drift_sentence(dense: dict[str, Any]) -> str:
-    """Exponents of drift and diffusion."""
-    d = dense["drift"]
-    drift, diffusion = (_exponent(d[f"{name}_exponent"]) for name in ("drift", "diffusion"))
-    ratio = d["drift"][-1] / max(d["diffusion"][-1], 1e-300)
-    return (
-        f"In the first {d['times'][-1]} steps of plain SGD, drift, which all batches agree on, "
-        f"grows like T^{drift}, and diffusion, which is chance, like T^{diffusion} (theory: 1 and "
-        f"0.5 while the mean gradient stays as it is); drift ends {ratio:.1f} times as large."
-    )
-
-
-def kernel_sentence(dense: dict[str, Any]) -> str:
-    """How far the features moved."""
-    peak = max(v for _, v in dense["kernel_drift"])
-    end = dense["kernel_drift"][-1][1]
-    kind = "features hardly changed" if peak < HARDLY else "features changed in part"
-    kind = "features were learned" if peak >= LEARNED else kind
-    return (
-        f"The kernel moved by {peak:.2g} times its size at most and ended {end:.2g} away: {kind}."
-    )
-
-
-def closure_words(error: float) -> str:
-    """A closure error in words."""
-    trust = (
-        "trust it" if error < 1e-2 else "take it with care" if error < 0.1 else "do not trust it"
-    )
-    return f"closure error {show_small(error)}: {trust}"
+def _prediction(coupling: dict[str, Any], kind: str) -> str:
+    return f"{small(coupling[kind + 'error'])} ({coupling[kind + 'correlation']:.4f})"
 
 
 def show(value: float, *, percent: bool) -> str:
@@ -181,7 +128,7 @@ def show(value: float, *, percent: bool) -> str:
     return f"{value:.1%}" if percent else f"{value:.3g}"
 
 
-def show_small(value: float) -> str:
+def small(value: float) -> str:
     """A relative error as text."""
     return f"{value:.1e}" if value < 1e-3 else f"{value:.2g}"
 

@@ -6,22 +6,18 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
 from poprisk.intervals import MIN_SEEDS
 from poprisk.optim.stats import STARVED_BELOW
 from poprisk_lab.page import figures, notes
-from poprisk_lab.page.curves import EpochRow
+from poprisk_lab.page.draw import OURS, plotly_script
 from poprisk_lab.page.figures import Group, Quantity
 from poprisk_lab.page.page import template
-from poprisk_lab.page.series import OURS, arm_series, module_series
-from poprisk_lab.page.table import run_table, verdict_table
+from poprisk_lab.page.series import EpochRow, arm_series, module_series
+from poprisk_lab.page.table import leads_table, run_table, verdict_table
 from poprisk_lab.results import RunData
 from poprisk_lab.selection import twin_report
 from poprisk_lab.store import replace_text
 from poprisk_lab.verdict import Verdict
-from poprisk_lab.wording import scale_of
 
 __all__ = ["write_report"]
 
@@ -53,7 +49,7 @@ def write_report(data: RunData, verdict: Verdict, path: Path) -> None:
 def render(data: RunData, verdict: Verdict) -> str:
     """Return the page as text; the same input gives the same text."""
     page = template("report.html.j2")
-    return page.render(context(data, verdict), plotly=Markup(get_plotlyjs()))
+    return page.render(context(data, verdict), plotly=plotly_script())
 
 
 def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
@@ -76,6 +72,7 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "notices": notes.notices(data),
         "verdict": verdict,
         "table": table,
+        "leads": leads_table(verdict, data.config),
         "runs": run_table(data, table.format),
         "curves": figures.group(series, _quantities(task)),
         "stops": any(s.stops for s in series),
@@ -85,7 +82,6 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "starved_below": STARVED_BELOW,
         "intervals": len(data.config["seeds"]) >= MIN_SEEDS,
         "twins": twin_report(data),
-        "scale": scale_of(data.config),
         "families": {arm["family"] for arm in data.config["arms"]},
     }
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
 from poprisk.intervals import MIN_SEEDS
-from poprisk_lab.page.formats import plural
+from poprisk_lab.page import draw
+from poprisk_lab.page.formats import plain, plural
 from poprisk_lab.page.page import template
+from poprisk_lab.plots import Plot, Table, written
 from poprisk_lab.store import replace_text
-from poprisk_lab.studies.claim import Curve, Picture, Plot
-from poprisk_lab.studies.judge import Criterion, fewest_seeds, written
+from poprisk_lab.studies.claim import Done
+from poprisk_lab.studies.criteria import Criterion, fewest_seeds
 from poprisk_lab.studies.record import Judged
 
 MARKS = {
@@ -26,21 +23,14 @@ MARKS = {
     "as claimed": "good",
     "does not hold": "bad",
 }
-
-
-class Panel(NamedTuple):
-    """A plot or a picture of the page."""
-
-    title: str
-    about: str
-    figure: Markup | None
-    png: str
+VALUES_SHOWN = 12
+"""Values of one setting that are listed; more are counted."""
 
 
 class Line(NamedTuple):
     """A criterion as the page writes it."""
 
-    asks: str
+    name: str
     bound: str
     claimed: str
     found: str
@@ -49,13 +39,14 @@ class Line(NamedTuple):
 
 
 class SummaryRow(NamedTuple):
-    """A claim in the summary."""
+    """A claim in the summary: its main figure here and in the paper, and how many criteria hold."""
 
     name: str
     title: str
+    figure: str
     paper: str
     ours: str
-    controls: str
+    holds: str
     verdict: str
     mark: str
 
@@ -77,16 +68,30 @@ def render_claim(judged: Judged) -> str:
         claim=claim,
         verdict=judged.verdict,
         mark=MARKS.get(judged.verdict, ""),
+        headline=headline(judged),
         findings=findings,
-        criteria=[criterion_line(c) for c in findings.criteria] if findings else [],
-        few=bool(findings) and fewest_seeds(findings.criteria) is not None,
+        criteria=criteria_table(findings.criteria) if findings else None,
         notices=notices(judged),
-        panels=[_panel(item) for item in shown],
+        figures=[(item, draw.figure(item) if isinstance(item, Plot) else None) for item in shown],
         environment=progress.environment,
+        used=settings_used(progress.done),
         trials=len(progress.done),
         minutes=progress.seconds / 60,
-        plotly=Markup(get_plotlyjs()),
+        plotly=draw.plotly_script(),
     )
+
+
+def main_figure(judged: Judged) -> Criterion | None:
+    """The criterion that is the claim's main figure; None as long as nothing was judged."""
+    return judged.findings.criteria[judged.findings.main] if judged.findings else None
+
+
+def headline(judged: Judged) -> str:
+    """The verdict with the claim's main figure, in one line."""
+    main = main_figure(judged)
+    if main is None:
+        return judged.verdict
+    return f"{judged.verdict}: {main.name}: {written(main.estimate, percent=main.percent)}"
 
 
 def notices(judged: Judged) -> list[str]:
@@ -111,39 +116,60 @@ def notices(judged: Judged) -> list[str]:
                 f"{plural(trials, 'trial')} left out: the package {package} is not installed "
                 f"(pip install '{package}')."
             )
-    return found
+    return [*found, *(judged.findings.notes if judged.findings else ())]
 
 
 def criterion_line(criterion: Criterion) -> Line:
-    """A criterion in words."""
-    sign = "≤" if criterion.at_most else "≥"
-    unit = 100.0 if criterion.percent else 1.0
-    percent = "%" * criterion.percent
+    """The cells of a criterion."""
+    unit, percent = (100.0, "%") if criterion.percent else (1.0, "")
     claimed = "" if criterion.claimed is None else f"{unit * criterion.claimed:.3g}{percent}"
     return Line(
-        criterion.asks + ("" if criterion.decides else " (control)"),
-        f"{sign} {unit * criterion.needed:.3g}{percent}",
+        criterion.name + ("" if criterion.primary else " (control)"),
+        f"{'≤' if criterion.at_most else '≥'} {unit * criterion.threshold:.3g}{percent}",
         claimed,
-        written(criterion.found, percent=criterion.percent),
+        written(criterion.estimate, percent=criterion.percent),
         criterion.outcome,
         MARKS.get(criterion.outcome, ""),
     )
 
 
+def criteria_table(criteria: Sequence[Criterion]) -> Table:
+    """What a verdict rests on."""
+    spread = "the seeds" if fewest_seeds(criteria) is not None else "95% interval"
+    lines = [criterion_line(c) for c in criteria]
+    return Table(
+        ["Criterion", "Needed", "Paper", f"Found, with {spread}", "Outcome"],
+        [[c.name, c.bound, c.claimed or "—", c.found, c.outcome] for c in lines],
+    )
+
+
+def settings_used(done: Iterable[Done]) -> dict[str, str]:
+    """The values of each setting among the trials."""
+    values: dict[str, dict[str, Any]] = {}
+    for trial in done:
+        for key, value in trial.settings.items():
+            values.setdefault(key, {})[plain(value)] = value
+    return {
+        key: "; ".join(found) if len(found) <= VALUES_SHOWN else f"{len(found)} values"
+        for key, found in values.items()
+    }
+
+
 def summary_rows(claims: Sequence[Judged]) -> list[SummaryRow]:
-    """A row for each claim: the paper's figure, ours, the controls, the verdict."""
+    """A row for each claim."""
     rows = []
     for judged in claims:
-        findings = judged.findings
-        verdict = judged.verdict + (" (quick form)" if judged.progress.quick else "")
+        main = main_figure(judged)
+        primary = [c for c in judged.findings.criteria if c.primary] if judged.findings else []
         rows.append(
             SummaryRow(
                 judged.claim.name,
                 judged.claim.title,
+                main.name if main else "",
                 judged.claim.paper or "none given",
-                findings.ours if findings else "",
-                findings.controls if findings else "",
-                verdict,
+                written(main.estimate, percent=main.percent) if main else "",
+                f"{sum(c.holds for c in primary)} of {len(primary)}" if primary else "",
+                judged.verdict + (" (quick form)" if judged.progress.quick else ""),
                 MARKS.get(judged.verdict, ""),
             )
         )
@@ -157,66 +183,3 @@ def write_summary(claims: Sequence[Judged], path: Path) -> None:
         OSError: if it cannot be written; an existing file is left as it was.
     """
     replace_text(path, template("claims.html.j2").render(rows=summary_rows(claims)))
-
-
-def _panel(item: Plot | Picture) -> Panel:
-    if isinstance(item, Picture):
-        return Panel(item.title, item.about, None, item.png)
-    return Panel(item.title, item.about, _figure(item), "")
-
-
-def _figure(plot: Plot) -> Markup:
-    traces = [trace for curve in plot.curves for trace in _traces(curve)]
-    axis: dict[str, Any] = {"exponentformat": "e"}
-    layout = go.Layout(
-        template="none",
-        showlegend=len(plot.curves) > 1,
-        legend={"orientation": "h", "y": -0.3},
-        xaxis={
-            **axis,
-            "title": {"text": plot.x, "standoff": 6},
-            "type": "log" if plot.log_x else "linear",
-        },
-        yaxis={
-            **axis,
-            "title": {"text": plot.y, "standoff": 6},
-            "type": "log" if plot.log_y else "linear",
-        },
-    )
-    return Markup(go.Figure(traces, layout).to_json())
-
-
-def _traces(curve: Curve) -> list[go.Scatter]:
-    shared = {"x": list(curve.x), "legendgroup": curve.name}
-    meta = {"colour": curve.colour}
-    found = []
-    if len(curve.low):
-        edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        found.append(go.Scatter(**shared, **edge, y=_json(curve.low), meta=meta))
-        found.append(
-            go.Scatter(
-                **shared,
-                **edge,
-                y=_json(curve.high),
-                fill="tonexty",
-                meta={**meta, "area": True, "faint": True},
-            )
-        )
-    look: dict[str, Any] = {"mode": "lines", "line": {"dash": curve.dash, "width": 2.4}}
-    if curve.points:
-        look = {"mode": "markers", "marker": {"size": 6, "opacity": 0.75}}
-    return [
-        *found,
-        go.Scatter(
-            **shared,
-            **look,
-            y=_json(curve.y),
-            name=curve.name,
-            showlegend=bool(curve.name),
-            meta=meta,
-        ),
-    ]
-
-
-def _json(values: Sequence[float]) -> list[float | None]:
-    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]

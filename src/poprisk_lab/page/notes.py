@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from poprisk_lab.page.curves import EpochRow
 from poprisk_lab.page.formats import listed, plain, plural
-from poprisk_lab.page.series import module_sizes
+from poprisk_lab.page.series import EpochRow, module_sizes
 from poprisk_lab.results import RunData
 
 

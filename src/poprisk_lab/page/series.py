@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from poprisk_lab.arms import FAMILIES
-from poprisk_lab.page.curves import EpochRow
 from poprisk_lab.page.formats import plural
 from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Verdict, early_stopping_choices
 
-OURS = "poprisk"
 DASHES = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "12 4"}
 SHADES = 8  # --c-module-1 to --c-module-8 in the style sheet
 MODULES_SHOWN = 12
 
+EpochRow = Mapping[str, Any]
 Stop = tuple[int, float]
 
 

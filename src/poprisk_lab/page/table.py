@@ -8,10 +8,13 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from poprisk.intervals import Interval
+from poprisk_lab.page.draw import OURS
 from poprisk_lab.page.formats import MISSING, Format, format_for, plural
-from poprisk_lab.page.series import OURS, colour_of
+from poprisk_lab.page.series import colour_of
+from poprisk_lab.plots import Table
 from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Row, Verdict
+from poprisk_lab.wording import scale_of
 
 SHARE = Format(percent=True, decimals=1)
 
@@ -54,7 +57,7 @@ class Line(NamedTuple):
     forest: Forest | None
 
 
-class Table(NamedTuple):
+class VerdictTable(NamedTuple):
     """The verdict table.
 
     Attributes:
@@ -74,7 +77,7 @@ class Table(NamedTuple):
 
 def verdict_table(
     verdict: Verdict, metric: dict[str, Any], *, seeds: int, shares: bool = True
-) -> Table:
+) -> VerdictTable:
     """Write a verdict's rows.
 
     Args:
@@ -88,7 +91,7 @@ def verdict_table(
     sign = 1 if metric["higher_is_better"] else -1
     span = _span(verdict.rows, sign)
     lines = [_line(row, form, sign, span, seeds, shares) for row in rows]
-    return Table(
+    return VerdictTable(
         key=lines[: len(verdict.rows)],
         rest=lines[len(verdict.rows) :],
         memorized=any(row.memorized for row in rows),
@@ -185,12 +188,30 @@ def _place(value: float, span: tuple[float, float]) -> float:
     return round(100 * min(max((value - low) / (high - low), 0.0), 1.0), 2)
 
 
-def run_table(data: RunData, form: Format) -> list[list[str]]:
-    """Write one row for each finished run: what was measured, seed by seed."""
+def leads_table(verdict: Verdict, config: dict[str, Any]) -> Table:
+    """What PopRiskAdamW gains on each of its rivals at the end of training."""
+    scale = scale_of(config)
+    means = {row.label: row.final.mean for row in [*verdict.rows, *verdict.other]}
+    base = means.get(verdict.reference, 0.0)
+    unit = "points" if scale.percent else "% of the best AdamW" if base else scale.name
+    rows = [[label, scale.written(lead, base)] for label, lead in verdict.leads.items()]
+    return Table(
+        ["PopRiskAdamW against", f"gain, {unit}"],
+        rows,
+        "Paired over seeds; each at 95%, not corrected for "
+        "their number: the verdict rests on the best AdamW alone.",
+    )
+
+
+def run_table(data: RunData, form: Format) -> Table:
+    """One row for each finished run: what was measured, seed by seed."""
     labels = {arm["name"]: arm["label"] for arm in data.config["arms"]}
     order = {name: i for i, name in enumerate(labels)}
     keys = sorted(data.ends, key=lambda key: (order.get(key[0], len(order)), key[1]))
-    return [_run(labels.get(arm, arm), seed, data.ends[arm, seed], form) for arm, seed in keys]
+    noise = "Memorized, %" if data.config["task"]["classification"] else "Noise fitted, %"
+    head = ["Arm", "Seed", "Final", "Best (epoch)", "Stopped (epoch)", noise, "Skipped steps"]
+    rows = [_run(labels.get(arm, arm), seed, data.ends[arm, seed], form) for arm, seed in keys]
+    return Table([*head, "Seconds"], rows)
 
 
 def _run(label: str, seed: int, end: dict[str, Any], form: Format) -> list[str]:

@@ -2,83 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from poprisk.intervals import Interval, t_interval
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.results import Done, by_seed, where
-from poprisk_lab.studies.judge import Criterion, Steps
-from poprisk_lab.study import Found, Trial
+from poprisk_lab.plots import Line, Picture, Plot, Table, seeds_line
+from poprisk_lab.results import by_seed, where
+from poprisk_lab.studies.criteria import Criterion, Steps
+from poprisk_lab.study import Done, Found, Trial
 
 __all__ = [
     "Claim",
-    "Curve",
     "Done",
     "Findings",
     "Found",
-    "Picture",
-    "Plot",
     "Trial",
     "Workspace",
     "by_seed",
+    "figure",
+    "found_line",
+    "grouped",
+    "over_seeds",
     "steps_of",
     "where",
 ]
-
-
-class Curve(NamedTuple):
-    """One line of a plot.
-
-    Attributes:
-        name: in the legend; empty to leave it out.
-        x: as many as ``y``.
-        y: NaN where there is none.
-        colour: a colour name of the page (``poprisk``, ``adamw``, ``peer``, ``other`` …).
-        dash: ``"solid"``, ``"dash"`` or ``"dot"``.
-        low: lower end of a band around the line; empty for none.
-        high: upper end.
-        points: markers in place of a line.
-    """
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: str
-    dash: str = "solid"
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    points: bool = False
-
-
-class Plot(NamedTuple):
-    """A plot.
-
-    Attributes:
-        title: what is shown.
-        x: name of the axis.
-        y: name of the axis.
-        curves: the lines.
-        about: one or two sentences: how to read it.
-        log_x: whether the axis is logarithmic.
-        log_y: likewise.
-    """
-
-    title: str
-    x: str
-    y: str
-    curves: list[Curve]
-    about: str
-    log_x: bool = False
-    log_y: bool = False
-
-
-class Picture(NamedTuple):
-    """A picture: its title, a PNG in base64, and what it shows."""
-
-    title: str
-    png: str
-    about: str
 
 
 class Findings(NamedTuple):
@@ -86,17 +35,15 @@ class Findings(NamedTuple):
 
     Attributes:
         criteria: what was asked and found; the verdict follows from them.
-        ours: our figure for the summary, with its interval, in words.
-        controls: what the controls say, in words, for the summary.
-        sentences: facts worth telling, one each.
-        table: header and rows of the numbers behind.
+        table: the numbers behind.
+        notes: warnings that protect a reader, such as a choice at the edge of its grid.
+        main: which of the criteria is the claim's main figure.
     """
 
     criteria: list[Criterion]
-    ours: str
-    controls: str
-    sentences: list[str]
-    table: list[list[str]]
+    table: Table
+    notes: Sequence[str] = ()
+    main: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +75,38 @@ class Claim:
     run: Callable[[dict[str, Any], Workspace], Found]
     judge: Callable[[Sequence[Done]], Findings]
     show: Callable[[Sequence[Done]], list[Plot | Picture]]
+
+
+def grouped(done: Iterable[Done], key: str) -> dict[Any, list[Done]]:
+    """The trials by their value of one setting, in the order in which values appear."""
+    found: dict[Any, list[Done]] = {}
+    for trial in done:
+        found.setdefault(trial.settings[key], []).append(trial)
+    return found
+
+
+def over_seeds(done: Iterable[Done], key: str, **settings: Any) -> Interval:
+    """The mean of what the trials with these settings found under ``key``."""
+    return t_interval(by_seed(done, key, **settings).values())
+
+
+def figure(*path: str) -> Callable[[Done], Any]:
+    """What a trial found under these keys, one in the other; None if there is none."""
+
+    def value(trial: Done) -> Any:
+        found: Any = trial.found
+        for key in path:
+            found = None if found is None else found.get(key)
+        return found
+
+    return value
+
+
+def found_line(
+    name: str, done: Sequence[Done], x: str, y: str, colour: str, *, dash: str = "solid"
+) -> Line:
+    """What trials of several seeds found under ``y``, a list, over what they found under ``x``."""
+    return seeds_line(name, done[0].found[x], [d.found[y] for d in done], colour, dash=dash)
 
 
 def steps_of(done: Sequence[Done], **settings: Any) -> Steps:

@@ -34,7 +34,9 @@ def directory_of(claim: Claim, *, quick: bool, out: Path | None, alone: bool) ->
     return ClaimDirectory(out if alone else out / default, claim)
 
 
-def run_claim(directory: ClaimDirectory, *, quick: bool, workers: int, on_trial: OnTrial) -> Judged:
+def run_claim(
+    claim: Claim, directory: ClaimDirectory, *, quick: bool, workers: int, on_trial: OnTrial
+) -> Judged:
     """Do the trials of a claim that are left, and judge it.
 
     Raises:
@@ -43,23 +45,23 @@ def run_claim(directory: ClaimDirectory, *, quick: bool, workers: int, on_trial:
     """
     directory.create(quick=quick, workers=workers)
     directory.work(workers=workers, on_trial=on_trial)
-    return judged(directory.claim, directory.read())
+    return judged(claim, directory.read())
 
 
 def summarize(name: str, *, quick: bool, out: Path | None) -> list[Judged]:
     """What is known of a claim, or of all: finished runs here first, else those on record."""
     found = []
     for claim in chosen(name):
-        own = _finished(directory_of(claim, quick=quick, out=out, alone=name != ALL))
+        own = _finished(claim, directory_of(claim, quick=quick, out=out, alone=name != ALL))
         found.append(own or on_record(claim))
     return found
 
 
-def _finished(directory: ClaimDirectory) -> Judged | None:
-    if not (directory.path / "config.json").exists():
+def _finished(claim: Claim, directory: ClaimDirectory) -> Judged | None:
+    if not directory.store.exists():
         return None
     try:
-        found = judged(directory.claim, directory.read())
+        found = judged(claim, directory.read())
     except RunDirectoryError as error:
-        raise RunDirectoryError(f"{error} (claim {directory.claim.name})") from error
+        raise RunDirectoryError(f"{error} (claim {claim.name})") from error
     return found if found.findings is not None else None

@@ -8,22 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from poprisk.intervals import Interval, t_interval
+from poprisk.intervals import Interval
 from poprisk.path.drift import Recipe, movement, slope, sweep
+from poprisk_lab.plots import Picture, Plot, rounded, tabulate
 from poprisk_lab.studies.claim import (
     Claim,
-    Curve,
     Done,
     Findings,
     Found,
-    Picture,
-    Plot,
     Trial,
     Workspace,
-    by_seed,
+    figure,
+    found_line,
+    over_seeds,
+    where,
 )
-from poprisk_lab.studies.curves import mean_curve, rounded
-from poprisk_lab.studies.judge import Criterion, written
+from poprisk_lab.studies.criteria import at_most, controls
 
 BATCH, UNITS, INPUTS, QUERIES = 8, 24, 4, 40
 MARGIN = 0.1
@@ -128,7 +128,7 @@ def _value(exponent: Any) -> float | None:
 
 def power(done: Sequence[Done], law: Law) -> Interval:
     """A power with its interval over draws of data, weights and batches."""
-    return t_interval([*by_seed(done, law.key, part=law.part).values()])
+    return over_seeds(done, law.key, part=law.part)
 
 
 def distance(found: Interval, theory: float) -> Interval:
@@ -146,87 +146,58 @@ def distance(found: Interval, theory: float) -> Interval:
 
 def judge(done: Sequence[Done]) -> Findings:
     """Each power within 0.1 of the theory's, the whole interval."""
-    criteria = [
-        Criterion(
-            f"{law.name}: {written(power(done, law))}, in theory {law.theory:g}; distance",
-            distance(power(done, law), law.theory), MARGIN, at_most=True, decides=decides,
-        )
-        for laws, decides in ((LAWS, True), (LIMITS, False))
-        for law in laws
-    ]  # fmt: skip
-    return Findings(
-        criteria,
-        ours="powers: drift in T "
-        + ", ".join(
-            f"{name}{written(power(done, law))}"
-            for name, law in zip(
-                ("", "diffusion in T ", "in b ", "label noise in n "), LAWS, strict=True
+    beside, limits = (
+        [
+            at_most(
+                f"distance of the {law.name} from {law.theory:g}",
+                distance(power(done, law), law.theory),
+                MARGIN,
             )
-        ),
-        controls=", ".join(f"{law.name} {written(power(done, law))}" for law in LIMITS),
-        sentences=_sentences(done),
-        table=_table(done),
+            for law in laws
+        ]
+        for laws in (LAWS, LIMITS)
     )
+    table = tabulate(
+        "powers of",
+        {part.label: where(done, part=name) for name, part in PARTS.items()},
+        {name: figure(key) for name, key in POWERS.items()},
+        about="The drift is what runs with different batches have in common, the noise of that "
+        "mean taken out; the diffusion is the root mean square displacement of the summed noise. "
+        "The law of the drift is the limit of learning rate × steps going to 0; that of the "
+        "diffusion takes independent batches.",
+    )
+    return Findings([*beside, *controls(*limits)], table)
 
 
-def _sentences(done: Sequence[Done]) -> list[str]:
-    alone = {
-        part: t_interval([*by_seed(done, "alone", part=part).values()])
-        for part in ("independent", "later", "converged")
-    }
-    return [
-        "The drift is what runs with different batches have in common, the noise of that mean "
-        "taken out; the diffusion is the root mean square displacement of the summed noise.",
-        "The law of the drift is a limit: the power is 1 as long as the mean gradient stays what "
-        "it is, so for learning rate × steps going to 0. The full-batch part alone, which holds no "
-        f"noise, has power {written(alone['independent'])} at rate 1e-4, "
-        f"{written(alone['later'])} at 2e-3 and {written(alone['converged'])} to convergence.",
-        "The law of the diffusion assumes independent batches: a pass over shuffled data uses "
-        "every example once, and its noise adds up to zero at the end.",
-    ]
-
-
-def _table(done: Sequence[Done]) -> list[list[str]]:
-    keys = {
-        "T, drift": "drift",
-        "T, diffusion": "diffusion",
-        "T, full-batch part": "alone",
-        "b": "batch",
-        "n": "noise",
-    }
-    rows = [["powers of", *keys]]
-    for name, part in PARTS.items():
-        cells = []
-        for key in keys.values():
-            runs = [d.found.get(key) for d in done if d.settings["part"] == name]
-            values = [v for v in runs if v is not None]
-            cells.append(written(t_interval(values)) if values else "")
-        rows.append([part.label, *cells])
-    return rows
+POWERS = {
+    "T, drift": "drift",
+    "T, diffusion": "diffusion",
+    "T, full-batch part": "alone",
+    "b": "batch",
+    "n": "noise",
+}
+COLOURS = {"independent": "poprisk", "later": "adamw", "converged": "peer", "shuffled": "paper"}
 
 
 def show(done: Sequence[Done]) -> list[Plot | Picture]:
     """Drift and diffusion over time, with independent batches and beyond the limits."""
+    drifts, walks = (
+        [
+            found_line(PARTS[part].label, runs, "times", key, colour)
+            for part, colour in COLOURS.items()
+            if (runs := where(done, part=part))
+        ]
+        for key in ("drifts", "walks")
+    )
     return [
-        Plot("Drift", "steps", "relative size", _lines(done, "drifts"),
+        Plot("Drift", "steps", "relative size", drifts,
              "The summed full-batch part of one run a seed over its size at step 4, mean with 95% "
              "intervals; slope 1 on these axes until the mean gradient is used up.",
              log_x=True, log_y=True),
-        Plot("Diffusion", "steps", "relative size", _lines(done, "walks"),
+        Plot("Diffusion", "steps", "relative size", walks,
              "The summed noise of the same runs in the same unit: slope 1/2, and turning back with "
              "shuffled passes.", log_x=True, log_y=True),
     ]  # fmt: skip
-
-
-def _lines(done: Sequence[Done], key: str) -> list[Curve]:
-    colours = {"independent": "poprisk", "later": "adamw", "converged": "peer", "shuffled": "paper"}
-    curves = []
-    for part, colour in colours.items():
-        runs = [d.found for d in done if d.settings["part"] == part]
-        if runs:
-            rows = [r[key] for r in runs]
-            curves.append(mean_curve(PARTS[part].label, runs[0]["times"], rows, colour))
-    return curves
 
 
 CLAIM = Claim(

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
 from poprisk.intervals import Interval, t_interval
-from poprisk_lab.studies.claim import (
-    Claim,
-    Curve,
-    Done,
-    Findings,
-    Picture,
-    Plot,
-    Trial,
-    where,
+from poprisk.task import Task
+from poprisk_lab.controls import UpdateTrace
+from poprisk_lab.plots import Line, Picture, Plot, rounded, seeds_line, tabulate
+from poprisk_lab.studies.claim import Claim, Done, Findings, Found, Trial, Workspace, where
+from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls, difference
+from poprisk_lab.studies.optimizers import (
+    Contestant,
+    Step,
+    contestants,
+    make_optimizer,
+    of_arm,
+    train_with_control,
 )
-from poprisk_lab.studies.curves import mean_curve
-from poprisk_lab.studies.image_runs import decode, run, side_by_side, square, task_of
-from poprisk_lab.studies.judge import Criterion, difference, written
-from poprisk_lab.studies.optimizers import Contestant, contestants, of_arm
+from poprisk_lab.tasks.image import image
 
 NETWORKS = {"siren": "SIREN", "fourier": "Fourier features"}
 LOST_AT_MOST = 0.5
@@ -27,6 +33,8 @@ LOST_AT_MOST = 0.5
 ADAMW = {0.01: (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 1.0: (1e-5, 3e-5, 1e-4)}
 GATED = (3e-4, 1e-3)
 DECAY = 0.01
+GAP = 4
+ENLARGED = 4
 
 
 def trials(quick: bool) -> list[Trial]:
@@ -60,6 +68,110 @@ def trials(quick: bool) -> list[Trial]:
     ]
 
 
+def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+    """Train one network on one noisy picture, and beside it AdamW at its update sizes if asked."""
+
+    def train(arm: str, trace: UpdateTrace | None, step: Step) -> list[Found]:
+        return [_train(settings, arm, trace, step, seed) for seed in settings["seeds"]]
+
+    return train_with_control(train, settings["arm"], matched=settings["matched"])
+
+
+def task_of(settings: dict[str, Any], seed: int) -> Task:
+    """The noisy picture of a trial."""
+    names = ("noise", "size", "network", "picture")
+    return image(seed, **{name: settings[name] for name in names})
+
+
+def _train(
+    settings: dict[str, Any], arm: str, trace: UpdateTrace | None, step: Step, seed: int
+) -> Found:
+    task = task_of(settings, seed)
+    x, y = task.train
+    torch.manual_seed(seed)
+    model = task.model()
+    optimizer = make_optimizer(
+        arm,
+        model,
+        lr=settings["lr"],
+        weight_decay=settings["weight_decay"],
+        batch_size=task.batch_size,
+        dataset_size=len(x),
+        trace=trace,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    quality = []
+    for epoch in range(1, settings["epochs"] + 1):
+        for batch in torch.randperm(len(x), generator=generator).split(task.batch_size):
+            optimizer.zero_grad()
+            task.loss(model(x[batch]), y[batch]).mean().backward()
+            step(optimizer)
+        if epoch % settings["every"] == 0:
+            quality.append(psnr(_outputs(model, x), task.test[1]))
+    return _found(task, _outputs(model, x), quality, keep=seed in settings["keep"])
+
+
+def _outputs(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def _found(task: Task, end: Tensor, quality: list[float], *, keep: bool) -> Found:
+    best = max(quality)
+    memorized = task.memorized(end)
+    return {
+        "quality": rounded(quality),
+        "final": round(quality[-1], 4),
+        "best": round(best, 4),
+        "lost": round(best - quality[-1], 4),
+        "best_at": quality.index(best),
+        "memorized": None if memorized is None else round(memorized, 4),
+        "picture": encode(square(end)) if keep else "",
+    }
+
+
+def psnr(outputs: Tensor, clean: Tensor) -> float:
+    r"""Peak signal-to-noise ratio :math:`-10 \log_{10}` of the mean squared error, in dB.
+
+    The peak is 1; both of one shape.
+
+    Example:
+        >>> psnr(torch.full((4,), 0.1), torch.zeros(4))
+        20.0
+    """
+    return round(-10 * math.log10(float((outputs - clean).double().square().mean())), 6)
+
+
+def square(values: Tensor) -> Tensor:
+    """Grey values (size², 1) as a picture (size, size) of bytes."""
+    size = math.isqrt(len(values))
+    return (values.reshape(size, size).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def encode(pixels: Tensor) -> str:
+    """A picture (h, w) of bytes as a PNG in base64."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def decode(png: str) -> Tensor:
+    """The picture (h, w) of bytes that :func:`encode` made a PNG of."""
+    import numpy as np
+    from PIL import Image
+
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(png)))))
+
+
+def side_by_side(pictures: list[Tensor]) -> str:
+    """Pictures of one size (h, w) in a row, enlarged, as a PNG in base64."""
+    large = [p.repeat_interleave(ENLARGED, 0).repeat_interleave(ENLARGED, 1) for p in pictures]
+    gap = torch.full((len(large[0]), GAP), 255, dtype=torch.uint8)
+    return encode(torch.cat([part for p in large for part in (p, gap)][:-1], 1))
+
+
 class Field(NamedTuple):
     """The contestants on one network that are compared.
 
@@ -78,6 +190,11 @@ class Field(NamedTuple):
     hindsight: Contestant
     soft: Contestant
     all: list[Contestant]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether AdamW's best end lies at the smallest learning rate of its grid."""
+        return self.adamw.lr == min(c.lr for c in of_arm(self.all, "adamw"))
 
     def same(self, arm: str, **fields: Any) -> Contestant:
         """The contestant of an arm with the soft mask's learning rate and decay."""
@@ -110,140 +227,71 @@ def _best(among: list[Contestant], key: str = "final") -> Contestant:
 def judge(done: Sequence[Done]) -> Findings:
     """No stop needed, and a better end than AdamW's best; the controls beside."""
     found = fields(done)
-    return Findings(
-        criteria=[c for field in found for c in _deciding(field)]
-        + [c for field in found for c in _controls(field)],
-        ours="; ".join(_ours(field) for field in found),
-        controls=" ".join(_controls_in_words(field) for field in found),
-        sentences=[s for field in found for s in _sentences(field)],
-        table=_table(found),
+    table = tabulate(
+        "network and optimizer",
+        {
+            f"{field.name}: {c.label}": [*c.found.values()]
+            for field in found
+            for c in sorted(field.all, key=lambda c: -c.mean("final"))
+        },
+        {name: lambda f, key=key: f[key] for name, key in FIGURES.items()},
+        percent=["noise in the picture"],
+        about="dB of PSNR to the clean picture; the best moment is known only with it at hand.",
     )
+    edges = [field.name for field in found if field.at_edge]
+    note = "AdamW's best end is at the smallest learning rate of the grid"
+    return Findings(
+        [*(c for f in found for c in _decided(f)),
+         *controls(*(c for f in found for c in _beside(f)))],
+        table,
+        [f"{', '.join(edges)}: {note}: a wider one may hold a better one."] if edges else [],
+        main=1,
+    )  # fmt: skip
 
 
-def _deciding(field: Field) -> list[Criterion]:
+FIGURES = {
+    "final": "final",
+    "best moment": "best",
+    "lost": "lost",
+    "noise in the picture": "memorized",
+}
+
+
+def _decided(field: Field) -> list[Criterion]:
     return [
-        Criterion(
-            f"{field.name}: dB that Algorithm 1 loses from its best moment to the end",
-            _lost(field.paper),
-            needed=LOST_AT_MOST,
-            at_most=True,
-        ),
-        Criterion(
-            f"{field.name}: dB by which Algorithm 1 ends above the best end of AdamW's grid",
-            _above(field.paper, field.adamw),
-            needed=0.0,
-        ),
-    ]
+        at_most(f"{field.name}: dB that Algorithm 1 loses from its best moment to the end",
+                _lost(field.paper), LOST_AT_MOST),
+        at_least(f"{field.name}: dB by which Algorithm 1 ends above the best end of AdamW's grid",
+                 _above(field.paper, field.adamw), 0.0),
+    ]  # fmt: skip
 
 
-def _controls(field: Field) -> list[Criterion]:
+def _beside(field: Field) -> list[Criterion]:
     auto = _best(of_arm(field.all, "auto"))
-    hindsight = difference(field.paper.values("final"), field.hindsight.values("best"))
-    shared: dict[str, Any] = {"needed": 0.0, "decides": False}
-    return [
-        Criterion(
-            f"{field.name}: dB by which it ends above AdamW stopped at its best moment",
-            hindsight,
-            needed=-LOST_AT_MOST,
-            decides=False,
-        ),
-        *(
-            Criterion(f"{field.name}: dB by which the soft mask ends above {name}", gap, **shared)
-            for name, gap in _rivals(field).items()
-        ),
-        Criterion(
-            f"{field.name}: dB that PopRiskAdamW's defaults lose to the end",
-            _lost(auto),
-            needed=LOST_AT_MOST,
-            at_most=True,
-            decides=False,
-        ),
-        Criterion(
-            f"{field.name}: dB by which the defaults end above the best end of AdamW's grid",
-            _above(auto, field.adamw),
-            **shared,
-        ),
-    ]
-
-
-def _rivals(field: Field) -> dict[str, Interval]:
-    """The soft mask against AdamW at its learning rate, at its update sizes, and shuffled."""
-    return {
-        "AdamW at its learning rate": _above(field.soft, field.same("adamw")),
-        "AdamW at its update sizes": _above(field.soft, field.same("matched", follows="soft")),
-        "its own mask shuffled": _above(field.soft, field.same("shuffled-soft")),
+    rivals = {
+        "AdamW at its learning rate": field.same("adamw"),
+        "AdamW at its update sizes": field.same("matched", follows="soft"),
+        "its own mask shuffled": field.same("shuffled-soft"),
     }
+    return [
+        at_least(f"{field.name}: dB by which it ends above AdamW stopped at its best moment",
+                 difference(field.paper.values("final"), field.hindsight.values("best")),
+                 -LOST_AT_MOST),
+        *(at_least(f"{field.name}: dB by which the soft mask ends above {name}",
+                   _above(field.soft, rival), 0.0) for name, rival in rivals.items()),
+        at_most(f"{field.name}: dB that PopRiskAdamW's defaults lose to the end",
+                _lost(auto), LOST_AT_MOST),
+        at_least(f"{field.name}: dB by which the defaults end above the best end of AdamW's grid",
+                 _above(auto, field.adamw), 0.0),
+    ]  # fmt: skip
 
 
 def _lost(contestant: Contestant) -> Interval:
-    return t_interval(list(contestant.values("lost").values()))
+    return t_interval(contestant.values("lost").values())
 
 
 def _above(a: Contestant, b: Contestant) -> Interval:
     return difference(a.values("final"), b.values("final"))
-
-
-def _ours(field: Field) -> str:
-    return (
-        f"{field.name}: ends {written(_above(field.paper, field.adamw))} dB above AdamW's best "
-        f"end, {written(_lost(field.paper))} dB below its own best moment"
-    )
-
-
-def _controls_in_words(field: Field) -> str:
-    gaps = ", ".join(f"{name} {written(gap)}" for name, gap in _rivals(field).items())
-    hindsight = difference(field.paper.values("final"), field.hindsight.values("best"))
-    return (
-        f"{field.name}, dB gained by the soft mask on {gaps}; by Algorithm 1 on AdamW stopped at "
-        f"its best moment {written(hindsight)}."
-    )
-
-
-def _sentences(field: Field) -> list[str]:
-    paper, adamw = field.paper, field.adamw
-    same = field.same("adamw")
-    edge = adamw.lr == min(c.lr for c in of_arm(field.all, "adamw"))
-    return [
-        f"{field.name}: {paper.label} ends at {paper.mean('final'):.1f} dB with "
-        f"{paper.mean('memorized'):.0%} of the noise in the picture; "
-        f"the best end of AdamW's grid ({adamw.label}) is {adamw.mean('final'):.1f} dB with "
-        f"{adamw.mean('memorized'):.0%}, and at the soft mask's learning rate AdamW ends at "
-        f"{same.mean('final'):.1f} dB with {same.mean('memorized'):.0%}.",
-        f"{field.name}: AdamW's best moment is {field.hindsight.mean('best'):.1f} dB "
-        f"({field.hindsight.label}), seen only with the clean picture at hand.",
-        f"{field.name}: at their own best learning rates, "
-        + " and ".join(f"{c.label} ends at {c.mean('final'):.1f} dB" for c in _own_best(field))
-        + ".",
-        *(
-            [
-                f"{field.name}: AdamW's best end is at the smallest learning rate of the grid, and "
-                f"{adamw.mean('lost'):.1f} dB below that run's own best moment."
-            ]
-            if edge
-            else []
-        ),
-    ]
-
-
-def _own_best(field: Field) -> list[Contestant]:
-    """The controls, each at the learning rate that serves it best."""
-    return [_best(of_arm(field.all, arm)) for arm in ("matched", "shuffled-soft")]
-
-
-def _table(found: Sequence[Field]) -> list[list[str]]:
-    header = ["Network and optimizer", "Final PSNR, dB", "Best PSNR", "Lost", "Noise in picture"]
-    rows = [
-        [
-            f"{field.name}: {c.label}",
-            written(t_interval(list(c.values("final").values()))),
-            f"{c.mean('best'):.2f}",
-            f"{c.mean('lost'):.2f}",
-            f"{c.mean('memorized'):.0%}",
-        ]
-        for field in found
-        for c in sorted(field.all, key=lambda c: -c.mean("final"))
-    ]
-    return [header, *rows]
 
 
 def show(done: Sequence[Done]) -> list[Plot | Picture]:
@@ -277,10 +325,10 @@ def _plot(field: Field, every: int) -> Plot:
     )
 
 
-def _line(name: str, contestant: Contestant, every: int, dash: str) -> Curve:
-    rows = list(contestant.values("quality").values())
+def _line(name: str, contestant: Contestant, every: int, dash: str) -> Line:
+    rows = [*contestant.values("quality").values()]
     epochs = [every * (i + 1) for i in range(len(rows[0]))]
-    return mean_curve(name, epochs, rows, contestant.colour, dash=dash)
+    return seeds_line(name, epochs, rows, contestant.colour, dash=dash)
 
 
 def _picture(field: Field, network: str, done: Sequence[Done]) -> Picture:

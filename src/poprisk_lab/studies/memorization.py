@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from poprisk.intervals import Interval, t_interval
-from poprisk_lab.studies.claim import (
-    Claim,
-    Curve,
-    Done,
-    Findings,
-    Found,
-    Picture,
-    Plot,
-    Trial,
-    Workspace,
-)
-from poprisk_lab.studies.curves import mean_curve, rounded, thinned
-from poprisk_lab.studies.judge import Criterion, difference, written
+from poprisk_lab.plots import Line, Picture, Plot, Table, rounded, seeds_line, thinned, written
+from poprisk_lab.studies.claim import Claim, Done, Findings, Found, Trial, Workspace
+from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls, difference
 from poprisk_lab.verdict import DEFAULT_ADAMW
 
 OURS, MATCHED, SHUFFLED, PAPER = "poprisk", "rms-matched", "shuffled", "paper-soft"
@@ -102,7 +92,7 @@ def _summary(rows: list[dict[str, Any]]) -> Found:
     return found | {"curves": curves}
 
 
-class Table:
+class Levels:
     """What was found, by arm, noise and seed."""
 
     def __init__(self, done: Sequence[Done]) -> None:
@@ -128,9 +118,9 @@ class Table:
         """The mean over the noisy levels, by seed."""
         return _mean([self.values(arm, noise, key) for noise in self.noisy])
 
-    def hindsight(self) -> Values:
-        """Mean accuracy over the noisy levels of the best AdamW of each, by seed."""
-        return _mean([self.values(self.best(noise), noise) for noise in self.noisy])
+    def gained(self, a: str, b: str, key: str = "accuracy") -> Interval:
+        """What one arm has more than another, averaged over the noisy levels."""
+        return difference(self.averaged(a, key), self.averaged(b, key))
 
     def best(self, noise: float) -> str:
         """The AdamW of the grid with the best final test accuracy on average."""
@@ -144,135 +134,64 @@ def _mean(levels: list[Values]) -> Values:
 
 def judge(done: Sequence[Done]) -> Findings:
     """More accurate than AdamW at the same settings, less memorized, nothing lost without noise."""
-    table = Table(done)
-    lead = {n: difference(table.values(OURS, n), table.values(SAME, n)) for n in table.noises}
-    criteria = list[Criterion]()
-    for noise in table.noisy:
-        criteria += [
-            _gain(f"{noise:.0%} wrong labels: accuracy gained on AdamW at equal settings",
-                  lead[noise]),
-            Criterion(
-                f"{noise:.0%} wrong labels: share of them memorized, minus AdamW's",
-                difference(table.values(OURS, noise, "memorized"),
-                           table.values(SAME, noise, "memorized")),
-                0.0, at_most=True, percent=True,
-            ),
+    levels = Levels(done)
+    lead = {n: difference(levels.values(OURS, n), levels.values(SAME, n)) for n in levels.noises}
+    decided = list[Criterion]()
+    for noise in levels.noisy:
+        kept = (levels.values(arm, noise, "memorized") for arm in (OURS, SAME))
+        decided += [
+            at_least(f"{noise:.0%} wrong labels: accuracy gained on AdamW at equal settings",
+                     lead[noise], 0.0, percent=True),
+            at_most(f"{noise:.0%} wrong labels: share of them memorized, minus AdamW's",
+                    difference(*kept), 0.0, percent=True),
         ]  # fmt: skip
-    criteria += [_gain("right labels: accuracy gained on AdamW, a loss of one point allowed",
-                       lead[n], needed=-COST) for n in table.noises if n == 0]  # fmt: skip
-    criteria += _literal(table) + _controls(table)
-    return Findings(
-        criteria,
-        ours=_ours(table),
-        controls=_controls_in_words(table),
-        sentences=_sentences(table),
-        table=_rows(table),
-    )
-
-
-def _gain(
-    asks: str, found: Interval, *, needed: float = 0.0, decides: bool = True, at_most: bool = False
-) -> Criterion:
-    return Criterion(asks, found, needed, percent=True, decides=decides, at_most=at_most)
-
-
-def _literal(table: Table) -> list[Criterion]:
-    """Algorithm 1 to the letter, averaged over the noisy levels."""
-    accuracy, memorized = (
-        difference(table.averaged(PAPER, key), table.averaged(SAME, key))
-        for key in ("accuracy", "memorized")
-    )
-    return [
-        _gain(
-            "Algorithm 1 to the letter, soft mask: accuracy gained on AdamW, mean of levels",
-            accuracy,
-        ),
-        _gain(
-            "Algorithm 1: share of wrong labels memorized, minus AdamW's", memorized, at_most=True
-        ),
+    allowed = "right labels: accuracy gained on AdamW, a loss of one point allowed"
+    decided += [at_least(allowed, lead[n], -COST, percent=True) for n in levels.noises if n == 0]
+    decided += [
+        at_least("Algorithm 1 to the letter, soft mask: accuracy gained on AdamW, mean of levels",
+                 levels.gained(PAPER, SAME), 0.0, percent=True),
+        at_most("Algorithm 1: share of wrong labels memorized, minus AdamW's",
+                levels.gained(PAPER, SAME, "memorized"), 0.0, percent=True),
+    ]  # fmt: skip
+    beside = [
+        at_least(f"{n:.0%} wrong labels: gained on the best AdamW of the grid, picked by the test "
+                 "set", difference(levels.values(OURS, n), levels.values(levels.best(n), n)), 0.0,
+                 percent=True)
+        for n in levels.noises
+    ]  # fmt: skip
+    rivals = {MATCHED: "AdamW at the same update sizes", SHUFFLED: "a shuffled mask"}
+    beside += [
+        at_least(f"gained on {name}, mean over noise levels", levels.gained(OURS, arm), 0.0,
+                 percent=True)
+        for arm, name in rivals.items()
+    ]  # fmt: skip
+    edges = [n for n in levels.noises if levels.best(n) in (*GRID[:2], *GRID[-2:])]
+    notes = [
+        f"With {n:.0%} wrong labels the best AdamW lies at the edge of the grid "
+        f"({_label(levels.best(n))}): a wider one may hold a better one."
+        for n in edges
     ]
+    return Findings([*decided, *controls(*beside)], _table(levels), notes)
 
 
-def _controls(table: Table) -> list[Criterion]:
-    found = []
-    for noise in table.noises:
-        rival = table.values(table.best(noise), noise)
-        against = difference(table.values(OURS, noise), rival)
-        asks = f"{noise:.0%} wrong labels: gained on the best AdamW of the grid, picked by the "
-        found.append(_gain(asks + "test set", against, decides=False))
-    for arm, words in ((MATCHED, "AdamW at the same update sizes"), (SHUFFLED, "a shuffled mask")):
-        against = difference(table.averaged(OURS, "accuracy"), table.averaged(arm, "accuracy"))
-        found.append(_gain(f"gained on {words}, mean over noise levels", against, decides=False))
-    return found
+FIGURES = {"accuracy": "accuracy", "best epoch": "best", "memorized": "memorized"}
 
 
-def _spread(values: Values) -> str:
-    return written(t_interval([*values.values()]), percent=True)
-
-
-def _ours(table: Table) -> str:
-    return "; ".join(
-        f"{noise:.0%} wrong: {_spread(table.values(OURS, noise))} accurate, "
-        f"{_spread(table.values(OURS, noise, 'memorized'))} of them memorized"
-        for noise in table.noisy
-    )
-
-
-def _controls_in_words(table: Table) -> str:
-    ours = table.averaged(OURS, "accuracy")
-    if not ours:
-        return ""
-    rivals = {
-        "AdamW": table.averaged(SAME, "accuracy"),
-        "the best AdamW of each level": table.hindsight(),
-        "AdamW at the same update sizes": table.averaged(MATCHED, "accuracy"),
-        "a shuffled mask": table.averaged(SHUFFLED, "accuracy"),
+def _table(levels: Levels) -> Table:
+    """Final accuracy and share of the wrong labels memorized, by arm and noise level."""
+    columns: dict[str, Callable[[str], Interval]] = {
+        f"{noise:.0%} wrong: {name}": lambda arm, n=noise, key=key: t_interval(
+            levels.values(arm, n, key).values()
+        )
+        for noise in levels.noises
+        for name, key in FIGURES.items()
+        if noise or key != "memorized"
     }
-    gained = ", ".join(
-        f"{name} {written(difference(ours, rival), percent=True)}" for name, rival in rivals.items()
-    )
-    return f"accuracy gained, mean over noise levels, on {gained}"
-
-
-def _sentences(table: Table) -> list[str]:
-    found = []
-    for noise in table.noisy:
-        best = table.best(noise)
-        gap = difference(table.values(OURS, noise), table.values(best, noise))
-        oracle = t_interval([*table.values(SAME, noise, "best").values()]).mean
-        found.append(
-            f"With {noise:.0%} wrong labels AdamW at the same settings memorizes "
-            f"{_spread(table.values(SAME, noise, 'memorized'))} of them; at its best epoch, picked "
-            f"by the test set, it has {oracle:.1%}. The best of the grid is {_label(best)}; "
-            f"against it PopRiskAdamW is {_told(gap)}."
-        )
-    if table.noisy:
-        shares = (
-            f"{LABELS[arm].removeprefix('Algorithm 1, ')} "
-            f"{_spread(table.values(arm, table.noisy[-1], 'memorized'))}"
-            for arm in table.arms
-            if arm.startswith("paper")
-        )
-        found.append(
-            f"Memorized by Algorithm 1 to the letter, {table.noisy[-1]:.0%} wrong labels: "
-            f"{', '.join(shares)}."
-        )
-    for noise in table.noises:
-        if table.best(noise) in (GRID[0], GRID[1], GRID[-2], GRID[-1]):
-            found.append(
-                f"With {noise:.0%} wrong labels the best AdamW lies at the edge of the grid "
-                f"({_label(table.best(noise))}): a wider one may hold a better one."
-            )
-    return found
-
-
-def _told(gap: Interval) -> str:
-    size = f"{written(gap, percent=True)} in accuracy"
-    if gap.few:
-        return f"too few seeds to tell: {size}"
-    if gap.low > 0:
-        return f"better by {size}"
-    return f"worse, by {size}" if gap.high < 0 else f"not told apart: {size}"
+    rows = [
+        [_label(arm), *(written(found(arm), percent=True) for found in columns.values())]
+        for arm in levels.arms
+    ]
+    return Table(["arm", *columns], rows, "The best epoch is picked by the test set.")
 
 
 def _label(arm: str) -> str:
@@ -280,19 +199,6 @@ def _label(arm: str) -> str:
         return LABELS[arm]
     lr, decay = arm.removeprefix("adamw-lr").split("-wd")
     return f"AdamW, lr {lr}, decay {decay}"
-
-
-def _rows(table: Table) -> list[list[str]]:
-    header = ["final accuracy, share of wrong labels memorized"]
-    rows = [[*header, *(f"{noise:.0%} wrong" for noise in table.noises)]]
-    for arm in table.arms:
-        cells = [_label(arm)]
-        for noise in table.noises:
-            accuracy = _spread(table.values(arm, noise))
-            shares = table.values(arm, noise, "memorized")
-            cells.append(accuracy + (f", {_spread(shares)}" if shares else ""))
-        rows.append(cells)
-    return rows
 
 
 COLOURS = {
@@ -307,44 +213,44 @@ COLOURS = {
 
 def show(done: Sequence[Done]) -> list[Plot | Picture]:
     """Accuracy and memorization by noise level, and along the runs at one level."""
-    table = Table(done)
-    at = min(table.noisy, key=lambda noise: abs(noise - 0.4))
+    levels = Levels(done)
+    at = min(levels.noisy, key=lambda noise: abs(noise - 0.4))
     return [
         Plot("Final accuracy", "share of wrong labels", "test accuracy",
-             _by_noise(table, "accuracy", table.noises),
+             _by_noise(levels, "accuracy", levels.noises),
              "Mean over seeds with 95% intervals; no run was stopped early. The best AdamW is "
              "picked by the test set at each level."),
         Plot("Memorization", "share of wrong labels", "share reproduced",
-             _by_noise(table, "memorized", table.noisy),
+             _by_noise(levels, "memorized", levels.noisy),
              "How many of the wrong labels the trained net gives back, at the end."),
         Plot(f"Accuracy along the runs, {at:.0%} wrong labels", "epoch", "test accuracy",
-             _along(table, "accuracies", at), "AdamW learns first and memorizes then."),
+             _along(levels, "accuracies", at), "AdamW learns first and memorizes then."),
         Plot(f"Memorization along the runs, {at:.0%} wrong labels", "epoch",
-             "share reproduced", _along(table, "shares", at),
+             "share reproduced", _along(levels, "shares", at),
              "One in ten or so is a chance agreement before anything is learned."),
     ]  # fmt: skip
 
 
-def _by_noise(table: Table, key: str, noises: Sequence[float]) -> list[Curve]:
+def _by_noise(levels: Levels, key: str, noises: Sequence[float]) -> list[Line]:
     found = []
     for arm, (colour, dash) in COLOURS.items():
         label = "AdamW, best of the grid" if arm == "best" else LABELS[arm]
-        arms = [table.best(noise) if arm == "best" else arm for noise in noises]
-        columns = [table.values(a, noise, key) for a, noise in zip(arms, noises, strict=True)]
+        arms = [levels.best(noise) if arm == "best" else arm for noise in noises]
+        columns = [levels.values(a, noise, key) for a, noise in zip(arms, noises, strict=True)]
         seeds = sorted(set.intersection(*map(set, columns))) if columns else []
         if seeds:
             rows = [[column[seed] for column in columns] for seed in seeds]
-            found.append(mean_curve(label, list(noises), rows, colour, dash=dash))
+            found.append(seeds_line(label, list(noises), rows, colour, dash=dash))
     return found
 
 
-def _along(table: Table, key: str, noise: float) -> list[Curve]:
+def _along(levels: Levels, key: str, noise: float) -> list[Line]:
     found = []
     for arm, (colour, dash) in COLOURS.items():
-        runs = [r["curves"] for r in table.runs.get((arm, noise), {}).values()]
+        runs = [r["curves"] for r in levels.runs.get((arm, noise), {}).values()]
         if runs:
             rows = [curves[key] for curves in runs]
-            found.append(mean_curve(LABELS[arm], runs[0]["epochs"], rows, colour, dash=dash))
+            found.append(seeds_line(LABELS[arm], runs[0]["epochs"], rows, colour, dash=dash))
     return found
 
 

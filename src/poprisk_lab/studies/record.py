@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from poprisk_lab.store import replace_text
 from poprisk_lab.studies.claim import Claim, Done, Findings
-from poprisk_lab.studies.judge import verdict
+from poprisk_lab.studies.criteria import verdict
 from poprisk_lab.studies.run import Progress
 
 FOLDER = Path(__file__).parents[3] / "records"

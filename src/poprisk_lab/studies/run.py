@@ -8,11 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-from poprisk_lab.results import Done, finished
-from poprisk_lab.runner import environment, run_study
+from poprisk_lab.runner import environment, run_trials
 from poprisk_lab.store import FORMAT, Kind, Row, Store
 from poprisk_lab.studies.claim import Claim
-from poprisk_lab.study import Study, Trial, missing_packages
+from poprisk_lab.study import Done, Study, Trial, end_of, missing_packages
 
 OnTrial = Callable[[str, int, int], None]
 """Told of a finished trial: its name, how many are done, of how many."""
@@ -47,10 +46,10 @@ class Progress(NamedTuple):
 
 @final
 class ClaimDirectory:
-    """The directory of one claim."""
+    """The directory of one claim, or of another study."""
 
-    def __init__(self, path: Path, claim: Claim) -> None:
-        self.path, self.claim = path, claim
+    def __init__(self, path: Path, claim: Claim | Study) -> None:
+        self.path, self._claim = path, claim
         self.store = Store(path, KIND)
 
     def create(self, *, quick: bool, workers: int) -> None:
@@ -59,11 +58,11 @@ class ClaimDirectory:
         Raises:
             RunDirectoryError: if it cannot be written or holds something else.
         """
-        trials = [[t.name, t.settings, list(t.needs)] for t in self.claim.trials(quick)]
+        trials = [[t.name, t.settings, list(t.needs)] for t in self._claim.trials(quick)]
         config = {
             "format": FORMAT,
             "poprisk": metadata.version("poprisk"),
-            "claim": self.claim.name,
+            "claim": self._claim.name,
             "quick": quick,
             "trials": json.loads(json.dumps(trials)),
         }
@@ -77,7 +76,8 @@ class ClaimDirectory:
         """
         config = self.store.config()
         trials = [Trial(name, given, tuple(needs)) for name, given, needs in config["trials"]]
-        ends, gone = finished(trials, self.store), missing_packages(trials)
+        rows, gone = self.store.rows(t.name for t in trials), missing_packages(trials)
+        ends = {name: end for name, found in rows.items() if (end := end_of(found)) is not None}
         blocked = [t for t in trials if gone & set(t.needs) and t.name not in ends]
         return Progress(
             done=[Done(t.settings, ends[t.name]["found"]) for t in trials if t.name in ends],
@@ -104,5 +104,4 @@ class ClaimDirectory:
                 count += 1
                 on_trial(trial.name, count, total)
 
-        study = Study(progress.left, self.claim.run)
-        run_study(study, self.store, workers=workers, on_row=tell)
+        run_trials(progress.left, self._claim.run, self.store, workers=workers, on_row=tell)

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from poprisk.task import Task
@@ -81,6 +82,10 @@ def _find(name: str) -> Callable[..., Any]:
     if name in BUILT_IN:
         return BUILT_IN[name]
     path, colon, function = name.rpartition(":")
+    if not colon and name.endswith(".py"):
+        found = _giving_tasks(_module(Path(name), name))
+        which = ", ".join(f"{name}:{f}" for f in found) or "none of its functions gives a Task"
+        raise TaskError(f"name the function of {name} that gives the task: {which}.")
     if not colon:
         raise TaskError(
             f"unknown task {name!r}; the built-in ones are {', '.join(BUILT_IN)}. Your own is "
@@ -90,8 +95,40 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _from_file(path: Path, function: str) -> Callable[..., Any]:
+    found = getattr(_module(path, f"{path}:{function}"), function, None)
+    if not callable(found):
+        raise TaskError(f"{path} has no function {function!r}.")
+    return found
+
+
+def _giving_tasks(module: ModuleType) -> list[str]:
+    """Functions that a module itself defines and that give a Task, as far as they say so.
+
+    Those are annotated to return one, or without an annotation and callable as a task is: all
+    parameters but ``seed`` have defaults.
+    """
+    found = []
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if name.startswith("_") or function.__module__ != module.__name__:
+            continue
+        signature = inspect.signature(function)
+        needed = {p.name for p in signature.parameters.values() if _is_needed(p)}
+        gives = signature.return_annotation
+        named = gives is Task or (isinstance(gives, str) and gives.rpartition(".")[2] == "Task")
+        if needed <= {"seed"} and (named or gives is inspect.Signature.empty):
+            found.append(name)
+    return found
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not many
+
+
+def _module(path: Path, name: str) -> ModuleType:
+    """The file of the task called ``name``, run."""
     if not path.is_file():
-        raise TaskError(f"no file {path} (task {path}:{function}).")
+        raise TaskError(f"no file {path} (task {name}).")
     spec = importlib.util.spec_from_file_location(f"poprisk_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} is not a Python file; a task is written path/to/file.py:function.")
@@ -106,7 +143,4 @@ def _from_file(path: Path, function: str) -> Callable[..., Any]:
         raise TaskError.of(f"{path} failed on import", error) from error
     finally:
         sys.dont_write_bytecode = kept
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise TaskError(f"{path} has no function {function!r}.")
-    return found
+    return module

@@ -1,8 +1,11 @@
-"""Settings of the claim on grokking: arms, grids, seeds."""
+"""Settings of the claim on grokking: arms, grids, seeds, single changes, and its trials."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from poprisk_lab.studies.claim import Trial
 
 BASE: dict[str, Any] = {
     "kind": "run",
@@ -125,3 +128,123 @@ LABELS = {
     "ours-512": "PopRiskAdamW, batch 512",
     "adamw-512": "AdamW, batch 512",
 }
+
+CHANGED_SEED = 0
+LIMIT = 6500
+"""A quarter more than the gate needs on this seed as it is."""
+NARROW = {"width": 64, "hidden": 128}
+FASTER = {"lr": 3e-3, "limit": 2500}
+
+
+class Change(NamedTuple):
+    """A change of settings: how to write it, what it is made to, what is set."""
+
+    label: str
+    arm: str
+    settings: dict[str, Any]
+
+
+def _gate(label: str, **gate: Any) -> Change:
+    return Change(label, "ours", {"gate": gate})
+
+
+CHANGES = {
+    "batch-128": Change("batches of 128", "ours", {"batch": 128}),
+    "lr": Change("learning rate 3e-3", "ours", FASTER),
+    "exact": Change(
+        "learning rate 3e-3, variance over examples",
+        "ours",
+        {**FASTER, "gate": {"variance": "exact"}},
+    ),
+    "decay": Change("decay 3", "ours", {"weight_decay": 3.0}),
+    "decay-gated": Change("decay gated as well", "ours", {"arm": "decay-gated"}),
+    "beta1": _gate("β₁ 0.97", betas=[0.97, 0.98]),
+    "beta2": Change("β₂ 0.999", "ours", {"beta2": 0.999}),
+    "hard": _gate("hard mask", mask="hard"),
+    "z-low": _gate("z 0.75", z=0.75),
+    "z-high": _gate("z 3", z=3.0),
+    "alpha": _gate("α 1", alpha=1.0),
+    "per-tensor": _gate("averaged over a tensor", reduction="per_tensor"),
+    "second-moment": _gate("variance from the second moment", variance="second-moment"),
+    "narrow": Change("half as wide", "ours", NARROW),
+    "deep": Change("two feed-forward layers", "ours", {"layers": 2}),
+    "paper-soft": Change("soft mask", "letter-snr", {"gate": {**LETTER, "mask": "soft"}}),
+    "paper-lr": Change("learning rate 3e-3", "letter-snr", {"lr": 3e-3}),
+    "adamw-batch-128": Change("batches of 128", "adamw-same", {"batch": 128}),
+    "adamw-lr": Change("learning rate 3e-3", "adamw-same", FASTER),
+    "adamw-decay": Change("decay 3", "adamw-same", {"weight_decay": 3.0}),
+    "adamw-beta2": Change("β₂ 0.999", "adamw-same", {"beta2": 0.999}),
+    "adamw-eps-5": Change("ε 1e-5", "adamw-same", {"eps": 1e-5}),
+    "adamw-eps-4": Change("ε 1e-4", "adamw-same", {"eps": 1e-4}),
+    "adamw-floor-low": Change("training loss held at 0.03", "adamw-same", {"floor": 0.03}),
+    "adamw-floor-high": Change("training loss held at 0.1", "adamw-same", {"floor": 0.1}),
+    "adamw-narrow": Change("half as wide", "adamw-same", NARROW),
+    "adamw-deep": Change("two feed-forward layers", "adamw-same", {"layers": 2}),
+}
+
+
+def settings_of(change: Change) -> dict[str, Any]:
+    """All settings of a changed run."""
+    return {**BASE, **ARMS[change.arm], "limit": LIMIT, "seed": CHANGED_SEED, **change.settings}
+
+
+FORCES: dict[str, dict[str, Any]] = {
+    "ours": {"kind": "forces", "every": 250, "limit": 6500},
+    "adamw-same": {"kind": "forces", "every": 250, "limit": 6500},
+    "ours-tuned": {"kind": "forces", "every": 50, "limit": 1500},
+    "adamw-tuned": {"kind": "forces", "every": 50, "limit": 1500},
+    "shuffled": {"kind": "forces", "every": 250, "limit": 6500, "edge": False},
+}
+"""Arms whose forces are measured, and when; a mask drawn anew at every step has no edge."""
+FEW = 2
+"""Trials of a kind in the quick form."""
+
+
+def trials(quick: bool) -> list[Trial]:
+    """Every arm on its seeds, the grids on the tuning seed, the channel, changes and forces."""
+    smaller = QUICK if quick else {}
+    found = [
+        _trial(name, {**BASE, **arm, **smaller}, seed)
+        for name, arm in ARMS.items()
+        for seed in range(FEW if quick else SEEDS[name])
+    ]
+    grids = [[*_adamw_grid()], [*_gate_grid()], [*_grokfast_grid()], [*_changed()]]
+    for grid in grids:
+        for name, settings in grid[:FEW] if quick else grid:
+            seed = settings.get("seed", TUNING_SEED)
+            found.append(_trial(name, {**BASE, **settings, **smaller}, seed))
+    channel = {**CHANNEL, **smaller, "asked": 40, "rank": 19} if quick else CHANNEL
+    found += [_trial("channel", channel, seed) for seed in range(FEW if quick else CHANNEL_SEEDS)]
+    for name in FORCES:
+        found.append(_trial(f"forces-{name}", {**BASE, **ARMS[name], **FORCES[name], **smaller}, 0))
+    return found
+
+
+def _adamw_grid() -> Iterator[tuple[str, dict[str, Any]]]:
+    points = [(lr, decay, 0.98) for lr, decay in GRID]
+    points += [(*point, beta2) for point in GRID[:2] for beta2 in BETAS]
+    for lr, decay, beta2 in points:
+        settings = {"arm": "adamw", "lr": lr, "weight_decay": decay, **FINE, "beta2": beta2}
+        yield f"grid-lr{lr:g}-wd{decay:g}-b{beta2:g}", settings
+
+
+def _gate_grid() -> Iterator[tuple[str, dict[str, Any]]]:
+    for lr, decay, z in GATE_GRID:
+        settings = {"arm": "poprisk", "lr": lr, "weight_decay": decay, "gate": {"z": z}, **FINE}
+        yield f"gate-grid-lr{lr:g}-wd{decay:g}-z{z:g}", settings
+
+
+def _grokfast_grid() -> Iterator[tuple[str, dict[str, Any]]]:
+    for lr, decay, strength in GROKFAST_GRID:
+        given = {"arm": "grokfast", "gate": {"grokfast_lamb": strength}, **FINE}
+        name = f"grokfast-grid-lr{lr:g}-wd{decay:g}-l{strength:g}"
+        yield name, {**given, "lr": lr, "weight_decay": decay}
+
+
+def _changed() -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, change in CHANGES.items():
+        yield f"change-{name}", settings_of(change)
+
+
+def _trial(name: str, settings: dict[str, Any], seed: int) -> Trial:
+    return Trial(f"{name}-{seed}", {**settings, "name": name, "seed": seed})

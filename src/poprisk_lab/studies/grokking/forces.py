@@ -33,14 +33,6 @@ from poprisk.optim.step import Facts, describe
 from poprisk_lab.studies.claim import Found, Workspace
 from poprisk_lab.studies.grokking import runs
 
-FORCES: dict[str, dict[str, Any]] = {
-    "ours": {"kind": "forces", "every": 250, "limit": 6500},
-    "adamw-same": {"kind": "forces", "every": 250, "limit": 6500},
-    "ours-tuned": {"kind": "forces", "every": 50, "limit": 1500},
-    "adamw-tuned": {"kind": "forces", "every": 50, "limit": 1500},
-    "shuffled": {"kind": "forces", "every": 250, "limit": 6500, "edge": False},
-}
-"""Arms whose forces are measured, and when; a mask drawn anew at every step has no edge."""
 COLUMNS = (
     "step", "loss", "accuracy", "norm", "growth", "shrinkage", "length", "straightness", "edge",
 )  # fmt: skip

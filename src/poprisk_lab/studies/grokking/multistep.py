@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from poprisk.intervals import t_interval
+from poprisk_lab.plots import Line, Picture, Plot, written
 from poprisk_lab.studies.claim import (
     Claim,
-    Curve,
     Done,
     Findings,
     Found,
-    Picture,
-    Plot,
     Trial,
     Workspace,
     by_seed,
     steps_of,
     where,
 )
+from poprisk_lab.studies.criteria import at_least, controls, difference, speed_up, steps_table
 from poprisk_lab.studies.grokking import runs
-from poprisk_lab.studies.judge import Criterion, difference, speed_up, written
 
 BASE: dict[str, Any] = {
     "table": "two-step",
@@ -72,71 +70,54 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
 
 def judge(done: Sequence[Done]) -> Findings:
     """Whether the gate learns the two-step task as well as AdamW at the same settings."""
-    best = {name: by_seed(done, "best", name=name) for name in ARMS}
-    gap = difference(best["ours"], best["adamw"])
-    literal = difference(best["letter-snr"], best["adamw"])
-    ours, adamw = (steps_of(done, name=name) for name in ("ours", "adamw"))
+    ours, adamw, letter = (by_seed(done, "best", name=n) for n in ("ours", "adamw", "letter-snr"))
     chance = 1 / done[0].settings["p"]
-    ends = {name: _final(done, name) for name in ARMS}
-    learned = t_interval(list(best["ours"].values()))
-    return Findings(
-        [
-            Criterion("best test accuracy, gate", learned, min(0.5, 3 * chance), percent=True),
-            Criterion("test accuracy, gate minus AdamW", gap, LEVEL, percent=True),
-            Criterion("Algorithm 1 (snr) minus AdamW", literal, LEVEL, percent=True, decides=False),
-            Criterion(
-                "test accuracy at the end, gate minus AdamW",
-                difference(ends["ours"], ends["adamw"]),
-                LEVEL,
-                percent=True,
-                decides=False,
-            ),
-            Criterion(
-                "times fewer steps to 95% than AdamW", speed_up(adamw, ours), 1.0, decides=False
-            ),
-        ],
-        ours=f"the gate reaches {written(learned, percent=True)} test accuracy, AdamW "
-        f"{written(t_interval(list(best['adamw'].values())), percent=True)}",
-        controls=f"Algorithm 1 to the letter {written(literal, percent=True)} against AdamW; at "
-        f"the end of training the gate stands at "
-        f"{written(t_interval(list(ends['ours'].values())), percent=True)}, AdamW at "
-        f"{written(t_interval(list(ends['adamw'].values())), percent=True)}",
-        sentences=[
-            f"95% is reached by {len(ours.reached) - ours.censored} of {len(ours.reached)} gated "
-            f"runs and by {len(adamw.reached) - adamw.censored} of AdamW's in "
-            f"{done[0].settings['limit']:,} steps."
-        ],
-        table=[
-            ["arm", "seed", "best test accuracy", "at the end", "steps to 95%"],
-            *(
-                [
-                    LABELS[d.settings["name"]][0],
-                    str(d.settings["seed"]),
-                    f"{100 * d.found['best']:.1f}%",
-                    f"{100 * d.found['curve'][-1][3]:.1f}%",
-                    str(d.found["reached"] or "never"),
-                ]
-                for d in done
-            ),
-        ],
+    decided = [
+        at_least("best test accuracy, gate", t_interval(ours.values()), min(0.5, 3 * chance),
+                 percent=True),
+        at_least("test accuracy, gate minus AdamW", difference(ours, adamw), LEVEL, percent=True),
+    ]  # fmt: skip
+    ends = [
+        {d.settings["seed"]: d.found["curve"][-1][3] for d in where(done, name=name)}
+        for name in ("ours", "adamw")
+    ]
+    faster = speed_up(steps_of(done, name="adamw"), steps_of(done, name="ours"))
+    beside = [
+        at_least("Algorithm 1 (snr) minus AdamW", difference(letter, adamw), LEVEL, percent=True),
+        at_least("test accuracy at the end, gate minus AdamW", difference(*ends), LEVEL,
+                 percent=True),
+        at_least("times fewer steps to 95% than AdamW", faster, 1.0),
+    ]  # fmt: skip
+    names = {label: name for name, (label, _) in LABELS.items()}
+
+    def mean(figure: Callable[[Done], float]) -> Callable[[str], str]:
+        return lambda label: written(
+            t_interval(map(figure, where(done, name=names[label]))), percent=True
+        )
+
+    table = steps_table(
+        "arm",
+        {label: steps_of(done, name=name) for label, name in names.items()},
+        lambda label: None if names[label] == "adamw" else steps_of(done, name="adamw"),
+        more={
+            "best test accuracy": mean(lambda d: d.found["best"]),
+            "at the end": mean(lambda d: d.found["curve"][-1][3]),
+        },
+        keep_all=True,
+        about="Steps to 95%; the log-rank test is against AdamW.",
     )
-
-
-def _final(done: Sequence[Done], name: str) -> dict[int, float]:
-    """Test accuracy at the last measurement, by seed."""
-    return {d.settings["seed"]: d.found["curve"][-1][3] for d in where(done, name=name)}
+    return Findings([*decided, *controls(*beside)], table)
 
 
 def show(done: Sequence[Done]) -> list[Plot | Picture]:
     """Accuracy over training, one line a seed."""
-    curves = []
+    lines = list[Line]()
     for name, (label, colour) in LABELS.items():
         for d in where(done, name=name):
-            x, y = [r[0] for r in d.found["curve"]], [r[3] for r in d.found["curve"]]
-            shown = label if d.settings["seed"] == 0 else ""
-            curves.append(Curve(shown, x, y, colour))
+            x, _, _, y = zip(*d.found["curve"], strict=True)
+            lines.append(Line(label if d.settings["seed"] == 0 else "", x, y, colour))
     about = "One line a seed; the same network, learning rate and decay for all."
-    return [Plot("Held-out accuracy", "step", "accuracy", curves, about)]
+    return [Plot("Held-out accuracy", "step", "accuracy", lines, about)]
 
 
 CLAIM = Claim(

@@ -1,23 +1,26 @@
-"""Is `fresh_batch_risk` unbiased on one-pass streams? python benchmarks/risk_fresh.py [SEEDS].
+"""Is `fresh_batch_risk` unbiased on one-pass streams?
 
 Three models learn from streams of noisy examples, each with three optimizers. At some steps the
 estimate is compared with what the realized step does to the risk: its product with the gradient of
-the mean loss on examples from the same source that are used for nothing else. Each finished run is
-a file in runs/risk-fresh; the results are gathered from all that are there.
+the mean loss on examples from the same source that are used for nothing else.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from risk_problems import (
+from torch import Tensor, nn
+
+from poprisk import PopRiskAdamW, fresh_batch_risk
+from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.results import where
+from poprisk_lab.studies.risk.problems import (
+    Data,
     Transformer,
     binary,
     cross_entropy,
@@ -26,13 +29,8 @@ from risk_problems import (
     ridges,
     squared,
 )
-from torch import Tensor, nn
+from poprisk_lab.study import Done, Found, Settings, Study, Trial
 
-from poprisk import PopRiskAdamW, fresh_batch_risk
-from poprisk_lab.runner import environment
-
-RUNS = Path("runs/risk-fresh")
-RESULTS = Path(__file__).parent / "results" / "risk-fresh.json"
 SEEDS = range(70, 85)
 BATCH, JUDGES = 32, 1024
 CHECKS = range(0, 128, 8)
@@ -42,7 +40,7 @@ CHECKS = range(0, 128, 8)
 class Stream(NamedTuple):
     """Where examples come from, what learns from them and by which loss."""
 
-    examples: Callable[[int], tuple[Tensor, Tensor]]
+    examples: Callable[[int], Data | tuple[Tensor, Tensor]]
     model: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
 
@@ -60,6 +58,7 @@ def bars(seed: int, *, n: int) -> tuple[Tensor, Tensor]:
 
 
 def cnn() -> nn.Module:
+    """Two convolutions on flat pictures of 8×8."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 8, 3, padding=1),
@@ -73,12 +72,10 @@ def cnn() -> nn.Module:
 
 LENGTH = BATCH * (max(CHECKS) + 1) + JUDGES
 STREAMS = {
-    "MLP": Stream(
-        lambda s: ridges(s, n=LENGTH, dimensions=10)[:2], lambda: mlp(10, 64, 1), squared
-    ),
-    "CNN": Stream(lambda s: bars(s, n=LENGTH), cnn, binary),
+    "MLP": Stream(partial(ridges, n=LENGTH, dimensions=10), lambda: mlp(10, 64, 1), squared),
+    "CNN": Stream(partial(bars, n=LENGTH), cnn, binary),
     "transformer": Stream(
-        lambda s: repeats(s, n=LENGTH, numbers=False, noise=0.25)[:2],
+        partial(repeats, n=LENGTH, numbers=False, noise=0.25),
         lambda: Transformer(4),
         cross_entropy,
     ),
@@ -91,6 +88,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 
 def flat(tensors: Any) -> Tensor:
+    """All entries in a row, float64."""
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
@@ -109,26 +107,37 @@ def judged(stream: Stream, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tens
     return flat(torch.autograd.grad(loss, list(model.parameters()))), float(loss.detach())
 
 
-def measure(stream: Stream, make: Any, seed: int) -> list[dict[str, float]]:
+def trials(quick: bool) -> list[Trial]:
+    """Every model with every optimizer on every seed; the quick form: two seeds of one model."""
+    return [
+        Trial(f"{model}-{name}-{seed}", {"model": model, "optimizer": name, "seed": seed})
+        for seed in (SEEDS[:2] if quick else SEEDS)
+        for model in (["MLP"] if quick else STREAMS)
+        for name in OPTIMIZERS
+    ]
+
+
+def run(settings: Settings, _: Workspace) -> Found:
     """Estimate and truth at every check of one run."""
-    x, y = stream.examples(seed)
+    stream, seed = STREAMS[settings["model"]], settings["seed"]
+    x, y = stream.examples(seed)[:2]
     torch.manual_seed(seed)
     model = stream.model()
-    optimizer = make(model)
+    optimizer = OPTIMIZERS[settings["optimizer"]](model)
     judges = x[-JUDGES:], y[-JUDGES:]
-    rows = []
+    rows = list[dict[str, float]]()
     for i in range(max(CHECKS) + 1):
         batch = slice(i * BATCH, (i + 1) * BATCH)
         xb, yb = x[batch], y[batch]
-        found = None
-        if i in CHECKS:
-            gradient, risk = judged(stream, model, *judges)
-            found = fresh_batch_risk(model, stream.loss, xb, yb, optimizer, fresh=True)
+        if i not in CHECKS:
+            step(model, optimizer, stream.loss(model(xb), yb))
+            continue
+        gradient, risk = judged(stream, model, *judges)
+        found = fresh_batch_risk(model, stream.loss, xb, yb, optimizer, fresh=True)
         update = step(model, optimizer, stream.loss(model(xb), yb))
-        if found is not None:
-            row = {"value": found.value, "error": found.standard_error, "batch": found.empirical}
-            rows.append({**row, "truth": float(gradient @ update), "level": found.level - risk})
-    return rows
+        row = {"value": found.value, "error": found.standard_error, "batch": found.empirical}
+        rows.append({**row, "truth": float(gradient @ update), "level": found.level - risk})
+    return {"checks": rows}
 
 
 def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
@@ -155,34 +164,19 @@ def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
     }
 
 
-def gather() -> None:
-    """Write the results of all runs that are there."""
-    cells: dict[str, Any] = {}
-    for model in STREAMS:
-        for name in OPTIMIZERS:
-            paths = [RUNS / f"{model}-{name}-{seed}.json" for seed in SEEDS]
-            runs = [json.loads(path.read_text()) for path in paths if path.exists()]
-            if len(runs) > 1:
-                cells[f"{model}, {name}"] = summary(runs)
-    content = {"environment": environment(1), "batch size": BATCH, "cells": cells}
-    content["chi square of z"] = sum(cell["z"] ** 2 for cell in cells.values())
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    for name, cell in cells.items():
-        print(name, {k: round(v, 4) for k, v in cell.items()})
+def report(done: Sequence[Done]) -> dict[str, Any]:
+    """Over the seeds of every model and optimizer."""
+    cells = {
+        f"{model}, {name}": summary([d.found["checks"] for d in found])
+        for model in STREAMS
+        for name in OPTIMIZERS
+        if (found := where(done, model=model, optimizer=name))
+    }
+    return {
+        "batch size": BATCH,
+        "cells": cells,
+        "chi square of z": sum(cell["z"] ** 2 for cell in cells.values()),
+    }
 
 
-def main(seeds: list[int]) -> None:
-    torch.set_num_threads(1)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
-        for model, stream in STREAMS.items():
-            for name, make in OPTIMIZERS.items():
-                path = RUNS / f"{model}-{name}-{seed}.json"
-                if not path.exists():
-                    path.write_text(json.dumps(measure(stream, make, seed)))
-        print("seed", seed, flush=True)
-    gather()
-
-
-if __name__ == "__main__":
-    main([int(s) for s in sys.argv[1:]] or list(SEEDS))
+STUDY = Study("risk-fresh", trials, run, report)

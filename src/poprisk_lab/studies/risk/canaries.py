@@ -1,19 +1,16 @@
-"""What canaries cost and what they measure: python benchmarks/risk_canaries.py.
+"""What canaries cost and what they measure.
 
 Cost: test accuracy on the clean digits with and without 2% canaries. Tracking: over runs of
 different length, rate and optimizer on digits with 40% wrong labels, the canaries' memorization
 against that of the labels known to be wrong: measured alike (probability of the label beyond that
-of other wrong ones), and as the share that is predicted. Each finished seed is a file in
-runs/risk-canaries. The measure was chosen on seeds 50-54.
+of other wrong ones), and as the share that is predicted. The measure was chosen on seeds 50-54.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +18,11 @@ from torch import Tensor
 
 from poprisk import Canaries, PopRiskAdamW
 from poprisk.task import Task
-from poprisk_lab.runner import environment
+from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.results import by_seed
+from poprisk_lab.study import Done, Found, Settings, Study, Trial
 from poprisk_lab.tasks.digits import digits, digits_clean
 
-RUNS = Path("runs/risk-canaries")
-RESULTS = Path(__file__).parent / "results" / "risk-canaries.json"
 SEEDS = [*range(40, 45), *range(60, 65)]
 COST_SEEDS = [*range(40, 45), *range(60, 85)]
 CONFIGURATIONS = (
@@ -42,6 +39,7 @@ CONFIGURATIONS = (
 def train(
     task: Task, y: Tensor, *, seed: int, epochs: int, lr: float, gate: bool
 ) -> torch.nn.Module:
+    """A network trained on these labels."""
     torch.manual_seed(seed)
     model, x = task.model(), task.train[0]
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
@@ -57,36 +55,56 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, task: Task) -> float:
+    """On the test set."""
     x, y = task.test
     return float((model(x).argmax(1) == y).double().mean())
 
 
-def cost(seed: int) -> dict[str, float]:
+def trials(quick: bool) -> list[Trial]:
+    """Both parts on every seed; the quick form: two seeds of each, three epochs."""
+    seeds, cost_seeds = (SEEDS[:2], COST_SEEDS[:2]) if quick else (SEEDS, COST_SEEDS)
+    short = {"epochs": 3} if quick else {}
+    return [
+        Trial(f"{part}-{seed}", {"part": part, "seed": seed, **short})
+        for part, of in (("tracking", seeds), ("cost", cost_seeds))
+        for seed in of
+    ]
+
+
+def run(settings: Settings, _: Workspace) -> Found:
+    """One part on one seed."""
+    seed, epochs = settings["seed"], settings.get("epochs")
+    return tracking(seed, epochs) if settings["part"] == "tracking" else cost(seed, epochs)
+
+
+def cost(seed: int, epochs: int | None = None) -> Found:
     """Accuracy without canaries minus with them, clean labels."""
     task = digits_clean(seed, hidden=128)
-    settings: dict[str, Any] = {"seed": seed, "epochs": 30, "lr": 1e-3, "gate": False}
+    settings: dict[str, Any] = {"seed": seed, "epochs": epochs or 30, "lr": 1e-3, "gate": False}
     planted = Canaries(task.train[1], seed=seed).targets
     with_them = accuracy(train(task, planted, **settings), task)
     return {"lost": accuracy(train(task, task.train[1], **settings), task) - with_them}
 
 
-def tracking(seed: int) -> list[dict[str, Any]]:
+def tracking(seed: int, at_most: int | None = None) -> Found:
     """Memorization of canaries and of the wrong labels, over runs."""
     task = digits(seed, hidden=128)
-    rows = []
+    rows = list[dict[str, Any]]()
     for epochs, lr, gate in CONFIGURATIONS:
+        epochs = min(epochs, at_most or epochs)
         canaries = Canaries(task.train[1], seed=seed)
         model = train(task, canaries.targets, seed=seed, epochs=epochs, lr=lr, gate=gate)
         with torch.no_grad():
             outputs = model(task.train[0])
         settings = {"epochs": epochs, "lr": lr, "gate": gate, "seed": seed}
         rows.append({**settings, **memorization(task, canaries, outputs)})
-    return rows
+    return {"runs": rows}
 
 
 def memorization(task: Task, canaries: Canaries, outputs: Tensor) -> dict[str, float]:
     """Of the canaries, and of the wrong labels that are none, by two measures."""
     given, clean = task.train[1], task.clean
+    assert clean is not None  # digits says which labels are wrong
     wrong = given != clean
     wrong[canaries.index] = False
     p = outputs[wrong].double().softmax(1)
@@ -115,42 +133,34 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's."""
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
-def kept(name: str, make: Callable[[], Any]) -> Any:
-    """What is on record, or else made and recorded."""
-    path = RUNS / f"{name}.json"
-    if not path.exists():
-        path.write_text(json.dumps(make()))
-    return json.loads(path.read_text())
+def report(done: Sequence[Done]) -> dict[str, Any]:
+    """The loss of accuracy, and correlations with a jackknife error over seeds."""
+    tracked = by_seed(done, "runs", part="tracking")
+    lost = by_seed(done, "lost", part="cost")
 
+    def alike(seeds: Sequence[int]) -> float:
+        return correlations([row for s in seeds for row in tracked[s]])["measured alike"]
 
-def main() -> None:
-    torch.set_num_threads(1)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    by_seed = {s: kept(f"tracking-{s}", lambda s=s: tracking(s)) for s in SEEDS}
-    rows = [row for seed_rows in by_seed.values() for row in seed_rows]
-    lost = [kept(f"cost-{s}", lambda s=s: cost(s))["lost"] for s in COST_SEEDS]
-    left_out = [
-        correlations([row for row in rows if row["seed"] != s])["measured alike"] for s in SEEDS
-    ]
-    content = {
-        "environment": environment(1),
-        "accuracy lost on clean labels": statistics.mean(lost),
-        "standard error": statistics.stdev(lost) / math.sqrt(len(lost)),
-        "lost by seed": dict(zip(COST_SEEDS, lost, strict=True)),
+    seeds = [*tracked]
+    rows = [row for found in tracked.values() for row in found]
+    left_out = [alike([s for s in seeds if s != out]) for out in seeds]
+    first, last = ([s for s in seeds if (s < 60) == early] for early in (True, False))
+    return {
+        "accuracy lost on clean labels": statistics.mean(lost.values()),
+        "standard error": statistics.stdev(lost.values()) / math.sqrt(len(lost)),
+        "lost by seed": lost,
         "correlations over runs": correlations(rows),
-        "measured alike, seeds 40-44": correlations(rows[:30])["measured alike"],
-        "measured alike, seeds 60-64": correlations(rows[30:])["measured alike"],
+        "measured alike, seeds 40-44": alike(first),
+        **({"measured alike, seeds 60-64": alike(last)} if last else {}),
         "measured alike, jackknife error": math.sqrt(
-            (len(SEEDS) - 1) * statistics.pvariance(left_out)
+            (len(seeds) - 1) * statistics.pvariance(left_out)
         ),
         "runs": rows,
     }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    print({k: v for k, v in content.items() if k not in ("runs", "environment")})
 
 
-if __name__ == "__main__":
-    main()
+STUDY = Study("risk-canaries", trials, run, report)

@@ -1,4 +1,4 @@
-"""Noisy problems whose true risk is known: for benchmarks of the risk estimates.
+"""Noisy problems whose true risk is known: for studies of the risk estimates.
 
 Every problem is trained for many epochs, past the point where memorizing begins. The true risk is
 that of fresh inputs with labels as noisy as in training, the expectation over label noise exact.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -21,6 +22,8 @@ from poprisk import PopRiskAdamW
 from poprisk_lab.tasks.digits import flip_labels
 
 FRESH = 4_000
+QUICK_EPOCHS = 2
+"""Of a quick form."""
 
 
 class Data(NamedTuple):
@@ -48,14 +51,17 @@ class Problem(NamedTuple):
 
 
 def squared(u: Tensor, y: Tensor) -> Tensor:
+    """Half the squared error, (b,)."""
     return 0.5 * (u - y).square().sum(1)
 
 
 def cross_entropy(u: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of outputs (b, c) with labels (b,)."""
     return F.cross_entropy(u, y, reduction="none")
 
 
 def binary(u: Tensor, y: Tensor) -> Tensor:
+    """Binary cross-entropy of logits (b, 1), (b,)."""
     return F.binary_cross_entropy_with_logits(u, y, reduction="none").sum(1)
 
 
@@ -129,6 +135,7 @@ def repeats(seed: int, *, n: int, numbers: bool, noise: float) -> Data:
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, dropout: float = 0.0) -> nn.Module:
+    """Fully connected layers of these widths."""
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), activation()]
@@ -137,6 +144,7 @@ def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, dropout: float = 0.
 
 
 def cnn() -> nn.Module:
+    """Two convolutions on flat pictures of 8×8 and a hidden layer."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 16, 3, padding=1),
@@ -163,18 +171,22 @@ class Transformer(nn.Module):
         self.head = nn.Linear(32, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """From symbols (b, 8) to outputs (b, c)."""
         return self.head(self.block(self.symbols(x) + self.places).mean(1))
 
 
 def sgd(lr: float, momentum: float = 0.0) -> MakeOptimizer:
+    """SGD."""
     return lambda m, n, b: torch.optim.SGD(m.parameters(), lr=lr, momentum=momentum)
 
 
 def adamw(lr: float, decay: float = 0.01) -> MakeOptimizer:
+    """AdamW."""
     return lambda m, n, b: torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=decay)
 
 
 def gate(lr: float, decay: float = 0.01, mask: str = "soft") -> MakeOptimizer:
+    """PopRiskAdamW."""
     return lambda m, n, b: PopRiskAdamW(
         m, lr=lr, weight_decay=decay, mask=mask, batch_size=b, dataset_size=n
     )
@@ -182,7 +194,7 @@ def gate(lr: float, decay: float = 0.01, mask: str = "soft") -> MakeOptimizer:
 
 PROBLEMS: dict[str, Problem] = {
     "ridges, MLP, GD": Problem(
-        lambda s: ridges(s, n=500, dimensions=8),
+        partial(ridges, n=500, dimensions=8),
         lambda: mlp(8, 128, 1, activation=nn.Tanh),
         squared,
         sgd(0.1),
@@ -190,7 +202,7 @@ PROBLEMS: dict[str, Problem] = {
         500,
     ),
     "ridges, deep MLP, SGD with momentum": Problem(
-        lambda s: ridges(s, n=800, dimensions=8),
+        partial(ridges, n=800, dimensions=8),
         lambda: mlp(8, 64, 64, 1),
         squared,
         sgd(0.02, 0.9),
@@ -198,7 +210,7 @@ PROBLEMS: dict[str, Problem] = {
         50,
     ),
     "ridges, MLP, AdamW": Problem(
-        lambda s: ridges(s, n=600, dimensions=10),
+        partial(ridges, n=600, dimensions=10),
         lambda: mlp(10, 128, 1),
         squared,
         adamw(3e-3),
@@ -206,7 +218,7 @@ PROBLEMS: dict[str, Problem] = {
         40,
     ),
     "ridges, deep MLP, PopRiskAdamW": Problem(
-        lambda s: ridges(s, n=800, dimensions=10, directions=2),
+        partial(ridges, n=800, dimensions=10, directions=2),
         lambda: mlp(10, 64, 64, 1),
         squared,
         gate(3e-3),
@@ -214,7 +226,7 @@ PROBLEMS: dict[str, Problem] = {
         40,
     ),
     "digits 40%, MLP, AdamW": Problem(
-        lambda s: digits(s, noise=0.4),
+        partial(digits, noise=0.4),
         lambda: mlp(64, 128, 128, 10),
         cross_entropy,
         adamw(1e-3),
@@ -222,10 +234,10 @@ PROBLEMS: dict[str, Problem] = {
         64,
     ),
     "digits 40%, CNN, SGD with momentum": Problem(
-        lambda s: digits(s, noise=0.4), cnn, cross_entropy, sgd(0.03, 0.9), 40, 64
+        partial(digits, noise=0.4), cnn, cross_entropy, sgd(0.03, 0.9), 40, 64
     ),
     "digits 40%, MLP, PopRiskAdamW": Problem(
-        lambda s: digits(s, noise=0.4),
+        partial(digits, noise=0.4),
         lambda: mlp(64, 128, 128, 10),
         cross_entropy,
         gate(1e-3),
@@ -233,7 +245,7 @@ PROBLEMS: dict[str, Problem] = {
         64,
     ),
     "digits 20%, MLP with dropout, AdamW": Problem(
-        lambda s: digits(s, noise=0.2),
+        partial(digits, noise=0.2),
         lambda: mlp(64, 128, 128, 10, dropout=0.2),
         cross_entropy,
         adamw(1e-3),
@@ -241,13 +253,13 @@ PROBLEMS: dict[str, Problem] = {
         64,
     ),
     "digits 20%, CNN, AdamW": Problem(
-        lambda s: digits(s, noise=0.2), cnn, cross_entropy, adamw(1e-3), 40, 64
+        partial(digits, noise=0.2), cnn, cross_entropy, adamw(1e-3), 40, 64
     ),
     "parabola 20%, MLP, SGD with momentum": Problem(
         parabola, lambda: mlp(20, 64, 64, 1), binary, sgd(0.03, 0.9), 40, 50
     ),
     "repeats 25%, transformer, AdamW": Problem(
-        lambda s: repeats(s, n=1000, numbers=False, noise=0.25),
+        partial(repeats, n=1000, numbers=False, noise=0.25),
         lambda: Transformer(4),
         cross_entropy,
         adamw(2e-3),
@@ -255,7 +267,7 @@ PROBLEMS: dict[str, Problem] = {
         64,
     ),
     "repeats, transformer regression, AdamW": Problem(
-        lambda s: repeats(s, n=800, numbers=True, noise=0.8),
+        partial(repeats, n=800, numbers=True, noise=0.8),
         lambda: Transformer(1),
         squared,
         adamw(2e-3),
@@ -263,3 +275,19 @@ PROBLEMS: dict[str, Problem] = {
         50,
     ),
 }
+
+
+def problem_of(settings: dict[str, Any]) -> Problem:
+    """The problem that a trial's settings name, with other epochs if they say so."""
+    problem = PROBLEMS[settings["problem"]]
+    return problem._replace(epochs=settings.get("epochs", problem.epochs))
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return sum(values) / len(values) if values else None

@@ -1,25 +1,27 @@
-"""Twin stopping against hindsight and a held-out fifth: python benchmarks/risk_stopping.py [SEEDS].
-
-Each finished run is a file in runs/risk-stopping; the results are gathered from all that are there.
-"""
+"""Twin stopping against hindsight and a held-out fifth."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from risk_problems import PROBLEMS, Data, Problem
 from torch import nn
 
 from poprisk import RiskEstimate, TwinRisk, stopping_point
-from poprisk_lab.runner import environment
+from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.results import where
+from poprisk_lab.studies.risk.problems import (
+    PROBLEMS,
+    QUICK_EPOCHS,
+    Data,
+    Problem,
+    mean,
+    problem_of,
+    slug,
+)
+from poprisk_lab.study import Done, Found, Settings, Study, Trial
 
-RUNS = Path("runs/risk-stopping")
-RESULTS = Path(__file__).parent / "results" / "risk-stopping.json"
 SEEDS = range(30, 35)
 """Not those that the limits of validity were chosen on (0-4 and 10-14)."""
 EVALUATIONS = 40
@@ -98,8 +100,24 @@ def held_out(problem: Problem, data: Data, seed: int) -> float:
     return min(seen)[1]
 
 
-def measure(problem: Problem, seed: int) -> dict[str, Any]:
-    """One problem on one seed, as JSON values."""
+def trials(quick: bool) -> list[Trial]:
+    """Every problem on every seed; the quick form: two problems, two epochs."""
+    if quick:
+        names = ("ridges, MLP, AdamW", "digits 40%, MLP, AdamW")
+        return [
+            Trial(slug(name), {"problem": name, "seed": 0, "epochs": QUICK_EPOCHS})
+            for name in names
+        ]
+    return [
+        Trial(f"{slug(name)}-{seed}", {"problem": name, "seed": seed})
+        for seed in SEEDS
+        for name in PROBLEMS
+    ]
+
+
+def run(settings: Settings, _: Workspace) -> Found:
+    """One problem on one seed."""
+    problem, seed = problem_of(settings), settings["seed"]
     data = problem.data(seed)
     estimates, risks = with_twin(problem, data, seed)
     return {
@@ -110,14 +128,15 @@ def measure(problem: Problem, seed: int) -> dict[str, Any]:
         "freedom": [e.freedom for e in estimates],
         "train": [e.train_loss for e in estimates],
         "cost": estimates[-1].cost,
-        "stop": stopping_point(estimates)[:3],
+        "stop": list(stopping_point(estimates)[:3]),
         "held_out": held_out(problem, data, seed),
     }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Regrets, level errors up to the best point, and how the flag fares."""
-    regrets, rivals, levels, flags = [], [], [], []
+    regrets, rivals, levels = list[float](), list[float](), list[float]()
+    flags = list[tuple[float, bool]]()
     for row in rows:
         risks, best = row["risks"], min(row["risks"])
         regrets.append(risks[row["stop"][0]] / best - 1)
@@ -141,46 +160,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def mean(values: list[Any]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def gather() -> None:
-    """Write the results of all runs that are there."""
-    paths = [p for p in sorted(RUNS.glob("*.json")) if int(p.stem.rpartition("-")[2]) in SEEDS]
-    rows = {p.stem: json.loads(p.read_text()) for p in paths}
-    if not rows:
-        return
-    content = {
-        "environment": environment(1),
-        "seeds": sorted({int(name.rpartition("-")[2]) for name in rows}),
-        "all": summary(list(rows.values())),
+def report(done: Sequence[Done]) -> dict[str, Any]:
+    """Over all runs, and problem by problem."""
+    return {
+        "seeds": sorted({d.settings["seed"] for d in done}),
+        "all": summary([d.found for d in done]),
         "problems": {
-            name: summary([r for k, r in rows.items() if k.rpartition("-")[0] == slug(name)])
-            for name in PROBLEMS
+            name: summary([d.found for d in where(done, problem=name)])
+            for name in dict.fromkeys(d.settings["problem"] for d in done)
         },
     }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(content["all"], indent=1))
 
 
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
-
-
-def main(seeds: list[int]) -> None:
-    torch.set_num_threads(1)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
-        for name, problem in PROBLEMS.items():
-            path = RUNS / f"{slug(name)}-{seed}.json"
-            if path.exists():
-                continue
-            row = measure(problem, seed)
-            path.write_text(json.dumps(row))
-            print(name, seed, {k: v for k, v in summary([row]).items() if k != "runs"}, flush=True)
-    gather()
-
-
-if __name__ == "__main__":
-    main([int(s) for s in sys.argv[1:]] or list(SEEDS))
+STUDY = Study("risk-stopping", trials, run, report)

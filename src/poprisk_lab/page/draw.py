@@ -1,0 +1,142 @@
+"""Plots as Plotly figures without colours: the page paints them for light and dark.
+
+A trace names the colour it wants in ``meta``: ``page.css`` defines it as ``--c-<name>``.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from poprisk_lab.plots import Line, Plot
+
+OURS = "poprisk"
+NAME = "<extra></extra><b>%{fullData.name}</b><br>"  # not the name itself: it may hold %{
+
+
+@cache
+def plotly_script() -> str:
+    """Plotly's script, compressed, in base64: a third of its size (plotly ships no partial one)."""
+    packed = gzip.compress(get_plotlyjs().encode(), 9, mtime=0)
+    return base64.b64encode(packed).decode()
+
+
+def figure(plot: Plot, *, shown: Sequence[bool] = (), legend: bool = True) -> Markup:
+    """A plot as JSON; lines of one name are one series, shown and hidden together.
+
+    Args:
+        plot: to draw.
+        shown: whether each line is drawn before anyone clicks; empty for all.
+        legend: whether Plotly draws one, if there is more than one line.
+    """
+    series = {name: i for i, name in enumerate(dict.fromkeys(line.name for line in plot.lines))}
+    bands, lines = list[go.Scatter](), list[go.Scatter]()
+    for line, visible in zip(plot.lines, shown or [True] * len(plot.lines), strict=True):
+        meta = {"series": series[line.name], "colour": line.colour}
+        common = {"meta": meta, "visible": visible}
+        if any(map(math.isfinite, line.low)):
+            bands.append(_band(line, plot, common))
+        lines.append(_line(line, plot, common))
+    lines.sort(key=lambda trace: trace.meta["colour"] == OURS)  # ours on top: drawn last
+    made = go.Figure([*bands, *lines], _layout(plot, legend=legend and len(series) > 1))
+    return Markup(made.to_json())  # plotly escapes < and > in it
+
+
+def _line(line: Line, plot: Plot, common: dict[str, Any]) -> go.Scatter:
+    form = ".1%" if plot.percent else ".4~g"
+    banded = any(map(math.isfinite, line.low))
+    ends = list(zip(numbers(line.low), numbers(line.high), strict=True)) if banded else None
+    interval = f" [%{{customdata[0]:{form}}}, %{{customdata[1]:{form}}}]" if banded else ""
+    looks: dict[str, dict[str, Any]] = {
+        "line": {"line": {"dash": line.dash, "width": 3.2 if line.colour == OURS else 1.8}},
+        "points": {"marker": {"size": 6, "opacity": 0.75}},
+        "marks": {"marker": {"symbol": "diamond", "size": 7}},
+        "area": {"line": {"width": 1}, "stackgroup": "all"},
+    }
+    alone = line.kind in ("points", "marks") or len(line.x) == 1
+    return go.Scatter(
+        **common,
+        **looks[line.kind],
+        x=list(line.x),
+        y=numbers(line.mean),
+        customdata=ends,
+        name=html.escape(line.name, quote=False),
+        showlegend=bool(line.name),
+        mode="markers" if alone else "lines",
+        hovertemplate=f"{NAME}{html.escape(plot.x)} %{{x}}: %{{y:{form}}}{interval}",
+    )
+
+
+def _band(line: Line, plot: Plot, common: dict[str, Any]) -> go.Scatter:
+    low, high = list(line.low), list(line.high)
+    if plot.log_y:
+        low = [max(v, m / 10) for v, m in zip(low, line.mean, strict=True)]
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for there in _stretches(low, high):
+        back = there[::-1]
+        x += [*(line.x[i] for i in [*there, *back]), None]
+        y += [*numbers([*(high[i] for i in there), *(low[i] for i in back)]), None]
+    return go.Scatter(
+        **common,
+        x=x,
+        y=y,
+        fill="toself",
+        mode="lines",
+        line={"width": 0},
+        showlegend=False,
+        hoverinfo="skip",
+    )
+
+
+def _stretches(low: Sequence[float], high: Sequence[float]) -> Iterator[list[int]]:
+    """The indices at which both ends are finite, in runs without a gap."""
+    run: list[int] = []
+    for i, (a, b) in enumerate(zip(low, high, strict=True)):
+        if math.isfinite(a - b):
+            run.append(i)
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _layout(plot: Plot, *, legend: bool) -> go.Layout:
+    y = [v for line in plot.lines for v in line.mean]
+    return go.Layout(
+        template="none",
+        showlegend=legend,
+        legend={"orientation": "h", "y": -0.3},
+        xaxis=_axis(plot.x, [v for line in plot.lines for v in line.x], log=plot.log_x),
+        yaxis={
+            **_axis(plot.y, y, log=plot.log_y),
+            "tickformat": ".0%" if plot.percent else "",
+        },
+    )
+
+
+def _axis(title: str, values: Iterable[float], *, log: bool) -> dict[str, Any]:
+    """An axis; a logarithmic one is labelled by decades where it spans two."""
+    positive = [v for v in values if v > 0 and math.isfinite(v)]
+    decades = log and bool(positive) and max(positive) > 100 * min(positive)
+    return {
+        "title": {"text": html.escape(title, quote=False), "standoff": 6},
+        "type": "log" if log else "linear",
+        "dtick": 1 if decades else None,
+        "exponentformat": "e",
+    }
+
+
+def numbers(values: Iterable[float]) -> list[float | None]:
+    """Round to what a screen can show; a value that is not finite leaves a gap."""
+    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]
