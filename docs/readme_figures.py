@@ -160,19 +160,23 @@ def _count() -> list[str]:
 
 
 def _claims() -> list[str]:
-    grokking = on_record(CLAIMS["grokking"]).findings
-    assert grokking is not None
-    figures = re.findall(r"([\d.]+) \[([\d.]+), ([\d.∞]+)\]", grokking.ours)
-    same, batches = ([_short(v) for v in figure] for figure in figures[:2])
+    findings = on_record(CLAIMS["grokking"]).findings
+    assert findings is not None
+    found = {criterion.name: criterion.estimate for criterion in findings.criteria}
+    same, batches, tuned = (
+        found[f"times fewer steps than AdamW{where}"]
+        for where in (
+            " at the same settings, full batch",
+            " at the same settings, batches of 512",
+            ", both tuned on another seed",
+        )
+    )
     return [
-        f"needs {same[0]} times fewer steps (at least {same[1]}) than AdamW at the same settings",
-        f"with batches of 512 {batches[0]} [{batches[1]}, {batches[2]}]",
-        f"over 20 seeds, {figures[2][0]} [{figures[2][1]}, {figures[2][2]}]",
+        f"needs {same.mean:.1f} times fewer steps (at least {same.low:.1f}) than AdamW at the same "
+        "settings",
+        f"with batches of 512 {batches.mean:.1f} [{batches.low:.1f}, {batches.high:.1f}]",
+        f"over {len(tuned.values)} seeds, {tuned.mean:.2f} [{tuned.low:.2f}, {tuned.high:.2f}]",
     ]
-
-
-def _short(value: str) -> str:
-    return value if value == "∞" else f"{float(value):.1f}"
 
 
 def verdicts() -> dict[str, str]:
