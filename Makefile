@@ -13,7 +13,7 @@ PIP   = PIP_CONSTRAINT=$(PINS) $(BIN)/python -m pip install \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-dev run test test-claims test-shuffled test-portable mutants test-extras run-extras test-wheel test-lowest run-lowest lint types format docs bench chromium clean
+.PHONY: help setup setup-dev run test test-claims test-shuffled test-portable mutants test-extras run-extras test-wheel test-lowest run-lowest lint types format docs claim-pages bench chromium clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,7 @@ test-extras:  ## Run the tests of the extras hf, lightning and pinn, in .venv-ex
 run-extras: $(VENV)/extras.stamp
 	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_lightning.py \
 		tests/test_claim_pinn.py $(ARGS)
+	$(BIN)/pytest -m extras tests/test_pages.py $(ARGS)
 
 test-wheel: setup-dev  ## Build the wheel, look at what it holds, and use it alone and with its extra
 	$(BIN)/pytest -p no:randomly tests/built_wheel.py $(ARGS)
@@ -76,9 +77,13 @@ format: setup-dev  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup-dev  ## Write the API reference to site/ and the pages of the claims to docs/claims/
-	$(PIP) -e '.[docs]'
-	$(BIN)/pdoc --docformat google --math --output-directory site poprisk
+docs: export OMP_NUM_THREADS := 1
+docs: $(VENV)/docs.stamp  ## Run the tutorials and write all pages to site/; a warning is an error
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going \
+		--doctree-dir docs/_build/doctrees docs site $(ARGS)
+	@echo "Open site/index.html"
+
+claim-pages: $(VENV)/docs.stamp  ## Write the pages of the claims, docs/claims/, from records/
 	$(BIN)/python docs/claims.py
 
 bench: setup  ## Measure step times and print them beside AdamW's
@@ -92,7 +97,7 @@ chromium:  ## Install the browser of the browser tests (Debian, as root)
 	apt-get install --yes --no-install-recommends chromium
 
 clean:  ## Remove everything made here but runs/
-	rm -rf $(VENV) .venv-extras .venv-lowest lowest.txt site build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-extras .venv-lowest lowest.txt site docs/_build docs/gallery build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: no later requirement then gets to choose another build of it.
@@ -112,6 +117,10 @@ $(VENV)/cli.stamp: $(VENV)/torch.stamp pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) -e '.[lab,dev]'
 	@touch $@ $(VENV)/cli.stamp
+
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(PIP) -e '.[docs]'
+	@touch $@
 
 # Two small requirements of cosmic-ray, pure Python, come without wheels.
 $(VENV)/mutants.stamp: $(VENV)/torch.stamp pyproject.toml

@@ -143,6 +143,8 @@ def summary(found: list[Judged]) -> str:
     for r in summary_rows(found):
         name = f"[{r.name}]({r.name}.md)" if r.ours else r.name
         lines.append(row((name, r.figure, r.ours, r.paper, r.holds, f"**{r.verdict}**")))
+    pages = [one.claim.name for one in found if one.findings is not None]
+    lines += ["", "```{toctree}", ":hidden:", "", *pages, "```"]
     return "\n".join(lines) + "\n"
 
 

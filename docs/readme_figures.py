@@ -1,7 +1,7 @@
-"""The README's figures, from what is on record: python docs/readme_figures.py lists stale ones.
+"""Figures of README and pages from the records: python docs/readme_figures.py lists stale ones.
 
 Each piece of text below is made from a record in ``benchmarks/results`` or from the claims' results
-and must stand in the README word for word; a test sees to it.
+and must stand on its page word for word; a test sees to it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ TASKS = {
     "diabetes-10-seeds": "`diabetes`, error",
     "dense-regression-10-seeds": "`dense-regression`, error",
 }
+IN_README = [
+    *("`digits`, 40%", "`digits-clean`", "`sparse-regression`, error"),
+    *("`diabetes`, error", "`dense-regression`, error"),
+]
 SAME = f"AdamW, lr {DEFAULT_ADAMW['lr']:g}, decay {DEFAULT_ADAMW['weight_decay']:g}"
 LARGE, MANY = ("1 × 10M", "12 × 768² + 4 × 768×3072"), ("100 × 10k", "400 × 1k")
 
@@ -37,23 +41,29 @@ def record(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def pieces() -> list[str]:
-    """Texts of the README that hold figures; spaces stand for any white space."""
-    return [
-        *_explained(),
-        *_comparisons(),
-        *_digits(),
-        *_stopping(),
-        *_monitor(),
-        *_claims(),
-        *_speed(),
-    ]
+def pages() -> dict[str, str]:
+    """The pages that hold figures, by path."""
+    found = dict.fromkeys(page for page, _ in pieces())
+    return {page: (ROOT / page).read_text(encoding="utf-8") for page in found}
 
 
-def stale(readme: str) -> list[str]:
-    """The pieces that do not stand in a README."""
-    text = _plain(readme)
-    return [piece for piece in pieces() if _plain(piece) not in text]
+def pieces() -> list[tuple[str, str]]:
+    """Pages and texts on them that hold figures; spaces stand for any white space."""
+    found = {
+        "README.md": [_comparison(label) for label in IN_README] + _count(),
+        "docs/explanation/when.md": [*map(_comparison, TASKS.values()), *_digits()],
+        "docs/explanation/exact-or-estimate.md": _stopping(),
+        "docs/how-to/report.md": _explained(),
+        "docs/how-to/fast.md": [*_monitor(), *_speed()],
+        "docs/how-to/reproduce.md": _claims(),
+    }
+    return [(page, piece) for page, texts in found.items() for piece in texts]
+
+
+def stale(texts: dict[str, str]) -> list[tuple[str, str]]:
+    """The pieces that do not stand on their pages."""
+    plain = {page: _plain(text) for page, text in texts.items()}
+    return [(page, piece) for page, piece in pieces() if _plain(piece) not in plain[page]]
 
 
 def _plain(text: str) -> str:
@@ -70,9 +80,9 @@ def _explained() -> list[str]:
     ]
 
 
-def _comparisons() -> list[str]:
-    runs = record("comparisons")
-    return [_table_row(runs[name], label) for name, label in TASKS.items()]
+def _comparison(label: str) -> str:
+    (name,) = (name for name, shown in TASKS.items() if shown == label)
+    return _table_row(record("comparisons")[name], label)
 
 
 def _table_row(run: dict[str, Any], label: str) -> str:
@@ -142,26 +152,31 @@ def _monitor() -> list[str]:
     return [f"({min(added):.0f} to {max(added):.0f}% of a step's time)"]
 
 
+def _count() -> list[str]:
+    told = list(verdicts().values())
+    kinds = ("reproduced", "partly reproduced", "not reproduced")
+    whole, partly, not_at_all = map(told.count, kinds)
+    return [f"{len(told)} claims, {whole} of them reproduced, {partly} in part, {not_at_all} not"]
+
+
 def _claims() -> list[str]:
-    judged = [on_record(claim) for claim in CLAIMS.values()]
-    count = {
-        verdict: sum(j.verdict == verdict for j in judged)
-        for verdict in ("reproduced", "partly reproduced", "not reproduced")
-    }
-    assert sum(count.values()) == len(judged)
-    grokking = on_record(CLAIMS["grokking"]).findings
-    assert grokking is not None
-    figures = re.findall(r"([\d.]+) \[([\d.]+), ([\d.∞]+)\]", grokking.ours)
-    same, batches = ([_short(v) for v in figure] for figure in figures[:2])
+    findings = on_record(CLAIMS["grokking"]).findings
+    assert findings is not None
+    found = {criterion.name: criterion.estimate for criterion in findings.criteria}
+    same, batches, tuned = (
+        found[f"times fewer steps than AdamW{where}"]
+        for where in (
+            " at the same settings, full batch",
+            " at the same settings, batches of 512",
+            ", both tuned on another seed",
+        )
+    )
     return [
-        f"needs {same[0]} times fewer steps (at least {same[1]}) than AdamW at the same settings",
-        f"with batches of 512 {batches[0]} [{batches[1]}, {batches[2]}]",
-        f"over 20 seeds, {figures[2][0]} [{figures[2][1]}, {figures[2][2]}]",
+        f"needs {same.mean:.1f} times fewer steps (at least {same.low:.1f}) than AdamW at the same "
+        "settings",
+        f"with batches of 512 {batches.mean:.1f} [{batches.low:.1f}, {batches.high:.1f}]",
+        f"over {len(tuned.values)} seeds, {tuned.mean:.2f} [{tuned.low:.2f}, {tuned.high:.2f}]",
     ]
-
-
-def _short(value: str) -> str:
-    return value if value == "∞" else f"{float(value):.1f}"
 
 
 def verdicts() -> dict[str, str]:
@@ -190,6 +205,6 @@ def _speed() -> list[str]:
 
 
 if __name__ == "__main__":
-    missing = stale((ROOT / "README.md").read_text(encoding="utf-8"))
-    print("\n".join(missing) or "all figures of the README are those on record")
+    missing = [f"{page}: {piece}" for page, piece in stale(pages())]
+    print("\n".join(missing) or "all figures are those on record")
     sys.exit(bool(missing))

@@ -24,10 +24,8 @@ import trl
 from poprisk import PopRiskAdamW
 from poprisk.integrations.transformers import RiskCallback, poprisk_optimizer
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-(README_SNIPPET,) = (
-    code for code in re.findall(r"^```python\n(.*?)^```", README, re.S | re.M) if "trl" in code
-)
+PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "trl.md").read_text(encoding="utf-8")
+REWARDS, DIRECTLY = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
 N, WORDS, FLIPPED = 48, 16, 0.25
 pytestmark = [  # TRL's own settings have names that transformers is about to drop
     pytest.mark.slow,
@@ -114,7 +112,7 @@ def test_a_monitor_without_labels_says_so(tmp_path: Path) -> None:
 
 def test_a_reward_model_learns_from_noisy_preferences(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
-    exec(README_SNIPPET, names)
+    exec(REWARDS, names)
     args = trl.RewardConfig(**settings(tmp_path, 20))
     torch.manual_seed(0)
     model = transformers.LlamaForSequenceClassification(config())
@@ -141,18 +139,12 @@ def test_preferences_are_optimized_directly(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config())
     before = [p.detach().clone() for p in model.parameters()]
-    cls, chosen = poprisk_optimizer(args, N)
-    trainer = trl.DPOTrainer(
-        model,
-        copy.deepcopy(model),
-        args,
-        train_dataset=preferences(),
-        processing_class=tokenizer(),
-        optimizers=(cls(model, **chosen), None),
-    )
-    losses = trainer.train().training_loss
-    assert losses == pytest.approx(0.69, abs=0.1)
-    assert set(gated(trainer).gate_stats()) >= {"lm_head", "model.embed_tokens"}
+    names: dict[str, Any] = {}
+    exec(DIRECTLY, names)
+    reference = copy.deepcopy(model)
+    trainer = names["train_by_preferences"](model, reference, tokenizer(), preferences(), args)
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(0.69, abs=0.1)
+    assert set(gated(trainer).gate_stats(trainer.model)) >= {"lm_head", "model.embed_tokens"}
     assert any(not torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
 
 

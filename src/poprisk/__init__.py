@@ -1,7 +1,7 @@
 """poprisk: train on population risk.
 
 The public names, in the order of the theory. See the README for a first run and
-``docs/theory.md`` for the table from equations to functions.
+``docs/explanation/theory.md`` for the table from equations to functions.
 """
 
 from poprisk.monitor import RiskMonitor

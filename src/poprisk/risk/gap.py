@@ -36,7 +36,7 @@ class AdaptationGap(NamedTuple):
         standard_error: of the value. Both are measured with the same pushes, whose noise mostly
             cancels, so it is far below that of either.
         twin: degrees of freedom per output as the twins answer, all adaptation included.
-        path: the same with the path held as it was, :math:`\\mathrm{tr}(BD)/(nN)`.
+        path: the same with the path held as it was, :math:`\mathrm{tr}(BD)/(nN)`.
         closure: how far the path's identities are off.
         valid: whether the loss has the curvature that both are measured by.
         reason: why not.

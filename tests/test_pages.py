@@ -1,0 +1,168 @@
+"""What the README and the pages of docs/ show is run as written, page by page, each in a folder."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from skimage import io
+from sklearn.datasets import load_wine
+
+ROOT = Path(__file__).parents[1]
+SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"(?:^<!-- needs: ([\w, ]+) -->\n)?^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE
+)
+NUMBER = re.compile(r"[+-]\d+\.\d+")
+
+
+class Block(NamedTuple):
+    """A block of code of a page.
+
+    Attributes:
+        page: its file.
+        number: among the blocks of the page.
+        needs: packages beyond those of `make test`.
+        language: after the backticks.
+        code: as it stands there.
+        prints: what the page says that it prints, in a block of text after it.
+    """
+
+    page: Path
+    number: int
+    needs: tuple[str, ...]
+    language: str
+    code: str
+    prints: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.number}"
+
+    @property
+    def file(self) -> str | None:
+        """The file that the block is, by its first line."""
+        found = re.match(r"# (\w+\.py)\n", self.code)
+        return found[1] if found else None
+
+
+def blocks(page: Path) -> list[Block]:
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    after = [*found, ("", "", "")][1:]
+    return [
+        Block(
+            page,
+            i,
+            tuple(re.findall(r"\w+", needs)),
+            language,
+            code,
+            then if kind == "text" else None,
+        )
+        for i, ((needs, language, code), (_, kind, then)) in enumerate(
+            zip(found, after, strict=True)
+        )
+    ]
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page, without comments."""
+    lines = [line for b in blocks(page) if b.language == "sh" for line in b.code.splitlines()]
+    return [line.split("#")[0].strip() for line in lines]
+
+
+def of_torchrun(block: Block) -> bool:
+    """Whether a page starts the block on several processes, so that it does not run alone."""
+    return any(
+        c.startswith("torchrun") and c.endswith(f" {block.file}") for c in commands(block.page)
+    )
+
+
+BLOCKS = [block for page in SHOWN for block in blocks(page)]
+PYTHON = [b for b in BLOCKS if b.language == "python" and not of_torchrun(b)]
+RUN = {
+    page: [c for c in commands(page) if c.startswith(("poprisk ", "torchrun "))] for page in SHOWN
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the data that the pages name."""
+    x, y = load_wine(return_X_y=True)
+    header = ",".join([*(f"x{i}" for i in range(x.shape[1])), "class"])
+    np.savetxt(tmp_path / "wine.csv", np.column_stack([x, y]), delimiter=",", header=header)
+    random = np.random.default_rng(0)
+    for name, brightness in (("dark", 60), ("light", 180)):
+        (tmp_path / "shapes" / name).mkdir(parents=True)
+        for i in range(30):
+            image = random.integers(brightness - 40, brightness + 40, (8, 8, 3), dtype=np.uint8)
+            io.imsave(tmp_path / "shapes" / name / f"{i}.png", image, check_contrast=False)
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> str:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in PYTHON if not b.needs], ids=lambda b: b.name)
+def test_code_runs_without_a_warning(block: Block, folder: Path) -> None:
+    output = run([sys.executable, "-W", "error", "-c", block.code], folder)
+    if block.prints is not None:
+        assert NUMBER.sub("#", output) == NUMBER.sub("#", block.prints)
+        said, found = (list(map(float, NUMBER.findall(t))) for t in (block.prints, output))
+        assert found == pytest.approx(said, abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.extras
+@pytest.mark.parametrize("block", [b for b in PYTHON if b.needs], ids=lambda b: b.name)
+def test_code_with_an_extra_runs(block: Block, folder: Path) -> None:
+    for package in block.needs:
+        pytest.importorskip(package)
+    run([sys.executable, "-c", block.code], folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [p for p, lines in RUN.items() if lines], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_commands_run_in_their_order(page: Path, folder: Path) -> None:
+    programs = {"poprisk": "poprisk_lab", "torchrun": "torch.distributed.run"}
+    for block in blocks(page):
+        if block.file:
+            (folder / block.file).write_text(block.code, encoding="utf-8")
+    for command in RUN[page]:
+        program, *arguments = shlex.split(command)
+        output = run([sys.executable, "-m", programs[program], *arguments], folder)
+        if arguments[0] in ("compare", "explain", "report"):
+            assert "Report: runs/" in output
+            assert (folder / output.split("Report: ")[1].strip()).exists()
+
+
+def test_what_is_shown_was_found() -> None:
+    """A fence that the pattern misses would be a block that nobody runs."""
+    fences = [line for p in SHOWN for line in p.read_text(encoding="utf-8").splitlines()]
+    assert sum(line.strip() == "```python" for line in fences) == len(
+        [b for b in BLOCKS if b.language == "python"]
+    )
+    assert sum(bool(b.needs) for b in PYTHON) >= 4
+    assert {p.name for p, lines in RUN.items() if lines} >= {"README.md", "distributed.md"}
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_command_shown_exists(page: Path) -> None:
+    """In the text, too: `poprisk NAME` is a command."""
+    from poprisk_lab.cli import app
+
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    known |= {g.name for g in app.registered_groups if g.name}
+    said = set(re.findall(r"`poprisk ([a-z]+)", page.read_text(encoding="utf-8")))
+    assert said <= known
