@@ -167,6 +167,7 @@ def work(options: argparse.Namespace) -> None:
     if options.rank == 0:
         torch.save(result, options.out)
     if mode != "single":
+        dist.barrier()  # the first to leave would take the store from the other
         dist.destroy_process_group()
 
 

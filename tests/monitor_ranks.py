@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from gloo import WORLD, joined
 from poprisk import RiskMonitor
 from poprisk.monitor import Loss, Signal, ranks
-
-WORLD = 2
 
 
 def squared(u: Tensor, y: Tensor) -> Tensor:
@@ -96,17 +95,18 @@ def only_first(folder: Path) -> Any:
 
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
-    )
+    with joined(rank, folder):
+        found = results(rank, folder)
+        (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def results(rank: int, folder: Path) -> dict[str, Any]:
     sinks = [folder / f"{rank}.jsonl"]
     sharded = build()
     fully_shard(sharded)
     plain = build()
     fully_shard(plain)
-    results = {
+    return {
         "ddp": train(DistributedDataParallel(build()), sinks=sinks),
         "alone": train(DistributedDataParallel(build()), every=None),
         "told": train(DistributedDataParallel(build()), accumulate=2),
@@ -116,8 +116,6 @@ def main() -> None:
         "uneven": uneven(),
         "only first": only_first(folder),
     }
-    (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gloo import WORLD, joined
 from poprisk import GatedOptimizer, PopRiskAdamW, entk, gated, grad_mean_var, observe_ranks
 from poprisk.path import NotAnalysable, Recorder, integrate
 
-WORLD = 2
 BATCH = 8
 SETTINGS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
@@ -381,11 +381,12 @@ def recorded() -> dict[str, Any]:
 
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "store"), WORLD), rank=rank, world_size=WORLD
-    )
-    results = {
+    with joined(rank, folder):
+        (folder / f"{rank}.json").write_text(json.dumps(results(folder)), encoding="utf-8")
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return {
         "recorded": recorded(),
         "ddp": ddp(),
         "fsdp": fsdp(),
@@ -398,8 +399,6 @@ def main() -> None:
         "skipped": skipped(),
         "checkpoint": checkpoint(folder / "checkpoint"),
     }
-    (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gloo import WORLD, joined
 from poprisk import Canaries, Recorder, TwinRisk, fresh_batch_risk, loo_risk
 
-WORLD = 2
 N, BATCH = 64, 16
 
 
@@ -136,13 +136,9 @@ def local() -> dict[str, list[float]]:
 
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "store"), WORLD), rank=rank, world_size=WORLD
-    )
-    results = {"ddp": data_parallel(), "refused": refused(), "local": local()}
-    (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        results = {"ddp": data_parallel(), "refused": refused(), "local": local()}
+        (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 import poprisk
 from asserts import assert_bitwise, complete_state
+from gloo import joined
 from poprisk import Canaries, PopRiskAdamW, RiskMonitor
 from poprisk.monitor import CanaryMemorization, Kernel, Loss, Measured, Risk, Signal
 from poprisk.monitor.statistics import Statistics
@@ -337,20 +338,17 @@ def test_gates_of_an_optimizer_without_one_are_said() -> None:
 
 
 def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = network(dropout=0.0)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    sgd = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    monitor = RiskMonitor(wrapped, squared, sgd, every=2, sinks=[f"{folder}/{rank}.jsonl"])
-    for seed in range(3):
-        x, y = (t.chunk(2)[rank] for t in batch(seed))
-        sgd.zero_grad()
-        squared(wrapped(x), y).mean().backward()
-        monitor.step(x, y)
-        sgd.step()
-    torch.distributed.destroy_process_group()
+    with joined(rank, folder):
+        model = network(dropout=0.0)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        sgd = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        monitor = RiskMonitor(wrapped, squared, sgd, every=2, sinks=[f"{folder}/{rank}.jsonl"])
+        for seed in range(3):
+            x, y = (t.chunk(2)[rank] for t in batch(seed))
+            sgd.zero_grad()
+            squared(wrapped(x), y).mean().backward()
+            monitor.step(x, y)
+            sgd.step()
 
 
 @pytest.mark.slow

@@ -1,0 +1,35 @@
+"""A process of a distributed test, from its group's start to its end."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+WORLD = 2
+
+
+@contextmanager
+def joined(rank: int, folder: Path | str) -> Iterator[None]:
+    """Be one of two processes with one thread; ends the process where the block ends well.
+
+    Args:
+        rank: 0 or 1.
+        folder: where both meet.
+    """
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), WORLD)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(minutes=10)
+    )
+    yield
+    dist.barrier()  # the first to leave would take the store from the other
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo that are not joined yet abort an interpreter that takes itself down.
+    os._exit(0)
