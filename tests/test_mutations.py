@@ -50,6 +50,7 @@ def outcomes(part: str, root: Path) -> dict[str, int | None]:
 
 
 @pytest.mark.slow
+@pytest.mark.mutations
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the interpreter")
 @pytest.mark.parametrize("part", PARTS)
 def test_each_mutation_turns_its_test_red(part: str, tmp_path: Path) -> None:

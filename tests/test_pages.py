@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -111,8 +111,13 @@ def run(command: list[str], folder: Path) -> str:
     return result.stdout
 
 
+def shown(page: Path, value: Any, name: str) -> Any:
+    """A parameter; those of pages other than the README are run by `make test-pages`."""
+    return pytest.param(value, id=name, marks=() if page == SHOWN[0] else pytest.mark.pages)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [b for b in PYTHON if not b.needs], ids=lambda b: b.name)
+@pytest.mark.parametrize("block", [shown(b.page, b, b.name) for b in PYTHON if not b.needs])
 def test_code_runs_without_a_warning(block: Block, folder: Path) -> None:
     output = run([sys.executable, "-W", "error", "-c", block.code], folder)
     if block.prints is not None:
@@ -132,7 +137,7 @@ def test_code_with_an_extra_runs(block: Block, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", [p for p, lines in RUN.items() if lines], ids=lambda p: str(p.relative_to(ROOT))
+    "page", [shown(p, p, str(p.relative_to(ROOT))) for p, lines in RUN.items() if lines]
 )
 def test_commands_run_in_their_order(page: Path, folder: Path) -> None:
     programs = {"poprisk": "poprisk_lab", "torchrun": "torch.distributed.run"}
