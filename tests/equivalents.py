@@ -5,10 +5,15 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if self.q_min > 0.0: -> if self.q_min > -1.0:": "a floor of 0 under a mask that is never "
         "negative changes nothing; the line only saves the work",
         "q_min: float = 0.0 -> q_min: float = -1.0": "no floor either: a mask is never negative",
+        "tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps -> "
+        "tie = 1 + 8 * torch.finfo(mean_sq[ -1].dtype).eps": "tensors of a list have one type",
     },
     "poprisk/optim/update.py": {
         "if settings.weight_decay != 0: -> if settings.weight_decay > 0:": "a negative weight "
         "decay is refused",
+        "columns = [column[0].view(-1).split(CHUNK) if column else () for column in slots] -> "
+        "columns = [column[ -1].view(-1).split(CHUNK) if column else () for column in slots]": "a "
+        "column has one tensor here",
     },
     "poprisk/optim/variance.py": {
         "return self.paper or t > 1 -> return self.paper or t != 1": "steps are counted from 1",

@@ -48,7 +48,7 @@ PINNED: dict[str, list[str]] = {
         "test_captured.py",
         "test_within.py",
     ],
-    "poprisk/path/follow.py": ["test_follow.py"],
+    "poprisk/path/follow.py": ["test_follow.py", "test_channel.py", "test_path.py"],
     "poprisk/path/integrals.py": ["test_integrals.py", "test_path.py", "test_channel.py"],
     "poprisk/path/quadrature.py": ["test_quadrature.py", "test_path.py"],
     "poprisk/optim/step.py": ["test_rules.py", "test_recorder.py", "test_path.py"],
