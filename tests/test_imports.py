@@ -1,6 +1,7 @@
 """The order of imports: a module of poprisk imports only modules before it in the chain."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import poprisk
+from poprisk import _moved
+
 SRC = Path(__file__).parents[1] / "src"
 
 CHAINS: Mapping[str, Sequence[str]] = {
     "poprisk": (
-        "_validate printing intervals randomness dtensor holders evaluation forward_mode "
+        "_moved _validate printing intervals randomness dtensor holders evaluation forward_mode "
         "per_sample jacobian linalg ntk optim losses path risk monitor integrations task"
     ).split(),
     "poprisk_lab": (
@@ -117,3 +121,26 @@ def test_importing_poprisk_imports_no_extra() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert set(EXTRAS) & set(done.stdout.split()) == set()
+
+
+def test_the_library_runs_the_command_of_the_laboratory() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "poprisk", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "compare" in done.stdout
+
+
+@pytest.mark.parametrize("old", list(_moved.MOVED))
+def test_a_module_is_found_by_its_name_of_the_last_release(old: str) -> None:
+    new = importlib.import_module(_moved.MOVED[old])
+    sys.modules.pop(f"poprisk.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"poprisk.{old} is {new.__name__} now"):
+        found = importlib.import_module(f"poprisk.{old}")
+    assert found is new
+    assert new.__spec__ is not None
+    assert new.__spec__.name == new.__name__
+
+
+def test_gated_stays_the_function() -> None:
+    module = importlib.import_module("poprisk.gated")
+    assert poprisk.gated is module.gated

@@ -4,6 +4,7 @@ The public names, in the order of the theory. See the README for a first run and
 ``docs/explanation/theory.md`` for the table from equations to functions.
 """
 
+from poprisk import _moved
 from poprisk.monitor import RiskMonitor
 from poprisk.ntk import Kernel, entk
 from poprisk.optim.adamw import PopRiskAdamW
@@ -65,3 +66,5 @@ __all__ = [
     "stopping_point",
     "trace_cells",
 ]
+
+_moved.install()
