@@ -34,29 +34,33 @@ def _text(value: Any, indent: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def differences(found: Any, frozen: Any, *, rtol: float, at: str = "") -> Iterator[str]:
-    """Where two JSON values differ: numbers by more than ``rtol``, all else at all."""
+def differences(
+    found: Any, frozen: Any, *, rtol: float, atol: float = 0.0, at: str = ""
+) -> Iterator[str]:
+    """Where two JSON values differ: numbers by more than the tolerances, all else at all."""
     if isinstance(frozen, dict) and isinstance(found, dict):
         for key in {**frozen, **found}:
             if (key in frozen) != (key in found):
                 yield f"{at}/{key}: {'is missing' if key in frozen else 'is new'}"
             else:
-                yield from differences(found[key], frozen[key], rtol=rtol, at=f"{at}/{key}")
+                yield from differences(
+                    found[key], frozen[key], rtol=rtol, atol=atol, at=f"{at}/{key}"
+                )
     elif isinstance(frozen, list) and isinstance(found, list):
         if len(frozen) != len(found):
             yield f"{at}: {len(found)} entries, frozen {len(frozen)}"
         for i, (a, b) in enumerate(zip(found, frozen, strict=False)):
-            yield from differences(a, b, rtol=rtol, at=f"{at}[{i}]")
-    elif not _same(found, frozen, rtol):
+            yield from differences(a, b, rtol=rtol, atol=atol, at=f"{at}[{i}]")
+    elif not _same(found, frozen, rtol, atol):
         yield f"{at}: {found!r}, frozen {frozen!r}"
 
 
-def _same(a: Any, b: Any, rtol: float) -> bool:
+def _same(a: Any, b: Any, rtol: float, atol: float) -> bool:
     if not (_is_number(a) and _is_number(b)):
         return type(a) is type(b) and a == b
     if math.isnan(a) or math.isnan(b):
         return math.isnan(a) and math.isnan(b)
-    return a == b or math.isclose(a, b, rel_tol=rtol, abs_tol=0.0)
+    return a == b or math.isclose(a, b, rel_tol=rtol, abs_tol=atol)
 
 
 def _is_number(value: Any) -> bool:
