@@ -1,6 +1,5 @@
 """Pytest on a changed copy of the library, in a fork that has torch loaded already."""
 
-import contextlib
 import gc
 import importlib
 import os
@@ -57,8 +56,7 @@ def exit_code(root: Path, arguments: list[str], *, seconds: int | None = None) -
                 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             sys.path.insert(0, str(root))
             code = int(pytest.main([*OPTIONS, *arguments]))
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
+            sys.stdout.flush()
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

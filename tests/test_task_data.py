@@ -89,6 +89,12 @@ def test_a_loader_that_shuffles_keeps_pairs_together() -> None:
     assert torch.equal(Y[position], y)
 
 
+def _ragged(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch padded to its own longest input, as a collator for sequences makes it."""
+    length = 1 + int(rows[0][0])
+    return torch.zeros(len(rows), length), torch.stack([y for _, y in rows])
+
+
 STRINGS = pd.DataFrame({"age": [1.0, 2.0], "city": ["Oslo", "Rome"]})
 
 REFUSED: list[tuple[Any, type[Exception], str]] = [
@@ -120,6 +126,13 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
         DataLoader(TensorDataset(X[:0], Y[:0]), batch_size=2),
         ValueError,
         "train must not be empty, but its loader gave no",
+    ),
+    (
+        DataLoader(
+            TensorDataset(torch.arange(4)[:, None], Y[:4]), batch_size=2, collate_fn=_ragged
+        ),
+        ValueError,
+        r"train must hold inputs of one shape, but train\[0\] has \(1,\) and train\[1\] \(3,\); pad",
     ),
     ((np.array([[np.nan]]), np.zeros(1)), ValueError, "train inputs hold NaN or Inf"),
     ((X.numpy(), Y.numpy()[:5]), ValueError, "train has 12 inputs but 5 targets"),

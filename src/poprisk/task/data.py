@@ -41,9 +41,10 @@ def as_pair(name: str, data: Any) -> Pair:
             for part, value in zip(("inputs", "targets"), data, strict=True)
         )
     elif isinstance(data, DataLoader):
-        pair = _from_rows(name, data, torch.cat)
+        pair = _from_rows(name, data, batches=True)
     elif isinstance(data, Sized) and hasattr(data, "__getitem__") and len(data) > 0:
-        pair = _from_rows(name, (cast(Any, data)[i] for i in range(len(data))), _stack)
+        rows = (cast(Any, data)[i] for i in range(len(data)))
+        pair = _from_rows(name, rows, batches=False)
     else:
         raise TypeError(
             f"{name} must be a pair (inputs, targets) of tensors or a non-empty data set of such "
@@ -90,26 +91,24 @@ def _numeric(kind: Any) -> bool:
     return getattr(kind, "kind", "O") in "fiubc"  # numpy, and pandas' own
 
 
-def _from_rows(name: str, rows: Iterable[Any], join: Any) -> tuple[Tensor, ...]:
+def _from_rows(name: str, rows: Iterable[Any], *, batches: bool) -> tuple[Tensor, ...]:
+    """Rows, each of one example or of a batch, as one tensor of inputs and one of targets."""
+    join = torch.cat if batches else torch.stack
     columns: tuple[list[Tensor], list[Tensor]] = [], []
     for i, row in enumerate(rows):
         for part, value, column in zip(
             ("input", "target"), _row(name, i, row), columns, strict=True
         ):
             column.append(_entry(f"{name}[{i}]", part, value))
-            if join is _stack and column[-1].shape != column[0].shape:
+            first, last = (tuple(column[j].shape[int(batches) :]) for j in (0, -1))
+            if first != last:
                 raise ValueError(
-                    f"{name} must hold {part}s of one shape, but {name}[0] has "
-                    f"{tuple(column[0].shape)} and {name}[{i}] {tuple(column[-1].shape)}; pad or "
-                    "crop them in the data set."
+                    f"{name} must hold {part}s of one shape, but {name}[0] has {first} and "
+                    f"{name}[{i}] {last}; pad or crop them in the data set."
                 )
     if not columns[0]:
         raise ValueError(f"{name} must not be empty, but its loader gave no batch.")
     return tuple(join(column) for column in columns)
-
-
-def _stack(column: list[Tensor]) -> Tensor:
-    return torch.stack(column)
 
 
 def _row(name: str, i: int, row: Any) -> tuple[Any, Any]:
