@@ -132,7 +132,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
             TensorDataset(torch.arange(4)[:, None], Y[:4]), batch_size=2, collate_fn=_ragged
         ),
         ValueError,
-        r"train must hold inputs of one shape, but train\[0\] has \(1,\) and train\[1\] \(3,\); pad",
+        r"hold inputs of one shape, but train\[0\] has \(1,\) and train\[1\] \(3,\); pad or crop",
     ),
     ((np.array([[np.nan]]), np.zeros(1)), ValueError, "train inputs hold NaN or Inf"),
     ((X.numpy(), Y.numpy()[:5]), ValueError, "train has 12 inputs but 5 targets"),
