@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,19 +50,24 @@ def mlp(hidden: int) -> nn.Module:
     )
 
 
-def cnn() -> nn.Module:
-    """Two 3×3 convolutions (32 and 64 channels) and a hidden layer of 128."""
-    return nn.Sequential(
+def cnn(channels: int = 32, widths: Sequence[int] = (128, CLASSES)) -> nn.Module:
+    """Two 3×3 convolutions on flat pictures of 8×8, then fully connected layers.
+
+    Args:
+        channels: of the first convolution; the second has twice as many, at half the size.
+        widths: of the fully connected layers, the outputs last.
+    """
+    layers: list[nn.Module] = [
         nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 32, 3, padding=1),
+        nn.Conv2d(1, channels, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(64 * 4 * 4, 128),
-        nn.ReLU(),
-        nn.Linear(128, CLASSES),
-    )
+    ]  # made in this order, in which they draw their weights
+    for before, after in itertools.pairwise((32 * channels, *widths)):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def per_example_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

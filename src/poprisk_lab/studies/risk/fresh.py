@@ -30,6 +30,7 @@ from poprisk_lab.studies.risk.problems import (
     squared,
 )
 from poprisk_lab.study import Done, Found, Settings, Study, Trial
+from poprisk_lab.tasks.digits import cnn
 
 SEEDS = range(70, 85)
 BATCH, JUDGES = 32, 1024
@@ -57,23 +58,10 @@ def bars(seed: int, *, n: int) -> tuple[Tensor, Tensor]:
     return x.flatten(1), y[:, None].float()
 
 
-def cnn() -> nn.Module:
-    """Two convolutions on flat pictures of 8×8."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(256, 1),
-    )
-
-
 LENGTH = BATCH * (max(CHECKS) + 1) + JUDGES
 STREAMS = {
     "MLP": Stream(partial(ridges, n=LENGTH, dimensions=10), lambda: mlp(10, 64, 1), squared),
-    "CNN": Stream(partial(bars, n=LENGTH), cnn, binary),
+    "CNN": Stream(partial(bars, n=LENGTH), partial(cnn, 8, (1,)), binary),
     "transformer": Stream(
         partial(repeats, n=LENGTH, numbers=False, noise=0.25),
         lambda: Transformer(4),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from poprisk import PopRiskAdamW
-from poprisk_lab.tasks.digits import flip_labels
+from poprisk_lab.tasks.digits import cnn, flip_labels
 
 FRESH = 4_000
 QUICK_EPOCHS = 2
@@ -143,21 +143,6 @@ def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, dropout: float = 0.
     return nn.Sequential(*layers[: -2 if dropout else -1])
 
 
-def cnn() -> nn.Module:
-    """Two convolutions on flat pictures of 8×8 and a hidden layer."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(512, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
-
-
 class Transformer(nn.Module):
     """One pre-norm block of width 32 on sequences of eight symbols, mean-pooled."""
 
@@ -234,7 +219,12 @@ PROBLEMS: dict[str, Problem] = {
         64,
     ),
     "digits 40%, CNN, SGD with momentum": Problem(
-        partial(digits, noise=0.4), cnn, cross_entropy, sgd(0.03, 0.9), 40, 64
+        partial(digits, noise=0.4),
+        partial(cnn, 16, (64, 10)),
+        cross_entropy,
+        sgd(0.03, 0.9),
+        40,
+        64,
     ),
     "digits 40%, MLP, PopRiskAdamW": Problem(
         partial(digits, noise=0.4),
@@ -253,7 +243,7 @@ PROBLEMS: dict[str, Problem] = {
         64,
     ),
     "digits 20%, CNN, AdamW": Problem(
-        partial(digits, noise=0.2), cnn, cross_entropy, adamw(1e-3), 40, 64
+        partial(digits, noise=0.2), partial(cnn, 16, (64, 10)), cross_entropy, adamw(1e-3), 40, 64
     ),
     "parabola 20%, MLP, SGD with momentum": Problem(
         parabola, lambda: mlp(20, 64, 64, 1), binary, sgd(0.03, 0.9), 40, 50
