@@ -416,6 +416,12 @@ def test_text_for_a_file_has_no_control_characters(finished: tuple[Path, str]) -
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\x80-\x9f]", finished[1])
 
 
+def test_each_run_that_ends_is_one_line_of_a_file(finished: tuple[Path, str]) -> None:
+    lines = [line for line in finished[1].splitlines() if line.startswith("[")]
+    assert max(len(line) for line in lines) > 80
+    assert all(re.fullmatch(r"\[ *\d+/\d+\] .*, seed \d: accuracy [\d.]+%", line) for line in lines)
+
+
 @pytest.mark.usefixtures("no_report", "out")
 def test_repeated_it_trains_nothing_and_says_the_same(
     monkeypatch: pytest.MonkeyPatch, finished: tuple[Path, str]

@@ -99,6 +99,7 @@ class ProgressDisplay:
             f"{self.scale.name} {self.scale.value(value)}",
             markup=False,
             highlight=False,
+            soft_wrap=True,  # one line a run, for logs
         )
 
     def _picture(self) -> Table:
@@ -144,7 +145,7 @@ class PhaseDisplay:
         if phase not in self.phases:
             self.phases[phase] = self.progress.add_task(escape(phase), total=total)
             if not self.console.is_terminal:
-                self.console.print(phase, markup=False, highlight=False)
+                self.console.print(phase, markup=False, highlight=False, soft_wrap=True)
         self.progress.update(self.phases[phase], completed=done)
 
 
