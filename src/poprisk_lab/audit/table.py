@@ -145,17 +145,24 @@ def label_texts(path: Path, label: str, frame: pd.DataFrame) -> list[str]:
 
 def raw_texts(path: Path, column: str) -> list[str]:
     """A column of a CSV file as it is written, with what stands for nothing as it stands."""
+    _, rows = read_cells(path)
+    at = [name.strip() for name in rows[0]].index(column)
+    return [row[at] if at < len(row) else "" for row in rows[1:]]
+
+
+def read_cells(path: Path) -> tuple[Layout, list[list[str]]]:
+    """A CSV file as it is written, blank lines left out, the header first."""
     layout = _layout(path)
-    frame = pd.read_csv(
-        path,
-        sep=layout.separator,
-        encoding=layout.encoding,
-        dtype=str,
-        keep_default_na=False,
-        skipinitialspace=True,
-        usecols=lambda name: str(name).strip() == column,
-    )
-    return frame.iloc[:, 0].tolist()
+    with path.open(encoding=layout.encoding, newline="") as file:
+        reader = csv.reader(file, delimiter=layout.separator, skipinitialspace=True)
+        return layout, [row for row in reader if row]
+
+
+def written(rows: list[list[str]], layout: Layout) -> str:
+    """Cells as the text of a CSV file."""
+    text = StringIO()
+    csv.writer(text, delimiter=layout.separator, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _as_text(column: pd.Series[Any]) -> list[str]:
