@@ -1,7 +1,7 @@
 (() => {
   "use strict";
   const PAGE = 40;
-  const {kind, classes, columns, suspects, key} = JSON.parse(document.getElementById("data").textContent);
+  const {kind, classes, columns, cells: names, suspects, key} = JSON.parse(document.getElementById("data").textContent);
   const at = Object.fromEntries(columns.map((name, i) => [name, i]));
   const get = id => document.getElementById(id);
   const marks = new Map();  // position in the data -> {mark, label}
@@ -64,7 +64,7 @@
       element("b", {className: "suggested", textContent: label(suspect[at.suggested])}),
       element("small", {textContent: ` ${suspect[at.told]}`})));
     body.append(element("p", {className: "caption", textContent: suspect[at.name]}));
-    const cells = Object.entries(suspect[at.shown] ?? {});
+    const cells = suspect[at.shown].map((value, i) => [names[i], value]);
     if (cells.length === 1) body.append(element("p", {className: "text", textContent: cells[0][1] ?? ""}));
     else if (cells.length) {
       const list = element("dl", {className: "cells"});

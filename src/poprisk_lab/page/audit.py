@@ -81,6 +81,7 @@ def write_audit(
             "kind": result.kind,
             "classes": list(examples.classes),
             "columns": COLUMNS,
+            "cells": [name for name in examples.show(0) if name != "image"],
             "suspects": shown,
             "key": f"poprisk-audit-{config['data']['inputs']}-{config['data']['targets']}",
         },
@@ -101,7 +102,7 @@ def _suspect(examples: Examples, result: AuditResult, item: int, *, picture: boo
         told = f"{p[suggested]:.0%} sure, {p[given]:.0%} for the given one"
     thumbnail = _thumbnail(Path(image)) if image is not None and picture else None
     name = examples.name(item)
-    return [item, name, given, suggested, told, thumbnail, cells, words.lower()]
+    return [item, name, given, suggested, told, thumbnail, [*cells.values()], words.lower()]
 
 
 def _label(value: Any) -> float | int:
