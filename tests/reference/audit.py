@@ -37,7 +37,7 @@ def noise_matrix(rows: Sequence[Row], labels: Sequence[int]) -> list[list[float]
     matrix = []
     for j in range(c):
         off = sum(counts[j]) - counts[j][j]
-        rate = (off + pooled) / (sum(counts[j]) + 1)
+        rate = (off + 1) / (sum(counts[j]) + 1 / pooled)
         statistic = sum(
             (counts[j][y] - off / (c - 1)) ** 2 / (off / (c - 1))
             for y in range(c)
@@ -94,9 +94,7 @@ def contrast(p: Row, planted: int, original: int) -> float:
     return p[planted] - sum(others) / len(others)
 
 
-def averaged(looks: Sequence[Row]) -> list[float]:
-    """Mean of predictions over looks, the l-th with weight l."""
-    total = sum(range(1, len(looks) + 1))
-    return [
-        sum((k + 1) * look[j] for k, look in enumerate(looks)) / total for j in range(len(looks[0]))
-    ]
+def averaged(looks: Sequence[Row], numbers: Sequence[int]) -> list[float]:
+    """Mean of predictions over looks, weighed by their numbers."""
+    rows = list(zip(looks, numbers, strict=True))
+    return [sum(k * look[j] for look, k in rows) / sum(numbers) for j in range(len(looks[0]))]

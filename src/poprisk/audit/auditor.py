@@ -172,7 +172,7 @@ class Auditor:
             raise RuntimeError("the auditor has seen no batch; call update() in the training loop.")
         audited = Audited(
             found.average if average else found.last,
-            found.looks_of > 0,
+            found.weight > 0,
             history=found.history[:, : len(found.kept)],
             history_looks=tuple(found.kept),
             looks=tuple(found.looks),

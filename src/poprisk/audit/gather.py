@@ -20,7 +20,7 @@ class Gathered(NamedTuple):
     average: Tensor
     last: Tensor
     history: Tensor
-    looks_of: Tensor
+    weight: Tensor
     kept: list[int]
     looks: list[Look]
     not_finite: int
@@ -29,40 +29,40 @@ class Gathered(NamedTuple):
 def gather(mine: Predictions, looks: Sequence[Look], not_finite: int) -> Gathered:
     """The same on every process; each sends the examples that it has seen."""
     alone = Gathered(
-        mine.average, mine.last, mine.history, mine.looks_of, mine.kept, list(looks), not_finite
+        mine.average, mine.last, mine.history, mine.weight, mine.kept, list(looks), not_finite
     )
     if processes() == 1:
         return alone
-    rows = ((mine.looks_of > 0) | ~mine.history.isnan().all(1)).nonzero().squeeze(1)
-    part = {
+    parts: list[Any] = [None] * processes()
+    torch.distributed.all_gather_object(parts, part_of(mine, looks, not_finite))
+    return merged(parts, *mine.average.shape)
+
+
+def part_of(mine: Predictions, looks: Sequence[Look], not_finite: int) -> dict[str, Any]:
+    """What one process has seen: its rows only."""
+    rows = ((mine.weight > 0) | ~mine.history.isnan().all(1)).nonzero().squeeze(1)
+    return {
         "rows": rows,
         **{
             name: getattr(mine, name)[rows]
-            for name in ("average", "last", "history", "looks_of", "last_look")
+            for name in ("average", "last", "history", "weight", "last_look")
         },
         "kept": mine.kept,
         "looks": list(looks),
         "not_finite": not_finite,
     }
-    parts: list[Any] = [None] * processes()
-    torch.distributed.all_gather_object(parts, part)
-    return merged(parts, *mine.average.shape)
 
 
 def merged(parts: Sequence[dict[str, Any]], items: int, width: int) -> Gathered:
     """Parts put together: averages by the weights of their looks, the last look by its number."""
-    weight = torch.zeros(items, 1)
     average, last = torch.zeros(items, width), torch.zeros(items, width)
-    looks_of, newest = torch.zeros(items, dtype=torch.int32), torch.zeros(items, dtype=torch.int32)
+    weight, newest = torch.zeros(items), torch.zeros(items, dtype=torch.int32)
     kept = sorted({number for part in parts for number in part["kept"]})[:KEPT_LOOKS]
     history = torch.full((items, len(kept)), math.nan, dtype=torch.float16)
     for part in parts:
-        rows, k = part["rows"], part["looks_of"].float()[:, None]
-        # The k looks of an example have weights 1 to k.
-        share = k * (k + 1) / 2
-        average[rows] += share * part["average"].float()
-        weight[rows] += share
-        looks_of[rows] += part["looks_of"]
+        rows = part["rows"]
+        average[rows] += part["weight"][:, None] * part["average"].float()
+        weight[rows] += part["weight"]
         newer = part["last_look"] > newest[rows]
         last[rows[newer]] = part["last"][newer].float()
         newest[rows] = torch.maximum(newest[rows], part["last_look"])
@@ -76,7 +76,8 @@ def merged(parts: Sequence[dict[str, Any]], items: int, width: int) -> Gathered:
         for k in range(max(len(part["looks"]) for part in parts))
     ]
     total = sum(part["not_finite"] for part in parts)
-    return Gathered(average / weight.clamp_min(1), last, history, looks_of, kept, looks, total)
+    average /= weight.clamp_min(1)[:, None]
+    return Gathered(average, last, history, weight, kept, looks, total)
 
 
 def _together(looks: Sequence[Look]) -> Look:

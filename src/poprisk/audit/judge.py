@@ -103,8 +103,9 @@ def judge(
     reason = (
         doubt
         or _uncertain(known, items, audited)
-        or _memorized(memorization, limit, uncertified)
+        or _memorized(memorization, limit)
         or found.unsure()
+        or (uncertified if memorization is None else memorization.reason)
     )
     share = found.wrong_share()._replace(valid=not reason, reason=reason)
     believed = [look.number for look in audited.looks if look.believed]
@@ -293,12 +294,10 @@ def _uncertain(known: Mask, items: Items, audited: Audited) -> str:
     return ""
 
 
-def _memorized(memorization: Rate | None, limit: float, uncertified: str) -> str:
-    if memorization is None:
-        return uncertified
-    if memorization.value > limit:
-        return (
-            f"memorization of the planted labels is {memorization.value:.2f}, above {limit}: "
-            "predictions repeat labels; train for less time or at a lower rate"
-        )
-    return memorization.reason
+def _memorized(memorization: Rate | None, limit: float) -> str:
+    if memorization is None or not memorization.value > limit:
+        return ""
+    return (
+        f"memorization of the planted labels is {memorization.value:.2f}, above {limit}: "
+        "predictions repeat labels; train for less time or at a lower rate"
+    )

@@ -44,9 +44,7 @@ class Look(NamedTuple):
 class Predictions:
     r"""What was predicted for each item, by look.
 
-    The average over looks weighs later ones more: :math:`\bar p \leftarrow \bar p +
-    \frac{2}{k+1}(p-\bar p)` at the k-th look, so that look l has weight proportional to l. A run
-    knows little in its first ones.
+    The average over looks gives the l-th look a weight of l: a run knows little in its first ones.
 
     Args:
         items: N.
@@ -67,7 +65,7 @@ class Predictions:
         self.average = self._array("average", items, width)
         self.history = self._array("history", items, KEPT_LOOKS).fill_(torch.nan)
         self.seen = torch.zeros(items, dtype=torch.bool)
-        self.looks_of = torch.zeros(items, dtype=torch.int32)
+        self.weight = torch.zeros(items)
         self.last_look = torch.zeros(items, dtype=torch.int32)
         self.kept: list[int] = []
         self.stride = 1
@@ -99,10 +97,10 @@ class Predictions:
         self._remember(look.number, rows, margins)
         if look.believed:
             now = self.present[rows].float()
-            self.looks_of[rows] += 1
             before = self.average[rows].float()
-            weight = 2 / (self.looks_of[rows].float() + 1)
-            self.average[rows] = (before + (now - before) * weight[:, None]).to(self.dtype)
+            self.weight[rows] += look.number
+            step = look.number / self.weight[rows]
+            self.average[rows] = (before + (now - before) * step[:, None]).to(self.dtype)
             self.last[rows] = self.present[rows]
             self.last_look[rows] = look.number
         self.seen.zero_()
@@ -138,5 +136,5 @@ class Predictions:
         self.stride, self.passed = state["stride"], state["passed"]
 
 
-TENSORS = ("present", "last", "average", "history", "seen", "looks_of", "last_look")
+TENSORS = ("present", "last", "average", "history", "seen", "weight", "last_look")
 """What :class:`Predictions` holds for each item."""

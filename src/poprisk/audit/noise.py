@@ -13,7 +13,7 @@ SURE = 0.7
 EVEN = 0.2
 """Share of an even spread in the off-diagonal entries of the matrix."""
 PRIOR = 1.0
-"""Observations that the error rate of all classes together is worth in that of one class."""
+"""Errors that the rate of all classes together is worth in the rate of one class."""
 ROUNDS = 3
 """How often the matrix is counted from predictions that it was removed from."""
 STEPS = 20
@@ -59,7 +59,7 @@ def noise_matrix(counts: Floats, *, symmetric: bool = False) -> Floats:
     off = counts * (1 - np.eye(c))
     wrong, all_of = off.sum(1), counts.sum(1)
     pooled = (wrong.sum() + 0.5) / (all_of.sum() + 1)
-    rate = np.full(c, pooled) if symmetric else (wrong + PRIOR * pooled) / (all_of + PRIOR)
+    rate = np.full(c, pooled) if symmetric else (wrong + PRIOR) / (all_of + PRIOR / pooled)
     even = (1 - np.eye(c)) / (c - 1)
     spread = even if symmetric else np.stack([_spread(off[j], even[j]) for j in range(c)])
     return np.diag(1 - rate) + rate[:, None] * spread

@@ -104,10 +104,9 @@ def planted_labels(
         items = items_of(
             original, kind=kind, classes=classes or targets.classes, ignore_index=ignore_index
         )
-        if len(items.labels) != len(targets.targets) or items.classes != targets.classes:
+        if items.classes != targets.classes:
             raise ValueError(
-                f"canaries of kind={kind!r} are planted among its single labels: pass the targets "
-                "and plant= instead."
+                f"canaries are of {targets.classes} classes, but kind={kind!r} has {items.classes}."
             )
         return Labels(items, Planted(targets, items.classes), targets.targets.detach().cpu())
     items = items_of(targets, kind=kind, classes=classes, ignore_index=ignore_index)
