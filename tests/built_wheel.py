@@ -22,6 +22,7 @@ DATA = {
     "poprisk/py.typed",
     "poprisk/optim/fused/kernel.cpp",
     "poprisk_lab/py.typed",
+    "poprisk_lab/page/audit.js",
     "poprisk_lab/page/page.css",
 }
 """What must be there beside modules and templates."""

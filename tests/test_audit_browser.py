@@ -13,7 +13,9 @@ import torch
 
 from poprisk.audit import Auditor, AuditResult
 from poprisk_lab.audit.examples import Examples
+from poprisk_lab.audit.study import AUDIT
 from poprisk_lab.page.audit import MOST_TEXT, write_audit
+from poprisk_lab.store import FORMAT, Store
 from test_report_browser import CHROMIUM, open_page, with_script
 
 pytestmark = [
@@ -47,13 +49,16 @@ def suspects_of(n: int) -> tuple[Examples, AuditResult]:
 def page_of(folder: Path, n: int) -> str:
     examples, result = suspects_of(n)
     config: dict[str, Any] = {
+        "format": FORMAT,
         "audit": {"source": MARKUP},
         "recipe": {},
         "data": {"inputs": "1", "targets": "2"},
     }
+    store = Store(folder / "run", AUDIT)
+    store.create(config, {})
     epochs = [{"epoch": e, "loss": 1 / e, "agreement": 0.5, "memorization": None} for e in (1, 2)]
     path = folder / "audit.html"
-    write_audit(path, MARKUP, examples, result, epochs, config, {}, MARKUP)
+    write_audit(path, MARKUP, examples, result, epochs, store, apply=MARKUP)
     return path.read_text(encoding="utf-8")
 
 

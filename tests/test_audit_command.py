@@ -46,7 +46,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The directory of an audit of the table, and what was printed."""
     folder = tmp_path_factory.mktemp("audit")
     table = blobs(folder / "t.csv", note='<b onclick="x">&</b>')
-    found = call(table, "--label", "kind of thing", "--epochs", 12, "--out", folder / "run")
+    found = call(table, "--label", "kind of thing", "--epochs", 60, "--out", folder / "run")
     assert found.exit_code == 0, found.output
     return folder, found.output
 
@@ -72,16 +72,18 @@ def test_repeated_it_goes_on_and_other_settings_are_refused(audited: tuple[Path,
     folder, printed = audited
     before = (folder / "run" / "suspects.csv").read_bytes()
     arguments = [folder / "t.csv", "--label", "kind of thing", "--out", folder / "run", "--epochs"]
-    again = call(*arguments, 12)
+    again = call(*arguments, 60)
     assert again.exit_code == 0
     assert (folder / "run" / "suspects.csv").read_bytes() == before
     assert printed.splitlines()[-4:] == again.output.splitlines()[-4:]
-    other = call(*arguments, 13)
+    other = call(*arguments, 61)
     assert other.exit_code == 2
     assert (folder / "run" / "suspects.csv").read_bytes() == before
 
 
-def test_a_killed_audit_goes_on_with_the_same_numbers(audited: tuple[Path, str]) -> None:
+def test_a_killed_audit_goes_on_with_the_same_numbers(
+    audited: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from poprisk_lab.audit import command, read, study
     from poprisk_lab.checkpoint import Workspace, load_checkpoint, save_checkpoint
 
@@ -96,13 +98,10 @@ def test_a_killed_audit_goes_on_with_the_same_numbers(audited: tuple[Path, str])
     whole = Workspace(product=folder / "whole.safetensors")
     rows = list(study.fit(plan, {}, whole))
 
-    class Eager(Workspace):
-        def save(self, state: Any) -> None:
-            save_checkpoint(folder / "half.safetensors", state())
-
-    first = study.fit(plan, {}, Eager())
+    monkeypatch.setattr("poprisk_lab.checkpoint.CHECKPOINT_SECONDS", -1.0)
+    first = study.fit(plan, {}, Workspace(folder / "half.safetensors"))
     half = [next(first) for _ in range(4)]  # the fourth was told and not saved
-    first.close()
+    del first
     rest = Workspace(folder / "half.safetensors", product=folder / "rest.safetensors")
     assert half[:3] + list(study.fit(plan, {}, rest)) == rows
     a, b = (load_checkpoint(folder / f"{name}.safetensors") for name in ("whole", "rest"))
@@ -192,7 +191,7 @@ def test_the_config_says_what_was_used(audited: tuple[Path, str]) -> None:
     folder, _ = audited
     config = json.loads((folder / "run" / "config.json").read_text())
     assert config["recipe"]["lr"] == 1e-3
-    assert config["recipe"]["epochs"] == 12
+    assert config["recipe"]["epochs"] == 60
     assert config["data"]["examples"] == N
     assert config["data"]["classes"] == ["class x", "class y", "class z"]
 

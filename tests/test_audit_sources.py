@@ -71,7 +71,8 @@ WRITERS = [comma, semicolon, tab, with_index, windows, dashes]
 
 def table(path: Path, write: Callable[[Path], None] = comma, **settings: Any) -> Examples:
     write(path / "table.csv")
-    return read_examples(str(path / "table.csv"), **{"label": "outcome", **settings})
+    settings = {"label": "outcome", **settings}
+    return read_examples(str(path / "table.csv"), **settings)
 
 
 @pytest.mark.parametrize("write", WRITERS)

@@ -21,7 +21,7 @@ CHAINS: Mapping[str, Sequence[str]] = {
     ).split(),
     "poprisk_lab": (
         "tasks controls arms checkpoint fit store study runner results comparison compare "
-        "convergence plots wording verdict selection explain studies page display bench cli"
+        "convergence plots wording verdict selection explain studies audit page display bench cli"
     ).split(),
 }
 """The modules of each package; one imports only those before it."""
@@ -29,7 +29,8 @@ CHAINS: Mapping[str, Sequence[str]] = {
 LIBRARY = "poprisk"
 
 EXTRAS = (
-    "typer rich plotly jinja2 sklearn skimage scipy safetensors pytorch_optimizer "
+    "typer rich plotly jinja2 sklearn skimage scipy safetensors pandas polars PIL "
+    "pytorch_optimizer "
     "transformers trl accelerate datasets lightning jaxtyping beartype hypothesis pytest "
     "deepxde nngeometry curvlinops backpack opacus"
 ).split()

@@ -4,7 +4,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-NEEDED = ("typer rich plotly jinja2 sklearn skimage scipy safetensors pytorch_optimizer").split()
+NEEDED = (
+    "typer rich plotly jinja2 sklearn skimage scipy safetensors pandas PIL pytorch_optimizer"
+).split()
 """What the extra ``lab`` installs, by the names that are imported."""
 
 _missing = [name for name in NEEDED if find_spec(name) is None]

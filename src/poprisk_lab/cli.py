@@ -200,8 +200,9 @@ def audit_command(
 
         from poprisk_lab.audit import command, words
         from poprisk_lab.audit.read import of_task, read_examples
-        from poprisk_lab.audit.study import plan_for
+        from poprisk_lab.audit.study import plan_for, run_audit
         from poprisk_lab.display import PhaseDisplay, data_table
+        from poprisk_lab.page.audit import write_audit
         from poprisk_lab.tasks import BUILT_IN
 
         is_task = source in BUILT_IN or ".py" in source
@@ -232,13 +233,11 @@ def audit_command(
         _say(f"record in {directory} (stop at any time, repeat the command to go on)")
         wanted = f" --label {label}" if label is not None else ""
         again = f"poprisk audit {source}{wanted} --apply marked.csv"
-        with PhaseDisplay(console) as display, _writing(directory):
-            result = command.finish(
+        with PhaseDisplay(console) as display:
+            result, rows = run_audit(
                 examples,
                 plan,
                 store,
-                source,
-                again,
                 lambda _, row: display("epochs", row.get("epoch", 0), plan.recipe.epochs),
             )
         for notice in words.notices(result):
@@ -247,6 +246,12 @@ def audit_command(
             console.print(data_table(command.worst_table(examples, result)))
         _say(f"\n{words.headline(result)}", style="bold")
         _say(" · ".join(words.facts(examples, result)))
+        # Last: what was found is printed though the disk be full.
+        with _writing(directory, advice="; repeat the command once there is room"):
+            command.write_tables(directory, examples, result)
+            write_audit(
+                directory / "report.html", source, examples, result, rows, store, apply=again
+            )
     _say(f"Suspects: {directory / 'suspects.csv'}")
     _say(f"Page: {directory / 'report.html'}")
 

@@ -11,10 +11,9 @@ import numpy as np
 
 from poprisk.audit import AuditResult
 from poprisk_lab.audit.examples import Examples
-from poprisk_lab.audit.study import AUDIT, AuditPlan, run_audit
-from poprisk_lab.page.audit import write_audit
+from poprisk_lab.audit.study import AUDIT, AuditPlan
 from poprisk_lab.plots import Table
-from poprisk_lab.runner import OnRow, environment
+from poprisk_lab.runner import environment
 from poprisk_lab.store import Store
 
 SHOWN = 10
@@ -32,28 +31,14 @@ def start(examples: Examples, plan: AuditPlan, source: str) -> Store:
     return store
 
 
-def finish(
-    examples: Examples, plan: AuditPlan, store: Store, source: str, apply: str, on_row: OnRow
-) -> AuditResult:
-    """Train, judge, and write what was found: two tables and the page.
+def write_tables(directory: Path, examples: Examples, result: AuditResult) -> None:
+    """Write the suspects, the worst first, and all labels in the order of the data.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    result, epochs = run_audit(examples, plan, store, on_row)
-    write_table(plan.directory / "suspects.csv", examples, result, result.suspects())
-    write_table(plan.directory / "labels.csv", examples, result, range(len(result)))
-    write_audit(
-        plan.directory / "report.html",
-        source,
-        examples,
-        result,
-        epochs,
-        store.config(),
-        store.environment(),
-        apply,
-    )
-    return result
+    write_table(directory / "suspects.csv", examples, result, result.suspects())
+    write_table(directory / "labels.csv", examples, result, range(len(result)))
 
 
 def label_name(examples: Examples, value: Any) -> str:

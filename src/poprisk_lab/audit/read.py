@@ -76,7 +76,7 @@ def _row(position: int) -> str:
 
 def _show_row(frame: pd.DataFrame, position: int) -> dict[str, Any]:
     row = frame.iloc[position]
-    return {name: None if pd.isna(value) else str(value) for name, value in row.items()}
+    return {str(name): None if pd.isna(value) else str(value) for name, value in row.items()}
 
 
 def _table(

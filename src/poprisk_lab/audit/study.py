@@ -26,7 +26,13 @@ from poprisk_lab.tasks import load_task
 
 FIT = "fit"
 PLANT = 0.05
-AUDIT = Kind(frozenset({"audit", "data", "recipe"}), lambda row: row["event"] in ("epoch", "end"))
+
+
+def _is_row(row: Row) -> bool:
+    return row["event"] == "end" or isinstance(row["epoch"], int)
+
+
+AUDIT = Kind(frozenset({"audit", "data", "recipe"}), _is_row)
 """The run directories of audits."""
 
 

@@ -179,20 +179,20 @@ def type_columns(frame: pd.DataFrame, notes: list[str]) -> tuple[pd.DataFrame, C
     """
     numbers: dict[str, pd.Series[Any]] = {}
     categories: dict[str, pd.Series[Any]] = {}
-    for name in frame:
+    for name in map(str, frame.columns):
         column = frame[name]
         if column.nunique() < 2:
             notes.append(f"`{name}` is left out: it has one value.")
-        elif _is_id(str(name), column):
+        elif _is_id(name, column):
             notes.append(f"`{name}` is left out: it looks like an id.")
         elif pd.api.types.is_bool_dtype(column):
             categories[name] = column.astype(str)
         elif pd.api.types.is_numeric_dtype(column):
             numbers[name] = column.astype(float)
         elif pd.api.types.is_datetime64_any_dtype(column):
-            numbers.update(_date_parts(str(name), column))
+            numbers.update(_date_parts(name, column))
         else:
-            _type_text(str(name), column.astype(object), frame, numbers, categories, notes)
+            _type_text(name, column.astype(object), frame, numbers, categories, notes)
     if not numbers and not categories:
         raise AuditInputError("no column is left to learn from.")
     typed = pd.DataFrame({**numbers, **categories}, index=frame.index)
@@ -283,5 +283,5 @@ def encode_columns(frame: pd.DataFrame, columns: Columns, seed: int) -> Tensor:
     # Missing categories are a category of their own.
     text = frame[columns.categories].astype(object)
     filled = frame[columns.numbers].join(text.where(text.notna(), "(missing)").astype(str))
-    encoded = encoder.fit_transform(filled).astype(np.float32)
+    encoded = np.asarray(encoder.fit_transform(filled), dtype=np.float32)
     return torch.from_numpy(np.ascontiguousarray(encoded))

@@ -17,7 +17,7 @@ from poprisk_lab.audit.words import facts, headline, notices
 from poprisk_lab.page import draw
 from poprisk_lab.page.page import template
 from poprisk_lab.plots import Line, Plot, Table
-from poprisk_lab.store import Row, replace_text
+from poprisk_lab.store import Row, Store, replace_text
 
 MOST_SUSPECTS = 10_000
 MOST_PICTURES = 3_000
@@ -34,8 +34,8 @@ def write_audit(
     examples: Examples,
     result: AuditResult,
     epochs: Sequence[Row],
-    config: dict[str, Any],
-    environment: dict[str, Any],
+    store: Store,
+    *,
     apply: str,
 ) -> None:
     """Write the page, atomically.
@@ -46,14 +46,13 @@ def write_audit(
         examples: as they were read.
         result: what was found.
         epochs: a row an epoch of the training.
-        config: settings as used.
-        environment: of the training.
+        store: of the run, for its settings and its environment.
         apply: the command that writes corrected labels.
 
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
-    suspects = result.suspects()
+    config, suspects = store.config(), result.suspects()
     shown = [
         _suspect(examples, result, int(item), picture=i < MOST_PICTURES)
         for i, item in enumerate(suspects[:MOST_SUSPECTS])
@@ -75,7 +74,7 @@ def write_audit(
         notes=examples.notes,
         left_out=examples.left_out,
         used={**config["audit"], **config["recipe"]},
-        environment=environment,
+        environment=store.environment(),
         apply=apply,
         data={
             "kind": result.kind,
