@@ -149,6 +149,18 @@ def test_numbers_of_many_values_are_numbers(tmp_path: Path) -> None:
     assert table(tmp_path, label="age", kind="regression").classes == ()
 
 
+def test_numbers_are_standardized_and_heavy_tails_ranked(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    heavy = np.exp(3 * rng.normal(size=400))
+    frame = pd.DataFrame({"a": rng.normal(7, 3, 400), "h": heavy, "y": list("ab") * 200})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    a, h = read_examples(str(tmp_path / "a.csv"), label="y").inputs.numpy().T
+    expected = (frame["a"] - frame["a"].mean()) / frame["a"].std(ddof=0)
+    assert np.allclose(a, expected, atol=1e-5)
+    assert np.array_equal(np.argsort(h), np.argsort(heavy))
+    assert np.abs(h).max() < 2  # as of uniform numbers
+
+
 def test_texts(tmp_path: Path) -> None:
     words = {"a": "the ship sails on the sea", "b": "a goal in the last minute"}
     pd.DataFrame(

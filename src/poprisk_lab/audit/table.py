@@ -14,8 +14,13 @@ import pandas as pd
 import torch
 from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, QuantileTransformer
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
+    QuantileTransformer,
+    StandardScaler,
+)
 from torch import Tensor
 
 from poprisk_lab.audit.examples import AuditInputError
@@ -25,6 +30,10 @@ PROBE_BYTES = 1 << 16
 NEARLY_ALL = 0.95
 """Share of the values of a column that make it one of numbers, or of dates."""
 MOST_CATEGORIES = 50
+HEAVY = 10.0
+"""Standard deviations that a column's largest value is off, from which its ranks are taken."""
+LARGEST = 5.0
+"""Standard deviations at which a value is cut off."""
 NA_VALUES = ("?", "-", "--")
 ID_NAMES = re.compile(r"(^|_|\b)(id|index|idx|key|uuid|guid|row|no|nr)$", re.IGNORECASE)
 DATE = re.compile(r"^\s*\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T]\d{1,2}:\d{2}.*)?\s*$")
@@ -261,15 +270,14 @@ def _is_id(name: str, column: pd.Series[Any]) -> bool:
 def encode_columns(frame: pd.DataFrame, columns: Columns, seed: int) -> Tensor:
     """The columns as float32 numbers of about unit size, (n, d).
 
-    Numbers are brought to a normal distribution by their ranks, missing ones to the median with an
-    indicator; categories become one-hot, those beyond the ``MOST_CATEGORIES`` most frequent one.
+    Numbers are standardized, those with heavy tails after their ranks were taken; missing ones get
+    the median and an indicator. Categories become one-hot, of those beyond the
+    ``MOST_CATEGORIES`` most frequent all others together; missing ones are a category.
     """
-    numbers = make_pipeline(
-        QuantileTransformer(
-            n_quantiles=min(1000, len(frame)), output_distribution="normal", random_state=seed
-        ),
-        SimpleImputer(strategy="median", add_indicator=True),
-    )
+    size = (frame[columns.numbers] - frame[columns.numbers].mean()) / frame[columns.numbers].std()
+    is_heavy = size.abs().max() > HEAVY
+    heavy = [name for name in columns.numbers if is_heavy[name]]
+    ranks = QuantileTransformer(n_quantiles=min(1000, len(frame)), random_state=seed)
     categories = OneHotEncoder(
         handle_unknown="infrequent_if_exist",
         max_categories=MOST_CATEGORIES,
@@ -278,10 +286,19 @@ def encode_columns(frame: pd.DataFrame, columns: Columns, seed: int) -> Tensor:
         dtype=np.float32,
     )
     encoder = ColumnTransformer(
-        [("numbers", numbers, columns.numbers), ("categories", categories, columns.categories)]
+        [
+            ("numbers", _standardized(), [n for n in columns.numbers if not is_heavy[n]]),
+            ("heavy", _standardized(ranks), heavy),
+            ("categories", categories, columns.categories),
+        ]
     )
-    # Missing categories are a category of their own.
     text = frame[columns.categories].astype(object)
     filled = frame[columns.numbers].join(text.where(text.notna(), "(missing)").astype(str))
     encoded = np.asarray(encoder.fit_transform(filled), dtype=np.float32)
     return torch.from_numpy(np.ascontiguousarray(encoded))
+
+
+def _standardized(*before: Any) -> Pipeline:
+    cut = FunctionTransformer(np.clip, kw_args={"a_min": -LARGEST, "a_max": LARGEST})
+    imputer = SimpleImputer(strategy="median", add_indicator=True)
+    return make_pipeline(*before, StandardScaler(), cut, imputer)
