@@ -81,9 +81,12 @@ def test_a_run_that_repeats_labels_is_not_believed(kind: str) -> None:
     planted = auditor.targets
     outputs = confident(planted) if kind == "classes" else 12.0 * planted - 6
     feed(auditor, outputs)
-    assert [look.believed for look in auditor.looks] == [] or not auditor.looks[0].believed
-    with pytest.raises(ValueError, match="no labelled example with a prediction"):
-        auditor.result()
+    result = auditor.result()
+    assert [look.believed for look in result.looks] == [False]
+    assert result.look == 0
+    assert not result.valid
+    assert result.reason.startswith("memorization of the planted labels is 1.00, above 0.1")
+    assert len(result) == N
 
 
 def test_looks_before_labels_are_memorized_count() -> None:
@@ -145,6 +148,20 @@ def test_the_average_weighs_later_looks_more() -> None:
         expected = naive.averaged(believed[:, i].tolist(), [1, 2, 4, 5])
         assert kept.average[i].tolist() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(kept.last, looks[4])
+
+
+def test_looks_that_are_not_believed_count_until_one_is() -> None:
+    looks = torch.rand(3, 2, 2, generator=torch.Generator().manual_seed(0))
+    kept = Predictions(2, 2)
+    kept.note(torch.arange(2), looks[0])
+    kept.close(look(1, believed=False), torch.zeros(2))
+    torch.testing.assert_close(kept.average, looks[0])
+    assert (kept.weight > 0).all()
+    for k in (1, 2):
+        kept.note(torch.arange(2), looks[k])
+        kept.close(look(k + 1, believed=k == 1), torch.zeros(2))
+    torch.testing.assert_close(kept.average, looks[1], atol=1e-5, rtol=0)
+    assert torch.equal(kept.last, looks[1])
 
 
 def test_half_precision_keeps_an_average_over_many_looks() -> None:

@@ -20,10 +20,12 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 def resolve(name: str) -> object:
     """What a dotted name stands for, below poprisk unless it says the laboratory."""
     parts = name.split(".")
-    found: object = importlib.import_module(parts[0] if parts[0] == "poprisk_lab" else "poprisk")
+    path = parts[0] if parts[0] == "poprisk_lab" else "poprisk"
+    found: object = importlib.import_module(path)
     for part in parts[parts[0] == "poprisk_lab" :]:
+        path = f"{path}.{part}"  # `poprisk.audit` is a function and a package
         if not hasattr(found, part):
-            found = importlib.import_module(f"{found.__name__}.{part}")  # type: ignore[attr-defined]
+            found = importlib.import_module(path)
         else:
             found = getattr(found, part)
     return found

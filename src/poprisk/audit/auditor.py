@@ -35,7 +35,7 @@ class Auditor:
     A run behind the gate hardly follows wrong labels, so its predictions on its own training set
     are nearly out of sample [ours]. Labels planted wrong certify that: how many of them are found,
     and how much of them is memorized. Looks (passes over the data) that memorize more than
-    ``limit`` do not count.
+    ``limit`` do not count, unless all of them do.
 
     Args:
         targets: all training labels, by ``kind``: classes (n,); zeros and ones (n,) or (n, 1) of
@@ -148,8 +148,10 @@ class Auditor:
         if self.planted is not None:
             memorization = self.planted.memorization(kept.present, kept.seen)
         look = look_at(self.items, kept.present, rows, memorization, number=len(self.looks) + 1)
-        # NaN, of too few planted labels in the look, is no sign of memorization.
-        memorized = memorization is not None and memorization.value > self.limit
+        # What too few planted labels say of a look is noise.
+        memorized = (
+            memorization is not None and memorization.valid and memorization.value > self.limit
+        )
         look = look._replace(believed=not memorized)
         kept.close(look, margins_of(self.items, kept.present, rows))
         self.looks.append(look)
