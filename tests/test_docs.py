@@ -24,10 +24,7 @@ def resolve(name: str) -> object:
     found: object = importlib.import_module(path)
     for part in parts[parts[0] == "poprisk_lab" :]:
         path = f"{path}.{part}"  # `poprisk.audit` is a function and a package
-        if not hasattr(found, part):
-            found = importlib.import_module(path)
-        else:
-            found = getattr(found, part)
+        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
     return found
 
 
