@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from poprisk import Auditor, AuditResult, Canaries
 from poprisk.audit.looks import KEPT_LOOKS, Look, Predictions
 from poprisk.audit.planted import planted_labels
+from poprisk.audit.scores import fit_noise
 from reference import audit as naive
 
 N, C = 200, 4
@@ -350,6 +351,10 @@ def test_pairs_whose_first_is_said_to_be_better() -> None:
     result = auditor.result()
     assert np.mean(result.suspect == wrong.numpy()) > 0.93
     assert result.valid, result.reason
+    model = fit_noise(result.predictions, result.labels, symmetric=True)
+    assert model.matrix is not None
+    assert model.matrix[0, 1] == model.matrix[1, 0]
+    np.testing.assert_allclose(result.margin, model.margin(result.predictions, given.numpy())[0])
 
 
 def test_pairs_whose_chosen_side_always_comes_first() -> None:

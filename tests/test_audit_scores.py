@@ -169,6 +169,8 @@ def test_noise_that_was_mixed_in_is_removed() -> None:
     before, after = np.abs(pi @ matrix - pi).max(), np.abs(found - pi).max()
     assert after < 0.15 * before
     np.testing.assert_allclose(unmix(pi, np.eye(3)), pi)
+    expected = [naive.unmixed(q, matrix.tolist()) for q in (pi @ matrix).tolist()]
+    np.testing.assert_allclose(found, expected)
 
 
 def test_blocks_of_examples_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
