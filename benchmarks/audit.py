@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poprisk import Auditor, PopRiskAdamW, audit
+from poprisk import Auditor, Canaries, PopRiskAdamW, audit
 
 NOISE = (
     ("digits", "random", 0.2),
@@ -56,7 +56,8 @@ def noisy(y: np.ndarray, noise: str, rate: float, seed: int) -> np.ndarray:
 def run(name: str, noise: str, rate: float, optimizer: str, seed: int) -> dict[str, Any]:
     x, true = data(name, seed)
     given = noisy(true, noise, rate, seed)
-    auditor = Auditor(torch.from_numpy(given), seed=seed)
+    canaries = Canaries(torch.from_numpy(given), fraction=0.05, seed=seed)
+    auditor = Auditor(canaries)
     y, n = auditor.targets, len(x)
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -82,7 +83,7 @@ def run(name: str, noise: str, rate: float, optimizer: str, seed: int) -> dict[s
             F.cross_entropy(outputs, y[index]).backward()
             opt.step()
     seconds = time.process_time() - began
-    result, end = auditor.result(), audit(model, x, y)
+    result, end = auditor.result(), audit(model, x, canaries)
     wrong = given != true
     assert result.recall is not None
     assert result.memorization is not None
