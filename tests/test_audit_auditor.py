@@ -61,7 +61,7 @@ def test_wrong_labels_are_found_and_put_right() -> None:
     assert result.valid
     assert result.cost == 1
     assert result.recall is not None
-    assert result.recall.value == 1
+    assert result.recall.value == pytest.approx(1)
     assert result.memorization is not None
     assert abs(result.memorization.value) < 0.02
 
@@ -74,6 +74,18 @@ def test_planted_labels_are_not_among_the_suspects() -> None:
     result = auditor.result()
     np.testing.assert_array_equal(result.labels, y)
     assert not result.suspect.any()
+
+
+@pytest.mark.parametrize("kind", ["classes", "binary", "multilabel", "preferences"])
+def test_planted_labels_of_a_clean_set_are_caught(kind: str) -> None:
+    y = labels(c=C if kind == "classes" else 2)
+    y = y.repeat(3, 1).T.contiguous() if kind == "multilabel" else y
+    auditor = Auditor(y, kind=kind, plant=0.2)
+    feed(auditor, confident(y, by=4.0) if kind == "classes" else 4.0 * y - 2)
+    result = auditor.result()
+    assert not result.suspect.any()
+    assert result.recall is not None
+    assert result.recall.value == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kind", ["classes", "binary"])

@@ -7,6 +7,7 @@ PATTERN = "test_audit_scores.py::test_a_pattern_is_found_where_labels_follow_one
 UNMIXED = "test_audit_scores.py::test_noise_that_was_mixed_in_is_removed"
 RESIDUALS = "test_audit_scores.py::test_residuals_in_units_of_the_noise"
 FOUND = "test_audit_auditor.py::test_wrong_labels_are_found_and_put_right"
+CLEAN = "test_audit_auditor.py::test_planted_labels_of_a_clean_set_are_caught"
 APART = "test_audit_auditor.py::test_planted_labels_are_not_among_the_suspects"
 AVERAGE = "test_audit_auditor.py::test_the_average_weighs_later_looks_more"
 BEFORE = "test_audit_auditor.py::test_looks_before_labels_are_memorized_count"
@@ -57,9 +58,15 @@ MUTATIONS = {
     ),
     "cut at posterior odds of one": Mutation(
         "poprisk/audit/scores.py",
-        "threshold=_cut(margin, int(disagree.sum())),",
+        "threshold=_cut(ordered, suspects),",
         "threshold=0.0,",
         NAIVE,
+    ),
+    "labels of a clean set would not be caught": Mutation(
+        "poprisk/audit/scores.py",
+        "return (margin < 0) | (disagree & (margin + self.threshold < self.unsuspected))",
+        "return (margin < 0) | (disagree & (margin > np.inf))",
+        CLEAN,
     ),
     "a number is judged by its best output": Mutation(
         "poprisk/audit/scores.py",

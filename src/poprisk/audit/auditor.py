@@ -53,10 +53,11 @@ class Auditor:
         probabilities: whether outputs are probabilities; logits by default.
         ignore_index: the label that stands for none; such items are predicted.
         dtype: of the predictions that are kept; see :class:`poprisk.audit.looks.Predictions`.
-        directory: where to keep them in files instead of in memory.
+        directory: where to keep them in files instead of in memory; files of a run before are
+            overwritten, a checkpoint holds what they hold.
 
     Attributes:
-        targets: the labels to train on.
+        targets: the labels to train on, in the host's memory.
         looks: what each pass over the data was like.
 
     Raises:
