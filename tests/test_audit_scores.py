@@ -155,6 +155,23 @@ def test_errors_at_random_have_no_pattern() -> None:
     assert (matrix > 0).all()
 
 
+@pytest.mark.parametrize("structure", [True, False])
+def test_labels_are_caught_that_would_be_suspect_among_the_others(structure: bool) -> None:
+    p, y, _ = labels_and_predictions(pairs=0.3, even=0.1)
+    model = fit_noise(p, y, structure=structure)
+    scored = model.margin(p, y)[0]
+    other = (y + np.random.default_rng(2).integers(1, 4, len(y))) % 4
+    margin = model.margin(p, other)[0]
+    likeliest = model.likeliest(p)
+    suspects = int((scored < 0).sum())
+    caught = model.catches(p, other)
+    for i in np.flatnonzero(likeliest != other):
+        place = int((scored < margin[i]).sum())  # among the others and itself
+        assert caught[i] == (place < suspects + 1)
+    agree = likeliest == other
+    np.testing.assert_array_equal(caught[agree], margin[agree] < 0)
+
+
 def test_a_class_that_is_never_predicted_has_the_rate_of_all() -> None:
     counts = np.array([[90.0, 10, 0], [10, 90, 0], [0, 0, 0]])
     matrix = noise_matrix(counts)
@@ -169,6 +186,8 @@ def test_noise_that_was_mixed_in_is_removed() -> None:
     before, after = np.abs(pi @ matrix - pi).max(), np.abs(found - pi).max()
     assert after < 0.15 * before
     np.testing.assert_allclose(unmix(pi, np.eye(3)), pi)
+    expected = [naive.unmixed(q, matrix.tolist()) for q in (pi @ matrix).tolist()]
+    np.testing.assert_allclose(found, expected)
 
 
 def test_blocks_of_examples_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ class Auditor:
     A run behind the gate hardly follows wrong labels, so its predictions on its own training set
     are nearly out of sample [ours]. Labels planted wrong certify that: how many of them are found,
     and how much of them is memorized. Looks (passes over the data) that memorize more than
-    ``limit`` do not count.
+    ``limit`` do not count, unless all of them do.
 
     Args:
         targets: all training labels, by ``kind``: classes (n,); zeros and ones (n,) or (n, 1) of
@@ -53,10 +53,11 @@ class Auditor:
         probabilities: whether outputs are probabilities; logits by default.
         ignore_index: the label that stands for none; such items are predicted.
         dtype: of the predictions that are kept; see :class:`poprisk.audit.looks.Predictions`.
-        directory: where to keep them in files instead of in memory.
+        directory: where to keep them in files instead of in memory; files of a run before are
+            overwritten, a checkpoint holds what they hold.
 
     Attributes:
-        targets: the labels to train on.
+        targets: the labels to train on, in the host's memory.
         looks: what each pass over the data was like.
 
     Raises:
@@ -148,8 +149,12 @@ class Auditor:
         if self.planted is not None:
             memorization = self.planted.memorization(kept.present, kept.seen)
         look = look_at(self.items, kept.present, rows, memorization, number=len(self.looks) + 1)
-        # NaN, of too few planted labels in the look, is no sign of memorization.
-        memorized = memorization is not None and memorization.value > self.limit
+        # A standard error above the limit: with few planted labels one look is uncertain.
+        memorized = (
+            memorization is not None
+            and memorization.valid
+            and memorization.value - memorization.standard_error > self.limit
+        )
         look = look._replace(believed=not memorized)
         kept.close(look, margins_of(self.items, kept.present, rows))
         self.looks.append(look)

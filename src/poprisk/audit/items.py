@@ -55,7 +55,8 @@ class Items(NamedTuple):
         rows = self.targets.clone().reshape(len(self.targets), -1)
         if self.classes is None:
             return labels.reshape(self.targets.shape).to(self.targets.dtype)
-        rows[self.example, self.position] = labels.to(rows.dtype)
+        some = self.labelled  # what is missing stays as it was, NaN or ignore_index
+        rows[self.example[some], self.position[some]] = labels[some].to(rows.dtype)
         return rows.reshape(self.targets.shape)
 
     def read(

@@ -207,7 +207,7 @@ class _Classes:
         found, weights = np.zeros(len(index), np.bool_), np.ones(len(index))
         for g, model in self.models.items():
             rows = np.flatnonzero(wrong & (self.group[index] == g))
-            found[rows] = model.margin(self.p[index[rows]], labels[rows])[0] < 0
+            found[rows] = model.catches(self.p[index[rows]], labels[rows])
             if model.matrix is not None:
                 spread = model.matrix / (1 - model.matrix.diagonal())[:, None]
                 weights[rows] = spread[original[rows], labels[rows]]

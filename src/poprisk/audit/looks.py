@@ -14,6 +14,8 @@ from poprisk.printing import short_repr
 
 KEPT_LOOKS = 16
 """Looks whose margins are kept; when there are more, every second is dropped."""
+UNBELIEVED = 1e-6
+"""Weight of a look that is not believed, as long as there is none that is."""
 SINGLE_PRECISION = 1 << 26
 """Numbers up to which predictions are kept in float32."""
 
@@ -95,14 +97,14 @@ class Predictions:
         """
         rows = self.seen.nonzero().squeeze(1)
         self._remember(look.number, rows, margins)
-        if look.believed:
-            now = self.present[rows].float()
-            before = self.average[rows].float()
-            self.weight[rows] += look.number
-            step = look.number / self.weight[rows]
-            self.average[rows] = (before + (now - before) * step[:, None]).to(self.dtype)
-            self.last[rows] = self.present[rows]
-            self.last_look[rows] = look.number
+        share = 1.0 if look.believed else UNBELIEVED
+        counted = rows[self.weight[rows] < 1] if not look.believed else rows
+        now, before = self.present[counted].float(), self.average[counted].float()
+        self.weight[counted] += share * look.number
+        step = share * look.number / self.weight[counted]
+        self.average[counted] = (before + (now - before) * step[:, None]).to(self.dtype)
+        self.last[counted] = self.present[counted]
+        self.last_look[counted] = look.number
         self.seen.zero_()
         self.passed = 0
 

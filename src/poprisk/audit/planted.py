@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, final
 
+import torch
 from torch import Tensor
 
 from poprisk.audit.items import Items, items_of
@@ -21,20 +22,21 @@ class Planted:
     r"""Labels planted among the items, and how much of them predictions repeat.
 
     With more than two classes, the mean of :class:`poprisk.Canaries`' contrast over canaries whose
-    label changed. With two, :math:`\bar p_A(z)+\bar p_B(z)-1` over canaries A with another label
-    than before and B with the same: the mean is as for all of them together, but how many fell on
-    either side adds no error. Numbers: the coefficient on the noise.
+    label changed. With two there is no other wrong label; what planted labels z are given beyond
+    what items that kept the same original label o give theirs, :math:`p(z)-\bar p_o(z)`, which
+    needs no more canaries to be sure. Numbers: the coefficient on the noise. Ours.
 
     Args:
         canaries: of the items' labels.
-        classes: number of classes; None for numbers.
+        items: with their original labels.
     """
 
-    def __init__(self, canaries: Canaries, classes: int | None) -> None:
+    def __init__(self, canaries: Canaries, items: Items) -> None:
         self.index = canaries.index.cpu()
         self.labels = canaries.targets.cpu()[self.index]
         self.original = canaries.original.cpu()
-        self.classes = classes
+        self.classes = items.classes
+        self._given = items.labels
         self.changed = (self.labels != self.original).reshape(len(self.index), -1).any(1)
 
     def memorization(self, predictions: Tensor, seen: Tensor) -> Rate:
@@ -44,31 +46,36 @@ class Planted:
             predictions: for all items, (N, width).
             seen: which of them there are, (N,).
         """
-        values = self._values(predictions[self.index].double())
-        seen = seen[self.index]
-        sides = [values[seen & self.changed]]
-        if self.classes == 2:
-            sides.append(values[seen & ~self.changed])
-        if min(map(len, sides)) < 2:
+        values = self._values(predictions, seen)[seen[self.index] & self.changed]
+        if len(values) < 2:
             return Rate(math.nan, math.nan, False, "too few planted labels to tell")
-        value = sum(float(v.mean()) for v in sides) - (1 if self.classes == 2 else 0)
-        error = math.sqrt(sum(float(v.var()) / len(v) for v in sides))
-        few = ""
-        if error > MOST_ERROR:
-            few = f"{sum(map(len, sides))} planted labels leave a standard error of {error:.2f}"
-        return Rate(value, error, not few, few)
+        error = float(values.std()) / math.sqrt(len(values))
+        few = f"{len(values)} planted labels leave a standard error of {error:.2f}"
+        few = few if error > MOST_ERROR else ""
+        return Rate(float(values.mean()), error, not few, few)
 
-    def _values(self, p: Tensor) -> Tensor:
-        k = self.classes
+    def _values(self, predictions: Tensor, seen: Tensor) -> Tensor:
+        p, k = predictions[self.index].double(), self.classes
         if k is None:
             noise = (self.labels - self.original).double().reshape(p.shape)
             follow = p - self.original.double().reshape(p.shape)
             return (noise * follow / noise.square().mean()).mean(1)
         own = p.gather(1, self.labels[:, None].long()).squeeze(1)
         if k == 2:
-            return own
+            return own - self._of_those_that_stayed(predictions, seen)[self.original.long()]
         replaced = p.gather(1, self.original[:, None].long()).squeeze(1)
         return own - (1 - own - replaced) / (k - 2)
+
+    def _of_those_that_stayed(self, predictions: Tensor, seen: Tensor) -> Tensor:
+        """By label, the mean probability of the other one where the label is as it was, (2,)."""
+        stayed = seen.clone()
+        stayed[self.index[self.changed]] = False
+        means = []
+        for label in (0, 1):
+            found = predictions[stayed & (self._given == label), 1 - label]
+            # Without any, as of a model that is sure of all labels.
+            means.append(float(found.double().mean()) if len(found) else 0.0)
+        return torch.tensor(means, dtype=torch.float64)
 
 
 class Labels(NamedTuple):
@@ -108,7 +115,7 @@ def planted_labels(
             raise ValueError(
                 f"canaries are of {targets.classes} classes, but kind={kind!r} has {items.classes}."
             )
-        return Labels(items, Planted(targets, items.classes), targets.targets.detach().cpu())
+        return Labels(items, Planted(targets, items), targets.targets.detach().cpu())
     items = items_of(targets, kind=kind, classes=classes, ignore_index=ignore_index)
     if plant == 0:
         return Labels(items, None, items.targets)
@@ -119,4 +126,4 @@ def planted_labels(
         seed=seed,
         ignore_index=ignore_index,
     )
-    return Labels(items, Planted(canaries, items.classes), items.restored(canaries.targets))
+    return Labels(items, Planted(canaries, items), items.restored(canaries.targets))

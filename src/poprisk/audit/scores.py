@@ -63,12 +63,14 @@ class NoiseModel(NamedTuple):
     Attributes:
         matrix: :math:`T`, (c, c), or None.
         threshold: margin below which a label is suspect.
+        unsuspected: least margin of a label that is not.
         disagreement: share of labels that are not the most probable ones.
         expected: share of wrong labels that the matrix alone would make; NaN without one.
     """
 
     matrix: Floats | None
     threshold: float
+    unsuspected: float
     disagreement: float
     expected: float
 
@@ -86,6 +88,20 @@ class NoiseModel(NamedTuple):
             return np.zeros(0), np.zeros(0, np.int64)
         margin, rival = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return margin - self.threshold, rival
+
+    def catches(self, probabilities: Any, labels: Integers) -> NDArray[np.bool_]:
+        """Whether labels that were not scored would be suspect among those that were, (n,).
+
+        One that is not the most probable raises the number of suspects by one: it is among them
+        unless its margin is above that of a label that is not.
+
+        Args:
+            probabilities: (n, c).
+            labels: (n,).
+        """
+        margin = self.margin(probabilities, labels)[0]
+        disagree = self.likeliest(probabilities) != labels
+        return (margin < 0) | (disagree & (margin + self.threshold < self.unsuspected))
 
     def quality(self, margin: Floats) -> Floats:
         """Margins on a scale from 0 to 1, (n,); suspect is what lies below 0.5."""
@@ -120,7 +136,7 @@ def fit_noise(
         structure: False leaves the noise matrix out.
         symmetric: whether all classes have one error rate and no pattern.
     """
-    plain = NoiseModel(None, 0.0, 0.0, np.nan)
+    plain = NoiseModel(None, 0.0, 0.0, 0.0, np.nan)
     if not structure:
         return plain._replace(disagreement=_share(plain.likeliest(probabilities) != labels))
     model = plain
@@ -133,8 +149,10 @@ def fit_noise(
     disagree = model.likeliest(probabilities) != labels
     margin = model.margin(probabilities, labels)[0]
     expected = float((1 - matrix.diagonal()) @ sums / max(sums.sum(), 1e-300))
+    ordered, suspects = np.sort(margin), int(disagree.sum())
     return model._replace(
-        threshold=_cut(margin, int(disagree.sum())),
+        threshold=_cut(ordered, suspects),
+        unsuspected=float(ordered[suspects]) if suspects < len(ordered) else np.inf,
         disagreement=_share(disagree),
         expected=expected,
     )
@@ -147,9 +165,8 @@ def _counts(model: NoiseModel, probabilities: Any, labels: Integers) -> Floats:
     return confusion_counts(predicted, confidence, labels, classes=probabilities.shape[1])
 
 
-def _cut(margin: Floats, suspects: int) -> float:
+def _cut(ordered: Floats, suspects: int) -> float:
     """The middle between the last of the suspects and the first that is none."""
-    ordered = np.sort(margin)
     if suspects == 0:
         return min(0.0, float(ordered[0]) - 1)
     if suspects == len(ordered):
