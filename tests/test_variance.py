@@ -126,8 +126,10 @@ def test_inflation_counts_the_noise_of_the_average(
 ) -> None:
     """At β₁ = 1/3, the average keeps half of the noise of one batch."""
     first = 1 if estimator.observes(1) else 0
-    assert estimator.inflation(StepCounts(1, first, 1 / 3, BETA2)) == before
-    assert estimator.inflation(StepCounts(300, 300, 1 / 3, BETA2)) == pytest.approx(after)
+    for number in (int, lambda count: torch.tensor(float(count), dtype=torch.float64)):
+        counts = [StepCounts(*map(number, c), 1 / 3, BETA2) for c in [(1, first), (300, 300)]]
+        assert float(estimator.inflation(counts[0])) == before
+        assert float(estimator.inflation(counts[1])) == pytest.approx(after)
 
 
 @pytest.mark.parametrize(
