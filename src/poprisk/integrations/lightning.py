@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from poprisk._renamed import renamed_names
 from poprisk._validate import check_callable, check_positive
 from poprisk.evaluation import Forward
 from poprisk.monitor import Quantity, RiskMonitor
@@ -22,7 +23,7 @@ Split = Callable[[Any], tuple[Any, Tensor]]
 
 
 @final
-class RiskCallback(Callback):
+class LightningRiskCallback(Callback):
     """A :class:`poprisk.RiskMonitor` on a Lightning Trainer; measures before the optimizer steps.
 
     Numbers are logged by the module too, under their names, if ``log`` is set. Of several
@@ -110,7 +111,7 @@ class RiskCallback(Callback):
             if not self._said:
                 self._said = True
                 warnings.warn(
-                    f"RiskCallback cannot measure: {error}. Training goes on.",
+                    f"LightningRiskCallback cannot measure: {error}. Training goes on.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -133,3 +134,6 @@ class RiskCallback(Callback):
 def _pair(batch: Any) -> tuple[Any, Tensor]:
     x, y = batch
     return x, y
+
+
+__getattr__ = renamed_names(__name__, RiskCallback="LightningRiskCallback")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from poprisk._validate import check_separate
 from poprisk.evaluation import Forward, evaluating, outputs_of
 from poprisk.losses import ignored_labels
-from poprisk.monitor.signal import SUMS, Counts, Signal, sums_of
+from poprisk.monitor.signal import SUMS, Counts, GradientSignal, sums_of
 from poprisk.optim.update import CHUNK
 from poprisk.per_sample import WORKSPACE, capture
 from poprisk.per_sample.gram import gram_, mirror_
@@ -147,7 +147,7 @@ class Statistics:
             found.sums[name] = _summed(self.sums.get(name, nothing).clone())
         return found
 
-    def signals(self) -> dict[str, Signal]:
+    def signals(self) -> dict[str, GradientSignal]:
         """Signal and noise by module, and under "" of the whole gradient."""
         squares = dict.fromkeys(self.rows, 0.0)
         for name, value in self.sums.items():
@@ -156,7 +156,7 @@ class Statistics:
             squares[module_of(name)] += square
         counts = self.counts._replace(examples=self.examples)
         return {
-            module: Signal.of(squares[module], row.tolist(), counts)
+            module: GradientSignal.of(squares[module], row.tolist(), counts)
             for module, row in self.rows.items()
         }
 

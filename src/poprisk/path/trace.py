@@ -14,8 +14,9 @@ from torch import Tensor
 
 from poprisk.path.follow import follow
 from poprisk.path.integrals import Closure
-from poprisk.path.run import Progress, Run
+from poprisk.path.run import Run
 from poprisk.printing import short_repr
+from poprisk.protocols import Progress
 
 
 class QueryParts(NamedTuple):

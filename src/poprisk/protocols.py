@@ -1,0 +1,39 @@
+"""What every estimate of the library has, and what long work tells of its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+Progress = Callable[[int, int | None], None]
+"""Called after each part of the work with how many are done, and of how many (None: unknown)."""
+
+
+@runtime_checkable
+class Estimated(Protocol):
+    """A number that was estimated, and what it takes to judge it; every result of the library.
+
+    Attributes:
+        value: the estimate.
+        standard_error: of the value; 0 if it is exact, NaN or infinite if nothing tells it.
+        valid: whether the value may be believed.
+        reason: why not; empty if valid.
+        cost: work beyond the training that the estimate is about, in trainings: 1 is as much as
+            that training, 0 next to nothing, NaN unknown.
+
+    Example:
+        >>> from poprisk.linalg import Estimate
+        >>> isinstance(Estimate(1.0, 0.0), Estimated)
+        True
+    """
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def standard_error(self) -> float: ...
+    @property
+    def valid(self) -> bool: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def cost(self) -> float: ...
