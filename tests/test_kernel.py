@@ -473,10 +473,10 @@ def weights(*shapes: tuple[int, ...], **options: Any) -> list[Tensor]:
 ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "empty batch": (
         ValueError,
-        "x holds no example: .*shape \\(0, 3\\)",
+        "x1 holds no example: .*shape \\(0, 3\\)",
         lambda: entk(LINEAR, X[:0]),
     ),
-    "no batch": (ValueError, "y holds no example", lambda: entk(LINEAR, X, [])),
+    "no batch": (ValueError, "x2 holds no example", lambda: entk(LINEAR, X, [])),
     "number": (ValueError, "shape \\(\\); its first", lambda: entk(LINEAR, X[0, 0])),
     "lengths": (
         ValueError,

@@ -13,14 +13,6 @@ Progress = Callable[[int, int | None], None]
 class Estimated(Protocol):
     """A number that was estimated, and what it takes to judge it; every result of the library.
 
-    Attributes:
-        value: the estimate.
-        standard_error: of the value; 0 if it is exact, NaN or infinite if nothing tells it.
-        valid: whether the value may be believed.
-        reason: why not; empty if valid.
-        cost: work beyond the training that the estimate is about, in trainings: 1 is as much as
-            that training, 0 next to nothing, NaN unknown.
-
     Example:
         >>> from poprisk.linalg import Estimate
         >>> isinstance(Estimate(1.0, 0.0), Estimated)
@@ -28,12 +20,29 @@ class Estimated(Protocol):
     """
 
     @property
-    def value(self) -> float: ...
+    def value(self) -> float:
+        """The estimate."""
+        ...
+
     @property
-    def standard_error(self) -> float: ...
+    def standard_error(self) -> float:
+        """Of the value; 0 if it is exact, NaN or infinite if nothing tells it."""
+        ...
+
     @property
-    def valid(self) -> bool: ...
+    def valid(self) -> bool:
+        """Whether the value may be believed."""
+        ...
+
     @property
-    def reason(self) -> str: ...
+    def reason(self) -> str:
+        """Why not; empty if valid."""
+        ...
+
     @property
-    def cost(self) -> float: ...
+    def cost(self) -> float:
+        """Work beyond the training that the estimate is about, in trainings.
+
+        1 is as much as that training, 0 next to nothing, NaN unknown.
+        """
+        ...

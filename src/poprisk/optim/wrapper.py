@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk._validate import check_number
+from poprisk._validate import check_number, check_type
 from poprisk.dtensor import (
     ShardLayout,
     all_agree,
@@ -57,7 +57,7 @@ from poprisk.optim.update import (
     real_lists,
     state_dtype,
 )
-from poprisk.optim.variance import Ema, StepCounts, VarianceEstimator
+from poprisk.optim.variance import ESTIMATORS, Ema, StepCounts, VarianceEstimator
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]
 PREFIX = "gate_"
@@ -65,8 +65,8 @@ PREFIX = "gate_"
 
 STATE = ("step", "exp_avg", "grad_mean_var")
 SETTINGS = (
-    *("beta1", "rho", "mask", "alpha", "z", "softness"),
-    *("batch_size", "dataset_size", "reduction", "q_min"),
+    *("beta1", "rho", "mask", "alpha", "z", "softness", "eps"),
+    *("batch_size", "dataset_size", "mode", "reduction", "q_min", "gate"),
 )
 
 
@@ -137,14 +137,24 @@ class _GroupTensors(NamedTuple):
 
 @final
 class GatedOptimizer(Optimizer):
-    """See :func:`gated`; ``param_groups`` are the wrapped optimizer's own."""
+    """What :func:`gated` returns; ``param_groups`` are the wrapped optimizer's own.
+
+    Args:
+        optimizer: to be wrapped.
+        settings: the keyword arguments of :func:`gated`, with its defaults.
+    """
 
     settings: dict[str, Any]
     skipped_steps: int
     _wrapped: Optimizer
     _behaviours: dict[Kind, Behaviour]
 
-    def __init__(self, optimizer: Optimizer, settings: dict[str, Any]) -> None:
+    def __init__(self, optimizer: Optimizer, **settings: Any) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"gated() takes a torch optimizer, but got {type(optimizer).__name__}.")
+        if isinstance(optimizer, (PopRiskAdamW, GatedOptimizer)):
+            raise TypeError(f"{type(optimizer).__name__} is gated already.")
+        settings = _checked_settings(settings)
         for group in optimizer.param_groups:
             check_distinct(group["params"])
         found = behaviours(optimizer, optimizer.param_groups)
@@ -400,7 +410,7 @@ class GatedOptimizer(Optimizer):
 
     def _last_gate(self, p: Tensor) -> tuple[StepCounts, VarianceEstimator | None, Gate | None]:
         t, own = int(self.state[p]["step"]), compiled(self.settings)
-        counts = own.counts(t, t - 1)
+        counts = _counts(own, t)
         return counts, own.estimator, own.gate(counts, layout_of(p))
 
     @torch.no_grad()
@@ -423,15 +433,45 @@ class GatedOptimizer(Optimizer):
         return {"beta1": self.settings["betas"][0], **{k: self.settings[k] for k in SETTINGS[1:]}}
 
 
+def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :func:`gated`, and its defaults for others, as one step takes them."""
+    defaults = gated.__kwdefaults__
+    if unknown := sorted(set(settings) - set(defaults)):
+        raise TypeError(
+            f"gated() takes no {', '.join(unknown)}: what is not of the gate is set on the "
+            f"optimizer that is wrapped; it takes {', '.join(defaults)}."
+        )
+    found = {**defaults, **settings}
+    if found["variance"] in ESTIMATORS and found["variance"] != "ema":
+        raise ValueError(
+            f'gated() takes variance="ema" only, but got {found["variance"]!r}: it measures from '
+            "gradients alone, and the others need PopRiskAdamW's own moments or methods."
+        )
+    check_number("beta1", found["beta1"], low=0.0, high=1.0, include_high=False)
+    check_number("eps", found["eps"], low=0.0)
+    check_type("gate", found["gate"], bool, "True or False")
+    found |= {"betas": (found.pop("beta1"), 0.0), "foreach": None, "weight_decay": 0.0}
+    check_gate_settings(found)
+    return compiled(found).settings
+
+
+def _counts(own: CompiledGroup, t: int) -> StepCounts:
+    """Counters of step ``t``; an estimate without a first step's mean is one step behind."""
+    first = own.estimator is None or own.estimator.observes(1)
+    return own.counts(t, t if first else t - 1)
+
+
 def _observe(tensors: _GroupTensors, own: CompiledGroup) -> None:
+    if own.estimator is None:
+        return
     grads = [gradient_of(p, tensors.layout) for p in tensors.params]
-    counts = own.counts(tensors.t, tensors.t - 1)
+    counts = _counts(own, tensors.t)
     how: dict[str, Any] = {"counts": counts, "estimator": own.estimator}
     update_lists(tensors.lists(grads), own.settings, functools.partial(observe_lists_, **how))
 
 
 def _rewrite(tensors: _GroupTensors, own: CompiledGroup) -> None:
-    counts = own.counts(tensors.t, tensors.t - 1)
+    counts = _counts(own, tensors.t)
     share, last = _share(tensors.decay, tensors.group)
     lists = tensors.lists(tensors.starts)
     how: dict[str, Any] = {"counts": counts, "estimator": own.estimator}
@@ -531,8 +571,12 @@ def gated(
     softness: float = 0.1,
     batch_size: int | None = None,
     dataset_size: int | None = None,
+    mode: str = "auto",
+    variance: str = "ema",
     reduction: str | None = None,
     q_min: float = 0.0,
+    eps: float = 1e-8,
+    gate: bool = True,
 ) -> GatedOptimizer:
     r"""Put the population-risk gate on any ``torch.optim`` optimizer, without touching its code.
 
@@ -554,8 +598,12 @@ def gated(
         softness: of the soft and snr masks.
         batch_size: examples behind one step.
         dataset_size: training examples; None for a stream.
+        mode: ``"auto"`` or ``"paper"``.
+        variance: ``"ema"``; the others need what only :class:`PopRiskAdamW` has.
         reduction: None or ``"per_tensor"``.
         q_min: floor of the mask.
+        eps: in the mask of ``mode="paper"``.
+        gate: False for the wrapped optimizer's own steps, a control.
 
     Raises:
         TypeError: if ``optimizer`` is no torch optimizer, is gated already, or does what a gate
@@ -572,28 +620,5 @@ def gated(
         >>> w.detach()
         tensor([0.9000])
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"gated() takes a torch optimizer, but got {type(optimizer).__name__}.")
-    if isinstance(optimizer, (PopRiskAdamW, GatedOptimizer)):
-        raise TypeError(f"{type(optimizer).__name__} is gated already.")
-    check_number("beta1", beta1, low=0.0, high=1.0, include_high=False)
-    settings = {
-        "betas": (beta1, 0.0),
-        "rho": rho,
-        "mask": mask,
-        "alpha": alpha,
-        "z": z,
-        "softness": softness,
-        "batch_size": batch_size,
-        "dataset_size": dataset_size,
-        "mode": "auto",
-        "variance": "ema",
-        "reduction": reduction,
-        "q_min": q_min,
-        "gate": True,
-        "foreach": None,
-        "eps": 0.0,
-        "weight_decay": 0.0,
-    }
-    check_gate_settings(settings)
-    return GatedOptimizer(optimizer, compiled(settings).settings)
+    settings = {name: value for name, value in locals().items() if name != "optimizer"}
+    return GatedOptimizer(optimizer, **settings)

@@ -68,7 +68,7 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "raw": json.dumps(data.config, indent=2, ensure_ascii=False),
         "task": task,
         "metric": task["metric"],
-        "facts": notes.facts(data),
+        "facts": notes.about_run(data),
         "notices": notes.notices(data),
         "verdict": verdict,
         "table": table,
