@@ -336,7 +336,7 @@ def test_every_argument_of_the_gate_has_the_name_it_has_in_the_optimizer() -> No
 @each_wrapped
 def test_without_the_gate_steps_are_the_optimizers_own(name: str) -> None:
     """Up to rounding, where decay is taken apart from the update."""
-    starts = [parameter(3), parameter(2, 2)]
+    starts = [parameter(3, 4), parameter(2, 2)]
     rows = grad_rows(starts, 8)
     alone = trajectory(WRAPPED[name], starts, rows)
     wrapped = trajectory(lambda ps: gated(WRAPPED[name](ps), gate=False), starts, rows)

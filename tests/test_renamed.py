@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -51,56 +52,65 @@ def recorder(**settings: Any) -> float:
     return found.weights.storage.max_memory
 
 
-def fresh(**settings: Any) -> Any:
+def kernel(*sets: Tensor, **given: Any) -> Tensor:
+    return poprisk.entk(net(), *sets, **given).dense()
+
+
+def trace(**given: Any) -> Any:
+    return poprisk.entk(net(), X).trace(3, **given)[:2]
+
+
+def eigenpairs(**given: Any) -> Any:
+    return poprisk.entk(net(), X).eigsh(2, **given)
+
+
+def recorded_within(**given: Any) -> float:
+    return recorded(**given).weights.storage.max_memory
+
+
+def propagator(**given: Any) -> Tensor:
+    return integrate(recorded(), **given).P
+
+
+def operators_within(**given: Any) -> float:
+    return poprisk.path_operators(recorded(), **given).max_memory
+
+
+def noise(**given: Any) -> Any:
+    return drift.fitted_noise(recorded(), draws=3, **given)[:2]
+
+
+def drawn(**given: Any) -> Tensor:
+    return torch.stack(drift.draw_batches(9, 3, 3, replace=True, **given))
+
+
+def left_out(**given: Any) -> Any:
+    return poprisk.loo_risk(recorded(), **given)[:2]
+
+
+def fresh(**given: Any) -> Any:
     model = net()
-    return poprisk.fresh_batch_risk(model, squared, X, Y, sgd(model), fresh=True, **settings)
+    return poprisk.fresh_batch_risk(model, squared, X, Y, sgd(model), fresh=True, **given)[:2]
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+PAIRS = torch.arange(N) // 2
 GIVEN: dict[tuple[str, str], tuple[Callable[..., Any], Any, Any]] = {
-    ("ntk.entk", "x"): (lambda **k: poprisk.entk(net(), **k).dense(), X, X),
-    ("ntk.entk", "y"): (lambda **k: poprisk.entk(net(), X, **k).dense(), X[:2], X[:2]),
-    ("ntk.Kernel.trace", "generator"): (
-        lambda **k: poprisk.entk(net(), X).trace(3, **k)[:2],
-        generator(3),
-        3,
-    ),
-    ("ntk.Kernel.eigsh", "generator"): (
-        lambda **k: poprisk.entk(net(), X).eigsh(2, **k),
-        generator(3),
-        3,
-    ),
+    ("ntk.entk", "x"): (kernel, X, X),
+    ("ntk.entk", "y"): (functools.partial(kernel, X), X[:2], X[:2]),
+    ("ntk.Kernel.trace", "generator"): (trace, generator(3), 3),
+    ("ntk.Kernel.eigsh", "generator"): (eigenpairs, generator(3), 3),
     ("path.recorder.Recorder.__init__", "budget"): (recorder, 10_000, 10_000),
-    ("path.recorder.record", "budget"): (
-        lambda **k: recorded(**k).weights.storage.max_memory,
-        20_000,
-        20_000,
-    ),
-    ("path.integrals.integrate", "budget"): (lambda **k: integrate(recorded(), **k).P, 1e9, 1e9),
-    ("path.operators.path_operators", "budget"): (
-        lambda **k: poprisk.path_operators(recorded(), **k).max_memory,
-        1e9,
-        1e9,
-    ),
-    ("path.drift.fitted_noise", "generator"): (
-        lambda **k: drift.fitted_noise(recorded(), draws=3, **k)[:2],
-        generator(5),
-        5,
-    ),
-    ("path.drift.draw_batches", "generator"): (
-        lambda **k: torch.stack(drift.draw_batches(9, 3, 3, replace=True, **k)),
-        generator(5),
-        5,
-    ),
-    ("risk.loo.loo_risk", "group_ids"): (
-        lambda **k: poprisk.loo_risk(recorded(), **k)[:2],
-        torch.arange(N) // 2,
-        torch.arange(N) // 2,
-    ),
-    ("risk.fresh.fresh_batch_risk", "groups"): (lambda **k: fresh(**k)[:2], 3, 3),
+    ("path.recorder.record", "budget"): (recorded_within, 20_000, 20_000),
+    ("path.integrals.integrate", "budget"): (propagator, 1e9, 1e9),
+    ("path.operators.path_operators", "budget"): (operators_within, 1e9, 1e9),
+    ("path.drift.fitted_noise", "generator"): (noise, generator(5), 5),
+    ("path.drift.draw_batches", "generator"): (drawn, generator(5), 5),
+    ("risk.loo.loo_risk", "group_ids"): (left_out, PAIRS, PAIRS),
+    ("risk.fresh.fresh_batch_risk", "groups"): (fresh, 3, 3),
 }
 """What is done with an argument, its value as it was given and as it is."""
 
@@ -178,7 +188,11 @@ def test_there_are_renamings_of_each_kind() -> None:
 
 def test_a_function_that_is_called_by_its_present_names_says_nothing() -> None:
     """Warnings are errors here."""
-    double = renamed_arguments(n="x")(lambda x: 2 * x)
+
+    @renamed_arguments(n="x")
+    def double(x: int) -> int:
+        return 2 * x
+
     assert double(2) == double(x=2) == 4
     RENAMINGS.pop()
 

@@ -14,7 +14,7 @@ from poprisk.optim.variance import grad_mean_var
 from poprisk.optim.wrapper import GatedOptimizer, gated
 from poprisk.path import NotAnalysable, Recorder, Run, record, trace_cells
 from poprisk.path.operators import PathOperators, path_operators
-from poprisk.protocols import Estimated, Progress
+from poprisk.protocols import Estimated, ProgressCallback
 from poprisk.risk import (
     AdaptationGap,
     Canaries,
@@ -47,7 +47,7 @@ __all__ = [
     "NotAnalysable",
     "PathOperators",
     "PopRiskAdamW",
-    "Progress",
+    "ProgressCallback",
     "Recorder",
     "RiskEstimate",
     "RiskMonitor",

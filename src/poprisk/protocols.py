@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
-
-Progress = Callable[[int, int | None], None]
-"""Called after each part of the work with how many are done, and of how many (None: unknown)."""
 
 
 @runtime_checkable
@@ -45,4 +41,12 @@ class Estimated(Protocol):
 
         1 is as much as that training, 0 next to nothing, NaN unknown.
         """
+        ...
+
+
+class ProgressCallback(Protocol):
+    """What long work calls after each of its parts; any function of two numbers will do."""
+
+    def __call__(self, done: int, total: int | None, /) -> None:
+        """Be told how many parts are done, and of how many; None: unknown."""
         ...

@@ -58,7 +58,7 @@ MUTATIONS = {
     ),
     "response without the curvature": Mutation(
         "poprisk/risk/estimate.py",
-        "follows = (link.curvature(t) * moved).sum(1)",
+        "follows = (local_loss.curvature(t) * moved).sum(1)",
         "follows = (t * moved).sum(1)",
         EXPECTATION,
     ),
@@ -76,8 +76,10 @@ MUTATIONS = {
     ),
     "response taken for the gain": Mutation(
         "poprisk/risk/estimate.py",
-        "for rows, link, _, gains in parts:\n        found[rows] = flat[rows] + gains[1 + errors]",
-        "for rows, link, dof, _ in parts:\n        found[rows] = flat[rows] + dof.value",
+        "for rows, local_loss, _, gains in parts:\n"
+        "        found[rows] = flat[rows] + gains[1 + errors]",
+        "for rows, local_loss, dof, _ in parts:\n"
+        "        found[rows] = flat[rows] + dof.dof",
         RIDGE,
     ),
     "classes counted as free": Mutation(
@@ -124,8 +126,8 @@ MUTATIONS = {
     ),
     "parts not drawn together": Mutation(
         "poprisk/risk/estimate.py",
-        "w = real / (real + own.error**2)",
-        "w = 1.0 + 0 * (own.error**2)",
+        "w = real / (real + own.dof_error**2)",
+        "w = 1.0 + 0 * (own.dof_error**2)",
         PARTS,
     ),
     "left-out outputs of a part by its first examples": Mutation(

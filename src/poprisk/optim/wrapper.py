@@ -435,7 +435,7 @@ class GatedOptimizer(Optimizer):
 
 def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of :func:`gated`, and its defaults for others, as one step takes them."""
-    defaults = gated.__kwdefaults__
+    defaults = dict(gated.__kwdefaults__ or {})
     if unknown := sorted(set(settings) - set(defaults)):
         raise TypeError(
             f"gated() takes no {', '.join(unknown)}: what is not of the gate is set on the "

@@ -20,7 +20,7 @@ from poprisk.path.quadrature import Nodes, averaged, composite, gauss
 from poprisk.path.recursion import Recursion
 from poprisk.path.run import Run
 from poprisk.printing import short_repr
-from poprisk.protocols import Progress
+from poprisk.protocols import ProgressCallback
 
 HESSIAN_NODES = 3
 
@@ -97,7 +97,7 @@ def follow(
     points: int = 2,
     decaying: bool = False,
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Followed:
     r"""Follow output gradients along a run, and what is affine beside them.
 

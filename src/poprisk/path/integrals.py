@@ -28,7 +28,7 @@ from poprisk.path.quadrature import (
 from poprisk.path.recursion import Recursion
 from poprisk.path.run import Run
 from poprisk.printing import short_repr
-from poprisk.protocols import Progress
+from poprisk.protocols import ProgressCallback
 
 WARN_ABOVE = 1e-2
 REMEDY = (
@@ -183,7 +183,7 @@ def integrate(
     refine: float | None = None,
     snapshots: int = 12,
     max_memory: float = MAX_MEMORY,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Integrals:
     """Compute the operators of a run in float64.
 
@@ -220,7 +220,7 @@ def _walked(
     nodes: Nodes,
     refine: float | None,
     snapshots: int,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> Integrals:
     """Go along a run, keeping some of its moments."""
     walk = _Walk(run, PathJacobian(run.problem.to(torch.float64), nodes, refine=refine))

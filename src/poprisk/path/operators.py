@@ -28,7 +28,7 @@ from poprisk.path.quadrature import composite
 from poprisk.path.run import Run
 from poprisk.path.trace import split_gradient
 from poprisk.printing import described, short_repr
-from poprisk.protocols import Progress
+from poprisk.protocols import ProgressCallback
 
 
 class CellsAtStep(NamedTuple):
@@ -71,7 +71,7 @@ class PathOperators:
     refine: float | None = None
     snapshots: int = 12
     max_memory: float = MAX_MEMORY
-    progress: Progress | None = field(default=None, repr=False)
+    progress: ProgressCallback | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         p = self.run.problem
@@ -246,7 +246,7 @@ def path_operators(
     refine: float | None = None,
     snapshots: int = 12,
     max_memory: float = MAX_MEMORY,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> PathOperators:
     r"""The path operators of a recorded run.
 

@@ -36,7 +36,7 @@ from poprisk.path.trial import (
     try_weights,
 )
 from poprisk.printing import described
-from poprisk.protocols import Progress
+from poprisk.protocols import ProgressCallback
 
 MAX_MEMORY = 4 * 2**30
 OFTEN = 4
@@ -523,7 +523,7 @@ def record(
     max_memory: float = MAX_MEMORY,
     directory: str | Path | None = None,
     rule: Rule | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Run:
     r"""Train on ``batches``, one optimizer step each, and record the run.
 
