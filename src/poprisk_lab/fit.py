@@ -49,7 +49,7 @@ class RunState:
 
 
 @dataclass
-class Run:
+class ArmRun:
     """One arm on one seed.
 
     Args:

@@ -78,8 +78,7 @@ MUTATIONS = {
         "poprisk/risk/estimate.py",
         "for rows, local_loss, _, gains in parts:\n"
         "        found[rows] = flat[rows] + gains[1 + errors]",
-        "for rows, local_loss, dof, _ in parts:\n"
-        "        found[rows] = flat[rows] + dof.dof",
+        "for rows, local_loss, dof, _ in parts:\n        found[rows] = flat[rows] + dof.dof",
         RIDGE,
     ),
     "classes counted as free": Mutation(
