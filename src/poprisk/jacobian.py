@@ -29,10 +29,10 @@ JACOBIAN_BYTES = 256 * 2**20
 
 Result = TypeVar("Result")
 
-Selection = Collection[str] | Callable[[str, nn.Parameter], bool] | None
+ParameterSelection = Collection[str] | Callable[[str, nn.Parameter], bool] | None
 
 
-def trainable(model: nn.Module, chosen: Selection = None) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module, chosen: ParameterSelection = None) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name, each once.
 
     Args:

@@ -21,7 +21,7 @@ from poprisk._renamed import renamed_arguments
 from poprisk.jacobian import (
     Inputs,
     Jacobian,
-    Selection,
+    ParameterSelection,
     as_inputs,
     chunks,
     close,
@@ -53,7 +53,7 @@ def entk(
     x2: Any = None,
     *,
     outputs: str | Sequence[int] = "all",
-    params: Selection = None,
+    params: ParameterSelection = None,
     precondition: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
     max_memory: float = MAX_MEMORY,
 ) -> Kernel:

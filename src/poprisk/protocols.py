@@ -1,8 +1,14 @@
-"""What every estimate of the library has, and what long work tells of its progress."""
+"""Forms that many arguments and results share: losses, estimates, progress."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+PerExampleLoss = Callable[[Any, Any], Tensor]
+"""From outputs (b, ...) and targets (b, ...) to one value per example, (b,)."""
 
 
 @runtime_checkable

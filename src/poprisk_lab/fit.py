@@ -209,7 +209,7 @@ class ArmRun:
     def _estimate(self, twin: TwinRisk, held_out_loss: float | None) -> Row:
         """The twin's estimate, and the loss on the held-out fifth to compare it with."""
         found = twin.estimate(*self.data)
-        keys = ("value", "standard_error", "valid", "comparable", "freedom", "accuracy")
+        keys = ("value", "standard_error", "valid", "comparable", "dof", "accuracy")
         finite = {k: v for k in keys if (v := getattr(found, k)) is None or math.isfinite(v)}
         return {"estimate": {k: finite.get(k) for k in keys}, "held_out_loss": held_out_loss}
 

@@ -16,8 +16,8 @@ from poprisk.evaluation import Forward
 from poprisk.monitor import Quantity, RiskMonitor
 from poprisk.monitor.quantities import check_quantities
 from poprisk.monitor.sinks import as_sinks
-from poprisk.monitor.statistics import PerExampleLoss
 from poprisk.monitor.steps import innermost
+from poprisk.protocols import PerExampleLoss
 
 Split = Callable[[Any], tuple[Any, Tensor]]
 

@@ -29,8 +29,8 @@ from poprisk._validate import check_callable, check_positive
 from poprisk.monitor import Quantity, RiskMonitor
 from poprisk.monitor.quantities import check_quantities
 from poprisk.monitor.sinks import as_sinks
-from poprisk.monitor.statistics import PerExampleLoss
 from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.protocols import PerExampleLoss
 
 
 def poprisk_optimizer(

@@ -29,9 +29,10 @@ from poprisk.monitor.quantities import (
 )
 from poprisk.monitor.ranks import Ranks, writes
 from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
-from poprisk.monitor.statistics import PerExampleLoss, Statistics
+from poprisk.monitor.statistics import Statistics
 from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch
 from poprisk.printing import described
+from poprisk.protocols import PerExampleLoss
 
 __all__ = [
     "CanaryMemorization",

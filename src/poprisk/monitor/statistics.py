@@ -3,7 +3,7 @@ r"""Loss and gradient statistics of the examples behind one step, pooled over pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from poprisk.per_sample import WORKSPACE, capture
 from poprisk.per_sample.gram import gram_, mirror_
 from poprisk.per_sample.moments import total, wide
 from poprisk.per_sample.terms import Dense, Term
+from poprisk.protocols import PerExampleLoss
 from poprisk.risk.inputs import check_output_losses
-
-PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 BLOCK = 256
 """Examples whose inner products are taken at once; errors do without those between blocks."""

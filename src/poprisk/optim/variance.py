@@ -28,7 +28,7 @@ from poprisk._validate import (
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.jacobian import (
     Inputs,
-    Selection,
+    ParameterSelection,
     as_inputs,
     call,
     close,
@@ -42,6 +42,7 @@ from poprisk.jacobian import (
 from poprisk.optim.gate import TensorList, momentum_noise, scaled
 from poprisk.per_sample import Moments, capture
 from poprisk.per_sample.checks import check_numbers, check_one_device, check_part
+from poprisk.protocols import PerExampleLoss
 
 
 class StepCounts(NamedTuple):
@@ -282,16 +283,12 @@ def make_estimator(name: str, *, rho: float, paper: bool) -> VarianceEstimator:
     return Precomputed(None if name == "exact" else rho)
 
 
-PerExampleLoss = Callable[[Any, Any], Tensor]
-"""From outputs and targets of b examples to their losses, (b,)."""
-
-
 def grad_mean_var(
     model: nn.Module,
     loss: PerExampleLoss,
     batch: tuple[Any, Any],
     *,
-    params: Selection = None,
+    params: ParameterSelection = None,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
     r"""The exact variance of the batch-mean gradient, for each parameter.

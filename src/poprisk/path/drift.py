@@ -23,7 +23,7 @@ from poprisk import _validate as checks
 from poprisk._renamed import renamed_arguments
 from poprisk.intervals import t_interval
 from poprisk.linalg import Estimate
-from poprisk.losses import Loss, gradient
+from poprisk.losses import gradient
 from poprisk.path import NotAnalysable, Run, record
 from poprisk.path.checks import check_probes
 from poprisk.path.coupling import label_response
@@ -31,6 +31,7 @@ from poprisk.path.follow import follow_all
 from poprisk.path.integrals import WARN_ABOVE
 from poprisk.path.recursion import Recursion
 from poprisk.printing import short_repr
+from poprisk.protocols import PerExampleLoss
 from poprisk.randomness import generator_of
 
 DRAWS = 16
@@ -305,7 +306,7 @@ class Recipe(NamedTuple):
     """
 
     model: Callable[[], nn.Module]
-    loss: str | Loss
+    loss: str | PerExampleLoss
     train: tuple[Tensor, Tensor]
     query: Tensor
     lr: float = 0.01

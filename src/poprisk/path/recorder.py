@@ -19,7 +19,7 @@ from poprisk._validate import NotAnalysable
 from poprisk.dtensor import is_sharded
 from poprisk.evaluation import evaluating
 from poprisk.jacobian import flat
-from poprisk.losses import Loss, gradient, resolve_loss
+from poprisk.losses import gradient, resolve_loss
 from poprisk.optim.step import Rule, StepContext, StepRule, describe
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.checks import check_indices, named
@@ -36,7 +36,7 @@ from poprisk.path.trial import (
     try_weights,
 )
 from poprisk.printing import described
-from poprisk.protocols import ProgressCallback
+from poprisk.protocols import PerExampleLoss, ProgressCallback
 
 MAX_MEMORY = 4 * 2**30
 OFTEN = 4
@@ -86,7 +86,7 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        loss: str | Loss,
+        loss: str | PerExampleLoss,
         optimizer: Optimizer,
         *,
         train: tuple[Tensor, Tensor],
@@ -461,7 +461,7 @@ def _is_due(step: int) -> bool:
 
 def _problem(
     model: nn.Module,
-    loss: Loss,
+    loss: PerExampleLoss,
     names: tuple[str, ...],
     train: tuple[Tensor, Tensor],
     query: tuple[Tensor, Tensor | None],
@@ -513,7 +513,7 @@ def _mean(values: list[Tensor | float]) -> Tensor | float:
 @renamed_arguments(budget="max_memory")
 def record(
     model: nn.Module,
-    loss: str | Loss,
+    loss: str | PerExampleLoss,
     optimizer: Optimizer,
     batches: Iterable[Batch],
     query: Tensor | tuple[Tensor, Tensor] | None = None,

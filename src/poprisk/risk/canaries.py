@@ -10,6 +10,7 @@ from torch import Tensor
 
 from poprisk._validate import check_number
 from poprisk.printing import described, short_repr
+from poprisk.randomness import generator_of
 from poprisk.risk.inputs import check_index
 
 
@@ -110,7 +111,7 @@ class Canaries:
                 f"fraction={fraction} of {len(known)} labels makes {count} canaries; choose one "
                 "that makes at least one and leaves some labels as they are."
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         order = torch.randperm(len(known), generator=generator)[:count]
         self.index = known[order.sort().values.to(known.device)]
         # In 64 bits: torch indexes and compares few of the narrower kinds.

@@ -34,11 +34,11 @@ from torch import Tensor
 
 from poprisk._renamed import renamed_attributes
 from poprisk.printing import described, short_repr
+from poprisk.protocols import PerExampleLoss
 from poprisk.risk.local_losses import (
     LARGEST_GAIN,
     Bend,
     LocalLoss,
-    PerExampleLoss,
     bend_of,
     gradient_of,
     ignored_examples,

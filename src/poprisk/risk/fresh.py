@@ -28,8 +28,9 @@ from poprisk._renamed import renamed_arguments, renamed_attributes
 from poprisk._validate import check_no_batch_statistics
 from poprisk.evaluation import evaluating
 from poprisk.printing import short_repr
+from poprisk.protocols import PerExampleLoss
 from poprisk.risk.inputs import check_not_sharded, check_output_losses
-from poprisk.risk.local_losses import PerExampleLoss, ignored_examples
+from poprisk.risk.local_losses import ignored_examples
 
 Named = Mapping[str, Tensor]
 

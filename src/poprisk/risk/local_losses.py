@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from poprisk.protocols import PerExampleLoss
 from poprisk.risk.inputs import check_output_losses
 
-PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 DENSE_LIMIT = 128
 """Outputs per example up to which a loss may couple them in any way it likes."""
 TOLERANCE = 1e-6

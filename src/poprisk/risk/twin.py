@@ -23,6 +23,7 @@ from poprisk._validate import (
 from poprisk.dtensor import processes
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
 from poprisk.printing import described, short_repr
+from poprisk.protocols import PerExampleLoss
 from poprisk.randomness import RandomState
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
 from poprisk.risk.inputs import (
@@ -35,7 +36,6 @@ from poprisk.risk.inputs import (
     check_same,
 )
 from poprisk.risk.local_losses import (
-    PerExampleLoss,
     gradient_of,
     ignored_examples,
     is_shift_invariant,

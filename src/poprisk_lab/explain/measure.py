@@ -198,8 +198,8 @@ def _drift(
         "times": found[0].times,
         "drift": torch.stack([m.drift.norm(dim=1) for m in found]).mean(0).tolist(),
         "diffusion": torch.stack([m.diffusion.norm(dim=1) for m in found]).mean(0).tolist(),
-        "drift_exponent": list(drift),
-        "diffusion_exponent": list(diffusion),
+        "drift_exponent": list(drift[:3]),
+        "diffusion_exponent": list(diffusion[:3]),
         "replicates": REPLICATES,
     }
 
