@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -257,3 +258,9 @@ def test_a_run_resumed_from_a_checkpoint_is_one_that_never_stopped(
     quiet(tmp_path, max_epochs=4).fit(rest, loader(), ckpt_path=tmp_path / "half.ckpt")
     for a, b in zip(whole.parameters(), rest.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_callback_has_its_old_name_for_one_release() -> None:
+    module = importlib.import_module("poprisk.integrations.lightning")
+    with pytest.warns(DeprecationWarning, match=r"RiskCallback is .*\.LightningRiskCallback now"):
+        assert module.RiskCallback is LightningRiskCallback

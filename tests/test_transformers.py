@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -146,3 +147,9 @@ def test_a_run_resumed_from_a_checkpoint_is_one_that_never_stopped(
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_callback_has_its_old_name_for_one_release() -> None:
+    module = importlib.import_module("poprisk.integrations.transformers")
+    with pytest.warns(DeprecationWarning, match=r"RiskCallback is .*\.TrainerRiskCallback now"):
+        assert module.RiskCallback is TrainerRiskCallback
