@@ -209,3 +209,10 @@ def test_a_renamed_attribute_is_not_one_of_the_fields() -> None:
     cls = renamed_attributes(old="new")(type("Result", (SimpleNamespace,), {}))
     RENAMINGS.pop()
     assert vars(cls(new=1)) == {"new": 1}
+
+
+def test_documentation_leaves_old_attributes_out() -> None:
+    """It lists what has a docstring."""
+    for renaming in LIBRARY:
+        if renaming.kind == "attribute":
+            assert vars(owner_of(renaming))[renaming.old].__doc__ is None

@@ -77,7 +77,7 @@ def renamed_attributes(**names: str) -> Callable[[C], C]:
 
     def decorate(cls: C) -> C:
         for old, new in names.items():
-            setattr(cls, old, property(functools.partial(_read, old=old, new=new)))
+            setattr(cls, old, _renamed(old, new))
             owner = f"{cls.__module__}.{cls.__qualname__}"
             RENAMINGS.append(Renaming("attribute", owner, old, new))
         return cls
@@ -85,10 +85,15 @@ def renamed_attributes(**names: str) -> Callable[[C], C]:
     return decorate
 
 
-def _read(self: Any, *, old: str, new: str) -> Any:
-    name = type(self).__name__
-    warn_renamed(f"{name}.{old}", f"{name}.{new}")
-    return getattr(self, new)
+def _renamed(old: str, new: str) -> Any:
+    """The property ``old``; without a docstring, so that documentation leaves it out."""
+
+    def read(self: Any) -> Any:
+        name = type(self).__name__
+        warn_renamed(f"{name}.{old}", f"{name}.{new}")
+        return getattr(self, new)
+
+    return property(read)
 
 
 def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
