@@ -30,8 +30,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "poprisk/path/quadrature.py": {
         "allowed = (self.refine or 0.0) * size.clamp_min(1e-3 * float(size.norm()) + 1e-300) -> "
-        "allowed = (self.refine or 0.0) * size.clamp_min(1e-3 * float(size.norm()) - 1e-300)": "the "
-        "floor is below all numbers that occur; it keeps 0 > 0 from being asked",
+        "allowed = (self.refine or 0.0) * size.clamp_min(1e-3 * float(size.norm()) - 1e-300)": "it "
+        "is below all numbers that occur; it keeps 0 > 0 from being asked",
     },
     "poprisk/risk/local_losses.py": {
         "return LARGEST_GAIN if above < 0 else SMALLEST_GAIN -> "

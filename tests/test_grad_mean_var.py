@@ -232,7 +232,7 @@ def test_targets_are_one_an_example(targets: Tensor) -> None:
 
 @pytest.mark.parametrize("batch", [X, (X,), (X, Y, Y)])
 def test_a_batch_is_a_pair(batch: Any) -> None:
-    with pytest.raises(TypeError, match="^batch must be a pair"):
+    with pytest.raises(TypeError, match=r"^batch must be a pair"):
         grad_mean_var(net(), per_example, batch)
-    with pytest.raises(TypeError, match="^the targets must be a tensor"):
+    with pytest.raises(TypeError, match=r"^the targets must be a tensor"):
         grad_mean_var(net(), per_example, (X, Y.tolist()))

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -126,8 +127,12 @@ def test_inflation_counts_the_noise_of_the_average(
 ) -> None:
     """At β₁ = 1/3, the average keeps half of the noise of one batch."""
     first = 1 if estimator.observes(1) else 0
-    for number in (int, lambda count: torch.tensor(float(count), dtype=torch.float64)):
-        counts = [StepCounts(*map(number, c), 1 / 3, BETA2) for c in [(1, first), (300, 300)]]
+    for captured in (False, True):
+
+        def count(number: int, captured: bool = captured) -> Any:
+            return torch.tensor(float(number), dtype=torch.float64) if captured else number
+
+        counts = [StepCounts(count(t), count(k), 1 / 3, BETA2) for t, k in [(1, first), (300, 300)]]
         assert float(estimator.inflation(counts[0])) == before
         assert float(estimator.inflation(counts[1])) == pytest.approx(after)
 
