@@ -76,8 +76,8 @@ PINNED: dict[str, list[str]] = {
         "test_risk_twin.py",
         "test_risk_losses.py",
     ],
-    "poprisk/optim/adamw.py": OPTIMIZER,
-    "poprisk/optim/wrapper.py": ["test_gated.py", "test_optimizer_state.py"],
+    "poprisk/optim/adamw.py": [*OPTIMIZER, "test_within.py", "test_drop_in.py"],
+    "poprisk/optim/wrapper.py": ["test_gated.py", "test_optimizer_state.py", "test_drop_in.py"],
 }
 """The files under test, and the tests that pin each, the quickest first."""
 
