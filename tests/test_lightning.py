@@ -231,7 +231,7 @@ def test_a_finetuning_callback_adds_its_group(tmp_path: Path, kind: str) -> None
     thawed: Any = module.net[0]
     first = thawed.weight.detach().clone()
     trainer = quiet(tmp_path, max_epochs=3, callbacks=[Thaw()])
-    trainer.fit(module, loader())
+    trainer.fit(module, loader(), loader())
     (opt,) = trainer.optimizers
     assert [g["lr"] for g in opt.param_groups][1] == 5e-3
     assert len(opt.param_groups) == 2
@@ -251,11 +251,11 @@ def test_a_run_resumed_from_a_checkpoint_is_one_that_never_stopped(
             return MAKERS[kind](self)
 
     whole, half, rest = Resumed(), Resumed(), Resumed()
-    quiet(tmp_path, max_epochs=4).fit(whole, loader())
+    quiet(tmp_path, max_epochs=4).fit(whole, loader(), loader())
     first = quiet(tmp_path, max_epochs=2)
-    first.fit(half, loader())
+    first.fit(half, loader(), loader())
     first.save_checkpoint(tmp_path / "half.ckpt")
-    quiet(tmp_path, max_epochs=4).fit(rest, loader(), ckpt_path=tmp_path / "half.ckpt")
+    quiet(tmp_path, max_epochs=4).fit(rest, loader(), loader(), ckpt_path=tmp_path / "half.ckpt")
     for a, b in zip(whole.parameters(), rest.parameters(), strict=True):
         assert torch.equal(a, b)
 
