@@ -80,7 +80,7 @@ def unpickled(opt: Any) -> Any:
 
 @each
 def test_gradients_are_cleared_as_torch_clears_them(make: Make) -> None:
-    w = parameter(randn(3))
+    w = Parameter(randn(3))
     opt, w.grad = make([w]), randn(3)
     opt.zero_grad(set_to_none=False)
     assert w.grad is not None
