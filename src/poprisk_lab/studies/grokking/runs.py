@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.controls import UpdateTrace
-from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.grokking.decay import GatedDecay
 from poprisk_lab.tasks.modular import ModularTransformer, split_table
 
@@ -158,7 +158,7 @@ def measure(model: nn.Module, data: Data) -> tuple[float, float, float, float]:
     return found[0], found[1], found[2], found[3]
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Train until 95% of what was not seen is right, a little longer, or up to the limit.
 
     Returns ``reached`` and ``memorized`` (first step measured at 95% of the test set and 99% of
@@ -214,7 +214,7 @@ def first(rows: list[list[float]], column: int, goal: float) -> int | None:
     return next((int(row[0]) for row in rows if row[column] >= goal), None)
 
 
-def summarize(state: dict[str, Any], settings: dict[str, Any]) -> Found:
+def summarize(state: dict[str, Any], settings: dict[str, Any]) -> Metrics:
     """What is kept of a run."""
     rows = state["rows"]
     every = -(-len(rows) // KEPT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import nn
 
 from poprisk import RiskEstimate, TwinRisk, stopping_point
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.results import where
 from poprisk_lab.studies.risk.problems import (
     PROBLEMS,
     QUICK_EPOCHS,
@@ -20,7 +19,7 @@ from poprisk_lab.studies.risk.problems import (
     problem_of,
     slug,
 )
-from poprisk_lab.study import Done, Found, Settings, Study, Trial
+from poprisk_lab.study import Metrics, Results, Settings, Study, Trial
 
 SEEDS = range(30, 35)
 """Not those that the limits of validity were chosen on (0-4 and 10-14)."""
@@ -115,7 +114,7 @@ def trials(quick: bool) -> list[Trial]:
     ]
 
 
-def run(settings: Settings, _: Workspace) -> Found:
+def run(settings: Settings, _: Workspace) -> Metrics:
     """One problem on one seed."""
     problem, seed = problem_of(settings), settings["seed"]
     data = problem.data(seed)
@@ -160,13 +159,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def report(done: Sequence[Done]) -> dict[str, Any]:
+def report(done: Results) -> dict[str, Any]:
     """Over all runs, and problem by problem."""
     return {
         "seeds": sorted({d.settings["seed"] for d in done}),
-        "all": summary([d.found for d in done]),
+        "all": summary([d.metrics for d in done]),
         "problems": {
-            name: summary([d.found for d in where(done, problem=name)])
+            name: summary([d.metrics for d in done.where(problem=name)])
             for name in dict.fromkeys(d.settings["problem"] for d in done)
         },
     }
