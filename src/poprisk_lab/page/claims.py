@@ -27,7 +27,7 @@ VALUES_SHOWN = 12
 """Values of one setting that are listed; more are counted."""
 
 
-class Line(NamedTuple):
+class CriterionRow(NamedTuple):
     """A criterion as the page writes it."""
 
     name: str
@@ -119,11 +119,11 @@ def notices(judged: Judged) -> list[str]:
     return [*found, *(judged.report.notes if judged.report else ())]
 
 
-def criterion_line(criterion: Criterion) -> Line:
+def criterion_line(criterion: Criterion) -> CriterionRow:
     """The cells of a criterion."""
     unit, percent = (100.0, "%") if criterion.percent else (1.0, "")
     claimed = "" if criterion.claimed is None else f"{unit * criterion.claimed:.3g}{percent}"
-    return Line(
+    return CriterionRow(
         criterion.name + ("" if criterion.primary else " (control)"),
         f"{'≤' if criterion.at_most else '≥'} {unit * criterion.threshold:.3g}{percent}",
         claimed,

@@ -124,7 +124,7 @@ def distance(found: Interval, theory: float) -> Interval:
 
     Example:
         >>> distance(Interval(1.0, 0.5, 1.25), 1.0)
-        Interval(mean=0.0, low=0.0, high=0.5)
+        Interval(mean=0.0, low=0.0, high=0.5, values=())
     """
     ends = abs(found.low - theory), abs(found.high - theory)
     inside = found.low <= theory <= found.high

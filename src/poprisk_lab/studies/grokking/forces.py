@@ -71,7 +71,7 @@ class Window:
         return [*means, straightness]
 
 
-def edge(model: nn.Module, optimizer: Optimizer, data: runs.Data, update: Tensor) -> float:
+def edge(model: nn.Module, optimizer: Optimizer, data: runs.SplitTable, update: Tensor) -> float:
     """How near the last step was to the edge of stability: 1 is at the edge.
 
     Args:

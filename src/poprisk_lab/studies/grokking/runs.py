@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 """What :func:`poprisk_lab.arms.build_optimizer` makes for an arm, and its further settings."""
 
 
-class Data(NamedTuple):
+class SplitTable(NamedTuple):
     """A table: inputs (n, k) and results (n,), seen and asked."""
 
     x: Tensor
@@ -45,12 +45,12 @@ class Data(NamedTuple):
     answers: Tensor
 
 
-def load(settings: dict[str, Any]) -> Data:
+def load(settings: dict[str, Any]) -> SplitTable:
     """The table of a trial."""
     (x, y), (asked, answers) = split_table(
         settings["table"], settings["p"], settings["fraction"], settings["seed"]
     )
-    return Data(x, y, asked, answers)
+    return SplitTable(x, y, asked, answers)
 
 
 def build_model(settings: dict[str, Any]) -> ModularTransformer:
@@ -122,7 +122,7 @@ def batches(settings: dict[str, Any], n: int, start: int) -> Iterator[Tensor | s
 def gradient(
     model: ModularTransformer,
     optimizer: Optimizer,
-    data: Data,
+    data: SplitTable,
     index: Tensor | slice,
     floor: float = 0.0,
 ) -> float:
@@ -148,7 +148,7 @@ def gradient(
 
 
 @torch.no_grad()
-def measure(model: nn.Module, data: Data) -> tuple[float, float, float, float]:
+def measure(model: nn.Module, data: SplitTable) -> tuple[float, float, float, float]:
     """Training loss and accuracy, test loss and accuracy."""
     found: list[float] = []
     for x, y in ((data.x, data.y), (data.asked, data.answers)):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from poprisk import PopRiskAdamW, fresh_batch_risk
 from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.studies.risk.problems import (
-    Data,
+    NoisyData,
     Transformer,
     binary,
     cross_entropy,
@@ -40,7 +40,7 @@ CHECKS = range(0, 128, 8)
 class Stream(NamedTuple):
     """Where examples come from, what learns from them and by which loss."""
 
-    examples: Callable[[int], Data | tuple[Tensor, Tensor]]
+    examples: Callable[[int], NoisyData | tuple[Tensor, Tensor]]
     model: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
 

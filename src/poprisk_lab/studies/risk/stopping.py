@@ -13,8 +13,8 @@ from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.studies.risk.problems import (
     PROBLEMS,
     QUICK_EPOCHS,
-    Data,
-    Problem,
+    NoisyData,
+    TrainingProblem,
     mean,
     problem_of,
     slug,
@@ -27,7 +27,7 @@ EVALUATIONS = 40
 BAD, GOOD = 0.25, 0.15
 
 
-def true_risk(model: nn.Module, data: Data) -> float:
+def true_risk(model: nn.Module, data: NoisyData) -> float:
     """Risk of a model on the fresh inputs."""
     model.eval()
     with torch.no_grad():
@@ -36,7 +36,9 @@ def true_risk(model: nn.Module, data: Data) -> float:
     return risk
 
 
-def epochs(problem: Problem, n: int, seed: int) -> Iterator[tuple[bool, list[torch.Tensor]]]:
+def epochs(
+    problem: TrainingProblem, n: int, seed: int
+) -> Iterator[tuple[bool, list[torch.Tensor]]]:
     """The batches of each epoch, and whether to evaluate before it."""
     every = max(1, problem.epochs // EVALUATIONS)
     for epoch in range(problem.epochs):
@@ -45,7 +47,9 @@ def epochs(problem: Problem, n: int, seed: int) -> Iterator[tuple[bool, list[tor
         yield epoch % every == 0, batches
 
 
-def with_twin(problem: Problem, data: Data, seed: int) -> tuple[list[RiskEstimate], list[float]]:
+def with_twin(
+    problem: TrainingProblem, data: NoisyData, seed: int
+) -> tuple[list[RiskEstimate], list[float]]:
     """Estimates along a run, and the true risks at the same times."""
     n, b = len(data.y), problem.batch_size
     torch.manual_seed(seed)
@@ -70,7 +74,7 @@ def with_twin(problem: Problem, data: Data, seed: int) -> tuple[list[RiskEstimat
     return estimates[1:], [*risks, true_risk(twin.model, data)][1:]
 
 
-def held_out(problem: Problem, data: Data, seed: int) -> float:
+def held_out(problem: TrainingProblem, data: NoisyData, seed: int) -> float:
     """The true risk where the loss on a held-out fifth of the training set is least."""
     n = len(data.y) * 4 // 5
     order = torch.randperm(len(data.y), generator=torch.Generator().manual_seed(seed))
