@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from poprisk_lab.plots import seeds_line, written
 from poprisk_lab.results import across
 from poprisk_lab.runner import TrainingError
 from poprisk_lab.store import RunDirectoryError
-from poprisk_lab.studies.claim import Results, Trial, TrialResult, Workspace
+from poprisk_lab.studies.claim import Claim, Results, Trial, TrialResult, Workspace
 from poprisk_lab.studies.command import chosen, summarize
 from poprisk_lab.studies.criteria import (
     Criterion,
@@ -226,6 +227,13 @@ def test_groups_that_never_got_there_have_no_row_unless_told() -> None:
 )
 def test_intervals_in_words(interval: Interval, percent: bool, expected: str) -> None:
     assert written(interval, percent=percent) == expected
+
+
+@pytest.mark.parametrize("claim", reproduce.CLAIMS.values(), ids=lambda claim: claim.name)
+def test_a_claim_is_one_file_of_at_most_250_lines(claim: Claim) -> None:
+    file = inspect.getsourcefile(claim.judge)
+    assert file is not None
+    assert len(Path(file).read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def test_trials_are_found_by_settings() -> None:
