@@ -86,7 +86,7 @@ def page(found: Judged) -> str:
         "|---|---|---|---|---|",
     ]
     for line in map(criterion_line, report.criteria):
-        cells = (line.name, line.bound, line.claimed or "–", line.found, line.outcome)
+        cells = (line.name, line.bound, line.claimed or "–", line.estimate, line.outcome)
         lines.append(row(cells))
     lines += ["", CORRECTION]
     for number, item in enumerate(claim.show(found.progress.done), 1):

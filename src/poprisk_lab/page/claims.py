@@ -33,7 +33,7 @@ class CriterionRow(NamedTuple):
     name: str
     bound: str
     claimed: str
-    found: str
+    estimate: str
     outcome: str
     mark: str
 
@@ -139,7 +139,7 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
     lines = [criterion_line(c) for c in criteria]
     return Table(
         ["Criterion", "Needed", "Paper", f"Found, with {spread}", "Outcome"],
-        [[c.name, c.bound, c.claimed or "—", c.found, c.outcome] for c in lines],
+        [[c.name, c.bound, c.claimed or "—", c.estimate, c.outcome] for c in lines],
     )
 
 
