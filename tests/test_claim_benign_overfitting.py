@@ -111,6 +111,13 @@ def test_redrawn_noise_is_what_training_on_it_anew_does() -> None:
     assert found["draw"] == pytest.approx(found["harmful"], rel=1e-2)
 
 
+def test_noise_in_pairs_cancels_what_is_odd_in_it() -> None:
+    """The excess of a linear model is then the mean square of what one draw moves, exactly."""
+    given = {"setting": "linear, long tail", "pairs": 1, "below": 1e-3, "seed": 1}
+    found = run(given, Workspace())
+    assert found["excess"] == pytest.approx(found["draw"], rel=1e-3)
+
+
 def test_the_noise_of_a_network_comes_in_pairs_and_has_its_own_run() -> None:
     given = {"setting": "network, long tail", "pairs": 1, "below": 0.1, "seed": 0}
     found = run(given, Workspace())

@@ -18,7 +18,9 @@ from poprisk_lab.studies.coupling import (
     FLIPPED,
     KINDS,
     NOISE,
+    SCALE,
     TARGET,
+    UNITS,
     data,
     forecast,
     frozen_ridge,
@@ -93,6 +95,13 @@ def test_other_labels_leave_inputs_alone() -> None:
     (_, y), _ = data(KINDS["regression-sgd"], 3, None)
     added = [data(KINDS["regression-sgd"], 3, seed)[0][1] - y for seed in range(200)]
     assert float(torch.stack(added).std()) == pytest.approx(TARGET * NOISE, rel=0.05)
+
+
+def test_a_run_starts_from_pytorch_s_weights_made_small() -> None:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(3, UNITS), nn.Tanh(), nn.Linear(UNITS, 2)).double()
+    expected = torch.cat([SCALE * p.detach().flatten() for p in net.parameters()])
+    torch.testing.assert_close(train(KINDS["classes-sgd"], 5, 1).weights[0], expected)
 
 
 def test_movement_is_that_of_the_operators() -> None:

@@ -256,6 +256,7 @@ def test_figures_of_trials_by_seed() -> None:
     )
     assert list(twice.over("arm", "x", max).items()) == [(0, 2), (1, 3)]
     assert across([], max) == {}
+    assert across([{0: 1.0, 1: 5.0}, {1: 2.0}], max) == {1: 5.0}
 
 
 def test_a_ratio_is_a_factor_either_way() -> None:
