@@ -78,8 +78,6 @@ class Results(tuple[TrialResult, ...]):
         2.0
     """
 
-    __slots__ = ()
-
     def where(self, **settings: Any) -> Results:
         """The trials with these settings."""
         return Results(d for d in self if all(d.settings.get(k) == v for k, v in settings.items()))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from poprisk.losses import Loss, resolve_loss
+from poprisk.losses import resolve_loss
 from poprisk.ntk import entk
 from poprisk.path import record
 from poprisk.path.operators import PathOperators, path_operators
+from poprisk.protocols import PerExampleLoss
 
 DIGITS = 5
 
@@ -109,7 +110,7 @@ def train(
     *,
     below: float = 0.0,
     limit: int,
-    loss: str | Loss = "squared_error",
+    loss: str | PerExampleLoss = "squared_error",
     minibatch: int = 0,
     generator: torch.Generator | None = None,
 ) -> None:
@@ -134,7 +135,7 @@ def follow(
     *,
     below: float = 0.0,
     limit: int,
-    loss: str | Loss = "squared_error",
+    loss: str | PerExampleLoss = "squared_error",
     snapshots: int = 2,
 ) -> PathOperators:
     """Train on targets ``y`` with the full batch; the operators of the path.
@@ -164,7 +165,7 @@ class Fit(NamedTuple):
     limit: int = 4_000
 
     def follow(
-        self, model: nn.Module, data: CleanSplit, y: Tensor, *, loss: str | Loss = "squared_error"
+        self, model: nn.Module, data: CleanSplit, y: Tensor, *, loss: str = "squared_error"
     ) -> PathOperators:
         """The operators of the path."""
         optimizer = descent(model, data.x, self.fraction, self.momentum)

@@ -10,7 +10,7 @@ from typing import Any
 
 from poprisk.intervals import Interval
 from poprisk_lab.arms import default_arms
-from poprisk_lab.fit import Run
+from poprisk_lab.fit import ArmRun
 from poprisk_lab.plots import Line, Plot, Table, metric_line, rounded, seeds_line, tabulate, thinned
 from poprisk_lab.results import TrialResult, across
 from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
@@ -63,10 +63,10 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     size = {key: settings[key] for key in ("seed", "noise", "hidden")}
     task = dataclasses.replace(load_task("digits", **size), epochs=settings["epochs"])
     leads = settings["arm"] == OURS
-    run = Run(task, arms[settings["arm"]], settings["seed"], record=leads)
+    run = ArmRun(task, arms[settings["arm"]], settings["seed"], record=leads)
     found = {settings["arm"]: _summary(list(run.rows()))}
     if leads:
-        follower = Run(task, arms[MATCHED], settings["seed"], trace=run.progress.trace)
+        follower = ArmRun(task, arms[MATCHED], settings["seed"], trace=run.progress.trace)
         found[MATCHED] = _summary(list(follower.rows()))
     return {"arms": found}
 
