@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from poprisk.audit import Auditor, AuditResult
-from poprisk_lab.audit.examples import Examples
+from poprisk_lab.audit.examples import AuditExamples
 from poprisk_lab.audit.study import AUDIT
 from poprisk_lab.page.audit import MOST_TEXT, write_audit
 from poprisk_lab.store import FORMAT, Store
@@ -25,7 +25,7 @@ pytestmark = [
 MARKUP = "</script><img src=x onerror=\"document.body.dataset.hacked='yes'\"><b>&amp;"
 
 
-def suspects_of(n: int) -> tuple[Examples, AuditResult]:
+def suspects_of(n: int) -> tuple[AuditExamples, AuditResult]:
     """n suspects of three classes, whose names and rows are full of markup."""
     true = torch.arange(n + 300) % 3
     given = true.clone()
@@ -34,7 +34,7 @@ def suspects_of(n: int) -> tuple[Examples, AuditResult]:
     auditor.update(torch.arange(len(given)), 9 * torch.eye(3)[true], given)
     classes = ("cat", "dog, big", f"x{MARKUP}")
     rows = [{"text": f"{MARKUP} number {i}", "long": "y" * 2000} for i in range(2)]
-    examples = Examples(
+    examples = AuditExamples(
         torch.zeros(len(given), 1),
         given,
         classes,

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from poprisk_lab.audit.apply import apply_marks
 from poprisk_lab.audit.examples import AuditInputError
 from poprisk_lab.audit.nets import build, recipe_for
-from poprisk_lab.audit.study import Scale, batches
+from poprisk_lab.audit.study import TargetScale, batches
 from poprisk_lab.cli import app
 
 N = 240
@@ -216,7 +216,7 @@ def test_numbers_are_scaled_by_what_wrong_ones_hardly_move() -> None:
     clean = torch.linspace(-1, 1, 101, dtype=torch.float64) * 5 + 100
     wrong = clean.clone()
     wrong[:3] = 1e6
-    a, b = Scale.of(clean, "regression"), Scale.of(wrong, "regression")
+    a, b = TargetScale.of(clean, "regression"), TargetScale.of(wrong, "regression")
     assert a.mean == pytest.approx(100)
     assert b.mean == pytest.approx(100, abs=0.5)
     assert b.size == pytest.approx(a.size, rel=0.1)

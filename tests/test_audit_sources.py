@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from poprisk_lab.audit.examples import UNLABELLED, AuditInputError, Examples
+from poprisk_lab.audit.examples import UNLABELLED, AuditExamples, AuditInputError
 from poprisk_lab.audit.read import read_examples
 
 ROWS = 60
@@ -69,7 +69,7 @@ def dashes(path: Path) -> None:
 WRITERS = [comma, semicolon, tab, with_index, windows, dashes]
 
 
-def table(path: Path, write: Callable[[Path], None] = comma, **settings: Any) -> Examples:
+def table(path: Path, write: Callable[[Path], None] = comma, **settings: Any) -> AuditExamples:
     write(path / "table.csv")
     settings = {"label": "outcome", **settings}
     return read_examples(str(path / "table.csv"), **settings)

@@ -245,7 +245,7 @@ def audit_command(
         if len(result.suspects()):
             console.print(data_table(command.worst_table(examples, result)))
         _say(f"\n{words.headline(result)}", style="bold")
-        _say(" · ".join(words.facts(examples, result)))
+        _say(" · ".join(words.details(examples, result)))
         # Last: what was found is printed though the disk be full.
         with _writing(directory, advice="; repeat the command once there is room"):
             command.write_tables(directory, examples, result)

@@ -55,7 +55,7 @@ def apply_marks(source: Path, label: str, marks: Path, to: Path) -> int:
         raise AuditInputError(f"{to} exists; choose another file with --out.")
     fixed = read_marks(marks)
     fixed = fixed[fixed["mark"] == "fix"]
-    layout, rows = table.read_cells(source)
+    form, rows = table.read_cells(source)
     head = [name.strip() for name in rows[0]]
     if label not in head:
         raise AuditInputError(f"{source} has no column {label!r}.")
@@ -67,7 +67,7 @@ def apply_marks(source: Path, label: str, marks: Path, to: Path) -> int:
                 f"{marks} does not belong to {source}: it has {given!r} in row {row}."
             )
         body[position][column] = right
-    text = table.written(rows, layout)
+    text = table.written(rows, form)
     replace_text(to, text)
     return len(fixed)
 

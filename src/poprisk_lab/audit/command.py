@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from poprisk.audit import AuditResult
-from poprisk_lab.audit.examples import Examples
+from poprisk_lab.audit.examples import AuditExamples
 from poprisk_lab.audit.study import AUDIT, AuditPlan
 from poprisk_lab.plots import Table
 from poprisk_lab.runner import environment
@@ -20,7 +20,7 @@ SHOWN = 10
 """Suspects that the terminal shows."""
 
 
-def start(examples: Examples, plan: AuditPlan, source: str) -> Store:
+def start(examples: AuditExamples, plan: AuditPlan, source: str) -> Store:
     """Make the run directory, or check that the one there is of the same audit.
 
     Raises:
@@ -31,7 +31,7 @@ def start(examples: Examples, plan: AuditPlan, source: str) -> Store:
     return store
 
 
-def write_tables(directory: Path, examples: Examples, result: AuditResult) -> None:
+def write_tables(directory: Path, examples: AuditExamples, result: AuditResult) -> None:
     """Write the suspects, the worst first, and all labels in the order of the data.
 
     Raises:
@@ -41,7 +41,7 @@ def write_tables(directory: Path, examples: Examples, result: AuditResult) -> No
     write_table(directory / "labels.csv", examples, result, range(len(result)))
 
 
-def label_name(examples: Examples, value: Any) -> str:
+def label_name(examples: AuditExamples, value: Any) -> str:
     """A label as people write it; empty where there is none."""
     if examples.classes:
         return examples.classes[int(value)] if value >= 0 else ""
@@ -50,7 +50,7 @@ def label_name(examples: Examples, value: Any) -> str:
 
 
 def write_table(
-    path: Path, examples: Examples, result: AuditResult, items: Sequence[int] | Any
+    path: Path, examples: AuditExamples, result: AuditResult, items: Sequence[int] | Any
 ) -> None:
     """Rows of what was found, as CSV."""
     columns = result.columns()
@@ -73,7 +73,7 @@ def write_table(
             )
 
 
-def worst_table(examples: Examples, result: AuditResult) -> Table:
+def worst_table(examples: AuditExamples, result: AuditResult) -> Table:
     """The surest suspects, for a terminal."""
     return Table(
         ["", "given", "suggested"],

@@ -26,8 +26,8 @@ class AuditInputError(ValueError):
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Examples as they were read.
+class AuditExamples:
+    """AuditExamples as they were read.
 
     Attributes:
         inputs: (n, d) float32, or images (n, channels, height, width) uint8.

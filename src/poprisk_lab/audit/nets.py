@@ -14,7 +14,7 @@ FEWEST_EPOCHS = 20
 MOST_EPOCHS = 80
 
 
-class Recipe(NamedTuple):
+class TrainingRecipe(NamedTuple):
     """What is trained, and how.
 
     Attributes:
@@ -38,16 +38,16 @@ class Recipe(NamedTuple):
         )
 
 
-def recipe_for(n: int, shape: tuple[int, ...], epochs: int | None = None) -> Recipe:
+def recipe_for(n: int, shape: tuple[int, ...], epochs: int | None = None) -> TrainingRecipe:
     """The recipe for n examples of a shape, without the batch dimension."""
     batch_size = 32 if n < 4_000 else 64 if n < 20_000 else 128 if n < 50_000 else 256
     batch_size = max(2, min(batch_size, n // 4))
     if epochs is None:
         epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, -(-STEPS * batch_size // n)))
     if len(shape) == 3:
-        return Recipe("convolutional network of 3 layers", 32, epochs, batch_size, 1e-3)
+        return TrainingRecipe("convolutional network of 3 layers", 32, epochs, batch_size, 1e-3)
     hidden = 128 if n < 20_000 else 256
-    return Recipe(f"network of 2 × {hidden} hidden units", hidden, epochs, batch_size, 1e-3)
+    return TrainingRecipe(f"network of 2 × {hidden} hidden units", hidden, epochs, batch_size, 1e-3)
 
 
 class Pixels(nn.Module):
@@ -70,7 +70,7 @@ class Pixels(nn.Module):
         return (x.to(self.mean.dtype) - self.mean) / self.scale
 
 
-def build(recipe: Recipe, inputs: Tensor, outputs: int, seed: int) -> nn.Module:
+def build(recipe: TrainingRecipe, inputs: Tensor, outputs: int, seed: int) -> nn.Module:
     """A fresh network for inputs (n, ...); its outputs are (b, outputs)."""
     torch.manual_seed(seed)
     width = recipe.hidden

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poprisk.task import Task
 from poprisk_lab.audit import images, table
-from poprisk_lab.audit.examples import AuditInputError, Examples, read_targets
+from poprisk_lab.audit.examples import AuditExamples, AuditInputError, read_targets
 from poprisk_lab.tasks import load_task
 
 TABLES = (".csv", ".tsv", ".txt", ".parquet")
@@ -30,7 +30,7 @@ def read_examples(
     kind: str | None = None,
     side: int | None = None,
     seed: int = 0,
-) -> Examples:
+) -> AuditExamples:
     """Read a table, a table with a column of text, a folder of images, or an array of features.
 
     Args:
@@ -86,7 +86,7 @@ def _table(
     kind: str | None,
     seed: int,
     notes: list[str],
-) -> Examples:
+) -> AuditExamples:
     targets, classes = read_targets(given, kind, notes)
     typed, columns = table.type_columns(frame.drop(columns=label), notes)
     inputs = table.encode_columns(typed, columns, seed)
@@ -94,7 +94,7 @@ def _table(
         f"{len(columns.numbers)} columns of numbers and {len(columns.categories)} of categories "
         f"make {inputs.shape[1]} inputs."
     )
-    return Examples(inputs, targets, classes, _row, lambda i: _show_row(frame, i), notes)
+    return AuditExamples(inputs, targets, classes, _row, lambda i: _show_row(frame, i), notes)
 
 
 def _texts(
@@ -105,7 +105,7 @@ def _texts(
     kind: str | None,
     seed: int,
     notes: list[str],
-) -> Examples:
+) -> AuditExamples:
     if text not in frame:
         raise AuditInputError(
             f"there is no column {text!r}; there are {', '.join(map(repr, frame.columns[:20]))}."
@@ -114,7 +114,7 @@ def _texts(
     words = frame[text].astype(object).where(frame[text].notna(), "").astype(str)
     inputs = encode_texts(words.tolist(), seed, notes)
     shown = frame[[text]]
-    return Examples(inputs, targets, classes, _row, lambda i: _show_row(shown, i), notes)
+    return AuditExamples(inputs, targets, classes, _row, lambda i: _show_row(shown, i), notes)
 
 
 def encode_texts(texts: list[str], seed: int, notes: list[str]) -> Tensor:
@@ -143,12 +143,12 @@ def encode_texts(texts: list[str], seed: int, notes: list[str]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(reduced / scale, dtype=np.float32))
 
 
-def _images(folder: Path, kind: str | None, side: int | None, notes: list[str]) -> Examples:
+def _images(folder: Path, kind: str | None, side: int | None, notes: list[str]) -> AuditExamples:
     files, given = images.find_images(folder)
     pixels, kept, broken = images.read_images(files, side, notes)
     targets, classes = read_targets([given[i] for i in kept], kind or "classes", notes)
     files = [files[i] for i in kept]
-    return Examples(
+    return AuditExamples(
         pixels,
         targets,
         classes,
@@ -161,7 +161,7 @@ def _images(folder: Path, kind: str | None, side: int | None, notes: list[str]) 
 
 def _features(
     path: Path, label: str | None, labels: Path | None, kind: str | None, notes: list[str]
-) -> Examples:
+) -> AuditExamples:
     if labels is None:
         raise AuditInputError(f"--labels must name the file with the labels of {path}.")
     try:
@@ -178,7 +178,7 @@ def _features(
         raise AuditInputError(f"{path} holds NaN or Inf, first in row {bad}.")
     targets, classes = read_targets(_labels_of(labels, label, len(array), notes), kind, notes)
     inputs = (inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-6)
-    return Examples(inputs, targets, classes, _row, lambda i: {}, notes)
+    return AuditExamples(inputs, targets, classes, _row, lambda i: {}, notes)
 
 
 def _labels_of(path: Path, label: str | None, n: int, notes: list[str]) -> list[str]:
@@ -202,7 +202,7 @@ def _labels_of(path: Path, label: str | None, n: int, notes: list[str]) -> list[
     return found
 
 
-def of_task(name: str, seed: int) -> tuple[Task, Examples]:
+def of_task(name: str, seed: int) -> tuple[Task, AuditExamples]:
     """The training set of a task, with the task's own network.
 
     Raises:
@@ -219,4 +219,4 @@ def of_task(name: str, seed: int) -> tuple[Task, Examples]:
         classes, targets = (), y.reshape(-1).double()
     else:
         raise AuditInputError(f"{name}: an audit takes classes or one number an example.")
-    return task, Examples(x, targets, classes, lambda i: f"example {i}", lambda i: {})
+    return task, AuditExamples(x, targets, classes, lambda i: f"example {i}", lambda i: {})

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from poprisk import PopRiskAdamW
 from poprisk.audit import Auditor, AuditResult
 from poprisk.evaluation import evaluating, outputs_of
-from poprisk_lab.audit.examples import UNLABELLED, AuditInputError, Examples
-from poprisk_lab.audit.nets import Recipe, build, recipe_for
+from poprisk_lab.audit.examples import UNLABELLED, AuditExamples, AuditInputError
+from poprisk_lab.audit.nets import TrainingRecipe, build, recipe_for
 from poprisk_lab.checkpoint import Workspace, load_checkpoint, save_checkpoint
 from poprisk_lab.runner import OnRow, cores, run_trials
 from poprisk_lab.store import FORMAT, Kind, Row, Store
@@ -54,7 +54,7 @@ class AuditPlan:
         directory: of the run.
     """
 
-    recipe: Recipe
+    recipe: TrainingRecipe
     kind: str
     outputs: int
     plant: float
@@ -65,7 +65,7 @@ class AuditPlan:
     threads: int
     directory: Path
 
-    def config(self, examples: Examples, source: str) -> dict[str, Any]:
+    def config(self, examples: AuditExamples, source: str) -> dict[str, Any]:
         """What ``config.json`` holds: what decides the numbers."""
         decides = asdict(self)
         for name in ("recipe", "device", "threads", "directory"):
@@ -78,7 +78,7 @@ class AuditPlan:
         }
 
 
-def fingerprint(examples: Examples) -> dict[str, Any]:
+def fingerprint(examples: AuditExamples) -> dict[str, Any]:
     """Sizes and hashes of what is audited."""
     return {
         "examples": len(examples.targets),
@@ -95,7 +95,7 @@ def _hash(tensor: Tensor) -> str:
 
 
 def plan_for(
-    examples: Examples,
+    examples: AuditExamples,
     directory: Path,
     *,
     epochs: int | None = None,
@@ -115,7 +115,7 @@ def plan_for(
     recipe = recipe_for(n, tuple(examples.inputs.shape[1:]), epochs)
     if task:
         made = load_task(task, seed=seed)
-        recipe = Recipe(
+        recipe = TrainingRecipe(
             f"the network of {task}", 0, epochs or made.epochs, made.batch_size, recipe.lr
         )
     if lr is not None:
@@ -136,7 +136,7 @@ def plan_for(
 
 
 def run_audit(
-    examples: Examples, plan: AuditPlan, store: Store, on_row: OnRow
+    examples: AuditExamples, plan: AuditPlan, store: Store, on_row: OnRow
 ) -> tuple[AuditResult, list[Row]]:
     """Train, or go on with it, and judge the labels.
 
@@ -192,7 +192,7 @@ def fit(plan: AuditPlan, settings: Settings, workspace: Workspace) -> Iterator[R
     inputs, targets = data["inputs"].to(plan.device), data["targets"]
     auditor = make_auditor(plan, targets)
     model = _network(plan, inputs)
-    scale = Scale.of(targets, plan.kind)
+    scale = TargetScale.of(targets, plan.kind)
     trained = auditor.targets.to(plan.device)
     known = scale.known(targets).nonzero().squeeze(1)
     rest = (~scale.known(targets)).nonzero().squeeze(1)
@@ -263,7 +263,7 @@ def _network(plan: AuditPlan, inputs: Tensor) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Scale:
+class TargetScale:
     """What the network predicts: logits, or numbers of mean 0 and size 1."""
 
     kind: str
@@ -271,7 +271,7 @@ class Scale:
     size: float = 1.0
 
     @classmethod
-    def of(cls, targets: Tensor, kind: str) -> Scale:
+    def of(cls, targets: Tensor, kind: str) -> TargetScale:
         """From the median and its absolute deviation, which wrong numbers hardly move."""
         if kind == "classes":
             return cls(kind)

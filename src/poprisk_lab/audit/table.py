@@ -40,7 +40,7 @@ DATE = re.compile(r"^\s*\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T]\d{1,2}:\d{2}.*)?\s*
 DECIMAL_COMMA = re.compile(r"^\s*[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+\s*$")
 
 
-class Layout(NamedTuple):
+class CsvFormat(NamedTuple):
     """How a CSV file is written."""
 
     encoding: str
@@ -82,30 +82,30 @@ def _parquet(path: Path) -> pd.DataFrame:
 
 
 def _csv(path: Path, notes: list[str]) -> pd.DataFrame:
-    layout = _layout(path)
-    if (layout.separator, layout.decimal) != (",", "."):
-        separator = {"\t": "tab"}.get(layout.separator, layout.separator)
-        comma = ", decimal commas" * (layout.decimal == ",")
+    form = _format(path)
+    if (form.separator, form.decimal) != (",", "."):
+        separator = {"\t": "tab"}.get(form.separator, form.separator)
+        comma = ", decimal commas" * (form.decimal == ",")
         notes.append(f"The file has {separator!r} between columns{comma}.")
-    if layout.encoding != "utf-8-sig":
+    if form.encoding != "utf-8-sig":
         notes.append("The file is not UTF-8; it was read as Windows-1252.")
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows wider than the header
         frame = pd.read_csv(
             path,
-            sep=layout.separator,
-            decimal=layout.decimal,
-            encoding=layout.encoding,
+            sep=form.separator,
+            decimal=form.decimal,
+            encoding=form.encoding,
             na_values=list(NA_VALUES),
             skipinitialspace=True,
             low_memory=False,
             index_col=False,  # else a column that the header lacks becomes an index, unsaid
         )
-    frame.attrs["decimal"] = layout.decimal
+    frame.attrs["decimal"] = form.decimal
     return frame
 
 
-def _layout(path: Path) -> Layout:
+def _format(path: Path) -> CsvFormat:
     with path.open("rb") as file:
         head = file.read(PROBE_BYTES)
     if b"\0" in head:
@@ -120,7 +120,7 @@ def _layout(path: Path) -> Layout:
     cells = [cell for row in csv.reader(StringIO(text), delimiter=separator) for cell in row]
     commas = sum(bool(DECIMAL_COMMA.match(cell)) for cell in cells)
     points = sum(bool(re.match(r"^\s*[+-]?\d+\.\d+\s*$", cell)) for cell in cells)
-    return Layout(encoding, separator, "," if separator != "," and commas > points else ".")
+    return CsvFormat(encoding, separator, "," if separator != "," and commas > points else ".")
 
 
 def _evenness(text: str, mark: str) -> tuple[float, int]:
@@ -159,18 +159,18 @@ def raw_texts(path: Path, column: str) -> list[str]:
     return [row[at] if at < len(row) else "" for row in rows[1:]]
 
 
-def read_cells(path: Path) -> tuple[Layout, list[list[str]]]:
+def read_cells(path: Path) -> tuple[CsvFormat, list[list[str]]]:
     """A CSV file as it is written, blank lines left out, the header first."""
-    layout = _layout(path)
-    with path.open(encoding=layout.encoding, newline="") as file:
-        reader = csv.reader(file, delimiter=layout.separator, skipinitialspace=True)
-        return layout, [row for row in reader if row]
+    form = _format(path)
+    with path.open(encoding=form.encoding, newline="") as file:
+        reader = csv.reader(file, delimiter=form.separator, skipinitialspace=True)
+        return form, [row for row in reader if row]
 
 
-def written(rows: list[list[str]], layout: Layout) -> str:
+def written(rows: list[list[str]], form: CsvFormat) -> str:
     """Cells as the text of a CSV file."""
     text = StringIO()
-    csv.writer(text, delimiter=layout.separator, lineterminator="\n").writerows(rows)
+    csv.writer(text, delimiter=form.separator, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from poprisk.audit import AuditResult
-from poprisk_lab.audit.examples import Examples
+from poprisk_lab.audit.examples import AuditExamples
 
 
 def headline(result: AuditResult) -> str:
@@ -14,7 +14,7 @@ def headline(result: AuditResult) -> str:
     return f"{bad:,} of {n:,} labels ({bad / n:.1%}) are suspect."
 
 
-def facts(examples: Examples, result: AuditResult) -> list[str]:
+def details(examples: AuditExamples, result: AuditResult) -> list[str]:
     """Numbers below the headline."""
     found = [f"{len(examples.targets):,} examples"]
     if examples.classes:

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from poprisk.audit import AuditResult
-from poprisk_lab.audit.examples import Examples
-from poprisk_lab.audit.words import facts, headline, notices
+from poprisk_lab.audit.examples import AuditExamples
+from poprisk_lab.audit.words import details, headline, notices
 from poprisk_lab.page import draw
 from poprisk_lab.page.page import template
 from poprisk_lab.plots import Line, Plot, Table
@@ -31,7 +31,7 @@ COLUMNS = "row name given suggested told picture shown search".split()
 def write_audit(
     path: Path,
     source: str,
-    examples: Examples,
+    examples: AuditExamples,
     result: AuditResult,
     epochs: Sequence[Row],
     store: Store,
@@ -65,7 +65,7 @@ def write_audit(
         )
     text = template("audit.html.j2").render(
         source=source,
-        facts=facts(examples, result),
+        details=details(examples, result),
         headline=headline(result),
         notices=[*notices(result), *more],
         matrix=matrix_table(examples, result),
@@ -89,7 +89,9 @@ def write_audit(
     replace_text(path, text)
 
 
-def _suspect(examples: Examples, result: AuditResult, item: int, *, picture: bool) -> list[Any]:
+def _suspect(
+    examples: AuditExamples, result: AuditResult, item: int, *, picture: bool
+) -> list[Any]:
     given, suggested = _label(result.labels[item]), _label(result.suggested[item])
     show = examples.show(item)
     image = show.pop("image", None)
@@ -122,7 +124,7 @@ def _thumbnail(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def matrix_table(examples: Examples, result: AuditResult) -> Table:
+def matrix_table(examples: AuditExamples, result: AuditResult) -> Table:
     """How many suspects of each given class are suggested to be of each other."""
     k = len(examples.classes)
     if not 2 <= k <= MOST_CLASSES:
@@ -140,7 +142,7 @@ def matrix_table(examples: Examples, result: AuditResult) -> Table:
     )
 
 
-def class_table(examples: Examples, result: AuditResult) -> Table:
+def class_table(examples: AuditExamples, result: AuditResult) -> Table:
     """How many labels of each class are suspect, and how well it is predicted."""
     if not examples.classes:
         return Table([], [])
