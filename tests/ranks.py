@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -379,8 +378,8 @@ def recorded() -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+def main(rank: int, folder: Path) -> None:
+    """What one process does; its findings go into ``folder``."""
     with joined(rank, folder):
         (folder / f"{rank}.json").write_text(json.dumps(results(folder)), encoding="utf-8")
 
@@ -399,7 +398,3 @@ def results(folder: Path) -> dict[str, Any]:
         "skipped": skipped(),
         "checkpoint": checkpoint(folder / "checkpoint"),
     }
-
-
-if __name__ == "__main__":
-    main()
