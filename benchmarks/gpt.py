@@ -157,9 +157,7 @@ def run(mode: str, steps: int, backend: str, folder: Path) -> dict[str, Any]:
     return torch.load(output, weights_only=True)
 
 
-def work(
-    mode: str, rank: int, steps: int, backend: str, out: str, store: str, **size: int
-) -> None:
+def work(mode: str, rank: int, steps: int, backend: str, out: str, store: str, **size: int) -> None:
     """Be one process of a mode; the first writes what it found."""
     torch.set_num_threads(1)
     if mode != "single":

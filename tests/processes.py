@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import tempfile
 import warnings
@@ -63,6 +64,13 @@ def _make(call: Call, place: Path) -> None:
         os.dup2(file, descriptor)
     call.function(*call.arguments)
     sys.stdout.flush()
+
+
+def script(path: Path, text: str) -> Path:
+    """Write a program of the shell."""
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
 
 
 def run_code(code: str, folder: Path, warnings_are_errors: bool) -> None:

@@ -141,7 +141,7 @@ def test_code_with_an_extra_runs(block: Block, folder: Path) -> None:
 
 
 SHORT = {"compare": ["--epochs", "2"]}
-"""What makes a long command short. ``make test-pages`` runs those of the README as they stand, too."""
+"""What makes a long command short; ``make test-pages`` runs those of the README as shown, too."""
 
 
 def as_shown(page: Path) -> list[Any]:
