@@ -59,7 +59,7 @@ def sgd(**settings: Any) -> Make:
     return lambda model: torch.optim.SGD(model.parameters(), **settings)
 
 
-def batches(steps: int = 40, size: int = 15) -> list[Tensor]:
+def batches(steps: int = 24, size: int = 15) -> list[Tensor]:
     order = torch.Generator().manual_seed(3)
     return [torch.randperm(N, generator=order)[:size] for _ in range(steps)]
 
