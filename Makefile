@@ -46,7 +46,7 @@ test-claims: setup-dev  ## Run every claim of the paper in its quick form
 
 test-shuffled: export OMP_NUM_THREADS := 1
 test-shuffled: setup-dev  ## Run the quick tests in an order of chance, whose seed is printed
-	$(BIN)/pytest -n 2 -m "not slow and not claims and not long" $(ARGS)
+	$(BIN)/pytest -n 2 -m "not slow and not claims" $(ARGS)
 
 # What other processors do: no vector instructions of torch, and MKL's code for any of them.
 test-portable: export OMP_NUM_THREADS := 1

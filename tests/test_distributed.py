@@ -130,6 +130,7 @@ def gpt_process(mode: str, rank: int, folder: Path) -> None:
     gpt.work(mode, rank, 3, "aot_eager", str(out), str(store), width=32, layers=2)
 
 
+@pytest.mark.long
 def test_a_small_gpt_with_compile_amp_and_accumulation(tmp_path: Path) -> None:
     """Three steps of a part: benchmarks/results/gpt.json has a longer run of the whole."""
     places = [(mode, rank) for mode in gpt.MODES for rank in range(1 if mode == "single" else 2)]

@@ -314,7 +314,14 @@ def check_resumed(name: str, changes: dict[str, Any], dtype: torch.dtype) -> Non
         assert resumed(name, changes, dtype, gate=True), changes
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # each of its steps searches a root
+        pytest.param(name, marks=[pytest.mark.long] if name.endswith(".spectralsphere") else [])
+        for name in CLASSES
+    ],
+)
 def test_every_optimizer_is_gated_right_or_refused_by_name(name: str) -> None:
     if name in NOT_BUILT:
         with pytest.raises(NOT_BUILT[name]):
