@@ -12,9 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from poprisk.optim.fused import build
 from poprisk.per_sample import nodes
-from processes import script
 
 THREADS = int(os.environ.get("POPRISK_TEST_THREADS", "1"))
 
@@ -79,13 +77,6 @@ def shared_state() -> dict[str, Any]:
         "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
         "working directory": Path.cwd(),
     }
-
-
-@pytest.fixture
-def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C++ compiler without its optimizations, which take seconds."""
-    folder = tmp_path_factory.mktemp("compiler")
-    return script(folder / "quick", f'exec {build.find_compiler()} "$@" -O0')
 
 
 @pytest.fixture(autouse=True)

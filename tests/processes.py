@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from poprisk_lab.runner import warm_up_workers, worker_context
-
 HANGS = 1800
 """Seconds after which processes wait for each other for ever; they take some 20 alone."""
 
@@ -34,6 +32,9 @@ class Call(NamedTuple):
 
 def at_once(*calls: Call) -> list[Finished]:
     """Make each call in a process of its own, all at the same time."""
+    # Here, for the mutations' sake: their tests import this module each in a fork of its own.
+    from poprisk_lab.runner import warm_up_workers, worker_context
+
     warm_up_workers()
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / str(i) for i in range(len(calls))]

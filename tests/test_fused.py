@@ -337,6 +337,13 @@ PopRiskAdamW([w], fused=True).step()
 """
 
 
+@pytest.fixture
+def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ compiler without its optimizations, which take seconds."""
+    folder = tmp_path_factory.mktemp("compiler")
+    return script(folder / "quick", f'exec {build.find_compiler()} "$@" -O0')
+
+
 @pytest.mark.slow
 def test_the_first_step_compiles_once_and_then_loads(tmp_path: Path, quick_compiler: Path) -> None:
     """Warnings are errors in both processes, and without a kernel there is one."""
