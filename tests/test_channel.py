@@ -127,6 +127,7 @@ def test_cells_over_time_end_where_the_run_does() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_coupling_predicts_where_the_frozen_kernel_fails() -> None:
     ops = feature_learner()
     coupling = ops.coupling()

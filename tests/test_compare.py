@@ -428,6 +428,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_killed_in_the_middle_its_workers_end_and_repeated_it_ends_with_the_same_numbers(
     tmp_path: Path,

@@ -157,6 +157,7 @@ class Transformer(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_transformer_of_a_million_weights() -> None:
     torch.manual_seed(0)
     net = Transformer()

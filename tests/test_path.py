@@ -98,6 +98,7 @@ def test_squared_error_closes_to_1e_9_over_100_full_batch_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cross_entropy_closes_far_from_the_frozen_kernel() -> None:
     ops = integrate(recorded(lambda ps: torch.optim.SGD(ps, lr=0.5), "cross_entropy", steps=300))
     first, *_, last = ops.snapshots

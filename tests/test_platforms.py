@@ -131,6 +131,8 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_comparison_is_trained_and_the_command_starts_where_posix_is_missing(
     tmp_path: Path,
 ) -> None:
