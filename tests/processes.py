@@ -48,6 +48,7 @@ def at_once(*calls: Call) -> list[Finished]:
             process.join(HANGS)
         for process in processes:
             process.kill()  # does nothing to one that has ended
+            process.join()
         return [
             Finished(process.exitcode, *(_text(place, kind) for kind in ("out", "err")))
             for process, place in zip(processes, places, strict=True)

@@ -26,7 +26,7 @@ from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.cli import app
 from poprisk_lab.compare import _train, compare, run_directory, trials_of
 from poprisk_lab.comparison import Comparison, differences
-from poprisk_lab.fit import Row, Run
+from poprisk_lab.fit import ArmRun, Row
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import TrainingError, _interrupts_held, environment
 from poprisk_lab.store import RunDirectoryError, Store
@@ -96,9 +96,9 @@ def test_the_number_of_workers_does_not_matter(tmp_path: Path, whole: Store, wor
 
 def test_a_worker_trains_what_a_run_trains(whole: Store) -> None:
     task = tiny.tiny(1)
-    ours = Run(task, ARMS["poprisk"], 1, record=True)
+    ours = ArmRun(task, ARMS["poprisk"], 1, record=True)
     rows = list(ours.rows())
-    rows += Run(task, ARMS["rms-matched"], 1, trace=ours.progress.trace).rows()
+    rows += ArmRun(task, ARMS["rms-matched"], 1, trace=ours.progress.trace).rows()
     epochs, ends = numbers(read_run(whole))
     for row in rows:
         row.pop("seconds")
