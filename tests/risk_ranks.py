@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,12 +133,8 @@ def local() -> dict[str, list[float]]:
     }
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+def main(rank: int, folder: Path) -> None:
+    """What one process does; its findings go into ``folder``."""
     with joined(rank, folder):
         results = {"ddp": data_parallel(), "refused": refused(), "local": local()}
         (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

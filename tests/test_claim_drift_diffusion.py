@@ -86,6 +86,7 @@ def test_a_draw_has_its_own_data_and_weights_and_repeats() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.claims
 def test_the_quick_form(tmp_path: Path) -> None:
     page = claimed.quick_form(CLAIM, tmp_path / "run")
     for wanted in ("Drift", "shuffled passes", "power of n in the label noise fitted"):

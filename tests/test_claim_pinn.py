@@ -141,7 +141,6 @@ def test_the_control_is_compared_at_one_learning_rate() -> None:
 # --- running --------------------------------------------------------------------------------------
 
 
-@pytest.mark.claims
 def test_the_quick_form_gives_a_verdict_and_a_page(finished: ClaimDirectory) -> None:
     found = judged(CLAIM, finished.read())
     assert found.report is not None

@@ -105,12 +105,12 @@ def small_recipe(**changes: Any) -> Recipe:
 
 @pytest.mark.slow
 def test_the_powers_of_time_where_batches_are_independent() -> None:
-    laws = sweep(small_recipe(), batch_sizes=(4, 16), seeds=range(12))
+    laws = sweep(small_recipe(), batch_sizes=(4, 16), seeds=range(6))
     assert laws.drift.agrees(1.0)
     assert laws.diffusion.agrees(0.5)
     assert laws.batch is not None
     assert laws.batch.agrees(-0.5)
-    assert laws.replicates == 12
+    assert laws.replicates == 6
 
 
 def test_shuffled_passes_undo_their_noise() -> None:
@@ -121,7 +121,7 @@ def test_shuffled_passes_undo_their_noise() -> None:
 
 
 def test_label_noise_shrinks_with_the_data() -> None:
-    laws = sweep(small_recipe(lr=0.01, steps=6), sizes=(12, 24, 48, 96), seeds=range(6))
+    laws = sweep(small_recipe(lr=0.01, steps=6), sizes=(12, 24, 48), seeds=range(4))
     assert laws.noise is not None
     assert laws.noise.agrees(-0.5)
 

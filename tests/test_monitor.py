@@ -23,6 +23,7 @@ from poprisk import Canaries, PopRiskAdamW, RiskMonitor
 from poprisk.monitor import CanaryMemorization, Loss, Measured, Risk, Signal, TangentKernel
 from poprisk.monitor.statistics import Statistics
 from poprisk.randomness import RandomState
+from processes import Call, at_once
 from reference import monitor as reference
 from samplers import randn
 
@@ -351,7 +352,8 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_are_pooled_and_one_writes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    for process in at_once(*(Call(_rank, (rank, str(tmp_path))) for rank in range(2))):
+        assert process.code == 0, process.stderr
     assert not (tmp_path / "1.jsonl").exists()
     rows = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2]

@@ -59,7 +59,7 @@ def sgd(**settings: Any) -> Make:
     return lambda model: torch.optim.SGD(model.parameters(), **settings)
 
 
-def batches(steps: int = 40, size: int = 15) -> list[Tensor]:
+def batches(steps: int = 24, size: int = 15) -> list[Tensor]:
     order = torch.Generator().manual_seed(3)
     return [torch.randperm(N, generator=order)[:size] for _ in range(steps)]
 
@@ -106,24 +106,24 @@ def every_example(y: Tensor, **settings: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("form", "settings"),
+    ("forms", "settings"),
     [
-        ("gauss-newton", {}),
-        ("hessian", {}),
-        ("gauss-newton", {"nesterov": True}),
-        ("hessian", {"dampening": 0.5}),
+        (["gauss-newton", "hessian"], {}),
+        (["gauss-newton"], {"nesterov": True}),
+        (["hessian"], {"dampening": 0.5}),
     ],
 )
 def test_a_frozen_kernel_equals_retraining_without_each_example(
-    form: str, settings: dict[str, Any]
+    forms: list[str], settings: dict[str, Any]
 ) -> None:
     y, make = randn(N, 1, seed=1), sgd(**settings)
-    found = loo_risk(train(Features(), squared, y, make), form=form)
-    expected = every_example(y, make=make)
-    torch.testing.assert_close(found.outputs, expected, rtol=1e-9, atol=1e-9)
-    assert found.value == pytest.approx(float(squared(expected, y).mean()), rel=1e-9)
-    assert found.valid
-    assert torch.equal(found.index, torch.arange(N))
+    run, expected = train(Features(), squared, y, make), every_example(y, make=make)
+    for form in forms:
+        found = loo_risk(run, form=form)
+        torch.testing.assert_close(found.outputs, expected, rtol=1e-9, atol=1e-9)
+        assert found.value == pytest.approx(float(squared(expected, y).mean()), rel=1e-9)
+        assert found.valid
+        assert torch.equal(found.index, torch.arange(N))
 
 
 def test_a_loop_of_ones_own_with_a_schedule_and_files(tmp_path: Path) -> None:
@@ -213,8 +213,8 @@ def test_the_probe_measures_the_trace() -> None:
     model = nn.Linear(4, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     make = sgd(momentum=0.0, weight_decay=0.05)
-    run = train(model, "squared_error", y, make, drawn=[torch.arange(N)] * 40)
-    h = reference.descent_smoother(x, lr=0.02, decay=0.05, steps=40)
+    run = train(model, "squared_error", y, make, drawn=[torch.arange(N)] * 16)
+    h = reference.descent_smoother(x, lr=0.02, decay=0.05, steps=16)
     found, error = [loo_risk(run, subset=2, seed=s) for s in range(20)], reference.response_error(h)
     mean = sum(f.dof for f in found) / len(found)
     assert mean == pytest.approx(float(h.trace()) / N, abs=3 * error / len(found) ** 0.5)
