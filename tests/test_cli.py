@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 import poprisk_lab.cli
 import tiny
 from poprisk_lab.cli import app
-from poprisk_lab.compare import run_directory
+from poprisk_lab.comparison import run_directory
 from poprisk_lab.plots import Table
 from poprisk_lab.results import read_run
 from poprisk_lab.store import Store
@@ -666,7 +666,7 @@ def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("poprisk_lab.compare.compare", interrupted)
+    monkeypatch.setattr("poprisk_lab.comparison.train", interrupted)
     result = run("compare", TINY, *QUICK)
     assert result.exit_code == 130
     assert result.stderr == "poprisk: stopped; repeat the command to go on where it was.\n"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from poprisk_lab.checkpoint import save_checkpoint
-from poprisk_lab.compare import run_directory
+from poprisk_lab.comparison import run_directory
 from poprisk_lab.results import read_run
 from poprisk_lab.store import FORMAT, Record, RunDirectoryError, Store, write_json
 

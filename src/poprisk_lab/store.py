@@ -52,12 +52,14 @@ class Kind(NamedTuple):
         differences: what keeps a directory of the first configuration from going on under the
             second, in a few words each.
         extend: the configuration to keep when the first goes on as the second.
+        anew: how to begin from the start, where a directory holds something else.
     """
 
     keys: frozenset[str]
     is_row: Callable[[Row], bool]
     differences: Callable[[Config, Config], list[str]] = differing_keys
     extend: Callable[[Config, Config], Config] = lambda found, wanted: found
+    anew: str = "choose another directory with --out"
 
 
 @dataclass
@@ -139,6 +141,23 @@ class Store:
             self._make_folders()
             write_json(self.path / "environment.json", environment)
             write_json(self.path / "config.json", config)
+
+    def clear(self) -> None:
+        """Delete what a run directory holds, and nothing else that lies in it.
+
+        The configuration goes last: what is killed on the way is a run directory still.
+
+        Raises:
+            RunDirectoryError: if it is no run directory of this kind, or cannot be deleted.
+        """
+        if not self.path.exists() or self._is_blank():
+            return
+        self.config()
+        files = [f for d in (self.trials, self.checkpoints) if d.is_dir() for f in d.iterdir()]
+        names = ("metrics.jsonl", "report.html", "environment.json", "config.json")
+        with _writing(f"the run directory {self.path}", "choose another with --out"):
+            for file in [*files, *(self.path / name for name in names)]:
+                file.unlink(missing_ok=True)
 
     def config(self) -> Config:
         """What ``config.json`` holds.
@@ -247,8 +266,8 @@ class Store:
         more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
         raise RunDirectoryError(
             f"{self.path} holds a run with another configuration (it differs in "
-            f"{', '.join(differ[:SHOWN])}{more}); repeat that command to resume it, or choose "
-            "another directory with --out."
+            f"{', '.join(differ[:SHOWN])}{more}); repeat that command to resume it, or "
+            f"{self.kind.anew}."
         )
 
     def _old_rows(self) -> dict[str, list[Row]]:
