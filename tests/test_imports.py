@@ -20,8 +20,8 @@ CHAINS: Mapping[str, Sequence[str]] = {
         "per_sample jacobian linalg ntk optim losses path risk monitor integrations task"
     ).split(),
     "poprisk_lab": (
-        "tasks controls arms checkpoint fit store study runner results comparison "
-        "convergence plots wording verdict selection explain studies page display bench cli"
+        "tasks controls arms checkpoint fit store study runner results comparison convergence "
+        "plots wording verdict selection explain studies page display compared bench cli"
     ).split(),
 }
 """The modules of each package; one imports only those before it."""

@@ -236,7 +236,7 @@ def _fingerprint(source: Source, task: Task) -> str:
     return digest.hexdigest()[:16]
 
 
-def _text(source: Source) -> bytes:
+def _text(source: Any) -> bytes:
     """A task's file, or the text of its function as far as there is one."""
     if isinstance(source, str):
         path, colon, _ = source.rpartition(":")
@@ -369,9 +369,7 @@ def begin(comparison: Comparison, directory: Store, *, fresh: bool = False) -> R
     for seed in comparison.seeds[1:]:
         if data is None or not all((arm.name, seed) in data.ends for arm in comparison.arms):
             comparison.try_seed(seed)
-    if fresh:
-        directory.clear()
-    directory.create(config, environment(comparison.workers))
+    directory.create(config, environment(comparison.workers), fresh=fresh)
     return read_run(directory)
 
 

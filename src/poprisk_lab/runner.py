@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 
-from poprisk.randomness import RandomState
 from poprisk_lab.checkpoint import CheckpointError, Workspace
 from poprisk_lab.store import Record, Row, RunDirectoryError, Store
 from poprisk_lab.study import Run, Trial, end_of, left
@@ -92,15 +91,10 @@ def run_trials(
 
 
 def _work_here(run: Run, store: Store, waiting: list[Trial], on_row: OnRow) -> None:
-    """Do trials in this process, whose random numbers stay as they are."""
-    random = RandomState.now()
-    try:
-        while trial := _next(waiting, {t.name for t in waiting}, store):
-            waiting.remove(trial)
-            record, workspace = store.begin(trial.name, trial.after)
-            _do(run, trial, record, workspace, partial(on_row, trial))
-    finally:
-        random.restore()
+    while trial := _next(waiting, {t.name for t in waiting}, store):
+        waiting.remove(trial)
+        record, workspace = store.begin(trial.name, trial.after)
+        _do(run, trial, record, workspace, partial(on_row, trial))
 
 
 def _work_off(

@@ -119,21 +119,32 @@ class Store:
         """Whether there is a configuration, so that it can be read."""
         return os.path.isfile(self.path / "config.json")
 
-    def create(self, config: Config, environment: dict[str, Any]) -> None:
+    def create(self, config: Config, environment: dict[str, Any], *, fresh: bool = False) -> None:
         """Make the directory, or check that an existing one can go on under a configuration.
+
+        Args:
+            config: what ``config.json`` is to hold.
+            environment: likewise.
+            fresh: whether to delete what a run directory of this kind holds, all else that lies in
+                it stays. Its configuration is the last to go: what is killed on the way is a run
+                directory still.
 
         Raises:
             RunDirectoryError: if it cannot be written, is not a run directory, or holds another
                 configuration; nothing is changed then.
         """
         with _writing(f"the run directory {self.path}", "choose another with --out"):
-            if self.exists():
+            if self.exists() and fresh:
+                self.config()  # of this kind
+                for file in [*self.trials.glob("*"), *self.checkpoints.glob("*"), self._old]:
+                    file.unlink(missing_ok=True)
+            elif self.exists():
                 found = self._check_same(config)
                 self._make_folders()
                 if (kept := self.kind.extend(found, config)) != found:
                     write_json(self.path / "config.json", kept)
                 return
-            if self.path.exists() and not self._is_blank():
+            elif self.path.exists() and not self._is_blank():
                 raise RunDirectoryError(
                     f"{self.path} exists and is not a run directory (no config.json); choose "
                     "another with --out."
@@ -141,23 +152,6 @@ class Store:
             self._make_folders()
             write_json(self.path / "environment.json", environment)
             write_json(self.path / "config.json", config)
-
-    def clear(self) -> None:
-        """Delete what a run directory holds, and nothing else that lies in it.
-
-        The configuration goes last: what is killed on the way is a run directory still.
-
-        Raises:
-            RunDirectoryError: if it is no run directory of this kind, or cannot be deleted.
-        """
-        if not self.path.exists() or self._is_blank():
-            return
-        self.config()
-        files = [f for d in (self.trials, self.checkpoints) if d.is_dir() for f in d.iterdir()]
-        names = ("metrics.jsonl", "report.html", "environment.json", "config.json")
-        with _writing(f"the run directory {self.path}", "choose another with --out"):
-            for file in [*files, *(self.path / name for name in names)]:
-                file.unlink(missing_ok=True)
 
     def config(self) -> Config:
         """What ``config.json`` holds.
