@@ -379,8 +379,6 @@ def _conclude(directory: Store) -> None:
 
 def _say_what_begins(comparison: Comparison, directory: Store, data: RunData) -> None:
     """The task, and how much there is to train."""
-    from poprisk.task.batches import LAST_BATCH
-
     task, seeds = data.config["task"], len(comparison.seeds)
     _say(task["description"] or task["name"], style="bold")
     _say(
@@ -389,7 +387,7 @@ def _say_what_begins(comparison: Comparison, directory: Store, data: RunData) ->
         "time, repeat the command to go on)"
     )
     if "last_batch" in task:
-        _say(f"Batches of {task['batch_size']}: {LAST_BATCH}.")
+        _say(f"Batches of {task['batch_size']}: {task['last_batch']}.")
 
 
 def _say_what_is_there(comparison: Comparison, data: RunData, done: int) -> None:

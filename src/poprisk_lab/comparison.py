@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from poprisk._validate import first_line
 from poprisk.randomness import RandomState
 from poprisk.task import Task, module_kinds
-from poprisk.task.batches import LAST_BATCH, joins_last
+from poprisk.task.batches import last_batch
+from poprisk.task.dataset import DatasetInputs
 from poprisk_lab.arms import Arm, settings_used
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
-from poprisk_lab.fit import Run
+from poprisk_lab.fit import Run, seed_all
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import environment, run_trials
 from poprisk_lab.store import FORMAT, Config, Kind, Row, Store
@@ -111,7 +113,8 @@ class Comparison:
         if data != _fingerprint(self.task, again):
             raise TaskError(
                 f"task {self.source} gives other data each time it is made with the same seed; "
-                "draw all of it from torch.Generator().manual_seed(seed)."
+                "draw all of it from torch.Generator().manual_seed(seed), and what differs from "
+                "reading to reading from the global generators."
             )
         if not alike(start, other := self._start(again, seed)):
             raise TaskError(
@@ -137,7 +140,7 @@ class Comparison:
                 "classification": task.classification,
                 "epochs": task.epochs,
                 "batch_size": task.batch_size,
-                **({"last_batch": LAST_BATCH} if self._joins_last(task) else {}),
+                **({"last_batch": rule} if (rule := self._last_batch(task)) else {}),
                 "train_examples": len(task.train[1]),
                 "test_examples": len(task.test[1]),
                 "parameters": sum(p.numel() for p in model.parameters()),
@@ -215,10 +218,11 @@ class Comparison:
         finally:
             random.restore()
 
-    def _joins_last(self, task: Task) -> bool:
+    def _last_batch(self, task: Task) -> str:
         n = len(task.train[1])
-        kept = [n - n // 5 if arm.held_out else n for arm in self.arms]
-        return any(joins_last(k, task.batch_size) for k in kept)
+        kept = {n - n // 5 if arm.held_out else n for arm in self.arms}
+        rules = (last_batch(k, task.batch_size, drop_last=task.drop_last) for k in kept)
+        return next(filter(None, rules), "")
 
 
 def alike(a: dict[str, float], b: dict[str, float]) -> bool:
@@ -230,10 +234,19 @@ def _fingerprint(source: Source, task: Task) -> str:
     """Tells tasks of one name apart: a hash of the data and of the task's file or function."""
     digest = hashlib.sha256()
     clean = () if task.clean is None else (task.clean,)
-    for values in (*task.train, *task.test, *clean):
+    for values in map(_sample, (*task.train, *task.test, *clean)):
         digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     digest.update(_text(source))
     return digest.hexdigest()[:16]
+
+
+def _sample(values: Tensor | DatasetInputs) -> Tensor:
+    """All of a tensor; of a data set that is read, which may be large, some rows."""
+    if isinstance(values, Tensor):
+        return values
+    seed_all(0)
+    n = len(values)
+    return values[torch.linspace(0, n - 1, min(n, values.batch_size)).long()]
 
 
 def _text(source: Any) -> bytes:

@@ -41,10 +41,10 @@ def as_pair(name: str, data: Any) -> Pair:
             for part, value in zip(("inputs", "targets"), data, strict=True)
         )
     elif isinstance(data, DataLoader):
-        pair = _from_rows(name, data, batches=True)
+        pair = from_rows(name, enumerate(data), batches=True)
     elif isinstance(data, Sized) and hasattr(data, "__getitem__") and len(data) > 0:
-        rows = (cast(Any, data)[i] for i in range(len(data)))
-        pair = _from_rows(name, rows, batches=False)
+        rows = ((i, cast(Any, data)[i]) for i in range(len(data)))
+        pair = from_rows(name, rows, batches=False)
     else:
         raise TypeError(
             f"{name} must be a pair (inputs, targets) of tensors or a non-empty data set of such "
@@ -91,11 +91,19 @@ def _numeric(kind: Any) -> bool:
     return getattr(kind, "kind", "O") in "fiubc"  # numpy, and pandas' own
 
 
-def _from_rows(name: str, rows: Iterable[Any], *, batches: bool) -> tuple[Tensor, ...]:
-    """Rows, each of one example or of a batch, as one tensor of inputs and one of targets."""
+def from_rows(name: str, rows: Iterable[tuple[int, Any]], *, batches: bool) -> Pair:
+    """Rows, each of one example or of a batch, as one tensor of inputs and one of targets.
+
+    Args:
+        name: of the argument, for messages.
+        rows: each with its position.
+        batches: whether each holds several examples.
+    """
     join = torch.cat if batches else torch.stack
     columns: tuple[list[Tensor], list[Tensor]] = [], []
-    for i, row in enumerate(rows):
+    start = 0
+    for i, row in rows:
+        start = start if columns[0] else i
         for part, value, column in zip(
             ("input", "target"), _row(name, i, row), columns, strict=True
         ):
@@ -103,12 +111,12 @@ def _from_rows(name: str, rows: Iterable[Any], *, batches: bool) -> tuple[Tensor
             first, last = (tuple(column[j].shape[int(batches) :]) for j in (0, -1))
             if first != last:
                 raise ValueError(
-                    f"{name} must hold {part}s of one shape, but {name}[0] has {first} and "
+                    f"{name} must hold {part}s of one shape, but {name}[{start}] has {first} and "
                     f"{name}[{i}] {last}; pad or crop them in the data set."
                 )
     if not columns[0]:
         raise ValueError(f"{name} must not be empty, but its loader gave no batch.")
-    return tuple(join(column) for column in columns)
+    return join(columns[0]), join(columns[1])
 
 
 def _row(name: str, i: int, row: Any) -> tuple[Any, Any]:

@@ -119,7 +119,7 @@ def _evaluate(task: Any, model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     outputs: list[Tensor] = []
     losses: list[Tensor] = []
     with evaluating(model, *_modules(task.loss)):
-        for rows in split_batches(torch.arange(len(y)), CHUNK):
+        for rows in split_batches(torch.arange(len(y)), getattr(x, "batch_size", CHUNK)):
             u = _outputs(model, x[rows], name, int(rows[0]))
             losses.append(_losses(task.loss, u, y[rows], name, int(rows[0])))
             outputs.append(u)
@@ -343,7 +343,8 @@ def _try_training(task: Any, model: nn.Module) -> None:
     """A forward and a backward pass in training mode on each size of batch that matters."""
     n, b = len(task.train[1]), task.batch_size
     kept = n - n // 5
-    sizes = {*batch_sizes(n, b), *batch_sizes(kept, min(b, kept))}
+    last = task.drop_last
+    sizes = {*batch_sizes(n, b, drop_last=last), *batch_sizes(kept, min(b, kept), drop_last=last)}
     model.train()
     with evaluating(*_modules(task.loss)):
         constant = [_try_batch(task, model, size) for size in sorted(sizes, reverse=True)]
