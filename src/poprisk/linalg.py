@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 
 
 class Estimate(NamedTuple):
@@ -23,6 +23,7 @@ class Estimate(NamedTuple):
     standard_error: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 class Eigenpairs(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poprisk._validate import check_number
-from poprisk.printing import described, short_repr
+from poprisk.printing import described, short_html, short_repr
 from poprisk.risk.inputs import check_index
 
 
@@ -31,6 +31,7 @@ class Memorization(NamedTuple):
     cost: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 class ErrorBound(NamedTuple):
@@ -53,6 +54,7 @@ class ErrorBound(NamedTuple):
     cost: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 @final

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from poprisk._validate import check_no_batch_statistics
 from poprisk.evaluation import evaluating
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 from poprisk.risk.inputs import check_not_sharded, check_output_losses
 from poprisk.risk.local_losses import PerExampleLoss, ignored_examples
 
@@ -78,6 +78,7 @@ class FreshBatchRisk(NamedTuple):
     modules: dict[str, ModuleChange]
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 def fresh_batch_risk(

@@ -32,7 +32,7 @@ from poprisk.path import NotAnalysable, Run
 from poprisk.path.checks import check_answers
 from poprisk.path.recursion import Recursion
 from poprisk.path.run import Interval
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 from poprisk.risk import inputs
 from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
 from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, local_loss_of
@@ -70,6 +70,7 @@ class LooRisk(NamedTuple):
     index: Tensor
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 @torch.inference_mode(False)  # what it makes on the way is differentiated
