@@ -20,7 +20,9 @@ from poprisk import Task
 from poprisk.intervals import t_interval
 from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.compared import METRICS, Compared, compare
+from poprisk_lab.page.draw import painted
 from poprisk_lab.page.series import arm_series
+from poprisk_lab.plots import Line, Plot
 from poprisk_lab.runner import TrainingError
 from poprisk_lab.store import RunDirectoryError
 from poprisk_lab.tasks import TaskError
@@ -257,6 +259,15 @@ def test_every_metric_is_drawn_in_the_colours_of_the_page(found: Compared, metri
         assert list(ours.y) == pytest.approx(curves.groupby("epoch")["value"].mean(), rel=1e-4)
     bands = [t for t in traces if t.fill]
     assert {t.legendgroup for t in bands} <= {t.legendgroup for t in traces if t.showlegend}
+
+
+def test_what_the_page_hides_waits_in_the_legend_with_its_band() -> None:
+    line = Line("ours", [1, 2], [0.1, 0.2], "poprisk", low=[0.0, 0.1], high=[0.2, 0.3])
+    plot = Plot("<b>", "epoch", "", [line, line._replace(name="other", colour="adamw")], "")
+    figure = painted(plot, shown=[True, False])
+    looks = {(t.legendgroup, bool(t.fill), t.visible) for t in cast(Any, figure).data}
+    assert looks == {(s, f, (True, "legendonly")[int(s)]) for s in "01" for f in (True, False)}
+    assert cast(Any, figure).layout.title.text == "&lt;b&gt;"
 
 
 def test_a_metric_that_there_is_not_is_refused(found: Compared) -> None:

@@ -25,7 +25,7 @@ from torch.utils.data import (
 import tiny
 from poprisk import Canaries, Task
 from poprisk.task.batches import DROPPED, batch_sizes, last_batch, split_batches
-from poprisk.task.dataset import DatasetInputs
+from poprisk.task.data import DatasetInputs, select
 from poprisk_lab.arms import default_arms
 from poprisk_lab.compared import compare
 from poprisk_lab.comparison import Comparison
@@ -212,6 +212,33 @@ def test_a_loader_s_batches_are_those_of_the_training() -> None:
     assert record["last_batch"] == DROPPED
 
 
+class Sentences(Files):
+    """Rows of one to five numbers."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return X[index].repeat(2)[: 1 + index % 5], int(Y[index])
+
+
+def longest(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    x = nn.utils.rnn.pad_sequence([x for x, _ in rows], batch_first=True)
+    return x, torch.tensor([y for _, y in rows])
+
+
+class Summed(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.sum(1, keepdim=True))
+
+
+def test_batches_may_be_padded_to_their_own_longest_row() -> None:
+    loader = DataLoader(Sentences(), batch_size=4, collate_fn=longest)
+    task = Task("long", lambda: Summed(1, 2), tiny.cross_entropy, loader, loader, epochs=1)
+    widths = {part.shape[1] for part in task.train[0].batches()}
+    assert widths == {4, 5}
+    assert trained(task)[1][-1]["final_metric"] >= 0
+    with pytest.raises(ValueError, match=r"inputs of one shape, but train\[0\] has \(1,\) and tr"):
+        task_of(Sentences(), clean=None)
+
+
 def test_a_loader_of_tensors_is_in_memory() -> None:
     task = task_of(DataLoader(TensorDataset(X, Y), batch_size=6, drop_last=True), batch_size=None)
     assert task.train[0] is X
@@ -340,5 +367,5 @@ def test_a_part_of_a_data_set_is_read_too() -> None:
     assert isinstance(x, DatasetInputs)
     assert torch.equal(x[:], X[5:25])
     assert torch.equal(y, Y[5:25])
-    part = x.select(torch.tensor([3, 7])).select(torch.tensor([1]))
+    part = select(select(x, torch.tensor([3, 7])), torch.tensor([1]))
     assert torch.equal(part[:], X[12:13])

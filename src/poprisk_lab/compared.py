@@ -89,7 +89,7 @@ class Compared:
         """What was measured, one value a row: arm, seed, epoch, metric, value."""
         import pandas as pd
 
-        labels = self._labels
+        labels = {arm["name"]: arm["label"] for arm in self.data.config["arms"]}
         rows = [
             (labels[row["arm"]], row["seed"], row["epoch"], metric, row[metric])
             for row in self.data.epochs
@@ -106,7 +106,7 @@ class Compared:
         """
         check_choice("metric", metric, METRICS)
         task = self.data.config["task"]
-        kind = f"{task['metric']['name']}" if metric.endswith("_metric") else "loss"
+        kind = task["metric"]["name"] if metric.endswith("_metric") else "loss"
         title = f"{metric.rpartition('_')[0].replace('_', '-')} {kind}".capitalize()
         percent = metric.endswith("_metric") and task["metric"]["percent"]
         drawn = {q.key: q for q in quantities(task)}
@@ -117,11 +117,7 @@ class Compared:
         return painted(found[0], shown=found[1])
 
     def write_report(self, path: Path | str) -> None:
-        """Write the page that ``poprisk compare`` writes, one HTML file.
-
-        Raises:
-            OSError: if it cannot be written; an existing file is left as it was.
-        """
+        """Write the page that ``poprisk compare`` writes, one HTML file."""
         write_report(self.data, self.verdict, Path(path))
 
     def __repr__(self) -> str:
@@ -133,10 +129,6 @@ class Compared:
         told = "".join(f"<br>{escape(warning)}" for warning in self.verdict.warnings)
         table = html_table(head, [table_cells(row, scale) for row in self.verdict.rows])
         return f"<p><b>{escape(self.verdict.headline)}</b>{told}</p>{table}"
-
-    @property
-    def _labels(self) -> dict[str, str]:
-        return {arm["name"]: arm["label"] for arm in self.data.config["arms"]}
 
 
 def compare(
@@ -202,7 +194,7 @@ def compare(
     )
     if comparison.workers:
         warm_up_workers()
-    with tempfile.TemporaryDirectory() as temporary, _same_random_numbers():
+    with tempfile.TemporaryDirectory() as temporary, RandomState.kept():
         store = run_directory(Path(temporary) / "run" if directory is None else Path(directory))
         data = begin(comparison, store, fresh=fresh)
         ends = {key: end for key, end in data.ends.items() if key[1] in comparison.seeds}
@@ -265,15 +257,6 @@ def _watched(
             tell(len(done), total)
 
     yield on_row
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    random = RandomState.now()
-    try:
-        yield
-    finally:
-        random.restore()
 
 
 def _in_notebook() -> bool:

@@ -22,7 +22,7 @@ from poprisk._validate import first_line
 from poprisk.randomness import RandomState
 from poprisk.task import Task, module_kinds
 from poprisk.task.batches import last_batch
-from poprisk.task.dataset import DatasetInputs
+from poprisk.task.data import DatasetInputs
 from poprisk_lab.arms import Arm, settings_used
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.fit import Run, seed_all
@@ -209,14 +209,12 @@ class Comparison:
     @contextmanager
     def _trial(self, arm: Arm, seed: int) -> Iterator[None]:
         """Name the arm whose trial fails inside; the random numbers stay as they are."""
-        random = RandomState.now()
-        try:
-            yield
-        except Exception as error:
-            what = f"task {self.source} cannot be trained by {arm.label} (seed {seed})"
-            raise TaskError.of(what, error) from error
-        finally:
-            random.restore()
+        with RandomState.kept():
+            try:
+                yield
+            except Exception as error:
+                what = f"task {self.source} cannot be trained by {arm.label} (seed {seed})"
+                raise TaskError.of(what, error) from error
 
     def _last_batch(self, task: Task) -> str:
         n = len(task.train[1])

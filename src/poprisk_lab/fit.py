@@ -19,7 +19,7 @@ from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.risk import TwinRisk
 from poprisk.task import Task
 from poprisk.task.batches import batch_sizes, split_batches
-from poprisk.task.dataset import Inputs, outputs_over, select
+from poprisk.task.data import Inputs, outputs_over, select
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.controls import UpdateTrace

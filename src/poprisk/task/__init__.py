@@ -11,8 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from poprisk._validate import check_choice, check_positive
 from poprisk.printing import described
-from poprisk.task.data import Pair, as_tensor
-from poprisk.task.dataset import BATCH, as_data
+from poprisk.task.data import BATCH, Pair, as_data, as_tensor
 from poprisk.task.metrics import METRICS, Metric, accuracy
 from poprisk.task.trial import try_task
 

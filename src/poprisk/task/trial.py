@@ -41,8 +41,7 @@ def try_task(task: Any, *, by_class: bool) -> None:
     """
     _check_callables(task)
     _check_clean(task)
-    random = RandomState.now()
-    try:
+    with RandomState.kept():
         model = task.new_model()
         _check_model(task, model)
         outputs, losses = zip(*(_evaluate(task, model, s) for s in ("train", "test")), strict=True)
@@ -55,8 +54,6 @@ def try_task(task: Any, *, by_class: bool) -> None:
             _check_variety(task)
         _check_memorized(task, outputs[0])
         _try_training(task, model)
-    finally:
-        random.restore()
 
 
 # --- the parts ------------------------------------------------------------------------------------

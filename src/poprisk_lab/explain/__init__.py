@@ -6,7 +6,7 @@ from typing import Any
 
 from poprisk.path import NotAnalysable
 from poprisk.task import Task
-from poprisk.task.dataset import DatasetInputs
+from poprisk.task.data import DatasetInputs
 from poprisk_lab.explain.measure import Say, measure_cells, measure_operators
 from poprisk_lab.explain.plan import Plan
 
