@@ -109,14 +109,24 @@ def test_each_epoch_reads_each_example_once_more() -> None:
     assert files.read != order
 
 
-def test_a_twin_sees_the_reading_that_the_model_sees() -> None:
+def test_a_twin_sees_the_reading_that_the_model_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     files = Files(noise=1.0)
     run = Run(task_of(files), ARMS["poprisk"], 0, with_twin=True)
     files.read.clear()
     run._train_epoch()
     assert sorted(files.read) == list(range(N))
+    batches, held, read = list[weakref.ref[Tensor]](), list[int](), DatasetInputs.read
+
+    def counted(self: DatasetInputs, index: Tensor) -> tuple[Tensor, Tensor]:
+        held.append(sum(ref() is not None for ref in batches))
+        x, y = read(self, index)
+        batches.append(weakref.ref(x))
+        return x, y
+
+    monkeypatch.setattr(DatasetInputs, "read", counted)
     assert run.evaluate()["estimate"]["value"] > 0
-    assert files.most <= tiny.BATCH
+    assert len(held) >= 2 * N // tiny.BATCH
+    assert max(held) <= 2  # the one in use, and the one that is read after it
 
 
 def test_augmentation_differs_from_reading_to_reading_and_repeats_with_the_seed() -> None:
@@ -207,7 +217,8 @@ def test_a_loader_s_batches_are_those_of_the_training() -> None:
     assert len({*files.read}) == len(files.read) == 35
     assert files.most <= 7
     assert run.progress.step == 5
-    assert replace(task, batch_size=4).batch_size == 4
+    smaller = replace(task, batch_size=4)
+    assert smaller.batch_size == smaller.train[0].batch_size == 4
     record = Comparison(task, [ARMS["poprisk"]], [0]).config()["task"]
     assert record["last_batch"] == DROPPED
 
