@@ -11,8 +11,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "poprisk/optim/update.py": {
         "if settings.weight_decay != 0: -> if settings.weight_decay > 0:": "a negative weight "
         "decay is refused",
-        "columns = [column[0].view(-1).split(CHUNK) if column else () for column in slots] -> "
-        "columns = [column[ -1].view(-1).split(CHUNK) if column else () for column in slots]": "a "
+        "columns = [column[0].view(-1).split(CHUNK) if column else () for column in lists] -> "
+        "columns = [column[ -1].view(-1).split(CHUNK) if column else () for column in lists]": "a "
         "column has one tensor here",
     },
     "poprisk/optim/variance.py": {
@@ -28,8 +28,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if mu > 0: -> if mu != 0:": "RMSprop refuses a negative momentum",
     },
     "poprisk/optim/wrapper.py": {
-        "q = masks(bucket.slots([param]), clock, estimator, gate)[0] -> q = "
-        "masks(bucket.slots([param]), clock, estimator, gate)[ -1]": "the list has one mask",
+        "q = masks(tensors.lists([param]), counts, estimator, gate)[0] -> q = "
+        "masks(tensors.lists([param]), counts, estimator, gate)[ -1]": "the list has one mask",
     },
     "poprisk/optim/adamw.py": {
         "if count == 1: -> if count <= 1:": "skipped steps are counted from 1",

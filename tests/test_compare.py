@@ -23,7 +23,7 @@ import tiny
 from poprisk import PopRiskAdamW
 from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.comparison import Comparison, _train, differences, run_directory, train, trials_of
-from poprisk_lab.fit import Row, Run
+from poprisk_lab.fit import ArmRun, Row
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import TrainingError, _interrupts_held, environment
 from poprisk_lab.store import RunDirectoryError, Store
@@ -93,9 +93,9 @@ def test_the_number_of_workers_does_not_matter(tmp_path: Path, whole: Store, wor
 
 def test_a_worker_trains_what_a_run_trains(whole: Store) -> None:
     task = tiny.tiny(1)
-    ours = Run(task, ARMS["poprisk"], 1, record=True)
+    ours = ArmRun(task, ARMS["poprisk"], 1, record=True)
     rows = list(ours.rows())
-    rows += Run(task, ARMS["rms-matched"], 1, trace=ours.progress.trace).rows()
+    rows += ArmRun(task, ARMS["rms-matched"], 1, trace=ours.progress.trace).rows()
     epochs, ends = numbers(read_run(whole))
     for row in rows:
         row.pop("seconds")

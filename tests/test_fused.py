@@ -222,7 +222,7 @@ def test_what_is_dense(shape: tuple[int, ...], stride: tuple[int, ...], dense: b
 def test_the_structure_is_the_kernels() -> None:
     kernel = build.library()
     assert kernel is not None
-    assert kernel.poprisk_task_size() == ctypes.sizeof(native.Task)
+    assert kernel.poprisk_task_size() == ctypes.sizeof(native.KernelTask)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

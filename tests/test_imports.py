@@ -16,8 +16,9 @@ SRC = Path(__file__).parents[1] / "src"
 
 CHAINS: Mapping[str, Sequence[str]] = {
     "poprisk": (
-        "_moved _validate printing intervals randomness dtensor holders evaluation forward_mode "
-        "per_sample jacobian linalg ntk optim losses path risk monitor integrations task"
+        "_renamed _moved _validate printing protocols intervals randomness dtensor holders "
+        "evaluation forward_mode per_sample jacobian linalg ntk optim losses path risk monitor "
+        "integrations task"
     ).split(),
     "poprisk_lab": (
         "tasks controls arms checkpoint fit store study runner results comparison convergence "

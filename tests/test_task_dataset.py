@@ -29,7 +29,7 @@ from poprisk.task.data import DatasetInputs, select
 from poprisk_lab.arms import default_arms
 from poprisk_lab.compared import compare
 from poprisk_lab.comparison import Comparison
-from poprisk_lab.fit import Run
+from poprisk_lab.fit import ArmRun
 from poprisk_lab.tasks import TaskError
 
 X, Y = tiny.tiny().train
@@ -62,12 +62,12 @@ def task_of(train: Any, **more: Any) -> Task:
     return replace(tiny.tiny(), train=train, **more)
 
 
-def trained(task: Task, arm: str = "poprisk", **more: Any) -> tuple[Run, list[dict[str, Any]]]:
-    run = Run(task, ARMS[arm], 0, **more)
+def trained(task: Task, arm: str = "poprisk", **more: Any) -> tuple[ArmRun, list[dict[str, Any]]]:
+    run = ArmRun(task, ARMS[arm], 0, **more)
     return run, [*run.rows()]
 
 
-def weights(run: Run) -> Tensor:
+def weights(run: ArmRun) -> Tensor:
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
@@ -98,7 +98,7 @@ def test_no_more_than_a_batch_is_held() -> None:
 
 def test_each_epoch_reads_each_example_once_more() -> None:
     files = Files()
-    run = Run(task_of(files), ARMS["poprisk"], 0)
+    run = ArmRun(task_of(files), ARMS["poprisk"], 0)
     files.read.clear()
     run._train_epoch()
     assert sorted(files.read) == list(range(N))
@@ -111,7 +111,7 @@ def test_each_epoch_reads_each_example_once_more() -> None:
 
 def test_a_twin_sees_the_reading_that_the_model_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     files = Files(noise=1.0)
-    run = Run(task_of(files), ARMS["poprisk"], 0, with_twin=True)
+    run = ArmRun(task_of(files), ARMS["poprisk"], 0, with_twin=True)
     files.read.clear()
     run._train_epoch()
     assert sorted(files.read) == list(range(N))
@@ -141,11 +141,11 @@ def test_augmentation_differs_from_reading_to_reading_and_repeats_with_the_seed(
 
 def test_a_stopped_training_goes_on_with_the_same_augmentation() -> None:
     whole, _ = trained(task_of(Files(noise=1.0)))
-    half = Run(task_of(Files(noise=1.0)), ARMS["poprisk"], 0)
+    half = ArmRun(task_of(Files(noise=1.0)), ARMS["poprisk"], 0)
     half._train_epoch()
     state = half._state()
     torch.randn(7)  # another process draws what it will
-    rest = Run(task_of(Files(noise=1.0)), ARMS["poprisk"], 0)
+    rest = ArmRun(task_of(Files(noise=1.0)), ARMS["poprisk"], 0)
     rest.model.load_state_dict(state["model"])
     rest.optimizer.load_state_dict(state["optimizer"])
     rest.progress.epoch = 1
@@ -168,7 +168,7 @@ def test_planted_labels_and_known_noise_go_by_index() -> None:
     planted = Canaries(Y, seed=0, fraction=0.25)
     task = task_of((Files(), planted.targets), clean=Y)
     assert torch.equal(task.train[1], planted.targets)
-    run = Run(task, ARMS["stopped-lr0.001-wd0.01"], 0)
+    run = ArmRun(task, ARMS["stopped-lr0.001-wd0.01"], 0)
     for part in (run.data, run.held_out):
         inputs, targets = part
         rows = [int((x == X).all(1).nonzero()) for x in inputs[:]]
@@ -211,7 +211,7 @@ def test_a_loader_s_batches_are_those_of_the_training() -> None:
         epochs=2,
     )
     assert (task.batch_size, task.drop_last) == (7, True)
-    run = Run(task, ARMS["poprisk"], 0)
+    run = ArmRun(task, ARMS["poprisk"], 0)
     files.read.clear()
     run._train_epoch()
     assert len({*files.read}) == len(files.read) == 35
@@ -265,7 +265,7 @@ def test_drop_last_leaves_out_a_batch_that_is_not_full(n: int, size: int) -> Non
 
 
 def test_a_task_s_own_drop_last_holds_for_tensors() -> None:
-    run = Run(replace(tiny.tiny(), batch_size=9, drop_last=True), ARMS["poprisk"], 0)
+    run = ArmRun(replace(tiny.tiny(), batch_size=9, drop_last=True), ARMS["poprisk"], 0)
     run._train_epoch()
     assert run.progress.step == 4
 

@@ -14,6 +14,7 @@ from poprisk.optim.variance import grad_mean_var
 from poprisk.optim.wrapper import GatedOptimizer, gated
 from poprisk.path import NotAnalysable, Recorder, Run, record, trace_cells
 from poprisk.path.operators import PathOperators, path_operators
+from poprisk.protocols import Estimated, ProgressCallback
 from poprisk.risk import (
     AdaptationGap,
     Canaries,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptationGap",
     "Canaries",
+    "Estimated",
     "FreshBatchRisk",
     "GateStats",
     "GatedOptimizer",
@@ -45,6 +47,7 @@ __all__ = [
     "NotAnalysable",
     "PathOperators",
     "PopRiskAdamW",
+    "ProgressCallback",
     "Recorder",
     "RiskEstimate",
     "RiskMonitor",

@@ -154,13 +154,13 @@ def explain_command(
     page = directory / "report.html"
     with _errors(trace=trace):
         from poprisk_lab.display import PhaseDisplay, data_table
-        from poprisk_lab.explain import Plan, explain
+        from poprisk_lab.explain import ExplainPlan, explain
         from poprisk_lab.explain.words import headline, table, warnings
         from poprisk_lab.page.explanation import write_explanation
         from poprisk_lab.runner import environment
         from poprisk_lab.store import write_json
 
-        plan = Plan(task, settings, seed, optimizer, lr, epochs, seconds)
+        plan = ExplainPlan(task, settings, seed, optimizer, lr, epochs, seconds)
         with PhaseDisplay(console) as display:
             found = explain(plan, say=display)
         for notice in [*found["notices"], *warnings(found)]:

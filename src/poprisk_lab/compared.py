@@ -19,13 +19,14 @@ from rich.console import Console
 from poprisk._validate import check_choice, check_positive
 from poprisk.intervals import Interval
 from poprisk.printing import described, html_table
+from poprisk.protocols import ProgressCallback
 from poprisk.randomness import RandomState
 from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.comparison import Comparison, begin, run_directory, train
 from poprisk_lab.display import ProgressDisplay, table_cells
 from poprisk_lab.page import quantities, write_report
 from poprisk_lab.page.draw import painted
-from poprisk_lab.page.figures import Quantity, epoch_plot
+from poprisk_lab.page.figures import PanelQuantity, epoch_plot
 from poprisk_lab.page.series import arm_series
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import warm_up_workers
@@ -37,7 +38,6 @@ from poprisk_lab.wording import scale_of
 if TYPE_CHECKING:
     import pandas as pd
 
-Told = Callable[[int, int], None]
 METRICS = "test_metric test_loss train_metric train_loss memorized held_out_metric".split()
 """What :attr:`Compared.curves` holds."""
 NONE: Mapping[str, Any] = {}
@@ -110,7 +110,7 @@ class Compared:
         title = f"{metric.rpartition('_')[0].replace('_', '-')} {kind}".capitalize()
         percent = metric.endswith("_metric") and task["metric"]["percent"]
         drawn = {q.key: q for q in quantities(task)}
-        quantity = drawn.get(metric, Quantity(title, metric, percent=percent, share=percent))
+        quantity = drawn.get(metric, PanelQuantity(title, metric, percent=percent, share=percent))
         found = epoch_plot(quantity, arm_series(self.data, self.verdict))
         if found is None:
             raise ValueError(f"metric {metric!r} was measured in no training of this comparison.")
@@ -144,7 +144,7 @@ def compare(
     workers: int = 1,
     device: str = "cpu",
     twin: bool = False,
-    progress: bool | Told = True,
+    progress: bool | ProgressCallback = True,
 ) -> Compared:
     """Train every arm on every seed of a task, and say which generalizes.
 
@@ -233,7 +233,7 @@ def _chosen(arms: Sequence[Arm | str] | None, *, full: bool) -> list[Arm]:
 
 @contextmanager
 def _watched(
-    progress: bool | Told, comparison: Comparison, data: RunData
+    progress: bool | ProgressCallback, comparison: Comparison, data: RunData
 ) -> Iterator[Callable[[Row], None]]:
     """What to tell of each row."""
     console = Console()
@@ -265,11 +265,11 @@ def _in_notebook() -> bool:
     return hasattr(shell, "kernel")
 
 
-def _notebook_bar() -> Told:
+def _notebook_bar() -> ProgressCallback:
     shown = importlib.import_module("IPython.display")
     handle = shown.display(shown.HTML(""), display_id=True)
 
-    def tell(done: int, total: int) -> None:
+    def tell(done: int, total: int | None) -> None:
         bar = f'<progress value="{done}" max="{total}"></progress>'
         handle.update(shown.HTML(f"{bar} {done} of {total} trainings"))
 

@@ -25,7 +25,7 @@ from poprisk.task.batches import last_batch
 from poprisk.task.data import DatasetInputs
 from poprisk_lab.arms import Arm, settings_used
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
-from poprisk_lab.fit import Run, seed_all
+from poprisk_lab.fit import ArmRun, seed_all
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import environment, run_trials
 from poprisk_lab.store import FORMAT, Config, Kind, Row, Store
@@ -168,12 +168,12 @@ class Comparison:
         task = self.make_task(seed)
         arm = next((arm for arm in self.arms if arm.held_out), self.arms[0])
         with self._trial(arm, seed):
-            Run(task, arm, seed, trace=[], device=self.device).evaluate()
+            ArmRun(task, arm, seed, trace=[], device=self.device).evaluate()
 
     def _start(self, task: Task, seed: int) -> dict[str, float]:
         """Losses before training; they tell models and losses apart that a text does not."""
         with self._trial(self.arms[0], seed):
-            row = Run(task, self.arms[0], seed, trace=[], device=self.device).evaluate()
+            row = ArmRun(task, self.arms[0], seed, trace=[], device=self.device).evaluate()
         return {key: row[key] for key in ("train_loss", "test_loss")}
 
     def _try_arms(self, task: Task, seed: int) -> dict[str, dict[str, Any]]:
@@ -190,7 +190,7 @@ class Comparison:
             twin = self.twin and arm.can_have_twin
             kind = (arm.held_out, twin)
             with self._trial(arm, seed):
-                run = Run(
+                run = ArmRun(
                     task,
                     arm,
                     seed,
@@ -420,7 +420,7 @@ def _train(comparison: Comparison, settings: Settings, workspace: Workspace) -> 
     arm = next(arm for arm in comparison.arms if arm.name == settings["arm"])
     seed, followed = settings["seed"], comparison.is_followed(arm)
     traces = [load_checkpoint(path)["rms"].tolist() for path in workspace.given.values()]
-    run = Run(
+    run = ArmRun(
         task=comparison.make_task(seed),
         arm=arm,
         seed=seed,

@@ -18,8 +18,9 @@ from poprisk.path.integrals import REMEDY, Closure, relative
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, averaged, composite, gauss
 from poprisk.path.recursion import Recursion
-from poprisk.path.run import Progress, Run
+from poprisk.path.run import Run
 from poprisk.printing import short_repr
+from poprisk.protocols import ProgressCallback
 
 HESSIAN_NODES = 3
 
@@ -42,7 +43,7 @@ class Applied(NamedTuple):
     __repr__ = short_repr
 
 
-class Moment(NamedTuple):
+class QueryTransfer(NamedTuple):
     """The query set at one point of a followed run.
 
     Attributes:
@@ -69,7 +70,7 @@ class Followed(NamedTuple):
     """
 
     applied: Applied
-    moments: list[Moment]
+    moments: list[QueryTransfer]
     train_outputs: tuple[Tensor, Tensor]
     final_gradient: Tensor
 
@@ -96,7 +97,7 @@ def follow(
     points: int = 2,
     decaying: bool = False,
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Followed:
     r"""Follow output gradients along a run, and what is affine beside them.
 
@@ -183,7 +184,7 @@ class _March:
         self.D, self.G = torch.zeros_like(self.X), torch.zeros(*self.v.shape, r, dtype=dtype)
         self.moved = torch.zeros_like(self.recursion.momentum)
         self.fresh, self.steps = True, 0
-        self.moments: list[Moment] = []
+        self.moments: list[QueryTransfer] = []
         self.keep()
 
     def _outputs(self) -> tuple[Tensor, Tensor]:
@@ -195,7 +196,7 @@ class _March:
 
     def keep(self) -> None:
         """Remember the query set as it is now."""
-        self.moments.append(Moment(self.steps, self._with_affine(self.G.clone()), self.v))
+        self.moments.append(QueryTransfer(self.steps, self._with_affine(self.G.clone()), self.v))
 
     def advance(self, k: int) -> None:
         """Take the step of interval k with every column."""

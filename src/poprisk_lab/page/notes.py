@@ -109,7 +109,7 @@ def _setting(value: Any) -> str:
     return f"({plain(value)})" if isinstance(value, (list, tuple)) else plain(value)
 
 
-def facts(data: RunData) -> list[str]:
+def about_run(data: RunData) -> list[str]:
     """The size of the experiment, in a few words each."""
     task, arms, seeds = data.config["task"], data.config["arms"], data.config["seeds"]
     return [

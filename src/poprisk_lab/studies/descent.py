@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from poprisk.losses import Loss, resolve_loss
+from poprisk.losses import resolve_loss
 from poprisk.ntk import entk
 from poprisk.path import Run, record
 from poprisk.path.operators import PathOperators, path_operators
+from poprisk.protocols import PerExampleLoss
 
 DIGITS = 5
 
@@ -104,7 +105,7 @@ def train(
     *,
     below: float = 0.0,
     limit: int,
-    loss: str | Loss = "squared_error",
+    loss: str | PerExampleLoss = "squared_error",
 ) -> None:
     """The steps of :func:`recorded` without the record."""
     (x, y), per_example = data, resolve_loss(loss)
@@ -122,7 +123,7 @@ def recorded(
     *,
     below: float = 0.0,
     limit: int,
-    loss: str | Loss = "squared_error",
+    loss: str | PerExampleLoss = "squared_error",
 ) -> Run:
     """Train on targets ``y`` with the full batch, and keep what happened."""
     return record(

@@ -57,7 +57,7 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     import dataclasses
 
     from poprisk_lab.arms import default_arms
-    from poprisk_lab.fit import Run
+    from poprisk_lab.fit import ArmRun
     from poprisk_lab.tasks import load_task
 
     arms = {arm.name: arm for arm in default_arms(full=True)}
@@ -66,10 +66,10 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     )
     task = dataclasses.replace(task, epochs=settings["epochs"])
     leads = settings["arm"] == OURS
-    run = Run(task, arms[settings["arm"]], settings["seed"], record=leads)
+    run = ArmRun(task, arms[settings["arm"]], settings["seed"], record=leads)
     found = {settings["arm"]: _summary(list(run.rows()))}
     if leads:
-        follower = Run(task, arms[MATCHED], settings["seed"], trace=run.progress.trace)
+        follower = ArmRun(task, arms[MATCHED], settings["seed"], trace=run.progress.trace)
         found[MATCHED] = _summary(list(follower.rows()))
     return {"arms": found}
 

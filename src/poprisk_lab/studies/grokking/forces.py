@@ -102,12 +102,12 @@ def _preconditioners(optimizer: Optimizer, weights: list[Tensor], update: Tensor
     updates = update.split([p.numel() for p in weights])
     rules, found = describe(optimizer), list[Tensor]()
     for p, moved in zip(weights, updates, strict=True):
-        rule = rules.rule(p, _last_facts(optimizer, p, moved.view_as(p)))
+        rule = rules.rule(p, _last_context(optimizer, p, moved.view_as(p)))
         found.append(torch.as_tensor(rule.precondition).expand_as(p))
     return found
 
 
-def _last_facts(optimizer: Optimizer, p: Tensor, update: Tensor) -> StepContext:
+def _last_context(optimizer: Optimizer, p: Tensor, update: Tensor) -> StepContext:
     """What a step rule of Adam's kind looks at, after a step of an optimizer with one group.
 
     The momentum is the one after the step, which these rules do not read.

@@ -125,9 +125,9 @@ def run(settings: Settings, _: Workspace) -> Found:
         "estimates": [e.value for e in estimates],
         "errors": [e.standard_error for e in estimates],
         "valid": [e.valid for e in estimates],
-        "freedom": [e.freedom for e in estimates],
+        "freedom": [e.dof for e in estimates],
         "train": [e.train_loss for e in estimates],
-        "cost": estimates[-1].cost,
+        "cost": 1 + estimates[-1].cost,
         "stop": list(stopping_point(estimates)[:3]),
         "held_out": held_out(problem, data, seed),
     }
