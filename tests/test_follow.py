@@ -35,7 +35,13 @@ def test_following_vectors_is_applying_the_operators(optimizer: str) -> None:
 
 @pytest.mark.parametrize(
     ("every", "points", "steps"),
-    [(1, 2, [0, 20]), (1, 3, [0, 10, 20]), (4, 5, [0, 8, 12, 16, 20]), (8, 3, [0, 16, 20])],
+    [
+        (1, 1, [0, 20]),
+        (1, 2, [0, 20]),
+        (1, 3, [0, 10, 20]),
+        (4, 5, [0, 8, 12, 16, 20]),
+        (8, 3, [0, 16, 20]),
+    ],
 )
 def test_moments_are_kept_at_the_first_update_from_where_they_are_asked(
     every: int, points: int, steps: list[int]
@@ -112,6 +118,15 @@ def test_decay_that_acts_on_what_was_moved_adds_up_too(optimizer: str) -> None:
     assert decaying.closure().worst < 1e-9
     assert float((plain.applied.train - decaying.applied.train).norm()) > 1e-5
     close(plain.applied.train.sum(-1), decaying.applied.train.sum(-1), 1e-9)
+
+
+@pytest.mark.parametrize("decaying", [False, True])
+def test_a_probe_of_nothing_moves_nothing(decaying: bool) -> None:
+    """The weights that decay are those of the affine column alone."""
+    run = recorded("AdamW", "squared_error", steps=20)
+    found = follow(run, torch.zeros(14, 2, 2).double(), decaying=decaying)
+    assert not any(bool(columns[..., :2].any()) for columns in found.applied)
+    assert bool(found.applied.train[..., 2].any())
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])

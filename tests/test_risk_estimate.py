@@ -169,16 +169,18 @@ def test_deep_interpolation_is_flagged(share: float, comparable: bool, reason: s
     assert reason in found.reason
 
 
-@pytest.mark.parametrize(("share", "valid"), [(0.34, True), (0.45, False)])
-def test_a_loss_below_zero_is_judged_by_its_spread(share: float, valid: bool) -> None:
+@pytest.mark.parametrize(
+    ("share", "valid", "below"), [(0.34, True, 7.0), (0.45, False, 7.0), (0.45, False, 0.5)]
+)
+def test_a_loss_below_zero_is_judged_by_its_spread(share: float, valid: bool, below: float) -> None:
     """Moved by a constant, losses have no zero; half a squared normal's spread stands for it."""
 
     def moved(u: Tensor, y: Tensor) -> Tensor:
-        return squared(u, y) - 7
+        return squared(u, y) - below
 
     u, y, twin = follower(200, share)
     plain, found = (estimate_risk(loss, u, y, [twin]) for loss in (squared, moved))
-    assert found.value == pytest.approx(plain.value - 7)
+    assert found.value == pytest.approx(plain.value - below)
     assert found.standard_error == pytest.approx(plain.standard_error)
     assert found.valid == valid
     if not valid:

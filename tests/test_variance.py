@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -126,8 +127,14 @@ def test_inflation_counts_the_noise_of_the_average(
 ) -> None:
     """At β₁ = 1/3, the average keeps half of the noise of one batch."""
     first = 1 if estimator.observes(1) else 0
-    assert estimator.inflation(StepCounts(1, first, 1 / 3, BETA2)) == before
-    assert estimator.inflation(StepCounts(300, 300, 1 / 3, BETA2)) == pytest.approx(after)
+    for captured in (False, True):
+
+        def count(number: int, captured: bool = captured) -> Any:
+            return torch.tensor(float(number), dtype=torch.float64) if captured else number
+
+        counts = [StepCounts(count(t), count(k), 1 / 3, BETA2) for t, k in [(1, first), (300, 300)]]
+        assert float(estimator.inflation(counts[0])) == before
+        assert float(estimator.inflation(counts[1])) == pytest.approx(after)
 
 
 @pytest.mark.parametrize(

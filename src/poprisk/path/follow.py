@@ -111,7 +111,7 @@ def follow(
         every: intervals between updates of all outputs.
         quadrature: of the chord.
         segments: pieces of the chord.
-        points: moments to keep.
+        points: moments to keep, the last among them.
         decaying: let weight decay act on what each probe moved, and on the weights of the start in
             the affine part: how the run would have answered to other labels. Otherwise all of
             decay is affine, as in :math:`D` and :math:`G`. Either way all columns add up.
@@ -124,15 +124,14 @@ def follow(
     checks.check_positive("every", every)
     check_probes(probes, (run.problem.n, run.problem.c))
     nodes = composite(quadrature, segments)
-    kept = {round(i * len(run) / max(points - 1, 1)) for i in range(points)}
+    kept = {len(run), *(round(i * len(run) / max(points - 1, 1)) for i in range(points))}
     with torch.inference_mode(False):
         march = _March(run, probes.clone(), dtype or run.weights.dtype, nodes, decaying=decaying)
         for k in range(len(run)):
             march.advance(k)
             if (k + 1) % every == 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept):
                 march.refresh()
-                due = any(k + 1 - every < i <= k + 1 for i in kept)
-                if due or k + 1 == len(run):
+                if any(k + 1 - every < i <= k + 1 for i in kept):
                     march.keep()
             if progress is not None:
                 progress(k + 1, len(run))

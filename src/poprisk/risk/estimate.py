@@ -625,7 +625,19 @@ def _failed(u: Tensor, losses: Tensor, cost: float, reason: str) -> RiskEstimate
     nan = math.nan
     train = float(losses.mean())
     return RiskEstimate(
-        nan, nan, False, reason, False, cost, train, nan, nan, nan, None, u, losses * nan
+        nan,
+        nan,
+        False,
+        reason,
+        False,
+        cost,
+        train,
+        nan,
+        nan,
+        nan,
+        None,
+        u,
+        torch.full_like(losses, nan),
     )
 
 
