@@ -17,9 +17,9 @@ from poprisk_lab.page import render
 from poprisk_lab.page.claims import SummaryRow, render_claim
 from poprisk_lab.page.explanation import render as render_explanation
 from poprisk_lab.page.page import template
-from poprisk_lab.studies.claim import Done, Workspace
+from poprisk_lab.studies.claim import Results, TrialResult, Workspace
 from poprisk_lab.studies.record import judged
-from poprisk_lab.studies.run import Progress
+from poprisk_lab.studies.run import ClaimProgress
 from test_explain import made_up
 from test_report import REGRESSION, synthetic
 
@@ -113,8 +113,8 @@ def claim_page() -> str:
     """A claim whose facts and figures are as long as the longest."""
     claim = dataclasses.replace(toyclaim.CLAIM, paper=LONG)
     trials = [t for t in toyclaim.trials(True) if not t.needs]
-    done = [Done(t.settings, toyclaim.run(t.settings, Workspace())) for t in trials]
-    return render_claim(judged(claim, Progress(done, [], {}, True, {"torch": LONG}, 0.0)))
+    done = Results(TrialResult(t.settings, toyclaim.run(t.settings, Workspace())) for t in trials)
+    return render_claim(judged(claim, ClaimProgress(done, [], {}, True, {"torch": LONG}, 0.0)))
 
 
 def summary_page() -> str:

@@ -228,8 +228,8 @@ def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers:
         found = run_claim(claim, directory, quick=quick, workers=workers, on_trial=tell)
     for notice in notices(found):
         _say(notice, style="yellow")
-    if found.findings is not None:
-        console.print(criteria_table(found.findings.criteria))
+    if found.report is not None:
+        console.print(criteria_table(found.report.criteria))
         _say(f"\nVerdict: {headline(found)}", style="bold")
     page = directory.path / "report.html"
     with _writing(page):

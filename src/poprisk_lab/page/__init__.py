@@ -14,6 +14,7 @@ from poprisk_lab.page.figures import Group, PanelQuantity
 from poprisk_lab.page.page import template
 from poprisk_lab.page.series import EpochRow, arm_series, module_series
 from poprisk_lab.page.table import leads_table, run_table, verdict_table
+from poprisk_lab.plots import Table
 from poprisk_lab.results import RunData
 from poprisk_lab.selection import twin_report
 from poprisk_lab.store import replace_text
@@ -23,13 +24,13 @@ __all__ = ["quantities", "write_report"]
 
 
 class GateSection(NamedTuple):
-    """What the gate of one row of the verdict did: its label, plots, who starved, what is left."""
+    """What the gate of one row of the verdict did: its label, plots, who starved, weights left."""
 
     label: str
     ours: bool
     group: Group | None
-    starved: str
-    uncounted: str
+    starved: Table
+    uncounted: int
 
 
 def write_report(data: RunData, verdict: Verdict, path: Path) -> None:

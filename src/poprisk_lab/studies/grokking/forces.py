@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from poprisk.linalg import top_eigenpairs
 from poprisk.optim.step import StepContext, describe
-from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.grokking import runs
 
 COLUMNS = (
@@ -71,7 +71,7 @@ class Window:
         return [*means, straightness]
 
 
-def edge(model: nn.Module, optimizer: Optimizer, data: runs.Data, update: Tensor) -> float:
+def edge(model: nn.Module, optimizer: Optimizer, data: runs.SplitTable, update: Tensor) -> float:
     """How near the last step was to the edge of stability: 1 is at the edge.
 
     Args:
@@ -124,7 +124,7 @@ def _last_context(optimizer: Optimizer, p: Tensor, update: Tensor) -> StepContex
     return StepContext(group, state, False, update, p.grad, weight, state["exp_avg"])
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Train as :func:`runs.run` does, and split each step.
 
     Returns a ``curve`` of :data:`COLUMNS`; the edge is None at the first row, and where
