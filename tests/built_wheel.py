@@ -24,6 +24,7 @@ DATA = {
     "poprisk_lab/py.typed",
     "poprisk_lab/page/audit.js",
     "poprisk_lab/page/page.css",
+    "poprisk_lab/page/plotly-basic.min.js.gz",
 }
 """What must be there beside modules and templates."""
 
