@@ -76,6 +76,18 @@ def test_planted_labels_are_not_among_the_suspects() -> None:
     assert not result.suspect.any()
 
 
+def test_planted_labels_that_are_right_by_chance_are_not_missed_ones() -> None:
+    """Of 0s a third is wrong: planted 1s are right there, and are rightly not caught."""
+    true = labels(1200, 2)
+    given = torch.where((true == 1) & (torch.arange(1200) % 8 < 3), 0, true)
+    auditor = Auditor(given, kind="binary", plant=0.3)
+    feed(auditor, 6.0 * true - 3)
+    result = auditor.result()
+    np.testing.assert_array_equal(result.suspect, given != true)
+    assert result.recall is not None
+    assert result.recall.value == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("kind", ["classes", "binary", "multilabel", "preferences"])
 def test_planted_labels_of_a_clean_set_are_caught(kind: str) -> None:
     y = labels(c=C if kind == "classes" else 2)
