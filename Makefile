@@ -13,7 +13,7 @@ PIP   = PIP_CONSTRAINT=$(PINS) $(BIN)/python -m pip install \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-dev run test test-mutations test-pages test-claims test-shuffled test-portable mutants test-extras run-extras test-wheel test-lowest run-lowest lint types format docs claim-pages bench chromium clean
+.PHONY: help setup setup-dev run test test-mutations test-long test-pages test-claims test-shuffled test-portable mutants test-extras run-extras test-wheel test-lowest run-lowest lint types format docs claim-pages bench chromium clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,11 +25,16 @@ test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: export OPENBLAS_NUM_THREADS := 1
 test: lint types  ## Lint, check types and run the tests; ARGS goes to pytest
-	$(BIN)/pytest -n 2 -p no:randomly -m "not claims and not mutations and not pages" $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal -p no:randomly \
+		-m "not claims and not mutations and not pages and not long" $(ARGS)
 
 test-mutations: export OMP_NUM_THREADS := 1
 test-mutations: setup-dev  ## Break the library by hand-written faults and see tests go red
 	$(BIN)/pytest -n 2 -p no:randomly -m mutations $(ARGS)
+
+test-long: export OMP_NUM_THREADS := 1
+test-long: setup-dev  ## Run the few tests that take long and check more of what quick ones check
+	$(BIN)/pytest -n 2 -p no:randomly -m long $(ARGS)
 
 test-pages: export OMP_NUM_THREADS := 1
 test-pages: setup-dev  ## Run the code and the commands of the pages of docs/

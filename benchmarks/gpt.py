@@ -79,10 +79,10 @@ def micro_batches(data: Tensor, step: int) -> list[tuple[Tensor, Tensor]]:
     return [(row[:, :-1], row[:, 1:]) for row in rows]
 
 
-def prepared(mode: str, backend: str) -> tuple[nn.Module, nn.Module]:
+def prepared(mode: str, backend: str, **size: int) -> tuple[nn.Module, nn.Module]:
     """The model that trains, and the bare one."""
     torch.manual_seed(0)
-    model = GPT()
+    model = GPT(**size)
     if mode == "fsdp":
         for block in model.blocks:
             block.compile(backend=backend)
@@ -101,11 +101,11 @@ def synchronize(model: nn.Module, wanted: bool) -> None:
         model.set_requires_gradient_sync(wanted)  # pyrefly: ignore
 
 
-def train(mode: str, steps: int, backend: str) -> dict[str, Any]:
+def train(mode: str, steps: int, backend: str, **size: int) -> dict[str, Any]:
     """Train on this process's share; return losses over the whole batch and the final weights."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if mode != "single" else (0, 1)
     data = text()
-    model, bare = prepared(mode, backend)
+    model, bare = prepared(mode, backend, **size)
     batch = MICRO_BATCH * MICRO_BATCHES
     opt = PopRiskAdamW(
         bare, lr=1e-3, batch_size=batch, dataset_size=len(data) // CONTEXT, fused=True
@@ -157,26 +157,24 @@ def run(mode: str, steps: int, backend: str, folder: Path) -> dict[str, Any]:
     return torch.load(output, weights_only=True)
 
 
-def work(options: argparse.Namespace) -> None:
+def work(mode: str, rank: int, steps: int, backend: str, out: str, store: str, **size: int) -> None:
+    """Be one process of a mode; the first writes what it found."""
     torch.set_num_threads(1)
-    mode = options.worker
     if mode != "single":
-        store = dist.FileStore(options.store, 2)
-        dist.init_process_group("gloo", store=store, rank=options.rank, world_size=2)
-    result = train(mode, options.steps, options.backend)
-    if options.rank == 0:
-        torch.save(result, options.out)
+        meeting = dist.FileStore(store, 2)
+        dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2)
+    result = train(mode, steps, backend, **size)
+    if rank == 0:
+        torch.save(result, out)
     if mode != "single":
         dist.barrier()  # the first to leave would take the store from the other
         dist.destroy_process_group()
 
 
-def compared(steps: int, backend: str) -> dict[str, Any]:
+def compared(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """How far the runs on two processes are from the run on one."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = {mode: run(mode, steps, backend, Path(folder)) for mode in MODES}
     one = results["single"]
-    rows = {
+    return {
         mode: {
             "loss_first": r["losses"][0],
             "loss_last": r["losses"][-1],
@@ -189,7 +187,6 @@ def compared(steps: int, backend: str) -> dict[str, Any]:
         }
         for mode, r in results.items()
     }
-    return {"parameters": len(one["weights"]), "steps": steps, "backend": backend, "runs": rows}
 
 
 def main() -> None:
@@ -202,9 +199,23 @@ def main() -> None:
     parser.add_argument("--store", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options)
+        work(
+            options.worker,
+            options.rank,
+            options.steps,
+            options.backend,
+            options.out,
+            options.store,
+        )
         return
-    result = compared(options.steps, options.backend)
+    with tempfile.TemporaryDirectory() as folder:
+        results = {mode: run(mode, options.steps, options.backend, Path(folder)) for mode in MODES}
+    result = {
+        "parameters": len(results["single"]["weights"]),
+        "steps": options.steps,
+        "backend": options.backend,
+        "runs": compared(results),
+    }
     environment = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from poprisk import PopRiskAdamW, RiskMonitor
 from poprisk_lab.bench import environment
-from poprisk_lab.bench.models import Case
+from poprisk_lab.bench.models import BenchCase
 
-CASES = (Case("mlp", 64, 1024), Case("mlp", 64, 256), Case("transformer", 16, 128))
+CASES = (BenchCase("mlp", 64, 1024), BenchCase("mlp", 64, 256), BenchCase("transformer", 16, 128))
 EVERY, BLOCKS, WARM_UP = 50, 11, 3
 
 
@@ -36,7 +36,7 @@ class Added(NamedTuple):
     extra: list[float]
 
 
-def added_by(case: Case) -> Added:
+def added_by(case: BenchCase) -> Added:
     """Train with a monitor, and compare the steps in which it measures with the others."""
     model, x = case.build()
     y = torch.randint(0, 10, (len(x),))

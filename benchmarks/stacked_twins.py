@@ -48,7 +48,7 @@ def steps(case: str, optimizer: str) -> dict[str, Step]:
     x, y = batch(shape, b, outputs)
     models = [make() for _ in range(2)]
     optimizers = [build(list(m.parameters())) for m in models]
-    tilt = 0.3 * torch.randn(2, b, outputs)
+    perturbation = 0.3 * torch.randn(2, b, outputs)
     base = make()
     weights, buffers = stack_module_state(models)
     both = build(list(weights.values()))
@@ -56,7 +56,7 @@ def steps(case: str, optimizer: str) -> dict[str, Step]:
     def one(i: int) -> None:
         optimizers[i].zero_grad()
         u = models[i](x)
-        (loss(u, y) - (tilt[i] * u).sum(1)).mean().backward()
+        (loss(u, y) - (perturbation[i] * u).sum(1)).mean().backward()
         optimizers[i].step()
 
     def tilted(w: dict[str, Tensor], rest: dict[str, Tensor], t: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def steps(case: str, optimizer: str) -> dict[str, Step]:
 
     def stacked() -> None:
         both.zero_grad()
-        vmap(tilted)(weights, buffers, tilt).sum().backward()
+        vmap(tilted)(weights, buffers, perturbation).sum().backward()
         both.step()
 
     return {"one": lambda: one(0), "two": lambda: (one(0), one(1)), "stacked": stacked}

@@ -62,15 +62,15 @@ class Tracker:
             if isinstance(self.estimator, Precomputed):
                 self.variances[0].lerp_(observed, 1 - self.estimator.decay(BETAS[0]))
             else:
-                self.estimator.observe_(self.variances, [observed], [mean], self._clock(t))
+                self.estimator.observe_(self.variances, [observed], [mean], self._counts(t))
 
     def value(self, t: int, mean: Tensor, square: Tensor) -> Tensor:
         """The estimated variance of one batch mean."""
-        clock = self._clock(t)
-        (raw,), scale = self.estimator.read(self.variances, [mean], [square], clock)
-        return raw * scale / max(self.estimator.inflation(clock), 1e-12)
+        counts = self._counts(t)
+        (raw,), scale = self.estimator.read(self.variances, [mean], [square], counts)
+        return raw * scale / max(self.estimator.inflation(counts), 1e-12)
 
-    def _clock(self, t: int) -> StepCounts:
+    def _counts(self, t: int) -> StepCounts:
         return StepCounts(t, self.observations, *BETAS)
 
 

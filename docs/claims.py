@@ -69,8 +69,8 @@ def draw_line(axes: plt.Axes, line: Line) -> None:
 
 def page(found: Judged) -> str:
     """The page of a claim, with its pictures written beside it."""
-    claim, findings = found.claim, found.findings
-    if findings is None:
+    claim, report = found.claim, found.report
+    if report is None:
         raise ValueError(f"the record of {claim.name} is not of a finished run.")
     command = f"poprisk reproduce {claim.name}"
     lines = [
@@ -85,8 +85,8 @@ def page(found: Judged) -> str:
         "| criterion | needed | paper | found, 95% interval | outcome |",
         "|---|---|---|---|---|",
     ]
-    for line in map(criterion_line, findings.criteria):
-        cells = (line.name, line.bound, line.claimed or "–", line.found, line.outcome)
+    for line in map(criterion_line, report.criteria):
+        cells = (line.name, line.bound, line.claimed or "–", line.estimate, line.outcome)
         lines.append(row(cells))
     lines += ["", CORRECTION]
     for number, item in enumerate(claim.show(found.progress.done), 1):
@@ -97,7 +97,7 @@ def page(found: Judged) -> str:
             f"![{item.title}]({picture(claim.name, number, item)})",
         ]
         lines += ["", item.about]
-    table = findings.table
+    table = report.table
     if table.rows:
         lines += ["", "## The numbers", "", row(table.head), "|" + "---|" * len(table.head)]
         lines += [row(cells) for cells in table.rows]
@@ -143,7 +143,7 @@ def summary(found: list[Judged]) -> str:
     for r in summary_rows(found):
         name = f"[{r.name}]({r.name}.md)" if r.ours else r.name
         lines.append(row((name, r.figure, r.ours, r.paper, r.holds, f"**{r.verdict}**")))
-    pages = [one.claim.name for one in found if one.findings is not None]
+    pages = [one.claim.name for one in found if one.report is not None]
     lines += ["", "```{toctree}", ":hidden:", "", *pages, "```"]
     return "\n".join(lines) + "\n"
 
@@ -154,7 +154,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     found = [on_record(claim) for claim in CLAIMS.values()]
     for one in found:
-        if one.findings is not None:
+        if one.report is not None:
             (FOLDER / f"{one.claim.name}.md").write_text(page(one), encoding="utf-8")
     (FOLDER / "README.md").write_text(summary(found), encoding="utf-8")
 

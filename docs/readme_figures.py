@@ -160,9 +160,9 @@ def _count() -> list[str]:
 
 
 def _claims() -> list[str]:
-    findings = on_record(CLAIMS["grokking"]).findings
-    assert findings is not None
-    found = {criterion.name: criterion.estimate for criterion in findings.criteria}
+    report = on_record(CLAIMS["grokking"]).report
+    assert report is not None
+    found = {criterion.name: criterion.estimate for criterion in report.criteria}
     same, batches, tuned = (
         found[f"times fewer steps than AdamW{where}"]
         for where in (

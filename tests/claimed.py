@@ -8,7 +8,7 @@ from typing import Any
 
 from poprisk.intervals import MIN_SEEDS
 from poprisk_lab.page.claims import render_claim
-from poprisk_lab.studies.claim import Claim, Done, Found
+from poprisk_lab.studies.claim import Claim, Metrics, Results, TrialResult
 from poprisk_lab.studies.criteria import UNDECIDED, verdict
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimDirectory
@@ -28,12 +28,12 @@ def quick_form(claim: Claim, path: Path) -> str:
     return render_claim(found)
 
 
-def made_up(claim: Claim, found: Callable[[dict[str, Any]], Found]) -> list[Done]:
+def made_up(claim: Claim, found: Callable[[dict[str, Any]], Metrics]) -> Results:
     """The full form's trials with what a function of their settings says they found."""
-    return [Done(trial.settings, found(trial.settings)) for trial in claim.trials(False)]
+    return Results(TrialResult(t.settings, found(t.settings)) for t in claim.trials(False))
 
 
-def verdict_of(claim: Claim, found: Callable[[dict[str, Any]], Found]) -> str:
+def verdict_of(claim: Claim, found: Callable[[dict[str, Any]], Metrics]) -> str:
     """The verdict on made-up trials; their plots must be drawable too."""
     done = made_up(claim, found)
     assert all(item.title for item in claim.show(done))

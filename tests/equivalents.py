@@ -2,6 +2,7 @@
 
 EQUIVALENT: dict[str, dict[str, str]] = {
     "poprisk/optim/gate.py": {
+        "if self.q_min > 0.0: -> if self.q_min != 0.0:": "a negative floor is refused",
         "if self.q_min > 0.0: -> if self.q_min > -1.0:": "a floor of 0 under a mask that is never "
         "negative changes nothing; the line only saves the work",
         "q_min: float = 0.0 -> q_min: float = -1.0": "no floor either: a mask is never negative",
@@ -11,8 +12,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "poprisk/optim/update.py": {
         "if settings.weight_decay != 0: -> if settings.weight_decay > 0:": "a negative weight "
         "decay is refused",
-        "columns = [column[0].view(-1).split(CHUNK) if column else () for column in slots] -> "
-        "columns = [column[ -1].view(-1).split(CHUNK) if column else () for column in slots]": "a "
+        "columns = [column[0].view(-1).split(CHUNK) if column else () for column in lists] -> "
+        "columns = [column[ -1].view(-1).split(CHUNK) if column else () for column in lists]": "a "
         "column has one tensor here",
     },
     "poprisk/optim/variance.py": {
@@ -24,12 +25,25 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "w = self.w if rule.steps == 1 else (self.w + end) / 2 -> w = self.w if rule.steps <= 1 "
         "else (self.w + end) / 2": "an interval has one step at least",
     },
+    "poprisk/path/integrals.py": {
+        "BLOCK = 2**21 -> BLOCK = 2** 22": "sizes of blocks change memory and time, not the sums",
+    },
+    "poprisk/path/quadrature.py": {
+        "allowed = (self.refine or 0.0) * size.clamp_min(1e-3 * float(size.norm()) + 1e-300) -> "
+        "allowed = (self.refine or 0.0) * size.clamp_min(1e-3 * float(size.norm()) - 1e-300)": "it "
+        "is below all numbers that occur; it keeps 0 > 0 from being asked",
+    },
+    "poprisk/risk/local_losses.py": {
+        "return LARGEST_GAIN if above < 0 else SMALLEST_GAIN -> "
+        "return LARGEST_GAIN if above <= 0 else SMALLEST_GAIN": "the degrees of freedom grow with "
+        "the gain: they are not what is asked at both ends",
+    },
     "poprisk/optim/step.py": {
         "if mu > 0: -> if mu != 0:": "RMSprop refuses a negative momentum",
     },
     "poprisk/optim/wrapper.py": {
-        "q = masks(bucket.slots([param]), clock, estimator, gate)[0] -> q = "
-        "masks(bucket.slots([param]), clock, estimator, gate)[ -1]": "the list has one mask",
+        "q = masks(tensors.lists([param]), counts, estimator, gate)[0] -> q = "
+        "masks(tensors.lists([param]), counts, estimator, gate)[ -1]": "the list has one mask",
     },
     "poprisk/optim/adamw.py": {
         "if count == 1: -> if count <= 1:": "skipped steps are counted from 1",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -93,8 +92,8 @@ def only_first(folder: Path) -> Any:
     return found
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+def main(rank: int, folder: Path) -> None:
+    """What one process does; its findings go into ``folder``."""
     with joined(rank, folder):
         found = results(rank, folder)
         (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -116,7 +115,3 @@ def results(rank: int, folder: Path) -> dict[str, Any]:
         "uneven": uneven(),
         "only first": only_first(folder),
     }
-
-
-if __name__ == "__main__":
-    main()

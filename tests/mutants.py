@@ -51,8 +51,14 @@ PINNED: dict[str, list[str]] = {
     "poprisk/path/follow.py": ["test_follow.py", "test_channel.py", "test_path.py"],
     "poprisk/path/integrals.py": ["test_integrals.py", "test_path.py", "test_channel.py"],
     "poprisk/path/quadrature.py": ["test_quadrature.py", "test_path.py"],
-    "poprisk/optim/step.py": ["test_rules.py", "test_recorder.py", "test_path.py"],
+    "poprisk/optim/step.py": [
+        "test_rules.py",
+        "test_recursion.py",
+        "test_recorder.py",
+        "test_path.py",
+    ],
     "poprisk/path/recursion.py": [
+        "test_recursion.py",
         "test_follow.py",
         "test_integrals.py",
         "test_path.py",
@@ -65,12 +71,13 @@ PINNED: dict[str, list[str]] = {
         "test_risk_losses.py",
     ],
     "poprisk/risk/estimate.py": [
+        "test_risk_reference.py",
         "test_risk_estimate.py",
         "test_risk_twin.py",
         "test_risk_losses.py",
     ],
-    "poprisk/optim/adamw.py": OPTIMIZER,
-    "poprisk/optim/wrapper.py": ["test_gated.py", "test_optimizer_state.py"],
+    "poprisk/optim/adamw.py": [*OPTIMIZER, "test_within.py", "test_drop_in.py"],
+    "poprisk/optim/wrapper.py": ["test_gated.py", "test_optimizer_state.py", "test_drop_in.py"],
 }
 """The files under test, and the tests that pin each, the quickest first."""
 

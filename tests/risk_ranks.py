@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def weights(model: nn.Module) -> Tensor:
 def data_parallel() -> dict[str, float]:
     """A twin under DDP against one of a single process that sees the whole batches."""
     x, y = data()
-    # The size of the tilt is that of the first batch, whose halves say it a little differently.
+    # Its size is that of the first batch, whose halves say it a little differently.
     ours = twin(lambda: DistributedDataParallel(build()), slice(dist.get_rank(), None, WORLD))
     alone = twin(build, slice(None), delta=0.3)
     scale = torch.tensor([ours._scale[0], alone._scale[0]])  # pyrefly: ignore[unsupported-operation]
@@ -76,7 +75,7 @@ def data_parallel() -> dict[str, float]:
         "weights": max(float((weights(a.model) - weights(b.model)).abs().max()) for a, b in pairs),
         "apart": float((others[0] - others[1]).abs().max()),
         "value": abs(found.value - expected.value),
-        "freedom": abs(found.freedom - expected.freedom),
+        "dof": abs(found.dof - expected.dof),
         "error": abs(found.standard_error - expected.standard_error),
     }
 
@@ -134,12 +133,8 @@ def local() -> dict[str, list[float]]:
     }
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+def main(rank: int, folder: Path) -> None:
+    """What one process does; its findings go into ``folder``."""
     with joined(rank, folder):
         results = {"ddp": data_parallel(), "refused": refused(), "local": local()}
         (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

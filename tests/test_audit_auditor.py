@@ -59,7 +59,7 @@ def test_wrong_labels_are_found_and_put_right() -> None:
     assert result.value == result.wrong_share.value == 2 / N
     assert result.standard_error > 0
     assert result.valid
-    assert result.cost == 1
+    assert result.cost == 0
     assert result.recall is not None
     assert result.recall.value == pytest.approx(1)
     assert result.memorization is not None

@@ -93,7 +93,9 @@ def compiled(backend: str) -> Callable[[Any], Any]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_is_one_graph(backend: str) -> None:
     """One graph makes the state, one serves all steps after it: a scheduler included."""

@@ -24,8 +24,8 @@ def feature_learner() -> PathOperators:
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(0.2)
-    sgd = torch.optim.SGD(net.parameters(), lr=0.05)
-    run = record(net, "squared_error", sgd, [torch.arange(14)] * 400, query, train=(x, 3 * y))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    run = record(net, "squared_error", sgd, [torch.arange(14)] * 200, query, train=(x, 3 * y))
     return path_operators(run)
 
 
@@ -55,7 +55,7 @@ def test_the_projection_is_the_reference_s() -> None:
 @pytest.mark.parametrize("loss", ["squared_error", "cross_entropy"])
 @pytest.mark.parametrize("optimizer", ["momentum", "AdamW", "PopRiskAdamW soft"])
 def test_the_four_cells_add_up(optimizer: str, loss: str) -> None:
-    ops = path_operators(recorded(optimizer, loss, steps=40))
+    ops = path_operators(recorded(optimizer, loss, steps=14))
     cells = ops.four_cells(data(loss)[2], tol=1e-3)
     first, *_, last = ops.integrals.snapshots
     moved = last.query_outputs - first.query_outputs
@@ -127,6 +127,7 @@ def test_cells_over_time_end_where_the_run_does() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_coupling_predicts_where_the_frozen_kernel_fails() -> None:
     ops = feature_learner()
     coupling = ops.coupling()
@@ -143,7 +144,7 @@ def test_the_coupling_is_that_of_the_definition() -> None:
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "momentum"])
 def test_the_coupling_carries_the_affine_part_across(optimizer: str) -> None:
-    ops = path_operators(recorded(optimizer, "cross_entropy", steps=40))
+    ops = path_operators(recorded(optimizer, "cross_entropy", steps=20))
     assert float(ops.affine.query.norm()) > 1e-3
     assert ops.coupling().prediction.error < 1e-5
 

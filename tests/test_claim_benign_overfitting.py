@@ -9,30 +9,22 @@ import pytest
 import torch
 
 import claimed
-from poprisk_lab.studies.benign_overfitting import (
-    CLAIM,
-    NOISE,
-    SETTINGS,
-    TOLERANCES,
-    factor,
-    judge,
-    make,
-    mean_ratio,
-    run,
-)
-from poprisk_lab.studies.claim import Done, Found, Workspace
-from poprisk_lab.studies.descent import descent, operators, predicted, recorded, train
+from poprisk_lab.studies.benign_overfitting import CLAIM, NOISE, SETTINGS, judge, make, run
+from poprisk_lab.studies.claim import Metrics, Results, TrialResult, Workspace
+from poprisk_lab.studies.criteria import worst_factor, worst_ratio
+from poprisk_lab.studies.descent import descent, follow, predicted, train
+from poprisk_lab.studies.label_noise import TOLERANCES
 
 
 def made_up(
     settings: dict[str, Any], *, miss: float, reservoir: float, harm: float = 20.0
-) -> Found:
+) -> Metrics:
     """Excess error and harmful noise off their predictions by a factor."""
     shift = 1 + 0.01 * settings["seed"]
     scale = harm if settings["setting"].endswith("isotropic") else 0.1
     excess = NOISE**2 * scale * shift
     shares = {f"{t:g}": reservoir for t in TOLERANCES}
-    found: Found = {"steps": 100, "residual": 1e-5, "closure": 1e-9, "drift": 1.0}
+    found: Metrics = {"steps": 100, "residual": 1e-5, "closure": 1e-9, "drift": 1.0}
     found |= {"reservoir": shares, "unseen": shares, "harmful": excess, "terms": {}}
     found |= {"dissipation": [1.0, 0.9], "gains": [1.0, 0.01]}
     if settings["setting"].startswith("logistic"):
@@ -51,14 +43,14 @@ def made_up(
     ],
 )
 def test_verdicts(miss: float, reservoir: float, harm: float, expected: str) -> None:
-    def found(settings: dict[str, Any]) -> Found:
+    def found(settings: dict[str, Any]) -> Metrics:
         return made_up(settings, miss=miss, reservoir=reservoir, harm=harm)
 
     assert claimed.verdict_of(CLAIM, found) == expected
 
 
 def test_nothing_holds() -> None:
-    def found(settings: dict[str, Any]) -> Found:
+    def found(settings: dict[str, Any]) -> Metrics:
         bad = made_up(settings, miss=9.0, reservoir=0.0, harm=0.1)
         if "noise" in bad:
             tail = settings["setting"].endswith("tail")
@@ -80,28 +72,27 @@ def test_the_table_holds_shares_and_excess_errors(reservoir: float, cell: str) -
 
 
 def test_a_factor_counts_both_ways_and_the_worst_setting() -> None:
-    done = [
-        Done({"setting": name, "seed": seed}, {"a": a, "b": 1.0})
-        for name, pair in {"x": (2.0, 0.5, 2.0, 0.5), "y": (1.1, 1.1, 1.1, 1.1)}.items()
-        for seed, a in enumerate(pair)
-    ]
-    assert factor(done, "a", "b", ["x", "y"])[:3] == pytest.approx((2.0, 2.0, 2.0))
-    assert factor(done, "a", "b", ["y"]).mean == pytest.approx(1.1)
-    found = mean_ratio(done, "a", "b", ["x"])  # 2 and 1/2: no factor on average, but uncertain
+    x, y = (
+        Results(TrialResult({"seed": seed}, {"a": a, "b": 1.0}) for seed, a in enumerate(values))
+        for values in ((2.0, 0.5, 2.0, 0.5), (1.1, 1.1, 1.1, 1.1))
+    )
+    assert worst_factor([x, y], "a", "b")[:3] == pytest.approx((2.0, 2.0, 2.0))
+    assert worst_factor([y], "a", "b").mean == pytest.approx(1.1)
+    found = worst_ratio([x], "a", "b")  # 2 and 1/2: no factor on average, but uncertain
     assert (found.mean, found.low) == (pytest.approx(1.0), 1.0)
     assert found.high > 2
 
 
 def test_a_measured_excess_below_zero_is_far_from_any_prediction() -> None:
-    done = [Done({"setting": "x", "seed": s}, {"a": -1.0, "b": 1.0}) for s in (0, 1, 2)]
-    assert mean_ratio(done, "a", "b", ["x"]).low > 1e6
+    done = Results(TrialResult({"seed": s}, {"a": -1.0, "b": 1.0}) for s in (0, 1, 2))
+    assert worst_ratio([done], "a", "b").low > 1e6
 
 
 def test_the_gain_is_the_formula_of_the_singular_values() -> None:
     setting = SETTINGS["linear, long tail"]._replace(tail=200)
     data, model = make(setting, 0, classes=False)
     net = model()
-    ops = operators(recorded(net, descent(net, data.x, 1.0, 0.9), data, data.clean, limit=200))
+    ops = follow(net, descent(net, data.x, 1.0, 0.9), data, data.clean, limit=200)
     U, s, Vh = torch.linalg.svd(data.x, full_matrices=False)
     by_hand = float(((data.query @ Vh.T).square().sum(0) / s**2).sum()) / len(data.query)
     assert ops.noise_gain().path == pytest.approx(by_hand, rel=1e-4)
@@ -118,6 +109,13 @@ def test_redrawn_noise_is_what_training_on_it_anew_does() -> None:
     found = run({"setting": name, "pairs": 400, "below": 1e-3, "seed": 3}, Workspace())
     assert found["excess"] == pytest.approx(found["predicted"], rel=0.1)
     assert found["draw"] == pytest.approx(found["harmful"], rel=1e-2)
+
+
+def test_noise_in_pairs_cancels_what_is_odd_in_it() -> None:
+    """The excess of a linear model is then the mean square of what one draw moves, exactly."""
+    given = {"setting": "linear, long tail", "pairs": 1, "below": 1e-3, "seed": 1}
+    found = run(given, Workspace())
+    assert found["excess"] == pytest.approx(found["draw"], rel=1e-3)
 
 
 def test_the_noise_of_a_network_comes_in_pairs_and_has_its_own_run() -> None:

@@ -12,13 +12,15 @@ from torch import nn
 import claimed
 from poprisk.path import record
 from poprisk.path.operators import path_operators
-from poprisk_lab.studies.claim import Found
+from poprisk_lab.studies.claim import Metrics
 from poprisk_lab.studies.coupling import (
-    CASES,
     CLAIM,
     FLIPPED,
+    KINDS,
     NOISE,
+    SCALE,
     TARGET,
+    UNITS,
     data,
     forecast,
     frozen_ridge,
@@ -28,9 +30,9 @@ from poprisk_lab.studies.coupling import (
 )
 
 
-def made_up(settings: dict[str, Any], *, peak: float, error: float, frozen: float) -> Found:
+def made_up(settings: dict[str, Any], *, peak: float, error: float, frozen: float) -> Metrics:
     shift = 1 + 0.01 * settings["seed"]
-    found: Found = {"steps": [0, 300], "drift": [0.0, peak], "peak": peak * shift, "end": peak}
+    found: Metrics = {"steps": [0, 300], "drift": [0.0, peak], "peak": peak * shift, "end": peak}
     found |= {"closure": 1e-9, "strided_closure": 0.1}
     for key in ("path", "strided", "other", "other_best"):
         found[key] = {"error": error * shift, "correlation": 1 - error**2 / 2}
@@ -51,14 +53,14 @@ def made_up(settings: dict[str, Any], *, peak: float, error: float, frozen: floa
     ],
 )
 def test_verdicts(peak: float, error: float, frozen: float, expected: str) -> None:
-    def found(settings: dict[str, Any]) -> Found:
+    def found(settings: dict[str, Any]) -> Metrics:
         return made_up(settings, peak=peak, error=error, frozen=frozen)
 
     assert claimed.verdict_of(CLAIM, found) == expected
 
 
 def test_the_worst_setting_counts() -> None:
-    def found(settings: dict[str, Any]) -> Found:
+    def found(settings: dict[str, Any]) -> Metrics:
         bad = settings["case"] == "classes-sgd"
         return made_up(settings, peak=1.0 if bad else 9.0, error=0.7 if bad else 0.001, frozen=0.8)
 
@@ -71,12 +73,12 @@ def test_the_worst_setting_counts() -> None:
 
 
 def test_forecasts_do_not_decide() -> None:
-    def found(settings: dict[str, Any]) -> Found:
+    def found(settings: dict[str, Any]) -> Metrics:
         row = made_up(settings, peak=4.8, error=0.1, frozen=0.6)
         return row | {"other_best": {"error": 0.9, "correlation": 0.0}}
 
-    findings = judge(claimed.made_up(CLAIM, found))
-    other = [c for c in findings.criteria if "other labels" in c.name]
+    report = judge(claimed.made_up(CLAIM, found))
+    other = [c for c in report.criteria if "other labels" in c.name]
     assert [c.primary for c in other] == [False] * 4
     gaps = [c for c in other if "minus that of the path" in c.name]
     assert [c.outcome for c in gaps] == ["does not hold"] * 2
@@ -84,19 +86,26 @@ def test_forecasts_do_not_decide() -> None:
 
 
 def test_other_labels_leave_inputs_alone() -> None:
-    case = CASES["classes-sgd"]
+    case = KINDS["classes-sgd"]
     (x, labels), query = data(case, 3, None)
     (other_x, other_labels), other_query = data(case, 3, 77)
     assert torch.equal(x, other_x)
     assert torch.equal(query, other_query)
     assert int((labels != other_labels).sum()) == FLIPPED
-    (_, y), _ = data(CASES["regression-sgd"], 3, None)
-    added = [data(CASES["regression-sgd"], 3, seed)[0][1] - y for seed in range(200)]
+    (_, y), _ = data(KINDS["regression-sgd"], 3, None)
+    added = [data(KINDS["regression-sgd"], 3, seed)[0][1] - y for seed in range(200)]
     assert float(torch.stack(added).std()) == pytest.approx(TARGET * NOISE, rel=0.05)
 
 
+def test_a_run_starts_from_pytorch_s_weights_made_small() -> None:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(3, UNITS), nn.Tanh(), nn.Linear(UNITS, 2)).double()
+    expected = torch.cat([SCALE * p.detach().flatten() for p in net.parameters()])
+    torch.testing.assert_close(train(KINDS["classes-sgd"], 5, 1).weights[0], expected)
+
+
 def test_movement_is_that_of_the_operators() -> None:
-    run = train(CASES["classes-adamw"], 0, 12)
+    run = train(KINDS["classes-adamw"], 0, 12)
     first, last = (path_operators(run).integrals.snapshots[i] for i in (0, -1))
     train_moved, query_moved = movement(run)
     torch.testing.assert_close(train_moved, last.train_outputs - first.train_outputs)
@@ -118,7 +127,7 @@ def test_a_linear_model_has_a_frozen_kernel_that_predicts_exactly() -> None:
 
 
 def test_the_ridge_is_the_best_in_hindsight() -> None:
-    run = train(CASES["regression-full"], 1, 60)
+    run = train(KINDS["regression-full"], 1, 60)
     train_moved, query_moved = movement(run)
     problem, w = run.problem, run.weights[0]
     J, J_query = (problem.jacobian(w, x) for x in (problem.train[0], problem.query[0]))
@@ -131,7 +140,7 @@ def test_the_ridge_is_the_best_in_hindsight() -> None:
 
 
 def test_a_forecast_of_the_run_itself_is_its_coupling() -> None:
-    run = train(CASES["regression-gated"], 0, 30)
+    run = train(KINDS["regression-gated"], 0, 30)
     ops = path_operators(run)
     found = forecast(ops, *movement(run))[-1]
     torch.testing.assert_close(found.movement, ops.coupling().prediction.movement)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import claimed
-from poprisk_lab.studies.claim import Found, Workspace
-from poprisk_lab.studies.descent import descent, operators, recorded
+from poprisk_lab.studies.claim import Metrics, Workspace
+from poprisk_lab.studies.criteria import rank_correlation
+from poprisk_lab.studies.descent import descent, follow
 from poprisk_lab.studies.double_descent import (
     CLAIM,
     EXAMPLES,
@@ -23,12 +24,11 @@ from poprisk_lab.studies.double_descent import (
     gain_at,
     make,
     over_curves,
-    rank_correlation,
     run,
 )
 
 
-def made_up(settings: dict[str, Any], *, peak: bool, gain_at: float, share: float = 0.8) -> Found:
+def made_up(settings: dict[str, Any], *, peak: bool, gain_at: float, share: float = 0.8) -> Metrics:
     """A bump of the test error at the threshold or none, and one of the noise gain anywhere."""
     weights = settings["size"] * (1 if settings["model"] == FEATURES else 6)
     shift = 1 + 0.01 * settings["seed"]
@@ -38,7 +38,7 @@ def made_up(settings: dict[str, Any], *, peak: bool, gain_at: float, share: floa
 
     test = shift * (bump(30) if peak else 0.5 + 1 / weights)
     terms = {"bias": 0.1, "harmful noise": share * test, "bias × harmful noise": 0.0}
-    found: Found = {"weights": weights, "test": test, "gain": bump(gain_at), "terms": terms}
+    found: Metrics = {"weights": weights, "test": test, "gain": bump(gain_at), "terms": terms}
     found |= {"frozen": 3.0, "clean_test": 0.1, "early_test": 0.2, "early_gain": 0.1}
     return {**found, "training": 0.01, "drift": 0.3, "closure": 1e-9, "gradient_closure": 1e-9}
 
@@ -53,7 +53,7 @@ def made_up(settings: dict[str, Any], *, peak: bool, gain_at: float, share: floa
     ],
 )
 def test_verdicts(peak: bool, gain_at: float, share: float, expected: str) -> None:
-    def found(settings: dict[str, Any]) -> Found:
+    def found(settings: dict[str, Any]) -> Metrics:
         return made_up(settings, peak=peak, gain_at=gain_at, share=share)
 
     assert claimed.verdict_of(CLAIM, found) == expected
@@ -84,10 +84,10 @@ def test_a_seed_has_the_same_data_at_every_capacity() -> None:
 
 def test_an_early_gain_is_that_of_a_run_that_stopped_there() -> None:
     data, model = make(FEATURES, 20, 0)
-    ops = operators(recorded(model, descent(model, data.x, 1.0), data, data.clean, limit=20),
-                    snapshots=3)  # fmt: skip
+    sgd = descent(model, data.x, 1.0)
+    ops = follow(model, sgd, data, data.clean, limit=20, snapshots=3)
     again = make(FEATURES, 20, 0)[1]
-    half = operators(recorded(again, descent(again, data.x, 1.0), data, data.clean, limit=10))
+    half = follow(again, descent(again, data.x, 1.0), data, data.clean, limit=10)
     early = ops.integrals.snapshots[1]
     assert gain_at(ops, early.G[:, :-1]) == pytest.approx(half.noise_gain().path, rel=1e-12)
 

@@ -10,7 +10,7 @@ import torch
 
 import claimed
 from poprisk.intervals import Interval
-from poprisk_lab.studies.claim import Found
+from poprisk_lab.studies.claim import Metrics
 from poprisk_lab.studies.drift_diffusion import (
     BATCH,
     CLAIM,
@@ -25,14 +25,14 @@ from poprisk_lab.studies.drift_diffusion import (
 SETTINGS = {"seed": 3, "n": 24, "steps": 6, "replicates": 3}
 
 
-def made_up(settings: dict[str, Any], **powers: float) -> Found:
+def made_up(settings: dict[str, Any], **powers: float) -> Metrics:
     shift = 0.01 * (settings["seed"] % 3)
     told = {"drift": 1.0, "diffusion": 0.5, "batch": -0.5, "noise": -0.5} | powers
     if settings["part"] == "noise":
         return {"noise": told["noise"] + shift}
     if settings["part"] != "independent":
         told |= {"drift": 0.2, "diffusion": 0.1}
-    found: Found = {key: told[key] + shift for key in ("drift", "diffusion", "batch")}
+    found: Metrics = {key: told[key] + shift for key in ("drift", "diffusion", "batch")}
     lines = {"times": [4, 8], "drifts": [1.0, 2.0], "walks": [1.0, 1.4]}
     return found | {"alone": 0.99, **lines}
 
@@ -86,6 +86,7 @@ def test_a_draw_has_its_own_data_and_weights_and_repeats() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.claims
 def test_the_quick_form(tmp_path: Path) -> None:
     page = claimed.quick_form(CLAIM, tmp_path / "run")
     for wanted in ("Drift", "shuffled passes", "power of n in the label noise fitted"):

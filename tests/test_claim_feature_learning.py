@@ -11,7 +11,7 @@ from torch import nn
 
 import claimed
 from poprisk.path import record
-from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.feature_learning import (
     CLAIM,
     DIGITS,
@@ -26,11 +26,10 @@ from poprisk_lab.studies.feature_learning import (
     judge,
     run,
     tangents,
-    train,
 )
 
 
-def made_up(settings: dict[str, Any], *, error: float, drift: float, closure: float) -> Found:
+def made_up(settings: dict[str, Any], *, error: float, drift: float, closure: float) -> Metrics:
     shift = 1 + 0.01 * settings["seed"]
     digits = settings["problem"] == DIGITS
     return {
@@ -59,20 +58,18 @@ def made_up(settings: dict[str, Any], *, error: float, drift: float, closure: fl
     ],
 )
 def test_verdicts(error: float, drift: float, closure: float, expected: str) -> None:
-    def found(settings: dict[str, Any]) -> Found:
+    def found(settings: dict[str, Any]) -> Metrics:
         return made_up(settings, error=error, drift=drift, closure=closure)
 
     assert claimed.verdict_of(CLAIM, found) == expected
 
 
 def test_the_digits_are_a_control() -> None:
-    findings = judge(
-        claimed.made_up(CLAIM, lambda s: made_up(s, error=0.3, drift=2.0, closure=1e-3))
-    )
-    last = findings.criteria[-1]
+    report = judge(claimed.made_up(CLAIM, lambda s: made_up(s, error=0.3, drift=2.0, closure=1e-3)))
+    last = report.criteria[-1]
     assert (last.primary, last.outcome) == (False, "does not hold")
     assert last.estimate.mean == pytest.approx(0.25 / 0.2)
-    row = dict(zip(findings.table.head, findings.table.rows[-1], strict=True))
+    row = dict(zip(report.table.head, report.table.rows[-1], strict=True))
     assert (row["test error"], row["kernel at the start"]) == ("0.25", "0.2")
 
 
@@ -128,7 +125,7 @@ def test_a_short_run_is_accounted_for() -> None:
     assert found["drift"][0] == 0.0
     assert found["drift"][-1] == pytest.approx(found["end"], rel=1e-4)
     examples, query, _ = data(PROBLEMS["product"], 0)
-    recorded = train(PROBLEMS["product"], examples, query, 0, 24)
+    recorded = PROBLEMS["product"].recipe.record(examples, query, seed=0, steps=24)
     outputs = recorded.problem.outputs(recorded.weights[24], query[0])
     assert found["error"] == pytest.approx(float((outputs - query[1]).square().mean()))
 

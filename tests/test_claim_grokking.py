@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.optim.replay import last_mask
 from poprisk_lab.page.claims import render_claim
-from poprisk_lab.studies.claim import Claim, Done, Workspace
+from poprisk_lab.studies.claim import Claim, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import verdict
 from poprisk_lab.studies.grokking import CLAIM, channel, channel_lead, forces, multistep, runs
 from poprisk_lab.studies.grokking.arms import ARMS, BASE
@@ -333,29 +333,29 @@ def test_a_kernel_that_knows_the_classes_has_the_target_in_its_channel() -> None
 # --- judging --------------------------------------------------------------------------------------
 
 
-def made_up(*, gate: int | None, channel_at: int) -> list[Done]:
+def made_up(*, gate: int | None, channel_at: int) -> Results:
     """Results in which the gate needs ``gate`` steps and everything else 1,000."""
-    done = []
+    done = list[TrialResult]()
     for trial in CLAIM.trials(False):
         s = trial.settings
         if s["kind"] == "channel":
             curve = [[0, 0.1, 0.1, 0.1, 0.1], [50, 1.0, 0.9, 0.8, 0.9]]
             found = {"network": 300, "kernel": 250, "channel": channel_at, "chance": 0.1}
-            done.append(Done(s, {**found, "curve": curve}))
+            done.append(TrialResult(s, {**found, "curve": curve}))
             continue
         if s["kind"] == "forces":
             curve = [[0, 4.0, 0.0, 26.0, 0.0, 0.0, 0.0, 0.0, None],
                      [250, 0.1, 0.5, 30.0, 0.03, 0.04, 0.05, 0.3, 0.125]]  # fmt: skip
-            done.append(Done(s, {"curve": curve}))
+            done.append(TrialResult(s, {"curve": curve}))
             continue
         gated = s["name"] in ("ours", "letter-snr", "ours-512", "ours-tuned")
         reached = gate if gated else 1000
         reached = reached if reached is None else reached + s["seed"] % 7
         done.append(
-            Done(s, {"reached": reached, "memorized": 100, "limit": s["limit"], "best": 1.0,
+            TrialResult(s, {"reached": reached, "memorized": 100, "limit": s["limit"], "best": 1.0,
                      "jumps": 3, "steps": 1000, "curve": [[0, 4.0, 0.0, 0.0], [9, 1.0, 1.0, 1.0]]})
         )  # fmt: skip
-    return done
+    return Results(done)
 
 
 @pytest.mark.parametrize(
@@ -371,9 +371,9 @@ def made_up(*, gate: int | None, channel_at: int) -> list[Done]:
 def test_the_verdict_follows_from_the_numbers(
     gate: int | None, channel_at: int, expected: str
 ) -> None:
-    findings = CLAIM.judge(made_up(gate=gate, channel_at=channel_at))
-    assert verdict(findings.criteria) == expected
-    assert all(len(row) == len(findings.table.head) for row in findings.table.rows)
+    report = CLAIM.judge(made_up(gate=gate, channel_at=channel_at))
+    assert verdict(report.criteria) == expected
+    assert all(len(row) == len(report.table.head) for row in report.table.rows)
 
 
 def test_the_lead_of_the_channel_is_counted_in_measurements() -> None:
@@ -383,7 +383,7 @@ def test_the_lead_of_the_channel_is_counted_in_measurements() -> None:
 def test_the_table_holds_steps_of_every_setting_that_got_there() -> None:
     done = made_up(gate=190, channel_at=200)
     grid = [d for d in done if d.settings["name"].startswith("grid-")]
-    grid[0].found["reached"], grid[1].found["reached"] = 77, None
+    grid[0].metrics["reached"], grid[1].metrics["reached"] = 77, None
     table = CLAIM.judge(done).table
     steps = {row[0]: row[2] for row in table.rows}
     assert steps[grid[0].settings["name"]] == "77"
@@ -393,21 +393,22 @@ def test_the_table_holds_steps_of_every_setting_that_got_there() -> None:
 
 def test_runs_that_never_got_there_have_no_ratio() -> None:
     done = made_up(gate=None, channel_at=200)
-    findings = CLAIM.judge([Done(d.settings, {**d.found, "reached": None}) for d in done])
-    faster = [c for c in findings.criteria if "fewer steps" in c.name]
+    never = Results(TrialResult(d.settings, {**d.metrics, "reached": None}) for d in done)
+    report = CLAIM.judge(never)
+    faster = [c for c in report.criteria if "fewer steps" in c.name]
     assert {c.outcome for c in faster} == {"open"}
     assert all(math.isnan(c.estimate.mean) for c in faster)
-    assert findings.table.rows == []
+    assert report.table.rows == []
 
 
-def multistep_results(gap: float) -> list[Done]:
-    done = []
+def multistep_results(gap: float) -> Results:
+    done = list[TrialResult]()
     for trial in multistep.CLAIM.trials(False):
         best = 0.9 + 0.001 * trial.settings["seed"]
         best -= gap if trial.settings["name"] != "adamw" else 0.0
         found = {"best": best, "reached": None, "limit": 3000, "curve": [[0, 1.0, 0.0, 0.1]]}
-        done.append(Done(trial.settings, found))
-    return done
+        done.append(TrialResult(trial.settings, found))
+    return Results(done)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +428,7 @@ def test_the_quick_form_runs_to_a_verdict_and_a_page(tmp_path: Path, claim: Clai
     directory.create(quick=True, workers=2)
     directory.work(workers=2, on_trial=lambda *_: None)
     found = judged(claim, directory.read())
-    assert found.findings is not None
+    assert found.report is not None
     assert found.verdict in ("reproduced", "partly reproduced", "not reproduced", "undecided")
     text = render_claim(found)
     assert "quick form" in text
@@ -456,7 +457,7 @@ def test_what_is_tuned_is_the_fastest_of_its_grid_on_record(
     record = load_record(CLAIM)
     assert record is not None
     tried = [d for d in record.done if d.settings["name"].startswith(grid)]
-    steps = {id(d): d.found["reached"] or math.inf for d in tried}
+    steps = {id(d): d.metrics["reached"] or math.inf for d in tried}
     (chosen,) = (
         d for d in tried if all(d.settings[k] == ARMS[tuned].get(k, BASE.get(k)) for k in keys)
     )

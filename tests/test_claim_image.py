@@ -11,23 +11,14 @@ import pytest
 import torch
 
 from poprisk_lab.page.claims import render_claim
-from poprisk_lab.studies.claim import Done, Found, Picture, Plot, Workspace
+from poprisk_lab.pictures import decode, encode, side_by_side
+from poprisk_lab.plots import Picture, Plot
+from poprisk_lab.studies.claim import Metrics, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import verdict
-from poprisk_lab.studies.image import (
-    CLAIM,
-    decode,
-    encode,
-    judge,
-    psnr,
-    run,
-    show,
-    side_by_side,
-    square,
-    task_of,
-    trials,
-)
+from poprisk_lab.studies.image import CLAIM, judge, run, show, task_of, trials
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimDirectory
+from poprisk_lab.tasks.image import psnr, square
 
 GATED = ("soft", "snr", "auto")
 
@@ -41,9 +32,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> ClaimDirectory:
     return directory
 
 
-def made_up(gated: list[float], adamw: list[float]) -> list[Done]:
+def made_up(gated: list[float], adamw: list[float]) -> Results:
     """Full-form trials whose PSNR along training is given, a little different for each seed."""
-    done = []
+    done = list[TrialResult]()
     for trial in trials(False):
         (seed,) = trial.settings["seeds"]
         curve = gated if trial.settings["arm"] in GATED else adamw
@@ -51,11 +42,13 @@ def made_up(gated: list[float], adamw: list[float]) -> list[Done]:
         less = 0.1 * (trial.settings["lr"] < 1e-3) + 0.1 * (trial.settings["weight_decay"] > 0.5)
         found = [one(curve, 0.01 * seed - less)]
         both = {"runs": found, "matched": [one(adamw, 0.01 * seed - less)]}
-        done.append(Done(trial.settings, both if trial.settings["matched"] else {"runs": found}))
-    return done
+        done.append(
+            TrialResult(trial.settings, both if trial.settings["matched"] else {"runs": found})
+        )
+    return Results(done)
 
 
-def one(curve: list[float], shift: float) -> Found:
+def one(curve: list[float], shift: float) -> Metrics:
     quality = [q + shift for q in curve]
     return {
         "quality": quality,
@@ -92,12 +85,12 @@ def test_a_gate_that_only_falls_more_slowly_reproduces_it_partly() -> None:
 
 
 def test_adamw_is_chosen_by_its_end_and_in_hindsight_by_its_best_moment() -> None:
-    done = [
-        Done(d.settings, {"runs": [one([26.5, 24.0, 21.0], 0.0)]})
+    done = Results(
+        TrialResult(d.settings, {"runs": [one([26.5, 24.0, 21.0], 0.0)]})
         if d.settings["arm"] == "adamw" and d.settings["lr"] == 3e-4
         else d
         for d in made_up([20.0, 26.2, 26.0], [26.0, 24.0, 22.0])
-    ]
+    )
     found = judge(done)
     above = found.criteria[1]
     assert above.estimate.mean == pytest.approx(26.0 - 22.0)
@@ -118,7 +111,7 @@ def test_the_edge_of_the_grid_is_told() -> None:
     assert judge(done).notes == []
     for d in done:
         if d.settings["arm"] == "adamw" and d.settings["lr"] == 1e-5:
-            d.found["runs"] = [one([20.0, 21.0, 25.0], 0.0)]
+            d.metrics["runs"] = [one([20.0, 21.0, 25.0], 0.0)]
     (note,) = judge(done).notes
     assert note.startswith("SIREN, Fourier features: AdamW's best end is at the smallest learning")
 
@@ -129,7 +122,7 @@ def test_the_edge_of_the_grid_is_told() -> None:
 @pytest.mark.claims
 def test_the_quick_form_gives_a_verdict_and_a_page_with_pictures(finished: ClaimDirectory) -> None:
     found = judged(CLAIM, finished.read())
-    assert found.findings is not None
+    assert found.report is not None
     text = render_claim(found)
     assert text.count('<img src="data:image/png;base64,') == 2
     assert "SIREN: PSNR to the clean picture" in text

@@ -11,24 +11,19 @@ from torch import nn
 
 import claimed
 from poprisk_lab.studies import implicit_bias as judging
-from poprisk_lab.studies.claim import Found, Workspace
-from poprisk_lab.studies.implicit_bias import (
-    CLAIM,
-    half_times,
-    interpolant,
-    make,
-    run,
-    strong_directions,
-)
+from poprisk_lab.studies.claim import Metrics, Workspace
+from poprisk_lab.studies.descent import interpolant_distances
+from poprisk_lab.studies.directions import half_times, strong_directions
+from poprisk_lab.studies.implicit_bias import CLAIM, make, run
 
 SETS = ("W", "early W", "first kernel", "random")
 
 
-def made_up(settings: dict[str, Any], *, order: float, distance: float) -> Found:
+def made_up(settings: dict[str, Any], *, order: float, distance: float) -> Metrics:
     """A rank correlation, and a distance to the interpolant."""
     shift = 0.001 * settings["seed"]
     if settings["part"] == "order":
-        found: Found = {"correlation": dict.fromkeys(SETS, order + shift)}
+        found: Metrics = {"correlation": dict.fromkeys(SETS, order + shift)}
         found |= {"directions": dict.fromkeys(SETS, 20), "half_times": [1, 2], "never": 0}
         found |= {"moments": [0, 1], "decay": [[1.0, 0.5]] * 5, "eigenvalues": [1.0], "drift": 1.0}
         return {**found, "residual": 0.1, "closure": 1e-9}
@@ -50,7 +45,7 @@ def made_up(settings: dict[str, Any], *, order: float, distance: float) -> Found
     ],
 )
 def test_verdicts(order: float, distance: float, expected: str) -> None:
-    def found(settings: dict[str, Any]) -> Found:
+    def found(settings: dict[str, Any]) -> Metrics:
         return made_up(settings, order=order, distance=distance)
 
     assert claimed.verdict_of(CLAIM, found) == expected
@@ -92,7 +87,7 @@ def test_the_order_of_a_network_is_measured_and_repeats() -> None:
     assert found == run(given, Workspace())
 
 
-def norm(method: str) -> Found:
+def norm(method: str) -> Metrics:
     return run({"part": "norm", "method": method, "adam": 60, "seed": 0}, Workspace())
 
 
@@ -119,7 +114,7 @@ def test_distances_by_hand() -> None:
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[3.0, 4.0]]))
     x, y = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[3.0]]).double()
-    found = interpolant(model, x, y, torch.tensor([[0.0], [4.0]]).double())
+    found = interpolant_distances(model, x, y, torch.tensor([[0.0], [4.0]]).double())
     assert found["residual"] == 0.0
     assert found["least"] == pytest.approx(4 / 3)
     assert (found["nearest"], found["outside"]) == (0.0, 0.0)

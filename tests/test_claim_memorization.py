@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import claimed
-from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.memorization import (
     CLAIM,
     GRID,
@@ -25,10 +25,10 @@ from poprisk_lab.studies.memorization import (
 TINY = {"seed": 0, "noise": 0.4, "hidden": 8, "epochs": 3}
 
 
-def result(arm: str, settings: dict[str, Any], accuracy: float, share: float) -> Found:
+def result(arm: str, settings: dict[str, Any], accuracy: float, share: float) -> Metrics:
     shift = 0.001 * (settings["seed"] % 3)
     noisy = settings["noise"] > 0
-    found: Found = {"accuracy": accuracy + shift, "memorized": share + shift if noisy else None}
+    found: Metrics = {"accuracy": accuracy + shift, "memorized": share + shift if noisy else None}
     found |= {"best": 0.95, "best_epoch": 3}
     if arm in LABELS:
         curves = {"epochs": [1, 2], "accuracies": [0.5, accuracy]}
@@ -36,7 +36,7 @@ def result(arm: str, settings: dict[str, Any], accuracy: float, share: float) ->
     return found
 
 
-def made_up(settings: dict[str, Any], good: dict[str, tuple[float, float]]) -> Found:
+def made_up(settings: dict[str, Any], good: dict[str, tuple[float, float]]) -> Metrics:
     """Arms named in ``good`` are as accurate and memorize as it says; the others 70% and 60%."""
     arm = settings["arm"]
     arms = [arm, MATCHED] if arm == OURS else [arm]
@@ -54,7 +54,7 @@ def test_a_gate_that_keeps_labels_out_reproduces_the_claim() -> None:
 def test_a_gate_that_memorizes_more_does_not() -> None:
     bad = {OURS: (0.5, 0.9), PAPER: (0.5, 0.9)}
 
-    def found(settings: dict[str, Any]) -> Found:
+    def found(settings: dict[str, Any]) -> Metrics:
         if settings["arm"] == OURS and settings["noise"] == 0:
             return {"arms": {a: result(a, settings, 0.9, 0.0) for a in (OURS, MATCHED)}}
         return made_up(settings, bad)
@@ -70,14 +70,14 @@ def test_a_gate_that_loses_to_the_letter_is_partly_reproduced() -> None:
 def test_controls_compare_with_the_best_of_the_grid_and_do_not_decide() -> None:
     good = {OURS: (0.93, 0.02), PAPER: (0.92, 0.02), GRID[2]: (0.99, 0.0)}
     done = claimed.made_up(CLAIM, lambda s: made_up(s, good))
-    levels, findings = Levels(done), judge(done)
+    levels, report = Levels(done), judge(done)
     assert levels.best(0.4) == GRID[2]
-    against = [c for c in findings.criteria if "best AdamW of the grid" in c.name]
+    against = [c for c in report.criteria if "best AdamW of the grid" in c.name]
     assert [c.outcome for c in against if "40%" in c.name] == ["does not hold"]
     assert not any(c.primary for c in against)
     (worse,) = [c for c in against if "40%" in c.name]
     assert worse.estimate.mean == pytest.approx(-0.06)
-    assert not any("wrong labels" in note and "0%" not in note for note in findings.notes)
+    assert not any("wrong labels" in note and "0%" not in note for note in report.notes)
     assert levels.averaged(SAME, "memorized")[100] == pytest.approx(0.601)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.optim.gate import MASKS_
 from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace
-from poprisk_lab.studies.claim import Done, Found
+from poprisk_lab.studies.claim import Metrics, TrialResult
 from poprisk_lab.studies.optimizers import (
     ARMS,
     contestants,
@@ -69,7 +69,7 @@ def test_the_control_moves_as_far_as_the_arm_at_each_step() -> None:
     models: dict[str, nn.Module] = {}
     moved: dict[str, list[float]] = {}
 
-    def train(arm: str, trace: UpdateTrace | None, step: object) -> list[Found]:
+    def train(arm: str, trace: UpdateTrace | None, step: object) -> list[Metrics]:
         torch.manual_seed(0)
         model, distances = nn.Linear(3, 1, bias=False), list[float]()
         optimizer = make_optimizer(
@@ -97,12 +97,12 @@ def test_the_control_moves_as_far_as_the_arm_at_each_step() -> None:
 def test_trials_are_grouped_by_optimizer_and_controls_stand_apart() -> None:
     shared = {"lr": 0.1, "weight_decay": 0.01}
     done = [
-        Done(
+        TrialResult(
             {"arm": "snr", "seeds": [0, 1], **shared},
             {"runs": [{"x": 1}, {"x": 3}], "matched": [{"x": 7}, {"x": 8}]},
         ),
-        Done({"arm": "snr", "seeds": [2], **shared}, {"runs": [{"x": 5}]}),
-        Done({"arm": "adamw", "seeds": [0], **shared}, {"runs": [{"x": 9}]}),
+        TrialResult({"arm": "snr", "seeds": [2], **shared}, {"runs": [{"x": 5}]}),
+        TrialResult({"arm": "adamw", "seeds": [0], **shared}, {"runs": [{"x": 9}]}),
     ]
     found = contestants(done)
     (snr,), (matched,), (adamw,) = (of_arm(found, a) for a in ("snr", "matched", "adamw"))

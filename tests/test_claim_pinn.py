@@ -11,23 +11,14 @@ import pytest
 import torch
 
 from poprisk_lab.page.claims import notices, render_claim
-from poprisk_lab.studies.claim import Done, Found, Plot, Workspace
+from poprisk_lab.plots import Plot
+from poprisk_lab.studies.claim import Metrics, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import verdict
-from poprisk_lab.studies.pinn import (
-    BATCH,
-    CLAIM,
-    DEEPXDE,
-    _found,
-    batches,
-    judge,
-    physics_loss,
-    run,
-    show,
-    trials,
-)
+from poprisk_lab.studies.optimizers import error_metrics
+from poprisk_lab.studies.pinn import CLAIM, DEEPXDE, GOAL, judge, run, show, trials
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimDirectory
-from poprisk_lab.tasks.convection import PeriodicMLP
+from poprisk_lab.tasks.convection import BATCH, PeriodicMLP, batches, physics_loss
 
 HAS_DEEPXDE = importlib.util.find_spec("deepxde") is not None
 
@@ -41,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> ClaimDirectory:
     return directory
 
 
-def one(steps: int | None, final: float) -> Found:
+def one(steps: int | None, final: float) -> Metrics:
     return {
         "steps": steps,
         "limit": 2000,
@@ -54,9 +45,9 @@ def one(steps: int | None, final: float) -> Found:
 
 def made_up(
     snr: tuple[int | None, float], adamw: tuple[int | None, float], auto: int | None = None
-) -> list[Done]:
+) -> Results:
     """Full-form trials with these steps and errors, a little different for each seed."""
-    done = []
+    done = list[TrialResult]()
     for trial in trials(False):
         arm, lr, seeds = (trial.settings[key] for key in ("arm", "lr", "seeds"))
         steps, final = snr if arm in ("snr", DEEPXDE) else adamw
@@ -67,11 +58,11 @@ def made_up(
             one(None if steps is None else steps + 100 * worse + s, final + 0.01 * (s + worse))
             for s in seeds
         ]
-        found: Found = {"runs": runs}
+        found: Metrics = {"runs": runs}
         if trial.settings["matched"]:
             found["matched"] = [one(900, 0.9 + 0.01 * s) for s in seeds]
-        done.append(Done(trial.settings, found))
-    return done
+        done.append(TrialResult(trial.settings, found))
+    return Results(done)
 
 
 # --- the verdict ----------------------------------------------------------------------------------
@@ -96,19 +87,19 @@ def test_a_gate_that_is_slower_and_ends_worse_does_not() -> None:
     found = judge(made_up(snr=(900, 0.5), adamw=(500, 0.3)))
     # The soft mask, made up like AdamW, is the better form then: a tie is not faster.
     assert [c.outcome for c in found.criteria if c.primary] != ["as claimed"] * 2
-    slower = [d for d in made_up((900, 0.5), (500, 0.3)) if d.settings["arm"] != "soft"]
+    slower = Results(d for d in made_up((900, 0.5), (500, 0.3)) if d.settings["arm"] != "soft")
     found = judge(slower)
     assert verdict(found.criteria) == "not reproduced"
     assert {c.outcome for c in found.criteria if c.primary} == {"does not hold"}
 
 
-def rows_of(done: list[Done]) -> dict[str, dict[str, str]]:
+def rows_of(done: Results) -> dict[str, dict[str, str]]:
     table = judge(done).table
     return {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
 
 
 def test_a_gate_that_never_gets_there_is_slower_up_to_the_end_of_the_runs() -> None:
-    never = [d for d in made_up((None, 0.5), (500, 0.3)) if d.settings["arm"] != "soft"]
+    never = Results(d for d in made_up((None, 0.5), (500, 0.3)) if d.settings["arm"] != "soft")
     faster = judge(never).criteria[0]
     assert faster.estimate.mean == pytest.approx(502 / 2000, rel=1e-3)
     row = rows_of(never)["1: Algorithm 1, snr mask, lr 0.01"]
@@ -117,10 +108,10 @@ def test_a_gate_that_never_gets_there_is_slower_up_to_the_end_of_the_runs() -> N
 
 
 def test_a_run_cut_off_counts_with_the_steps_it_had_on_both_sides() -> None:
-    done = [d for d in made_up((400, 0.1), (800, 0.3)) if d.settings["arm"] != "soft"]
+    done = Results(d for d in made_up((400, 0.1), (800, 0.3)) if d.settings["arm"] != "soft")
     for trial in done:
         if trial.settings["arm"] == "snr":
-            trial.found["runs"][2]["steps"] = None
+            trial.metrics["runs"][2]["steps"] = None
     ratios = [(800 + s) / (2000 if s == 2 else 400 + s) for s in range(5)]
     faster = judge(done).criteria[0]
     assert faster.estimate.mean == pytest.approx(math.prod(ratios) ** 0.2)
@@ -134,7 +125,7 @@ def test_the_run_through_deepxde_has_a_row_where_there_is_one() -> None:
     done = made_up((300, 0.1), (750, 0.3))
     row = rows_of(done)["1: through DeepXDE, snr mask"]
     assert (row["mean steps (Kaplan-Meier)"], row["error at the end"]) == ("300", "0.1")
-    without = [d for d in done if d.settings["arm"] != DEEPXDE]
+    without = Results(d for d in done if d.settings["arm"] != DEEPXDE)
     assert not any("DeepXDE" in name for name in rows_of(without))
     assert judge(without).criteria == judge(done).criteria
 
@@ -150,10 +141,9 @@ def test_the_control_is_compared_at_one_learning_rate() -> None:
 # --- running --------------------------------------------------------------------------------------
 
 
-@pytest.mark.claims
 def test_the_quick_form_gives_a_verdict_and_a_page(finished: ClaimDirectory) -> None:
     found = judged(CLAIM, finished.read())
-    assert found.findings is not None
+    assert found.report is not None
     text = render_claim(found)
     assert "Error along training, noise 1" in text
     assert "Steps to 0.4 by learning rate" in text
@@ -212,10 +202,10 @@ def test_the_loss_is_that_of_the_naive_way() -> None:
 
 
 def test_what_is_kept_is_the_first_step_at_the_goal_and_both_ends() -> None:
-    found = _found(settings(keep=2), [0.9, 0.41, 0.4, 0.2, 0.6])
+    found = error_metrics(settings(keep=2), [0.9, 0.41, 0.4, 0.2, 0.6], goal=GOAL)
     assert (found["steps"], found["final"], found["best"]) == (30, 0.6, 0.2)
     assert (found["at"], found["errors"]) == ([20, 40, 50], [0.41, 0.2, 0.6])
-    assert _found(settings(), [0.9, 0.5])["steps"] is None
+    assert error_metrics(settings(), [0.9, 0.5], goal=GOAL)["steps"] is None
 
 
 @pytest.mark.skipif(not HAS_DEEPXDE, reason="needs deepxde: pip install 'poprisk[pinn]'")

@@ -755,17 +755,41 @@ def piped(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--version"], *([*c.split(), "--help"] for c in COMMANDS)])
-def test_help_waits_for_no_torch(arguments: list[str]) -> None:
-    code = (
-        "import sys; from poprisk_lab.cli import main\ntry:\n    main()\nfinally:\n"
-        "    print(*sys.modules, file=sys.stderr)"
+HELP = """
+import sys
+from poprisk_lab.cli import main
+for line in sys.argv[1:]:
+    sys.argv = ["poprisk", *line.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, line
+    print("---")
+print(*sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def helps() -> tuple[dict[str, str], set[str]]:
+    """What every command prints as help to a pipe, and the modules that are loaded then."""
+    lines = ["--version", *(f"{command} --help" for command in COMMANDS)]
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *lines],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={k: v for k, v in os.environ.items() if k != "COLUMNS"},
     )
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert "Usage" in done.stdout or done.stdout.startswith("poprisk ")
-    loaded = set(done.stderr.split())
+    assert done.returncode == 0, done.stderr
+    *texts, rest = done.stdout.split("---\n")
+    assert rest == ""
+    return dict(zip(lines, texts, strict=True)), set(done.stderr.split())
+
+
+def test_help_waits_for_no_torch(helps: tuple[dict[str, str], set[str]]) -> None:
+    texts, loaded = helps
+    assert texts.pop("--version").startswith("poprisk ")
+    assert all("Usage" in text for text in texts.values())
     assert "poprisk_lab.cli" in loaded
     assert not loaded & {"torch", "numpy", "scipy", "sklearn", "plotly", "jinja2", "poprisk"}
 
@@ -788,8 +812,8 @@ def test_the_shell_completes_commands_and_claims() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_80_columns(command: str) -> None:
-    assert max(map(len, piped(*command.split(), "--help").splitlines())) <= 80
+def test_help_fits_80_columns(command: str, helps: tuple[dict[str, str], set[str]]) -> None:
+    assert max(map(len, helps[0][f"{command} --help"].splitlines())) <= 80
 
 
 @pytest.mark.parametrize(("columns", "widest"), [({}, 80), ({"COLUMNS": "50"}, 50)])

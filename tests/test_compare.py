@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import tiny
 from poprisk import PopRiskAdamW
 from poprisk_lab.arms import Arm, default_arms
+from poprisk_lab.cli import app
 from poprisk_lab.compare import _train, compare, run_directory, trials_of
 from poprisk_lab.comparison import Comparison, differences
-from poprisk_lab.fit import Row, Run
+from poprisk_lab.fit import ArmRun, Row
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import TrainingError, _interrupts_held, environment
 from poprisk_lab.store import RunDirectoryError, Store
@@ -94,9 +96,9 @@ def test_the_number_of_workers_does_not_matter(tmp_path: Path, whole: Store, wor
 
 def test_a_worker_trains_what_a_run_trains(whole: Store) -> None:
     task = tiny.tiny(1)
-    ours = Run(task, ARMS["poprisk"], 1, record=True)
+    ours = ArmRun(task, ARMS["poprisk"], 1, record=True)
     rows = list(ours.rows())
-    rows += Run(task, ARMS["rms-matched"], 1, trace=ours.progress.trace).rows()
+    rows += ArmRun(task, ARMS["rms-matched"], 1, trace=ours.progress.trace).rows()
     epochs, ends = numbers(read_run(whole))
     for row in rows:
         row.pop("seconds")
@@ -368,31 +370,31 @@ def test_no_row_is_lost_when_a_run_is_killed_before_its_checkpoint(
 class Started:
     """`poprisk compare` in a process group of its own, checkpointing at every epoch.
 
-    With ``hold`` only the first runs end; all later ones stop half-way.
+    Only the first runs end; all later ones stop half-way.
     """
 
     epochs = 8
 
-    def __init__(self, out: Path, *, hold: bool = False) -> None:
+    def __init__(self, out: Path) -> None:
         self.directory = run_directory(out)
-        command = [POPRISK, "compare", tiny.source("patient"), "--seeds", "2", "--workers", "2"]
-        command += ["--out", out, "--set", f"epochs={self.epochs}"]
-        self.log, runs = out.with_suffix(".log"), out.with_suffix(".runs")
+        self.arguments = ["compare", tiny.source("patient"), "--seeds", "2", "--workers", "2"]
+        self.arguments += ["--out", str(out), "--set", f"epochs={self.epochs}"]
+        self.log, self.runs = out.with_suffix(".log"), out.with_suffix(".runs")
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                command,
-                env={**os.environ, "TINY_HOLD": str(runs) if hold else ""},
+                [POPRISK, *self.arguments],
+                env={**os.environ, "TINY_HOLD": str(self.runs)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
     def wait_for_the_middle(self) -> None:
-        """Until some runs have ended and others have left a checkpoint."""
-        wait_until(lambda: self.ended() >= 3 and self.has_checkpoint())
+        """Until both workers are at a run that stops half-way, and one has left a checkpoint."""
+        wait_until(lambda: self.begun() >= tiny.FREE_RUNS + 2 and self.has_checkpoint())
 
-    def ended(self) -> int:
-        return len(rows_in(self.directory, "end"))
+    def begun(self) -> int:
+        return self.runs.stat().st_size if self.runs.exists() else 0
 
     def has_checkpoint(self) -> bool:
         names = [file.name for file in self.directory.checkpoints.iterdir()]
@@ -411,16 +413,11 @@ class Started:
         return found
 
     def kill(self) -> None:
-        """Kill the whole group, at once and without notice."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill the command alone, without notice: all that it started must end, too."""
+        assert len(self.members()) >= 3
+        self.process.kill()
         self.process.wait()
-
-    def finish(self) -> str:
-        """Wait for the end and return what was printed."""
-        code = self.process.wait(timeout=HANGS)
-        text = self.log.read_text(encoding="utf-8")
-        assert code == 0, text
-        return text
+        wait_until(lambda: self.members() == [])
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -431,19 +428,26 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    first = Started(tmp_path / "run", hold=True)
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_killed_in_the_middle_its_workers_end_and_repeated_it_ends_with_the_same_numbers(
+    tmp_path: Path,
+) -> None:
+    first = Started(tmp_path / "run")
     try:
         first.wait_for_the_middle()
-    finally:
         first.kill()
+    finally:
+        for pid in first.members():
+            os.kill(pid, signal.SIGKILL)
     torn = read_run(first.directory)
     assert 0 < len(torn.ends) < 24
     for record in first.directory.trials.iterdir():
         with record.open("ab") as file:
             file.write(b'{"event": "epoch", "arm": "popr')  # killed while writing, too
 
-    text = Started(tmp_path / "run").finish()
+    result = CliRunner().invoke(app, first.arguments)
+    assert result.exit_code == 0, result.output
     resumed = read_run(first.directory)
     assert len(rows_in(first.directory, "start")) > 24
     assert any(row["epoch"] > 0 for row in rows_in(first.directory, "start"))
@@ -454,22 +458,7 @@ def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_numbers(tmp_pat
     assert numbers(resumed)[0] == expected[0]
     assert set(torn.ends) < set(resumed.ends)
     assert all(resumed.ends[key] == row for key, row in torn.ends.items())
-    assert "PopRiskAdamW ends at" in text.replace("\n", " ")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    started = Started(tmp_path / "run", hold=True)
-    try:
-        started.wait_for_the_middle()
-        assert len(started.members()) >= 3
-        os.kill(started.process.pid, signal.SIGKILL)
-        started.process.wait()
-        wait_until(lambda: started.members() == [])
-    finally:
-        for pid in started.members():
-            os.kill(pid, signal.SIGKILL)
+    assert "PopRiskAdamW ends at" in result.stdout.replace("\n", " ")
 
 
 # --- the configuration ----------------------------------------------------------------------------

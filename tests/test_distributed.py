@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed
 
-from ranks import GATED, SETTINGS, WORLD
+from processes import Call, at_once
+from ranks import GATED, SETTINGS, WORLD, main
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
 ]
-HERE = Path(__file__).parent
-BENCHMARKS = HERE.parent / "benchmarks"
-HANGS = 1800
-"""Seconds after which processes wait for each other for ever; they take some 20 alone."""
-
-
-def started(command: list[str]) -> subprocess.Popen[str]:
-    paths = [str(HERE.parent / "src"), *sys.path]
-    return subprocess.Popen(
-        [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    running = [started([str(HERE / "ranks.py"), str(rank), str(folder)]) for rank in range(WORLD)]
-    errors = [process.communicate(timeout=HANGS)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * WORLD, errors
+    for process in at_once(*(Call(main, (rank, folder)) for rank in range(WORLD))):
+        assert process.code == 0, process.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
@@ -135,23 +121,33 @@ def test_a_record_under_wrappers_is_refused_or_of_the_whole_batch(
         assert "gradient of step 1 is not that of the recorded loss" in found["own"]
 
 
+gpt: Any = SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "gpt.py")))
+
+
+def gpt_process(mode: str, rank: int, folder: Path) -> None:
+    """One process of the GPT, of two blocks: a block more is compiled as these are."""
+    store, out = folder / f"{mode}.store", folder / f"{mode}.pt"
+    gpt.work(mode, rank, 3, "aot_eager", str(out), str(store), width=32, layers=2)
+
+
+@pytest.mark.long
 def test_a_small_gpt_with_compile_amp_and_accumulation(tmp_path: Path) -> None:
-    """Two steps only: benchmarks/results/gpt.json has a longer run."""
-    out = tmp_path / "gpt.json"
-    command = [str(BENCHMARKS / "gpt.py"), "--steps", "3", "--backend", "aot_eager"]
-    process = started([*command, "--out", str(out)])
-    errors = process.communicate(timeout=HANGS)[1]
-    assert process.returncode == 0, errors
-    found = json.loads(out.read_text())
-    assert found["parameters"] > 1_000_000
+    """Three steps of a part: benchmarks/results/gpt.json has a longer run of the whole."""
+    places = [(mode, rank) for mode in gpt.MODES for rank in range(1 if mode == "single" else 2)]
+    for process in at_once(*(Call(gpt_process, (*place, tmp_path)) for place in places)):
+        assert process.code == 0, process.stderr
+    runs = gpt.compared(
+        {mode: torch.load(tmp_path / f"{mode}.pt", weights_only=True) for mode in gpt.MODES}
+    )
     for mode in ("ddp", "fsdp"):
-        assert found["runs"][mode]["largest_relative_loss_difference"] <= 1e-4
-        assert found["runs"][mode]["relative_weight_difference"] <= 1e-4
+        assert runs[mode]["largest_relative_loss_difference"] <= 1e-4
+        assert runs[mode]["relative_weight_difference"] <= 1e-4
 
 
 def test_the_committed_run_of_the_gpt_agrees_to_the_order_of_sums() -> None:
     found = json.loads((BENCHMARKS / "results" / "gpt.json").read_text())
     assert (found["backend"], found["steps"] >= 60) == ("inductor", True)
+    assert found["parameters"] > 1_000_000
     for mode in ("ddp", "fsdp"):
         run = found["runs"][mode]
         assert run["loss_last"] < 0.7 * run["loss_first"]

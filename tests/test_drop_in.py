@@ -78,6 +78,17 @@ def unpickled(opt: Any) -> Any:
 # What torch asks of its own optimizers, in nine settings.
 
 
+@each
+def test_gradients_are_cleared_as_torch_clears_them(make: Make) -> None:
+    w = Parameter(randn(3))
+    opt, w.grad = make([w]), randn(3)
+    opt.zero_grad(set_to_none=False)
+    assert w.grad is not None
+    assert not w.grad.any()
+    opt.zero_grad()
+    assert w.grad is None
+
+
 @each_setting
 def test_the_loss_goes_down_and_schedulers_go_along(settings: dict[str, Any]) -> None:
     w, b, x = Parameter(randn(10, 5)), Parameter(randn(10)), randn(5)

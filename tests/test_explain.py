@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from poprisk.path import NotAnalysable
 from poprisk.task import Task
 from poprisk_lab.cli import app
-from poprisk_lab.explain import Plan, explain, words
+from poprisk_lab.explain import ExplainPlan, explain, words
 from poprisk_lab.explain.plan import choose_size, full_steps
 from poprisk_lab.page.explanation import render
 from poprisk_lab.tasks import load_task
@@ -116,7 +116,7 @@ def edited(found: dict[str, Any], *, now: float, without: float) -> dict[str, An
 def explained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("explain") / "mine.py"
     path.write_text(TINY, encoding="utf-8")
-    return explain(Plan(f"{path}:noisy", {}, lr=0.01, seconds=3.0), say=silent)
+    return explain(ExplainPlan(f"{path}:noisy", {}, lr=0.01, seconds=3.0), say=silent)
 
 
 def run(*arguments: str) -> Result:
@@ -278,5 +278,5 @@ def test_sizes_fit_the_time() -> None:
     assert large.m == large.n
     with pytest.raises(NotAnalysable, match="even for 16 examples"):
         choose_size(task, task.model(), 0.1)
-    assert full_steps(Plan("digits", {}), task) == (40, 640)
-    assert full_steps(Plan("digits", {}, epochs=3), task) == (3, 48)
+    assert full_steps(ExplainPlan("digits", {}), task) == (40, 640)
+    assert full_steps(ExplainPlan("digits", {}, epochs=3), task) == (3, 48)

@@ -212,7 +212,7 @@ def test_deletions_by_rows_are_those_by_forward_mode(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Problem, "no_forward_mode", "the model has no forward-mode (said so)")
     found = loo_risk(recorded("attention"))
     torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-10, atol=1e-10)
-    assert found.freedom == pytest.approx(expected.freedom)
+    assert found.dof == pytest.approx(expected.dof)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -212,9 +212,9 @@ def moments_of_noise(
         g = draw()
         ema.observe_([s], [g], [m], StepCounts(t, t - 1, beta1, 0.999))
         m.lerp_(g, 1 - beta1)
-    clock = StepCounts(steps, steps - 1, beta1, 0.999)
-    (raw,), scale = ema.read([s], [m], [m], clock)
-    return m * clock.mean_scale, raw * scale
+    counts = StepCounts(steps, steps - 1, beta1, 0.999)
+    (raw,), scale = ema.read([s], [m], [m], counts)
+    return m * counts.mean_scale, raw * scale
 
 
 def assert_unbiased(

@@ -1,4 +1,5 @@
 import doctest
+import inspect
 import io
 import pickle
 import sys
@@ -15,6 +16,7 @@ from torch.optim import Optimizer, lr_scheduler
 from asserts import assert_bitwise, assert_close, nothing_changes
 from cases import DECOUPLED, MASKS, REDUCTIONS, WRAPPED
 from poprisk import PopRiskAdamW, gated
+from poprisk.optim.settings import GATE_SETTINGS, MODES
 from poprisk.optim.wrapper import GatedOptimizer, rewrite_step
 from samplers import (
     copies,
@@ -54,17 +56,21 @@ def closed(mean_sq: list[Tensor], var: list[Tensor], **_: float) -> list[Tensor]
 @each_mask
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("alpha", ["auto", "fresh", 0.3])
+@pytest.mark.parametrize("mode", MODES)
 def test_gated_adamw_is_pop_risk_adamw(
-    mask: str, reduction: str | None, alpha: float | str
+    mask: str, reduction: str | None, alpha: float | str, mode: str
 ) -> None:
     """Weight decay included: neither gates it."""
-    shared: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.3}
+    shared: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.3, "eps": 1e-2}
     gate: dict[str, Any] = {"mask": mask, "reduction": reduction, "alpha": alpha, **SIZES}
+    gate["mode"] = mode
     starts = [parameter(4), parameter(2, 3), parameter(3, dtype=torch.complex128)]
     rows: list[list[Tensor | None]] = [[*row] for row in grad_rows(starts, 40)]
     rows[0][1] = rows[5][0] = None
     ours = trajectory(lambda ps: PopRiskAdamW(ps, **shared, **gate), starts, rows)
-    wrapped = trajectory(lambda ps: gated(torch.optim.AdamW(ps, **shared), **gate), starts, rows)
+    wrapped = trajectory(
+        lambda ps: gated(torch.optim.AdamW(ps, **shared), **gate, eps=1e-2), starts, rows
+    )
     for a, b in zip(wrapped, ours, strict=True):
         assert_close(a, b, 1e-13)
 
@@ -286,6 +292,55 @@ def test_what_cannot_be_gated(make: Callable[[list[Parameter]], Any], message: s
 def test_bad_settings(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gated(sgd([parameter(2)]), **bad)
+
+
+@pytest.mark.parametrize("make", [gated, GatedOptimizer])
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"variance": "exact"}, ValueError, "variance=\"ema\" only, but got 'exact'"),
+        ({"variance": "second-moment"}, ValueError, 'variance="ema" only'),
+        ({"variance": "none"}, ValueError, "variance must be one of"),
+        ({"mode": "letter"}, ValueError, "mode must be one of"),
+        ({"eps": -1.0}, ValueError, "eps must lie in"),
+        ({"gate": 1}, TypeError, "gate must be True or False"),
+        ({"fused": True}, TypeError, "fused"),
+    ],
+)
+def test_what_a_wrapped_optimizer_cannot_have_is_refused_by_name(
+    make: Any, bad: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    w = parameter(2)
+    before = w.detach().clone()
+    with pytest.raises(error, match=message):
+        make(sgd([w]), **bad)
+    assert_bitwise(w.detach(), before)
+
+
+def test_the_class_takes_the_arguments_of_the_function() -> None:
+    made = GatedOptimizer(sgd([parameter(2)]), rho=0.5, mode="paper")
+    assert made.settings == gated(sgd([parameter(2)]), rho=0.5, mode="paper").settings
+
+
+def test_every_argument_of_the_gate_has_the_name_it_has_in_the_optimizer() -> None:
+    """All that :data:`GATE_SETTINGS` names; the average gradient's decay alone is called beta1."""
+    mine = set(inspect.signature(gated).parameters) - {"optimizer", "beta1"}
+    assert mine == {*GATE_SETTINGS, "eps"}
+    assert mine <= set(inspect.signature(PopRiskAdamW).parameters)
+    theirs = inspect.signature(PopRiskAdamW).parameters
+    for name, argument in inspect.signature(gated).parameters.items():
+        if name in mine:
+            assert argument.default == theirs[name].default, name
+
+
+@each_wrapped
+def test_without_the_gate_steps_are_the_optimizers_own(name: str) -> None:
+    """Up to rounding, where decay is taken apart from the update."""
+    starts = [parameter(3, 4), parameter(2, 2)]
+    rows = grad_rows(starts, 8)
+    alone = trajectory(WRAPPED[name], starts, rows)
+    wrapped = trajectory(lambda ps: gated(WRAPPED[name](ps), gate=False), starts, rows)
+    assert_close(last(wrapped), last(alone), 5e-15)
 
 
 def test_sparse_gradients_are_refused() -> None:

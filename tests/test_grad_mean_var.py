@@ -221,3 +221,18 @@ def test_nothing_is_left_behind() -> None:
 def test_a_chunk_has_two_examples_at_least(chunk: int) -> None:
     with pytest.raises(ValueError, match=rf"^chunk must be at least 2, but got {chunk}"):
         grad_mean_var(net(), per_example, (X, Y), chunk=chunk)
+
+
+@pytest.mark.parametrize("targets", [torch.tensor(1), Y[:5]])
+def test_targets_are_one_an_example(targets: Tensor) -> None:
+    shape = str(tuple(targets.shape)).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=f"^there are 12 examples but targets of shape {shape}"):
+        grad_mean_var(net(), per_example, (X, targets))
+
+
+@pytest.mark.parametrize("batch", [X, (X,), (X, Y, Y)])
+def test_a_batch_is_a_pair(batch: Any) -> None:
+    with pytest.raises(TypeError, match=r"^batch must be a pair"):
+        grad_mean_var(net(), per_example, batch)
+    with pytest.raises(TypeError, match=r"^the targets must be a tensor"):
+        grad_mean_var(net(), per_example, (X, Y.tolist()))

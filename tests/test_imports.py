@@ -16,12 +16,14 @@ SRC = Path(__file__).parents[1] / "src"
 
 CHAINS: Mapping[str, Sequence[str]] = {
     "poprisk": (
-        "_moved _validate printing intervals randomness dtensor holders evaluation forward_mode "
-        "per_sample jacobian linalg ntk optim losses path risk audit monitor integrations task"
+        "_renamed _moved _validate printing protocols intervals randomness dtensor holders "
+        "evaluation forward_mode per_sample jacobian linalg ntk optim losses path risk audit "
+        "monitor integrations task"
     ).split(),
     "poprisk_lab": (
-        "tasks controls arms checkpoint fit store study runner results comparison compare "
-        "convergence plots wording verdict selection explain studies page display bench cli"
+        "tasks controls arms checkpoint fit store results study runner comparison compare "
+        "convergence pictures plots wording verdict selection explain studies page display "
+        "bench cli"
     ).split(),
 }
 """The modules of each package; one imports only those before it."""

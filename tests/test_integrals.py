@@ -103,9 +103,9 @@ def test_a_closure_error_above_one_percent_is_told_to_the_caller(
 def test_a_run_that_fits_its_budget_exactly_is_not_refused() -> None:
     run = recorded("SGD", steps=2)
     needed = dense_bytes(run)
-    integrate(run, budget=needed)
+    integrate(run, max_memory=needed)
     with pytest.raises(NotAnalysable, match=r"28 training outputs and 38 weights"):
-        integrate(run, budget=0.999 * needed)
+        integrate(run, max_memory=0.999 * needed)
 
 
 def held(run: Run) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 lightning = pytest.importorskip("lightning.pytorch")
 
 from poprisk import PopRiskAdamW, gated  # noqa: E402
-from poprisk.integrations.lightning import RiskCallback  # noqa: E402
+from poprisk.integrations.lightning import LightningRiskCallback  # noqa: E402
 
 N = 24
 pytestmark = [  # Lightning asks PyTorch's trees in the old way
@@ -69,7 +70,7 @@ def train(callbacks: list[Any], folder: Path, module: Any = None, **settings: An
 
 def test_the_monitor_pools_the_parts_of_a_step_and_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    callback = RiskCallback(squared, every=2, sinks=[path], log=True)
+    callback = LightningRiskCallback(squared, every=2, sinks=[path], log=True)
     watched, alone = train([callback], tmp_path), train([], tmp_path)
     for a, b in zip(watched.parameters(), alone.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -82,7 +83,7 @@ def test_the_monitor_pools_the_parts_of_a_step_and_changes_nothing(tmp_path: Pat
 
 
 def test_a_remainder_is_a_step_of_its_own(tmp_path: Path) -> None:
-    callback = RiskCallback(squared, every=1)
+    callback = LightningRiskCallback(squared, every=1)
     train([callback], tmp_path, accumulate_grad_batches=4)  # 6 batches: 4 and 2 an epoch
     assert callback.monitor is not None
     assert [step for step, _ in callback.monitor.rows] == [0, 1, 2, 3]
@@ -110,7 +111,7 @@ class Alternating(Module):
 
 
 def test_of_several_optimizers_one_is_watched(tmp_path: Path) -> None:
-    callback = RiskCallback(squared, every=1)
+    callback = LightningRiskCallback(squared, every=1)
     train([callback], tmp_path, Alternating(), accumulate_grad_batches=1)
     assert callback.monitor is not None
     assert callback.monitor.optimizer is callback._watched
@@ -118,7 +119,7 @@ def test_of_several_optimizers_one_is_watched(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
-    first, second = RiskCallback(squared, every=2), RiskCallback(squared, every=2)
+    first, second = LightningRiskCallback(squared, every=2), LightningRiskCallback(squared, every=2)
     train([first], tmp_path)
     second.load_state_dict(first.state_dict())
     train([second], tmp_path)
@@ -127,7 +128,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
 
 
 def test_what_goes_wrong_in_a_callback_ends_nothing(tmp_path: Path) -> None:
-    callback = RiskCallback(squared, every=1, split=lambda batch: batch[7])
+    callback = LightningRiskCallback(squared, every=1, split=lambda batch: batch[7])
     with pytest.warns(RuntimeWarning, match="cannot measure loss and signal"):
         train([callback], tmp_path)
 
@@ -230,7 +231,7 @@ def test_a_finetuning_callback_adds_its_group(tmp_path: Path, kind: str) -> None
     thawed: Any = module.net[0]
     first = thawed.weight.detach().clone()
     trainer = quiet(tmp_path, max_epochs=3, callbacks=[Thaw()])
-    trainer.fit(module, loader())
+    trainer.fit(module, loader(), loader())
     (opt,) = trainer.optimizers
     assert [g["lr"] for g in opt.param_groups][1] == 5e-3
     assert len(opt.param_groups) == 2
@@ -250,10 +251,16 @@ def test_a_run_resumed_from_a_checkpoint_is_one_that_never_stopped(
             return MAKERS[kind](self)
 
     whole, half, rest = Resumed(), Resumed(), Resumed()
-    quiet(tmp_path, max_epochs=4).fit(whole, loader())
+    quiet(tmp_path, max_epochs=4).fit(whole, loader(), loader())
     first = quiet(tmp_path, max_epochs=2)
-    first.fit(half, loader())
+    first.fit(half, loader(), loader())
     first.save_checkpoint(tmp_path / "half.ckpt")
-    quiet(tmp_path, max_epochs=4).fit(rest, loader(), ckpt_path=tmp_path / "half.ckpt")
+    quiet(tmp_path, max_epochs=4).fit(rest, loader(), loader(), ckpt_path=tmp_path / "half.ckpt")
     for a, b in zip(whole.parameters(), rest.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_callback_has_its_old_name_for_one_release() -> None:
+    module = importlib.import_module("poprisk.integrations.lightning")
+    with pytest.warns(DeprecationWarning, match=r"RiskCallback is .*\.LightningRiskCallback now"):
+        assert module.RiskCallback is LightningRiskCallback

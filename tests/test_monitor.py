@@ -20,9 +20,10 @@ import poprisk
 from asserts import assert_bitwise, complete_state
 from gloo import joined
 from poprisk import Canaries, PopRiskAdamW, RiskMonitor
-from poprisk.monitor import CanaryMemorization, Kernel, Loss, Measured, Risk, Signal
+from poprisk.monitor import CanaryMemorization, Loss, Measured, Risk, Signal, TangentKernel
 from poprisk.monitor.statistics import Statistics
 from poprisk.randomness import RandomState
+from processes import Call, at_once
 from reference import monitor as reference
 from samplers import randn
 
@@ -64,7 +65,7 @@ def train(
     optimizer = make(model)
     monitor = None
     if monitored:
-        probe = [Loss(), Signal(), Kernel(randn(4, 3))] if not norm else [Loss(), Signal()]
+        probe = [Loss(), Signal(), TangentKernel(randn(4, 3))] if not norm else [Loss(), Signal()]
         monitor = RiskMonitor(
             model, squared, optimizer, every=3, quantities=probe, accumulate=parts
         )
@@ -170,11 +171,9 @@ def test_every_other_quantity() -> None:
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     y = batch()[1]
     canaries = Canaries(y, fraction=0.25)
-    estimate = SimpleNamespace(
-        value=1.5, valid=True, standard_error=0.1, freedom=0.2, train_loss=1.0
-    )
+    estimate = SimpleNamespace(value=1.5, valid=True, standard_error=0.1, dof=0.2, train_loss=1.0)
     quantities = [
-        Kernel(randn(4, 3), count=2),
+        TangentKernel(randn(4, 3), count=2),
         CanaryMemorization(canaries, batch()[0][canaries.index]),
         Risk(lambda: estimate),  # pyrefly: ignore[bad-argument-type]
         Measured("lr", lambda: 0.5),
@@ -192,7 +191,7 @@ def test_every_other_quantity() -> None:
     assert first["kernel/drift"] == 0 < second["kernel/drift"]
     assert "kernel/top2" in first
     assert "kernel/top3" not in first
-    assert (first["risk"], first["risk/freedom"], first["risk/valid"]) == (1.5, 0.2, 1.0)
+    assert (first["risk"], first["risk/dof"], first["risk/valid"]) == (1.5, 0.2, 1.0)
     assert (first["lr"], first["pair/a"], first["pair/b"]) == (0.5, 1.0, 2.0)
     assert math.isfinite(first["canaries"])
     estimate.valid = False
@@ -353,7 +352,8 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_are_pooled_and_one_writes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    for process in at_once(*(Call(_rank, (rank, str(tmp_path))) for rank in range(2))):
+        assert process.code == 0, process.stderr
     assert not (tmp_path / "1.jsonl").exists()
     rows = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from monitor_ranks import WORLD, batch, build, squared
+from monitor_ranks import WORLD, batch, build, main, squared
 from poprisk import RiskMonitor
+from processes import Call, at_once
 
 pytestmark = pytest.mark.slow
 
@@ -22,17 +20,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("monitor_ranks.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder)], stderr=subprocess.PIPE, env=env
-        )
-        for rank in range(WORLD)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors.decode()[-3000:]
+    for process in at_once(*(Call(main, (rank, folder)) for rank in range(WORLD))):
+        assert process.code == 0, process.stderr[-3000:]
     return folder, [json.loads((folder / f"{r}.json").read_text()) for r in range(WORLD)]
 
 

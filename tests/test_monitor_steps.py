@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import poprisk
 from asserts import assert_bitwise
 from poprisk import PopRiskAdamW, RiskMonitor
-from poprisk.monitor import Jsonl, Kernel, Loss, Measured, Signal
+from poprisk.monitor import Jsonl, Loss, Measured, Signal, TangentKernel
 
 
 def squared(u: Tensor, y: Tensor) -> Tensor:
@@ -361,7 +361,7 @@ def test_a_model_that_cannot_be_looked_at_gives_a_row_of_nan() -> None:
 
     model = Stubborn(3, 1)
     monitor = RiskMonitor(
-        model, squared, make_sgd(model), quantities=[Loss(), Kernel(torch.ones(2, 3))]
+        model, squared, make_sgd(model), quantities=[Loss(), TangentKernel(torch.ones(2, 3))]
     )
     with pytest.warns(RuntimeWarning, match="I stay in train mode"):
         monitor.step(torch.randn(8, 3), torch.randn(8, 1))
@@ -420,7 +420,7 @@ def trained(*, monitored: bool) -> tuple[Any, list[Any], RiskMonitor | None]:
     quantities = [
         Loss(),
         Signal(),
-        Kernel(torch.randn(3, 3, generator=torch.Generator().manual_seed(1))),
+        TangentKernel(torch.randn(3, 3, generator=torch.Generator().manual_seed(1))),
         poprisk.monitor.CanaryMemorization(canaries, torch.ones(len(canaries.index), 3)),
         Measured("norm", lambda: model(torch.ones(2, 3)).detach().norm()),
     ]

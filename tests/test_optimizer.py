@@ -214,10 +214,10 @@ def test_small_tensors_go_together_and_large_ones_in_pieces() -> None:
     w, g, m, v = columns = [[torch.zeros(n) for n in sizes] for _ in range(4)]
     seen: list[list[int]] = []
 
-    def count(slots: TensorLists) -> None:
-        assert slots.variances == []
-        seen.append([w.numel() for w in slots.params])
-        for column in slots[:4]:
+    def count(lists: TensorLists) -> None:
+        assert lists.variances == []
+        seen.append([w.numel() for w in lists.params])
+        for column in lists[:4]:
             torch._foreach_add_(column, 1.0)
 
     cache_blocks(TensorLists(w, g, m, v, []), count)

@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 from skimage import io
 from sklearn.datasets import load_wine
+from typer.testing import CliRunner
+
+from poprisk_lab.cli import app
+from processes import Call, at_once, run_code
 
 ROOT = Path(__file__).parents[1]
 SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -105,10 +109,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: list[str], folder: Path) -> str:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def output(code: str, folder: Path, *, warnings_are_errors: bool) -> str:
+    """What a program prints that is run in a folder."""
+    (done,) = at_once(Call(run_code, (code, folder, warnings_are_errors)))
+    assert done.code == 0, done.stderr
+    return done.stdout
 
 
 def shown(page: Path, value: Any, name: str) -> Any:
@@ -119,10 +124,10 @@ def shown(page: Path, value: Any, name: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [shown(b.page, b, b.name) for b in PYTHON if not b.needs])
 def test_code_runs_without_a_warning(block: Block, folder: Path) -> None:
-    output = run([sys.executable, "-W", "error", "-c", block.code], folder)
+    printed = output(block.code, folder, warnings_are_errors=True)
     if block.prints is not None:
-        assert NUMBER.sub("#", output) == NUMBER.sub("#", block.prints)
-        said, found = (list(map(float, NUMBER.findall(t))) for t in (block.prints, output))
+        assert NUMBER.sub("#", printed) == NUMBER.sub("#", block.prints)
+        said, found = (list(map(float, NUMBER.findall(t))) for t in (block.prints, printed))
         assert found == pytest.approx(said, abs=0.03)
 
 
@@ -132,24 +137,41 @@ def test_code_runs_without_a_warning(block: Block, folder: Path) -> None:
 def test_code_with_an_extra_runs(block: Block, folder: Path) -> None:
     for package in block.needs:
         pytest.importorskip(package)
-    run([sys.executable, "-c", block.code], folder)
+    output(block.code, folder, warnings_are_errors=False)
+
+
+SHORT = {"compare": ["--epochs", "2"]}
+"""What makes a long command short; ``make test-pages`` runs those of the README as shown, too."""
+
+
+def as_shown(page: Path) -> list[Any]:
+    """Parameters: the page and what is added to its commands."""
+    name = str(page.relative_to(ROOT))
+    whole = pytest.param(page, {}, id=name, marks=pytest.mark.pages)
+    return [whole, pytest.param(page, SHORT, id=f"{name}, short")] if page == SHOWN[0] else [whole]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", [shown(p, p, str(p.relative_to(ROOT))) for p, lines in RUN.items() if lines]
+    ("page", "more"), [p for page, lines in RUN.items() if lines for p in as_shown(page)]
 )
-def test_commands_run_in_their_order(page: Path, folder: Path) -> None:
-    programs = {"poprisk": "poprisk_lab", "torchrun": "torch.distributed.run"}
+def test_commands_run_in_their_order(
+    page: Path, more: dict[str, list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
     for block in blocks(page):
         if block.file:
             (folder / block.file).write_text(block.code, encoding="utf-8")
     for command in RUN[page]:
         program, *arguments = shlex.split(command)
-        output = run([sys.executable, "-m", programs[program], *arguments], folder)
+        if program == "torchrun":
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", *arguments], check=True)
+            continue
+        result = CliRunner().invoke(app, [*arguments, *more.get(arguments[0], [])])
+        assert result.exit_code == 0, result.output
         if arguments[0] in ("compare", "explain", "report"):
-            assert "Report: runs/" in output
-            assert (folder / output.split("Report: ")[1].strip()).exists()
+            assert "Report: runs/" in result.stdout
+            assert (folder / result.stdout.split("Report: ")[1].strip()).exists()
 
 
 def test_what_is_shown_was_found() -> None:
@@ -165,8 +187,6 @@ def test_what_is_shown_was_found() -> None:
 @pytest.mark.parametrize("page", SHOWN, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_command_shown_exists(page: Path) -> None:
     """In the text, too: `poprisk NAME` is a command."""
-    from poprisk_lab.cli import app
-
     known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     known |= {g.name for g in app.registered_groups if g.name}
     said = set(re.findall(r"`poprisk ([a-z]+)", page.read_text(encoding="utf-8")))

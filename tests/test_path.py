@@ -61,9 +61,15 @@ def close(a: Tensor, b: Tensor, tol: float) -> None:
     assert float((a - b).norm()) <= tol * float(b.norm()) + 1e-12
 
 
-@each_optimizer
-@pytest.mark.parametrize("loss", ["squared_error", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("loss", "optimizer"),
+    [
+        *(("squared_error", name) for name in OPTIMIZERS),
+        *(("cross_entropy", name) for name in ("SGD", "momentum", "AdamW", "PopRiskAdamW soft")),
+    ],
+)
 def test_equals_the_reference(optimizer: str, loss: str) -> None:
+    """Of every optimizer, and of every kind of rule where the loss is not quadratic."""
     run = recorded(optimizer, loss, steps=5)
     actual, expected = integrate(run), naive(run)
     for name in ("P", "Q", "W", "G", "D"):
@@ -76,22 +82,23 @@ def test_equals_the_reference(optimizer: str, loss: str) -> None:
 
 @each_optimizer
 def test_the_identities_close(optimizer: str) -> None:
-    closure = integrate(recorded(optimizer, steps=60)).closure
+    closure = integrate(recorded(optimizer, steps=14)).closure
     assert closure.worst < 1e-8
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_identities_close_for_every_loss(loss: str) -> None:
     c = 1 if loss == "binary_cross_entropy" else 2
-    assert integrate(recorded("AdamW", loss, steps=60, c=c)).closure.worst < 1e-9
+    assert integrate(recorded("AdamW", loss, steps=14, c=c)).closure.worst < 1e-9
 
 
 @pytest.mark.slow
-def test_squared_error_closes_to_1e_9_over_300_full_batch_steps() -> None:
-    assert integrate(recorded("SGD", steps=300, b=None)).closure.worst < 1e-9
+def test_squared_error_closes_to_1e_9_over_100_full_batch_steps() -> None:
+    assert integrate(recorded("SGD", steps=100, b=None)).closure.worst < 1e-9
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cross_entropy_closes_far_from_the_frozen_kernel() -> None:
     ops = integrate(recorded(lambda ps: torch.optim.SGD(ps, lr=0.5), "cross_entropy", steps=300))
     first, *_, last = ops.snapshots
@@ -183,7 +190,7 @@ def test_small_steps_reach_the_continuous_identities() -> None:
 
 @each_optimizer
 def test_the_loss_drop_is_accounted_for(optimizer: str) -> None:
-    accounting = integrate(recorded(optimizer, "cross_entropy", steps=40)).accounting
+    accounting = integrate(recorded(optimizer, "cross_entropy", steps=14)).accounting
     assert abs(accounting.measured) > 1e-3
     assert accounting.accounted == pytest.approx(accounting.measured, rel=1e-6)
 
@@ -231,7 +238,7 @@ def test_segments_are_a_composite_rule() -> None:
 
 
 def test_kinks_are_refined() -> None:
-    run = recorded(lambda ps: torch.optim.SGD(ps, lr=0.03), activation=nn.ReLU, steps=30)
+    run = recorded(lambda ps: torch.optim.SGD(ps, lr=0.03), activation=nn.ReLU, steps=12)
     plain, refined = integrate(run), integrate(run, refine=1e-5)
     assert 1e-6 < plain.closure.worst < 1e-2
     assert refined.closure.worst < min(1e-4, plain.closure.worst / 10)

@@ -378,7 +378,9 @@ def test_data_that_is_written_to_later_is_noticed(which: str) -> None:
 
 
 def test_the_context_of_a_step_has_its_old_name_for_one_release() -> None:
-    with pytest.warns(DeprecationWarning, match="Facts is called StepContext now"):
+    with pytest.warns(
+        DeprecationWarning, match=r"poprisk.path.Facts is poprisk.path.StepContext now"
+    ):
         assert paths.Facts is paths.StepContext
     with pytest.raises(AttributeError, match="has no attribute 'Fact'"):
         _ = paths.Fact

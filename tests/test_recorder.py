@@ -238,7 +238,7 @@ def test_an_optimizer_without_a_rule() -> None:
 
 def test_a_step_that_is_not_its_rule() -> None:
     class Halved(torch.optim.SGD):
-        def step_rule(self, param: Tensor, facts: StepContext) -> StepRule:
+        def step_rule(self, param: Tensor, context: StepContext) -> StepRule:
             return StepRule(precondition=0.05)
 
     message = refused(optimizer=Halved)
@@ -278,14 +278,14 @@ def test_an_unknown_loss() -> None:
 
 
 def test_more_than_the_budget() -> None:
-    message = refused(budget=1000)
-    assert "over the budget" in message
+    message = refused(max_memory=1000)
+    assert "over max_memory" in message
     assert "stride=8" in message
 
 
 def test_dense_operators_over_the_budget() -> None:
     with pytest.raises(NotAnalysable, match="follow single vectors with apply"):
-        integrate(recorded(steps=1), budget=1000)
+        integrate(recorded(steps=1), max_memory=1000)
 
 
 def test_data_that_does_not_repeat() -> None:
@@ -523,7 +523,7 @@ def test_a_gradient_that_is_clipped_unseen_shows_in_the_closure() -> None:
         "integrate": lambda: integrate(run),
         "trace_cells": lambda: trace_cells(run, clean),
         "apply": lambda: path_operators(run).apply(torch.ones(len(train[0]), 2, 1)),
-        "fitted_noise": lambda: fitted_noise(run, draws=2, generator=torch.Generator()),
+        "fitted_noise": lambda: fitted_noise(run, draws=2, seed=0),
         "movement": lambda: movement(run),
     }
     for use in uses.values():

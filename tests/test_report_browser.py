@@ -17,9 +17,9 @@ from poprisk_lab.page import render
 from poprisk_lab.page.claims import SummaryRow, render_claim
 from poprisk_lab.page.explanation import render as render_explanation
 from poprisk_lab.page.page import template
-from poprisk_lab.studies.claim import Done, Workspace
+from poprisk_lab.studies.claim import Results, TrialResult, Workspace
 from poprisk_lab.studies.record import judged
-from poprisk_lab.studies.run import Progress
+from poprisk_lab.studies.run import ClaimProgress
 from test_explain import made_up
 from test_report import REGRESSION, synthetic
 
@@ -113,8 +113,8 @@ def claim_page() -> str:
     """A claim whose facts and figures are as long as the longest."""
     claim = dataclasses.replace(toyclaim.CLAIM, paper=LONG)
     trials = [t for t in toyclaim.trials(True) if not t.needs]
-    done = [Done(t.settings, toyclaim.run(t.settings, Workspace())) for t in trials]
-    return render_claim(judged(claim, Progress(done, [], {}, True, {"torch": LONG}, 0.0)))
+    done = Results(TrialResult(t.settings, toyclaim.run(t.settings, Workspace())) for t in trials)
+    return render_claim(judged(claim, ClaimProgress(done, [], {}, True, {"torch": LONG}, 0.0)))
 
 
 def summary_page() -> str:
@@ -136,30 +136,36 @@ HIDDEN = """
 """
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_phone_need_not_scroll_sideways(name: str, tmp_path: Path) -> None:
-    (tmp_path / "inner.html").write_text(PAGES[name](), encoding="utf-8")
-    outer = f"""<body><iframe src="inner.html" width="390" height="800"></iframe><script>
-        setTimeout(() => {{
-          const inner = document.querySelector("iframe").contentDocument;
+@pytest.fixture(scope="module")
+def on_phones(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """All pages, each on a phone of its own."""
+    folder, frames = tmp_path_factory.mktemp("phones"), ""
+    for name, page in PAGES.items():
+        (folder / f"{name}.html").write_text(page(), encoding="utf-8")
+        frames += f'<iframe src="{name}.html" width="390" height="800"></iframe>'
+    outer = f"""<body>{frames}<script>
+        setTimeout(() => document.querySelectorAll("iframe").forEach(frame => {{
+          const inner = frame.contentDocument;
           const boxes = [inner.documentElement, inner.querySelector(".scroll")].filter(b => b);
           {HIDDEN}
-          document.body.dataset.wide = boxes.filter(b => b.scrollWidth > b.clientWidth).length;
-          document.body.dataset.width = inner.documentElement.clientWidth;
-          document.body.dataset.hidden = out;
-        }}, 2000);
+          frame.dataset.wide = boxes.filter(b => b.scrollWidth > b.clientWidth).length;
+          frame.dataset.width = inner.documentElement.clientWidth;
+          frame.dataset.hidden = out;
+        }}), 2000);
     </script></body>"""
-    page = open_page(outer, tmp_path, "--allow-file-access-from-files", "--hide-scrollbars")
-    assert page.console == []
-    assert 'data-wide="0" data-width="390" data-hidden="0"' in page.dom
+    return open_page(outer, folder, "--allow-file-access-from-files", "--hide-scrollbars")
 
 
-def test_a_script_error_would_be_seen(tmp_path: Path) -> None:
-    text = with_script(render(*synthetic(seeds=1)), "throw new Error('boom')")
-    assert any("boom" in line for line in open_page(text, tmp_path).console)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_phone_need_not_scroll_sideways(name: str, on_phones: Opened) -> None:
+    assert on_phones.console == []
+    frame = re.search(f'<iframe src="{name}.html"[^>]*>', on_phones.dom)
+    assert frame is not None
+    assert 'data-wide="0" data-width="390" data-hidden="0"' in frame[0]
 
 
-def test_a_fetch_would_be_refused_and_seen(tmp_path: Path) -> None:
-    fetch = "const i = new Image(); i.src = 'https://example.com/x.png';"
-    console = open_page(with_script(render(*synthetic(seeds=1)), fetch), tmp_path).console
+def test_a_script_error_and_a_fetch_would_be_seen_and_the_fetch_is_refused(tmp_path: Path) -> None:
+    script = "const i = new Image(); i.src = 'https://example.com/x.png'; throw new Error('boom');"
+    console = open_page(with_script(render(*synthetic(seeds=1)), script), tmp_path).console
+    assert any("boom" in line for line in console)
     assert any("Content Security Policy" in line for line in console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import json
 import math
 import re
@@ -18,14 +19,16 @@ from poprisk_lab import studies as reproduce
 from poprisk_lab.cli import app
 from poprisk_lab.page.claims import notices, render_claim, summary_rows
 from poprisk_lab.plots import seeds_line, written
+from poprisk_lab.results import across
 from poprisk_lab.runner import TrainingError
 from poprisk_lab.store import RunDirectoryError
-from poprisk_lab.studies.claim import Done, Trial, Workspace, where
+from poprisk_lab.studies.claim import Claim, Results, Trial, TrialResult, Workspace
 from poprisk_lab.studies.command import chosen, summarize
 from poprisk_lab.studies.criteria import (
     Criterion,
     Steps,
     difference,
+    either_way,
     geometric,
     log_rank,
     point,
@@ -38,7 +41,7 @@ from poprisk_lab.studies.criteria import (
     verdict,
 )
 from poprisk_lab.studies.record import judged, load_record, save_record
-from poprisk_lab.studies.run import ClaimDirectory, Progress
+from poprisk_lab.studies.run import ClaimDirectory, ClaimProgress
 
 NAN = math.nan
 
@@ -184,12 +187,24 @@ def test_the_log_rank_test_takes_stopped_runs_as_censored() -> None:
     assert log_rank(there, Steps(dict.fromkeys(limit), limit)) < 0.01  # at the same step
 
 
+def _reached(trial: TrialResult) -> float | None:
+    return trial.metrics["reached"]
+
+
 def test_groups_that_never_got_there_have_no_row_unless_told() -> None:
-    groups = {"a": Steps({0: 1, 1: 3, 2: 5}, LIMIT), "b": Steps(dict.fromkeys(LIMIT), LIMIT)}
-    told = steps_table("arm", groups, lambda name: None, more={"also": str.upper})
-    assert told.rows == [["a", "3 of 3", "3", "", "A"]]
+    groups = {
+        name: Results(
+            TrialResult({"seed": s, "lr": 0.1}, {"reached": r, "limit": LIMIT[s], "x": 0.5})
+            for s, r in enumerate(reached)
+        )
+        for name, reached in {"a": (1, 3, 5), "b": (None, None, None)}.items()
+    }
+    columns, lr = {"x": "x", "ends": _reached}, {"rate": "lr"}
+    told = steps_table("arm", groups, lambda name: None, columns, settings=lr, percent=["x"])
+    assert told.head[-3:] == ["rate", "x", "ends"]
+    assert told.rows == [["a", "3 of 3", "3", "", "0.1", "50%", "3 [-1.97, 7.97]"]]
     assert "1 settings of which no run got there" in told.about
-    kept = steps_table("arm", groups, lambda name: groups["a"], more={}, keep_all=True)
+    kept = steps_table("arm", groups, lambda name: groups["a"], {}, keep_all=True)
     assert kept.rows[1][:3] == ["b", "0 of 3", ""]
     assert float(kept.rows[1][3]) < 0.05
 
@@ -214,10 +229,41 @@ def test_intervals_in_words(interval: Interval, percent: bool, expected: str) ->
     assert written(interval, percent=percent) == expected
 
 
+@pytest.mark.parametrize("claim", reproduce.CLAIMS.values(), ids=lambda claim: claim.name)
+def test_a_claim_is_one_file_of_at_most_250_lines(claim: Claim) -> None:
+    file = inspect.getsourcefile(claim.judge)
+    assert file is not None
+    assert len(Path(file).read_text(encoding="utf-8").splitlines()) <= 250
+
+
 def test_trials_are_found_by_settings() -> None:
-    done = [Done({"arm": "a", "lr": lr}, {"x": lr}) for lr in (0.1, 0.2)]
-    assert [d.found["x"] for d in where(done, arm="a", lr=0.2)] == [0.2]
-    assert where(done, missing=1) == []
+    done = Results(TrialResult({"arm": "a", "lr": lr}, {"x": lr}) for lr in (0.1, 0.2))
+    assert done.where(arm="a", lr=0.2).all("x") == [0.2]
+    assert done.where(missing=1) == ()
+    assert {lr: some.all("x") for lr, some in done.by("lr").items()} == {0.1: [0.1], 0.2: [0.2]}
+
+
+def test_figures_of_trials_by_seed() -> None:
+    figures = [(0, {"x": 1.0, "in": {"y": 4.0}}), (1, {"x": 3.0, "in": None}), (2, {"x": 2.0})]
+    done = Results(TrialResult({"seed": s, "arm": "ab"[s % 2]}, m) for s, m in figures)
+    assert done.by_seed("x") == {0: 1.0, 1: 3.0, 2: 2.0}
+    assert done.by_seed(("in", "y")) == {0: 4.0, 1: None, 2: None}
+    assert done.all(("in", "y")) == [4.0]
+    assert done.mean("x") == t_interval([1.0, 3.0, 2.0])
+    assert done.largest("x") == point(3.0)
+    twice = Results(
+        TrialResult({"seed": s, "arm": a}, {"x": s + len(a)}) for s in (1, 0) for a in ("p", "qq")
+    )
+    assert list(twice.over("arm", "x", max).items()) == [(0, 2), (1, 3)]
+    assert across([], max) == {}
+    assert across([{0: 1.0, 1: 5.0}, {1: 2.0}], max) == {1: 5.0}
+
+
+def test_a_ratio_is_a_factor_either_way() -> None:
+    assert either_way(Interval(2.0, 1.5, 3.0, (2.0, 0.5)))[:4] == (2.0, 1.5, 3.0, (2.0, 2.0))
+    assert either_way(Interval(0.5, 0.25, 0.8))[:3] == pytest.approx((2.0, 1.25, 4.0))
+    assert either_way(Interval(0.9, 0.5, 1.25))[:2] == (pytest.approx(1 / 0.9), 1.0)
+    assert math.isnan(either_way(Interval(0.5, NAN, NAN)).high)
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -238,7 +284,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> ClaimDirectory:
 
 def test_trials_come_back_in_order_with_what_they_found(finished: ClaimDirectory) -> None:
     progress = finished.read()
-    assert [d.found["steps"] for d in progress.done] == [100, 101, 102, 20, 21, 22]
+    assert [d.metrics["steps"] for d in progress.done] == [100, 101, 102, 20, 21, 22]
     assert progress.left == []
     assert progress.missing == {"no_such_package": 1}
 
@@ -409,8 +455,10 @@ def test_two_seeds_have_no_verdict_and_the_page_says_how_many_it_takes() -> None
         return [t for t in toyclaim.trials(quick) if t.settings["seed"] < 2 and not t.needs]
 
     claim = dataclasses.replace(toyclaim.CLAIM, trials=trials)
-    done = [Done(t.settings, toyclaim.run(t.settings, Workspace())) for t in trials(True)]
-    found = judged(claim, Progress(done, [], {}, True, {}, 0.0))
+    done = Results(
+        TrialResult(t.settings, toyclaim.run(t.settings, Workspace())) for t in trials(True)
+    )
+    found = judged(claim, ClaimProgress(done, [], {}, True, {}, 0.0))
     assert found.verdict == "undecided"
     (few,) = [n for n in notices(found) if "seeds" in n and "takes" in n]
     assert few.startswith("2 seeds, so no intervals")

@@ -17,7 +17,7 @@ from poprisk import PopRiskAdamW
 from poprisk_lab import checkpoint
 from poprisk_lab.checkpoint import load_checkpoint, save_checkpoint
 
-STEPS, EVERY = 40, 6
+STEPS, EVERY = 20, 6
 SETTINGS: dict[str, Any] = {"lr": 0.01, "batch_size": 8, "dataset_size": 100, "z": 1.0}
 
 

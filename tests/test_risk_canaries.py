@@ -89,7 +89,7 @@ def test_half_memorized_is_half() -> None:
     half[first] = canaries.targets[first]
     found = canaries.memorization(certain(half))
     assert found.value == pytest.approx(0.5, abs=3 * found.standard_error)
-    assert found.cost == 0.5
+    assert (found.sacrificed, found.cost) == (0.5, 0.0)
 
 
 def test_what_is_not_logits_is_refused() -> None:
@@ -145,7 +145,7 @@ def test_the_bound_is_the_published_one() -> None:
     slack = c * math.sqrt(math.log(4 / (1 - 0.9)) / (2 * m))
     assert found.expected == pytest.approx(expected)
     assert found.value == pytest.approx(expected + slack)
-    assert (found.valid, found.reason, found.cost) == (True, "", 0.25)
+    assert (found.valid, found.reason, found.sacrificed) == (True, "", 0.25)
     assert found.expected == pytest.approx(0.1, abs=3 * found.standard_error)
 
 

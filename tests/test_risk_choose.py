@@ -27,11 +27,11 @@ def estimate(value: float, *, reason: str = "", seed: int = 0, noise: float = 0.
         valid=False,
         reason=reason,
         comparable=not reason,
-        cost=2.0,
+        cost=1.0,
         train_loss=value,
         response=0.0,
-        freedom=0.0,
-        freedom_error=0.0,
+        dof=0.0,
+        dof_error=0.0,
         accuracy=None,
         outputs=torch.zeros(N, 1),
         losses=losses,
@@ -95,11 +95,18 @@ def test_the_arm_of_least_risk_is_selected() -> None:
     assert (chosen.point.index, chosen.point.estimate.value) == (1, 1.0)
     assert chosen.tied == ["a"]
     assert chosen.left_out == {"d": "deep"}
+    assert (chosen.value, chosen.standard_error, chosen.reason) == (1.0, 0.1, "")
+    assert chosen.valid
+    assert chosen.cost == 3 + 4  # the three other arms, and a twin of each of the four
 
 
 def test_no_arm_is_selected_where_none_is_valid() -> None:
     chosen = select({"a": estimate(1.0, reason="deep")})
-    assert chosen == (None, None, [], {"a": "deep"})
+    assert chosen[:4] == (None, None, [], {"a": "deep"})
+    assert not chosen.valid
+    assert chosen.reason == "no arm has a comparable estimate"
+    assert math.isnan(chosen.value)
+    assert math.isnan(chosen.standard_error)
 
 
 def test_the_error_of_a_difference_is_what_the_two_do_not_share() -> None:

@@ -149,13 +149,13 @@ def test_valid_estimates_are_near_the_true_risk(name: str) -> None:
         assert sum(closed) > 0.4 * sum(gap)  # not the training loss with another name
 
 
-def pulled(loss: Loss, without: Tensor, y: Tensor, gain: float, tilt: Tensor) -> Tensor:
-    """Outputs of least ``loss - tilt·u + |u - without|²/2A``, by bisection on a convex loss."""
+def pulled(loss: Loss, without: Tensor, y: Tensor, gain: float, push: Tensor) -> Tensor:
+    """Outputs of least ``loss - push·u + |u - without|²/2A``, by bisection on a convex loss."""
     low, high = without - 1e3, without + 1e3
     for _ in range(200):
         u = ((low + high) / 2).requires_grad_()
         (g,) = torch.autograd.grad(loss(u, y).sum(), u)
-        up = g - tilt + (u.detach() - without) / gain < 0
+        up = g - push + (u.detach() - without) / gain < 0
         low, high = torch.where(up, u.detach(), low), torch.where(up, high, u.detach())
     return (low + high) / 2
 
@@ -169,17 +169,17 @@ def test_the_gain_is_exact_whatever_the_curvature(width: float) -> None:
 
     n, gain = 400, 0.5
     without, y = randn(n, 1), randn(n, 1, seed=1)
-    tilt = 0.3 * (2.0 * torch.randint(2, (n, 1), generator=torch.Generator().manual_seed(2)) - 1)
+    push = 0.3 * (2.0 * torch.randint(2, (n, 1), generator=torch.Generator().manual_seed(2)) - 1)
     u = pulled(loss, without, y, gain, torch.zeros(n, 1))
-    twin = TwinOutputs(pulled(loss, without, y, gain, tilt.double()), tilt.double())
+    twin = TwinOutputs(pulled(loss, without, y, gain, push.double()), push.double())
     found = estimate_risk(loss, u, y, [twin])
-    rtol = 1e-6 if width < 1 else 0.01  # by gradients exactly, by curvature up to the tilt's size
+    rtol = 1e-6 if width < 1 else 0.01  # by gradients exactly, by curvature up to the push's size
     torch.testing.assert_close(found.outputs, without, rtol=rtol, atol=rtol)
     assert found.value == pytest.approx(float(loss(without, y).mean()), rel=rtol)
     if width == 1e-3:
         fitted = float(((without - y).abs() < gain).double().mean())
-        assert found.freedom == pytest.approx(fitted, abs=0.06)
-        assert found.response == pytest.approx(gain * (1 - found.freedom), rel=1e-6)
+        assert found.dof == pytest.approx(fitted, abs=0.06)
+        assert found.response == pytest.approx(gain * (1 - found.dof), rel=1e-6)
 
 
 def test_both_ways_agree_for_squared_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +192,8 @@ def test_both_ways_agree_for_squared_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("poprisk.risk.local_losses.BENT", -1.0)
     plain = estimate_risk(squared, u, y, [twin])
     assert plain.value == pytest.approx(curved.value, rel=1e-12)
-    assert plain.freedom == pytest.approx(curved.freedom, rel=1e-12)
-    assert plain.freedom_error == pytest.approx(curved.freedom_error, rel=1e-12)
+    assert plain.dof == pytest.approx(curved.dof, rel=1e-12)
+    assert plain.dof_error == pytest.approx(curved.dof_error, rel=1e-12)
     # The same error of the gain, up to its curvature over one standard error.
     mine, other = (float(e.influence.norm()) for e in (plain, curved))
     assert mine == pytest.approx(other, rel=0.05)
@@ -208,8 +208,8 @@ def test_a_part_without_curvature_has_a_gain_of_its_own() -> None:
     loss: Loss = lambda u, y: (u - y).abs().sum(1)  # noqa: E731
     z = 2.0 * torch.randint(2, (n, 1), generator=torch.Generator().manual_seed(0)).double() - 1
 
-    def out(tilt: Tensor) -> Tensor:
-        r = without + gains * tilt - y
+    def out(push: Tensor) -> Tensor:
+        r = without + gains * push - y
         return y + r.sign() * (r.abs() - gains).clamp_min(0)
 
     u, twin = out(torch.zeros_like(z)), TwinOutputs(out(0.3 * z), 0.3 * z)

@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed
 
-from risk_ranks import WORLD
+from processes import Call, at_once
+from risk_ranks import WORLD, main
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
 ]
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(HERE.parent / "src"), str(HERE), *sys.path]
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "risk_ranks.py"), str(rank), str(folder)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * WORLD, errors
+    for process in at_once(*(Call(main, (rank, folder)) for rank in range(WORLD))):
+        assert process.code == 0, process.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

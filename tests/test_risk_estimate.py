@@ -15,7 +15,7 @@ from poprisk.risk.estimate import (
     TwinOutputs,
     estimate_risk,
     grouped_error,
-    measure_freedom,
+    measure_dof,
     measure_parts,
 )
 from poprisk.risk.local_losses import local_loss_of
@@ -43,7 +43,7 @@ def signs(n: int, seed: int) -> Tensor:
 
 
 def twin_of(h: Tensor, y: Tensor, z: Tensor, delta: float = 0.3) -> TwinOutputs:
-    """The run on labels y + δz; in squared error, whose curvature is 2, a tilt of 2δz."""
+    """The run on labels y + δz; in squared error, whose curvature is 2, a push of 2δz."""
     return TwinOutputs(h @ (y + delta * z), 2 * delta * z)
 
 
@@ -52,9 +52,9 @@ def test_h_is_the_trace_in_expectation_over_all_signs() -> None:
     h, y = smoother(n), randn(n, 1, seed=1)
     link = local_loss_of(squared, h @ y, y)
     every = [torch.tensor(z).double().unsqueeze(1) for z in itertools.product((-1, 1), repeat=n)]
-    found = [measure_freedom(link, h @ y, [twin_of(h, y, z)]) for z in every]
+    found = [measure_dof(link, h @ y, [twin_of(h, y, z)]) for z in every]
     expected = float(h.trace()) / n
-    values = torch.tensor([f.value for f in found], dtype=torch.float64)
+    values = torch.tensor([f.dof for f in found], dtype=torch.float64)
     assert float(values.mean()) == pytest.approx(expected, rel=1e-9)
     assert sum(f.response for f in found) / len(found) == pytest.approx(expected, rel=1e-9)
     assert float(values.std(correction=0)) == pytest.approx(reference.response_error(h), rel=1e-9)
@@ -64,8 +64,8 @@ def test_the_error_of_h_is_its_spread_over_signs() -> None:
     n = 200
     h, y = smoother(n, 0.3), randn(n, 1, seed=1)
     link = local_loss_of(squared, h @ y, y)
-    found = [measure_freedom(link, h @ y, [twin_of(h, y, signs(n, s))]) for s in range(50)]
-    mean_error = sum(f.error for f in found) / len(found)
+    found = [measure_dof(link, h @ y, [twin_of(h, y, signs(n, s))]) for s in range(50)]
+    mean_error = sum(f.dof_error for f in found) / len(found)
     assert mean_error == pytest.approx(reference.response_error(h), rel=0.05)
 
 
@@ -79,7 +79,7 @@ def test_the_ridge_path_gives_generalized_cross_validation(decay: float) -> None
     scaled = h * (exact / along)  # the probe's noise in the trace, taken out
     twin = TwinOutputs(h @ y + 0.3 * scaled @ z, 0.6 * z)
     found = estimate_risk(squared, h @ y, y, [twin])
-    assert found.freedom == pytest.approx(exact, rel=1e-9)
+    assert found.dof == pytest.approx(exact, rel=1e-9)
     assert found.value == pytest.approx(reference.generalized_cross_validation(h, y), rel=1e-8)
 
 
@@ -99,10 +99,10 @@ def test_probes_average_and_their_error_falls() -> None:
     h, y = smoother(n, 0.3), randn(n, 1, seed=1)
     link = local_loss_of(squared, h @ y, y)
     twins = [twin_of(h, y, signs(n, s)) for s in range(4)]
-    single = [measure_freedom(link, h @ y, [t]) for t in twins]
-    four = measure_freedom(link, h @ y, twins)
-    assert four.value == pytest.approx(sum(f.value for f in single) / 4)
-    assert four.error == pytest.approx(math.sqrt(sum(f.error**2 for f in single)) / 4)
+    single = [measure_dof(link, h @ y, [t]) for t in twins]
+    four = measure_dof(link, h @ y, twins)
+    assert four.dof == pytest.approx(sum(f.dof for f in single) / 4)
+    assert four.dof_error == pytest.approx(math.sqrt(sum(f.dof_error**2 for f in single)) / 4)
 
 
 def test_groups_of_equal_examples_raise_the_error() -> None:
@@ -123,7 +123,7 @@ def test_an_untouched_model_has_its_training_loss() -> None:
     u, y = randn(60, 4), torch.arange(60) % 4
     found = estimate_risk(cross_entropy, u, y, [TwinOutputs(u, torch.ones_like(u))])
     assert found.value == found.train_loss == pytest.approx(float(F.cross_entropy(u, y)))
-    assert found.freedom == found.response == 0
+    assert found.dof == found.response == 0
     assert found.accuracy == float((u.argmax(1) == y).double().mean())
 
 
@@ -139,9 +139,9 @@ def test_a_loss_that_holds_single_precision_is_taken_as_it_is() -> None:
     loss: Loss = lambda u, y: F.cross_entropy(u, y, weight=weight, reduction="none")  # noqa: E731
     u, y = randn(60, 4, dtype=torch.float32), torch.arange(60) % 4
     moved = u + 0.05 * randn(60, 4, seed=3, dtype=torch.float32)
-    tilt = randn(60, 4, seed=3)
-    found = estimate_risk(loss, u, y, [TwinOutputs(moved, tilt - tilt.mean(1, keepdim=True))])
-    plain = estimate_risk(cross_entropy, u, y, [TwinOutputs(moved, tilt - tilt.mean(1, True))])
+    push = randn(60, 4, seed=3)
+    found = estimate_risk(loss, u, y, [TwinOutputs(moved, push - push.mean(1, keepdim=True))])
+    plain = estimate_risk(cross_entropy, u, y, [TwinOutputs(moved, push - push.mean(1, True))])
     assert found.value == pytest.approx(plain.value, rel=1e-4)
 
 
@@ -169,16 +169,18 @@ def test_deep_interpolation_is_flagged(share: float, comparable: bool, reason: s
     assert reason in found.reason
 
 
-@pytest.mark.parametrize(("share", "valid"), [(0.34, True), (0.45, False)])
-def test_a_loss_below_zero_is_judged_by_its_spread(share: float, valid: bool) -> None:
+@pytest.mark.parametrize(
+    ("share", "valid", "below"), [(0.34, True, 7.0), (0.45, False, 7.0), (0.45, False, 0.5)]
+)
+def test_a_loss_below_zero_is_judged_by_its_spread(share: float, valid: bool, below: float) -> None:
     """Moved by a constant, losses have no zero; half a squared normal's spread stands for it."""
 
     def moved(u: Tensor, y: Tensor) -> Tensor:
-        return squared(u, y) - 7
+        return squared(u, y) - below
 
     u, y, twin = follower(200, share)
     plain, found = (estimate_risk(loss, u, y, [twin]) for loss in (squared, moved))
-    assert found.value == pytest.approx(plain.value - 7)
+    assert found.value == pytest.approx(plain.value - below)
     assert found.standard_error == pytest.approx(plain.standard_error)
     assert found.valid == valid
     if not valid:
@@ -222,7 +224,7 @@ def test_without_curvature_the_gain_is_the_response_of_outputs(share: float) -> 
     u, z, side = randn(n, 1), signs(n, 1), signs(n, 2)
     y = u + side * (1 + randn(n, 1, seed=3).abs())
     found = estimate_risk(absolute, u, y, [TwinOutputs(u + share * delta * z, delta * z)])
-    assert found.freedom == 0
+    assert found.dof == 0
     torch.testing.assert_close(found.outputs, u - max(share, 0.0) * side)
     assert found.value == pytest.approx(found.train_loss + max(share, 0.0))
 
@@ -259,9 +261,9 @@ def test_parts_have_their_own_response() -> None:
     y, parts = randn(n, 1), torch.arange(n) % 2
     h = torch.diag(shares[parts])
     found = estimate_risk(squared, h @ y, y, [twin_of(h, y, signs(n, 1))], parts=parts)
-    assert [p.value for p in found.parts] == pytest.approx([0.1, 0.3])
+    assert [p.dof for p in found.parts] == pytest.approx([0.1, 0.3])
     torch.testing.assert_close(found.outputs, reference.exact_leave_one_out(h, y))
-    assert found.freedom == pytest.approx(0.2)
+    assert found.dof == pytest.approx(0.2)
     one = estimate_risk(squared, h @ y, y, [twin_of(h, y, signs(n, 1))])
     assert not torch.allclose(one.outputs, found.outputs)
 
@@ -272,7 +274,7 @@ def test_parts_that_differ_by_their_noise_share_one_response() -> None:
     one = estimate_risk(squared, h @ y, y, [twin_of(h, y, z)])
     for parts in (torch.zeros(n).long(), torch.arange(n) % 5):
         found = estimate_risk(squared, h @ y, y, [twin_of(h, y, z)], parts=parts)
-        assert {p.value for p in found.parts} == {one.freedom}
+        assert {p.dof for p in found.parts} == {one.dof}
         assert found.value == pytest.approx(one.value, rel=1e-12)
         assert found.standard_error == pytest.approx(one.standard_error, rel=1e-9)
 
@@ -285,20 +287,20 @@ def test_parts_are_drawn_together_by_what_is_not_noise() -> None:
     twins = [TwinOutputs(u + 0.3 * (follows + 0.4 * randn(n, 1, seed=4)), 0.6 * z)]
     rows = [(parts == k).nonzero().squeeze(1) for k in range(2)]
     own = [
-        measure_freedom(
+        measure_dof(
             local_loss_of(squared, u[r], y[r]), u[r], [TwinOutputs(*(t[r] for t in twins[0]))]
         )
         for r in rows
     ]
-    whole = measure_freedom(link, u, twins)
+    whole = measure_dof(link, u, twins)
     found = measure_parts(squared, u, y, twins, parts, whole=whole)
-    between = sum((o.value - whole.value) ** 2 - o.error**2 for o in own) / 2
+    between = sum((o.dof - whole.dof) ** 2 - o.dof_error**2 for o in own) / 2
     for o, part in zip(own, found, strict=True):
-        w = between / (between + o.error**2)
+        w = between / (between + o.dof_error**2)
         assert 0 < w < 0.99
-        assert part.freedom.value == pytest.approx(whole.value + w * (o.value - whole.value))
-        error = math.hypot(w * o.error, (1 - w) * whole.error)
-        assert part.freedom.error == pytest.approx(error)
+        assert part.dof.dof == pytest.approx(whole.dof + w * (o.dof - whole.dof))
+        error = math.hypot(w * o.dof_error, (1 - w) * whole.dof_error)
+        assert part.dof.dof_error == pytest.approx(error)
 
 
 def test_a_chaotic_twin_is_flagged() -> None:

@@ -133,8 +133,8 @@ def test_curvature_is_the_second_derivative(case: tuple[Loss, Tensor, LocalLoss,
 @pytest.mark.parametrize("gain", [0.01, 1.0, 30.0])
 def test_freedom_is_the_trace(case: tuple[Loss, Tensor, LocalLoss, int], gain: float) -> None:
     loss, y, link, dimensions = case
-    expected = reference.freedom(loss, randn(N, C), y, gain, dimensions)
-    assert link.freedom(gain) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+    expected = reference.dof(loss, randn(N, C), y, gain, dimensions)
+    assert link.dof(gain) == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
 @pytest.mark.parametrize("gain", [0.01, 1.0, 30.0])
@@ -142,9 +142,9 @@ def test_leave_one_out_inverts_the_freedom(
     case: tuple[Loss, Tensor, LocalLoss, int], gain: float
 ) -> None:
     loss, y, link, _ = case
-    if link.freedom(gain) == 0:
-        pytest.skip("no curvature: every gain has the same freedom")
-    found = link.leave_one_out(randn(N, C), link.freedom(gain))
+    if link.dof(gain) == 0:
+        pytest.skip("no curvature: every gain has the same dof")
+    found = link.leave_one_out(randn(N, C), link.dof(gain))
     expected = reference.leave_one_out(loss, randn(N, C), y, gain)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -155,25 +155,25 @@ def test_a_gain_is_found_in_few_looks_at_the_freedom(
 ) -> None:
     """Each costs a pass over all examples; halving alone would take a hundred."""
     link, looks = case[2], list[float]()
-    freedom = link.freedom
-    if freedom(gain) == 0:
-        pytest.skip("no curvature: every gain has the same freedom")
+    dof = link.dof
+    if dof(gain) == 0:
+        pytest.skip("no curvature: every gain has the same dof")
 
     def looked_at(gain: float) -> float:
         looks.append(gain)
-        return freedom(gain)
+        return dof(gain)
 
-    monkeypatch.setattr(link, "freedom", looked_at)
-    assert link.gain(freedom(gain)) == pytest.approx(gain, rel=1e-7)
+    monkeypatch.setattr(link, "dof", looked_at)
+    assert link.gain(dof(gain)) == pytest.approx(gain, rel=1e-7)
     assert len(looks) < 30
 
 
 def test_gains_end_where_no_output_follows_or_all_do() -> None:
     link = local_loss_of(squared, randn(N, C), numbers())
     assert link.gain(math.nextafter(0.0, 1.0)) == SMALLEST_GAIN
-    assert link.gain(0.5 * link.freedom(SMALLEST_GAIN)) == SMALLEST_GAIN
+    assert link.gain(0.5 * link.dof(SMALLEST_GAIN)) == SMALLEST_GAIN
     assert link.gain(1.0) == link.gain(2.0) == LARGEST_GAIN
-    assert link.gain(link.freedom(0.5 * LARGEST_GAIN)) < LARGEST_GAIN
+    assert link.gain(link.dof(0.5 * LARGEST_GAIN)) < LARGEST_GAIN
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "binary cross-entropy", "squared error"])
@@ -191,15 +191,15 @@ def test_an_example_pulled_back_quadratically_is_left_out_exactly(name: str) -> 
 
     descent.step(pulled)
     link = local_loss_of(loss, u.detach(), y)
-    found = link.leave_one_out(u.detach(), link.freedom(gain))
+    found = link.leave_one_out(u.detach(), link.dof(gain))
     torch.testing.assert_close(found, without, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("freedom", [0.1, 0.5, 0.9])
-def test_squared_error_divides_residuals_by_one_minus_h(freedom: float) -> None:
+@pytest.mark.parametrize("dof", [0.1, 0.5, 0.9])
+def test_squared_error_divides_residuals_by_one_minus_h(dof: float) -> None:
     u, y = randn(N, C), numbers()
-    found = local_loss_of(squared, u, y).leave_one_out(u, freedom)
-    torch.testing.assert_close(y - found, (y - u) / (1 - freedom))
+    found = local_loss_of(squared, u, y).leave_one_out(u, dof)
+    torch.testing.assert_close(y - found, (y - u) / (1 - dof))
 
 
 def test_nothing_is_left_out_where_nothing_follows() -> None:
@@ -215,7 +215,7 @@ def test_negative_curvature_counts_as_none() -> None:
     link = local_loss_of(gaussian, u, y)
     assert isinstance(link, Coupled)
     assert float(link.values.min()) == 0
-    assert 0 < link.freedom(1.0) < 1
+    assert 0 < link.dof(1.0) < 1
 
 
 def test_one_output_without_its_own_dimension() -> None:

@@ -108,7 +108,7 @@ def test_an_example_without_a_label_counts_neither_way(kind: str) -> None:
     groups = torch.arange(N) // 2
     found = twin.estimate(x, y, groups=groups)
     alone = twin.estimate(x[labelled], y[labelled], index=labelled, groups=groups[labelled])
-    for name in ("value", "standard_error", "train_loss", "response", "freedom", "freedom_error"):
+    for name in ("value", "standard_error", "train_loss", "response", "dof", "dof_error"):
         assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-6), name
     assert found.accuracy == alone.accuracy
     assert (found.valid, found.reason) == (alone.valid, alone.reason)
@@ -184,13 +184,13 @@ def test_a_step_is_told_of_what_has_a_loss() -> None:
     def loss(u: Tensor, y: Tensor) -> Tensor:
         return torch.where(y.isnan(), 0.0, (u - y.nan_to_num()).square()).mean(1)
 
-    full = fresh_batch_risk(model, loss, x, y, opt, fresh=True, groups=8)
+    full = fresh_batch_risk(model, loss, x, y, opt, fresh=True, splits=8)
     doubled = torch.stack([y, y * math.nan], 1).reshape(32, 1)
     half = fresh_batch_risk(model, loss, x.repeat_interleave(2, 0), doubled, opt, fresh=True)
     assert half.level == pytest.approx(full.level)
     for name in ("value", "standard_error", "empirical", "noise"):
         assert getattr(half, name) == pytest.approx(getattr(full, name) / 2), name
-    assert half.modules[""].value == pytest.approx(half.value) if "" in half.modules else True
+    assert half.modules[""].risk == pytest.approx(half.value) if "" in half.modules else True
     with pytest.raises(ValueError, match="no example of the batch has a loss"):
         fresh_batch_risk(model, loss, x, y * math.nan, opt, fresh=True)
 
@@ -310,7 +310,7 @@ def test_log_probabilities_are_logits() -> None:
         estimates.append(twin.estimate(x[:N], y[:N]))
     inside, outside = estimates
     assert outside.value == pytest.approx(inside.value, rel=1e-3)
-    assert outside.freedom == pytest.approx(inside.freedom, rel=1e-3)
+    assert outside.dof == pytest.approx(inside.dof, rel=1e-3)
     assert outside.accuracy == inside.accuracy
     u = randn(6, 4).log_softmax(1)
     assert isinstance(local_loss_of(of_log_probabilities, u, torch.arange(6) % 4), Softmax)
@@ -470,7 +470,7 @@ def test_what_has_no_label_becomes_no_canary(gone: int) -> None:
     assert torch.equal(canaries.targets == gone, y == gone)
     outputs = randn(1000, K)
     bound = canaries.error_bound(outputs)
-    assert bound.cost == canaries.memorization(outputs).cost == 0.4
+    assert bound.sacrificed == canaries.memorization(outputs).sacrificed == 0.4
     labelled = Canaries(y[y != gone], fraction=0.4)
     assert bound == labelled.error_bound(outputs[y != gone])
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.results import Results, TrialResult
 from poprisk_lab.studies.record import FOLDER
 from poprisk_lab.studies.risk import STUDIES, canaries
 from poprisk_lab.studies.risk.__main__ import main
-from poprisk_lab.study import Done
 
 
 def recorded(name: str) -> dict[str, Any]:
@@ -31,11 +31,11 @@ def test_trials_have_names_of_their_own_and_settings_in_json(name: str) -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_quick_form_reports_what_is_on_record(name: str) -> None:
     study, record = STUDIES[name], recorded(name)
-    done = list[Done]()
+    done = list[TrialResult]()
     for trial in study.trials(True):
         found: Any = study.run(trial.settings, Workspace())
-        done.append(Done(trial.settings, found))
-    report = json.loads(json.dumps(study.report(done)))
+        done.append(TrialResult(trial.settings, found))
+    report = json.loads(json.dumps(study.report(Results(done))))
     assert report.keys() <= record.keys()
     assert {k: type(v) for k, v in report.items()} == {k: type(record[k]) for k in report}
     for key in ("problems", "cells"):
@@ -46,12 +46,14 @@ def test_the_quick_form_reports_what_is_on_record(name: str) -> None:
 def test_the_report_on_canaries_is_the_one_on_record() -> None:
     record = recorded("canaries")
     tracked = {seed: [r for r in record["runs"] if r["seed"] == seed] for seed in canaries.SEEDS}
-    done = [Done({"part": "tracking", "seed": s}, {"runs": rows}) for s, rows in tracked.items()]
+    done = [
+        TrialResult({"part": "tracking", "seed": s}, {"runs": rows}) for s, rows in tracked.items()
+    ]
     done += [
-        Done({"part": "cost", "seed": int(s)}, {"lost": lost})
+        TrialResult({"part": "cost", "seed": int(s)}, {"lost": lost})
         for s, lost in record["lost by seed"].items()
     ]
-    report = json.loads(json.dumps(canaries.report(done)))
+    report = json.loads(json.dumps(canaries.report(Results(done))))
     assert report.keys() == record.keys() - {"environment"}
     for key, value in report.items():
         expected = record[key] if key == "runs" else pytest.approx(record[key], rel=1e-4)

@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector
 
 from poprisk import Recorder, Run, TwinRisk, loo_risk
 from poprisk.forward_mode import prepare_forward_mode
-from poprisk.risk.estimate import TwinOutputs, measure_freedom
+from poprisk.risk.estimate import TwinOutputs, measure_dof
 from poprisk.risk.local_losses import local_loss_of
 from poprisk.risk.loo import _Path
 from reference import risk as reference
@@ -66,8 +66,8 @@ def trained(loss: Loss, delta: float) -> tuple[Run, TwinRisk]:
 def response(twin: TwinRisk, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, signs z, and the twin's displacement per unit of push."""
     u, _, (pushed,) = twin.outputs([(randn(N, 3), y, torch.arange(N))])
-    z = twin.probes[0].tilt(torch.arange(N), u.shape[1:], shift_invariant=y.ndim == 1)
-    size = float((pushed.tilt / z)[z != 0].mean())
+    z = twin.probes[0].perturbation(torch.arange(N), u.shape[1:], shift_invariant=y.ndim == 1)
+    size = float((pushed.perturbation / z)[z != 0].mean())
     return u, z, (pushed.outputs - u) / size
 
 
@@ -103,10 +103,10 @@ def test_degrees_of_freedom_tend_to_those_of_the_tangent(loss: Loss) -> None:
     y = TARGETS[loss]
     _, twin = trained(loss, 1e-4)
     u, z, _ = response(twin, y)
-    exact = measure_freedom(local_loss_of(loss, u, y), u, [TwinOutputs(u + naive(loss, z), z)])
+    exact = measure_dof(local_loss_of(loss, u, y), u, [TwinOutputs(u + naive(loss, z), z)])
     found = twin.estimate(randn(N, 3), y)
-    assert found.freedom == pytest.approx(exact.value, rel=1e-3)
-    assert found.freedom_error == pytest.approx(exact.error, rel=1e-3)
+    assert found.dof == pytest.approx(exact.dof, rel=1e-3)
+    assert found.dof_error == pytest.approx(exact.dof_error, rel=1e-3)
 
 
 @each_loss
@@ -116,4 +116,4 @@ def test_the_full_hessian_response_of_a_record_is_the_tangent(loss: Loss) -> Non
     nothing = torch.zeros(1, N, dtype=torch.bool)
     moved = _Path(run, "hessian").moved(nothing, z)[0]
     torch.testing.assert_close(moved, naive(loss, z), rtol=1e-9, atol=1e-12)
-    assert loo_risk(run, form="hessian", subset=2).freedom > 0
+    assert loo_risk(run, form="hessian", subset=2).dof > 0

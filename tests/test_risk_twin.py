@@ -134,7 +134,7 @@ def test_the_twin_learns_tilted_labels() -> None:
         slopes.append(torch.autograd.grad(run.loss(u, y[index]).sum(), u)[0])
     start, tilted = slopes
     scale = 0.5 * float((start - start.mean(0)).square().mean().sqrt())
-    z = twin.probes[0].tilt(index, torch.Size([3]), shift_invariant=True)
+    z = twin.probes[0].perturbation(index, torch.Size([3]), shift_invariant=True)
     torch.testing.assert_close(tilted, start - scale * z.float())
     torch.testing.assert_close(z.sum(1), torch.zeros(20, dtype=torch.float64))
     assert float(z.square().mean()) == pytest.approx(1, rel=0.35)
@@ -159,10 +159,10 @@ def test_h_of_a_linear_model_is_that_of_its_smoother(decay: float) -> None:
             run.optimizer.step()
     found = twin.estimate(x, y)
     h = reference.descent_smoother(x, lr=0.2, decay=decay, steps=30)
-    z = twin.probes[0].tilt(torch.arange(N), torch.Size([1]), shift_invariant=False)
+    z = twin.probes[0].perturbation(torch.arange(N), torch.Size([1]), shift_invariant=False)
     along = float((z.T @ h @ z).squeeze()) / N
-    assert found.freedom == pytest.approx(along, rel=1e-9)
-    assert found.freedom == pytest.approx(float(h.trace()) / N, abs=3 * reference.response_error(h))
+    assert found.dof == pytest.approx(along, rel=1e-9)
+    assert found.dof == pytest.approx(float(h.trace()) / N, abs=3 * reference.response_error(h))
     residual = y - h @ y
     assert found.value == pytest.approx(0.5 * float((residual / (1 - along)).square().mean()))
 
@@ -188,9 +188,9 @@ def test_the_unit_of_the_loss_does_not_matter(scale: float) -> None:
             run.loss(run.model(x), y).mean().backward()
             run.optimizer.step()
     found = twin.estimate(x, y)
-    assert found.response == pytest.approx(found.freedom)
-    assert 0.03 < found.freedom < 0.12  # five of sixty
-    assert found.value / scale == pytest.approx(found.train_loss / scale / (1 - found.freedom) ** 2)
+    assert found.response == pytest.approx(found.dof)
+    assert 0.03 < found.dof < 0.12  # five of sixty
+    assert found.value / scale == pytest.approx(found.train_loss / scale / (1 - found.dof) ** 2)
 
 
 def test_mixed_precision_and_a_scaler() -> None:
@@ -236,12 +236,12 @@ def test_estimates_leave_modes_and_randomness_alone() -> None:
     assert twin.estimate(x[:30], y[:30]).losses.shape == (30,)
 
 
-def test_the_cost_is_that_of_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_is_that_of_the_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     monkeypatch.setattr(poprisk.risk.twin, "time", SimpleNamespace(perf_counter=clock.__next__))
     twin = make_twin(probes=2)
     train(twin, 1)
-    assert twin.estimate(*data()).cost == 3
+    assert twin.estimate(*data()).cost == 2
 
 
 def test_a_model_whose_outputs_are_wrapped() -> None:
@@ -475,7 +475,7 @@ def test_a_response_per_class() -> None:
     found, one = twin.estimate(x, y, parts=y), twin.estimate(x, y)
     assert len(found.parts) == 2
     assert len(one.parts) == 1
-    assert found.freedom == one.freedom == one.parts[0].value
+    assert found.dof == one.dof == one.parts[0].dof
     batches = [(x[i], y[i], i) for i in torch.arange(N).split(25)]
     assert twin.estimate_batches(batches, parts=y).value == pytest.approx(found.value, rel=1e-6)
 

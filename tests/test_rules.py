@@ -81,5 +81,7 @@ def test_the_decay_of_adam_is_coupled_unless_its_group_says_otherwise(said: bool
     group = {k: v for k, v in optimizer.param_groups[0].items() if k != "decoupled_weight_decay"}
     if said is not None:
         group["decoupled_weight_decay"] = said
-    facts = StepContext(group, optimizer.state[w], False, w, w, w, w)
-    assert (adam(facts).coupled, adam(facts).decay) == ((0.0, 0.1 * 0.2) if said else (0.2, 0.0))
+    context = StepContext(group, optimizer.state[w], False, w, w, w, w)
+    assert (adam(context).coupled, adam(context).decay) == (
+        (0.0, 0.1 * 0.2) if said else (0.2, 0.0)
+    )

@@ -15,7 +15,7 @@ from poprisk_lab.arms import Arm
 from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.compare import compare, run_directory
 from poprisk_lab.comparison import Comparison
-from poprisk_lab.fit import Row, Run
+from poprisk_lab.fit import ArmRun, Row
 from poprisk_lab.page import render
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.selection import NOTHING, twin_report
@@ -28,14 +28,14 @@ STOPPED = Arm(
 )
 
 
-def rows_of(run: Run) -> list[Row]:
+def rows_of(run: ArmRun) -> list[Row]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in run.rows()]
 
 
 @pytest.mark.parametrize("arm", [OURS, ADAMW, STOPPED], ids=lambda arm: arm.name)
 def test_a_twin_changes_nothing_about_the_training(arm: Arm) -> None:
-    plain = Run(task=tiny.tiny(), arm=arm, seed=0)
-    watched = Run(task=tiny.tiny(), arm=arm, seed=0, with_twin=True)
+    plain = ArmRun(task=tiny.tiny(), arm=arm, seed=0)
+    watched = ArmRun(task=tiny.tiny(), arm=arm, seed=0, with_twin=True)
     expected, found = rows_of(plain), rows_of(watched)
     assert_bitwise(watched.model.state_dict(), plain.model.state_dict())
     for row, other in zip(expected, found, strict=True):
@@ -48,9 +48,9 @@ def test_a_twin_changes_nothing_about_the_training(arm: Arm) -> None:
 
 @pytest.mark.parametrize("arm", [OURS, ADAMW], ids=lambda arm: arm.name)
 def test_resumed_estimates_are_the_same(arm: Arm, tmp_path: Path) -> None:
-    through = rows_of(Run(task=tiny.tiny(epochs=6), arm=arm, seed=0, with_twin=True))
+    through = rows_of(ArmRun(task=tiny.tiny(epochs=6), arm=arm, seed=0, with_twin=True))
     path = tmp_path / "run.safetensors"
-    run = partial(Run, tiny.tiny(epochs=6), arm, 0, with_twin=True)
+    run = partial(ArmRun, tiny.tiny(epochs=6), arm, 0, with_twin=True)
     first = run(workspace=Workspace(path))
     first.workspace._saved_at = -math.inf
     stopped = first.rows()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import RiskMonitor
-from poprisk.monitor.signal import Counts, Signal, sums_of
+from poprisk.monitor.signal import Counts, GradientSignal, sums_of
 from poprisk.monitor.statistics import Statistics
 
 B, DRAWS = 32, 150
@@ -81,13 +81,13 @@ def gradients(share: float, dims: int, g: torch.Generator) -> Tensor:
     return mean + noise * (0.5 + torch.rand(B, 1, generator=g, dtype=torch.float64))
 
 
-def signal_of(rows: Tensor, parts: int = 1) -> Signal:
+def signal_of(rows: Tensor, parts: int = 1) -> GradientSignal:
     sums, counts = torch.zeros(5, dtype=torch.float64), Counts()
     for part in rows.chunk(parts):
         sums += sums_of(part @ part.T)
         counts = counts.plus(Counts.of(len(part)))
     total = rows.sum(0)
-    return Signal.of(float(total.dot(total)), sums.tolist(), counts)
+    return GradientSignal.of(float(total.dot(total)), sums.tolist(), counts)
 
 
 @pytest.mark.parametrize("parts", [1, 4])

@@ -19,7 +19,7 @@ import tiny
 from poprisk import Metric, Task
 from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.checkpoint import CHECKPOINT_SECONDS, Workspace, load_checkpoint
-from poprisk_lab.fit import PATIENCE, Row, Run
+from poprisk_lab.fit import PATIENCE, ArmRun, Row
 
 ARMS = {arm.name: arm for arm in default_arms(full=True)}
 ADAMW = ARMS["adamw-lr0.003-wd0.1"]
@@ -37,12 +37,12 @@ def same(a: Any, b: Any) -> bool:
     return json.dumps(a) == json.dumps(b)
 
 
-def weights(run: Run) -> Tensor:
+def weights(run: ArmRun) -> Tensor:
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
-def finished(task: Task, arm: Arm, seed: int = 0, **settings: Any) -> tuple[Run, list[Row]]:
-    run = Run(task, arm, seed, **settings)
+def finished(task: Task, arm: Arm, seed: int = 0, **settings: Any) -> tuple[ArmRun, list[Row]]:
+    run = ArmRun(task, arm, seed, **settings)
     return run, without_time(list(run.rows()))
 
 
@@ -115,9 +115,9 @@ def test_all_arms_of_a_seed_see_the_examples_in_one_order(kind: str) -> None:
 
 
 def test_all_arms_of_a_seed_start_from_one_set_of_weights() -> None:
-    starts = [weights(Run(tiny.tiny(), ARMS[k], 2, trace=[])) for k in KINDS]
+    starts = [weights(ArmRun(tiny.tiny(), ARMS[k], 2, trace=[])) for k in KINDS]
     assert all(torch.equal(w, starts[0]) for w in starts)
-    assert not torch.equal(weights(Run(tiny.tiny(), ADAMW, 3)), starts[0])
+    assert not torch.equal(weights(ArmRun(tiny.tiny(), ADAMW, 3)), starts[0])
 
 
 def test_the_trace_changes_nothing_for_the_run_it_is_of() -> None:
@@ -151,16 +151,16 @@ def test_the_held_out_fifth_is_never_trained_on() -> None:
 
 def test_other_arms_train_on_everything() -> None:
     for name in ("poprisk", ADAMW.name):
-        assert len(Run(tiny.tiny(), ARMS[name], 0).data[0]) == 40
+        assert len(ArmRun(tiny.tiny(), ARMS[name], 0).data[0]) == 40
 
 
 def test_the_held_out_fifth_is_one_for_all_learning_rates_and_another_for_each_seed() -> None:
     task = tiny.regression()
     stopped = [arm for arm in ARMS.values() if arm.held_out]
     assert len(stopped) == 30
-    parts = [Run(task, arm, 0).held_out[1] for arm in stopped]
+    parts = [ArmRun(task, arm, 0).held_out[1] for arm in stopped]
     assert all(torch.equal(y, parts[0]) for y in parts)
-    assert not torch.equal(Run(task, stopped[0], 1).held_out[1], parts[0])
+    assert not torch.equal(ArmRun(task, stopped[0], 1).held_out[1], parts[0])
 
 
 def scripted(
@@ -282,11 +282,11 @@ def test_only_a_gate_has_gate_statistics() -> None:
 def test_about_fifty_evaluations_a_run_the_last_at_the_end(
     monkeypatch: pytest.MonkeyPatch, epochs: int, evaluations: int
 ) -> None:
-    def advance(run: Run) -> None:
+    def advance(run: ArmRun) -> None:
         run.progress.epoch += 1
 
-    monkeypatch.setattr(Run, "_train_epoch", advance)
-    *rows, end = Run(tiny.tiny(epochs=epochs), ADAMW, 0).rows()
+    monkeypatch.setattr(ArmRun, "_train_epoch", advance)
+    *rows, end = ArmRun(tiny.tiny(epochs=epochs), ADAMW, 0).rows()
     assert len(rows) == evaluations
     assert rows[-1]["epoch"] == end["epoch"] == epochs
 
@@ -313,7 +313,7 @@ def test_a_run_killed_after_every_epoch_ends_as_if_it_had_not_been(
     run = whole
     rows: list[Row] = []
     for epoch in range(task.epochs):
-        run = Run(task, arm, 0, workspace=Workspace(tmp_path / "run.safetensors"), **settings)
+        run = ArmRun(task, arm, 0, workspace=Workspace(tmp_path / "run.safetensors"), **settings)
         assert run.resume() == (epoch > 0)
         assert run.progress.epoch == epoch
         going = run.rows()
@@ -330,7 +330,7 @@ def test_a_run_killed_after_every_epoch_ends_as_if_it_had_not_been(
 @pytest.mark.usefixtures("eager")
 def test_a_checkpoint_goes_when_its_run_has_ended(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
-    rows = Run(tiny.tiny(), ADAMW, 0, workspace=Workspace(path)).rows()
+    rows = ArmRun(tiny.tiny(), ADAMW, 0, workspace=Workspace(path)).rows()
     existed = [path.exists() for _ in rows]
     assert existed == [False, True, True, True, True]
     assert list(tmp_path.iterdir()) == []
@@ -341,7 +341,7 @@ def test_checkpoints_are_written_when_due(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(poprisk_lab.checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
     path = tmp_path / "run.safetensors"
     kept: list[int | None] = []
-    for _ in Run(tiny.tiny(epochs=8), ADAMW, 0, workspace=Workspace(path)).rows():
+    for _ in ArmRun(tiny.tiny(epochs=8), ADAMW, 0, workspace=Workspace(path)).rows():
         kept.append(load_checkpoint(path)["progress"]["epoch"] if path.exists() else None)
         now += 9.0
     assert CHECKPOINT_SECONDS == 20.0
@@ -352,7 +352,7 @@ def test_checkpoints_are_written_when_due(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_trace_is_not_kept_in_the_header_of_a_checkpoint(tmp_path: Path) -> None:
     """The JSON header of a file of tensors holds at most 100 MB."""
     workspace = Workspace(tmp_path / "run.safetensors")
-    run = Run(tiny.tiny(), ARMS["poprisk"], 0, record=True, workspace=workspace)
+    run = ArmRun(tiny.tiny(), ARMS["poprisk"], 0, record=True, workspace=workspace)
     going = run.rows()
     next(going)
     next(going)  # saves what the first left
@@ -362,9 +362,9 @@ def test_a_trace_is_not_kept_in_the_header_of_a_checkpoint(tmp_path: Path) -> No
 
 
 def test_without_a_checkpoint_a_run_starts_at_the_beginning(tmp_path: Path) -> None:
-    assert not Run(tiny.tiny(), ADAMW, 0).resume()
+    assert not ArmRun(tiny.tiny(), ADAMW, 0).resume()
     none = Workspace(tmp_path / "none.safetensors")
-    assert not Run(tiny.tiny(), ADAMW, 0, workspace=none).resume()
+    assert not ArmRun(tiny.tiny(), ADAMW, 0, workspace=none).resume()
 
 
 def test_the_global_random_state_of_the_caller_does_not_matter() -> None:

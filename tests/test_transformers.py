@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 transformers = pytest.importorskip("transformers")
 
 from poprisk import PopRiskAdamW, gated  # noqa: E402
-from poprisk.integrations.transformers import RiskCallback, poprisk_optimizer  # noqa: E402
+from poprisk.integrations.transformers import TrainerRiskCallback, poprisk_optimizer  # noqa: E402
 
 N = 40
 pytestmark = pytest.mark.slow
@@ -79,7 +80,7 @@ def test_the_trainer_trains_with_the_gate(tmp_path: Path) -> None:
 
 def test_the_monitor_pools_the_parts_of_a_step_and_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    callback = RiskCallback(cross_entropy, every=3, sinks=[path])
+    callback = TrainerRiskCallback(cross_entropy, every=3, sinks=[path])
     watched, alone = train(tmp_path, [callback]), train(tmp_path, [])
     for a, b in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -92,7 +93,7 @@ def test_the_monitor_pools_the_parts_of_a_step_and_changes_nothing(tmp_path: Pat
 
 
 def test_a_remainder_is_a_step_of_its_own(tmp_path: Path) -> None:
-    callback = RiskCallback(cross_entropy, every=1)
+    callback = TrainerRiskCallback(cross_entropy, every=1)
     more = {"per_device_train_batch_size": 8, "max_steps": 6}  # 5 batches: 2, 2 and 1 an epoch
     train(tmp_path, [callback], more=more)
     assert callback.monitor is not None
@@ -101,7 +102,7 @@ def test_a_remainder_is_a_step_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_loss_of_the_trainers_own_is_left_out(tmp_path: Path) -> None:
-    callback = RiskCallback(cross_entropy, every=1)
+    callback = TrainerRiskCallback(cross_entropy, every=1)
     with pytest.warns(RuntimeWarning, match="measures no loss and no signal"):
         train(tmp_path, [callback], more={"label_smoothing_factor": 0.1})
     assert callback.monitor is not None
@@ -112,7 +113,7 @@ def test_a_loss_of_the_trainers_own_is_left_out(tmp_path: Path) -> None:
 def test_bad_settings_are_refused_before_training(bad: dict[str, Any]) -> None:
     settings: dict[str, Any] = {"loss": cross_entropy, **bad}
     with pytest.raises((TypeError, ValueError)):
-        RiskCallback(**settings)
+        TrainerRiskCallback(**settings)
 
 
 @pytest.mark.parametrize("kind", ["PopRiskAdamW", "gated"])
@@ -146,3 +147,9 @@ def test_a_run_resumed_from_a_checkpoint_is_one_that_never_stopped(
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_callback_has_its_old_name_for_one_release() -> None:
+    module = importlib.import_module("poprisk.integrations.transformers")
+    with pytest.warns(DeprecationWarning, match=r"RiskCallback is .*\.TrainerRiskCallback now"):
+        assert module.RiskCallback is TrainerRiskCallback

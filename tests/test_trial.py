@@ -20,7 +20,7 @@ from poprisk import Metric, Task
 from poprisk.randomness import RandomState
 from poprisk.task.batches import batch_sizes, joins_last, split_batches
 from poprisk_lab.arms import default_arms
-from poprisk_lab.fit import Run
+from poprisk_lab.fit import ArmRun
 
 N, TEST, BATCH = 113, 40, 16
 CE = nn.CrossEntropyLoss(reduction="none")
@@ -534,7 +534,7 @@ def test_an_odd_task_is_trained_by_every_arm(name: str) -> None:
         if arm.name.startswith(("adamw", "stopped")) and "lr0.001-wd0.01" not in arm.name:
             continue
         tensors = len([*task.new_model().parameters()])
-        run = Run(task, arm, 0, trace=[[1e-3] * tensors] * 99 if arm.follows else None)
+        run = ArmRun(task, arm, 0, trace=[[1e-3] * tensors] * 99 if arm.follows else None)
         before = [p.detach().clone() for p in run.model.parameters()]
         *epochs, end = run.rows()
         assert len(epochs) == 2
@@ -547,7 +547,7 @@ def test_an_odd_task_is_trained_by_every_arm(name: str) -> None:
 
 def test_a_task_of_a_compiled_model_is_taken() -> None:
     task = classes(model=lambda: torch.compile(net(), backend="eager"))
-    *_, end = Run(task, ARMS[0], 0).rows()
+    *_, end = ArmRun(task, ARMS[0], 0).rows()
     assert end["final_metric"] >= 0
 
 
@@ -562,7 +562,7 @@ def test_making_a_task_leaves_no_trace() -> None:
 
 
 def test_an_evaluation_leaves_no_trace_in_a_model() -> None:
-    run = Run(ODD["state"](), ARMS[0], 0)
+    run = ArmRun(ODD["state"](), ARMS[0], 0)
     run._train_epoch()
     model = cast(Counting, run.model)
     state, calls = copy.deepcopy(model.state_dict()), list(model.calls)
@@ -613,7 +613,7 @@ def test_all_arms_and_the_twin_cut_an_epoch_alike() -> None:
     task = classes(model=Watched, epochs=1)
     for arm, times, n in ((ARMS[0], 1, 113), (ARMS[0], 2, 113), (STOPPED, 1, 91)):
         seen.clear()
-        [*Run(task, arm, 0, with_twin=times == 2).rows()]
+        [*ArmRun(task, arm, 0, with_twin=times == 2).rows()]
         whole = [16] * 6 + [17] if n == 113 else [16] * 5 + [11]
         assert seen == [size for size in whole for _ in range(times)]
 

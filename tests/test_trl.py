@@ -22,7 +22,7 @@ import transformers
 import trl
 
 from poprisk import PopRiskAdamW
-from poprisk.integrations.transformers import RiskCallback, poprisk_optimizer
+from poprisk.integrations.transformers import TrainerRiskCallback, poprisk_optimizer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "trl.md").read_text(encoding="utf-8")
 REWARDS, DIRECTLY = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
@@ -104,7 +104,7 @@ def test_a_monitor_without_labels_says_so(tmp_path: Path) -> None:
         trl.RewardConfig(**settings(tmp_path, 2)),
         train_dataset=preferences(),
         processing_class=tokenizer(),
-        callbacks=[RiskCallback(next_words)],
+        callbacks=[TrainerRiskCallback(next_words)],
     )
     with pytest.warns(RuntimeWarning, match="called without an input named 'labels'"):
         trainer.train()
@@ -165,7 +165,7 @@ def test_the_monitor_watches_supervised_fine_tuning(tmp_path: Path) -> None:
         train_dataset=datasets.Dataset.from_list(texts),
         processing_class=tokenizer(),
         optimizer_cls_and_kwargs=poprisk_optimizer(args, N),
-        callbacks=[RiskCallback(next_words, every=3, sinks=[path])],
+        callbacks=[TrainerRiskCallback(next_words, every=3, sinks=[path])],
     )
     trainer.train()
     gated(trainer)
@@ -179,7 +179,7 @@ def test_preferences_have_no_loss_of_words(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config())
     cls, chosen = poprisk_optimizer(args, N)
-    callback = RiskCallback(next_words, every=1)
+    callback = TrainerRiskCallback(next_words, every=1)
     trainer = trl.DPOTrainer(
         model,
         copy.deepcopy(model),

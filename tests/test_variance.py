@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -40,15 +41,15 @@ def estimate(opt: PopRiskAdamW, variance: str, *, paper: bool = False) -> tuple[
     (p,) = opt.param_groups[0]["params"]
     state = opt.state[p]
     t = int(state["step"])
-    clock = StepCounts(t, t - state["variance_start"], *opt.param_groups[0]["betas"])
+    counts = StepCounts(t, t - state["variance_start"], *opt.param_groups[0]["betas"])
     estimator = make_estimator(variance, rho=RHO, paper=paper)
     raw, scale = estimator.read(
         [state[key] for key in estimator.state_keys],
         [state["exp_avg"]],
         [state["exp_avg_sq"]],
-        clock,
+        counts,
     )
-    return scale * raw[0], estimator.inflation(clock)
+    return scale * raw[0], estimator.inflation(counts)
 
 
 @pytest.mark.parametrize("mode", ["auto", "paper"])
@@ -79,10 +80,10 @@ def test_an_estimator_that_starts_late_counts_from_there() -> None:
     """At step 8 with one observation, ŝ is the one squared deviation."""
     m, g = parameter(5).detach(), parameter(5, seed=1).detach()
     s = torch.zeros_like(m)
-    clock = StepCounts(t=8, observations=1, beta1=BETA1, beta2=BETA2)
+    counts = StepCounts(t=8, observations=1, beta1=BETA1, beta2=BETA2)
     ema = Ema(RHO)
-    ema.observe_([s], [g], [m], clock)
-    (raw,), scale = ema.read([s], [m], [m], clock)
+    ema.observe_([s], [g], [m], counts)
+    (raw,), scale = ema.read([s], [m], [m], counts)
     torch.testing.assert_close(scale * raw, (g - m / (1 - BETA1**7)).square())
 
 
@@ -91,10 +92,10 @@ def test_estimators_change_nothing_but_their_state(name: str) -> None:
     g, m, v = (parameter(5, seed=j).detach().square() for j in range(3))
     before = [x.clone() for x in (g, m, v)]
     estimator = make_estimator(name, rho=RHO, paper=False)
-    clock = StepCounts(t=4, observations=3, beta1=BETA1, beta2=BETA2)
+    counts = StepCounts(t=4, observations=3, beta1=BETA1, beta2=BETA2)
     variances = [torch.zeros_like(g) for _ in estimator.state_keys]
-    estimator.observe_(variances, [g], [m], clock)
-    estimator.read(variances, [m], [v], clock)
+    estimator.observe_(variances, [g], [m], counts)
+    estimator.read(variances, [m], [v], counts)
     assert_bitwise([g, m, v], before)
 
 
@@ -126,8 +127,14 @@ def test_inflation_counts_the_noise_of_the_average(
 ) -> None:
     """At β₁ = 1/3, the average keeps half of the noise of one batch."""
     first = 1 if estimator.observes(1) else 0
-    assert estimator.inflation(StepCounts(1, first, 1 / 3, BETA2)) == before
-    assert estimator.inflation(StepCounts(300, 300, 1 / 3, BETA2)) == pytest.approx(after)
+    for captured in (False, True):
+
+        def count(number: int, captured: bool = captured) -> Any:
+            return torch.tensor(float(number), dtype=torch.float64) if captured else number
+
+        counts = [StepCounts(count(t), count(k), 1 / 3, BETA2) for t, k in [(1, first), (300, 300)]]
+        assert float(estimator.inflation(counts[0])) == before
+        assert float(estimator.inflation(counts[1])) == pytest.approx(after)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from poprisk_lab.wording import (
     SMALLER_STEP,
     TOO_FEW,
     WRONG_WEIGHTS,
-    Field,
+    Rivals,
     Scale,
     compared,
     headline,
@@ -587,7 +587,7 @@ def test_a_scale_writes_its_metric() -> None:
 
 def test_a_headline_needs_ours_and_a_reference() -> None:
     nothing = "Not enough runs have finished for a verdict."
-    nobody = Field([], None, {}, "")
+    nobody = Rivals([], None, {}, "")
     assert headline(None, nobody, POINTS) == nothing
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from poprisk_lab.plots import Line, Picture, Plot, Table, points
 from poprisk_lab.studies.claim import (
     Claim,
-    Done,
-    Findings,
-    Found,
+    Metrics,
+    Plots,
+    Report,
+    Results,
     Trial,
     Workspace,
-    by_seed,
 )
 from poprisk_lab.studies.criteria import Criterion, Steps, point, speed_up
 
@@ -34,7 +33,7 @@ def trials(quick: bool, marker: str = "") -> list[Trial]:
     return [*found, Trial("peer", {"arm": "peer", "seed": 0}, ("no_such_package",))]
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Pretend; a marker file makes the trial that it names fail."""
     marker = Path(settings["marker"] or "none")
     if marker.exists() and marker.read_text() == f"{settings['arm']}-{settings['seed']}":
@@ -43,13 +42,10 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     return {"steps": base + settings["seed"], "limit": 1000}
 
 
-def judge(done: Sequence[Done]) -> Findings:
+def judge(results: Results) -> Report:
     """Five times faster."""
-    slow, fast = (
-        Steps(by_seed(done, "steps", arm=arm), by_seed(done, "limit", arm=arm))
-        for arm in ("slow", "fast")
-    )
-    return Findings(
+    slow, fast = (Steps.of(results.where(arm=arm), key="steps") for arm in ("slow", "fast"))
+    return Report(
         [
             Criterion("times fewer steps", speed_up(slow, fast), threshold=1.0, claimed=4.9),
             Criterion("share of <runs> that end", point(1.0), 0.9, percent=True, primary=False),
@@ -59,7 +55,7 @@ def judge(done: Sequence[Done]) -> Findings:
     )
 
 
-def show(done: Sequence[Done]) -> list[Plot | Picture]:
+def show(results: Results) -> Plots:
     """A line with a band, and a picture."""
     line = Line("steps", [0, 1], [1.0, float("nan")], "poprisk", low=[0.5, 0.5], high=[2.0, 2.0])
     dots = points("dots", [1, 10], [1.0, 2.0], "adamw")

@@ -130,7 +130,7 @@ plt.show()
 # ------------
 # As many more runs of training as there are twins (`probes`); one is the default.
 
-print(f"cost: {estimates[-1].cost:.1f} trainings")
+print(f"cost: {estimates[-1].cost:.1f} trainings beside the model's own")
 
 # %%
 # The estimate is of *expected* risk, on patients whose targets are as noisy. It does not replace a test set. How far off

@@ -15,6 +15,7 @@ from poprisk.optim.variance import grad_mean_var
 from poprisk.optim.wrapper import GatedOptimizer, gated
 from poprisk.path import NotAnalysable, Recorder, Run, record, trace_cells
 from poprisk.path.operators import PathOperators, path_operators
+from poprisk.protocols import Estimated, ProgressCallback
 from poprisk.risk import (
     AdaptationGap,
     Canaries,
@@ -39,6 +40,7 @@ __all__ = [
     "AuditResult",
     "Auditor",
     "Canaries",
+    "Estimated",
     "FreshBatchRisk",
     "GateStats",
     "GatedOptimizer",
@@ -48,6 +50,7 @@ __all__ = [
     "NotAnalysable",
     "PathOperators",
     "PopRiskAdamW",
+    "ProgressCallback",
     "Recorder",
     "RiskEstimate",
     "RiskMonitor",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from poprisk._renamed import warn_renamed
 
 MOVED = {
     "optimizer": "poprisk.optim.adamw",
@@ -51,7 +52,7 @@ class Moved(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__.partition(".")[2]]
-        warnings.warn(f"{module.__name__} is {new} now", DeprecationWarning, stacklevel=2)
+        warn_renamed(module.__name__, new)
         sys.modules[module.__name__] = importlib.import_module(new)
 
 

@@ -58,7 +58,7 @@ def locals_of(tensors: list[Tensor]) -> list[Tensor]:
     return [local(t) for t in tensors] if any(map(is_sharded, tensors)) else tensors
 
 
-def gradient_of(p: Tensor, layout: Layout | None) -> Tensor:
+def gradient_of(p: Tensor, layout: ShardLayout | None) -> Tensor:
     """The gradient of a parameter in the parameter's own layout."""
     grad: Any = p.grad
     if layout is None or layout_of(grad) == layout:
@@ -66,7 +66,7 @@ def gradient_of(p: Tensor, layout: Layout | None) -> Tensor:
     return grad.redistribute(layout.mesh, layout.placements)
 
 
-class Layout(NamedTuple):
+class ShardLayout(NamedTuple):
     """How tensors of one kind are spread: a device mesh and a placement per dimension of it."""
 
     mesh: Any
@@ -78,14 +78,14 @@ class Layout(NamedTuple):
         return [self.mesh.get_group(i) for i in sharded]
 
 
-def layout_of(t: Tensor) -> Layout | None:
+def layout_of(t: Tensor) -> ShardLayout | None:
     """The layout of a DTensor, None for any other tensor; equal layouts compare equal."""
     if not is_sharded(t):
         return None
-    return Layout(t.device_mesh, tuple(t.placements))  # pyrefly: ignore
+    return ShardLayout(t.device_mesh, tuple(t.placements))  # pyrefly: ignore
 
 
-def global_sums(sums: Tensor, layout: Layout | None) -> Tensor:
+def global_sums(sums: Tensor, layout: ShardLayout | None) -> Tensor:
     """Sums over whole tensors from the sums over this process's parts of them."""
     for group in layout.groups() if layout is not None else []:
         torch.distributed.all_reduce(sums, group=group)
@@ -98,7 +98,7 @@ class GlobalMeans(NamedTuple):
     One all-reduce per sharded dimension of the mesh.
     """
 
-    layout: Layout
+    layout: ShardLayout
 
     def __call__(self, sums: Tensor, counts: Sequence[int]) -> Tensor:
         sizes = torch.tensor([counts], dtype=sums.dtype, device=sums.device)

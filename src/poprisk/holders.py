@@ -114,8 +114,8 @@ def _inside(item: Any) -> Iterator[Any]:
     for name, value in _dict_of(item).items():
         if not (isinstance(item, nn.Module) and name in _OWN - {"_modules"}):
             yield value
-    for _, slot in _slots(item):
-        yield slot.__get__(item)
+    for _, place in _places(item):
+        yield place.__get__(item)
 
 
 def _holders_of(item: Any) -> Iterator[Holder]:
@@ -125,8 +125,8 @@ def _holders_of(item: Any) -> Iterator[Holder]:
         return
     if _dict_of(item) and not isinstance(item, (types.MethodType, functools.partial)):
         yield _Attributes(item)
-    if any(True for _ in _slots(item)):
-        yield _Slots(item)
+    if any(True for _ in _places(item)):
+        yield _Places(item)
     if isinstance(item, (list, dict, deque)) and type(item) not in _COPIED:
         yield _Contents(item)
 
@@ -136,15 +136,15 @@ def _dict_of(item: Any) -> dict[str, Any]:
     return found if type(found) is dict else {}
 
 
-def _slots(item: Any) -> Iterator[tuple[str, Any]]:
-    """Those slots of an object that hold something."""
+def _places(item: Any) -> Iterator[tuple[str, Any]]:
+    """The ``__slots__`` of an object that hold something."""
     if not _has_state(item):
         return
     for cls in type(item).__mro__:
-        for name, slot in cls.__dict__.items():
-            here = isinstance(slot, types.MemberDescriptorType) and name != "__dict__"
+        for name, place in cls.__dict__.items():
+            here = isinstance(place, types.MemberDescriptorType) and name != "__dict__"
             if here and hasattr(item, name):
-                yield name, slot
+                yield name, place
 
 
 @final
@@ -198,22 +198,22 @@ class _Attributes:
 
 
 @final
-class _Slots:
+class _Places:
     """An object with ``__slots__``."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
-        self.kept = [(slot, slot.__get__(owner)) for _, slot in _slots(owner)]
+        self.kept = [(place, place.__get__(owner)) for _, place in _places(owner)]
 
     def lend_copies(self, memo: dict[int, Any]) -> None:
-        for slot, value in self.kept:
-            slot.__set__(self.owner, copied(value, memo))
+        for place, value in self.kept:
+            place.__set__(self.owner, copied(value, memo))
 
     def restore(self) -> None:
-        for _, slot in _slots(self.owner):
-            slot.__delete__(self.owner)
-        for slot, value in self.kept:
-            slot.__set__(self.owner, value)
+        for _, place in _places(self.owner):
+            place.__delete__(self.owner)
+        for place, value in self.kept:
+            place.__set__(self.owner, value)
 
 
 @final

@@ -29,10 +29,10 @@ JACOBIAN_BYTES = 256 * 2**20
 
 Result = TypeVar("Result")
 
-Selection = Collection[str] | Callable[[str, nn.Parameter], bool] | None
+ParameterSelection = Collection[str] | Callable[[str, nn.Parameter], bool] | None
 
 
-def trainable(model: nn.Module, chosen: Selection = None) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module, chosen: ParameterSelection = None) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name, each once.
 
     Args:
@@ -157,7 +157,7 @@ class Jacobian:
         self.model, self.params, self.outputs = model, params, outputs
         buffers = dict(model.named_buffers())
         self.written = {name: buffers[name] for name in written}
-        self._slots = _slots(model, {**params, **self.written})
+        self._places = _places(model, {**params, **self.written})
 
     def __call__(self, x: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The outputs that count, (b, k)."""
@@ -185,7 +185,7 @@ class Jacobian:
         """
         # Copies, for torch.func lets no captured tensor be written to.
         tensors = {**weights, **{name: t.clone() for name, t in self.written.items()}}
-        held = {f"model.{slot}": tensors[name] for slot, name in self._slots.items()}
+        held = {f"model.{place}": tensors[name] for place, name in self._places.items()}
         with plain_kernels(self.model), uncompiled():
             found = torch.func.functional_call(
                 _Holder(self.model), held, (work,), tie_weights=False
@@ -295,7 +295,7 @@ def _tolerance(like: Tensor) -> float:
     return 1e-9 if like.dtype == torch.float64 else 1e-3
 
 
-def _slots(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Every attribute of a module that holds one of the tensors, once, to the tensor's name.
 
     ``functional_call`` leaves other weights behind in modules that it meets under several names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,17 +13,30 @@ from poprisk.printing import short_repr
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error.
+    """A number and its standard error (:class:`poprisk.Estimated`).
 
     Attributes:
         value: the estimate.
         standard_error: of the value; 0 if it is exact.
+        valid: whether both are finite.
+        reason: why not.
+        cost: in trainings; NaN where no training is known.
     """
 
     value: float
     standard_error: float
+    valid: bool
+    reason: str
+    cost: float
 
     __repr__ = short_repr
+
+    @classmethod
+    def of(cls, value: float, standard_error: float, cost: float = math.nan) -> Estimate:
+        """One that is valid if both numbers are finite."""
+        reason = "" if math.isfinite(standard_error) else "nothing tells the standard error"
+        reason = reason if math.isfinite(value) else "the value is not finite"
+        return cls(value, standard_error, not reason, reason, cost)
 
 
 class Eigenpairs(NamedTuple):
@@ -103,4 +117,4 @@ def trace_estimate(product: Callable[[Tensor], Tensor], probes: Tensor) -> Estim
     """
     samples = (probes * product(probes)).sum(dim=0).double()
     spread = samples.std() / len(samples) ** 0.5
-    return Estimate(float(samples.mean()), float(spread))
+    return Estimate.of(float(samples.mean()), float(spread))

@@ -6,16 +6,13 @@ by whoever sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from poprisk._renamed import renamed_names
 from poprisk._validate import check_choice, check_losses
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""From outputs (b, ...) and targets (b, ...) to one value per example, (b,)."""
+from poprisk.protocols import PerExampleLoss
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -39,14 +36,14 @@ def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return values.flatten(1).sum(1) if values.ndim > 1 else values
 
 
-LOSSES: dict[str, Loss] = {
+LOSSES: dict[str, PerExampleLoss] = {
     "squared_error": squared_error,
     "cross_entropy": cross_entropy,
     "binary_cross_entropy": binary_cross_entropy,
 }
 
 
-def resolve_loss(loss: str | Loss) -> Loss:
+def resolve_loss(loss: str | PerExampleLoss) -> PerExampleLoss:
     """The loss called by a name of :data:`LOSSES`, or the given function."""
     if callable(loss):
         return loss
@@ -54,7 +51,7 @@ def resolve_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
-def values(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
+def values(loss: PerExampleLoss, u: Tensor, y: Tensor) -> Tensor:
     """Losses per example, (b,).
 
     Raises:
@@ -63,14 +60,14 @@ def values(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
     return check_losses(loss(u, y), len(u))
 
 
-def gradient(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
+def gradient(loss: PerExampleLoss, u: Tensor, y: Tensor) -> Tensor:
     r""":math:`\partial \ell_i / \partial u_i`, shape of ``u``."""
     with torch.enable_grad():
         u = u.detach().requires_grad_()
         return _grad(values(loss, u, y).sum(), u)
 
 
-def hessian(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
+def hessian(loss: PerExampleLoss, u: Tensor, y: Tensor) -> Tensor:
     r""":math:`\partial^2 \ell_i / \partial u_i^2` as (b, c, c), for outputs flattened to c."""
     with torch.enable_grad():
         u = u.detach().requires_grad_()
@@ -79,7 +76,7 @@ def hessian(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def hessian_product(loss: Loss, u: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
+def hessian_product(loss: PerExampleLoss, u: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
     """The Hessian of each example times ``vectors`` (b, c, r), same shape; nothing is formed."""
     with torch.enable_grad():
         u = u.detach().requires_grad_()
@@ -95,7 +92,7 @@ IGNORED = -100
 """The label that torch's losses ignore unless told otherwise."""
 
 
-def ignored_labels(loss: Loss, y: Tensor) -> Tensor:
+def ignored_labels(loss: PerExampleLoss, y: Tensor) -> Tensor:
     """Which of the labels of classes the loss leaves out, in the shape of ``y``."""
     return y == getattr(loss, "ignore_index", IGNORED)
 
@@ -108,3 +105,6 @@ def _grad(total: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
         total, u, create_graph=create_graph, retain_graph=True, materialize_grads=True
     )
     return grad
+
+
+__getattr__ = renamed_names(__name__, Loss="poprisk.protocols.PerExampleLoss")

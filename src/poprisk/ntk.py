@@ -1,6 +1,6 @@
 r"""The empirical tangent kernel (eNTK) of a finite network, exact, as a matrix or as an operator.
 
-.. math:: K = J_x\, M\, J_y^\top
+.. math:: K = J_1\, M\, J_2^\top
 
 with the Jacobians of the outputs for two sets of examples and a diagonal preconditioner M [LG].
 """
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from poprisk import _validate as checks
+from poprisk._renamed import renamed_arguments
 from poprisk.jacobian import (
     Inputs,
     Jacobian,
-    Selection,
+    ParameterSelection,
     as_inputs,
     chunks,
     close,
@@ -36,6 +37,7 @@ from poprisk.per_sample import Factors, capture, check_graph
 from poprisk.per_sample import checks as examples
 from poprisk.per_sample.plan import Plan, learn_plan
 from poprisk.printing import described
+from poprisk.randomness import generator_of
 
 __all__ = ["Eigenpairs", "Estimate", "Kernel", "entk"]
 
@@ -44,29 +46,30 @@ LEARNT_FROM = 4
 """Examples in the batches that show where the examples lie."""
 
 
+@renamed_arguments(x="x1", y="x2")
 def entk(
     model: nn.Module,
-    x: Any,
-    y: Any = None,
+    x1: Any,
+    x2: Any = None,
     *,
     outputs: str | Sequence[int] = "all",
-    params: Selection = None,
+    params: ParameterSelection = None,
     precondition: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
-    max_memory: int = MAX_MEMORY,
+    max_memory: float = MAX_MEMORY,
 ) -> Kernel:
-    r"""The empirical tangent kernel between the outputs for ``x`` and those for ``y``.
+    r"""The empirical tangent kernel between the outputs for ``x1`` and those for ``x2``.
 
-    .. math:: K_{(i,c),(j,d)} = \sum_p M_p\, \partial_p f_c(x_i)\, \partial_p f_d(y_j)
+    .. math:: K_{(i,c),(j,d)} = \sum_p M_p\, \partial_p f_c(x_{1i})\, \partial_p f_d(x_{2j})
 
     Nothing is computed yet but checks; see :class:`Kernel`. Source: [LG]; computed from factors
     (:mod:`poprisk.per_sample`), without the Jacobian.
 
     Args:
         model: any module whose output has the examples first; on any device, float32 or float64.
-        x: n examples: a tensor, a tuple for ``model(*x)``, a dict for ``model(**x)``, or a list
+        x1: n examples: a tensor, a tuple for ``model(*x)``, a dict for ``model(**x)``, or a list
             or loader of batches that gives the same in every pass.
-        y: m examples; None: the same as ``x`` (:math:`K_{SS}`). With queries as ``x`` and the
-            training set as ``y`` this is :math:`K_{QS}`.
+        x2: m examples; None: the same as ``x1`` (:math:`K_{SS}`). With queries as ``x1`` and the
+            training set as ``x2`` this is :math:`K_{QS}`.
         outputs: ``"all"``: a row for each example and output, c next to each other for each
             example, (n·c, m·c); positions of some outputs; ``"sum"``: the kernel of the summed
             outputs, (n, m); ``"trace"``: the sum of the kernels of each output, (n, m).
@@ -79,7 +82,7 @@ def entk(
         TypeError, ValueError: for wrong shapes, an empty batch, no trainable parameter, mixed
             devices, dropout or batch statistics, outputs or data that change between passes,
             outputs that are NaN, examples that cannot be passed alone (the nodes of a graph), a
-            budget too small for one example, or gradients that the graph does not show: sharded
+            max_memory too small for one example, or gradients that the graph does not show: sharded
             parameters, hooks on parameters, reentrant checkpointing. Wrappers
             (DistributedDataParallel, torch.compile) are looked through.
 
@@ -89,7 +92,7 @@ def entk(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    checks.check_positive("max_memory", max_memory)
+    checks.check_number("max_memory", max_memory, low=0.0, include_low=False)
     if isinstance(outputs, str):
         checks.check_choice("outputs", outputs, ("all", "sum", "trace"))
     named = trainable(model, params)
@@ -98,7 +101,7 @@ def entk(
     weights = _weights(precondition, named)
     kept = None if outputs == "all" else outputs
     sides = []
-    for name, data in (("x", x), ("y", y)):
+    for name, data in (("x1", x1), ("x2", x2)):
         if data is not None:
             inputs = as_inputs(name, data)
             examples.check_one_device(pytree.tree_leaves(inputs), named)
@@ -107,19 +110,21 @@ def entk(
                 sides[-1].check()
     left, right = sides[0], sides[-1]
     examples.check_same_values(left.values, right.values)
-    return Kernel(left, right, weights=weights, trace=outputs == "trace", max_memory=max_memory)
+    return Kernel(
+        left, right, weights=weights, trace=outputs == "trace", max_memory=int(max_memory)
+    )
 
 
 @final
 class Kernel:
-    r"""The matrix :math:`K = J_x M J_y^\top` as an operator; made by :func:`entk`.
+    r"""The matrix :math:`K = J_1 M J_2^\top` as an operator; made by :func:`entk`.
 
     :meth:`dense` forms it; all else works without. Once formed it is kept, only one triangle of
     it if it is symmetric, and products use it. Weights must not change in between.
 
     Attributes:
         shape: rows and columns.
-        symmetric: whether ``x`` and ``y`` are the same.
+        symmetric: whether ``x1`` and ``x2`` are the same.
     """
 
     def __init__(
@@ -185,7 +190,7 @@ class Kernel:
         """The diagonal of a symmetric K, exactly."""
         examples.check_symmetric(self.symmetric, "diagonal")
         with self._looking():
-            workspace, block = self._budget(0)
+            workspace, block = self._sizes(0)
             parts = []
             for rows in chunks(self._left.examples, block):
                 factors = self._left.factors(rows)
@@ -193,29 +198,30 @@ class Kernel:
                 parts.append(norms.sum(dim=1) if self._trace else norms.flatten())
         return _finite(torch.cat(parts))
 
-    def trace(
-        self, probes: int | None = None, *, generator: torch.Generator | None = None
-    ) -> Estimate:
+    @renamed_arguments(generator="seed")
+    def trace(self, probes: int | None = None, *, seed: int = 0) -> Estimate:
         """The trace of a symmetric K: exact from the diagonal, or estimated from products.
 
         Args:
             probes: random vectors of Hutchinson's estimate, at least 2; None: exact.
-            generator: for the probes.
+            seed: of the probes.
         """
         examples.check_symmetric(self.symmetric, "trace")
         if probes is None:
-            return Estimate(float(self.diagonal().double().sum()), 0.0)
+            return Estimate.of(float(self.diagonal().double().sum()), 0.0)
         checks.check_range("probes", probes, 2)
+        generator = generator_of(seed)
         signs = torch.randint(0, 2, (self.shape[0], probes), generator=generator) * 2 - 1
         return trace_estimate(self.matmul, self._like(signs))
 
+    @renamed_arguments(generator="seed")
     def eigsh(
         self,
         k: int,
         *,
         tolerance: float = 1e-6,
         max_products: int | None = None,
-        generator: torch.Generator | None = None,
+        seed: int = 0,
     ) -> Eigenpairs:
         """The k largest eigenvalues of a symmetric K with their vectors and residuals.
 
@@ -223,11 +229,12 @@ class Kernel:
             k: number of eigenpairs.
             tolerance: largest residual, relative to the largest eigenvalue.
             max_products: products with K that may be spent; None: 20 k + 40.
-            generator: for the start.
+            seed: of the start.
         """
         examples.check_symmetric(self.symmetric, "eigsh")
         checks.check_range("k", k, 1, self.shape[0])
-        start = torch.randn(self.shape[0], min(k + 2, self.shape[0]), generator=generator)
+        shape = self.shape[0], min(k + 2, self.shape[0])
+        start = torch.randn(shape, generator=generator_of(seed))
         limit = 20 * k + 40 if max_products is None else max_products
         return top_eigenpairs(
             self.matmul, self._like(start), k, tolerance=tolerance, max_products=limit
@@ -237,7 +244,7 @@ class Kernel:
         """Compute K block by block, unless that has been done; the lower triangle if symmetric."""
         if self._blocks:
             return
-        workspace, block = self._budget(self.shape[0] * self.shape[1])
+        workspace, block = self._sizes(self.shape[0] * self.shape[1])
         for i, rows in enumerate(chunks(self._left.examples, block)):
             left = self._left.factors(rows)
             for j, columns in enumerate(chunks(self._right.examples, block)):
@@ -268,7 +275,7 @@ class Kernel:
         return out
 
     def _free_product(self, columns: Tensor) -> Tensor:
-        _, block = self._budget(0)
+        _, block = self._sizes(0)
         products = [_finite(self._one_product(column, block)) for column in columns.T]
         return torch.stack(products, dim=1)
 
@@ -290,7 +297,7 @@ class Kernel:
             return vector
         return {name: v * self._weights[name] for name, v in vector.items()}
 
-    def _budget(self, elements: int) -> tuple[int, int]:
+    def _sizes(self, elements: int) -> tuple[int, int]:
         """Elements of workspace, and examples per block, besides a result of so many elements.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The global generators' state, so that several runs can draw the same random numbers."""
+"""Random numbers: a generator from a seed, and the state of the global ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from poprisk._validate import check_range
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A generator that starts from ``seed``; one of torch's, which the last release took, itself.
+
+    Raises:
+        TypeError, ValueError: unless it is an integer of 64 bits.
+    """
+    if isinstance(seed, torch.Generator):
+        return seed
+    check_range("seed", seed, -(2**63), 2**63 - 1)
+    return torch.Generator().manual_seed(int(seed))
 
 
 class RandomState(NamedTuple):

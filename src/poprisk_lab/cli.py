@@ -159,13 +159,13 @@ def explain_command(
     page = directory / "report.html"
     with _errors(trace=trace):
         from poprisk_lab.display import PhaseDisplay, data_table
-        from poprisk_lab.explain import Plan, explain
+        from poprisk_lab.explain import ExplainPlan, explain
         from poprisk_lab.explain.words import headline, table, warnings
         from poprisk_lab.page.explanation import write_explanation
         from poprisk_lab.runner import environment
         from poprisk_lab.store import write_json
 
-        plan = Plan(task, settings, seed, optimizer, lr, epochs, seconds)
+        plan = ExplainPlan(task, settings, seed, optimizer, lr, epochs, seconds)
         with PhaseDisplay(console) as display:
             found = explain(plan, say=display)
         for notice in [*found["notices"], *warnings(found)]:
@@ -233,8 +233,8 @@ def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers:
         found = run_claim(claim, directory, quick=quick, workers=workers, on_trial=tell)
     for notice in notices(found):
         _say(notice, style="yellow")
-    if found.findings is not None:
-        console.print(criteria_table(found.findings.criteria))
+    if found.report is not None:
+        console.print(criteria_table(found.report.criteria))
         _say(f"\nVerdict: {headline(found)}", style="bold")
     page = directory.path / "report.html"
     with _writing(page):

@@ -10,7 +10,7 @@ import torch
 
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.comparison import COMPARISON, Comparison
-from poprisk_lab.fit import Row, Run
+from poprisk_lab.fit import ArmRun, Row
 from poprisk_lab.runner import run_trials
 from poprisk_lab.store import Store
 from poprisk_lab.study import Settings, Trial
@@ -57,7 +57,7 @@ def _train(comparison: Comparison, settings: Settings, workspace: Workspace) -> 
     arm = next(arm for arm in comparison.arms if arm.name == settings["arm"])
     seed, followed = settings["seed"], comparison.is_followed(arm)
     traces = [load_checkpoint(path)["rms"].tolist() for path in workspace.given.values()]
-    run = Run(
+    run = ArmRun(
         task=comparison.make_task(seed),
         arm=arm,
         seed=seed,

@@ -20,7 +20,7 @@ from poprisk.randomness import RandomState
 from poprisk.task import Task, module_kinds
 from poprisk.task.batches import LAST_BATCH, joins_last
 from poprisk_lab.arms import Arm, settings_used
-from poprisk_lab.fit import Run
+from poprisk_lab.fit import ArmRun
 from poprisk_lab.store import FORMAT, Config, Kind, Row
 from poprisk_lab.tasks import TaskError, load_task
 from poprisk_lab.tasks.sources import task_sources
@@ -154,12 +154,12 @@ class Comparison:
         task = self.make_task(seed)
         arm = next((arm for arm in self.arms if arm.held_out), self.arms[0])
         with self._trial(arm, seed):
-            Run(task, arm, seed, trace=[], device=self.device).evaluate()
+            ArmRun(task, arm, seed, trace=[], device=self.device).evaluate()
 
     def _start(self, task: Task, seed: int) -> dict[str, float]:
         """Losses before training; they tell models and losses apart that a text does not."""
         with self._trial(self.arms[0], seed):
-            row = Run(task, self.arms[0], seed, trace=[], device=self.device).evaluate()
+            row = ArmRun(task, self.arms[0], seed, trace=[], device=self.device).evaluate()
         return {key: row[key] for key in ("train_loss", "test_loss")}
 
     def _try_arms(self, task: Task, seed: int) -> dict[str, dict[str, Any]]:
@@ -176,7 +176,7 @@ class Comparison:
             twin = self.twin and arm.can_have_twin
             kind = (arm.held_out, twin)
             with self._trial(arm, seed):
-                run = Run(
+                run = ArmRun(
                     task,
                     arm,
                     seed,

@@ -83,12 +83,12 @@ def _clear_rise(curves: Sequence[Sequence[float]]) -> float | None:
         line = linregress(range(len(y)), y)
         rises.append(line.slope * (len(y) - 1))
         errors.append((line.stderr * (len(y) - 1)) ** 2)
-    freedom = sum(len(y) - 2 for y in curves)
+    dof = sum(len(y) - 2 for y in curves)
     seeds, mean = len(rises), _mean(rises)
-    if freedom == 0 and seeds < 2:
+    if dof == 0 and seeds < 2:
         return None
     about_lines = math.sqrt(sum(errors)) / seeds
-    bound = float(t.ppf(0.975, freedom)) * about_lines if freedom else 0.0
+    bound = float(t.ppf(0.975, dof)) * about_lines if dof else 0.0
     if seeds > 1:
         among = sum((rise - mean) ** 2 for rise in rises) / (seeds - 1)
         bound = max(bound, 2 * math.sqrt(among / seeds))

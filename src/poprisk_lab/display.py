@@ -186,7 +186,7 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
         table.add_column(name, overflow="fold")
     for line in map(criterion_line, criteria):
         style = {"good": "green", "bad": "red"}.get(line.mark, "")
-        cells = (line.name, line.bound, line.claimed or "-", line.found)
+        cells = (line.name, line.bound, line.claimed or "-", line.estimate)
         table.add_row(*map(escape, cells), f"[{style}]{line.outcome}[/]" if style else line.outcome)
     return table
 

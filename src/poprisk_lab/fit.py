@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Progress:
+class RunState:
     """What a run must remember besides model and optimizer; saved in its checkpoint."""
 
     epoch: int = 0
@@ -49,7 +49,7 @@ class Progress:
 
 
 @dataclass
-class Run:
+class ArmRun:
     """One arm on one seed.
 
     Args:
@@ -89,7 +89,7 @@ class Run:
                 lambda: self.model, self._build, self.task.loss, dataset_size=len(kept)
             )
         self.optimizer = self.twin.optimizer if self.twin else self._build(self.model)
-        self.progress = Progress()
+        self.progress = RunState()
 
     def _build(self, model: nn.Module) -> Optimizer:
         return build_optimizer(
@@ -114,7 +114,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.twin is not None:
                 self.twin.load_state_dict(state["twin"])
-            self.progress = Progress(**state["progress"], trace=state["trace"].tolist())
+            self.progress = RunState(**state["progress"], trace=state["trace"].tolist())
         except Exception as error:
             raise self.workspace.damaged(error) from error
         return True
@@ -209,7 +209,7 @@ class Run:
     def _estimate(self, twin: TwinRisk, held_out_loss: float | None) -> Row:
         """The twin's estimate, and the loss on the held-out fifth to compare it with."""
         found = twin.estimate(*self.data)
-        keys = ("value", "standard_error", "valid", "comparable", "freedom", "accuracy")
+        keys = ("value", "standard_error", "valid", "comparable", "dof", "accuracy")
         finite = {k: v for k in keys if (v := getattr(found, k)) is None or math.isfinite(v)}
         return {"estimate": {k: finite.get(k) for k in keys}, "held_out_loss": held_out_loss}
 

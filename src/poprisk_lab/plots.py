@@ -9,11 +9,10 @@ import csv
 import io
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from poprisk.intervals import Interval, t_interval
-
-T = TypeVar("T")
+from poprisk_lab.results import Key, Results, TrialResult
 
 
 class Line(NamedTuple):
@@ -131,10 +130,21 @@ def seeds_line(
     return interval_line(name, x, found, colour, dash=dash)
 
 
+def metric_line(
+    name: str, results: Results, x: Key, y: Key, colour: str, *, dash: str = "solid"
+) -> Line:
+    """What trials of several seeds found under ``y``, a list, over what they found under ``x``."""
+    return seeds_line(name, results[0].figure(x), results.all(y), colour, dash=dash)
+
+
+Columns = Mapping[str, Key | Callable[[TrialResult], float | None]]
+"""By the name of a column, the figure that stands in it, or what makes it of a trial."""
+
+
 def tabulate(
     corner: str,
-    groups: Mapping[str, Sequence[T]],
-    columns: Mapping[str, Callable[[T], float | None]],
+    groups: Mapping[str, Results],
+    columns: Columns,
     *,
     percent: Collection[str] = (),
     about: str = "",
@@ -144,17 +154,22 @@ def tabulate(
     Args:
         corner: name of the first column.
         groups: the trials of each row, by its name.
-        columns: a figure of a trial, by the name of its column; None where it has none.
+        columns: a trial whose figure is None does not count.
         percent: columns written times 100.
         about: the caption.
     """
-
-    def cell(trials: Iterable[T], name: str) -> str:
-        values = [v for trial in trials if (v := columns[name](trial)) is not None]
-        return written(t_interval(values), percent=name in percent) if values else ""
-
-    rows = [[name, *(cell(trials, c) for c in columns)] for name, trials in groups.items()]
+    rows = [[name, *mean_cells(some, columns, percent=percent)] for name, some in groups.items()]
     return Table([corner, *columns], rows, about)
+
+
+def mean_cells(results: Results, columns: Columns, *, percent: Collection[str] = ()) -> list[str]:
+    """The mean of each figure over trials, with its interval, as text; empty where none has it."""
+    cells = []
+    for name, of in columns.items():
+        found = [of(d) if callable(of) else d.figure(of) for d in results]
+        values = [value for value in found if value is not None]
+        cells.append(written(t_interval(values), percent=name in percent) if values else "")
+    return cells
 
 
 def written(interval: Interval, *, percent: bool = False) -> str:

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 
 from poprisk_lab.checkpoint import CheckpointError, Workspace
-from poprisk_lab.store import Record, Row, RunDirectoryError, Store
-from poprisk_lab.study import Run, Trial, end_of, left
+from poprisk_lab.store import Record, Row, RunDirectoryError, Store, end_of
+from poprisk_lab.study import Run, Trial, left
 from poprisk_lab.tasks import TaskError
 
 OnRow = Callable[[Trial, Row], None]

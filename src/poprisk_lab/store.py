@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -331,3 +331,8 @@ def replace_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def end_of(rows: Sequence[Row]) -> Row | None:
+    """The row with which a trial ended; None if it has not."""
+    return next((row for row in reversed(rows) if row["event"] == "end"), None)

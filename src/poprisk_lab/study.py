@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.store import Row, Store
-
-Settings = dict[str, Any]
-Found = dict[str, Any]
-"""What a trial found; JSON values."""
+from poprisk_lab.results import Metrics, Results, Settings
+from poprisk_lab.store import Row, Store, end_of
 
 
 class Trial(NamedTuple):
@@ -35,19 +32,12 @@ class Trial(NamedTuple):
     label: str = ""
 
 
-Run = Callable[[Settings, Workspace], Found | Iterable[Row]]
+Run = Callable[[Settings, Workspace], Metrics | Iterable[Row]]
 """Does one trial, from its settings and a workspace for its checkpoints.
 
 It returns what was found, or yields rows of JSON values, each with an ``event``, the last with
 ``"end"``. Picklable: a function of a module, or a partial of one.
 """
-
-
-class Done(NamedTuple):
-    """A finished trial: its settings, and what it found."""
-
-    settings: Settings
-    found: Found
 
 
 @dataclass(frozen=True)
@@ -64,17 +54,12 @@ class Study:
     name: str
     trials: Callable[[bool], list[Trial]]
     run: Run
-    report: Callable[[Sequence[Done]], dict[str, Any]]
+    report: Callable[[Results], dict[str, Any]]
 
 
 def missing_packages(trials: Iterable[Trial]) -> set[str]:
     """The packages that trials need and that are not installed."""
     return {n for t in trials for n in t.needs if importlib.util.find_spec(n) is None}
-
-
-def end_of(rows: Sequence[Row]) -> Row | None:
-    """The row with which a trial ended; None if it has not."""
-    return next((row for row in reversed(rows) if row["event"] == "end"), None)
 
 
 def left(trials: Sequence[Trial], store: Store) -> list[Trial]:

@@ -11,7 +11,7 @@ from poprisk.intervals import Interval, t_interval
 from poprisk_lab.arms import FAMILIES
 from poprisk_lab.convergence import Improvement, still_improving
 from poprisk_lab.results import RunData
-from poprisk_lab.wording import Field, Row, headline, scale_of, warnings
+from poprisk_lab.wording import Rivals, Row, headline, scale_of, warnings
 
 __all__ = ["Row", "Verdict", "judge"]
 
@@ -57,7 +57,7 @@ def judge(data: RunData) -> Verdict:
     ours = next((r for r in runs if r.name == "poprisk"), None)
     default = next((r for r in grid if r.settings == DEFAULT_ADAMW), None)
     beside = {r.name: r for r in runs if r.name in RIVALS}
-    field = Field(
+    field = Rivals(
         grid=[rows[r.name] for r in grid],
         best=rows[best.name] if best else None,
         leads={name: lead for name, r in beside.items() if (lead := _lead(ours, r)) is not None},

@@ -99,7 +99,7 @@ def compared(difference: Interval, scale: Scale) -> str:
     return "level" if side == 0 else "better" if side > 0 else "worse"
 
 
-class Field(NamedTuple):
+class Rivals(NamedTuple):
     """Who stands beside ours; None for a row that is missing.
 
     Attributes:
@@ -127,7 +127,7 @@ TOO_FEW = f"Fewer than {MIN_SEEDS} seeds do not say what explains the result."
 NO_VERDICT = "Not enough runs have finished for a verdict."
 
 
-def headline(ours: Row | None, field: Field, scale: Scale) -> str:
+def headline(ours: Row | None, field: Rivals, scale: Scale) -> str:
     """Ours against the best AdamW run to the end."""
     best = field.best
     if ours is None or best is None or ours.difference is None:
@@ -168,7 +168,7 @@ def _interval(d: Interval, base: float, scale: Scale) -> str:
     return f"{len(d.values)} seeds ({each}), {needed}"
 
 
-def warnings(ours: Row | None, field: Field, scale: Scale) -> list[str]:
+def warnings(ours: Row | None, field: Rivals, scale: Scale) -> list[str]:
     """What a reader must know before believing the headline."""
     if ours is None or not math.isfinite(ours.final.mean):
         return []
@@ -176,7 +176,7 @@ def warnings(ours: Row | None, field: Field, scale: Scale) -> list[str]:
     return [warning for warning in [*found, _seeds(ours)] if warning]
 
 
-def _unfinished(ours: Row, field: Field, scale: Scale) -> str:
+def _unfinished(ours: Row, field: Rivals, scale: Scale) -> str:
     """Who still improves at the end, and what to do about it."""
     if ours.improving:
         also = ", like the best AdamW" if field.best and field.best.improving else ""
@@ -202,7 +202,7 @@ def _pace(found: Improvement, scale: Scale) -> str:
     return f"{scale.name} {verb} by {size} {epochs}"
 
 
-def _controls(ours: Row, field: Field, scale: Scale) -> str:
+def _controls(ours: Row, field: Rivals, scale: Scale) -> str:
     """What the controls explain; empty if the gate is clearly ahead of both, or there are none."""
     leads = [lead for family, lead in field.leads.items() if family in ("rms-matched", "shuffled")]
     matched = field.leads.get("rms-matched")

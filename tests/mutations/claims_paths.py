@@ -5,8 +5,8 @@ from mutations import Mutation
 MUTATIONS = {
     "what is gained with the wrong sign": Mutation(
         "poprisk_lab/studies/memorization.py",
-        "difference(levels.values(OURS, n), levels.values(SAME, n))",
-        "difference(levels.values(SAME, n), levels.values(OURS, n))",
+        "difference(self.averaged(a, key, noises), self.averaged(b, key, noises))",
+        "difference(self.averaged(b, key, noises), self.averaged(a, key, noises))",
         "test_claim_memorization.py::test_a_gate_that_keeps_labels_out_reproduces_the_claim",
     ),
     "the worst AdamW for the best": Mutation(
@@ -24,8 +24,8 @@ MUTATIONS = {
     ),
     "the setting that drifts most": Mutation(
         "poprisk_lab/studies/coupling.py",
-        "_interval(_over(peak, min))",
-        "_interval(_over(peak, max))",
+        'over("peak", min)',
+        'over("peak", max)',
         "test_claim_coupling.py::test_the_worst_setting_counts",
     ),
     "outputs at the start always taken off": Mutation(

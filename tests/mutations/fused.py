@@ -69,8 +69,8 @@ MUTATIONS = {
     ),
     "captured: the first gradient observed": Mutation(
         "poprisk/optim/variance.py",
-        "(clock.observations > 0).double()",
-        "(clock.t > 0).double()",
+        "(counts.observations > 0).double()",
+        "(counts.t > 0).double()",
         CAPTURED,
     ),
     "captured: a NaN enters": Mutation(

@@ -43,8 +43,8 @@ MUTATIONS = {
     ),
     "the lead of the channel with the wrong sign": Mutation(
         "poprisk_lab/studies/grokking/__init__.py",
-        "{s: network[s] / every[s] for s in known}, {s: entered[s] / every[s] for s in known}",
-        "{s: entered[s] / every[s] for s in known}, {s: network[s] / every[s] for s in known}",
+        "criteria.difference(network, entered)",
+        "criteria.difference(entered, network)",
         "test_claim_grokking.py::test_the_lead_of_the_channel_is_counted_in_measurements",
     ),
     "steps compared beyond what one side was watched for": Mutation(

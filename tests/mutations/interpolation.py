@@ -6,19 +6,19 @@ HALVES = "test_claim_implicit_bias.py::test_half_times_by_hand"
 
 MUTATIONS = {
     "half of the squared residual": Mutation(
-        "poprisk_lab/studies/implicit_bias.py",
+        "poprisk_lab/studies/directions.py",
         "gone = along <= along[0] / 2",
         "gone = along.square() <= along[0].square() / 2",
         HALVES,
     ),
     "what is never learned is learned at once": Mutation(
-        "poprisk_lab/studies/implicit_bias.py",
+        "poprisk_lab/studies/directions.py",
         "return torch.where(gone.any(0), first, len(gradients))",
         "return first",
         HALVES,
     ),
     "the nearest interpolant forgets the start": Mutation(
-        "poprisk_lab/studies/implicit_bias.py",
+        "poprisk_lab/studies/descent.py",
         "nearest = w0 + torch.linalg.pinv(x) @ (y - x @ w0)",
         "nearest = w0 + torch.linalg.pinv(x) @ y",
         "test_claim_implicit_bias.py::test_from_another_start_it_is_the_nearest",
@@ -31,20 +31,20 @@ MUTATIONS = {
     ),
     "the least noise gain is its peak": Mutation(
         "poprisk_lab/studies/double_descent.py",
-        "return max(range(len(curve)), key=lambda i: curve[i])",
-        "return min(range(len(curve)), key=lambda i: curve[i])",
+        "gain.index(max(gain))",
+        "gain.index(min(gain))",
         "test_claim_double_descent.py::test_peaks_are_apart_by_weights",
     ),
     "a factor counts one way only": Mutation(
-        "poprisk_lab/studies/benign_overfitting.py",
-        "return max(a / b, b / a)",
-        "return a / b",
+        "poprisk_lab/studies/criteria.py",
+        "abs(math.log(d.metrics[a] / d.metrics[b]))",
+        "math.log(d.metrics[a] / d.metrics[b])",
         "test_claim_benign_overfitting.py::test_a_factor_counts_both_ways_and_the_worst_setting",
     ),
     "noise is predicted by its deviation": Mutation(
-        "poprisk_lab/studies/benign_overfitting.py",
-        "short(NOISE**2 * calm.noise_gain().path)",
-        "short(NOISE * calm.noise_gain().path)",
+        "poprisk_lab/studies/label_noise.py",
+        "short(std**2 * gain.path)",
+        "short(std * gain.path)",
         "test_claim_benign_overfitting.py::test_redrawn_noise_is_what_training_on_it_anew_does",
     ),
 }

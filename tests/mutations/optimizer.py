@@ -13,13 +13,13 @@ NOT_FINITE_GATED = "test_gated.py::test_a_gradient_that_is_not_finite_changes_no
 MUTATIONS = {
     "mean used after its update": Mutation(
         "poprisk/optim/update.py",
-        "estimator.observe_(s, g, m, clock)",
-        "estimator.observe_(s, g, [x.lerp(y, 1 - clock.beta1) for x, y in zip(m, g)], clock)",
+        "estimator.observe_(s, g, m, counts)",
+        "estimator.observe_(s, g, [x.lerp(y, 1 - counts.beta1) for x, y in zip(m, g)], counts)",
         REFERENCE,
     ),
     "no bias correction of the variance": Mutation(
         "poprisk/optim/variance.py",
-        "return 1 / (1 - self.rho ** (k.clamp_min(1) if clock.captured else k))",
+        "return 1 / (1 - self.rho ** (k.clamp_min(1) if counts.captured else k))",
         "return 1.0",
         REFERENCE,
     ),
@@ -28,7 +28,7 @@ MUTATIONS = {
     ),
     "no bias correction of the mean in the step": Mutation(
         "poprisk/optim/update.py",
-        "settings.lr / (1 - clock.beta1**clock.t)",
+        "settings.lr / (1 - counts.beta1**counts.t)",
         "settings.lr",
         REFERENCE,
     ),
@@ -51,8 +51,8 @@ MUTATIONS = {
     ),
     "foreach leaves the end of large tensors out": Mutation(
         "poprisk/optim/update.py",
-        "for piece in pieces(slots.subset([i])):",
-        "for piece in pieces(slots.subset([i]))[:1]:",
+        "for piece in pieces(lists.subset([i])):",
+        "for piece in pieces(lists.subset([i]))[:1]:",
         PATHS,
     ),
     "foreach leaves the last block out": Mutation(

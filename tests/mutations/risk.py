@@ -43,8 +43,8 @@ MUTATIONS = {
     ),
     "signs of other examples in the estimate": Mutation(
         "poprisk/risk/twin.py",
-        "scale * probe.tilt(index, u.shape[1:], shift_invariant=shift_invariant)",
-        "scale * probe.tilt(index.flip(0), u.shape[1:], shift_invariant=shift_invariant)",
+        "scale * probe.perturbation(index, u.shape[1:], shift_invariant=shift_invariant)",
+        "scale * probe.perturbation(index.flip(0), u.shape[1:], shift_invariant=shift_invariant)",
         LINEAR,
     ),
     "random numbers not rewound": Mutation(
@@ -58,7 +58,7 @@ MUTATIONS = {
     ),
     "response without the curvature": Mutation(
         "poprisk/risk/estimate.py",
-        "follows = (link.curvature(t) * moved).sum(1)",
+        "follows = (local_loss.curvature(t) * moved).sum(1)",
         "follows = (t * moved).sum(1)",
         EXPECTATION,
     ),
@@ -70,14 +70,15 @@ MUTATIONS = {
     ),
     "left-out outputs moved towards the label": Mutation(
         "poprisk/risk/local_losses.py",
-        "return outputs + self.gain(freedom) * self.gradient",
-        "return outputs - self.gain(freedom) * self.gradient",
+        "return outputs + self.gain(dof) * self.gradient",
+        "return outputs - self.gain(dof) * self.gradient",
         LEFT_OUT,
     ),
     "response taken for the gain": Mutation(
         "poprisk/risk/estimate.py",
-        "for rows, link, _, gains in parts:\n        found[rows] = flat[rows] + gains[1 + errors]",
-        "for rows, link, freedom, _ in parts:\n        found[rows] = flat[rows] + freedom.value",
+        "for rows, local_loss, _, gains in parts:\n"
+        "        found[rows] = flat[rows] + gains[1 + errors]",
+        "for rows, local_loss, dof, _ in parts:\n        found[rows] = flat[rows] + dof.dof",
         RIDGE,
     ),
     "classes counted as free": Mutation(
@@ -116,13 +117,16 @@ MUTATIONS = {
     "decay of what a push moved forgotten": Mutation(
         "poprisk/risk/gap.py", "quadrature=quadrature, decaying=True", "quadrature=quadrature", GAP
     ),
-    "a tilt per example that is not averaged": Mutation(
-        "poprisk/risk/gap.py", "probes = tilts.to(w) / problem.n", "probes = tilts.to(w)", GAP
+    "a perturbation per example that is not averaged": Mutation(
+        "poprisk/risk/gap.py",
+        "probes = perturbations.to(w) / problem.n",
+        "probes = perturbations.to(w)",
+        GAP,
     ),
     "parts not drawn together": Mutation(
         "poprisk/risk/estimate.py",
-        "w = real / (real + own.error**2)",
-        "w = 1.0 + 0 * (own.error**2)",
+        "w = real / (real + own.dof_error**2)",
+        "w = 1.0 + 0 * (own.dof_error**2)",
         PARTS,
     ),
     "left-out outputs of a part by its first examples": Mutation(
@@ -134,7 +138,7 @@ MUTATIONS = {
     "inputs by name not compared": Mutation(
         "poprisk/risk/inputs.py", "tree_leaves((args, kwargs))", "tree_leaves(args)", BY_NAME
     ),
-    "the twin's tilt twice": Mutation(
+    "the twin's perturbation twice": Mutation(
         "poprisk/risk/twin.py",
         "self.delta * self._scale[0]",
         "2 * self.delta * self._scale[0]",
@@ -259,7 +263,7 @@ MUTATIONS = {
     ),
     "an update over no denominator": Mutation(
         "poprisk/optim/replay.py",
-        'eps = max(float(group["eps"]), torch.finfo(slots.exp_avgs[0].dtype).tiny)',
+        'eps = max(float(group["eps"]), torch.finfo(lists.exp_avgs[0].dtype).tiny)',
         'eps = float(group["eps"])',
         NO_EPS,
     ),

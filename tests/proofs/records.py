@@ -19,11 +19,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from poprisk_lab.pictures import decode
 from poprisk_lab.plots import Line, Picture, Plot
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Claim
 from poprisk_lab.studies.criteria import Criterion
-from poprisk_lab.studies.image import decode
 from poprisk_lab.studies.record import FOLDER, Judged, on_record
 
 NAMES = sorted(name for name in CLAIMS if (FOLDER / f"{name}.json").exists())
@@ -40,20 +40,20 @@ def judged_record(name: str) -> dict[str, Any]:
 
 def described(claim: Claim, judged: Judged) -> dict[str, Any]:
     """What a claim comes to, as JSON values."""
-    if judged.findings is None:
+    if judged.report is None:
         raise ValueError(f"{claim.name} is not judged, but {judged.verdict}.")
-    header, rows, _ = judged.findings.table
+    header, rows, _ = judged.report.table
     shown = claim.show(judged.progress.done)
     plots = [item for item in shown if isinstance(item, Plot)]
     pictures = [item for item in shown if isinstance(item, Picture)]
     return {
         "verdict": judged.verdict,
-        "criteria": [criterion(c) for c in judged.findings.criteria],
+        "criteria": [criterion(c) for c in judged.report.criteria],
         "table": [[n for cell in row for n in NUMBER.findall(cell)] for row in rows],
         "plots": [[line(c) for c in plot.lines] for plot in plots],
         "pictures": [picture(p) for p in pictures],
         "names": {
-            "criteria": [c.name for c in judged.findings.criteria],
+            "criteria": [c.name for c in judged.report.criteria],
             "columns": list(header),
             "rows": [row[0] for row in rows],
             "plots": [[p.title, p.x, p.y, *(c.name for c in p.lines)] for p in plots],

@@ -28,7 +28,7 @@ def gradient(loss: Loss, u: Tensor, y: Tensor) -> Tensor:
     return g
 
 
-def freedom(loss: Loss, u: Tensor, y: Tensor, gain: float, dimensions: int) -> float:
+def dof(loss: Loss, u: Tensor, y: Tensor, gain: float, dimensions: int) -> float:
     r""":math:`\tfrac1N\sum_i\mathrm{tr}\,B_i(A^{-1}+B_i)^{-1}` by inverting each matrix."""
     total = 0.0
     for row, target in zip(u, y, strict=True):
@@ -134,7 +134,7 @@ def tangent(
     z: Tensor,
     lrs: list[float],
 ) -> Tensor:
-    r"""Forward-mode derivative of what gradient descent ends with by a tilt of its losses.
+    r"""Forward-mode derivative of what gradient descent ends with by a perturbation of its losses.
 
     The outputs (n, c) after steps of size ``lrs`` from weights w (P,) on
     :math:`\tfrac1n\sum_i\ell_i(u)-\delta z_i\cdot u`, differentiated by δ at 0 through every step.

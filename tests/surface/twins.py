@@ -26,8 +26,10 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=LR)
 
 
-def train(s: Situation, model: nn.Module, tilt: Tensor | None, precision: str | None) -> nn.Module:
-    """By hand, with losses less ``tilt · u``."""
+def train(
+    s: Situation, model: nn.Module, perturbation: Tensor | None, precision: str | None
+) -> nn.Module:
+    """By hand, with losses less ``perturbation · u``."""
     x, y = s.data(precision)
     optimizer = sgd(model)
     torch.manual_seed(s.seed)
@@ -35,8 +37,8 @@ def train(s: Situation, model: nn.Module, tilt: Tensor | None, precision: str | 
         optimizer.zero_grad()
         u = model(x[batch])
         values = s.loss(u, y[batch])
-        if tilt is not None:
-            values = values - (tilt[batch].flatten(1) * u.flatten(1)).sum(1)
+        if perturbation is not None:
+            values = values - (perturbation[batch].flatten(1) * u.flatten(1)).sum(1)
         values.mean().backward()
         optimizer.step()
     return model
@@ -105,22 +107,22 @@ def compare(s: Situation, found: poprisk.RiskEstimate) -> str:
 
 
 def compare_values(s: Situation, found: poprisk.RiskEstimate, u: Tensor) -> str:
-    """Freedom, gain, left-out outputs and value from a twin made by hand."""
+    """Degrees of freedom, gain, left-out outputs and value from a twin made by hand."""
     x, y = s.data("float64")
-    tilt = tilt_of(s)
-    other = train(s, s.bare("float64"), tilt, "float64").eval()
+    perturbation = tilt_of(s)
+    other = train(s, s.bare("float64"), perturbation, "float64").eval()
     moved = (other(x) - u).detach()
     b = [risk.hessian(s.loss, row, t) for row, t in zip(u, y, strict=True)]
-    follows = sum(float((m @ t) @ v) for m, t, v in zip(b, tilt, moved, strict=True))
-    freedom = follows / float(tilt.square().sum())
-    agree("the freedom", found.freedom, freedom, 20 * s.tolerance, abs(freedom) + 0.02)
+    follows = sum(float((m @ t) @ v) for m, t, v in zip(b, perturbation, moved, strict=True))
+    dof = follows / float(perturbation.square().sum())
+    agree("the dof", found.dof, dof, 20 * s.tolerance, abs(dof) + 0.02)
     dimensions = s.c - int(losses.LOSSES[s.sort].shift_invariant)
     low, high = math.log(1e-12), math.log(1e9)
     for _ in range(60):
         middle = 0.5 * (low + high)
-        small = risk.freedom(s.loss, u, y, math.exp(middle), dimensions) < freedom
+        small = risk.dof(s.loss, u, y, math.exp(middle), dimensions) < dof
         low, high = (middle, high) if small else (low, middle)
-    gain = math.exp(high) if freedom > 0 else 0.0
+    gain = math.exp(high) if dof > 0 else 0.0
     left_out = risk.leave_one_out(s.loss, u, y, gain)
     value = s.loss(left_out, y).mean()
     agree("the estimate", found.value, value, 100 * s.tolerance, value.abs() + 0.1)
@@ -137,5 +139,5 @@ def tilt_of(s: Situation) -> Tensor:
     spread = (g - g.mean(0)) if len(g) > 1 else g
     maker: Any = poprisk.risk.twin.Probe  # its signs are drawn by seed
     probe = maker(max(s.n, 2), 0)
-    z = probe.tilt(torch.arange(s.n), torch.Size([s.c]), shift_invariant=shift_invariant)
+    z = probe.perturbation(torch.arange(s.n), torch.Size([s.c]), shift_invariant=shift_invariant)
     return DELTA * float(spread.square().mean().sqrt()) * z

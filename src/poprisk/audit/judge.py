@@ -68,7 +68,7 @@ def judge(
     structure: bool,
     limit: float,
     uncertified: str,
-    cost: float = 1.0,
+    cost: float = 0.0,
     doubt: str = "",
 ) -> AuditResult:
     """Score every label by the predictions.
@@ -80,7 +80,7 @@ def judge(
         structure: False leaves the noise matrix out.
         limit: memorization from which predictions are not believed.
         uncertified: why nothing is planted speaks against the result; empty if it does not.
-        cost: trainings, the audited one included.
+        cost: trainings beyond the audited one.
         doubt: why predictions are not to be believed.
     """
     known = (audited.seen & items.labelled).numpy()

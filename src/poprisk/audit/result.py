@@ -62,7 +62,7 @@ class AuditResult:
         look: the last one that counts.
         valid: whether the result may be believed.
         reason: why not.
-        cost: trainings, the audited one included.
+        cost: trainings beyond the audited one, of which there is none with folds.
     """
 
     kind: str

@@ -10,19 +10,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from poprisk._renamed import renamed_names
 from poprisk._validate import check_callable, check_positive
 from poprisk.evaluation import Forward
 from poprisk.monitor import Quantity, RiskMonitor
 from poprisk.monitor.quantities import check_quantities
 from poprisk.monitor.sinks import as_sinks
-from poprisk.monitor.statistics import PerExampleLoss
 from poprisk.monitor.steps import innermost
+from poprisk.protocols import PerExampleLoss
 
 Split = Callable[[Any], tuple[Any, Tensor]]
 
 
 @final
-class RiskCallback(Callback):
+class LightningRiskCallback(Callback):
     """A :class:`poprisk.RiskMonitor` on a Lightning Trainer; measures before the optimizer steps.
 
     Numbers are logged by the module too, under their names, if ``log`` is set. Of several
@@ -110,7 +111,7 @@ class RiskCallback(Callback):
             if not self._said:
                 self._said = True
                 warnings.warn(
-                    f"RiskCallback cannot measure: {error}. Training goes on.",
+                    f"LightningRiskCallback cannot measure: {error}. Training goes on.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -133,3 +134,6 @@ class RiskCallback(Callback):
 def _pair(batch: Any) -> tuple[Any, Tensor]:
     x, y = batch
     return x, y
+
+
+__getattr__ = renamed_names(__name__, RiskCallback="LightningRiskCallback")

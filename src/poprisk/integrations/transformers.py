@@ -6,7 +6,7 @@ Example::
     trainer = Trainer(
         model, args, train_dataset=data,
         optimizer_cls_and_kwargs=poprisk_optimizer(args, len(data)),
-        callbacks=[RiskCallback(loss, sinks=["run.jsonl"])],
+        callbacks=[TrainerRiskCallback(loss, sinks=["run.jsonl"])],
     )
 
 TRL's ``SFTTrainer`` and ``RewardTrainer`` take the same arguments, ``DPOTrainer`` an optimizer::
@@ -24,12 +24,13 @@ from typing import Any, final
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from poprisk._renamed import renamed_names
 from poprisk._validate import check_callable, check_positive
 from poprisk.monitor import Quantity, RiskMonitor
 from poprisk.monitor.quantities import check_quantities
 from poprisk.monitor.sinks import as_sinks
-from poprisk.monitor.statistics import PerExampleLoss
 from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.protocols import PerExampleLoss
 
 
 def poprisk_optimizer(
@@ -56,7 +57,7 @@ def poprisk_optimizer(
 
 
 @final
-class RiskCallback(TrainerCallback):
+class TrainerRiskCallback(TrainerCallback):
     """A :class:`poprisk.RiskMonitor` on a Trainer; measures before the optimizer steps.
 
     Loss and signal are of the batches that the model's own loss was trained on. A trainer that
@@ -144,8 +145,8 @@ class RiskCallback(TrainerCallback):
         if not self._said:
             self._said = True
             warnings.warn(
-                f"RiskCallback measures no loss and no signal: {reason}. Pass labels= with the "
-                "name of the input that holds the labels; a loss over pairs of examples is not "
+                f"TrainerRiskCallback measures no loss and no signal: {reason}. Pass labels= with "
+                "the name of the input that holds the labels; a loss over pairs of examples is not "
                 "supported.",
                 RuntimeWarning,
                 stacklevel=3,
@@ -176,3 +177,6 @@ class RiskCallback(TrainerCallback):
         """The logits; what makes a model give its loss instead is left out."""
         dropped = (self.labels, "num_items_in_batch", "fused_lm_head")  # the last is TRL's
         return model(**{k: v for k, v in batch.items() if k not in dropped}).logits
+
+
+__getattr__ = renamed_names(__name__, RiskCallback="TrainerRiskCallback")

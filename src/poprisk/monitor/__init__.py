@@ -10,6 +10,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from poprisk._renamed import renamed_names
 from poprisk._validate import check_callable, check_positive, check_type
 from poprisk.dtensor import sharding_of
 from poprisk.evaluation import Forward, call, evaluating
@@ -17,35 +18,38 @@ from poprisk.jacobian import inner
 from poprisk.monitor.quantities import (
     CanaryMemorization,
     Gates,
-    Kernel,
     Loss,
     Measured,
     Moment,
     Quantity,
     Risk,
     Signal,
+    TangentKernel,
     check_quantities,
 )
 from poprisk.monitor.ranks import Ranks, writes
 from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
-from poprisk.monitor.statistics import PerExampleLoss, Statistics
+from poprisk.monitor.statistics import Statistics
 from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch
 from poprisk.printing import described
+from poprisk.protocols import PerExampleLoss
 
 __all__ = [
     "CanaryMemorization",
     "Gates",
     "Jsonl",
-    "Kernel",
     "Loss",
     "Measured",
     "Quantity",
     "Risk",
     "RiskMonitor",
     "Signal",
+    "TangentKernel",
     "TensorBoard",
     "WeightsAndBiases",
 ]
+
+__getattr__ = renamed_names(__name__, Kernel="TangentKernel")
 
 
 @final

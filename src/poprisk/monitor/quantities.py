@@ -62,7 +62,7 @@ def check_quantities(quantities: Iterable[Any]) -> list[Quantity]:
             getattr(q, "measure", None)
         ):
             raise TypeError(
-                "quantities must hold objects of poprisk.monitor such as Signal() or Kernel(x), "
+                "quantities must hold objects of poprisk.monitor such as Signal() or Risk(f), "
                 f"but got {q!r}; a function of your own goes in as Measured('name', function)."
             )
     for name, count in Counter(q.name for q in found).items():
@@ -168,7 +168,7 @@ class Risk:
             "": found.value if found.valid else math.nan,
             "error": found.standard_error,
             "valid": float(found.valid),
-            "freedom": found.freedom,
+            "dof": found.dof,
             "train_loss": found.train_loss,
         }
 
@@ -193,7 +193,7 @@ class CanaryMemorization:
 
 
 @final
-class Kernel:
+class TangentKernel:
     r"""Top eigenvalues of the tangent kernel on probe inputs, and its drift since the first look.
 
     drift: :math:`\|K_t-K_0\|_F/\|K_0\|_F`.

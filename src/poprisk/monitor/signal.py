@@ -28,7 +28,7 @@ INTERVAL = 2.0
 """Standard errors on either side of an interval."""
 
 NAMES = ("share", "share_error", "snr", "noise_scale", "noise_scale_low", "noise_scale_high")
-"""What :meth:`Signal.parts` gives."""
+"""What :meth:`GradientSignal.parts` gives."""
 
 SUMS = 5
 """Numbers that :func:`sums_of` gives for a set of examples."""
@@ -69,7 +69,7 @@ def sums_of(gram: Tensor) -> Tensor:
     return torch.stack([n.sum(), n.dot(n), n.dot(r), squares, r.dot(r) - squares])
 
 
-class Signal(NamedTuple):
+class GradientSignal(NamedTuple):
     r"""Signal and noise of the gradient of b examples.
 
     Attributes:
@@ -93,7 +93,7 @@ class Signal(NamedTuple):
     covariance: float
 
     @classmethod
-    def of(cls, total: float, sums: list[float], counts: Counts) -> Signal:
+    def of(cls, total: float, sums: list[float], counts: Counts) -> GradientSignal:
         r"""From sums over examples.
 
         Args:

@@ -3,7 +3,7 @@ r"""Loss and gradient statistics of the examples behind one step, pooled over pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from poprisk._validate import check_separate
 from poprisk.evaluation import Forward, evaluating, outputs_of
 from poprisk.losses import ignored_labels
-from poprisk.monitor.signal import SUMS, Counts, Signal, sums_of
+from poprisk.monitor.signal import SUMS, Counts, GradientSignal, sums_of
 from poprisk.optim.update import CHUNK
 from poprisk.per_sample import WORKSPACE, capture
 from poprisk.per_sample.gram import gram_, mirror_
 from poprisk.per_sample.moments import total, wide
 from poprisk.per_sample.terms import Dense, Term
+from poprisk.protocols import PerExampleLoss
 from poprisk.risk.inputs import check_output_losses
-
-PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 BLOCK = 256
 """Examples whose inner products are taken at once; errors do without those between blocks."""
@@ -147,7 +146,7 @@ class Statistics:
             found.sums[name] = _summed(self.sums.get(name, nothing).clone())
         return found
 
-    def signals(self) -> dict[str, Signal]:
+    def signals(self) -> dict[str, GradientSignal]:
         """Signal and noise by module, and under "" of the whole gradient."""
         squares = dict.fromkeys(self.rows, 0.0)
         for name, value in self.sums.items():
@@ -156,7 +155,7 @@ class Statistics:
             squares[module_of(name)] += square
         counts = self.counts._replace(examples=self.examples)
         return {
-            module: Signal.of(squares[module], row.tolist(), counts)
+            module: GradientSignal.of(squares[module], row.tolist(), counts)
             for module, row in self.rows.items()
         }
 

@@ -236,11 +236,11 @@ class PopRiskAdamW(Optimizer):
         self._notes.patience.took(grads)
         given = self._given_variances()
         groups = [compiled(group) for group in self.param_groups]
-        buckets = [bucket for group in groups for bucket in self._tensor_groups(group)]
+        parts = [tensors for group in groups for tensors in self._tensor_groups(group)]
         take_variances_(groups, self.state, given)
         self.rank_observations.clear()
-        for bucket in buckets:
-            update_group(bucket)
+        for tensors in parts:
+            update_group(tensors)
         self._use_parts()
         return loss
 
@@ -356,13 +356,13 @@ class PopRiskAdamW(Optimizer):
         return module_stats(self._tensor_gates(names))
 
     @torch.no_grad()
-    def step_rule(self, param: Tensor, facts: StepContext) -> StepRule:
+    def step_rule(self, param: Tensor, context: StepContext) -> StepRule:
         """The last step of ``param`` as a linear map of its gradient, for :mod:`poprisk.path`.
 
         The preconditioner contains the mask. A mask given as a function may draw at random, so it
         is read off the step.
         """
-        return last_step_rule(param, self.state[param], facts)
+        return last_step_rule(param, self.state[param], context)
 
     @torch.no_grad()
     def _tensor_gates(self, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
@@ -443,11 +443,11 @@ class PopRiskAdamW(Optimizer):
         ]
         if len(set(kinds)) == 1:
             return [TensorGroup(group, params, states, *kinds[0][2:])]
-        buckets = {kind: TensorGroup(group, [], [], *kind[2:]) for kind in kinds}
+        by_kind = {kind: TensorGroup(group, [], [], *kind[2:]) for kind in kinds}
         for kind, p, state in zip(kinds, params, states, strict=True):
-            buckets[kind].params.append(p)
-            buckets[kind].states.append(state)
-        return list(buckets.values())
+            by_kind[kind].params.append(p)
+            by_kind[kind].states.append(state)
+        return list(by_kind.values())
 
 
 class _Notes:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk.dtensor import Layout, gradient_of, layout_of, locals_of
+from poprisk.dtensor import ShardLayout, gradient_of, layout_of, locals_of
 from poprisk.optim.fused import fused_adamw_
 from poprisk.optim.gate import TensorList
 from poprisk.optim.settings import CompiledGroup
@@ -19,7 +19,7 @@ from poprisk.optim.update import (
     TensorLists,
     cache_blocks,
     gated_adamw_,
-    real_slots,
+    real_lists,
 )
 
 
@@ -31,64 +31,64 @@ class TensorGroup(NamedTuple):
     states: list[dict[str, Any]]
     t: Any
     observations: Any
-    layout: Layout | None
+    layout: ShardLayout | None
 
 
 def captured_update(group: CompiledGroup, p: Tensor, state: dict[str, Any], finite: Tensor) -> None:
     """Update one parameter unless a gradient of the step was not finite."""
     t = state["step"].double() + 1
-    bucket = TensorGroup(group, [p], [state], t, t - state.get("variance_start", 0), layout_of(p))
-    columns = _columns(bucket)
+    tensors = TensorGroup(group, [p], [state], t, t - state.get("variance_start", 0), layout_of(p))
+    columns = _columns(tensors)
     kept = [[x.clone() for x in column] for column in (columns.params, *columns[2:])]
-    update_group(bucket)
+    update_group(tensors)
     for column, old in zip((columns.params, *columns[2:]), kept, strict=True):
         for x, before in zip(column, old, strict=True):
             x.copy_(torch.where(finite, x, before))
     state["step"].add_(finite.to(state["step"].dtype))
 
 
-def update_group(bucket: TensorGroup) -> None:
-    """Update the parameters of a bucket and their moments in place."""
-    group, settings = bucket.group, bucket.group.settings
-    clock = group.clock(bucket.t, bucket.observations)
+def update_group(tensors: TensorGroup) -> None:
+    """Update parameters of one kind and their moments in place."""
+    group, settings = tensors.group, tensors.group.settings
+    counts = group.counts(tensors.t, tensors.observations)
     how = {
-        "settings": group.adam(clock),
-        "clock": clock,
+        "settings": group.adam(counts),
+        "counts": counts,
         "estimator": group.estimator,
-        "gate": group.gate(clock, bucket.layout),
+        "gate": group.gate(counts, tensors.layout),
     }
-    columns = _columns(bucket)
+    columns = _columns(tensors)
     if settings["fused"]:
         left = fused_adamw_(columns, **how, maximize=settings["maximize"])
         if not left:
             return
         columns = columns.subset(left)
-    slots = real_slots(columns, settings["maximize"])
-    update_slots(slots, settings, functools.partial(gated_adamw_, **how))
-    for p, w in zip(columns.params, slots.params, strict=True):
+    lists = real_lists(columns, settings["maximize"])
+    update_lists(lists, settings, functools.partial(gated_adamw_, **how))
+    for p, w in zip(columns.params, lists.params, strict=True):
         if p.dtype in LOW_PRECISION:
             p.copy_(w)
 
 
-def update_slots(
-    slots: TensorLists, settings: dict[str, Any], update_: Callable[[TensorLists], None]
+def update_lists(
+    lists: TensorLists, settings: dict[str, Any], update_: Callable[[TensorLists], None]
 ) -> None:
     """All tensors at once, block by block, or one at a time."""
     whole_tensors = settings["reduction"] is not None or callable(settings["mask"])
     if settings["foreach"] is False:
-        for i in range(len(slots.params)):
-            update_(slots.subset([i]))
-    elif slots.params[0].device.type != "cpu" or whole_tensors:
-        update_(slots)
+        for i in range(len(lists.params)):
+            update_(lists.subset([i]))
+    elif lists.params[0].device.type != "cpu" or whole_tensors:
+        update_(lists)
     else:
-        cache_blocks(slots, update_)
+        cache_blocks(lists, update_)
 
 
-def _columns(bucket: TensorGroup) -> TensorLists:
-    """The tensors of a bucket as they are, of DTensors the parts that are here."""
-    keys = (*ADAM_KEYS, *bucket.group.state_keys)
-    columns = [bucket.params, [gradient_of(p, bucket.layout) for p in bucket.params]]
-    columns += [[state[key] for state in bucket.states] for key in keys]
-    if bucket.layout is not None:
+def _columns(tensors: TensorGroup) -> TensorLists:
+    """The tensors as they are, of DTensors the parts that are here."""
+    keys = (*ADAM_KEYS, *tensors.group.state_keys)
+    columns = [tensors.params, [gradient_of(p, tensors.layout) for p in tensors.params]]
+    columns += [[state[key] for state in tensors.states] for key in keys]
+    if tensors.layout is not None:
         columns = [locals_of(column) for column in columns]
     return TensorLists(*columns, *([] for _ in range(5 - len(columns))))

@@ -22,17 +22,17 @@ def last_gate(
 ) -> tuple[TensorLists, StepCounts, VarianceEstimator | None, Gate | None]:
     """What the gate of the last step looked at, and the gate; of a DTensor, the part here."""
     t = int(state["step"].item())
-    clock = group.clock(t, t - state.get("variance_start", t))
-    gate = group.gate(clock, layout_of(p))
+    counts = group.counts(t, t - state.get("variance_start", t))
+    gate = group.gate(counts, layout_of(p))
     moments = [local(state[key]) for key in (*ADAM_KEYS, *group.state_keys)]
     moments = [torch.view_as_real(x) if x.is_complex() else x for x in moments]
-    slots = TensorLists([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
-    return slots, clock, group.estimator, gate
+    lists = TensorLists([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
+    return lists, counts, group.estimator, gate
 
 
-def last_step_rule(p: Tensor, state: dict[str, Any], facts: StepContext) -> StepRule:
+def last_step_rule(p: Tensor, state: dict[str, Any], context: StepContext) -> StepRule:
     """The last step of one parameter as a linear map of its gradient, from the state it left."""
-    group = compiled(facts.group)
+    group = compiled(context.group)
     settings, lr, t = group.settings, float(group.settings["lr"]), int(state["step"].item())
     beta1 = settings["betas"][0]
     rule = StepRule(
@@ -45,11 +45,11 @@ def last_step_rule(p: Tensor, state: dict[str, Any], facts: StepContext) -> Step
     )
     if settings["gate"] and callable(settings["mask"]):
         m = state["exp_avg"] * rule.correction
-        moved = -(facts.update + rule.decay * facts.weight)
+        moved = -(context.update + rule.decay * context.weight)
         return rule._replace(precondition=torch.where(m == 0, torch.zeros_like(m), moved / m))
-    slots, clock, estimator, gate = last_gate(p, state, group)
-    scale = lr / adam_denominator(slots.exp_avg_sqs, clock, settings["eps"])[0]
-    return rule._replace(precondition=scale * mask_of(slots, clock, estimator, gate))
+    lists, counts, estimator, gate = last_gate(p, state, group)
+    scale = lr / adam_denominator(lists.exp_avg_sqs, counts, settings["eps"])[0]
+    return rule._replace(precondition=scale * mask_of(lists, counts, estimator, gate))
 
 
 def last_mask(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -58,32 +58,32 @@ def last_mask(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor
 
 
 def mask_of(
-    slots: TensorLists, clock: StepCounts, estimator: VarianceEstimator | None, gate: Gate | None
+    lists: TensorLists, counts: StepCounts, estimator: VarianceEstimator | None, gate: Gate | None
 ) -> Tensor:
     """The mask of one tensor; ones where it is not gated."""
     if gate is None or estimator is None:
-        return torch.ones_like(slots.exp_avgs[0])
-    return masks(slots, clock, estimator, gate)[0]
+        return torch.ones_like(lists.exp_avgs[0])
+    return masks(lists, counts, estimator, gate)[0]
 
 
 def mask_and_passed(
-    slots: TensorLists, clock: StepCounts, estimator: VarianceEstimator | None, gate: Gate | None
+    lists: TensorLists, counts: StepCounts, estimator: VarianceEstimator | None, gate: Gate | None
 ) -> tuple[Tensor, Tensor]:
     """The mask of one tensor, and 1 where the threshold is passed."""
     hard = gate and gate._replace(mask=MASKS_["hard"], q_min=0.0)
-    return mask_of(slots, clock, estimator, gate), mask_of(slots, clock, estimator, hard)
+    return mask_of(lists, counts, estimator, gate), mask_of(lists, counts, estimator, hard)
 
 
 def gate_row(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Re-evaluate the gate of the last step, piece by piece: the sums of its statistics."""
-    slots, clock, estimator, gate = last_gate(p, state, compiled(group))
-    slots = slots._replace(params=slots.exp_avgs)
+    lists, counts, estimator, gate = last_gate(p, state, compiled(group))
+    lists = lists._replace(params=lists.exp_avgs)
     whole = gate is not None and gate.per_tensor
-    total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
-    eps = max(float(group["eps"]), torch.finfo(slots.exp_avgs[0].dtype).tiny)  # 0/0 is no update
-    for piece in [slots] if whole else pieces(slots):
+    total = torch.zeros(5, dtype=torch.float64, device=lists.params[0].device)
+    eps = max(float(group["eps"]), torch.finfo(lists.exp_avgs[0].dtype).tiny)  # 0/0 is no update
+    for piece in [lists] if whole else pieces(lists):
         (m,), (v,) = piece.exp_avgs, piece.exp_avg_sqs
-        update = adam_denominator([v], clock, eps)[0].reciprocal_().mul_(m).mul_(clock.mean_scale)
-        q, passed = mask_and_passed(piece, clock, estimator, gate)
+        update = adam_denominator([v], counts, eps)[0].reciprocal_().mul_(m).mul_(counts.mean_scale)
+        q, passed = mask_and_passed(piece, counts, estimator, gate)
         total += gate_sums(q, passed, update, v.sign())
     return global_sums(total, layout_of(p))

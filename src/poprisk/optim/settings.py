@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from poprisk._validate import check_choice, check_number, plain
-from poprisk.dtensor import GlobalMeans, Layout
+from poprisk.dtensor import GlobalMeans, ShardLayout
 from poprisk.optim.gate import ALPHAS, MASKS_, Gate, local_means, momentum_noise, threshold
 from poprisk.optim.update import AdamSettings
 from poprisk.optim.variance import ESTIMATORS, StepCounts, VarianceEstimator, make_estimator
@@ -43,32 +43,32 @@ class CompiledGroup(NamedTuple):
         """The estimator's entries in a parameter's state."""
         return self.estimator.state_keys if self.estimator else ()
 
-    def clock(self, t: Any, observations: Any) -> StepCounts:
+    def counts(self, t: Any, observations: Any) -> StepCounts:
         """Counters with the decay rates of the group."""
         return StepCounts(t, observations, *self.settings["betas"])
 
-    def adam(self, clock: StepCounts) -> AdamSettings:
+    def adam(self, counts: StepCounts) -> AdamSettings:
         """The settings of AdamW itself."""
         lr, decay = self.settings["lr"], self.settings["weight_decay"]
-        lr = lr if clock.captured else float(lr)
-        return AdamSettings(lr, clock.beta1, clock.beta2, self.settings["eps"], decay)
+        lr = lr if counts.captured else float(lr)
+        return AdamSettings(lr, counts.beta1, counts.beta2, self.settings["eps"], decay)
 
-    def gate(self, clock: StepCounts, layout: Layout | None = None) -> Gate | None:
+    def gate(self, counts: StepCounts, layout: ShardLayout | None = None) -> Gate | None:
         """The gate of one step, None where it is ungated; averages go over all of a DTensor."""
         if self.estimator is None:
             return None
         s = self.settings
-        inflation: Any = self.estimator.inflation(clock)
+        inflation: Any = self.estimator.inflation(counts)
         alpha, paper = s["alpha"], s["mode"] == "paper"
         if paper and alpha == "auto":
             alpha = "fresh" if s["dataset_size"] is None else "finite"
-        elif not paper and not clock.captured and inflation == 0:
+        elif not paper and not counts.captured and inflation == 0:
             return None
         return Gate(
             mask=s["mask"] if callable(s["mask"]) else MASKS_[s["mask"]],
             alpha=threshold(
                 alpha,
-                noise_ratio=momentum_noise(clock.t, clock.beta1),
+                noise_ratio=momentum_noise(counts.t, counts.beta1),
                 inflation=inflation,
                 z=s["z"],
                 batch_size=s["batch_size"],
@@ -78,7 +78,7 @@ class CompiledGroup(NamedTuple):
             eps=s["eps"] if paper else 0.0,
             q_min=s["q_min"],
             per_tensor=s["reduction"] == "per_tensor",
-            opened=inflation == 0 if clock.captured and not paper else None,
+            opened=inflation == 0 if counts.captured and not paper else None,
             pool=local_means if layout is None else GlobalMeans(layout),
         )
 

@@ -116,14 +116,14 @@ class StepContext(NamedTuple):
 Rule = Callable[[StepContext], StepRule]
 
 
-def sgd(facts: StepContext) -> StepRule:
+def sgd(context: StepContext) -> StepRule:
     """``torch.optim.SGD``: the first momentum is the gradient itself, without dampening."""
-    group = facts.group
+    group = context.group
     mu, nesterov = group["momentum"], group["nesterov"]
     return StepRule(
         precondition=float(group["lr"]),
-        carry=0.0 if facts.first else mu,
-        gain=1.0 if facts.first or mu == 0 else 1 - group["dampening"],
+        carry=0.0 if context.first else mu,
+        gain=1.0 if context.first or mu == 0 else 1 - group["dampening"],
         from_momentum=mu if nesterov else 1.0,
         from_gradient=1.0 if nesterov else 0.0,
         coupled=group["weight_decay"],
@@ -131,9 +131,9 @@ def sgd(facts: StepContext) -> StepRule:
     )
 
 
-def adam(facts: StepContext) -> StepRule:
+def adam(context: StepContext) -> StepRule:
     """``torch.optim.Adam`` and ``AdamW``, with and without AMSGrad."""
-    group, state = facts.group, facts.state
+    group, state = context.group, context.state
     (beta1, beta2), t = group["betas"], float(state["step"])
     v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
     denom = v.sqrt() / (1 - beta2**t) ** 0.5 + group["eps"]
@@ -150,14 +150,14 @@ def adam(facts: StepContext) -> StepRule:
     )
 
 
-def adamw(facts: StepContext) -> StepRule:
+def adamw(context: StepContext) -> StepRule:
     """``torch.optim.AdamW``: decay is decoupled, whether or not the group says so."""
-    return adam(facts._replace(group={**facts.group, "decoupled_weight_decay": True}))
+    return adam(context._replace(group={**context.group, "decoupled_weight_decay": True}))
 
 
-def rmsprop(facts: StepContext) -> StepRule:
+def rmsprop(context: StepContext) -> StepRule:
     """``torch.optim.RMSprop``, centred or not; its momentum averages preconditioned gradients."""
-    group, state = facts.group, facts.state
+    group, state = context.group, context.state
     v, lr, mu = state["square_avg"], float(group["lr"]), group["momentum"]
     if group["centered"]:
         v = v - state["grad_avg"].square()
@@ -179,9 +179,9 @@ def realized_update(*, momentum: float = 0.0) -> Rule:
     negative, and count by their absolute value in W.
     """
 
-    def rule(facts: StepContext) -> StepRule:
-        m = momentum * facts.momentum + (1 - momentum) * facts.grad
-        scale = torch.where(m == 0, torch.zeros_like(m), -facts.update / m)
+    def rule(context: StepContext) -> StepRule:
+        m = momentum * context.momentum + (1 - momentum) * context.grad
+        scale = torch.where(m == 0, torch.zeros_like(m), -context.update / m)
         return StepRule(precondition=scale, carry=momentum, gain=1 - momentum)
 
     return rule
@@ -224,15 +224,15 @@ def describe(optimizer: Optimizer, rule: Rule | None = None) -> Description:
                 f"the gradient; exact ones exist for {', '.join(kind.__name__ for kind in RULES)}, "
                 "PopRiskAdamW and gated(). Pass rule=poprisk.path.realized_update(momentum=...), "
                 "which is exact for displacements only, or give the optimizer a method "
-                "step_rule(param, facts)."
+                "step_rule(param, context)."
             )
         rule, key = RULES[type(optimizer)]
     else:
         key = ""
     found = rule
 
-    def of_any(param: Tensor, facts: StepContext) -> StepRule:
-        return found(facts)
+    def of_any(param: Tensor, context: StepContext) -> StepRule:
+        return found(context)
 
     return Description(of_any, _Momentum(optimizer, key))
 

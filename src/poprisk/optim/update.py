@@ -52,11 +52,11 @@ class TensorLists(NamedTuple):
     variances: TensorList
 
     def subset(self, indices: list[int]) -> TensorLists:
-        """The slots at ``indices``."""
+        """The lists at ``indices``."""
         return TensorLists(*([column[i] for i in indices] if column else [] for column in self))
 
 
-def cache_blocks(slots: TensorLists, update_: Callable[[TensorLists], None]) -> None:
+def cache_blocks(lists: TensorLists, update_: Callable[[TensorLists], None]) -> None:
     """Apply an elementwise update piece by piece.
 
     A tensor of over :data:`CHUNK` elements is cut into views if its memory layout has them; of the
@@ -64,26 +64,26 @@ def cache_blocks(slots: TensorLists, update_: Callable[[TensorLists], None]) -> 
     """
     block: list[int] = []
     size = 0
-    for i, numel in enumerate(w.numel() for w in slots.params):
+    for i, numel in enumerate(w.numel() for w in lists.params):
         if numel > CHUNK:
-            for piece in pieces(slots.subset([i])):
+            for piece in pieces(lists.subset([i])):
                 update_(piece)
             continue
         if block and size + numel > BLOCK:
-            update_(slots.subset(block))
+            update_(lists.subset(block))
             block.clear()
             size = 0
         block.append(i)
         size += numel
     if block:
-        update_(slots.subset(block))
+        update_(lists.subset(block))
 
 
-def pieces(slots: TensorLists) -> list[TensorLists]:
-    """The one tensor of ``slots`` in views of at most :data:`CHUNK` elements."""
-    if not all(t.is_contiguous() for column in slots for t in column):
-        return [slots]
-    columns = [column[0].view(-1).split(CHUNK) if column else () for column in slots]
+def pieces(lists: TensorLists) -> list[TensorLists]:
+    """The one tensor of ``lists`` in views of at most :data:`CHUNK` elements."""
+    if not all(t.is_contiguous() for column in lists for t in column):
+        return [lists]
+    columns = [column[0].view(-1).split(CHUNK) if column else () for column in lists]
     return [
         TensorLists(*([column[j]] if column else [] for column in columns))
         for j in range(len(columns[0]))
@@ -91,10 +91,10 @@ def pieces(slots: TensorLists) -> list[TensorLists]:
 
 
 def gated_adamw_(
-    slots: TensorLists,
+    lists: TensorLists,
     *,
     settings: AdamSettings,
-    clock: StepCounts,
+    counts: StepCounts,
     estimator: VarianceEstimator | None,
     gate: Gate | None,
 ) -> None:
@@ -110,9 +110,9 @@ def gated_adamw_(
     with. Weight decay is decoupled and not gated. With ``gate=None`` every operation, and its
     order, is that of ``torch.optim.AdamW``; with ``estimator=None`` no variance is kept.
     """
-    w, g, m, v, s = slots
+    w, g, m, v, s = lists
     if estimator is not None:
-        estimator.observe_(s, g, m, clock)
+        estimator.observe_(s, g, m, counts)
     if settings.weight_decay != 0:
         torch._foreach_mul_(w, _number(1 - settings.lr * settings.weight_decay, w[0]))
     torch._foreach_lerp_(m, g, 1 - settings.beta1)
@@ -121,14 +121,14 @@ def gated_adamw_(
 
     step = m
     if gate is not None and estimator is not None:
-        q = masks(slots, clock, estimator, gate)
+        q = masks(lists, counts, estimator, gate)
         if gate.per_tensor:
             step = list(torch._foreach_mul(m, q))
         else:
             torch._foreach_mul_(q, m)
             step = q
-    denom = adam_denominator(v, clock, settings.eps)
-    rate = settings.lr / (1 - clock.beta1**clock.t)
+    denom = adam_denominator(v, counts, settings.eps)
+    rate = settings.lr / (1 - counts.beta1**counts.t)
     if isinstance(rate, Tensor):
         torch._foreach_addcdiv_(w, scaled(step, -rate), denom)
     else:
@@ -136,11 +136,11 @@ def gated_adamw_(
 
 
 def masks(
-    slots: TensorLists, clock: StepCounts, estimator: VarianceEstimator, gate: Gate
+    lists: TensorLists, counts: StepCounts, estimator: VarianceEstimator, gate: Gate
 ) -> TensorList:
     """The mask of each tensor; the moments contain the present gradients."""
-    raw, var_scale = estimator.read(slots.variances, slots.exp_avgs, slots.exp_avg_sqs, clock)
-    return gate(slots.exp_avgs, raw, mean_scale=clock.mean_scale, var_scale=var_scale)
+    raw, var_scale = estimator.read(lists.variances, lists.exp_avgs, lists.exp_avg_sqs, counts)
+    return gate(lists.exp_avgs, raw, mean_scale=counts.mean_scale, var_scale=var_scale)
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -148,17 +148,17 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
 
 
-def real_slots(columns: TensorLists, maximize: bool) -> TensorLists:
+def real_lists(columns: TensorLists, maximize: bool) -> TensorLists:
     """Real float32 or float64 tensors; parameters share memory unless low precision."""
     dtype = state_dtype(columns.params[0])
-    slots = [list(column) for column in columns]
+    lists = [list(column) for column in columns]
     if any(x.dtype != dtype for x in (*columns.params, *columns.grads)):
-        slots = [[x.to(dtype) for x in column] for column in slots]
+        lists = [[x.to(dtype) for x in column] for column in lists]
     if dtype.is_complex:
-        slots = [[torch.view_as_real(x) for x in column] for column in slots]
+        lists = [[torch.view_as_real(x) for x in column] for column in lists]
     if maximize:
-        slots[1] = list(torch._foreach_neg(slots[1]))
-    return TensorLists(*slots)
+        lists[1] = list(torch._foreach_neg(lists[1]))
+    return TensorLists(*lists)
 
 
 def size_limit(dtype: torch.dtype) -> float:
@@ -206,9 +206,9 @@ def _constant(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=dtype)
 
 
-def adam_denominator(exp_avg_sqs: TensorList, clock: StepCounts, eps: float) -> TensorList:
+def adam_denominator(exp_avg_sqs: TensorList, counts: StepCounts, eps: float) -> TensorList:
     r""":math:`\sqrt{\hat v} + \varepsilon`, newly allocated."""
     denom = list(torch._foreach_sqrt(exp_avg_sqs))
-    torch._foreach_div_(denom, _number((1 - clock.beta2**clock.t) ** 0.5, denom[0]))
+    torch._foreach_div_(denom, _number((1 - counts.beta2**counts.t) ** 0.5, denom[0]))
     torch._foreach_add_(denom, eps)
     return denom

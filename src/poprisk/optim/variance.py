@@ -28,7 +28,7 @@ from poprisk._validate import (
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.jacobian import (
     Inputs,
-    Selection,
+    ParameterSelection,
     as_inputs,
     call,
     close,
@@ -42,6 +42,7 @@ from poprisk.jacobian import (
 from poprisk.optim.gate import TensorList, momentum_noise, scaled
 from poprisk.per_sample import Moments, capture
 from poprisk.per_sample.checks import check_numbers, check_one_device, check_part
+from poprisk.protocols import PerExampleLoss
 
 
 class StepCounts(NamedTuple):
@@ -81,7 +82,7 @@ class VarianceEstimator(ABC):
 
     @abstractmethod
     def observe_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, counts: StepCounts
     ) -> None:
         """Update the state in place; ``exp_avgs`` does not contain ``grads`` yet."""
 
@@ -91,16 +92,16 @@ class VarianceEstimator(ABC):
         variances: TensorList,
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
-        clock: StepCounts,
+        counts: StepCounts,
     ) -> tuple[TensorList, float]:
         """Return ``raw`` and ``scale``; the moments contain the present gradients."""
 
-    def scale(self, clock: StepCounts) -> float:
+    def scale(self, counts: StepCounts) -> float:
         """The ``scale`` of :meth:`read`, without reading."""
         return 1.0
 
     @abstractmethod
-    def inflation(self, clock: StepCounts) -> float:
+    def inflation(self, counts: StepCounts) -> float:
         r"""Expected :math:`\hat s` over the variance of one batch mean; 0: no estimate yet."""
 
 
@@ -132,20 +133,20 @@ class Ema(VarianceEstimator):
         return self.paper or t > 1
 
     def observe_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, counts: StepCounts
     ) -> None:
-        if clock.captured:
-            self._observe_captured_(variances, grads, exp_avgs, clock)
-        elif clock.observations > 0:
-            d = list(torch._foreach_sub(grads, exp_avgs, alpha=self.centre(clock)))
+        if counts.captured:
+            self._observe_captured_(variances, grads, exp_avgs, counts)
+        elif counts.observations > 0:
+            d = list(torch._foreach_sub(grads, exp_avgs, alpha=self.centre(counts)))
             torch._foreach_mul_(d, d)
             torch._foreach_lerp_(variances, d, 1 - self.rho)
 
     def _observe_captured_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, counts: StepCounts
     ) -> None:
-        weight = (clock.observations > 0).double() * (1 - self.rho)
-        d = list(torch._foreach_sub(grads, scaled(exp_avgs, self.centre(clock))))
+        weight = (counts.observations > 0).double() * (1 - self.rho)
+        d = list(torch._foreach_sub(grads, scaled(exp_avgs, self.centre(counts))))
         torch._foreach_mul_(d, d)
         torch._foreach_lerp_(variances, d, [weight.to(x.dtype) for x in d])
 
@@ -154,24 +155,24 @@ class Ema(VarianceEstimator):
         variances: TensorList,
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
-        clock: StepCounts,
+        counts: StepCounts,
     ) -> tuple[TensorList, float]:
-        return variances, self.scale(clock)
+        return variances, self.scale(counts)
 
-    def centre(self, clock: StepCounts) -> float:
+    def centre(self, counts: StepCounts) -> float:
         r"""The factor on :math:`m_{t-1}` in the deviation: its bias correction, or 1."""
         if self.paper:
             return 1.0
-        before = clock.t - 1
-        return 1 / (1 - clock.beta1 ** (before.clamp_min(1) if clock.captured else before))
+        before = counts.t - 1
+        return 1 / (1 - counts.beta1 ** (before.clamp_min(1) if counts.captured else before))
 
-    def scale(self, clock: StepCounts) -> float:
-        k = clock.observations
-        return 1 / (1 - self.rho ** (k.clamp_min(1) if clock.captured else k))
+    def scale(self, counts: StepCounts) -> float:
+        k = counts.observations
+        return 1 / (1 - self.rho ** (k.clamp_min(1) if counts.captured else k))
 
-    def inflation(self, clock: StepCounts) -> float:
-        found = 1 + momentum_noise(clock.t, clock.beta1)
-        return _where(clock.observations > 0, found)
+    def inflation(self, counts: StepCounts) -> float:
+        found = 1 + momentum_noise(counts.t, counts.beta1)
+        return _where(counts.observations > 0, found)
 
 
 @final
@@ -185,7 +186,7 @@ class SecondMoment(VarianceEstimator):
     """
 
     def observe_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, counts: StepCounts
     ) -> None:
         return
 
@@ -194,15 +195,15 @@ class SecondMoment(VarianceEstimator):
         variances: TensorList,
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
-        clock: StepCounts,
+        counts: StepCounts,
     ) -> tuple[TensorList, float]:
-        raw = scaled(exp_avg_sqs, 1 / (1 - clock.beta2**clock.t))
-        add_scaled_squares_(raw, exp_avgs, -(clock.mean_scale**2))
+        raw = scaled(exp_avg_sqs, 1 / (1 - counts.beta2**counts.t))
+        add_scaled_squares_(raw, exp_avgs, -(counts.mean_scale**2))
         torch._foreach_clamp_min_(raw, 0.0)
         return raw, 1.0
 
-    def inflation(self, clock: StepCounts) -> float:
-        return _where(clock.t > 1, 1 - momentum_noise(clock.t, clock.beta1))
+    def inflation(self, counts: StepCounts) -> float:
+        return _where(counts.t > 1, 1 - momentum_noise(counts.t, counts.beta1))
 
 
 @final
@@ -231,7 +232,7 @@ class Precomputed(VarianceEstimator):
         return beta1**2 if self.rho is None else self.rho
 
     def observe_(
-        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, clock: StepCounts
+        self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, counts: StepCounts
     ) -> None:
         return
 
@@ -240,14 +241,14 @@ class Precomputed(VarianceEstimator):
         variances: TensorList,
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
-        clock: StepCounts,
+        counts: StepCounts,
     ) -> tuple[TensorList, float]:
-        return variances, self.scale(clock)
+        return variances, self.scale(counts)
 
-    def scale(self, clock: StepCounts) -> float:
-        return 1 / (1 - self.decay(clock.beta1) ** clock.observations)
+    def scale(self, counts: StepCounts) -> float:
+        return 1 / (1 - self.decay(counts.beta1) ** counts.observations)
 
-    def inflation(self, clock: StepCounts) -> float:
+    def inflation(self, counts: StepCounts) -> float:
         return 1.0
 
 
@@ -282,16 +283,12 @@ def make_estimator(name: str, *, rho: float, paper: bool) -> VarianceEstimator:
     return Precomputed(None if name == "exact" else rho)
 
 
-PerExampleLoss = Callable[[Any, Any], Tensor]
-"""From outputs and targets of b examples to their losses, (b,)."""
-
-
 def grad_mean_var(
     model: nn.Module,
     loss: PerExampleLoss,
     batch: tuple[Any, Any],
     *,
-    params: Selection = None,
+    params: ParameterSelection = None,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
     r"""The exact variance of the batch-mean gradient, for each parameter.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk._validate import check_number
+from poprisk._validate import check_number, check_type
 from poprisk.dtensor import (
-    Layout,
+    ShardLayout,
     all_agree,
     global_sums,
     gradient_of,
@@ -31,7 +31,7 @@ from poprisk.optim.adamw import (
 )
 from poprisk.optim.behaviour import Behaviour, Decay, Kind, behaviours, kind_of
 from poprisk.optim.gate import Gate, Mask, TensorList
-from poprisk.optim.groups import update_slots
+from poprisk.optim.groups import update_lists
 from poprisk.optim.replay import mask_and_passed, mask_of
 from poprisk.optim.settings import CompiledGroup, check_gate_settings, compiled, tell_differences
 from poprisk.optim.state import (
@@ -54,10 +54,10 @@ from poprisk.optim.update import (
     all_finite,
     masks,
     pieces,
-    real_slots,
+    real_lists,
     state_dtype,
 )
-from poprisk.optim.variance import Ema, StepCounts, VarianceEstimator
+from poprisk.optim.variance import ESTIMATORS, Ema, StepCounts, VarianceEstimator
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]
 PREFIX = "gate_"
@@ -65,8 +65,8 @@ PREFIX = "gate_"
 
 STATE = ("step", "exp_avg", "grad_mean_var")
 SETTINGS = (
-    *("beta1", "rho", "mask", "alpha", "z", "softness"),
-    *("batch_size", "dataset_size", "reduction", "q_min"),
+    *("beta1", "rho", "mask", "alpha", "z", "softness", "eps"),
+    *("batch_size", "dataset_size", "mode", "reduction", "q_min", "gate"),
 )
 
 
@@ -112,7 +112,7 @@ def _share(decay: Decay | None, group: dict[str, Any]) -> tuple[float, bool]:
     return (0.0, False) if decay is None else (decay.share(group), decay.last)
 
 
-class _Bucket(NamedTuple):
+class _GroupTensors(NamedTuple):
     """Parameters of one group that share dtype, device, layout and the number of their steps.
 
     Attributes:
@@ -122,29 +122,39 @@ class _Bucket(NamedTuple):
     group: dict[str, Any]
     decay: Decay | None
     t: int
-    layout: Layout | None
+    layout: ShardLayout | None
     params: TensorList
     states: list[dict[str, Any]]
     starts: TensorList
 
-    def slots(self, second: TensorList) -> TensorLists:
+    def lists(self, second: TensorList) -> TensorLists:
         """Weights, gradients or starts, and moments, as real tensors that share memory."""
         moments = ([state[key] for state in self.states] for key in STATE[1:])
         m, s = (locals_of(column) for column in moments)
         columns = TensorLists(locals_of(self.params), locals_of(second), m, [], s)
-        return real_slots(columns, maximize=False)
+        return real_lists(columns, maximize=False)
 
 
 @final
 class GatedOptimizer(Optimizer):
-    """See :func:`gated`; ``param_groups`` are the wrapped optimizer's own."""
+    """What :func:`gated` returns; ``param_groups`` are the wrapped optimizer's own.
+
+    Args:
+        optimizer: to be wrapped.
+        settings: the keyword arguments of :func:`gated`, with its defaults.
+    """
 
     settings: dict[str, Any]
     skipped_steps: int
     _wrapped: Optimizer
     _behaviours: dict[Kind, Behaviour]
 
-    def __init__(self, optimizer: Optimizer, settings: dict[str, Any]) -> None:
+    def __init__(self, optimizer: Optimizer, **settings: Any) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"gated() takes a torch optimizer, but got {type(optimizer).__name__}.")
+        if isinstance(optimizer, (PopRiskAdamW, GatedOptimizer)):
+            raise TypeError(f"{type(optimizer).__name__} is gated already.")
+        settings = _checked_settings(settings)
         for group in optimizer.param_groups:
             check_distinct(group["params"])
         found = behaviours(optimizer, optimizer.param_groups)
@@ -218,21 +228,21 @@ class GatedOptimizer(Optimizer):
             self._patience.skipped(self.skipped_steps)
             return loss
         self._patience.took(grads)
-        buckets = [
+        parts = [
             b for g, d in zip(self.param_groups, decays, strict=True) for b in self._take(g, d)
         ]
         own = compiled(self.settings)
-        for bucket in buckets:
-            _observe(bucket, own)
+        for tensors in parts:
+            _observe(tensors, own)
         try:
             with without_decay(self._wrapped, decays):
                 self._wrapped.step()
         except BaseException:
-            for bucket in buckets:
-                torch._foreach_copy_(locals_of(bucket.params), bucket.starts)
+            for tensors in parts:
+                torch._foreach_copy_(locals_of(tensors.params), tensors.starts)
             raise
-        for bucket in buckets:
-            _rewrite(bucket, own)
+        for tensors in parts:
+            _rewrite(tensors, own)
         return loss
 
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
@@ -355,7 +365,7 @@ class GatedOptimizer(Optimizer):
             self._behaviours.update(behaviours(self._wrapped, new))
         return [self._behaviours[kind].decay for kind in kinds]
 
-    def _take(self, group: dict[str, Any], decay: Decay | None) -> list[_Bucket]:
+    def _take(self, group: dict[str, Any], decay: Decay | None) -> list[_GroupTensors]:
         """The group's parameters with gradients, counted on, with copies of their weights."""
         params = [p for p in group["params"] if p.grad is not None and p.numel()]
         for p in params:
@@ -368,49 +378,51 @@ class GatedOptimizer(Optimizer):
             )
             if not fits:
                 self._updates[p] = torch.empty_like(local(p), dtype=state_dtype(p))
-        buckets = dict[Any, _Bucket]()
+        by_kind = dict[Any, _GroupTensors]()
         steps = count_step([self.state[p] for p in params])
         for p, t in zip(params, steps, strict=True):
             layout = layout_of(p)
             kind = (p.device, p.dtype, t, layout)
-            if kind not in buckets:
-                buckets[kind] = _Bucket(group, decay, t, layout, [], [], [])
-            bucket = buckets[kind]
-            bucket.params.append(p)
-            bucket.states.append(self.state[p])
-            bucket.starts.append(self._updates[p])
-        for bucket in buckets.values():
-            torch._foreach_copy_(bucket.starts, locals_of(bucket.params))
-        return list(buckets.values())
+            if kind not in by_kind:
+                by_kind[kind] = _GroupTensors(group, decay, t, layout, [], [], [])
+            tensors = by_kind[kind]
+            tensors.params.append(p)
+            tensors.states.append(self.state[p])
+            tensors.starts.append(self._updates[p])
+        for tensors in by_kind.values():
+            torch._foreach_copy_(tensors.starts, locals_of(tensors.params))
+        return list(by_kind.values())
 
     def _row(self, p: Tensor) -> Tensor:
         """The gate of the last step evaluated again: the sums of its statistics."""
         state, layout = self.state[p], layout_of(p)
-        bucket = _Bucket({}, None, int(state["step"]), layout, [p], [state], [self._updates[p]])
-        slots = bucket.slots(bucket.starts)
-        clock, estimator, gate = self._last_gate(p)
-        total = torch.zeros(5, dtype=torch.float64, device=slots.params[0].device)
-        for piece in [slots] if gate is not None and gate.per_tensor else pieces(slots):
+        tensors = _GroupTensors(
+            {}, None, int(state["step"]), layout, [p], [state], [self._updates[p]]
+        )
+        lists = tensors.lists(tensors.starts)
+        counts, estimator, gate = self._last_gate(p)
+        total = torch.zeros(5, dtype=torch.float64, device=lists.params[0].device)
+        for piece in [lists] if gate is not None and gate.per_tensor else pieces(lists):
             (update,), (m,), (s,) = piece.grads, piece.exp_avgs, piece.variances
-            q, passed = mask_and_passed(piece, clock, estimator, gate)
+            q, passed = mask_and_passed(piece, counts, estimator, gate)
             total += gate_sums(q, passed, update, ((m != 0) | (s > 0)).to(m.dtype))
         return global_sums(total, layout)
 
     def _last_gate(self, p: Tensor) -> tuple[StepCounts, VarianceEstimator | None, Gate | None]:
         t, own = int(self.state[p]["step"]), compiled(self.settings)
-        clock = own.clock(t, t - 1)
-        return clock, own.estimator, own.gate(clock, layout_of(p))
+        counts = _counts(own, t)
+        return counts, own.estimator, own.gate(counts, layout_of(p))
 
     @torch.no_grad()
-    def step_rule(self, param: Tensor, facts: StepContext) -> StepRule:
+    def step_rule(self, param: Tensor, context: StepContext) -> StepRule:
         """The last step of ``param`` as a linear map of its gradient: the wrapped one's, masked."""
-        inner = facts._replace(state=self._wrapped.state.get(param, {}))
+        inner = context._replace(state=self._wrapped.state.get(param, {}))
         rule = describe(self._wrapped).rule(param, inner)
-        clock, estimator, gate = self._last_gate(param)
+        counts, estimator, gate = self._last_gate(param)
         if gate is None:
             return rule
-        bucket = _Bucket({}, None, clock.t, None, [param], [self.state[param]], [param])
-        q = mask_of(bucket.slots([param]), clock, estimator, gate)
+        tensors = _GroupTensors({}, None, counts.t, None, [param], [self.state[param]], [param])
+        q = mask_of(tensors.lists([param]), counts, estimator, gate)
         return rule._replace(precondition=q * rule.precondition)
 
     def momentum_of(self, param: Tensor) -> Tensor | None:
@@ -421,38 +433,68 @@ class GatedOptimizer(Optimizer):
         return {"beta1": self.settings["betas"][0], **{k: self.settings[k] for k in SETTINGS[1:]}}
 
 
-def _observe(bucket: _Bucket, own: CompiledGroup) -> None:
-    grads = [gradient_of(p, bucket.layout) for p in bucket.params]
-    clock = own.clock(bucket.t, bucket.t - 1)
-    how: dict[str, Any] = {"clock": clock, "estimator": own.estimator}
-    update_slots(bucket.slots(grads), own.settings, functools.partial(observe_slots_, **how))
+def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :func:`gated`, and its defaults for others, as one step takes them."""
+    defaults = dict(gated.__kwdefaults__ or {})
+    if unknown := sorted(set(settings) - set(defaults)):
+        raise TypeError(
+            f"gated() takes no {', '.join(unknown)}: what is not of the gate is set on the "
+            f"optimizer that is wrapped; it takes {', '.join(defaults)}."
+        )
+    found = {**defaults, **settings}
+    if found["variance"] in ESTIMATORS and found["variance"] != "ema":
+        raise ValueError(
+            f'gated() takes variance="ema" only, but got {found["variance"]!r}: it measures from '
+            "gradients alone, and the others need PopRiskAdamW's own moments or methods."
+        )
+    check_number("beta1", found["beta1"], low=0.0, high=1.0, include_high=False)
+    check_number("eps", found["eps"], low=0.0)
+    check_type("gate", found["gate"], bool, "True or False")
+    found |= {"betas": (found.pop("beta1"), 0.0), "foreach": None, "weight_decay": 0.0}
+    check_gate_settings(found)
+    return compiled(found).settings
 
 
-def _rewrite(bucket: _Bucket, own: CompiledGroup) -> None:
-    clock = own.clock(bucket.t, bucket.t - 1)
-    share, last = _share(bucket.decay, bucket.group)
-    slots = bucket.slots(bucket.starts)
-    how: dict[str, Any] = {"clock": clock, "estimator": own.estimator}
+def _counts(own: CompiledGroup, t: int) -> StepCounts:
+    """Counters of step ``t``; an estimate without a first step's mean is one step behind."""
+    first = own.estimator is None or own.estimator.observes(1)
+    return own.counts(t, t if first else t - 1)
+
+
+def _observe(tensors: _GroupTensors, own: CompiledGroup) -> None:
+    if own.estimator is None:
+        return
+    grads = [gradient_of(p, tensors.layout) for p in tensors.params]
+    counts = _counts(own, tensors.t)
+    how: dict[str, Any] = {"counts": counts, "estimator": own.estimator}
+    update_lists(tensors.lists(grads), own.settings, functools.partial(observe_lists_, **how))
+
+
+def _rewrite(tensors: _GroupTensors, own: CompiledGroup) -> None:
+    counts = _counts(own, tensors.t)
+    share, last = _share(tensors.decay, tensors.group)
+    lists = tensors.lists(tensors.starts)
+    how: dict[str, Any] = {"counts": counts, "estimator": own.estimator}
     keep_ = functools.partial(
-        keep_slots_, **how, gate=own.gate(clock, bucket.layout), share=share, last=last
+        keep_lists_, **how, gate=own.gate(counts, tensors.layout), share=share, last=last
     )
-    update_slots(slots, own.settings, keep_)
-    for p, w in zip(locals_of(bucket.params), slots.params, strict=True):
+    update_lists(lists, own.settings, keep_)
+    for p, w in zip(locals_of(tensors.params), lists.params, strict=True):
         if p.dtype in LOW_PRECISION:
             p.copy_(w)
 
 
-def observe_slots_(slots: TensorLists, *, clock: StepCounts, estimator: Ema) -> None:
+def observe_lists_(lists: TensorLists, *, counts: StepCounts, estimator: Ema) -> None:
     """Update the variance and then the average gradient, which must not contain it yet."""
-    _, g, m, _, s = slots
-    estimator.observe_(s, g, m, clock)
-    torch._foreach_lerp_(m, g, 1 - clock.beta1)
+    _, g, m, _, s = lists
+    estimator.observe_(s, g, m, counts)
+    torch._foreach_lerp_(m, g, 1 - counts.beta1)
 
 
-def keep_slots_(
-    slots: TensorLists,
+def keep_lists_(
+    lists: TensorLists,
     *,
-    clock: StepCounts,
+    counts: StepCounts,
     estimator: Ema,
     gate: Gate | None,
     share: float,
@@ -464,19 +506,19 @@ def keep_slots_(
     is the optimizer's own, bit for bit.
 
     Args:
-        slots: weights after the step; in the place of gradients, the weights before it, which are
+        lists: weights after the step; in the place of gradients, the weights before it, which are
             replaced by the ungated update; moments.
-        clock: counters and decay rates.
+        counts: counters and decay rates.
         estimator: of the variance.
         gate: None: keep all.
         share: of the weights that decay takes.
         last: whether decay takes it after the update.
     """
-    w, start = slots.params, slots.grads
+    w, start = lists.params, lists.grads
     update = torch._foreach_sub(w, start)
     new = w
     if gate is not None:
-        q = [x.expand_as(y) for x, y in zip(masks(slots, clock, estimator, gate), w, strict=True)]
+        q = [x.expand_as(y) for x, y in zip(masks(lists, counts, estimator, gate), w, strict=True)]
         new = torch._foreach_lerp(start, w, q)
     if share != 0:
         lost = new if last else start
@@ -529,8 +571,12 @@ def gated(
     softness: float = 0.1,
     batch_size: int | None = None,
     dataset_size: int | None = None,
+    mode: str = "auto",
+    variance: str = "ema",
     reduction: str | None = None,
     q_min: float = 0.0,
+    eps: float = 1e-8,
+    gate: bool = True,
 ) -> GatedOptimizer:
     r"""Put the population-risk gate on any ``torch.optim`` optimizer, without touching its code.
 
@@ -552,8 +598,12 @@ def gated(
         softness: of the soft and snr masks.
         batch_size: examples behind one step.
         dataset_size: training examples; None for a stream.
+        mode: ``"auto"`` or ``"paper"``.
+        variance: ``"ema"``; the others need what only :class:`PopRiskAdamW` has.
         reduction: None or ``"per_tensor"``.
         q_min: floor of the mask.
+        eps: in the mask of ``mode="paper"``.
+        gate: False for the wrapped optimizer's own steps, a control.
 
     Raises:
         TypeError: if ``optimizer`` is no torch optimizer, is gated already, or does what a gate
@@ -570,28 +620,5 @@ def gated(
         >>> w.detach()
         tensor([0.9000])
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"gated() takes a torch optimizer, but got {type(optimizer).__name__}.")
-    if isinstance(optimizer, (PopRiskAdamW, GatedOptimizer)):
-        raise TypeError(f"{type(optimizer).__name__} is gated already.")
-    check_number("beta1", beta1, low=0.0, high=1.0, include_high=False)
-    settings = {
-        "betas": (beta1, 0.0),
-        "rho": rho,
-        "mask": mask,
-        "alpha": alpha,
-        "z": z,
-        "softness": softness,
-        "batch_size": batch_size,
-        "dataset_size": dataset_size,
-        "mode": "auto",
-        "variance": "ema",
-        "reduction": reduction,
-        "q_min": q_min,
-        "gate": True,
-        "foreach": None,
-        "eps": 0.0,
-        "weight_decay": 0.0,
-    }
-    check_gate_settings(settings)
-    return GatedOptimizer(optimizer, compiled(settings).settings)
+    settings = {name: value for name, value in locals().items() if name != "optimizer"}
+    return GatedOptimizer(optimizer, **settings)

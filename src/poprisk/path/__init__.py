@@ -4,8 +4,7 @@
 operators P, Q, W, G, D of the theory, :func:`follow` into their action on a few vectors.
 """
 
-import warnings
-
+from poprisk._renamed import renamed_names
 from poprisk._validate import NotAnalysable
 from poprisk.optim.step import StepContext, StepRule, realized_update
 from poprisk.path.follow import Applied, Followed, follow
@@ -35,10 +34,4 @@ __all__ = [
     "trace_cells",
 ]
 
-
-def __getattr__(name: str) -> object:
-    """Names of the last release."""
-    if name != "Facts":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn("Facts is called StepContext now", DeprecationWarning, stacklevel=2)
-    return StepContext
+__getattr__ = renamed_names(__name__, Facts="StepContext")

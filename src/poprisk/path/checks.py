@@ -17,12 +17,12 @@ def named(names: Collection[str], most: int = 3) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_budget(needed: float, budget: float, what: str, instead: str) -> None:
+def check_memory(needed: float, max_memory: float, what: str, instead: str) -> None:
     """Raise NotAnalysable if something needs more bytes than allowed."""
-    if needed > budget:
+    if needed > max_memory:
         raise NotAnalysable(
-            f"{what} needs {needed / 2**30:.3g} GiB, over the budget of {budget / 2**30:.3g} GiB; "
-            f"{instead}"
+            f"{what} needs {needed / 2**30:.3g} GiB, over max_memory of {max_memory / 2**30:.3g} "
+            f"GiB; {instead}"
         )
 
 

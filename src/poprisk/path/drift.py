@@ -10,6 +10,7 @@ shrinks like :math:`1/\sqrt n` [LG, §4, Thm 4.1]. Here the exponents are measur
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import _validate as checks
+from poprisk._renamed import renamed_arguments
 from poprisk.intervals import t_interval
 from poprisk.linalg import Estimate
-from poprisk.losses import Loss, gradient
+from poprisk.losses import gradient
 from poprisk.path import NotAnalysable, Run, record
 from poprisk.path.checks import check_probes
 from poprisk.path.coupling import label_response
@@ -29,6 +31,11 @@ from poprisk.path.follow import follow_all
 from poprisk.path.integrals import WARN_ABOVE
 from poprisk.path.recursion import Recursion
 from poprisk.printing import short_repr
+from poprisk.protocols import PerExampleLoss
+from poprisk.randomness import generator_of
+
+DRAWS = 16
+"""Noise vectors by which fitted label noise is measured."""
 
 
 class Exponent(NamedTuple):
@@ -38,11 +45,19 @@ class Exponent(NamedTuple):
         value: of the power.
         low: end of the interval; NaN with fewer than three replicates.
         high: the other.
+        standard_error: of the value; NaN like the interval.
+        valid: whether there is an interval.
+        reason: why not.
+        cost: trainings that were recorded for it.
     """
 
     value: float
     low: float
     high: float
+    standard_error: float
+    valid: bool
+    reason: str
+    cost: float
 
     __repr__ = short_repr
 
@@ -91,7 +106,10 @@ class DriftLaws(NamedTuple):
 
 def interval(values: Sequence[float]) -> Exponent:
     """Mean and 95% interval of replicates."""
-    return Exponent(*t_interval(values)[:3])
+    found, n = t_interval(values), len(values)
+    few = "" if found.known else f"{n} replicates leave no interval"
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if found.known else math.nan
+    return Exponent(*found[:3], error, not few, few, float(n))
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -244,7 +262,8 @@ def _common(totals: Tensor) -> list[float]:
     return (mean.square().sum(1) - noise).clamp_min(floor).sqrt().tolist()
 
 
-def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Estimate:
+@renamed_arguments(generator="seed")
+def fitted_noise(run: Run, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     r"""Root mean square movement of a query output per unit of label noise, :math:`\sqrt{gain}`.
 
     The noise is isotropic and follows the recorded run; see
@@ -253,9 +272,14 @@ def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Es
     Args:
         run: a recorded run.
         draws: noise vectors to follow.
-        generator: draws them.
+        seed: of the noise.
     """
     checks.check_positive("draws", draws)
+    return _fitted_noise(run, draws, generator_of(seed))
+
+
+def _fitted_noise(run: Run, draws: int, generator: torch.Generator) -> Estimate:
+    began = time.perf_counter()
     problem = run.problem.to(torch.float64)
     u = problem.values(run.weights[0].double(), problem.train[0])
     noise = torch.randn(*u.shape, draws, generator=generator, dtype=torch.float64)
@@ -264,7 +288,8 @@ def fitted_noise(run: Run, *, draws: int = 16, generator: torch.Generator) -> Es
     squares = moved.square().mean((0, 1))
     value = float(squares.mean().sqrt())
     spread = float(squares.std()) / math.sqrt(draws) if draws > 1 else math.nan
-    return Estimate(value, spread / (2 * value) if value > 0 else math.nan)
+    error = spread / (2 * value) if value > 0 else math.nan
+    return Estimate.of(value, error, run.trainings(time.perf_counter() - began))
 
 
 class Recipe(NamedTuple):
@@ -281,7 +306,7 @@ class Recipe(NamedTuple):
     """
 
     model: Callable[[], nn.Module]
-    loss: str | Loss
+    loss: str | PerExampleLoss
     train: tuple[Tensor, Tensor]
     query: Tensor
     lr: float = 0.01
@@ -296,15 +321,14 @@ class Recipe(NamedTuple):
         model = self.model().double()
         x, y = (t[:n].double() if t.is_floating_point() else t[:n] for t in self.train)
         sgd = torch.optim.SGD(model.parameters(), lr=self.lr)
-        generator = torch.Generator().manual_seed(seed)
-        batches = draw_batches(n, batch_size, self.steps, generator, replace=self.replace)
+        batches = draw_batches(n, batch_size, self.steps, seed, replace=self.replace)
         return record(model, self.loss, sgd, batches, self.query.double(), train=(x, y))
 
 
-def draw_batches(
-    n: int, batch_size: int, steps: int, generator: torch.Generator, *, replace: bool
-) -> list[Tensor]:
+@renamed_arguments(generator="seed")
+def draw_batches(n: int, batch_size: int, steps: int, seed: int, *, replace: bool) -> list[Tensor]:
     """Index batches (b,): i.i.d. with replacement, or shuffled passes over n examples."""
+    generator = generator_of(seed)
     if replace:
         return [torch.randint(n, (batch_size,), generator=generator) for _ in range(steps)]
     found: list[Tensor] = []
@@ -342,15 +366,17 @@ def sweep(
     if len(batch_sizes) > 1:
         squares = torch.stack([_displacements(m)[0].mean(1) for m in by_batch.values()], dim=1)
         batch = jackknife(lambda kept: slope(batch_sizes, _root_mean(squares[kept])), len(seeds))
+        batch = batch._replace(cost=float(len(seeds) * len(batch_sizes)))
     if sizes is not None:
         noise = interval([slope(sizes, _noise_by_size(recipe, sizes, s)) for s in seeds])
+        noise = noise._replace(cost=float(len(seeds) * len(sizes)))
     return DriftLaws(drift, diffusion, batch, noise, len(seeds))
 
 
 def _noise_by_size(recipe: Recipe, sizes: Sequence[int], seed: int) -> list[float]:
     """Label noise fitted with each number of examples, a draw of the data."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     order = torch.randperm(len(recipe.train[0]), generator=generator)
     x, y = (t[order] for t in recipe.train)
     runs = (recipe._replace(train=(x, y)).run(n, n, seed) for n in sizes)
-    return [fitted_noise(run, generator=generator).value for run in runs]
+    return [_fitted_noise(run, DRAWS, generator).value for run in runs]

@@ -18,8 +18,9 @@ from poprisk.path.integrals import REMEDY, Closure, relative
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, averaged, composite, gauss
 from poprisk.path.recursion import Recursion
-from poprisk.path.run import Progress, Run
+from poprisk.path.run import Run
 from poprisk.printing import short_repr
+from poprisk.protocols import ProgressCallback
 
 HESSIAN_NODES = 3
 
@@ -42,7 +43,7 @@ class Applied(NamedTuple):
     __repr__ = short_repr
 
 
-class Moment(NamedTuple):
+class QueryTransfer(NamedTuple):
     """The query set at one point of a followed run.
 
     Attributes:
@@ -69,7 +70,7 @@ class Followed(NamedTuple):
     """
 
     applied: Applied
-    moments: list[Moment]
+    moments: list[QueryTransfer]
     train_outputs: tuple[Tensor, Tensor]
     final_gradient: Tensor
 
@@ -96,7 +97,7 @@ def follow(
     points: int = 2,
     decaying: bool = False,
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Followed:
     r"""Follow output gradients along a run, and what is affine beside them.
 
@@ -110,7 +111,7 @@ def follow(
         every: intervals between updates of all outputs.
         quadrature: of the chord.
         segments: pieces of the chord.
-        points: moments to keep.
+        points: moments to keep, the last among them.
         decaying: let weight decay act on what each probe moved, and on the weights of the start in
             the affine part: how the run would have answered to other labels. Otherwise all of
             decay is affine, as in :math:`D` and :math:`G`. Either way all columns add up.
@@ -123,15 +124,14 @@ def follow(
     checks.check_positive("every", every)
     check_probes(probes, (run.problem.n, run.problem.c))
     nodes = composite(quadrature, segments)
-    kept = {round(i * len(run) / max(points - 1, 1)) for i in range(points)}
+    kept = {len(run), *(round(i * len(run) / max(points - 1, 1)) for i in range(points))}
     with torch.inference_mode(False):
         march = _March(run, probes.clone(), dtype or run.weights.dtype, nodes, decaying=decaying)
         for k in range(len(run)):
             march.advance(k)
             if (k + 1) % every == 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept):
                 march.refresh()
-                due = any(k + 1 - every < i <= k + 1 for i in kept)
-                if due or k + 1 == len(run):
+                if any(k + 1 - every < i <= k + 1 for i in kept):
                     march.keep()
             if progress is not None:
                 progress(k + 1, len(run))
@@ -183,7 +183,7 @@ class _March:
         self.D, self.G = torch.zeros_like(self.X), torch.zeros(*self.v.shape, r, dtype=dtype)
         self.moved = torch.zeros_like(self.recursion.momentum)
         self.fresh, self.steps = True, 0
-        self.moments: list[Moment] = []
+        self.moments: list[QueryTransfer] = []
         self.keep()
 
     def _outputs(self) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ class _March:
 
     def keep(self) -> None:
         """Remember the query set as it is now."""
-        self.moments.append(Moment(self.steps, self._with_affine(self.G.clone()), self.v))
+        self.moments.append(QueryTransfer(self.steps, self._with_affine(self.G.clone()), self.v))
 
     def advance(self, k: int) -> None:
         """Take the step of interval k with every column."""

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poprisk._renamed import renamed_arguments
 from poprisk.optim.step import StepRule
-from poprisk.path.checks import check_budget
+from poprisk.path.checks import check_memory
 from poprisk.path.quadrature import (
     Nodes,
     PathJacobian,
@@ -25,15 +26,16 @@ from poprisk.path.quadrature import (
     composite,
 )
 from poprisk.path.recursion import Recursion
-from poprisk.path.run import Progress, Run
+from poprisk.path.run import Run
 from poprisk.printing import short_repr
+from poprisk.protocols import ProgressCallback
 
 WARN_ABOVE = 1e-2
 REMEDY = (
     "Refine kinks (refine=1e-4), use segments=, or record every step (stride=1); gradients that "
     "were clipped or masked do that too."
 )
-BUDGET = 3 * 2**30
+MAX_MEMORY = 3 * 2**30
 BLOCK = 2**21
 """Entries of a piece of the matrices of P rows: temporaries of this size stay near the processor,
 and their memory is used again, where a fresh matrix of P rows would cost as much as a product."""
@@ -172,6 +174,7 @@ def dense_bytes(run: Run) -> float:
     )
 
 
+@renamed_arguments(budget="max_memory")
 def integrate(
     run: Run,
     *,
@@ -179,8 +182,8 @@ def integrate(
     segments: int = 1,
     refine: float | None = None,
     snapshots: int = 12,
-    budget: float = BUDGET,
-    progress: Progress | None = None,
+    max_memory: float = MAX_MEMORY,
+    progress: ProgressCallback | None = None,
 ) -> Integrals:
     """Compute the operators of a run in float64.
 
@@ -191,19 +194,19 @@ def integrate(
         refine: halve the step of single examples until the relative error of their displacement
             is below this (kinks of ReLU); None: do not.
         snapshots: how many to keep.
-        budget: bytes that the matrices may take.
+        max_memory: bytes that the matrices may take.
         progress: told of each interval.
 
     Raises:
-        NotAnalysable: if the matrices do not fit the budget.
+        NotAnalysable: if the matrices need more memory.
     """
-    check_budget(
+    check_memory(
         dense_bytes(run),
-        budget,
+        max_memory,
         f"dense operators for {run.problem.n * run.problem.c} training outputs and "
         f"{run.problem.size} weights",
         "follow single vectors with apply() or trace_cells(), take fewer examples or a smaller "
-        "model, or raise budget=.",
+        "model, or raise max_memory=.",
     )
     nodes = composite(quadrature, segments)
     with torch.inference_mode(False):
@@ -217,7 +220,7 @@ def _walked(
     nodes: Nodes,
     refine: float | None,
     snapshots: int,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> Integrals:
     """Go along a run, keeping some of its moments."""
     walk = _Walk(run, PathJacobian(run.problem.to(torch.float64), nodes, refine=refine))

@@ -9,12 +9,14 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from poprisk import _validate as checks
+from poprisk._renamed import renamed_arguments, renamed_attributes
 from poprisk.path import four_cells as parts
 from poprisk.path.channel import TOLERANCES, Channel, Spectrum
 from poprisk.path.coupling import Coupling, NoiseGain, couple, noise_gain
 from poprisk.path.follow import Applied, follow_all
 from poprisk.path.integrals import (
-    BUDGET,
+    MAX_MEMORY,
     Accounting,
     Affine,
     Closure,
@@ -23,12 +25,13 @@ from poprisk.path.integrals import (
     relative,
 )
 from poprisk.path.quadrature import composite
-from poprisk.path.run import Progress, Run
+from poprisk.path.run import Run
 from poprisk.path.trace import split_gradient
 from poprisk.printing import described, short_repr
+from poprisk.protocols import ProgressCallback
 
 
-class Moment(NamedTuple):
+class CellsAtStep(NamedTuple):
     """The cells at one moment of a run.
 
     Attributes:
@@ -44,6 +47,7 @@ class Moment(NamedTuple):
     __repr__ = short_repr
 
 
+@renamed_attributes(budget="max_memory")
 @final
 @dataclass(frozen=True)
 class PathOperators:
@@ -57,7 +61,7 @@ class PathOperators:
         segments: pieces of each step.
         refine: relative error above which a step is halved for single examples.
         snapshots: moments to keep.
-        budget: bytes the dense operators may take.
+        max_memory: bytes the dense operators may take.
         progress: told of each interval.
     """
 
@@ -66,8 +70,8 @@ class PathOperators:
     segments: int = 1
     refine: float | None = None
     snapshots: int = 12
-    budget: float = BUDGET
-    progress: Progress | None = field(default=None, repr=False)
+    max_memory: float = MAX_MEMORY
+    progress: ProgressCallback | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         p = self.run.problem
@@ -87,7 +91,7 @@ class PathOperators:
             segments=self.segments,
             refine=self.refine,
             snapshots=self.snapshots,
-            budget=self.budget,
+            max_memory=self.max_memory,
             progress=self.progress,
         )
 
@@ -181,12 +185,12 @@ class PathOperators:
             self._error(start, cells, last.query_outputs),
         )
 
-    def cells_over_time(self, clean_targets: Tensor, *, tol: float = 1e-6) -> list[Moment]:
+    def cells_over_time(self, clean_targets: Tensor, *, tol: float = 1e-6) -> list[CellsAtStep]:
         """The cells at each snapshot, with the channel of the whole run."""
         signal, noise = self._split(clean_targets)
         channel = self.channel(tol)
         return [
-            Moment(s.step, parts.split_cells(s.G, channel, signal, noise), s.query_outputs)
+            CellsAtStep(s.step, parts.split_cells(s.G, channel, signal, noise), s.query_outputs)
             for s in self.integrals.snapshots
         ]
 
@@ -233,6 +237,7 @@ class PathOperators:
         return parts.work_terms(problem, start, cells, end)
 
 
+@renamed_arguments(budget="max_memory")
 def path_operators(
     run: Run,
     quadrature: str = "gauss3",
@@ -240,8 +245,8 @@ def path_operators(
     segments: int = 1,
     refine: float | None = None,
     snapshots: int = 12,
-    budget: float = BUDGET,
-    progress: Progress | None = None,
+    max_memory: float = MAX_MEMORY,
+    progress: ProgressCallback | None = None,
 ) -> PathOperators:
     r"""The path operators of a recorded run.
 
@@ -254,11 +259,12 @@ def path_operators(
         refine: halve the step of single examples until their relative error is below this, for
             kinks (ReLU); None: do not.
         snapshots: moments to keep for what is shown over time.
-        budget: bytes that the dense operators may take.
+        max_memory: bytes that the dense operators may take.
         progress: told of each interval.
 
     Raises:
         ValueError: for a bad setting.
     """
     composite(quadrature, segments)
-    return PathOperators(run, quadrature, segments, refine, snapshots, budget, progress)
+    checks.check_number("max_memory", max_memory, low=0.0, include_low=False)
+    return PathOperators(run, quadrature, segments, refine, snapshots, max_memory, progress)

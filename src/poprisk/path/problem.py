@@ -18,8 +18,8 @@ from poprisk import losses
 from poprisk._validate import NotAnalysable, first_line
 from poprisk.evaluation import evaluating
 from poprisk.jacobian import JACOBIAN_BYTES, Jacobian, Rows, flat
-from poprisk.losses import Loss
 from poprisk.printing import brief, described
+from poprisk.protocols import PerExampleLoss
 
 CHUNK = 1024
 """Examples whose products with the Jacobian are computed at once."""
@@ -47,7 +47,7 @@ class Problem:
     """
 
     model: nn.Module
-    loss: Loss
+    loss: PerExampleLoss
     train: tuple[Tensor, Tensor]
     query: tuple[Tensor, Tensor | None]
     names: tuple[str, ...]

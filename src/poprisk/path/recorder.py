@@ -3,6 +3,7 @@ r"""Record a run: weights, batches and the optimizer's realized steps."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
@@ -13,16 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk import _validate as checks
+from poprisk._renamed import renamed_arguments
 from poprisk._validate import NotAnalysable
 from poprisk.dtensor import is_sharded
 from poprisk.evaluation import evaluating
 from poprisk.jacobian import flat
-from poprisk.losses import Loss, gradient, resolve_loss
+from poprisk.losses import gradient, resolve_loss
 from poprisk.optim.step import Rule, StepContext, StepRule, describe
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.checks import check_indices, named
 from poprisk.path.problem import Problem, digest_of, private_copy
-from poprisk.path.run import Interval, Progress, Run
+from poprisk.path.run import Run, StepInterval
 from poprisk.path.store import Storage
 from poprisk.path.trial import (
     EXAMPLES,
@@ -34,8 +36,9 @@ from poprisk.path.trial import (
     try_weights,
 )
 from poprisk.printing import described
+from poprisk.protocols import PerExampleLoss, ProgressCallback
 
-BUDGET = 4 * 2**30
+MAX_MEMORY = 4 * 2**30
 OFTEN = 4
 """Steps at the start whose gradients are all compared with those of the recorded batches."""
 GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
@@ -60,7 +63,7 @@ class Recorder:
         query: inputs, or inputs and targets, of the points to predict; the training inputs if
             left out.
         stride: keep every so many steps only (exponential midpoint, approximate).
-        budget: bytes that the record may take.
+        max_memory: bytes that the record may take, in memory or in files.
         directory: keep it in files there; None: in memory.
         rule: for an optimizer without one, such as :func:`poprisk.path.realized_update`.
 
@@ -79,20 +82,22 @@ class Recorder:
         1
     """
 
+    @renamed_arguments(budget="max_memory")
     def __init__(
         self,
         model: nn.Module,
-        loss: str | Loss,
+        loss: str | PerExampleLoss,
         optimizer: Optimizer,
         *,
         train: tuple[Tensor, Tensor],
         query: Tensor | tuple[Tensor, Tensor] | None = None,
         stride: int = 1,
-        budget: float = BUDGET,
+        max_memory: float = MAX_MEMORY,
         directory: str | Path | None = None,
         rule: Rule | None = None,
     ) -> None:
         checks.check_positive("stride", stride)
+        checks.check_number("max_memory", max_memory, low=0.0, include_low=False)
         checks.check_tensors("train", train)
         self.model, self.optimizer = model, optimizer
         self.rule, self.momentum_of = describe(optimizer, rule)
@@ -111,13 +116,14 @@ class Recorder:
         with torch.inference_mode(False), torch.enable_grad():
             self.problem, free = _problem(model, resolve_loss(loss), self.names, train, (x, y))
         self.surroundings = Surroundings(model, self.problem.model, self.names, free)
-        storage = Storage(budget, directory)
+        storage = Storage(max_memory, directory)
         self.weights = storage.table("weights")
         self.preconditions = storage.table("preconditions")
         self.gains = storage.table("gains")
-        self.stride, self.intervals = stride, list[Interval]()
+        self.stride, self.intervals = stride, list[StepInterval]()
         self.pending: list[_Step] = []
         self.count, self.rule_error = 0, 0.0
+        self.seconds = self._since = 0.0
         self._taken: tuple[list[StepRule], list[Tensor]] | None = None
 
     def __repr__(self) -> str:
@@ -138,6 +144,7 @@ class Recorder:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
+        self._since = self._now()
         return self
 
     def __exit__(
@@ -178,6 +185,7 @@ class Recorder:
             self.stride,
             self.exact,
             self.rule_error,
+            self.seconds,
         )
 
     def step(self, batch: Tensor) -> None:
@@ -187,6 +195,12 @@ class Recorder:
             ValueError: if they are no indices of training examples, or no step was taken.
             NotAnalysable: if the gradient of that step was another.
         """
+        try:
+            self._note(batch)
+        finally:
+            self._since = self._now()
+
+    def _note(self, batch: Tensor) -> None:
         check_indices(batch, self.problem.n)
         if self._taken is None:
             self._check_alternating(getattr(self.optimizer, "skipped_steps", 0) > self.skipped)
@@ -204,6 +218,12 @@ class Recorder:
         self.pending.append(_Step(rules, examples, sampling))
         if len(self.pending) == self.stride:
             self._close_interval()
+
+    def _now(self) -> float:
+        """The clock, when what was begun on a device is done: the training's time is its own."""
+        if self.params[0].is_cuda:
+            torch.cuda.synchronize(self.params[0].device)
+        return time.perf_counter()
 
     def _trained(self) -> dict[Tensor, dict[str, Any]]:
         """The group of each parameter that the optimizer trains."""
@@ -250,6 +270,7 @@ class Recorder:
         return torch.zeros_like(p) if found is None else found.detach().clone().to(p.dtype)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.seconds += self._now() - self._since
         self._check_alternating(self._taken is None)
         self._check_untouched()
         self._check_surroundings(thorough=_is_due(self.count + 1))
@@ -272,8 +293,12 @@ class Recorder:
         closure = (args[1] if len(args) > 1 else None) or kwargs.get("closure")
         if closure is None and not hasattr(optimizer, "skipped_steps"):
             self._check_finite([p.grad for p in self.params if p.grad is not None])
+        self._since = self._now()
 
     def _after_step(self, *_: Any) -> None:
+        # What comes between here and step(), a twin's turn, say, is not of this training.
+        self.seconds += self._now() - self._since
+        self._since = self._now()
         if getattr(self.optimizer, "skipped_steps", 0) > self.skipped:
             return
         # Read now, and not before the step: a closure has put them there meanwhile.
@@ -301,10 +326,10 @@ class Recorder:
             return StepRule(precondition=0.0, carry=1.0, gain=0.0), 0.0, 0.0
         w, update = self.before[i], self.after[i] - self.before[i]
         state = self.optimizer.state.get(p, {})
-        facts = StepContext(
+        context = StepContext(
             self.groups[i], state, not self.started[i], update, grad, w, self.momentum[i]
         )
-        rule = self.rule(p, facts)
+        rule = self.rule(p, context)
         self.started[i] = True
         g = rule.sign * grad + rule.coupled * w
         self.momentum[i], r = rule.take(self.momentum[i], g)
@@ -354,7 +379,7 @@ class Recorder:
         for s in steps:
             total[s.examples] += s.sampling / len(steps)
         examples = total.nonzero().squeeze(1)
-        self.intervals.append(Interval(examples, total[examples], StepRule(**fields)))
+        self.intervals.append(StepInterval(examples, total[examples], StepRule(**fields)))
         self.weights.append(flat(self.before))
 
 
@@ -436,7 +461,7 @@ def _is_due(step: int) -> bool:
 
 def _problem(
     model: nn.Module,
-    loss: Loss,
+    loss: PerExampleLoss,
     names: tuple[str, ...],
     train: tuple[Tensor, Tensor],
     query: tuple[Tensor, Tensor | None],
@@ -485,19 +510,20 @@ def _mean(values: list[Tensor | float]) -> Tensor | float:
     return values[0] if len(values) == 1 else sum(values[1:], values[0]) / len(values)
 
 
+@renamed_arguments(budget="max_memory")
 def record(
     model: nn.Module,
-    loss: str | Loss,
+    loss: str | PerExampleLoss,
     optimizer: Optimizer,
     batches: Iterable[Batch],
     query: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
     train: tuple[Tensor, Tensor] | None = None,
     stride: int = 1,
-    budget: float = BUDGET,
+    max_memory: float = MAX_MEMORY,
     directory: str | Path | None = None,
     rule: Rule | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Run:
     r"""Train on ``batches``, one optimizer step each, and record the run.
 
@@ -509,7 +535,7 @@ def record(
         query: inputs, or inputs and targets.
         train: the training set; left out, it is the distinct examples of ``batches``.
         stride: keep every so many steps.
-        budget: bytes.
+        max_memory: bytes.
         directory: for files.
         rule: of the optimizer.
         progress: told of each step.
@@ -532,7 +558,7 @@ def record(
         train=found.train,
         query=query,
         stride=stride,
-        budget=budget,
+        max_memory=max_memory,
         directory=directory,
         rule=rule,
     )

@@ -2,7 +2,7 @@ r"""A recorded run: its weights, batches and steps, from which the operators are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,14 +11,11 @@ from torch import Tensor
 
 from poprisk.optim.step import StepRule
 from poprisk.path.problem import Problem
-from poprisk.path.store import Table
+from poprisk.path.store import VectorTable
 from poprisk.printing import described, short_repr
 
-Progress = Callable[[int, int | None], None]
-"""Called with how many steps are done, and of how many (None: unknown)."""
 
-
-class Interval(NamedTuple):
+class StepInterval(NamedTuple):
     r"""One recorded interval: a step, or several of them in strided mode.
 
     Attributes:
@@ -51,18 +48,20 @@ class Run:
         stride: steps per interval.
         exact: whether the rule of the optimizer is exact, or read off its steps.
         rule_error: largest relative difference between a step and what its rule says.
+        seconds: that the training took, recording left out; NaN if unknown.
     """
 
     problem: Problem
-    weights: Table
-    preconditions: Table
-    gains: Table
-    intervals: list[Interval]
+    weights: VectorTable
+    preconditions: VectorTable
+    gains: VectorTable
+    intervals: list[StepInterval]
     momentum_in: Tensor
     optimizer: str
     stride: int
     exact: bool
     rule_error: float
+    seconds: float = math.nan
 
     def __repr__(self) -> str:
         p = self.problem
@@ -98,7 +97,7 @@ class Run:
                 return value
             return value.repeat_interleave(numels).to(dtype).unsqueeze(1)
 
-        def diagonal(table: Table, value: Tensor | float) -> Tensor | float:
+        def diagonal(table: VectorTable, value: Tensor | float) -> Tensor | float:
             row = k - len(self.intervals) + len(table)  # numbers until the first vector
             return table[row].to(dtype).unsqueeze(1) if row >= 0 else spread(value)
 
@@ -107,6 +106,10 @@ class Run:
             precondition=diagonal(self.preconditions, stored.precondition),
             gain=diagonal(self.gains, stored.gain),
         )
+
+    def trainings(self, seconds: float) -> float:
+        """So much time in units of that of the training; NaN where it is unknown."""
+        return seconds / self.seconds if self.seconds > 0 else math.nan
 
     def describe(self) -> list[str]:
         """What is exact about this run and what is not, one sentence each."""

@@ -1,4 +1,4 @@
-"""Rows of numbers that a recorded run keeps, in memory or in files, within a budget."""
+"""Rows of numbers that a recorded run keeps, in memory or in files, up to a size."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from poprisk._validate import NotAnalysable
-from poprisk.path.checks import check_budget
+from poprisk.path.checks import check_memory
 from poprisk.printing import described
 
 
 @final
 class Storage:
-    """A budget in bytes that several tables of rows share.
+    """A limit in bytes that several tables of rows share.
 
     Args:
-        budget: bytes that all rows together may take.
+        max_memory: bytes that all rows together may take.
         directory: where to keep them as raw binary files, one a table; None: in memory.
     """
 
-    def __init__(self, budget: float, directory: str | Path | None = None) -> None:
-        self.budget = budget
+    def __init__(self, max_memory: float, directory: str | Path | None = None) -> None:
+        self.max_memory = max_memory
         self.directory = None if directory is None else Path(directory)
         self.used = 0
         if self.directory is not None:
@@ -33,29 +33,29 @@ class Storage:
             except OSError as error:
                 raise _unwritable(self.directory, error) from error
 
-    def table(self, name: str) -> Table:
+    def table(self, name: str) -> VectorTable:
         """An empty table."""
-        return Table(self, name)
+        return VectorTable(self, name)
 
     def take(self, size: int) -> None:
         """Count ``size`` more bytes.
 
         Raises:
-            NotAnalysable: if that is over the budget.
+            NotAnalysable: if that is over the limit.
         """
         where = "disk" if self.directory is not None else "memory"
-        check_budget(
+        check_memory(
             self.used + size,
-            self.budget,
+            self.max_memory,
             f"recording this run to {where}",
             "record fewer steps, every few steps (stride=8), to disk (directory=...), or raise "
-            "budget=.",
+            "max_memory=.",
         )
         self.used += size
 
 
 @final
-class Table:
+class VectorTable:
     """Rows of one length and dtype; appended, then read in any order."""
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -72,7 +72,7 @@ class Table:
 
     def __repr__(self) -> str:
         where = "memory" if self.path is None else str(self.path)
-        return described("Table", f"{self.count:,} rows of {self.width:,}", f"in {where}")
+        return described("VectorTable", f"{self.count:,} rows of {self.width:,}", f"in {where}")
 
     def __len__(self) -> int:
         return self.count

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from poprisk.path.follow import follow
 from poprisk.path.integrals import Closure
-from poprisk.path.run import Progress, Run
+from poprisk.path.run import Run
 from poprisk.printing import short_repr
+from poprisk.protocols import ProgressCallback
 
 
 class QueryParts(NamedTuple):
@@ -99,7 +100,7 @@ def trace_cells(
     quadrature: str = "midpoint",
     points: int = 30,
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> CellTrace:
     r"""Split the movement of the query outputs into signal and label noise, matrix-free.
 

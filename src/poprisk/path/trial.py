@@ -22,6 +22,7 @@ from poprisk.forward_mode import plain_kernels
 from poprisk.jacobian import flat
 from poprisk.path.checks import named
 from poprisk.path.problem import Problem
+from poprisk.protocols import PerExampleLoss
 
 EXAMPLES = 8
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -94,7 +95,7 @@ def try_outputs(model: nn.Module, x: Tensor, others: Tensor) -> tuple[Tensor, fr
     return whole, frozenset(written)
 
 
-def try_loss(loss: losses.Loss, u: Tensor, y: Tensor, targets: Tensor) -> None:
+def try_loss(loss: PerExampleLoss, u: Tensor, y: Tensor, targets: Tensor) -> None:
     """Evaluate a loss with its two derivatives on a few outputs, and on all targets once.
 
     Args:

@@ -196,7 +196,7 @@ def check_independent(same: bool) -> None:
 def check_same_values(left: int, right: int) -> None:
     """Raise ValueError unless both sides have the same outputs."""
     if left != right:
-        raise ValueError(f"x gives {left} outputs per example but y gives {right}.")
+        raise ValueError(f"x1 gives {left} outputs per example but x2 gives {right}.")
 
 
 def check_columns(vectors: Any, rows: int) -> None:
@@ -217,24 +217,24 @@ def check_same_kind(name: str, tensor: Tensor, like: Tensor) -> None:
 def check_symmetric(symmetric: bool, what: str) -> None:
     """Raise ValueError for a kernel between two sets."""
     if not symmetric:
-        raise ValueError(f"{what} needs the kernel of one set with itself: leave y out.")
+        raise ValueError(f"{what} needs the kernel of one set with itself: leave x2 out.")
 
 
-def check_kernel_fits(shape: tuple[int, int], size: int, budget: int) -> None:
+def check_kernel_fits(shape: tuple[int, int], size: int, max_memory: int) -> None:
     """Raise ValueError if a kernel takes more memory than there is."""
-    if size >= budget:
+    if size >= max_memory:
         raise ValueError(
             f"the kernel of shape {shape} takes {size / MIB:.1f} MiB, but max_memory is "
-            f"{budget / MIB:.1f} MiB; raise it, use matmul instead of dense, or ask for "
+            f"{max_memory / MIB:.1f} MiB; raise it, use matmul instead of dense, or ask for "
             "outputs='trace' or 'sum'."
         )
 
 
-def check_block_fits(block: int, needed: int, budget: int) -> None:
+def check_block_fits(block: int, needed: int, max_memory: int) -> None:
     """Raise ValueError if not even one example fits."""
     if block < 1:
         raise ValueError(
-            f"max_memory={budget} ({budget / MIB:.1f} MiB) is too small for a block of one "
+            f"max_memory={max_memory} ({max_memory / MIB:.1f} MiB) is too small for a block of one "
             f"example, which needs {needed / MIB:.1f} MiB."
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from poprisk._validate import check_number
 from poprisk.printing import described, short_repr
+from poprisk.randomness import generator_of
 from poprisk.risk.inputs import check_index
 
 
@@ -21,7 +22,8 @@ class Memorization(NamedTuple):
         standard_error: from canary to canary.
         valid: whether there are enough canaries to tell.
         reason: why not.
-        cost: share of the training labels given up.
+        cost: 0 trainings: outputs are there.
+        sacrificed: share of the training labels given up.
     """
 
     value: float
@@ -29,6 +31,7 @@ class Memorization(NamedTuple):
     valid: bool
     reason: str
     cost: float
+    sacrificed: float
 
     __repr__ = short_repr
 
@@ -42,7 +45,8 @@ class ErrorBound(NamedTuple):
         standard_error: of ``expected``.
         valid: whether ``value`` is below 1.
         reason: why not.
-        cost: share of the training labels given up.
+        cost: 0 trainings: outputs are there.
+        sacrificed: share of the training labels given up.
     """
 
     value: float
@@ -51,6 +55,7 @@ class ErrorBound(NamedTuple):
     valid: bool
     reason: str
     cost: float
+    sacrificed: float
 
     __repr__ = short_repr
 
@@ -106,7 +111,7 @@ class Canaries:
                 f"fraction={fraction} of {len(known)} labels makes {count} canaries; choose one "
                 "that makes at least one and leaves some labels as they are."
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         order = torch.randperm(len(known), generator=generator)[:count]
         self.index = known[order.sort().values.to(known.device)]
         # In 64 bits: torch indexes and compares few of the narrower kinds.
@@ -170,7 +175,7 @@ class Canaries:
         error = _standard_error(values)
         few = f"{len(values)} canaries leave a standard error of {error:.2f}" if error > 0.2 else ""
         few = "too few canaries to tell" if len(values) < 2 else few
-        return Memorization(value, error, not few, few, self._cost)
+        return Memorization(value, error, not few, few, 0.0, self._sacrificed)
 
     def error_bound(self, outputs: Tensor, *, confidence: float = 0.95) -> ErrorBound:
         r"""Bound on the error on fresh examples, from how badly the canaries are fitted.
@@ -212,7 +217,7 @@ class Canaries:
         value = expected + c * math.sqrt(math.log(4 / (1 - confidence)) / (2 * m))
         error = math.hypot(_standard_error(fitted), k * _standard_error(planted))
         reason = "" if value < 1 else f"vacuous: {m} canaries are too few for {k} classes"
-        return ErrorBound(value, expected, error, not reason, reason, self._cost)
+        return ErrorBound(value, expected, error, not reason, reason, 0.0, self._sacrificed)
 
     def _label_contrast(self, logits: Tensor, k: int) -> Tensor:
         """The planted label's probability against that of other wrong labels, by canary."""
@@ -235,7 +240,7 @@ class Canaries:
         return (own - (1 - own - replaced) / (k - 2))[planted != original]
 
     @property
-    def _cost(self) -> float:
+    def _sacrificed(self) -> float:
         """Share of the training labels that is given up."""
         return len(self.index) / int(self.labelled.sum())
 

@@ -35,6 +35,21 @@ class StoppingPoint(NamedTuple):
 
     __repr__ = short_repr
 
+    @property
+    def value(self) -> float:
+        """The estimated risk there."""
+        return self.estimate.value
+
+    @property
+    def standard_error(self) -> float:
+        """Of the value."""
+        return self.estimate.standard_error
+
+    @property
+    def cost(self) -> float:
+        """Of the estimates of the run, in trainings."""
+        return self.estimate.cost
+
 
 class Selection(NamedTuple):
     """The arm with the least estimated risk.
@@ -44,14 +59,33 @@ class Selection(NamedTuple):
         point: where in its run.
         tied: other arms that are not worse by more than two standard errors.
         left_out: arms without any comparable estimate, and why.
+        reason: why no arm was chosen; empty if one was.
+        cost: in trainings: the other arms, and the estimates of all.
     """
 
     name: str | None
     point: StoppingPoint | None
     tied: list[str]
     left_out: dict[str, str]
+    reason: str
+    cost: float
 
     __repr__ = short_repr
+
+    @property
+    def valid(self) -> bool:
+        """Whether an arm was chosen."""
+        return self.name is not None
+
+    @property
+    def value(self) -> float:
+        """The estimated risk of the chosen arm at its point; NaN if there is none."""
+        return math.nan if self.point is None else self.point.value
+
+    @property
+    def standard_error(self) -> float:
+        """Of the value."""
+        return math.nan if self.point is None else self.point.standard_error
 
 
 def stopping_point(estimates: Sequence[RiskEstimate]) -> StoppingPoint:
@@ -113,12 +147,13 @@ def select(arms: Mapping[str, RiskEstimate | Sequence[RiskEstimate]]) -> Selecti
     points = {name: stopping_point(run) for name, run in runs.items()}
     left_out = {name: p.reason for name, p in points.items() if not p.valid}
     usable = {name: p for name, p in points.items() if p.valid}
+    cost = sum(1 + p.cost for p in points.values()) - 1
     if not usable:
-        return Selection(None, None, [], left_out)
+        return Selection(None, None, [], left_out, "no arm has a comparable estimate", cost)
     best = min(usable, key=lambda name: usable[name].estimate.value)
     chosen = usable[best]
     tied = [k for k, p in usable.items() if k != best and _ties(p.estimate, chosen.estimate)]
-    return Selection(best, chosen, tied, left_out)
+    return Selection(best, chosen, tied, left_out, "", cost)
 
 
 def _check_estimates(estimates: Any) -> None:

@@ -1,6 +1,6 @@
 r"""From the outputs of a model and its twins to an estimate of population risk.
 
-A twin trained on the tilted losses :math:`\ell_i(u) - \delta z_i\cdot u`, z random signs, so that
+A twin trained on perturbed losses :math:`\ell_i(u) - \delta z_i\cdot u`, z random signs, so that
 
 .. math:: \varphi = \frac{\sum_i (B_iz_i)\cdot(u_i'-u_i)}{\delta\sum_i|z_i|^2}
 
@@ -32,12 +32,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from poprisk._renamed import renamed_attributes
 from poprisk.printing import described, short_repr
+from poprisk.protocols import PerExampleLoss
 from poprisk.risk.local_losses import (
     LARGEST_GAIN,
     Bend,
     LocalLoss,
-    PerExampleLoss,
     bend_of,
     gradient_of,
     ignored_examples,
@@ -48,7 +49,7 @@ from poprisk.risk.local_losses import (
 
 MAX_UNCERTAINTY = 0.2
 """Largest share of the estimate by which one standard error of the response may raise it."""
-MAX_FREEDOM = 0.5
+MAX_DOF = 0.5
 """Largest share of the outputs' freedom that may be used up."""
 MAX_CORRECTION = 2.4
 """Largest ratio of the estimate to the training loss for which its level is believed."""
@@ -68,6 +69,7 @@ SPREAD = 1.15
 """Mean of a squared normal number over its mean absolute deviation from its median."""
 
 
+@renamed_attributes(freedom="dof", freedom_error="dof_error")
 @dataclass(frozen=True, eq=False)
 class RiskEstimate:
     """Expected loss on fresh examples with labels as noisy as the training set's.
@@ -79,11 +81,11 @@ class RiskEstimate:
         reason: why not; empty if valid.
         comparable: whether it still tells where in a run, or for which arm, risk is less; it is
             wider than ``valid``.
-        cost: time of all runs over the time of the model's own.
+        cost: time of the twins over the time of the model itself.
         train_loss: mean loss on the training examples as fitted.
         response: mean change of an output per change of its own label, h.
-        freedom: effective degrees of freedom per output, φ; equal to h for squared error.
-        freedom_error: standard error of φ.
+        dof: effective degrees of freedom per output, φ; equal to h for squared error.
+        dof_error: standard error of φ.
         accuracy: share of labels that leave-one-out outputs predict; None unless classes.
         outputs: leave-one-out outputs, shape of the model's, float64.
         losses: their losses, (n,), float64; 0 for examples that have none.
@@ -108,12 +110,12 @@ class RiskEstimate:
     cost: float
     train_loss: float
     response: float
-    freedom: float
-    freedom_error: float
+    dof: float
+    dof_error: float
     accuracy: float | None
     outputs: Tensor
     losses: Tensor
-    parts: tuple[Freedom, ...] = ()
+    parts: tuple[DegreesOfFreedom, ...] = ()
     influence: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     groups: Tensor | None = None
     signs: int = 0
@@ -128,20 +130,22 @@ Gains = tuple[float, float, float]
 ALONE: Gains = (0.0, 0.0, 0.0)
 
 
+@renamed_attributes(tilt="perturbation")
 class TwinOutputs(NamedTuple):
-    """What one twin put out, and the tilt it was trained with; both (n, ...)."""
+    """What one twin put out, and the perturbation it was trained with; both (n, ...)."""
 
     outputs: Tensor
-    tilt: Tensor
+    perturbation: Tensor
 
     __repr__ = short_repr
 
 
-class Freedom(NamedTuple):
+@renamed_attributes(value="dof", error="dof_error")
+class DegreesOfFreedom(NamedTuple):
     """Measured degrees of freedom per output, their standard error, and the plain response."""
 
-    value: float
-    error: float
+    dof: float
+    dof_error: float
     response: float
 
     __repr__ = short_repr
@@ -182,21 +186,21 @@ def estimate_risk(
     given, u, y = u, u[some], y[some]
     pushed = _rows(twins, some)
     found = _respond(smooth, u, y, pushed, _of(groups, some))
-    shared = [Part(slice(None), found.link, found.freedom, found.gains)]
+    shared = [ResponsePart(slice(None), found.local_loss, found.dof, found.gains)]
     if parts is not None:
         ids, own = _of(parts, some), _of(groups, some)
         shared = (
             _parts_by_gradients(smooth, u, y, pushed, ids, whole=found, groups=own)
             if found.by_gradients
-            else measure_parts(smooth, u, y, pushed, ids, whole=found.freedom, groups=own)
+            else measure_parts(smooth, u, y, pushed, ids, whole=found.dof, groups=own)
         )
     left_out, higher, lower = (_left_out(u, shared, errors=e) for e in (0, 1, -1))
     mine, upper, under = (_scored(smooth, v, y) for v in (left_out, higher, lower))
     value, fitted = float(mine.mean()), losses[some]
     sampling = grouped_error(mine - value, _of(groups, some)) / len(mine)
     slopes = 0.5 * (upper - under) / len(mine)
-    endless = _fitted_without_end(smooth, found.link, u, y)
-    judged = _Judged(value, float(upper.mean()), fitted, found.freedom.value, sampling, endless)
+    endless = _fitted_without_end(smooth, found.local_loss, u, y)
+    judged = _Judged(value, float(upper.mean()), fitted, found.dof.dof, sampling, endless)
     reason = doubt or judged.objection(MAX_CORRECTION)
     return RiskEstimate(
         value=value,
@@ -206,13 +210,13 @@ def estimate_risk(
         comparable=not (doubt or judged.objection(MAX_COMPARABLE)),
         cost=cost,
         train_loss=float(fitted.mean()),
-        response=found.freedom.response,
-        freedom=found.freedom.value,
-        freedom_error=found.freedom.error,
-        accuracy=_accuracy(smooth, found.link, left_out, y),
+        response=found.dof.response,
+        dof=found.dof.dof,
+        dof_error=found.dof.dof_error,
+        accuracy=_accuracy(smooth, found.local_loss, left_out, y),
         outputs=given.index_copy(0, some, left_out),
         losses=torch.zeros_like(losses).index_copy(0, some, mine),
-        parts=tuple(part.freedom for part in shared),
+        parts=tuple(part.dof for part in shared),
         influence=_spread_out(float(slopes.sum()) * found.influence, some, len(given)),
         groups=groups,
         signs=_signature(twins),
@@ -222,47 +226,47 @@ def estimate_risk(
 
 def _signature(twins: Sequence[TwinOutputs]) -> int:
     """A number that two sets of twins share if they were pushed by the same signs."""
-    return zlib.crc32(b"".join((t.tilt > 0).cpu().numpy().tobytes() for t in twins))
+    return zlib.crc32(b"".join((t.perturbation > 0).cpu().numpy().tobytes() for t in twins))
 
 
 class Response(NamedTuple):
     """How examples answer that share one gain.
 
     Attributes:
-        link: of their losses.
-        freedom: measured.
+        local_loss: of their losses.
+        dof: measured.
         gains: that explain it: less one standard error, as measured, and more by one.
         influence: of each example's answer on the error, (probes, n), of unit length.
         by_gradients: whether the gradients' response stood for the curvature's.
     """
 
-    link: LocalLoss
-    freedom: Freedom
+    local_loss: LocalLoss
+    dof: DegreesOfFreedom
     gains: Gains
     influence: Tensor
     by_gradients: bool
 
 
-class Part(NamedTuple):
-    """Examples that share one response: which, the link of their losses, what was measured."""
+class ResponsePart(NamedTuple):
+    """Examples that share one response: which, the model of their losses, what was measured."""
 
     rows: Tensor | slice
-    link: LocalLoss
-    freedom: Freedom
+    local_loss: LocalLoss
+    dof: DegreesOfFreedom
     gains: Gains
 
 
-def _left_out(u: Tensor, parts: Sequence[Part], *, errors: int = 0) -> Tensor:
+def _left_out(u: Tensor, parts: Sequence[ResponsePart], *, errors: int = 0) -> Tensor:
     """Leave-one-out outputs, every part's response raised by so many of its standard errors."""
     flat = u.reshape(len(u), -1)
     found = flat.clone()
-    for rows, link, _, gains in parts:
-        found[rows] = flat[rows] + gains[1 + errors] * link.gradient
+    for rows, local_loss, _, gains in parts:
+        found[rows] = flat[rows] + gains[1 + errors] * local_loss.gradient
     return found.reshape(u.shape)
 
 
 def _rows(twins: Sequence[TwinOutputs], rows: Tensor) -> list[TwinOutputs]:
-    return [TwinOutputs(t.outputs[rows], t.tilt[rows]) for t in twins]
+    return [TwinOutputs(t.outputs[rows], t.perturbation[rows]) for t in twins]
 
 
 def _scored(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -288,20 +292,20 @@ def _respond(
     groups: Tensor | None,
 ) -> Response:
     """The response of examples, from the curvature of their losses or from their gradients."""
-    link = local_loss_of(loss, outputs, targets)
-    answers = [_answer(loss, link, outputs, targets, twin) for twin in twins]
-    freedom = measure_freedom(link, outputs, twins, groups)
-    gains = _curved_gains(link, freedom)
-    deviations = [a.follows - freedom.value * a.size for a in answers]
+    local_loss = local_loss_of(loss, outputs, targets)
+    answers = [_answer(loss, local_loss, outputs, targets, twin) for twin in twins]
+    dof = measure_dof(local_loss, outputs, twins, groups)
+    gains = _curved_gains(local_loss, dof)
+    deviations = [a.follows - dof.dof * a.size for a in answers]
     bent = is_bent([a.bend for a in answers]) or gains[1] >= LARGEST_GAIN
     if bent:
-        freedom, gains, deviations = _by_gradients(answers, groups)
+        dof, gains, deviations = _by_gradients(answers, groups)
     influence = torch.stack(deviations)
-    return Response(link, freedom, gains, influence / influence.norm().clamp_min(TINY), bent)
+    return Response(local_loss, dof, gains, influence / influence.norm().clamp_min(TINY), bent)
 
 
-def _curved_gains(link: LocalLoss, freedom: Freedom) -> Gains:
-    low, middle, high = (link.gain(freedom.value + e * freedom.error) for e in (-1, 0, 1))
+def _curved_gains(local_loss: LocalLoss, dof: DegreesOfFreedom) -> Gains:
+    low, middle, high = (local_loss.gain(dof.dof + e * dof.dof_error) for e in (-1, 0, 1))
     return low, middle, high
 
 
@@ -313,7 +317,7 @@ class _Answer(NamedTuple):
     """What one twin did at each example (n,), and how far its gradients are off the curvature's.
 
     Attributes:
-        size: squared tilt.
+        size: squared perturbation.
         moved: outputs along it.
         follows: the curvature's gradient change along it.
         turned: the gradients' change along it.
@@ -328,28 +332,28 @@ class _Answer(NamedTuple):
 
 
 def _answer(
-    loss: PerExampleLoss, link: LocalLoss, outputs: Tensor, targets: Tensor, twin: TwinOutputs
+    loss: PerExampleLoss, local_loss: LocalLoss, outputs: Tensor, targets: Tensor, twin: TwinOutputs
 ) -> _Answer:
-    t = twin.tilt.double().reshape(len(outputs), -1)
+    t = twin.perturbation.double().reshape(len(outputs), -1)
     moved = (twin.outputs.double() - outputs).reshape_as(t)
-    turned = gradient_of(loss, twin.outputs.double(), targets).double() - link.gradient
+    turned = gradient_of(loss, twin.outputs.double(), targets).double() - local_loss.gradient
     return _Answer(
         t.square().sum(1),
         (t * moved).sum(1),
-        (link.curvature(t) * moved).sum(1),
+        (local_loss.curvature(t) * moved).sum(1),
         (t * turned).sum(1),
-        bend_of(loss, link, outputs, targets, moved),
+        bend_of(loss, local_loss, outputs, targets, moved),
     )
 
 
 class _ByGradients(NamedTuple):
-    freedom: Freedom
+    dof: DegreesOfFreedom
     gains: Gains
     deviations: list[Tensor]
 
 
 def _by_gradients(answers: Sequence[_Answer], groups: Tensor | None) -> _ByGradients:
-    """Freedom, the gains and the examples' deviations, without the curvature."""
+    """DegreesOfFreedom, the gains and the examples' deviations, without the curvature."""
     total = sum(float(a.size.sum()) for a in answers)
     h = sum(float(a.moved.sum()) for a in answers) / total
     used = sum(float(a.turned.sum()) for a in answers) / total
@@ -364,7 +368,7 @@ def _by_gradients(answers: Sequence[_Answer], groups: Tensor | None) -> _ByGradi
     error, used_error = (
         math.hypot(*(grouped_error(d, groups) for d in rows)) for rows in (deviations, turned)
     )
-    return _ByGradients(Freedom(used, used_error, h), _around(gain, error), deviations)
+    return _ByGradients(DegreesOfFreedom(used, used_error, h), _around(gain, error), deviations)
 
 
 def measure_parts(
@@ -374,12 +378,12 @@ def measure_parts(
     twins: Sequence[TwinOutputs],
     parts: Tensor,
     *,
-    whole: Freedom,
+    whole: DegreesOfFreedom,
     groups: Tensor | None = None,
-) -> list[Part]:
+) -> list[ResponsePart]:
     r"""The response of each part of the examples, drawn towards that of all by its own noise.
 
-    A part is measured with fewer signs, so with more error :math:`\epsilon_k`. Its freedom is
+    A part is measured with fewer signs, so with more error :math:`\epsilon_k`. It has
     :math:`\varphi + w_k(\varphi_k-\varphi)` with :math:`w_k=\tau^2/(\tau^2+\epsilon_k^2)`, where
     :math:`\tau^2` is what the parts differ by beyond their errors (empirical Bayes).
 
@@ -389,20 +393,20 @@ def measure_parts(
         targets: (n, ...).
         twins: the perturbed runs.
         parts: ids 0..K-1, (n,).
-        whole: freedom of all examples.
+        whole: degrees of freedom of all examples.
         groups: as in :func:`estimate_risk`.
     """
-    found: list[Part] = []
+    found: list[ResponsePart] = []
     for k in range(int(parts.max()) + 1):
         rows = (parts == k).nonzero().squeeze(1)
-        link = local_loss_of(loss, outputs[rows], targets[rows])
-        freedom = measure_freedom(link, outputs[rows], _rows(twins, rows), _of(groups, rows))
-        found.append(Part(rows, link, freedom, ALONE))
-    noise = sum(p.freedom.error**2 for p in found) / len(found)
-    spread = sum((p.freedom.value - whole.value) ** 2 for p in found) / len(found)
+        local_loss = local_loss_of(loss, outputs[rows], targets[rows])
+        dof = measure_dof(local_loss, outputs[rows], _rows(twins, rows), _of(groups, rows))
+        found.append(ResponsePart(rows, local_loss, dof, ALONE))
+    noise = sum(p.dof.dof_error**2 for p in found) / len(found)
+    spread = sum((p.dof.dof - whole.dof) ** 2 for p in found) / len(found)
     real = max(spread - noise, 0.0)
-    drawn = [p._replace(freedom=_drawn(p.freedom, whole, real)) for p in found]
-    return [p._replace(gains=_curved_gains(p.link, p.freedom)) for p in drawn]
+    drawn = [p._replace(dof=_drawn(p.dof, whole, real)) for p in found]
+    return [p._replace(gains=_curved_gains(p.local_loss, p.dof)) for p in drawn]
 
 
 def _parts_by_gradients(
@@ -414,66 +418,75 @@ def _parts_by_gradients(
     *,
     whole: Response,
     groups: Tensor | None,
-) -> list[Part]:
-    """As :func:`measure_parts`, of gains where freedom has no curvature to be told by."""
-    found: list[Part] = []
+) -> list[ResponsePart]:
+    """As :func:`measure_parts`, of gains where no curvature tells the degrees of freedom."""
+    found: list[ResponsePart] = []
     for k in range(int(parts.max()) + 1):
         rows = (parts == k).nonzero().squeeze(1)
         u, y, mine = outputs[rows], targets[rows], _rows(twins, rows)
-        link = local_loss_of(loss, u, y)
-        own = _by_gradients([_answer(loss, link, u, y, t) for t in mine], _of(groups, rows))
-        found.append(Part(rows, link, own.freedom, own.gains))
+        local_loss = local_loss_of(loss, u, y)
+        own = _by_gradients([_answer(loss, local_loss, u, y, t) for t in mine], _of(groups, rows))
+        found.append(ResponsePart(rows, local_loss, own.dof, own.gains))
     errors = [0.5 * (p.gains[2] - p.gains[0]) for p in found]
     middle, error = whole.gains[1], 0.5 * (whole.gains[2] - whole.gains[0])
     noise = sum(e**2 for e in errors) / len(found)
     real = max(sum((p.gains[1] - middle) ** 2 for p in found) / len(found) - noise, 0.0)
     gains = [
-        _drawn(Freedom(p.gains[1], e, 0.0), Freedom(middle, error, 0.0), real)
+        _drawn(DegreesOfFreedom(p.gains[1], e, 0.0), DegreesOfFreedom(middle, error, 0.0), real)
         for p, e in zip(found, errors, strict=True)
     ]
-    return [p._replace(gains=_around(g.value, g.error)) for p, g in zip(found, gains, strict=True)]
+    return [
+        p._replace(gains=_around(g.dof, g.dof_error)) for p, g in zip(found, gains, strict=True)
+    ]
 
 
-def _drawn(own: Freedom, whole: Freedom, real: float) -> Freedom:
-    w = real / (real + own.error**2) if real > 0 else 0.0
-    value = whole.value + w * (own.value - whole.value)
-    return Freedom(value, math.hypot(w * own.error, (1 - w) * whole.error), own.response)
+def _drawn(own: DegreesOfFreedom, whole: DegreesOfFreedom, real: float) -> DegreesOfFreedom:
+    w = real / (real + own.dof_error**2) if real > 0 else 0.0
+    value = whole.dof + w * (own.dof - whole.dof)
+    return DegreesOfFreedom(
+        value, math.hypot(w * own.dof_error, (1 - w) * whole.dof_error), own.response
+    )
 
 
-def measure_freedom(
-    link: LocalLoss, outputs: Tensor, twins: Sequence[TwinOutputs], groups: Tensor | None = None
-) -> Freedom:
+def measure_dof(
+    local_loss: LocalLoss,
+    outputs: Tensor,
+    twins: Sequence[TwinOutputs],
+    groups: Tensor | None = None,
+) -> DegreesOfFreedom:
     r"""Hutchinson's estimate of :math:`\tfrac1N\sum_i\mathrm{tr}(B_iH_i)`, from the twins.
 
     Its error is that of independent groups times √2: an off-diagonal entry of a symmetric response
     enters with both of its examples.
 
     Args:
-        link: of the loss at ``outputs``.
+        local_loss: of the loss at ``outputs``.
         outputs: (n, ...), float64.
         twins: the perturbed runs.
         groups: as in :func:`estimate_risk`.
     """
-    found = [_one_freedom(link, outputs, twin, groups) for twin in twins]
+    found = [_one_dof(local_loss, outputs, twin, groups) for twin in twins]
     k = len(found)
-    return Freedom(
-        sum(f.value for f in found) / k,
-        math.sqrt(sum(f.error**2 for f in found)) / k,
+    return DegreesOfFreedom(
+        sum(f.dof for f in found) / k,
+        math.sqrt(sum(f.dof_error**2 for f in found)) / k,
         sum(f.response for f in found) / k,
     )
 
 
-def _one_freedom(
-    link: LocalLoss, outputs: Tensor, twin: TwinOutputs, groups: Tensor | None
-) -> Freedom:
-    t = twin.tilt.double().reshape(len(outputs), -1)
+def _one_dof(
+    local_loss: LocalLoss, outputs: Tensor, twin: TwinOutputs, groups: Tensor | None
+) -> DegreesOfFreedom:
+    t = twin.perturbation.double().reshape(len(outputs), -1)
     moved = (twin.outputs.double() - outputs).reshape_as(t)
     size = t.square().sum(1)
     total = float(size.sum())
-    follows = (link.curvature(t) * moved).sum(1)
+    follows = (local_loss.curvature(t) * moved).sum(1)
     value = float(follows.sum()) / total
     error = math.sqrt(2) * grouped_error(follows - value * size, groups) / total
-    return Freedom(value, error, _label_scale(link) * float((t * moved).sum()) / total)
+    return DegreesOfFreedom(
+        value, error, _label_scale(local_loss) * float((t * moved).sum()) / total
+    )
 
 
 def grouped_error(deviations: Tensor, groups: Tensor | None) -> float:
@@ -485,9 +498,9 @@ def grouped_error(deviations: Tensor, groups: Tensor | None) -> float:
     return float(deviations.square().sum().sqrt()) * math.sqrt(n / max(n - 1, 1))
 
 
-def _label_scale(link: LocalLoss) -> float:
-    """How a tilt enters a squared error's label: its constant curvature; 1 for other losses."""
-    diagonal = getattr(link, "diagonal", None)
+def _label_scale(local_loss: LocalLoss) -> float:
+    """How a perturbation enters a label: by a squared error's curvature; 1 for other losses."""
+    diagonal = getattr(local_loss, "diagonal", None)
     if diagonal is None or not float(diagonal.max()) > 0:
         return 1.0
     spread = float(diagonal.max() - diagonal.min())
@@ -501,7 +514,7 @@ class _Judged(NamedTuple):
         value: the estimate.
         upper: the same with a response higher by one standard error.
         fitted: losses as trained, (n,).
-        freedom: share of the outputs' freedom that is used up.
+        dof: share of the outputs' freedom that is used up.
         sampling: standard error of the mean loss.
         endless: share of examples that are fitted although their loss has no minimum.
     """
@@ -509,7 +522,7 @@ class _Judged(NamedTuple):
     value: float
     upper: float
     fitted: Tensor
-    freedom: float
+    dof: float
     sampling: float
     endless: float
 
@@ -529,8 +542,8 @@ class _Judged(NamedTuple):
                 f"separable: {self.endless:.1%} of the labels are fitted, so that the training "
                 "loss falls without end and an output no longer follows its own label"
             )
-        if self.freedom > MAX_FREEDOM:
-            return f"deep interpolation: {self.freedom:.0%} of the outputs' freedom is used up"
+        if self.dof > MAX_DOF:
+            return f"deep interpolation: {self.dof:.0%} of the outputs' freedom is used up"
         if not base > 0:
             return "deep interpolation: no training loss is left"
         if above <= (limit - 1) * base:
@@ -557,7 +570,7 @@ class _Judged(NamedTuple):
 
 
 def _fitted_without_end(
-    loss: PerExampleLoss, link: LocalLoss, outputs: Tensor, targets: Tensor
+    loss: PerExampleLoss, local_loss: LocalLoss, outputs: Tensor, targets: Tensor
 ) -> float:
     """Share of examples on the right side of a loss that falls further and further there.
 
@@ -565,13 +578,13 @@ def _fitted_without_end(
     example whose gradient pulls up the largest output, or, where outputs are no classes that
     compete, pulls at all of them less than at outputs of zero.
     """
-    g, flat = link.gradient, outputs.reshape(len(outputs), -1)
+    g, flat = local_loss.gradient, outputs.reshape(len(outputs), -1)
     largest = g.abs().amax(1, keepdim=True)
     step = FAR * (1 + flat.abs().amax(1, keepdim=True)) * g / largest.clamp_min(TINY)
     far = (flat - step).reshape(outputs.shape)
     vanishes = gradient_of(loss, far, targets).double().abs().amax(1) <= 1e-3 * largest[:, 0]
     endless = vanishes & (_scored(loss, far, targets) <= _scored(loss, outputs, targets))
-    if link.shift_invariant:
+    if local_loss.shift_invariant:
         fitted = (flat.argmax(1) == g.argmin(1)) | (largest[:, 0] == 0)
     else:
         neutral = gradient_of(loss, torch.zeros_like(outputs), targets).double()
@@ -591,10 +604,10 @@ def _base(losses: Tensor) -> float:
 
 
 def _accuracy(
-    loss: PerExampleLoss, link: LocalLoss, outputs: Tensor, targets: Tensor
+    loss: PerExampleLoss, local_loss: LocalLoss, outputs: Tensor, targets: Tensor
 ) -> float | None:
     """Share of right classes; None where targets are not classes."""
-    if link.shift_invariant and outputs.ndim == 2:
+    if local_loss.shift_invariant and outputs.ndim == 2:
         classes = targets if targets.ndim == 1 else targets.argmax(1)
         return float((outputs.argmax(1) == classes).double().mean())
     if targets.shape != outputs.shape or not bool(((targets == 0) | (targets == 1)).all()):
@@ -610,7 +623,19 @@ def _failed(u: Tensor, losses: Tensor, cost: float, reason: str) -> RiskEstimate
     nan = math.nan
     train = float(losses.mean())
     return RiskEstimate(
-        nan, nan, False, reason, False, cost, train, nan, nan, nan, None, u, losses * nan
+        nan,
+        nan,
+        False,
+        reason,
+        False,
+        cost,
+        train,
+        nan,
+        nan,
+        nan,
+        None,
+        u,
+        torch.full_like(losses, nan),
     )
 
 

@@ -24,24 +24,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from poprisk._renamed import renamed_arguments, renamed_attributes
 from poprisk._validate import check_no_batch_statistics
 from poprisk.evaluation import evaluating
 from poprisk.printing import short_repr
+from poprisk.protocols import PerExampleLoss
 from poprisk.risk.inputs import check_not_sharded, check_output_losses
-from poprisk.risk.local_losses import PerExampleLoss, ignored_examples
+from poprisk.risk.local_losses import ignored_examples
 
 Named = Mapping[str, Tensor]
 
 
+@renamed_attributes(value="risk")
 class ModuleChange(NamedTuple):
     """What the step does to the risk through one module; first order, units of the loss.
 
     Attributes:
-        value: change of population risk.
+        risk: change of population risk.
         empirical: change of the batch loss.
     """
 
-    value: float
+    risk: float
     empirical: float
 
     __repr__ = short_repr
@@ -49,7 +52,7 @@ class ModuleChange(NamedTuple):
     @property
     def noise(self) -> float:
         """By how much the batch loss falls further than the risk: noise fitted."""
-        return self.value - self.empirical
+        return self.risk - self.empirical
 
 
 class FreshBatchRisk(NamedTuple):
@@ -57,10 +60,10 @@ class FreshBatchRisk(NamedTuple):
 
     Attributes:
         value: change of population risk, to first order.
-        standard_error: over groups of examples.
+        standard_error: over parts of the batch.
         valid: whether the batch was fresh.
         reason: why not.
-        cost: passes over the batch beyond the step's own.
+        cost: of the step's own work: one more pass over its batch, 1.
         level: mean loss of the batch before the step: the population risk, if it is fresh.
         empirical: change of the batch loss.
         noise: noise fitted, the difference.
@@ -80,6 +83,7 @@ class FreshBatchRisk(NamedTuple):
     __repr__ = short_repr
 
 
+@renamed_arguments(groups="splits")
 def fresh_batch_risk(
     model: nn.Module,
     loss: PerExampleLoss,
@@ -88,7 +92,7 @@ def fresh_batch_risk(
     optimizer: Optimizer,
     *,
     fresh: bool,
-    groups: int = 8,
+    splits: int = 8,
 ) -> FreshBatchRisk:
     """Estimate what the next step on a batch will do to population risk; changes nothing.
 
@@ -103,11 +107,11 @@ def fresh_batch_risk(
         y: targets, (b, ...).
         optimizer: before its step on this batch.
         fresh: whether no example of the batch was trained on before.
-        groups: into how many parts the batch is cut, 2 to b; each costs an optimizer step. With b
-            groups and SGD the value is the formula above to round-off.
+        splits: into how many parts the batch is cut, 2 to b; each costs an optimizer step. With b
+            parts and SGD the value is the formula above to round-off.
 
     Raises:
-        ValueError: for a loss that is not one value an example, fewer examples than groups, or
+        ValueError: for a loss that is not one value an example, fewer examples than parts, or
             batch norm in training mode, no example that has a loss, or a model whose gradients
             are those of several processes (DDP, FSDP).
         TypeError: if ``fresh`` is not a bool.
@@ -115,15 +119,15 @@ def fresh_batch_risk(
     _check_one_process(model)
     if not isinstance(fresh, bool):
         raise TypeError(f"fresh must be True or False, but got {fresh!r}.")
-    if isinstance(groups, bool) or not isinstance(groups, int) or not 2 <= groups <= len(x):
+    if isinstance(splits, bool) or not isinstance(splits, int) or not 2 <= splits <= len(x):
         raise ValueError(
-            f"groups must be an integer from 2 to the batch's {len(x)} examples, but got "
-            f"{groups!r}."
+            f"splits must be an integer from 2 to the batch's {len(x)} examples, but got "
+            f"{splits!r}."
         )
     check_no_batch_statistics(model)
     modes = [(m, m.training) for m in model.modules()]
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    pieces = list(zip(x.tensor_split(groups), y.tensor_split(groups), strict=True))
+    pieces = list(zip(x.tensor_split(splits), y.tensor_split(splits), strict=True))
     shares = [len(part) / len(x) for part, _ in pieces]
     with evaluating(model), _as_trained(modes):
         found = [_gradient(model, loss, *piece, params) for piece in pieces]
@@ -148,8 +152,8 @@ def fresh_batch_risk(
     modules = _by_module(value, empirical)
     total = ModuleChange(float(_total(value)), float(_total(empirical)))
     return FreshBatchRisk(
-        value=total.value,
-        standard_error=float(influence.std()) / math.sqrt(groups),
+        value=total.risk,
+        standard_error=float(influence.std()) / math.sqrt(splits),
         valid=fresh,
         reason="" if fresh else "examples were seen before: a rate of noise fitting, not of risk",
         cost=1.0,
@@ -236,6 +240,6 @@ def _by_module(value: Named, empirical: Named) -> dict[str, ModuleChange]:
     for k in value:
         name = k.rpartition(".")[0] or k
         old = sums.get(name, ModuleChange(0.0, 0.0))
-        new = (old.value + float(value[k]), old.empirical + float(empirical[k]))
+        new = (old.risk + float(value[k]), old.empirical + float(empirical[k]))
         sums[name] = ModuleChange(*new)
     return sums

@@ -13,6 +13,8 @@ and mask. For squared error :math:`B = I`, h in place of φ. Ours.
 
 from __future__ import annotations
 
+import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from poprisk.path import Closure, Followed, Run, follow
 from poprisk.path.checks import check_answers
 from poprisk.printing import short_repr
 from poprisk.risk import inputs
-from poprisk.risk.estimate import Freedom, TwinOutputs, measure_freedom
+from poprisk.risk.estimate import DegreesOfFreedom, TwinOutputs, measure_dof
 from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, local_loss_of
 from poprisk.risk.twin import TwinRisk
 
@@ -40,15 +42,17 @@ class AdaptationGap(NamedTuple):
         closure: how far the path's identities are off.
         valid: whether the loss has the curvature that both are measured by.
         reason: why not.
+        cost: in trainings: the twins, and following the path.
     """
 
     value: float
     standard_error: float
-    twin: Freedom
-    path: Freedom
+    twin: DegreesOfFreedom
+    path: DegreesOfFreedom
     closure: Closure
     valid: bool = True
     reason: str = ""
+    cost: float = math.nan
 
     __repr__ = short_repr
 
@@ -89,6 +93,7 @@ def adaptation_gap(
         >>> round(adaptation_gap(recorder.run, twin).value, 5) + 0
         0.0
     """
+    began = time.perf_counter()
     check_answers(run, isinstance(run, Run))
     x, y = run.problem.train
     named = dict(twin.model.named_parameters())
@@ -102,34 +107,43 @@ def adaptation_gap(
     ids = None if groups is None else inputs.check_groups(groups, len(y))
     outputs, _, twins = twin.outputs([(x, y, torch.arange(len(y)))])
     u = outputs.double()
-    followed = _follow(run, torch.stack([t.tilt.flatten(1) for t in twins], -1), quadrature)
+    followed = _follow(run, torch.stack([t.perturbation.flatten(1) for t in twins], -1), quadrature)
     along = followed.applied.train.double().unbind(-1)
     pairs = [
-        (t.outputs.double() - u, d.reshape(u.shape), t.tilt)
+        (t.outputs.double() - u, d.reshape(u.shape), t.perturbation)
         for t, d in zip(twins, along, strict=False)
     ]
     targets = y.double() if y.is_floating_point() else y
-    link = local_loss_of(twin.loss, u, targets)
-    bends = [bend_of(twin.loss, link, u, targets, moved.flatten(1)) for moved, _, _ in pairs]
+    local_loss = local_loss_of(twin.loss, u, targets)
+    bends = [bend_of(twin.loss, local_loss, u, targets, moved.flatten(1)) for moved, _, _ in pairs]
     reason = NO_CURVATURE if is_bent(bends) else ""
     gap, full, path = (
-        measure_freedom(link, u, [TwinOutputs(u + moved, z) for moved, z in found], ids)
+        measure_dof(local_loss, u, [TwinOutputs(u + moved, z) for moved, z in found], ids)
         for found in (
             [(moved - d, z) for moved, d, z in pairs],
             [(moved, z) for moved, _, z in pairs],
             [(d, z) for _, d, z in pairs],
         )
     )
-    return AdaptationGap(gap.value, gap.error, full, path, followed.closure(), not reason, reason)
+    return AdaptationGap(
+        gap.dof,
+        gap.dof_error,
+        full,
+        path,
+        followed.closure(),
+        not reason,
+        reason,
+        twin.cost + run.trainings(time.perf_counter() - began),
+    )
 
 
-def _follow(run: Run, tilts: Tensor, quadrature: str) -> Followed:
-    """Follow tilts (n, c, r) of the loss; the rest of the output gradient is one more column."""
+def _follow(run: Run, perturbations: Tensor, quadrature: str) -> Followed:
+    """Follow perturbations (n, c, r); the rest of the output gradient is one more column."""
     w = run.weights[0]
     problem = run.problem.to(w.dtype)
     inputs.check_transformable(problem, w)
     u = outputs_of(problem.model, problem.train[0], lambda _, x: problem.outputs(w, x))
-    probes = tilts.to(w) / problem.n
+    probes = perturbations.to(w) / problem.n
     rest = problem.output_gradient(u) - probes.sum(-1)
     columns = torch.cat([probes, rest.unsqueeze(-1)], -1)
     return follow(run, columns, quadrature=quadrature, decaying=True)

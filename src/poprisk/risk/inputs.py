@@ -165,9 +165,7 @@ def check_transformable(problem: Any, w: Tensor) -> None:
         ) from error
 
 
-def check_subset(
-    subset: Any, n: int, group_ids: Tensor | None, generator: torch.Generator
-) -> Tensor:
+def check_subset(subset: Any, n: int, groups: Tensor | None, generator: torch.Generator) -> Tensor:
     """Return the examples to delete: ``subset`` of them at random, or all.
 
     Raises:
@@ -177,6 +175,6 @@ def check_subset(
         return torch.arange(n)
     if isinstance(subset, bool) or not isinstance(subset, int) or not 2 <= subset <= n:
         raise ValueError(f"subset must be an integer from 2 to {n} or None, but got {subset!r}.")
-    if group_ids is not None:
-        raise ValueError("subset and group_ids cannot be combined; delete all groups.")
+    if groups is not None:
+        raise ValueError("subset and groups cannot be combined; delete all groups.")
     return torch.randperm(n, generator=generator)[:subset].sort().values

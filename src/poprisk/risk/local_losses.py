@@ -1,4 +1,4 @@
-r"""The link of a loss: from how an output follows its own label to one that cannot see it.
+r"""The local model of a loss: from how an output follows its own label to one that cannot see it.
 
 Deleting example i removes :math:`\nabla\ell_i` from what balances its outputs. If all other
 examples pull them back quadratically, with gain A, the outputs without the example are
@@ -6,7 +6,7 @@ examples pull them back quadratically, with gain A, the outputs without the exam
 .. math:: u_i^{loo} = u_i + A\,\nabla\ell_i(u_i),\qquad
           H_i = \partial u_i/\partial t_i = (A^{-1} + B_i)^{-1},\quad B_i = \nabla^2\ell_i(u_i),
 
-where t tilts the loss, :math:`\ell_i(u) - t\cdot u` (for squared error, cross-entropy and its
+where t perturbs the loss, :math:`\ell_i(u) - t\cdot u` (for squared error, cross-entropy and its
 binary form: a perturbed label). The twin measures the effective degrees of freedom per output,
 :math:`\varphi = \tfrac1N\sum_i \mathrm{tr}(B_i H_i) \in [0, 1)`; the gain is the one that explains
 it. For squared error :math:`\varphi = h` and :math:`u^{loo} = u - h\,(y - u^{loo})`: generalized
@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from poprisk.protocols import PerExampleLoss
 from poprisk.risk.inputs import check_output_losses
 
-PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 DENSE_LIMIT = 128
 """Outputs per example up to which a loss may couple them in any way it likes."""
 TOLERANCE = 1e-6
@@ -63,31 +63,31 @@ class LocalLoss(ABC):
         """The products :math:`B_i v_i` for v of shape (n, c)."""
 
     @abstractmethod
-    def freedom(self, gain: float) -> float:
+    def dof(self, gain: float) -> float:
         r""":math:`\varphi(A)`, the mean of :math:`\mathrm{tr}\,B_i(A^{-1}+B_i)^{-1}` per output."""
 
-    def gain(self, freedom: float) -> float:
-        """The gain A whose :meth:`freedom` is the measured one: Ridders' method on its logarithm.
+    def gain(self, dof: float) -> float:
+        """The gain A whose :meth:`dof` is the measured one: Ridders' method on its logarithm.
 
-        Nothing is fitted by outputs that do not follow their labels: 0 for ``freedom`` ≤ 0. The
+        Nothing is fitted by outputs that do not follow their labels: 0 for ``dof`` ≤ 0. The
         largest gain stands for all that no gain explains.
         """
-        if not freedom > 0:
+        if not dof > 0:
             return 0.0
         low, high = math.log(SMALLEST_GAIN), math.log(LARGEST_GAIN)
-        below, above = (self.freedom(math.exp(t)) - freedom for t in (low, high))
+        below, above = (self.dof(math.exp(t)) - dof for t in (low, high))
         if not below < 0 <= above:
             return LARGEST_GAIN if above < 0 else SMALLEST_GAIN
         found = math.inf
         for _ in range(HALVINGS):
             middle = 0.5 * (low + high)
-            centre = self.freedom(math.exp(middle)) - freedom
+            centre = self.dof(math.exp(middle)) - dof
             # Where an exponential through the three points is zero: always between the ends.
             last, found = (
                 found,
                 middle - (middle - low) * centre / math.hypot(centre, math.sqrt(-below * above)),
             )
-            value = self.freedom(math.exp(found)) - freedom
+            value = self.dof(math.exp(found)) - dof
             if value == 0 or abs(found - last) < PRECISION:
                 break
             points = [(low, below), (middle, centre), (found, value), (high, above)]
@@ -95,9 +95,9 @@ class LocalLoss(ABC):
             high, above = min(point for point in points if point[1] >= 0)
         return math.exp(found)
 
-    def leave_one_out(self, outputs: Tensor, freedom: float) -> Tensor:
+    def leave_one_out(self, outputs: Tensor, dof: float) -> Tensor:
         """Outputs (n, c) as they would be had each example not been trained on."""
-        return outputs + self.gain(freedom) * self.gradient
+        return outputs + self.gain(dof) * self.gradient
 
 
 @final
@@ -116,7 +116,7 @@ class Separate(LocalLoss):
     def curvature(self, v: Tensor) -> Tensor:
         return self.diagonal * v
 
-    def freedom(self, gain: float) -> float:
+    def dof(self, gain: float) -> float:
         scaled = gain * self.diagonal
         return float((scaled / (1 + scaled)).mean())
 
@@ -141,7 +141,7 @@ class Softmax(LocalLoss):
         pv = self.p * v
         return self.weight * (pv - self.p * pv.sum(1, keepdim=True))
 
-    def freedom(self, gain: float) -> float:
+    def dof(self, gain: float) -> float:
         scaled = gain * self.weight * self.p
         s = scaled / (1 + scaled)  # Sherman-Morrison: tr = Σs - Σs²/Σs
         total = s.sum(1)
@@ -168,7 +168,7 @@ class Coupled(LocalLoss):
         inner = self.values.unsqueeze(2) * (self.vectors.mT @ v.unsqueeze(2))
         return (self.vectors @ inner).squeeze(2)
 
-    def freedom(self, gain: float) -> float:
+    def dof(self, gain: float) -> float:
         scaled = gain * self.values
         return float((scaled / (1 + scaled)).sum(1).mean()) / self.dimensions
 
@@ -190,12 +190,12 @@ class Unknown(LocalLoss):
     def curvature(self, v: Tensor) -> Tensor:
         return torch.zeros_like(v)
 
-    def freedom(self, gain: float) -> float:
+    def dof(self, gain: float) -> float:
         return 0.0
 
 
 def local_loss_of(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> LocalLoss:
-    """Find the link of a loss from its derivatives at the outputs.
+    """Find the local model of a loss from its derivatives at the outputs.
 
     Args:
         loss: from outputs (n, ...) and targets (n, ...) to one value an example, (n,).
@@ -265,14 +265,14 @@ BENT = 0.5
 
 
 def bend_of(
-    loss: PerExampleLoss, link: LocalLoss, outputs: Tensor, targets: Tensor, moved: Tensor
+    loss: PerExampleLoss, local_loss: LocalLoss, outputs: Tensor, targets: Tensor, moved: Tensor
 ) -> Bend:
     """How far a loss is from quadratic between outputs (n, ...) and these moved by (n, c)."""
     there = gradient_of(loss, outputs + moved.reshape(outputs.shape), targets).double()
-    turned = there - link.gradient
+    turned = there - local_loss.gradient
     change = float(turned.norm())
     # Outputs that move while no gradient does have no curvature to be judged by.
-    gap = turned - link.curvature(moved) if change > 0 else moved
+    gap = turned - local_loss.curvature(moved) if change > 0 else moved
     return Bend(change, float(gap.norm()))
 
 
@@ -341,7 +341,7 @@ def is_shift_invariant(gradient: Tensor) -> bool:
 
 
 def _softmax(gradient: Tensor, u: Tensor, v: Tensor, along: Tensor) -> Softmax | None:
-    """The softmax link if the second derivative along v is its own, up to a weight an example."""
+    """The softmax model if the second derivative along v is its own, up to a weight an example."""
     unit = Softmax(gradient, u.softmax(1), torch.ones_like(u[:, :1]))
     expected = unit.curvature(v)
     inner = (v * expected).sum(1, keepdim=True)

@@ -28,13 +28,15 @@ from torch.func import grad, jvp, vjp, vmap
 
 from poprisk import _validate as checks
 from poprisk import losses as of_outputs
+from poprisk._renamed import renamed_arguments, renamed_attributes
 from poprisk.path import NotAnalysable, Run
 from poprisk.path.checks import check_answers
 from poprisk.path.recursion import Recursion
-from poprisk.path.run import Interval
+from poprisk.path.run import StepInterval
 from poprisk.printing import short_repr
+from poprisk.randomness import generator_of
 from poprisk.risk import inputs
-from poprisk.risk.estimate import Freedom, TwinOutputs, grouped_error, measure_freedom
+from poprisk.risk.estimate import DegreesOfFreedom, TwinOutputs, grouped_error, measure_dof
 from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, local_loss_of
 
 FORMS = ("gauss-newton", "hessian")
@@ -44,6 +46,7 @@ BLOWN_UP = 3.0
 """Largest ratio of the estimate to the training loss that is believed."""
 
 
+@renamed_attributes(freedom="dof", freedom_error="dof_error")
 class LooRisk(NamedTuple):
     """Leave-one-out estimate of a recorded run.
 
@@ -52,9 +55,9 @@ class LooRisk(NamedTuple):
         standard_error: over deletions.
         valid: whether the value may be believed.
         reason: why not.
-        cost: seconds.
-        freedom: degrees of freedom per output by the same form, for one random probe.
-        freedom_error: its standard error.
+        cost: time it took over that of the run's own training; NaN where a run does not say.
+        dof: degrees of freedom per output by the same form, for one random probe.
+        dof_error: its standard error.
         outputs: left-out outputs of the examples at ``index``, (k, ...) in the model's shape.
         index: which examples were deleted, (k,).
     """
@@ -64,21 +67,22 @@ class LooRisk(NamedTuple):
     valid: bool
     reason: str
     cost: float
-    freedom: float
-    freedom_error: float
+    dof: float
+    dof_error: float
     outputs: Tensor
     index: Tensor
 
     __repr__ = short_repr
 
 
+@renamed_arguments(group_ids="groups")
 @torch.inference_mode(False)  # what it makes on the way is differentiated
 def loo_risk(
     run: Run,
     *,
     form: str = "gauss-newton",
     subset: int | None = None,
-    group_ids: Tensor | None = None,
+    groups: Tensor | None = None,
     seed: int = 0,
 ) -> LooRisk:
     """Estimate population risk by deleting every example of a run, or every group.
@@ -92,7 +96,7 @@ def loo_risk(
             double precision for exact results.
         form: ``"gauss-newton"`` or ``"hessian"``.
         subset: how many examples to delete, drawn at random; None: all.
-        group_ids: (n,), to delete examples together that depend on each other.
+        groups: ids of dependent examples, (n,), which are deleted together.
         seed: of the subset and of the probe.
 
     Raises:
@@ -113,12 +117,12 @@ def loo_risk(
     checks.check_choice("form", form, FORMS)
     check_answers(run, isinstance(run, Run))
     n = run.problem.n
-    generator = torch.Generator().manual_seed(seed)
-    index = inputs.check_subset(subset, n, group_ids, generator)
-    groups = None if group_ids is None else inputs.check_groups(group_ids, n)
+    generator = generator_of(seed)
+    index = inputs.check_subset(subset, n, groups, generator)
+    ids = None if groups is None else inputs.check_groups(groups, n)
     deleted = torch.eye(n, dtype=torch.bool)[index]
-    if groups is not None:
-        deleted = groups == torch.arange(int(groups.max()) + 1).unsqueeze(1)
+    if ids is not None:
+        deleted = ids == torch.arange(int(ids.max()) + 1).unsqueeze(1)
     path = _Path(run, form)
     left_out = path.without(deleted)[index]
     train, losses = path.losses(path.final), path.losses(left_out, index)
@@ -126,15 +130,15 @@ def loo_risk(
     reason = _objection(value, float(train.mean()), run)
     if not reason and path.bent(left_out, index):
         reason = NO_CURVATURE
-    freedom = path.freedom(generator)
+    dof = path.dof(generator)
     return LooRisk(
         value=value,
-        standard_error=grouped_error(losses - value, groups) / len(losses),
+        standard_error=grouped_error(losses - value, ids) / len(losses),
         valid=not reason,
         reason=reason,
-        cost=time.perf_counter() - began,
-        freedom=freedom.value,
-        freedom_error=freedom.error,
+        cost=run.trainings(time.perf_counter() - began),
+        dof=dof.dof,
+        dof_error=dof.dof_error,
         outputs=path.problem.shaped(left_out),
         index=index,
     )
@@ -175,10 +179,13 @@ class _Path:
         """Whether the loss is not quadratic over what deletions move, up or down."""
         problem = self.run.problem.to(torch.float64)
         u, y = self.final[index].double(), problem.train[1][index]
-        link = local_loss_of(problem.loss, problem.shaped(u), y)
+        local_loss = local_loss_of(problem.loss, problem.shaped(u), y)
         moved = left_out.double() - u
         return is_bent(
-            [bend_of(problem.loss, link, problem.shaped(u), y, s * moved) for s in (1.0, -1.0)]
+            [
+                bend_of(problem.loss, local_loss, problem.shaped(u), y, s * moved)
+                for s in (1.0, -1.0)
+            ]
         )
 
     def without(self, deleted: Tensor) -> Tensor:
@@ -190,24 +197,26 @@ class _Path:
                 left_out[row] += change[row]
         return left_out
 
-    def freedom(self, generator: torch.Generator) -> Freedom:
+    def dof(self, generator: torch.Generator) -> DegreesOfFreedom:
         """Degrees of freedom per output, by Hutchinson's estimate with one probe."""
         problem = self.run.problem.to(torch.float64)
         u = problem.shaped(self.final.double())
-        link = local_loss_of(problem.loss, u, problem.train[1])
+        local_loss = local_loss_of(problem.loss, u, problem.train[1])
         z = 2.0 * torch.randint(2, self.final.shape, generator=generator).to(self.final) - 1
-        z = z - z.mean(1, keepdim=True) if link.shift_invariant else z
+        z = z - z.mean(1, keepdim=True) if local_loss.shift_invariant else z
         moved = self.moved(torch.zeros(1, len(z), dtype=torch.bool), z)[0]
-        return measure_freedom(link, u, [TwinOutputs(u + problem.shaped(moved), z)])
+        return measure_dof(local_loss, u, [TwinOutputs(u + problem.shaped(moved), z)])
 
-    def moved(self, deleted: Tensor, tilt: Tensor) -> Tensor:
+    def moved(self, deleted: Tensor, perturbation: Tensor) -> Tensor:
         """Changes (G, n, c) of the final outputs, to first order.
 
         Args:
             deleted: examples of each deletion, (G, n), boolean.
-            tilt: what is subtracted from all output gradients besides, (n, c).
+            perturbation: what is subtracted from all output gradients besides, (n, c).
         """
-        return self.problem.jvp(self.w, self.x, self.displacements(deleted, tilt)).movedim(-1, 0)
+        return self.problem.jvp(self.w, self.x, self.displacements(deleted, perturbation)).movedim(
+            -1, 0
+        )
 
     @cached_property
     def _not_vectorized(self) -> str:
@@ -220,26 +229,28 @@ class _Path:
         interval = self.run.intervals[0]
         b = len(interval.examples)
         nothing = torch.zeros(1, b, dtype=torch.bool)
-        tilt = torch.zeros(b, self.problem.c, dtype=self.dtype)
+        perturbation = torch.zeros(b, self.problem.c, dtype=self.dtype)
         try:
-            self._gradient_change(0, interval, nothing, tilt, torch.zeros_like(self.w).unsqueeze(1))
+            self._gradient_change(
+                0, interval, nothing, perturbation, torch.zeros_like(self.w).unsqueeze(1)
+            )
         except RuntimeError as error:
             return str(error).splitlines()[0]
         return ""
 
-    def displacements(self, deleted: Tensor, tilt: Tensor) -> Tensor:
+    def displacements(self, deleted: Tensor, perturbation: Tensor) -> Tensor:
         """Displacements (P, G) of the weights at the end; arguments as for :meth:`moved`."""
         d = torch.zeros(len(self.w), len(deleted), dtype=self.dtype)
         recursion = Recursion(torch.zeros_like(d), d)
         change_of = self._change_by_rows if self._not_vectorized else self._gradient_change
         for k, interval in enumerate(self.run.intervals):
             rule, rows = self.run.rule(k, self.dtype), interval.examples
-            change = change_of(k, interval, deleted[:, rows], tilt[rows], d)
+            change = change_of(k, interval, deleted[:, rows], perturbation[rows], d)
             d -= recursion.step(rule, change)[1]
         return d
 
     def _change_by_rows(
-        self, k: int, interval: Interval, deleted: Tensor, tilt: Tensor, d: Tensor
+        self, k: int, interval: StepInterval, deleted: Tensor, perturbation: Tensor, d: Tensor
     ) -> Tensor:
         """:meth:`_gradient_change` of the Gauss-Newton form, for models without forward mode."""
         w, x, y = self.run.weights[k], self.x[interval.examples], self.y[interval.examples]
@@ -247,13 +258,13 @@ class _Path:
         u, pull = self.problem.pullback(w, x)
         shaped, loss = self.problem.shaped(u), self.problem.loss
         own = share.unsqueeze(1) * of_outputs.gradient(loss, shaped, y).reshape_as(u)
-        source = own * deleted.unsqueeze(2) + share.unsqueeze(1) * tilt
+        source = own * deleted.unsqueeze(2) + share.unsqueeze(1) * perturbation
         curved = of_outputs.hessian_product(loss, shaped, y, self.problem.jvp(w, x, d))
         kept = (share * ~deleted).T.unsqueeze(1)
         return pull(kept * curved - source.movedim(0, -1))
 
     def _gradient_change(
-        self, k: int, interval: Interval, deleted: Tensor, tilt: Tensor, d: Tensor
+        self, k: int, interval: StepInterval, deleted: Tensor, perturbation: Tensor, d: Tensor
     ) -> Tensor:
         """Change (P, G) of a step's gradient by deletions (G, b) and displacements so far."""
         w, x, y = self.run.weights[k], self.x[interval.examples], self.y[interval.examples]
@@ -268,7 +279,7 @@ class _Path:
         u, back = vjp(f, w)[:2]
         own = grad(total)(u, share)
         kept = share * ~deleted
-        source = own * deleted.unsqueeze(2) + share.unsqueeze(1) * tilt
+        source = own * deleted.unsqueeze(2) + share.unsqueeze(1) * perturbation
 
         def one(direction: Tensor, weight: Tensor, from_own: Tensor) -> Tensor:
             def weighted(v: Tensor) -> Tensor:

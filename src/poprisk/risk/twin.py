@@ -23,6 +23,7 @@ from poprisk._validate import (
 from poprisk.dtensor import processes
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
 from poprisk.printing import described, short_repr
+from poprisk.protocols import PerExampleLoss
 from poprisk.randomness import RandomState
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
 from poprisk.risk.inputs import (
@@ -35,7 +36,6 @@ from poprisk.risk.inputs import (
     check_same,
 )
 from poprisk.risk.local_losses import (
-    PerExampleLoss,
     gradient_of,
     ignored_examples,
     is_shift_invariant,
@@ -65,7 +65,7 @@ class Probe:
         self.dataset_size, self.seed = dataset_size, seed
         self.signs = torch.empty(0, dtype=torch.int8)
 
-    def tilt(self, index: Tensor, shape: torch.Size, *, shift_invariant: bool) -> Tensor:
+    def perturbation(self, index: Tensor, shape: torch.Size, *, shift_invariant: bool) -> Tensor:
         """The signs (b, *shape) of the examples at ``index``, of mean square one."""
         if self.signs.shape != (self.dataset_size, *shape):
             generator = torch.Generator().manual_seed(self.seed)
@@ -173,10 +173,12 @@ class Replica:
         """
         losses = check_output_losses(self._owner.loss(outputs, targets), outputs)
         self.scored += 1
-        tilt = self._owner._tilt(self, outputs, targets)
-        if tilt is None:
+        perturbation = self._owner._perturbation(self, outputs, targets)
+        if perturbation is None:
             return losses
-        follow = tilt.reshape(len(tilt), -1) * _full(outputs).reshape(len(tilt), -1)
+        follow = perturbation.reshape(len(perturbation), -1) * _full(outputs).reshape(
+            len(perturbation), -1
+        )
         follow = follow.sum(1).to(losses.dtype)
         if bool((losses.detach() == 0).any()):
             # What has no label has none that could be perturbed.
@@ -289,6 +291,12 @@ class TwinRisk:
     def optimizer(self) -> Optimizer:
         """The model's optimizer."""
         return self.replicas[0].optimizer
+
+    @property
+    def cost(self) -> float:
+        """Time of the twins over that of the model itself, so far; NaN before any."""
+        own, *twins = (run.seconds for run in self.replicas)
+        return sum(twins) / own if own else math.nan
 
     def runs(self, index: Any) -> Iterator[Replica]:
         """Yield the model, then its twins, each with the random numbers rewound.
@@ -457,7 +465,9 @@ class TwinRisk:
         y, index, u, *others = (torch.cat(column) for column in columns)
         scale, shift_invariant = self._set_scale(u, y)
         twins = [
-            TwinOutputs(v, scale * probe.tilt(index, u.shape[1:], shift_invariant=shift_invariant))
+            TwinOutputs(
+                v, scale * probe.perturbation(index, u.shape[1:], shift_invariant=shift_invariant)
+            )
             for v, probe in zip(others, self.probes, strict=True)
         ]
         return Answers(u, y, twins)
@@ -470,7 +480,6 @@ class TwinRisk:
     ) -> RiskEstimate:
         tally = Tally()
         u, y, twins = self.outputs(self.seen.compared(batches, tally))
-        seconds = [run.seconds for run in self.replicas]
         return estimate_risk(
             self.loss,
             u,
@@ -478,7 +487,7 @@ class TwinRisk:
             twins,
             groups=None if groups is None else check_groups(groups, len(y)),
             parts=None if parts is None else check_parts(parts, len(y)),
-            cost=sum(seconds) / seconds[0] if seconds[0] else math.nan,
+            cost=self.cost,
             doubt=self.doubt or self._unpushed() or tally.doubt(),
         )
 
@@ -486,8 +495,8 @@ class TwinRisk:
         """Why there is no response to measure, if there is none."""
         return "" if self.steps else "no batch has gone through runs() yet: no twin was pushed"
 
-    def _tilt(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """The tilt of the present batch for a twin, None for the model; checks on the way."""
+    def _perturbation(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """The present batch's perturbation for a twin, None for the model; checks on the way."""
         scale, shift_invariant = self._set_scale(outputs, targets)
         index = self._checked_index(outputs)
         if run.position == 0:
@@ -504,7 +513,7 @@ class TwinRisk:
                     "cannot repeat. Use torch's, numpy's or Python's global generator inside the "
                     "loop, and draw the batch before it."
                 )
-        z = self.probes[run.position - 1].tilt(
+        z = self.probes[run.position - 1].perturbation(
             index, outputs.shape[1:], shift_invariant=shift_invariant
         )
         return (scale * z).to(outputs.device, _full(outputs).dtype)
@@ -526,7 +535,7 @@ class TwinRisk:
         return self._index
 
     def _set_scale(self, outputs: Tensor, targets: Tensor) -> tuple[float, bool]:
-        """Size of the tilt and whether the loss ignores shifts; settled by the first batch."""
+        """Size of the perturbation, and whether the loss ignores shifts; from the first batch."""
         if self._scale is None:
             scale, sample = _gradient_scale(self.loss, outputs, targets)
             self._scale, self._sample, self._shape = scale, sample, tuple(outputs.shape[1:])

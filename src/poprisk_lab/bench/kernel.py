@@ -16,31 +16,31 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from poprisk_lab.bench.models import Case
+from poprisk_lab.bench.models import BenchCase
 from poprisk_lab.bench.peers import KERNELS, MOMENTS
 
 WARM_UP = 4
 OURS = "poprisk"
 
-KERNEL_CASES: Sequence[tuple[Case, Sequence[str]]] = (
-    (Case("mlp", 100, 1024), ("poprisk", "torch.func", "nngeometry")),
-    (Case("mlp", 500, 1024), ("poprisk",)),
-    (Case("mlp", 10, 64), ("poprisk", "torch.func", "nngeometry", "curvlinops")),
-    (Case("cnn", 24, 16), ("poprisk", "torch.func", "nngeometry")),
-    (Case("cnn", 50, 32), ("poprisk", "torch.func")),
-    (Case("transformer", 24, 64), ("poprisk", "torch.func")),
-    (Case("transformer", 50, 128), ("poprisk", "torch.func")),
+KERNEL_CASES: Sequence[tuple[BenchCase, Sequence[str]]] = (
+    (BenchCase("mlp", 100, 1024), ("poprisk", "torch.func", "nngeometry")),
+    (BenchCase("mlp", 500, 1024), ("poprisk",)),
+    (BenchCase("mlp", 10, 64), ("poprisk", "torch.func", "nngeometry", "curvlinops")),
+    (BenchCase("cnn", 24, 16), ("poprisk", "torch.func", "nngeometry")),
+    (BenchCase("cnn", 50, 32), ("poprisk", "torch.func")),
+    (BenchCase("transformer", 24, 64), ("poprisk", "torch.func")),
+    (BenchCase("transformer", 50, 128), ("poprisk", "torch.func")),
 )
-GROWTH_CASES: Sequence[Case] = (
-    *(Case("mlp", n, 512) for n in (50, 100, 200, 400)),
-    *(Case("mlp", 100, width) for width in (256, 512, 1024, 2048)),
-    *(Case("mlp", 100, 512, depth) for depth in (2, 4, 8)),
-    *(Case("transformer", 16, 64, 2, length) for length in (16, 32, 64, 128)),
+GROWTH_CASES: Sequence[BenchCase] = (
+    *(BenchCase("mlp", n, 512) for n in (50, 100, 200, 400)),
+    *(BenchCase("mlp", 100, width) for width in (256, 512, 1024, 2048)),
+    *(BenchCase("mlp", 100, 512, depth) for depth in (2, 4, 8)),
+    *(BenchCase("transformer", 16, 64, 2, length) for length in (16, 32, 64, 128)),
 )
-MOMENT_CASES: Sequence[Case] = (Case("mlp", 64, 1024), Case("transformer", 64, 128))
+MOMENT_CASES: Sequence[BenchCase] = (BenchCase("mlp", 64, 1024), BenchCase("transformer", 64, 128))
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
     """One method on one case.
 
     Attributes:
@@ -62,7 +62,7 @@ class Measured(NamedTuple):
     failure: str | None = None
 
 
-def bench_kernels(*, threads: int, repeats: int, growth: bool) -> list[Measured]:
+def bench_kernels(*, threads: int, repeats: int, growth: bool) -> list[Measurement]:
     """Measure every case; each method runs in a process of its own, one after the other."""
     cases = [*KERNEL_CASES, *((case, (OURS,)) for case in GROWTH_CASES if growth)]
     results = [m for case, methods in cases for m in _kernel_rows(case, methods, threads, repeats)]
@@ -71,7 +71,7 @@ def bench_kernels(*, threads: int, repeats: int, growth: bool) -> list[Measured]
     return results
 
 
-def kernel_seconds(case: Case, method: str, repeats: int) -> tuple[list[float], float | None]:
+def kernel_seconds(case: BenchCase, method: str, repeats: int) -> tuple[list[float], float | None]:
     """Processor times in this process, and the peak of its memory on top of the model, in MiB."""
     model, x = case.build()
     KERNELS[method](*case._replace(examples=8, width=16).build())  # loads libraries and kernels
@@ -85,7 +85,7 @@ def kernel_seconds(case: Case, method: str, repeats: int) -> tuple[list[float], 
     return times, None if before is None or peak is None else peak - before
 
 
-def moment_seconds(case: Case, repeats: int) -> dict[str, list[float] | str]:
+def moment_seconds(case: BenchCase, repeats: int) -> dict[str, list[float] | str]:
     """Processor times of every method, taking turns; a text where one does not run."""
     torch.manual_seed(0)
     model, x = case.build()
@@ -111,7 +111,7 @@ def moment_seconds(case: Case, repeats: int) -> dict[str, list[float] | str]:
     return results
 
 
-def kernel_table(results: Sequence[Measured], *, threads: int) -> Table:
+def kernel_table(results: Sequence[Measurement], *, threads: int) -> Table:
     """The results, a line each."""
     table = Table(
         title=f"tangent kernels (all outputs) and second moments on the CPU, threads: {threads}",
@@ -131,18 +131,20 @@ def kernel_table(results: Sequence[Measured], *, threads: int) -> Table:
     return table
 
 
-def _kernel_rows(case: Case, methods: Sequence[str], threads: int, repeats: int) -> list[Measured]:
-    rows: list[Measured] = []
+def _kernel_rows(
+    case: BenchCase, methods: Sequence[str], threads: int, repeats: int
+) -> list[Measurement]:
+    rows: list[Measurement] = []
     ours: float | None = None
     for method in methods:
         found = _in_a_process([*map(str, case), method, str(repeats), str(threads)])
         if isinstance(found, str):
-            rows.append(Measured("kernel", case.label(), method, None, None, None, found))
+            rows.append(Measurement("kernel", case.label(), method, None, None, None, found))
             continue
         seconds = statistics.median(found["seconds"])
         ours = seconds if method == OURS else ours
         ratio = None if ours is None else seconds / ours
-        rows.append(Measured("kernel", case.label(), method, seconds, ratio, found["peak_mib"]))
+        rows.append(Measurement("kernel", case.label(), method, seconds, ratio, found["peak_mib"]))
     return rows
 
 
@@ -159,7 +161,7 @@ def _in_a_process(arguments: Sequence[str]) -> dict[str, Any] | str:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _moment_rows(case: Case, threads: int, repeats: int) -> list[Measured]:
+def _moment_rows(case: BenchCase, threads: int, repeats: int) -> list[Measurement]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -173,11 +175,11 @@ def _moment_rows(case: Case, threads: int, repeats: int) -> list[Measured]:
     rows = []
     for name, times in found.items():
         if isinstance(times, str):
-            rows.append(Measured("moments", case.label(), name, None, None, None, times))
+            rows.append(Measurement("moments", case.label(), name, None, None, None, times))
             continue
         ratio = statistics.median(a / b for a, b in zip(times, base, strict=True))
         seconds = statistics.median(times)
-        rows.append(Measured("moments", case.label(), name, seconds, ratio, None))
+        rows.append(Measurement("moments", case.label(), name, seconds, ratio, None))
     return rows
 
 
@@ -203,7 +205,7 @@ def _main(arguments: Sequence[str]) -> None:
     warnings.simplefilter("ignore")
     sizes = [int(value) for value in case[1:]]
     try:
-        seconds, peak = kernel_seconds(Case(case[0], *sizes), method, int(repeats))
+        seconds, peak = kernel_seconds(BenchCase(case[0], *sizes), method, int(repeats))
     except ImportError as error:
         sys.exit(_reason(error))
     print(json.dumps({"seconds": seconds, "peak_mib": peak}))

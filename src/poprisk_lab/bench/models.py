@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Case(NamedTuple):
+class BenchCase(NamedTuple):
     """One network with inputs of one size.
 
     Attributes:
@@ -33,8 +33,8 @@ class Case(NamedTuple):
             return mlp(self.width, self.depth), torch.randn(self.examples, 784)
         if self.kind == "cnn":
             return ResidualCNN(self.width, self.depth).eval(), torch.randn(self.examples, 3, 32, 32)
-        model = Transformer(self.width, self.depth, self.length).eval()
-        return model, torch.randint(0, Transformer.tokens, (self.examples, self.length))
+        model = SmallTransformer(self.width, self.depth, self.length).eval()
+        return model, torch.randint(0, SmallTransformer.tokens, (self.examples, self.length))
 
     def label(self) -> str:
         """The case in a few words."""
@@ -79,7 +79,7 @@ class ResidualCNN(nn.Module):
 
 
 @final
-class Transformer(nn.Module):
+class SmallTransformer(nn.Module):
     """Encoder layers on sequences of tokens, averaged over positions, 10 outputs."""
 
     tokens = 64

@@ -7,14 +7,14 @@ from typing import Any
 from poprisk.path import NotAnalysable
 from poprisk.task import Task
 from poprisk_lab.explain.measure import Say, measure_cells, measure_operators
-from poprisk_lab.explain.plan import Plan
+from poprisk_lab.explain.plan import ExplainPlan
 
-__all__ = ["Plan", "explain"]
+__all__ = ["ExplainPlan", "explain"]
 
 FORMAT = 1
 
 
-def explain(plan: Plan, *, say: Say) -> dict[str, Any]:
+def explain(plan: ExplainPlan, *, say: Say) -> dict[str, Any]:
     """Record the runs of a plan and measure them; JSON values.
 
     With clean targets, the whole task is trained with the plan's optimizer and with PopRiskAdamW,
@@ -52,7 +52,7 @@ def explain(plan: Plan, *, say: Say) -> dict[str, Any]:
     return found
 
 
-def describe_task(plan: Plan, task: Task) -> dict[str, Any]:
+def describe_task(plan: ExplainPlan, task: Task) -> dict[str, Any]:
     """The task as the report names it."""
     metric = task.scored_by
     return {

@@ -31,7 +31,7 @@ SECONDS_PER_STEP = 0.02
 MEMORY = 3 * 2**30
 
 
-class Plan(NamedTuple):
+class ExplainPlan(NamedTuple):
     """What to explain.
 
     Attributes:
@@ -71,7 +71,7 @@ class Size(NamedTuple):
     steps: int
 
 
-def full_steps(plan: Plan, task: Task) -> tuple[int, int]:
+def full_steps(plan: ExplainPlan, task: Task) -> tuple[int, int]:
     """Epochs and steps of the full run."""
     each = -(-len(task.train[1]) // task.batch_size)
     epochs = plan.epochs or max(1, min(task.epochs, 40, MAX_STEPS // each))
@@ -112,7 +112,7 @@ def _bytes(size: Size, P: int, c: int) -> float:
 
 
 def make_optimizer(
-    plan: Plan, model: nn.Module, *, gated: bool, batch_size: int, dataset_size: int
+    plan: ExplainPlan, model: nn.Module, *, gated: bool, batch_size: int, dataset_size: int
 ) -> Optimizer:
     """The optimizer of a run; ``gated``: PopRiskAdamW, whatever the plan says.
 

@@ -10,10 +10,11 @@ from poprisk.intervals import MIN_SEEDS
 from poprisk.optim.stats import STARVED_BELOW
 from poprisk_lab.page import figures, notes
 from poprisk_lab.page.draw import OURS, plotly_script
-from poprisk_lab.page.figures import Group, Quantity
+from poprisk_lab.page.figures import Group, PanelQuantity
 from poprisk_lab.page.page import template
 from poprisk_lab.page.series import EpochRow, arm_series, module_series
 from poprisk_lab.page.table import leads_table, run_table, verdict_table
+from poprisk_lab.plots import Table
 from poprisk_lab.results import RunData
 from poprisk_lab.selection import twin_report
 from poprisk_lab.store import replace_text
@@ -22,14 +23,14 @@ from poprisk_lab.verdict import Verdict
 __all__ = ["write_report"]
 
 
-class Gate(NamedTuple):
-    """What the gate of one row of the verdict did: its label, plots, who starved, what is left."""
+class GateSection(NamedTuple):
+    """What the gate of one row of the verdict did: its label, plots, who starved, weights left."""
 
     label: str
     ours: bool
     group: Group | None
-    starved: str
-    uncounted: str
+    starved: Table
+    uncounted: int
 
 
 def write_report(data: RunData, verdict: Verdict, path: Path) -> None:
@@ -68,7 +69,7 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "raw": json.dumps(data.config, indent=2, ensure_ascii=False),
         "task": task,
         "metric": task["metric"],
-        "facts": notes.facts(data),
+        "facts": notes.about_run(data),
         "notices": notes.notices(data),
         "verdict": verdict,
         "table": table,
@@ -86,26 +87,26 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _quantities(task: dict[str, Any]) -> list[Quantity]:
+def _quantities(task: dict[str, Any]) -> list[PanelQuantity]:
     metric, shares = task["metric"], task["classification"]
     title = "Wrong labels memorized" if shares else "Label noise fitted"
     return [
-        Quantity(
+        PanelQuantity(
             f"Test {metric['name']}",
             "test_metric",
             percent=metric["percent"],
             share=metric["percent"],
             stops=True,
         ),
-        Quantity(title, "memorized", percent=True, share=shares),
+        PanelQuantity(title, "memorized", percent=True, share=shares),
     ]
 
 
-PASS_RATE = Quantity("Pass rate", "pass_rate", percent=True, share=True)
-UPDATE_RATIO = Quantity("Update ratio", "update_ratio", percent=True, share=True)
+PASS_RATE = PanelQuantity("Pass rate", "pass_rate", percent=True, share=True)
+UPDATE_RATIO = PanelQuantity("Update ratio", "update_ratio", percent=True, share=True)
 
 
-def _gates(data: RunData) -> list[Gate]:
+def _gates(data: RunData) -> list[GateSection]:
     """What the gate of each arm that has one did, ours first."""
     rows: dict[str, list[EpochRow]] = {}
     for row in data.epochs:
@@ -115,7 +116,7 @@ def _gates(data: RunData) -> list[Gate]:
     kinds = data.config["task"].get("modules", {})
     arms.sort(key=lambda arm: arm["family"] != OURS)
     return [
-        Gate(
+        GateSection(
             arm["label"],
             arm["family"] == OURS,
             figures.group(module_series(rows[arm["name"]], kinds), [PASS_RATE, UPDATE_RATIO]),

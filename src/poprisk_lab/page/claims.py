@@ -12,7 +12,7 @@ from poprisk_lab.page.formats import plain, plural
 from poprisk_lab.page.page import template
 from poprisk_lab.plots import Plot, Table, written
 from poprisk_lab.store import replace_text
-from poprisk_lab.studies.claim import Done
+from poprisk_lab.studies.claim import TrialResult
 from poprisk_lab.studies.criteria import Criterion, fewest_seeds
 from poprisk_lab.studies.record import Judged
 
@@ -27,13 +27,13 @@ VALUES_SHOWN = 12
 """Values of one setting that are listed; more are counted."""
 
 
-class Line(NamedTuple):
+class CriterionRow(NamedTuple):
     """A criterion as the page writes it."""
 
     name: str
     bound: str
     claimed: str
-    found: str
+    estimate: str
     outcome: str
     mark: str
 
@@ -62,15 +62,15 @@ def write_claim(judged: Judged, path: Path) -> None:
 
 def render_claim(judged: Judged) -> str:
     """Return the page of a claim as text; the same input gives the same text."""
-    claim, progress, findings = judged.claim, judged.progress, judged.findings
-    shown = claim.show(progress.done) if findings else []
+    claim, progress, report = judged.claim, judged.progress, judged.report
+    shown = claim.show(progress.done) if report else []
     return template("claim.html.j2").render(
         claim=claim,
         verdict=judged.verdict,
         mark=MARKS.get(judged.verdict, ""),
         headline=headline(judged),
-        findings=findings,
-        criteria=criteria_table(findings.criteria) if findings else None,
+        report=report,
+        criteria=criteria_table(report.criteria) if report else None,
         notices=notices(judged),
         figures=[(item, draw.figure(item) if isinstance(item, Plot) else None) for item in shown],
         environment=progress.environment,
@@ -83,7 +83,7 @@ def render_claim(judged: Judged) -> str:
 
 def main_figure(judged: Judged) -> Criterion | None:
     """The criterion that is the claim's main figure; None as long as nothing was judged."""
-    return judged.findings.criteria[judged.findings.main] if judged.findings else None
+    return judged.report.criteria[judged.report.main] if judged.report else None
 
 
 def headline(judged: Judged) -> str:
@@ -104,7 +104,7 @@ def notices(judged: Judged) -> list[str]:
         )
     if progress.left:
         found.append(f"{plural(len(progress.left), 'trial')} still to do; repeat the command.")
-    few = fewest_seeds(judged.findings.criteria) if judged.findings else None
+    few = fewest_seeds(judged.report.criteria) if judged.report else None
     if few is not None:
         found.append(
             f"{plural(few, 'seed')}, so no intervals: the seeds stand in their place, "
@@ -116,14 +116,14 @@ def notices(judged: Judged) -> list[str]:
                 f"{plural(trials, 'trial')} left out: the package {package} is not installed "
                 f"(pip install '{package}')."
             )
-    return [*found, *(judged.findings.notes if judged.findings else ())]
+    return [*found, *(judged.report.notes if judged.report else ())]
 
 
-def criterion_line(criterion: Criterion) -> Line:
+def criterion_line(criterion: Criterion) -> CriterionRow:
     """The cells of a criterion."""
     unit, percent = (100.0, "%") if criterion.percent else (1.0, "")
     claimed = "" if criterion.claimed is None else f"{unit * criterion.claimed:.3g}{percent}"
-    return Line(
+    return CriterionRow(
         criterion.name + ("" if criterion.primary else " (control)"),
         f"{'≤' if criterion.at_most else '≥'} {unit * criterion.threshold:.3g}{percent}",
         claimed,
@@ -139,11 +139,11 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
     lines = [criterion_line(c) for c in criteria]
     return Table(
         ["Criterion", "Needed", "Paper", f"Found, with {spread}", "Outcome"],
-        [[c.name, c.bound, c.claimed or "—", c.found, c.outcome] for c in lines],
+        [[c.name, c.bound, c.claimed or "—", c.estimate, c.outcome] for c in lines],
     )
 
 
-def settings_used(done: Iterable[Done]) -> dict[str, str]:
+def settings_used(done: Iterable[TrialResult]) -> dict[str, str]:
     """The values of each setting among the trials."""
     values: dict[str, dict[str, Any]] = {}
     for trial in done:
@@ -160,7 +160,7 @@ def summary_rows(claims: Sequence[Judged]) -> list[SummaryRow]:
     rows = []
     for judged in claims:
         main = main_figure(judged)
-        primary = [c for c in judged.findings.criteria if c.primary] if judged.findings else []
+        primary = [c for c in judged.report.criteria if c.primary] if judged.report else []
         rows.append(
             SummaryRow(
                 judged.claim.name,

@@ -44,7 +44,7 @@ class Group(NamedTuple):
     buttons: list[Button]
 
 
-class Quantity(NamedTuple):
+class PanelQuantity(NamedTuple):
     """What a panel shows.
 
     Attributes:
@@ -62,7 +62,7 @@ class Quantity(NamedTuple):
     stops: bool = False
 
 
-def group(series: Sequence[Series], quantities: Iterable[Quantity]) -> Group | None:
+def group(series: Sequence[Series], quantities: Iterable[PanelQuantity]) -> Group | None:
     """Draw the quantities as panels side by side; None if there is nothing to draw."""
     panels = [panel for q in quantities if (panel := _panel(q, series)) is not None]
     buttons = [
@@ -72,7 +72,7 @@ def group(series: Sequence[Series], quantities: Iterable[Quantity]) -> Group | N
     return Group(panels, buttons) if panels else None
 
 
-def _panel(quantity: Quantity, series: Sequence[Series]) -> Panel | None:
+def _panel(quantity: PanelQuantity, series: Sequence[Series]) -> Panel | None:
     lines, shown = list[Line](), list[bool]()
     for s in series:
         line = epoch_line(s.label, s.rows, quantity.key, s.colour, dash=s.dash)

@@ -1,4 +1,4 @@
-"""Sentences about a run that the verdict does not say: what is missing, what starved."""
+"""What the verdict of a run does not say: what is missing, what starved, how it was set."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from poprisk_lab.page.formats import listed, plain, plural
 from poprisk_lab.page.series import EpochRow, module_sizes
+from poprisk_lab.plots import Table
 from poprisk_lab.results import RunData
 
 
@@ -55,39 +56,21 @@ def _skipped(data: RunData) -> str:
     return f"Skipped for gradients that were not finite: {listed(found)}." if found else ""
 
 
-def starved(rows: Sequence[EpochRow]) -> str:
-    """Say which modules the gate starved at the end, or before it."""
-    last: dict[int, EpochRow] = {}
-    ever: Counter[str] = Counter()
-    epochs: Counter[str] = Counter()
-    for row in rows:
-        if row["gate"]:
-            last[row["seed"]] = row
-            epochs.update(row["gate"].keys())
-            ever.update(name for name, gate in row["gate"].items() if gate["starved"])
-    end = Counter(n for row in last.values() for n, gate in row["gate"].items() if gate["starved"])
-    parts = [f"module {name} in {n} of {plural(len(last), 'seed')}" for name, n in end.items()]
-    before = [
-        f"module {name} in {100 * n / epochs[name]:.0f}% of the epochs"
-        for name, n in ever.items()
-        if name not in end
-    ]
-    if parts:
-        first = f"Starved at the end: {listed(parts)}. "
-    else:
-        first = "No module is starved at the end. "
-    return first + (f"Starved for a while earlier: {listed(before)}." if before else "")
-
-
-def uncounted(rows: Sequence[EpochRow], parameters: int) -> str:
-    """Say how many weights stand in no module of the gate's plots, so that they add up."""
-    rest = parameters - sum(module_sizes(rows).values())
-    if rest <= 0:
-        return ""
-    return (
-        f"{rest:,} of {parameters:,} weights are counted in no module: they never had a gradient, "
-        "as those that read an input which is always 0."
+def starved(rows: Sequence[EpochRow]) -> Table:
+    """The modules that the gate starved at any time: at the end of which seeds, and how often."""
+    last = {row["seed"]: row["gate"] for row in rows}
+    epochs = Counter(name for row in rows for name in row["gate"])
+    ever = Counter(n for row in rows for n, gate in row["gate"].items() if gate["starved"])
+    end = Counter(n for gates in last.values() for n, gate in gates.items() if gate["starved"])
+    return Table(
+        ["Module", "Starved at the end, seeds", "Starved, epochs"],
+        [[n, f"{end[n]} of {len(last)}", f"{k / epochs[n]:.0%}"] for n, k in ever.items()],
     )
+
+
+def uncounted(rows: Sequence[EpochRow], parameters: int) -> int:
+    """How many weights stand in no module of the gate's plots."""
+    return max(0, parameters - sum(module_sizes(rows).values()))
 
 
 def settings(config: dict[str, Any]) -> dict[str, str]:
@@ -109,7 +92,7 @@ def _setting(value: Any) -> str:
     return f"({plain(value)})" if isinstance(value, (list, tuple)) else plain(value)
 
 
-def facts(data: RunData) -> list[str]:
+def about_run(data: RunData) -> list[str]:
     """The size of the experiment, in a few words each."""
     task, arms, seeds = data.config["task"], data.config["arms"], data.config["seeds"]
     return [

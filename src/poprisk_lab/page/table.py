@@ -34,7 +34,7 @@ class Forest(NamedTuple):
     high: float
 
 
-class Line(NamedTuple):
+class VerdictRow(NamedTuple):
     """A row of the verdict table.
 
     Attributes:
@@ -68,8 +68,8 @@ class VerdictTable(NamedTuple):
         format: of the metric.
     """
 
-    key: list[Line]
-    rest: list[Line]
+    key: list[VerdictRow]
+    rest: list[VerdictRow]
     memorized: bool
     zero: float
     format: Format
@@ -102,10 +102,10 @@ def verdict_table(
 
 def _line(
     row: Row, form: Format, sign: int, span: tuple[float, float], seeds: int, shares: bool
-) -> Line:
+) -> VerdictRow:
     d = row.difference
     is_reference = d is None and row.family == "adamw"
-    return Line(
+    return VerdictRow(
         label=row.label,
         colour=colour_of(row.family),
         mark="ours" if row.family == OURS else "reference" if is_reference else "",

@@ -64,4 +64,4 @@ def _finished(claim: Claim, directory: ClaimDirectory) -> Judged | None:
         found = judged(claim, directory.read())
     except RunDirectoryError as error:
         raise RunDirectoryError(f"{error} (claim {claim.name})") from error
-    return found if found.findings is not None else None
+    return found if found.report is not None else None

@@ -3,118 +3,98 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from functools import partial
+from statistics import fmean as mean
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from poprisk.intervals import Interval, t_interval
-from poprisk.optim.adamw import PopRiskAdamW
-from poprisk.path import Run, record
+from poprisk.intervals import t_interval
+from poprisk.path import Run
 from poprisk.path.coupling import Prediction, coupling_matrix, score
 from poprisk.path.operators import PathOperators, path_operators
-from poprisk_lab.plots import Picture, Plot, points, rounded, tabulate
-from poprisk_lab.studies.claim import (
-    Claim,
-    Done,
-    Findings,
-    Found,
-    Trial,
-    Workspace,
-    figure,
-    found_line,
-    grouped,
-)
+from poprisk_lab.plots import Picture, Plot, metric_line, points, rounded, tabulate
+from poprisk_lab.studies.claim import Claim, Metrics, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, controls, difference, geometric
+from poprisk_lab.studies.small_nets import Examples, NetRecipe, movement, ridge_fits, tangents
 
-N, M, BATCH, UNITS, SCALE, TARGET, NOISE = 24, 16, 8, 16, 0.4, 6.0, 0.3
-FLIPPED = 2
-STRIDE = 20
-PAPER_ERROR = 0.165
+N, M, UNITS, SCALE, TARGET, NOISE = 24, 16, 16, 0.4, 6.0, 0.3
+FLIPPED, STRIDE, PAPER_ERROR = 2, 20, 0.165
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-12)
 RIDGES = torch.logspace(-12, 2, 29, dtype=torch.float64)
-SEEDS = range(6)
 
 
-class Case(NamedTuple):
-    """How a run is made."""
-
-    label: str
-    classes: bool
-    optimizer: str
-    lr: float
-    batch: int = BATCH
+def _kind(label: str, *, optimizer: str, lr: float, outputs: int = 1, batch: int = 8) -> NetRecipe:
+    gate = {"alpha": 0.1, "weight_decay": 0.01}
+    return NetRecipe(label, UNITS, optimizer, lr, batch, outputs, SCALE, gate)
 
 
-CASES = {
-    "regression-full": Case("regression, SGD, full batch", False, "sgd", 0.05, N),
-    "regression-sgd": Case("regression, SGD", False, "sgd", 0.05),
-    "regression-adamw": Case("regression, AdamW", False, "adamw", 0.02),
-    "regression-gated": Case("regression, PopRiskAdamW", False, "poprisk", 0.02),
-    "classes-sgd": Case("cross-entropy, SGD", True, "sgd", 0.5),
-    "classes-adamw": Case("cross-entropy, AdamW", True, "adamw", 0.02),
+KINDS = {
+    "regression-full": _kind("regression, SGD, full batch", optimizer="sgd", lr=0.05, batch=N),
+    "regression-sgd": _kind("regression, SGD", optimizer="sgd", lr=0.05),
+    "regression-adamw": _kind("regression, AdamW", optimizer="adamw", lr=0.02),
+    "regression-gated": _kind("regression, PopRiskAdamW", optimizer="poprisk", lr=0.02),
+    "classes-sgd": _kind("cross-entropy, SGD", optimizer="sgd", lr=0.5, outputs=2),
+    "classes-adamw": _kind("cross-entropy, AdamW", optimizer="adamw", lr=0.02, outputs=2),
 }
 
 
 def trials(quick: bool) -> list[Trial]:
     """One run, its strided record and the same with other labels."""
-    cases, seeds, steps = CASES, SEEDS, 300
+    kinds, seeds, steps = [*KINDS], range(6), 300
     if quick:
-        cases, seeds, steps = ["regression-gated", "classes-sgd"], range(2), 80
+        kinds, seeds, steps = ["regression-gated", "classes-sgd"], range(2), 80
     return [
-        Trial(
-            f"{case}-{seed}",
-            {"case": case, "seed": seed, "steps": steps, "drawn": seed == seeds[0]},
-        )
-        for case in cases
+        Trial(f"{kind}-{seed}", {"case": kind, "seed": seed, "steps": steps, "drawn": seed == 0})
+        for kind in kinds
         for seed in seeds
     ]
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Predict the query movement of a run, and of one with other labels, in four ways."""
-    case, seed, steps = CASES[settings["case"]], settings["seed"], settings["steps"]
-    first = train(case, seed, steps)
+    kind, seed, steps = KINDS[settings["case"]], settings["seed"], settings["steps"]
+    first = train(kind, seed, steps)
     ops = path_operators(first)
     coupling, drift = ops.coupling(), ops.kernel_drift()
-    train_moved, query_moved = movement(first)
-    frozen = frozen_ridge(first, train_moved, query_moved)
-    other = train(case, seed, steps, noise_seed=10_000 + seed)
-    other_train, other_query = movement(other)
-    forecasts = forecast(ops, other_train, other_query)
-    strided = path_operators(train(case, seed, steps, stride=STRIDE))
+    moved = movement(first)
+    frozen = frozen_ridge(first, *moved)
+    other = train(kind, seed, steps, noise_seed=10_000 + seed)
+    other_moved = movement(other)
+    forecasts = forecast(ops, *other_moved)
+    strided = path_operators(train(kind, seed, steps, stride=STRIDE))
     with warnings.catch_warnings():  # the closure error goes on record instead
         warnings.simplefilter("ignore", RuntimeWarning)
         strided_closure, strided_coupling = strided.closure.worst, strided.coupling()
-    found: Found = {
+    predictions = {
+        "path": coupling.prediction,
+        "strided": strided_coupling.prediction,
+        "frozen": frozen,
+        "pseudo_inverse": coupling.frozen,
+        "other": forecasts[-1],
+        "other_best": min(forecasts, key=lambda found: found.error),
+        "other_frozen": frozen_ridge(other, *other_moved),
+    }
+    found: Metrics = {
         "steps": [step for step, _ in drift],
         "drift": rounded([value for _, value in drift]),
         "peak": max(value for _, value in drift),
         "end": drift[-1][1],
         "closure": ops.closure.worst,
         "strided_closure": strided_closure,
-        "path": _scores(coupling.prediction),
-        "strided": _scores(strided_coupling.prediction),
-        "frozen": _scores(frozen),
-        "pseudo_inverse": _scores(coupling.frozen),
-        "other": _scores(forecasts[-1]),
-        "other_best": _scores(min(forecasts, key=lambda found: found.error)),
-        "other_frozen": _scores(frozen_ridge(other, other_train, other_query)),
+        **{k: {"error": p.error, "correlation": p.correlation} for k, p in predictions.items()},
     }
-    if settings["drawn"]:
-        found["realized"] = rounded(query_moved.tolist())
-        found["predicted"] = rounded(coupling.prediction.movement.tolist())
-        found["frozen_predicted"] = rounded(frozen.movement.tolist())
-    return found
+    drawn = {
+        "realized": rounded(moved[1].tolist()),
+        "predicted": rounded(coupling.prediction.movement.tolist()),
+        "frozen_predicted": rounded(frozen.movement.tolist()),
+    }
+    return found | (drawn if settings["drawn"] else {})
 
 
-def _scores(prediction: Prediction) -> dict[str, float]:
-    return {"error": prediction.error, "correlation": prediction.correlation}
-
-
-def data(case: Case, seed: int, noise_seed: int | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def data(kind: NetRecipe, seed: int, noise_seed: int | None) -> tuple[Examples, Tensor]:
     """Noisy targets of three inputs (or their signs), and the inputs of the query points.
 
     With ``noise_seed`` more noise of the same size is added to the training targets (or
@@ -124,7 +104,7 @@ def data(case: Case, seed: int, noise_seed: int | None) -> tuple[tuple[Tensor, T
     x = torch.randn(N + M, 3, generator=g, dtype=torch.float64)
     y = (2 * x[:N, :1]).sin() + NOISE * torch.randn(N, 1, generator=g, dtype=torch.float64)
     other = torch.Generator().manual_seed(seed if noise_seed is None else noise_seed)
-    if case.classes:
+    if kind.outputs > 1:
         labels = (y[:, 0] > 0).long()
         if noise_seed is not None:
             flipped = torch.randperm(N, generator=other)[:FLIPPED]
@@ -136,42 +116,10 @@ def data(case: Case, seed: int, noise_seed: int | None) -> tuple[tuple[Tensor, T
 
 
 def train(
-    case: Case, seed: int, steps: int, *, noise_seed: int | None = None, stride: int = 1
+    kind: NetRecipe, seed: int, steps: int, *, noise_seed: int | None = None, stride: int = 1
 ) -> Run:
     """Record one run; initial weights, inputs and batches depend on ``seed`` only."""
-    examples, query = data(case, seed, noise_seed)
-    torch.manual_seed(seed)
-    outputs = 2 if case.classes else 1
-    net = nn.Sequential(nn.Linear(3, UNITS), nn.Tanh(), nn.Linear(UNITS, outputs)).double()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.mul_(SCALE)
-    g = torch.Generator().manual_seed(seed)
-    batches = [torch.randperm(N, generator=g)[: case.batch] for _ in range(steps)]
-    loss = "cross_entropy" if case.classes else "squared_error"
-    return record(net, loss, _optimizer(case, net), batches, query, train=examples, stride=stride)
-
-
-def _optimizer(case: Case, net: nn.Module) -> Optimizer:
-    if case.optimizer == "sgd":
-        return torch.optim.SGD(net.parameters(), lr=case.lr)
-    if case.optimizer == "adamw":
-        return torch.optim.AdamW(net.parameters(), lr=case.lr, weight_decay=0.01)
-    return PopRiskAdamW(
-        net, lr=case.lr, weight_decay=0.01, alpha=0.1, batch_size=case.batch, dataset_size=N
-    )
-
-
-def movement(run: Run) -> tuple[Tensor, Tensor]:
-    """How far the training outputs (N,) and the query outputs (Nq,) went."""
-    problem = run.problem.to(torch.float64)
-    first, last = (run.weights[k].double() for k in (0, len(run)))
-    with torch.no_grad():
-        train_moved, query_moved = (
-            (problem.outputs(last, x) - problem.outputs(first, x)).flatten()
-            for x in (problem.train[0], problem.query[0])
-        )
-    return train_moved, query_moved
+    return kind.record(*data(kind, seed, noise_seed), seed=seed, steps=steps, stride=stride)
 
 
 def forecast(ops: PathOperators, train_moved: Tensor, query_moved: Tensor) -> list[Prediction]:
@@ -184,127 +132,82 @@ def forecast(ops: PathOperators, train_moved: Tensor, query_moved: Tensor) -> li
 
 
 def frozen_ridge(run: Run, train_moved: Tensor, query_moved: Tensor) -> Prediction:
-    r""":math:`K_{QS}(K_{SS}+\lambda I)^{-1}\Delta u_S` with the kernel at the start.
-
-    λ is the best of a grid by the query movement itself, which favours this control.
-    """
-    problem, w = run.problem.to(torch.float64), run.weights[0].double()
-    J, J_query = (problem.jacobian(w, x) for x in (problem.train[0], problem.query[0]))
-    values, basis = torch.linalg.eigh(J @ J.T)
-    across, moved = J_query @ J.T @ basis, basis.T @ train_moved
-    grid = RIDGES * values[-1]
-    tried = [score(across @ (moved / (values.clamp_min(0) + r)), query_moved) for r in grid]
-    return min(tried, key=lambda found: found.error)
-
-
-Values = dict[str, dict[int, float]]
-"""A figure by case and seed."""
-
-
-def _figure(done: Sequence[Done], key: str, part: str = "error") -> Values:
-    found: Values = {}
-    for settings, result in done:
-        value = result[key] if isinstance(result[key], float) else result[key][part]
-        found.setdefault(settings["case"], {})[settings["seed"]] = value
-    return found
-
-
-def _over(values: Values, how: Callable[[list[float]], float]) -> dict[int, float]:
-    """One figure a seed out of those of the cases: the largest, the smallest, the mean."""
-    seeds = set.intersection(*(set(v) for v in values.values())) if values else set()
-    return {seed: how([v[seed] for v in values.values()]) for seed in sorted(seeds)}
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _interval(values: Mapping[int, float]) -> Interval:
-    return t_interval(values.values())
-
-
-def _forecast(done: Sequence[Done], name: str) -> list[Criterion]:
-    """How well another run's movement is predicted, beside the kernel at the start."""
-    there, best, start = (
-        _over(_figure(done, key), _mean) for key in ("other", "other_best", "other_frozen")
-    )
-    return [
-        _error(f"another run with other labels, {name}: relative error, geometric mean", there),
-        at_least(f"another run with other labels, {name}: error with the kernel at the start "
-                 "minus that of the path, both regularized in hindsight",
-                 difference(start, best), 0.0),
-    ]  # fmt: skip
+    """By the kernel at the start and the ridge that is best in hindsight: favours this control."""
+    fits = ridge_fits(tangents(run, 0), train_moved, RIDGES)
+    return min((score(fit, query_moved) for fit in fits), key=lambda found: found.error)
 
 
 def _error(name: str, values: Mapping[int, float]) -> Criterion:
     return Criterion(name, geometric(values.values()), 0.5, PAPER_ERROR, at_most=True)
 
 
-def judge(done: Sequence[Done]) -> Findings:
+def _forecasts(results: Results) -> Iterator[Criterion]:
+    """How well another run's movement is predicted, beside the kernel at the start."""
+    for name, outputs in {"regression": 1, "cross-entropy": 2}.items():
+        some = Results(d for d in results if KINDS[d.settings["case"]].outputs == outputs)
+        there, best, start = (
+            some.over("case", (key, "error"), mean)
+            for key in ("other", "other_best", "other_frozen")
+        )
+        name = f"another run with other labels, {name}"
+        yield _error(f"{name}: relative error, geometric mean", there)
+        yield at_least(f"{name}: error with the kernel at the start minus that of the path, both "
+                       "regularized in hindsight", difference(start, best), 0.0)  # fmt: skip
+
+
+def judge(results: Results) -> Report:
     """Drift of 2 and more, prediction as good as the paper's, better than with a frozen kernel."""
-    peak, error, frozen = (_figure(done, key) for key in ("peak", "path", "frozen"))
+    over, error = partial(results.over, "case"), ("path", "error")
     decided = [
-        at_least("kernel drift at its peak, least of the settings", _interval(_over(peak, min)),
-                 2.0),
+        at_least("kernel drift at its peak, least of the settings",
+                 t_interval(over("peak", min).values()), 2.0),
         Criterion("correlation of predicted and realized test movement, least of the settings",
-                  _interval(_over(_figure(done, "path", "correlation"), min)), 0.9, 0.991),
-        _error("relative error of the prediction, worst of the settings", _over(error, max)),
+                  t_interval(over(("path", "correlation"), min).values()), 0.9, 0.991),
+        _error("relative error of the prediction, worst of the settings", over(error, max)),
         at_least("relative error with the kernel at the start, best ridge in hindsight, minus "
                  "that of the path, mean of the settings",
-                 difference(_over(frozen, _mean), _over(error, _mean)), 0.0),
+                 difference(over(("frozen", "error"), mean), over(error, mean)), 0.0),
     ]  # fmt: skip
-    kinds = {"regression": False, "cross-entropy": True}
-    beside = [
-        _error(f"relative error from a record of every {STRIDE}th step, worst of the settings",
-               _over(_figure(done, "strided"), max)),
-        *(c for name, classes in kinds.items() for c in _forecast(
-            [d for d in done if CASES[d.settings["case"]].classes == classes], name)),
-    ]  # fmt: skip
+    strided = f"relative error from a record of every {STRIDE}th step, worst of the settings"
+    beside = [_error(strided, over(("strided", "error"), max)), *_forecasts(results)]
     table = tabulate(
         "relative error of the prediction",
-        {CASES[case].label: runs for case, runs in grouped(done, "case").items()},
-        {name: figure(key, "error") for name, key in ERRORS.items()}
-        | {name: figure(key) for name, key in FIGURES.items()},
+        {KINDS[kind].label: runs for kind, runs in results.by("case").items()},
+        {
+            "own run": ("path", "error"),
+            f"own run, every {STRIDE}th step": ("strided", "error"),
+            "own run, kernel at the start": ("frozen", "error"),
+            "other labels": ("other", "error"),
+            "other labels, in hindsight": ("other_best", "error"),
+            "other labels, kernel at the start": ("other_frozen", "error"),
+            "kernel drift, peak": "peak",
+            "kernel drift, end": "end",
+            "closure error": "closure",
+            f"closure error, every {STRIDE}th step": "strided_closure",
+        },
         about="The predictor is made from the weights, batches and steps of the same run, without "
         "test labels and outputs. For its own run it is an identity: a small error says that the "
         "coupling is computed right, not that anything was forecast. The forecast is the run with "
         "other labels: same inputs, initial weights and batches, its own path; only its training "
         "movement is known to the predictor.",
     )
-    return Findings([*decided, *controls(*beside)], table, main=1)
+    return Report([*decided, *controls(*beside)], table, main=1)
 
 
-ERRORS = {
-    "own run": "path",
-    f"own run, every {STRIDE}th step": "strided",
-    "own run, kernel at the start": "frozen",
-    "other labels": "other",
-    "other labels, in hindsight": "other_best",
-    "other labels, kernel at the start": "other_frozen",
-}
-FIGURES = {
-    "kernel drift, peak": "peak",
-    "kernel drift, end": "end",
-    "closure error": "closure",
-    f"closure error, every {STRIDE}th step": "strided_closure",
-}
-
-
-def show(done: Sequence[Done]) -> list[Plot | Picture]:
+def show(results: Results) -> list[Plot | Picture]:
     """Drift along the runs, movements, and errors against drift."""
-    cases = grouped(done, "case")
-    last = max(len(cases) - 1, 1)
+    kinds = results.by("case")
+    last = max(len(kinds) - 1, 1)
     drifts = [
-        found_line(CASES[case].label, runs, "steps", "drift", f"module-{1 + i * 6 // last}")
-        for i, (case, runs) in enumerate(cases.items())
+        metric_line(KINDS[kind].label, kinds[kind], "steps", "drift", f"module-{1 + i * 6 // last}")
+        for i, kind in enumerate(kinds)
     ]
-    drawn = [d.found for d in done if "realized" in d.found]
     realized, path, frozen = (
-        [v for found in drawn for v in found[key]]
+        [v for row in results.all(key) for v in row]
         for key in ("realized", "predicted", "frozen_predicted")
     )
-    peaks = [d.found["peak"] for d in done]
-    start, first = ([d.found[k]["error"] for d in done] for k in ("other_frozen", "other_best"))
+    peaks = results.all("peak")
+    start, first = (results.all((key, "error")) for key in ("other_frozen", "other_best"))
     return [
         Plot("Kernel drift", "step", "‖K - K₀‖ / ‖K₀‖", drifts,
              "Spectral norms, mean over seeds with 95% intervals. In the paper it peaks near 4.8."),

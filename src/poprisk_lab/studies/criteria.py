@@ -17,7 +17,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from poprisk.intervals import Interval, t_interval
-from poprisk_lab.plots import Line, Table
+from poprisk_lab.plots import Columns, Line, Table, mean_cells
+from poprisk_lab.results import Results
 
 REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly reproduced", "not reproduced"
 UNDECIDED = "undecided"
@@ -150,6 +151,40 @@ def geometric(values: Collection[float]) -> Interval:
     return t_interval([math.log(value) for value in values]).mapped(math.exp)
 
 
+def either_way(r: Interval) -> Interval:
+    """The interval of a ratio as that of the factor by which two figures differ: at least 1.
+
+    Example:
+        >>> either_way(Interval(0.5, 0.25, 2.0))
+        Interval(mean=2.0, low=1.0, high=4.0, values=())
+    """
+    ends = sorted(max(v, 1 / v) for v in (r.low, r.high)) if r.low == r.low else [r.low, r.high]
+    low = 1.0 if r.low <= 1 <= r.high else ends[0]
+    values = tuple(max(v, 1 / v) for v in r.values)
+    return Interval(max(r.mean, 1 / r.mean), low, ends[1], values)
+
+
+def worst_factor(groups: Sequence[Results], a: str, b: str) -> Interval:
+    r"""By which factor two positive figures differ, in the group where they differ most.
+
+    The interval is of the geometric mean over trials of :math:`e^{|\log(a/b)|} \ge 1`.
+    """
+    logs = [[abs(math.log(d.metrics[a] / d.metrics[b])) for d in group] for group in groups]
+    return max((t_interval(values).mapped(math.exp) for values in logs), key=lambda i: i.mean)
+
+
+def worst_ratio(groups: Sequence[Results], a: str, b: str) -> Interval:
+    """By which factor the geometric mean of a / b differs from 1, in the worst group.
+
+    What should be positive and was measured below 0 counts as next to nothing.
+    """
+    pairs = [
+        ({seed: max(v, 1e-9) for seed, v in group.by_seed(a).items()}, group.by_seed(b))
+        for group in groups
+    ]
+    return max((either_way(ratio(*pair)) for pair in pairs), key=lambda i: i.mean)
+
+
 def _check_positive(values: Collection[float]) -> None:
     if any(value <= 0 for value in values):
         raise ValueError("a ratio needs positive values, but got one that is not.")
@@ -174,6 +209,11 @@ class Steps(NamedTuple):
 
     reached: Mapping[int, int | None]
     limit: Mapping[int, int]
+
+    @classmethod
+    def of(cls, results: Results, *, key: str = "reached") -> Steps:
+        """Those that trials found under this key, and their ``limit``."""
+        return cls(results.by_seed(key), results.by_seed("limit"))
 
     @property
     def censored(self) -> int:
@@ -253,10 +293,13 @@ def _censored(steps: Steps) -> Any:
 
 def steps_table(
     corner: str,
-    groups: Mapping[str, Steps],
-    against: Callable[[str], Steps | None],
+    groups: Mapping[str, Results],
+    against: Callable[[str], Results | None],
+    columns: Columns,
     *,
-    more: Mapping[str, Callable[[str], str]],
+    settings: Mapping[str, str] | None = None,
+    percent: Collection[str] = (),
+    steps: str = "reached",
     keep_all: bool = False,
     about: str = "",
 ) -> Table:
@@ -264,27 +307,32 @@ def steps_table(
 
     Args:
         corner: name of the first column.
-        groups: by name.
+        groups: the runs of each row, by its name.
         against: the group that a group is compared with by the log-rank test; None for none.
-        more: further columns: the cell of a group.
+        columns: further columns, as of :func:`poprisk_lab.plots.tabulate`.
+        settings: columns of a setting that the runs of a group share.
+        percent: columns written times 100.
+        steps: key of the step at which the goal was reached.
         keep_all: whether groups of which no run got there have a row; else the caption counts them.
         about: the caption.
     """
-    rows, never = list[list[str]](), 0
-    for name, steps in groups.items():
-        there, other = len(steps.reached) - steps.censored, against(name)
+    rows, never, shared = list[list[str]](), 0, settings or {}
+    for name, runs in groups.items():
+        own, other = Steps.of(runs, key=steps), against(name)
+        there = len(own.reached) - own.censored
         if not there and not keep_all:
             never += 1
             continue
-        bound = f" up to {steps.horizon:,.0f}" if steps.censored else ""
-        p = math.nan if other is None else log_rank(steps, other)
+        bound = f" up to {own.horizon:,.0f}" if own.censored else ""
+        p = math.nan if other is None else log_rank(own, Steps.of(other, key=steps))
         rows.append([
             name,
-            f"{there} of {len(steps.reached)}",
-            f"{restricted_mean(steps):,.0f}{bound}" if there else "",
+            f"{there} of {len(own.reached)}",
+            f"{restricted_mean(own):,.0f}{bound}" if there else "",
             "" if math.isnan(p) else f"{p:.2g}",
-            *(cell(name) for cell in more.values()),
+            *(f"{runs[0].settings[key]:g}" for key in shared.values()),
+            *mean_cells(runs, columns, percent=percent),
         ])  # fmt: skip
     left_out = f" {never} settings of which no run got there have no row." if never else ""
-    head = [corner, "got there", "mean steps (Kaplan-Meier)", "log-rank p", *more]
+    head = [corner, "got there", "mean steps (Kaplan-Meier)", "log-rank p", *shared, *columns]
     return Table(head, rows, about + left_out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,27 +9,16 @@ from torch import nn
 
 from poprisk.intervals import Interval
 from poprisk.path.drift import Recipe, movement, slope, sweep
-from poprisk_lab.plots import Picture, Plot, rounded, tabulate
-from poprisk_lab.studies.claim import (
-    Claim,
-    Done,
-    Findings,
-    Found,
-    Trial,
-    Workspace,
-    figure,
-    found_line,
-    over_seeds,
-    where,
-)
-from poprisk_lab.studies.criteria import at_most, controls
+from poprisk_lab.plots import Plot, metric_line, rounded, tabulate
+from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.criteria import Criterion, at_most, controls
 
 BATCH, UNITS, INPUTS, QUERIES = 8, 24, 4, 40
 MARGIN = 0.1
 SEEDS = range(8)
 
 
-class Part(NamedTuple):
+class Regime(NamedTuple):
     """How runs of one part are made."""
 
     label: str
@@ -39,11 +27,11 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "independent": Part("independent batches, rate 1e-4", 1e-4),
-    "noise": Part("data sizes, rate 0.01, 8 steps", 0.01),
-    "later": Part("rate 2e-3", 2e-3),
-    "converged": Part("rate 0.2, to convergence", 0.2),
-    "shuffled": Part("shuffled passes, rate 1e-4", 1e-4, replace=False),
+    "independent": Regime("independent batches, rate 1e-4", 1e-4),
+    "noise": Regime("data sizes, rate 0.01, 8 steps", 0.01),
+    "later": Regime("rate 2e-3", 2e-3),
+    "converged": Regime("rate 0.2, to convergence", 0.2),
+    "shuffled": Regime("shuffled passes, rate 1e-4", 1e-4, replace=False),
 }
 
 
@@ -81,7 +69,7 @@ def trials(quick: bool) -> list[Trial]:
     ]
 
 
-def recipe(part: Part, settings: dict[str, Any]) -> Recipe:
+def recipe(part: Regime, settings: dict[str, Any]) -> Recipe:
     """A noisy regression of one of four inputs; data and weights depend on the seed."""
     seed, n = settings["seed"], settings["n"]
     g = torch.Generator().manual_seed(seed)
@@ -98,7 +86,7 @@ def recipe(part: Part, settings: dict[str, Any]) -> Recipe:
     )
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Fit the powers of one part."""
     name, seed, n = settings["part"], settings["seed"], settings["n"]
     given = recipe(PARTS[name], settings)
@@ -126,9 +114,9 @@ def _value(exponent: Any) -> float | None:
     return None if exponent is None else exponent.value
 
 
-def power(done: Sequence[Done], law: Law) -> Interval:
+def power(results: Results, law: Law) -> Interval:
     """A power with its interval over draws of data, weights and batches."""
-    return over_seeds(done, law.key, part=law.part)
+    return results.where(part=law.part).mean(law.key)
 
 
 def distance(found: Interval, theory: float) -> Interval:
@@ -136,7 +124,7 @@ def distance(found: Interval, theory: float) -> Interval:
 
     Example:
         >>> distance(Interval(1.0, 0.5, 1.25), 1.0)
-        Interval(mean=0.0, low=0.0, high=0.5)
+        Interval(mean=0.0, low=0.0, high=0.5, values=())
     """
     ends = abs(found.low - theory), abs(found.high - theory)
     inside = found.low <= theory <= found.high
@@ -144,48 +132,42 @@ def distance(found: Interval, theory: float) -> Interval:
     return Interval(abs(found.mean - theory), 0.0 if inside else min(ends), max(ends), values)
 
 
-def judge(done: Sequence[Done]) -> Findings:
+def judge(results: Results) -> Report:
     """Each power within 0.1 of the theory's, the whole interval."""
-    beside, limits = (
-        [
-            at_most(
-                f"distance of the {law.name} from {law.theory:g}",
-                distance(power(done, law), law.theory),
-                MARGIN,
-            )
-            for law in laws
-        ]
-        for laws in (LAWS, LIMITS)
-    )
+    decided, limits = ([_criterion(results, law) for law in laws] for laws in (LAWS, LIMITS))
     table = tabulate(
         "powers of",
-        {part.label: where(done, part=name) for name, part in PARTS.items()},
-        {name: figure(key) for name, key in POWERS.items()},
+        {part.label: results.where(part=name) for name, part in PARTS.items()},
+        {
+            "T, drift": "drift",
+            "T, diffusion": "diffusion",
+            "T, full-batch part": "alone",
+            "b": "batch",
+            "n": "noise",
+        },
         about="The drift is what runs with different batches have in common, the noise of that "
         "mean taken out; the diffusion is the root mean square displacement of the summed noise. "
         "The law of the drift is the limit of learning rate × steps going to 0; that of the "
         "diffusion takes independent batches.",
     )
-    return Findings([*beside, *controls(*limits)], table)
+    return Report([*decided, *controls(*limits)], table)
 
 
-POWERS = {
-    "T, drift": "drift",
-    "T, diffusion": "diffusion",
-    "T, full-batch part": "alone",
-    "b": "batch",
-    "n": "noise",
-}
+def _criterion(results: Results, law: Law) -> Criterion:
+    name = f"distance of the {law.name} from {law.theory:g}"
+    return at_most(name, distance(power(results, law), law.theory), MARGIN)
+
+
 COLOURS = {"independent": "poprisk", "later": "adamw", "converged": "peer", "shuffled": "paper"}
 
 
-def show(done: Sequence[Done]) -> list[Plot | Picture]:
+def show(results: Results) -> Plots:
     """Drift and diffusion over time, with independent batches and beyond the limits."""
     drifts, walks = (
         [
-            found_line(PARTS[part].label, runs, "times", key, colour)
+            metric_line(PARTS[part].label, runs, "times", key, colour)
             for part, colour in COLOURS.items()
-            if (runs := where(done, part=part))
+            if (runs := results.where(part=part))
         ]
         for key in ("drifts", "walks")
     )

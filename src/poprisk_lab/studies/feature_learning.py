@@ -4,95 +4,88 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from poprisk.intervals import Interval, t_interval
-from poprisk.optim.adamw import PopRiskAdamW
-from poprisk.path import Run, record, trace_cells
-from poprisk_lab.plots import Picture, Plot, rounded, seeds_line, tabulate
-from poprisk_lab.studies.claim import (
-    Claim,
-    Done,
-    Findings,
-    Found,
-    Trial,
-    Workspace,
-    by_seed,
-    figure,
-    found_line,
-    where,
-)
+from poprisk.path import trace_cells
+from poprisk_lab.plots import Picture, Plot, metric_line, rounded, seeds_line, tabulate
+from poprisk_lab.results import across
+from poprisk_lab.studies.claim import Claim, Metrics, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import at_least, at_most, controls, ratio
 from poprisk_lab.studies.descent import mean_square
+from poprisk_lab.studies.small_nets import (
+    Examples,
+    NetRecipe,
+    Tangents,
+    alignment,
+    relative_drift,
+    ridge_fits,
+    tangents,
+)
 
 N, M, BATCH, UNITS, NOISE = 300, 400, 30, 64, 0.1
 POINTS = 9
 RIDGES = torch.logspace(-10, 3, 40, dtype=torch.float64)
+DIGITS, CLEARLY = "digits", 0.8
 
 
-class Problem(NamedTuple):
-    """A regression and how it is trained; ``target`` None: odd against even digits."""
+class TargetFunction(NamedTuple):
+    """A regression and how it is trained; ``of`` None: odd against even digits."""
 
-    label: str
+    recipe: NetRecipe
     inputs: int
-    optimizer: str
-    lr: float
-    target: Callable[[Tensor], Tensor] | None
+    of: Callable[[Tensor], Tensor] | None
+
+    @property
+    def label(self) -> str:
+        """In tables and plots."""
+        return self.recipe.label
 
 
-def _product(x: Tensor) -> Tensor:
-    return x[:, 0] * x[:, 1]
+def _problem(
+    label: str, inputs: int, optimizer: str, lr: float, of: Callable[[Tensor], Tensor] | None
+) -> TargetFunction:
+    return TargetFunction(NetRecipe(label, UNITS, optimizer, lr, BATCH), inputs, of)
 
 
-def _wave(x: Tensor) -> Tensor:
-    return 2**0.5 * (2 * x[:, 0]).sin()
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x[:, 0] * x[:, 1] + x[:, 2].relu()
-
-
-PROBLEMS = {
-    "product": Problem("x₁x₂ of 16 inputs, AdamW", 16, "adamw", 0.01, _product),
-    "wave": Problem("√2·sin 2x₁ of 20 inputs, SGD", 20, "sgd", 0.1, _wave),
-    "sum": Problem("x₁x₂ + max(x₃, 0) of 16 inputs, PopRiskAdamW", 16, "poprisk", 0.01, _sum),
-    "digits": Problem("digits, odd against even, AdamW", 64, "adamw", 0.003, None),
-}
-
-
-LEARNT = ("product", "wave", "sum")
+LEARNT = {
+    "product": _problem("x₁x₂ of 16 inputs, AdamW", 16, "adamw", 0.01, lambda x: x[:, 0] * x[:, 1]),
+    "wave": _problem("√2·sin 2x₁ of 20 inputs, SGD", 20, "sgd", 0.1,
+                     lambda x: 2**0.5 * (2 * x[:, 0]).sin()),
+    "sum": _problem("x₁x₂ + max(x₃, 0) of 16 inputs, PopRiskAdamW", 16, "poprisk", 0.01,
+                    lambda x: x[:, 0] * x[:, 1] + x[:, 2].relu()),
+}  # fmt: skip
 """Targets of few among many directions, which a net at the start does not favour."""
-DIGITS = "digits"
-SEEDS = range(6)
-CLEARLY = 0.8
+ODD = _problem("digits, odd against even, AdamW", 64, "adamw", 0.003, None)
+PROBLEMS = {**LEARNT, DIGITS: ODD}
 
 
 def trials(quick: bool) -> list[Trial]:
     """One problem on one seed."""
-    problems, seeds, steps = [*PROBLEMS], SEEDS, 1000
+    problems, seeds, steps = [*PROBLEMS], range(6), 1000
     if quick:
         problems, seeds, steps = ["product", DIGITS], range(2), 150
     return [
         Trial(
             f"{problem}-{seed}",
             {"problem": problem, "seed": seed, "steps": steps},
-            ("sklearn",) if problem == DIGITS else (),
+            needs=("sklearn",) if problem == DIGITS else (),
         )
         for problem in problems
         for seed in seeds
     ]
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Train, follow the run, and compare with kernel regression."""
-    problem, seed = PROBLEMS[settings["problem"]], settings["seed"]
+    problem, seed, steps = PROBLEMS[settings["problem"]], settings["seed"], settings["steps"]
     (x, y), (queries, clean), truth = data(problem, seed)
-    recorded = train(problem, (x, y), (queries, clean), seed, settings["steps"])
+    recorded = problem.recipe.record((x, y), (queries, clean), seed=seed, steps=steps)
     with warnings.catch_warnings():  # the closure error goes on record instead
         warnings.simplefilter("ignore", RuntimeWarning)
         trace = trace_cells(recorded, truth, points=POINTS)
@@ -100,39 +93,36 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Found:
     first, last = (tangents(recorded, k) for k in (0, len(recorded)))
     errors = [mean_square(trace.outputs(i) - clean) for i in range(len(trace.parts))]
     kernels = [tangents(recorded, k).kernel for k in places]
-    norm = torch.linalg.matrix_norm(kernels[0], 2)
+    drifts = [relative_drift(kernel, kernels[0]) for kernel in kernels]
     return {
         "steps": places,
-        "drift": rounded([float(torch.linalg.matrix_norm(k - kernels[0], 2) / norm)
-                          for k in kernels]),
+        "drift": rounded(drifts),
         "alignment": rounded([alignment(k, truth) for k in kernels]),
         "error_steps": [part.step for part in trace.parts],
         "errors": rounded(errors),
-        "end": float(torch.linalg.matrix_norm(kernels[-1] - kernels[0], 2) / norm),
+        "end": drifts[-1],
         "error": errors[-1],
         "without_noise": mean_square(trace.without_noise() - clean),
         "nothing": mean_square(clean - y.mean()),
         "frozen": frozen_error(first, y, clean),
         "end_kernel": frozen_error(last, y, clean),
         "closure": trace.closure.query,
-    }  # fmt: skip
+    }
 
 
-def data(
-    problem: Problem, seed: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+def data(problem: TargetFunction, seed: int) -> tuple[Examples, Examples, Tensor]:
     """Training set (n, d) and (n, 1), query inputs and clean targets, clean training targets."""
     g = torch.Generator().manual_seed(seed)
-    if problem.target is None:
+    if problem.of is None:
         x, clean = _parity(g)
     else:
         x = torch.randn(N + M, problem.inputs, generator=g, dtype=torch.float64)
-        clean = problem.target(x).unsqueeze(1)
+        clean = problem.of(x).unsqueeze(1)
     noise = NOISE * torch.randn(N, 1, generator=g, dtype=torch.float64)
     return (x[:N], clean[:N] + noise), (x[N:], clean[N:]), clean[:N]
 
 
-def _parity(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _parity(generator: torch.Generator) -> Examples:
     from sklearn.datasets import load_digits
 
     pixels, classes = load_digits(return_X_y=True)
@@ -141,140 +131,75 @@ def _parity(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return x, 2.0 * (torch.tensor(classes)[chosen] % 2).double().unsqueeze(1) - 1
 
 
-def train(
-    problem: Problem,
-    examples: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor],
-    seed: int,
-    steps: int,
-) -> Run:
-    """Record one run of a net with one hidden layer."""
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(problem.inputs, UNITS), nn.Tanh(), nn.Linear(UNITS, 1)).double()
-    g = torch.Generator().manual_seed(seed)
-    batches = [torch.randperm(N, generator=g)[:BATCH] for _ in range(steps)]
-    return record(net, "squared_error", _optimizer(problem, net), batches, query, train=examples)
-
-
-def _optimizer(problem: Problem, net: nn.Module) -> Optimizer:
-    if problem.optimizer == "sgd":
-        return torch.optim.SGD(net.parameters(), lr=problem.lr)
-    if problem.optimizer == "adamw":
-        return torch.optim.AdamW(net.parameters(), lr=problem.lr, weight_decay=0.01)
-    return PopRiskAdamW(net, lr=problem.lr, batch_size=BATCH, dataset_size=N)
-
-
-class Tangents(NamedTuple):
-    """A net as a linear model: its outputs, :math:`K_{SS}` and :math:`K_{QS}`."""
-
-    train: Tensor
-    query: Tensor
-    kernel: Tensor
-    across: Tensor
-
-
-def tangents(recorded: Run, k: int) -> Tangents:
-    """The tangents after k steps."""
-    problem, w = recorded.problem, recorded.weights[k]
-    x, queries = problem.train[0], problem.query[0]
-    J, J_query = problem.jacobian(w, x), problem.jacobian(w, queries)
-    with torch.no_grad():
-        outputs = problem.outputs(w, x), problem.outputs(w, queries)
-    return Tangents(*outputs, J @ J.T, J_query @ J.T)
-
-
 def frozen_error(tangent: Tangents, y: Tensor, clean: Tensor) -> float:
     r"""Test error of kernel regression, :math:`u_Q + K_{QS}(K_{SS} + \lambda I)^{-1}(y - u_S)`.
 
     With and without the outputs u that the net has there, and with λ of a grid: the best of them
     by the test set, which favours this control.
     """
-    values, basis = torch.linalg.eigh(tangent.kernel)
-    across, errors = tangent.across @ basis, list[float]()
-    for start in (0.0, 1.0):
-        residual = basis.T @ (y - start * tangent.train)
-        for ridge in RIDGES * values[-1]:
-            fitted = across @ (residual / (values.clamp_min(0) + ridge).unsqueeze(1))
-            errors.append(mean_square(start * tangent.query + fitted - clean))
-    return min(errors)
+    return min(
+        mean_square(start * tangent.query + fit - clean)
+        for start in (0.0, 1.0)
+        for fit in ridge_fits(tangent, y - start * tangent.train, RIDGES)
+    )
 
 
-def alignment(kernel: Tensor, y: Tensor) -> float:
-    r""":math:`y^T K y/(\|K\|_F\|y\|^2)` of the centred kernel and target; 1 is K ∝ y yᵀ."""
-    centred = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
-    t = y - y.mean()
-    return float((t.T @ centred @ t).squeeze() / (centred.norm() * t.square().sum()))
-
-
-def _there(done: Sequence[Done], among: Sequence[str] = LEARNT) -> list[str]:
-    found = {d.settings["problem"] for d in done}
-    return [problem for problem in among if problem in found]
-
-
-def _error(done: Sequence[Done], problem: str) -> Interval:
+def _error(results: Results) -> Interval:
     """Test error over that of the kernel at the start."""
-    return ratio(by_seed(done, "error", problem=problem), by_seed(done, "frozen", problem=problem))
+    return ratio(results.by_seed("error"), results.by_seed("frozen"))
 
 
-def _extreme(done: Sequence[Done], key: str, how: Callable[..., float]) -> Interval:
-    """The largest or smallest figure of the problems, seed by seed."""
-    columns = [by_seed(done, key, problem=problem) for problem in _there(done)]
-    return t_interval([how(c[seed] for c in columns) for seed in columns[0]])
-
-
-def _pooled(done: Sequence[Done], a: str, b: str) -> Interval:
+def _pooled(results: Results, a: str, b: str) -> Interval:
     """The ratio of two figures, a geometric mean over problems and seeds, paired over seeds."""
-    pairs = [(by_seed(done, a, problem=p), by_seed(done, b, problem=p)) for p in _there(done)]
-    logs = [sum(math.log(x[s] / y[s]) for x, y in pairs) / len(pairs) for s in pairs[0][0]]
-    return t_interval(logs).mapped(math.exp)
+    pairs = [(group.by_seed(a), group.by_seed(b)) for group in results.by("problem").values()]
+    logs = across([{s: math.log(x[s] / y[s]) for s in x} for x, y in pairs], fmean)
+    return t_interval(logs.values()).mapped(math.exp)
 
 
-def judge(done: Sequence[Done]) -> Findings:
+def judge(results: Results) -> Report:
     """Much better than the kernel at the start, drift of 1 and more, movement accounted for."""
-    error = "test error over that of the kernel at the start"
+    error, groups = "test error over that of the kernel at the start", results.by("problem")
+    learnt = Results(d for d in results if d.settings["problem"] in LEARNT)
     decided = [
-        *(at_most(f"{PROBLEMS[p].label}: {error}", _error(done, p), CLEARLY)
-          for p in _there(done)),
+        *(at_most(f"{PROBLEMS[p].label}: {error}", _error(runs), CLEARLY)
+          for p, runs in learnt.by("problem").items()),
         at_least("kernel drift at the end, least of these problems",
-                 _extreme(done, "end", min), 1.0),
+                 t_interval(learnt.over("problem", "end", min).values()), 1.0),
         at_most("test movement that the path operators miss, relative, worst of them",
-                _extreme(done, "closure", max), 0.02),
+                t_interval(learnt.over("problem", "closure", max).values()), 0.02),
     ]  # fmt: skip
     beside = [
         at_most("test error of the kernel at the end over that of the kernel at the start, mean",
-                _pooled(done, "end_kernel", "frozen"), CLEARLY),
-        *(at_most(f"{PROBLEMS[p].label}: {error}", _error(done, p), 1.0)
-          for p in _there(done, [DIGITS])),
+                _pooled(learnt, "end_kernel", "frozen"), CLEARLY),
+        *(at_most(f"{PROBLEMS[p].label}: {error}", _error(runs), 1.0)
+          for p, runs in groups.items() if p == DIGITS),
     ]  # fmt: skip
     table = tabulate(
         "problem",
-        {PROBLEMS[p].label: where(done, problem=p) for p in _there(done, [*PROBLEMS])},
-        {name: figure(key) for name, key in COLUMNS.items()},
+        {PROBLEMS[p].label: runs for p, runs in groups.items()},
+        {
+            "test error": "error",
+            "without the noise that got through": "without_noise",
+            "kernel at the start": "frozen",
+            "kernel at the end": "end_kernel",
+            "mean of the labels": "nothing",
+            "drift at the end": "end",
+            "movement missed": "closure",
+        },
         about="Test errors. The kernel regressions take the best ridge, and the outputs of the "
         "net or zero as their start, by the test set; the net is taken as it ends. The operators "
         "know the path: they account for the test outputs and do not forecast them.",
     )
-    return Findings([*decided, *controls(*beside)], table)
+    return Report([*decided, *controls(*beside)], table)
 
 
-COLUMNS = {
-    "test error": "error",
-    "without the noise that got through": "without_noise",
-    "kernel at the start": "frozen",
-    "kernel at the end": "end_kernel",
-    "mean of the labels": "nothing",
-    "drift at the end": "end",
-    "movement missed": "closure",
-}
-
-
-def show(done: Sequence[Done]) -> list[Plot | Picture]:
+def show(results: Results) -> list[Plot | Picture]:
     """Test error over the runs beside the frozen kernel's, drift, and alignment."""
-    problems = {p: where(done, problem=p) for p in _there(done, [*PROBLEMS])}
+    problems = results.by("problem")
     drift, alignment = (
         [
-            found_line(PROBLEMS[p].label, runs, "steps", key, f"module-{i + 1}")
-            for i, (p, runs) in enumerate(problems.items())
+            metric_line(PROBLEMS[p].label, runs, "steps", key, f"module-{i}")
+            for i, (p, runs) in enumerate(problems.items(), 1)
         ]
         for key in ("drift", "alignment")
     )
@@ -286,12 +211,12 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
     ]  # fmt: skip
 
 
-def _errors(label: str, runs: Sequence[Done]) -> Plot:
-    steps = runs[0].found["error_steps"]
+def _errors(label: str, runs: Results) -> Plot:
+    steps = runs[0].metrics["error_steps"]
     ends = [steps[0], steps[-1]]
-    first, last = ([[d.found[key]] * 2 for d in runs] for key in ("frozen", "end_kernel"))
+    first, last = ([[v] * 2 for v in runs.all(key)] for key in ("frozen", "end_kernel"))
     lines = [
-        found_line("net", runs, "error_steps", "errors", "poprisk"),
+        metric_line("net", runs, "error_steps", "errors", "poprisk"),
         seeds_line("kernel at the start", ends, first, "adamw"),
         seeds_line("kernel at the end", ends, last, "paper", dash="dash"),
     ]

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from poprisk.intervals import Interval, t_interval
+from poprisk.intervals import Interval
 from poprisk.task import Task
 from poprisk_lab.controls import UpdateTrace
+from poprisk_lab.pictures import decode, encode, side_by_side
 from poprisk_lab.plots import Line, Picture, Plot, rounded, seeds_line, tabulate
-from poprisk_lab.studies.claim import Claim, Done, Findings, Found, Trial, Workspace, where
+from poprisk_lab.studies import optimizers
+from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls, difference
-from poprisk_lab.studies.optimizers import (
-    Contestant,
-    Step,
-    contestants,
-    make_optimizer,
-    of_arm,
-    train_with_control,
-)
-from poprisk_lab.tasks.image import image
+from poprisk_lab.studies.descent import predicted
+from poprisk_lab.studies.optimizers import Contestant, most, of_arm
+from poprisk_lab.tasks.image import image, psnr, square
 
 NETWORKS = {"siren": "SIREN", "fourier": "Fourier features"}
 LOST_AT_MOST = 0.5
 """dB between a run's best moment and its end, for it to count as needing no stop."""
 ADAMW = {0.01: (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 1.0: (1e-5, 3e-5, 1e-4)}
-GATED = (3e-4, 1e-3)
-DECAY = 0.01
-GAP = 4
-ENLARGED = 4
+GATED, DECAY = (3e-4, 1e-3), 0.01
 
 
 def trials(quick: bool) -> list[Trial]:
@@ -44,61 +33,44 @@ def trials(quick: bool) -> list[Trial]:
     arms = [("adamw", lr, decay, False) for decay in grid for lr in grid[decay]]
     arms += [(a, lr, DECAY, a == "soft") for a in ("soft", "snr", "auto") for lr in rates]
     arms += [("shuffled-soft", lr, DECAY, False) for lr in rates]
-    size: dict[str, Any] = {"size": 24, "epochs": 10} if quick else {"size": 64, "epochs": 150}
+    given: dict[str, Any] = {"noise": 0.1, "picture": "camera", "every": 5}
+    given |= {"size": 24, "epochs": 10} if quick else {"size": 64, "epochs": 150}
     return [
         Trial(
             f"{network}-{arm}-lr{lr:g}-wd{decay:g}-{seed}",
-            {
-                "network": network,
-                "arm": arm,
-                "lr": lr,
-                "weight_decay": decay,
-                "matched": matched,
-                "seeds": [seed],
-                "keep": [0] if arm in ("adamw", "soft", "auto") else [],
-                "noise": 0.1,
-                "picture": "camera",
-                "every": 5,
-                **size,
-            },
+            {"network": network, "arm": arm, "lr": lr, "weight_decay": decay, "matched": matched,
+             "seeds": [seed], "keep": [0] if arm in ("adamw", "soft", "auto") else [], **given},
         )
         for seed in range(2 if quick else 5)
         for network in NETWORKS
         for arm, lr, decay, matched in arms
-    ]
+    ]  # fmt: skip
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Train one network on one noisy picture, and beside it AdamW at its update sizes if asked."""
 
-    def train(arm: str, trace: UpdateTrace | None, step: Step) -> list[Found]:
+    def train(arm: str, trace: UpdateTrace | None, step: optimizers.Step) -> list[Metrics]:
         return [_train(settings, arm, trace, step, seed) for seed in settings["seeds"]]
 
-    return train_with_control(train, settings["arm"], matched=settings["matched"])
+    return optimizers.train_with_control(train, settings["arm"], matched=settings["matched"])
 
 
 def task_of(settings: dict[str, Any], seed: int) -> Task:
     """The noisy picture of a trial."""
-    names = ("noise", "size", "network", "picture")
-    return image(seed, **{name: settings[name] for name in names})
+    return image(seed, **{k: settings[k] for k in ("noise", "size", "network", "picture")})
 
 
 def _train(
-    settings: dict[str, Any], arm: str, trace: UpdateTrace | None, step: Step, seed: int
-) -> Found:
+    settings: dict[str, Any], arm: str, trace: UpdateTrace | None, step: optimizers.Step, seed: int
+) -> Metrics:
     task = task_of(settings, seed)
     x, y = task.train
     torch.manual_seed(seed)
     model = task.model()
-    optimizer = make_optimizer(
-        arm,
-        model,
-        lr=settings["lr"],
-        weight_decay=settings["weight_decay"],
-        batch_size=task.batch_size,
-        dataset_size=len(x),
-        trace=trace,
-    )
+    given: dict[str, Any] = {key: settings[key] for key in ("lr", "weight_decay")}
+    given |= {"batch_size": task.batch_size, "dataset_size": len(x)}
+    optimizer = optimizers.make_optimizer(arm, model, **given, trace=trace)
     generator = torch.Generator().manual_seed(seed)
     quality = []
     for epoch in range(1, settings["epochs"] + 1):
@@ -107,17 +79,8 @@ def _train(
             task.loss(model(x[batch]), y[batch]).mean().backward()
             step(optimizer)
         if epoch % settings["every"] == 0:
-            quality.append(psnr(_outputs(model, x), task.test[1]))
-    return _found(task, _outputs(model, x), quality, keep=seed in settings["keep"])
-
-
-def _outputs(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-def _found(task: Task, end: Tensor, quality: list[float], *, keep: bool) -> Found:
-    best = max(quality)
+            quality.append(psnr(predicted(model, x), task.test[1]))
+    end, best = predicted(model, x), max(quality)
     memorized = task.memorized(end)
     return {
         "quality": rounded(quality),
@@ -126,221 +89,129 @@ def _found(task: Task, end: Tensor, quality: list[float], *, keep: bool) -> Foun
         "lost": round(best - quality[-1], 4),
         "best_at": quality.index(best),
         "memorized": None if memorized is None else round(memorized, 4),
-        "picture": encode(square(end)) if keep else "",
+        "picture": encode(square(end)) if seed in settings["keep"] else "",
     }
 
 
-def psnr(outputs: Tensor, clean: Tensor) -> float:
-    r"""Peak signal-to-noise ratio :math:`-10 \log_{10}` of the mean squared error, in dB.
-
-    The peak is 1; both of one shape.
-
-    Example:
-        >>> psnr(torch.full((4,), 0.1), torch.zeros(4))
-        20.0
-    """
-    return round(-10 * math.log10(float((outputs - clean).double().square().mean())), 6)
-
-
-def square(values: Tensor) -> Tensor:
-    """Grey values (size², 1) as a picture (size, size) of bytes."""
-    size = math.isqrt(len(values))
-    return (values.reshape(size, size).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def encode(pixels: Tensor) -> str:
-    """A picture (h, w) of bytes as a PNG in base64."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def decode(png: str) -> Tensor:
-    """The picture (h, w) of bytes that :func:`encode` made a PNG of."""
-    import numpy as np
-    from PIL import Image
-
-    return torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(png)))))
-
-
-def side_by_side(pictures: list[Tensor]) -> str:
-    """Pictures of one size (h, w) in a row, enlarged, as a PNG in base64."""
-    large = [p.repeat_interleave(ENLARGED, 0).repeat_interleave(ENLARGED, 1) for p in pictures]
-    gap = torch.full((len(large[0]), GAP), 255, dtype=torch.uint8)
-    return encode(torch.cat([part for p in large for part in (p, gap)][:-1], 1))
-
-
-class Field(NamedTuple):
-    """The contestants on one network that are compared.
+class Rivalry(NamedTuple):
+    """The contestants on one network; all are chosen with the clean picture, both sides alike.
 
     Attributes:
         name: of the network.
+        all: everyone.
         paper: Algorithm 1, mask and learning rate chosen by the final PSNR.
         adamw: the point of AdamW's grid with the best end.
-        hindsight: the one with the best moment.
         soft: the soft mask at its best learning rate.
-        all: everyone.
+        auto: the defaults at theirs.
+        rivals: the controls of the soft mask.
     """
 
     name: str
+    all: list[Contestant]
     paper: Contestant
     adamw: Contestant
-    hindsight: Contestant
     soft: Contestant
-    all: list[Contestant]
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether AdamW's best end lies at the smallest learning rate of its grid."""
-        return self.adamw.lr == min(c.lr for c in of_arm(self.all, "adamw"))
-
-    def same(self, arm: str, **fields: Any) -> Contestant:
-        """The contestant of an arm with the soft mask's learning rate and decay."""
-        given = {"lr": self.soft.lr, "weight_decay": self.soft.weight_decay, **fields}
-        return of_arm(self.all, arm, **given)[0]
+    auto: Contestant
+    rivals: dict[str, Contestant]
 
 
-def fields(done: Sequence[Done]) -> list[Field]:
-    """The networks; all choices are made with the clean picture, for both sides alike."""
-    return [_field(name, contestants(where(done, network=key))) for key, name in NETWORKS.items()]
+def rivalries(results: Results) -> list[Rivalry]:
+    """What was found on each network."""
+    found = []
+    for key, name in NETWORKS.items():
+        among = optimizers.contestants(results.where(network=key))
+        soft, rivals = most(among, "soft"), optimizers.rivals_of(most(among, "soft"), among)
+        paper, adamw, auto = most(among, "soft", "snr"), most(among, "adamw"), most(among, "auto")
+        found.append(Rivalry(name, among, paper, adamw, soft, auto, rivals))
+    return found
 
 
-def _field(name: str, all_of_them: list[Contestant]) -> Field:
-    adamw, soft = of_arm(all_of_them, "adamw"), of_arm(all_of_them, "soft")
-    paper = of_arm(all_of_them, "soft", "snr")
-    return Field(
-        name,
-        _best(paper),
-        _best(adamw),
-        _best(adamw, "best"),
-        _best(soft),
-        all_of_them,
-    )
-
-
-def _best(among: list[Contestant], key: str = "final") -> Contestant:
-    return max(among, key=lambda c: c.mean(key))
-
-
-def judge(done: Sequence[Done]) -> Findings:
+def judge(results: Results) -> Report:
     """No stop needed, and a better end than AdamW's best; the controls beside."""
-    found = fields(done)
+    found, noise = rivalries(results), "noise in the picture"
     table = tabulate(
         "network and optimizer",
         {
-            f"{field.name}: {c.label}": [*c.found.values()]
-            for field in found
-            for c in sorted(field.all, key=lambda c: -c.mean("final"))
+            f"{one.name}: {c.label}": c.runs
+            for one in found
+            for c in sorted(one.all, key=lambda c: -c.mean("final"))
         },
-        {name: lambda f, key=key: f[key] for name, key in FIGURES.items()},
-        percent=["noise in the picture"],
+        {"final": "final", "best moment": "best", "lost": "lost", noise: "memorized"},
+        percent=[noise],
         about="dB of PSNR to the clean picture; the best moment is known only with it at hand.",
     )
-    edges = [field.name for field in found if field.at_edge]
+    edges = [o.name for o in found if o.adamw.lr == min(c.lr for c in of_arm(o.all, "adamw"))]
     note = "AdamW's best end is at the smallest learning rate of the grid"
-    return Findings(
-        [*(c for f in found for c in _decided(f)),
-         *controls(*(c for f in found for c in _beside(f)))],
-        table,
-        [f"{', '.join(edges)}: {note}: a wider one may hold a better one."] if edges else [],
-        main=1,
-    )  # fmt: skip
+    notes = [f"{', '.join(edges)}: {note}: a wider one may hold a better one."] if edges else []
+    decided = [c for one in found for c in _decided(one)]
+    beside = controls(*(c for one in found for c in _beside(one)))
+    return Report([*decided, *beside], table, notes, main=1)
 
 
-FIGURES = {
-    "final": "final",
-    "best moment": "best",
-    "lost": "lost",
-    "noise in the picture": "memorized",
-}
-
-
-def _decided(field: Field) -> list[Criterion]:
+def _decided(one: Rivalry) -> list[Criterion]:
+    lost = f"{one.name}: dB that Algorithm 1 loses from its best moment to the end"
+    above = f"{one.name}: dB by which Algorithm 1 ends above the best end of AdamW's grid"
     return [
-        at_most(f"{field.name}: dB that Algorithm 1 loses from its best moment to the end",
-                _lost(field.paper), LOST_AT_MOST),
-        at_least(f"{field.name}: dB by which Algorithm 1 ends above the best end of AdamW's grid",
-                 _above(field.paper, field.adamw), 0.0),
-    ]  # fmt: skip
+        at_most(lost, one.paper.runs.mean("lost"), LOST_AT_MOST),
+        at_least(above, _above(one.paper, one.adamw), 0.0),
+    ]
 
 
-def _beside(field: Field) -> list[Criterion]:
-    auto = _best(of_arm(field.all, "auto"))
-    rivals = {
-        "AdamW at its learning rate": field.same("adamw"),
-        "AdamW at its update sizes": field.same("matched", follows="soft"),
-        "its own mask shuffled": field.same("shuffled-soft"),
-    }
-    return [
-        at_least(f"{field.name}: dB by which it ends above AdamW stopped at its best moment",
-                 difference(field.paper.values("final"), field.hindsight.values("best")),
-                 -LOST_AT_MOST),
-        *(at_least(f"{field.name}: dB by which the soft mask ends above {name}",
-                   _above(field.soft, rival), 0.0) for name, rival in rivals.items()),
-        at_most(f"{field.name}: dB that PopRiskAdamW's defaults lose to the end",
-                _lost(auto), LOST_AT_MOST),
-        at_least(f"{field.name}: dB by which the defaults end above the best end of AdamW's grid",
-                 _above(auto, field.adamw), 0.0),
-    ]  # fmt: skip
-
-
-def _lost(contestant: Contestant) -> Interval:
-    return t_interval(contestant.values("lost").values())
+def _beside(one: Rivalry) -> Iterator[Criterion]:
+    stopped = most(one.all, "adamw", key="best").values("best")
+    yield at_least(f"{one.name}: dB by which it ends above AdamW stopped at its best moment",
+                   difference(one.paper.values("final"), stopped), -LOST_AT_MOST)  # fmt: skip
+    for name, rival in one.rivals.items():
+        yield at_least(f"{one.name}: dB by which the soft mask ends above {name}",
+                       _above(one.soft, rival), 0.0)  # fmt: skip
+    yield at_most(f"{one.name}: dB that PopRiskAdamW's defaults lose to the end",
+                  one.auto.runs.mean("lost"), LOST_AT_MOST)  # fmt: skip
+    yield at_least(f"{one.name}: dB by which the defaults end above the best end of AdamW's grid",
+                   _above(one.auto, one.adamw), 0.0)  # fmt: skip
 
 
 def _above(a: Contestant, b: Contestant) -> Interval:
     return difference(a.values("final"), b.values("final"))
 
 
-def show(done: Sequence[Done]) -> list[Plot | Picture]:
+def show(results: Results) -> Plots:
     """PSNR along training, then what the networks ended with, for each of them."""
-    found = fields(done)
-    every = done[0].settings["every"]
-    return [
-        *(_plot(field, every) for field in found),
-        *(_picture(field, key, done) for field, key in zip(found, NETWORKS, strict=True)),
-    ]
+    found = rivalries(results)
+    return [*map(_plot, found), *map(_picture, found)]
 
 
-def _plot(field: Field, every: int) -> Plot:
-    auto = _best(of_arm(field.all, "auto"))
+def _plot(one: Rivalry) -> Plot:
+    same, matched, shuffled = one.rivals.values()
+
+    def line(name: str, contestant: Contestant, dash: str = "solid") -> Line:
+        rows, every = contestant.runs.all("quality"), contestant.runs[0].settings["every"]
+        epochs = range(every, every * len(rows[0]) + 1, every)
+        return seeds_line(name, epochs, rows, contestant.colour, dash=dash)
+
     lines = [
-        _line("Algorithm 1", field.paper, every, "solid"),
-        _line("defaults", auto, every, "solid"),
-        _line("AdamW, best end", field.adamw, every, "solid"),
-        _line("AdamW, same rate", field.same("adamw"), every, "dash"),
-        _line("RMS-matched", field.same("matched", follows="soft"), every, "dot"),
-        _line("shuffled", field.same("shuffled-soft"), every, "dot"),
+        line("Algorithm 1", one.paper),
+        line("defaults", one.auto),
+        line("AdamW, best end", one.adamw),
+        line("AdamW, same rate", same, "dash"),
+        line("RMS-matched", matched, "dot"),
+        line("shuffled", shuffled, "dot"),
     ]
     return Plot(
-        f"{field.name}: PSNR to the clean picture",
-        "epoch",
-        "PSNR, dB",
-        lines,
+        f"{one.name}: PSNR to the clean picture", "epoch", "PSNR, dB", lines,
         "Nothing is stopped. A line that rises and falls fits the picture first and its noise "
-        f"later. {field.paper.label}; {auto.label}; best end: {field.adamw.label}; the others have "
-        f"the soft mask's learning rate, {field.soft.lr:g}. Bands: 95% intervals over seeds.",
-    )
+        f"later. {one.paper.label}; {one.auto.label}; best end: {one.adamw.label}; the others have "
+        f"the soft mask's learning rate, {one.soft.lr:g}. Bands: 95% intervals over seeds.",
+    )  # fmt: skip
 
 
-def _line(name: str, contestant: Contestant, every: int, dash: str) -> Line:
-    rows = [*contestant.values("quality").values()]
-    epochs = [every * (i + 1) for i in range(len(rows[0]))]
-    return seeds_line(name, epochs, rows, contestant.colour, dash=dash)
-
-
-def _picture(field: Field, network: str, done: Sequence[Done]) -> Picture:
-    same, auto = field.same("adamw"), _best(of_arm(field.all, "auto"))
-    ends = [same, field.soft, auto]
-    seed = min(field.soft.found)
-    task = task_of(where(done, network=network)[0].settings, seed)
-    pictures = [decode(c.found[seed]["picture"]) for c in ends]
-    shown = [square(task.train[1]), *pictures, square(task.test[1])]
+def _picture(one: Rivalry) -> Picture:
+    ends = [one.rivals["AdamW at its learning rate"], one.soft, one.auto]
+    seed = min(one.soft.values("picture"))
+    task = task_of(one.soft.runs[0].settings, seed)
+    pictures = [decode(c.values("picture")[seed]) for c in ends]
     return Picture(
-        f"{field.name}: the picture at the end of training",
-        side_by_side(shown),
+        f"{one.name}: the picture at the end of training",
+        side_by_side([square(task.train[1]), *pictures, square(task.test[1])]),
         "From left to right: noisy, as trained on; " + "; ".join(c.label for c in ends) + "; "
         f"clean. Seed {seed}.",
     )

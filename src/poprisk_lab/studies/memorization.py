@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import fmean
 from typing import Any
 
-from poprisk.intervals import Interval, t_interval
-from poprisk_lab.plots import Line, Picture, Plot, Table, rounded, seeds_line, thinned, written
-from poprisk_lab.studies.claim import Claim, Done, Findings, Found, Trial, Workspace
+from poprisk.intervals import Interval
+from poprisk_lab.arms import default_arms
+from poprisk_lab.fit import ArmRun
+from poprisk_lab.plots import Line, Plot, Table, metric_line, rounded, seeds_line, tabulate, thinned
+from poprisk_lab.results import TrialResult, across
+from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls, difference
+from poprisk_lab.tasks import load_task
 from poprisk_lab.verdict import DEFAULT_ADAMW
 
 OURS, MATCHED, SHUFFLED, PAPER = "poprisk", "rms-matched", "shuffled", "paper-soft"
+BEST = "best"
 RATES, DECAYS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), (0.01, 1.0)
 GRID = tuple(f"adamw-lr{lr:g}-wd{decay:g}" for lr in RATES for decay in DECAYS)
 SAME = "adamw-lr{lr:g}-wd{weight_decay:g}".format(**DEFAULT_ADAMW)
@@ -26,10 +34,10 @@ LABELS = {
 }
 NOISES = (0.0, 0.2, 0.4, 0.6)
 SEEDS = range(100, 106)  # no comparison on record has used these
-POINTS = 14
-COST = 0.01
-
-Values = dict[int, float]
+COLOURS = {OURS: "poprisk", PAPER: "paper", SAME: "adamw", BEST: "adamw"}
+COLOURS |= {MATCHED: "rms-matched", SHUFFLED: "shuffled"}
+POINTS, COST = 14, 0.01
+FIGURES = {"accuracy": "accuracy", "best epoch": "best", "memorized": "memorized"}
 
 
 def trials(quick: bool) -> list[Trial]:
@@ -40,49 +48,34 @@ def trials(quick: bool) -> list[Trial]:
         arms = [OURS, MATCHED, PAPER, SHUFFLED, SAME, GRID[4]]
         noises, seeds, size = (0.0, 0.4), range(2), {"hidden": 48, "epochs": 10}
     return [
-        Trial(
-            f"{arm}-noise{noise:g}-{seed}",
-            {"arm": arm, "noise": noise, "seed": seed, **size},
-            ("sklearn",),
-        )
+        Trial(f"{arm}-noise{noise:g}-{seed}",
+              {"arm": arm, "noise": noise, "seed": seed, **size}, needs=("sklearn",))
         for seed in seeds
         for noise in noises
         for arm in arms
         if arm != MATCHED
-    ]
+    ]  # fmt: skip
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Train one arm (and, after our own, AdamW at its update sizes)."""
-    import dataclasses
-
-    from poprisk_lab.arms import default_arms
-    from poprisk_lab.fit import Run
-    from poprisk_lab.tasks import load_task
-
     arms = {arm.name: arm for arm in default_arms(full=True)}
-    task = load_task(
-        "digits", seed=settings["seed"], noise=settings["noise"], hidden=settings["hidden"]
-    )
-    task = dataclasses.replace(task, epochs=settings["epochs"])
+    size = {key: settings[key] for key in ("seed", "noise", "hidden")}
+    task = dataclasses.replace(load_task("digits", **size), epochs=settings["epochs"])
     leads = settings["arm"] == OURS
-    run = Run(task, arms[settings["arm"]], settings["seed"], record=leads)
+    run = ArmRun(task, arms[settings["arm"]], settings["seed"], record=leads)
     found = {settings["arm"]: _summary(list(run.rows()))}
     if leads:
-        follower = Run(task, arms[MATCHED], settings["seed"], trace=run.progress.trace)
+        follower = ArmRun(task, arms[MATCHED], settings["seed"], trace=run.progress.trace)
         found[MATCHED] = _summary(list(follower.rows()))
     return {"arms": found}
 
 
-def _summary(rows: list[dict[str, Any]]) -> Found:
+def _summary(rows: list[dict[str, Any]]) -> Metrics:
     *epochs, end = rows
     kept = thinned(len(epochs), POINTS)
-    found = {
-        "accuracy": end["final_metric"],
-        "memorized": end["final_memorized"],
-        "best": end["best_metric"],
-        "best_epoch": end["best_epoch"],
-    }
+    found = {"accuracy": end["final_metric"], "memorized": end["final_memorized"]}
+    found |= {"best": end["best_metric"], "best_epoch": end["best_epoch"]}
     if end["arm"] not in LABELS:  # the rest of the grid is not drawn
         return found
     curves = {"epochs": [epochs[i]["epoch"] for i in kept]}
@@ -95,103 +88,90 @@ def _summary(rows: list[dict[str, Any]]) -> Found:
 class Levels:
     """What was found, by arm, noise and seed."""
 
-    def __init__(self, done: Sequence[Done]) -> None:
-        self.runs: dict[tuple[str, float], dict[int, Found]] = {}
-        for settings, found in done:
-            for arm, result in found["arms"].items():
-                key = arm, settings["noise"]
-                self.runs.setdefault(key, {})[settings["seed"]] = result
-        self.noises = sorted({noise for _, noise in self.runs})
+    def __init__(self, results: Results) -> None:
+        self.runs = Results(
+            TrialResult({**settings, "arm": arm}, found)
+            for settings, metrics in results
+            for arm, found in metrics["arms"].items()
+        )
+        self.noises = sorted(self.runs.by("noise"))
         self.noisy = [noise for noise in self.noises if noise > 0]
-        self.arms = [*(a for a in LABELS if self._has(a)), *(a for a in GRID if self._has(a))]
-        self.arms = list(dict.fromkeys(self.arms))
+        there = self.runs.by("arm")
+        self.arms = [arm for arm in dict.fromkeys([*LABELS, *GRID]) if arm in there]
 
-    def _has(self, arm: str) -> bool:
-        return any(arm == name for name, _ in self.runs)
-
-    def values(self, arm: str, noise: float, key: str = "accuracy") -> Values:
+    def values(self, arm: str, noise: float, key: str = "accuracy") -> dict[int, float]:
         """One figure of an arm by seed; what was not measured is left out."""
-        found = self.runs.get((arm, noise), {})
-        return {seed: r[key] for seed, r in found.items() if r[key] is not None}
+        found = self.runs.where(arm=arm, noise=noise).by_seed(key)
+        return {seed: value for seed, value in found.items() if value is not None}
 
-    def averaged(self, arm: str, key: str) -> Values:
-        """The mean over the noisy levels, by seed."""
-        return _mean([self.values(arm, noise, key) for noise in self.noisy])
+    def averaged(self, arm: str, key: str, noises: Sequence[float] = ()) -> dict[int, float]:
+        """The mean over some levels, by default the noisy ones, by seed."""
+        return across([self.values(arm, n, key) for n in noises or self.noisy], fmean)
 
-    def gained(self, a: str, b: str, key: str = "accuracy") -> Interval:
-        """What one arm has more than another, averaged over the noisy levels."""
-        return difference(self.averaged(a, key), self.averaged(b, key))
+    def gained(self, a: str, b: str, *noises: float, key: str = "accuracy") -> Interval:
+        """What one arm has more than another, averaged over levels."""
+        return difference(self.averaged(a, key, noises), self.averaged(b, key, noises))
 
     def best(self, noise: float) -> str:
         """The AdamW of the grid with the best final test accuracy on average."""
-        grid = [arm for arm in GRID if (arm, noise) in self.runs]
-        return max(grid, key=lambda arm: t_interval([*self.values(arm, noise).values()]).mean)
+        grid = [arm for arm in GRID if self.values(arm, noise)]
+        return max(grid, key=lambda arm: fmean(self.values(arm, noise).values()))
 
 
-def _mean(levels: list[Values]) -> Values:
-    return {s: sum(v[s] for v in levels) / len(levels) for s in levels[0]} if levels else {}
-
-
-def judge(done: Sequence[Done]) -> Findings:
+def judge(results: Results) -> Report:
     """More accurate than AdamW at the same settings, less memorized, nothing lost without noise."""
-    levels = Levels(done)
-    lead = {n: difference(levels.values(OURS, n), levels.values(SAME, n)) for n in levels.noises}
-    decided = list[Criterion]()
-    for noise in levels.noisy:
-        kept = (levels.values(arm, noise, "memorized") for arm in (OURS, SAME))
+    levels = Levels(results)
+    gain, decided = partial(at_least, percent=True), list[Criterion]()
+    for n in levels.noisy:
+        kept = levels.gained(OURS, SAME, n, key="memorized")
         decided += [
-            at_least(f"{noise:.0%} wrong labels: accuracy gained on AdamW at equal settings",
-                     lead[noise], 0.0, percent=True),
-            at_most(f"{noise:.0%} wrong labels: share of them memorized, minus AdamW's",
-                    difference(*kept), 0.0, percent=True),
+            gain(f"{n:.0%} wrong labels: accuracy gained on AdamW at equal settings",
+                 levels.gained(OURS, SAME, n), 0.0),
+            at_most(f"{n:.0%} wrong labels: share of them memorized, minus AdamW's",
+                    kept, 0.0, percent=True),
         ]  # fmt: skip
     allowed = "right labels: accuracy gained on AdamW, a loss of one point allowed"
-    decided += [at_least(allowed, lead[n], -COST, percent=True) for n in levels.noises if n == 0]
+    clean = [n for n in levels.noises if n == 0]
+    decided += [gain(allowed, levels.gained(OURS, SAME, n), -COST) for n in clean]
     decided += [
-        at_least("Algorithm 1 to the letter, soft mask: accuracy gained on AdamW, mean of levels",
-                 levels.gained(PAPER, SAME), 0.0, percent=True),
+        gain("Algorithm 1 to the letter, soft mask: accuracy gained on AdamW, mean of levels",
+             levels.gained(PAPER, SAME), 0.0),
         at_most("Algorithm 1: share of wrong labels memorized, minus AdamW's",
-                levels.gained(PAPER, SAME, "memorized"), 0.0, percent=True),
+                levels.gained(PAPER, SAME, key="memorized"), 0.0, percent=True),
     ]  # fmt: skip
+    best = {n: levels.best(n) for n in levels.noises}
     beside = [
-        at_least(f"{n:.0%} wrong labels: gained on the best AdamW of the grid, picked by the test "
-                 "set", difference(levels.values(OURS, n), levels.values(levels.best(n), n)), 0.0,
-                 percent=True)
-        for n in levels.noises
+        *(gain(f"{n:.0%} wrong labels: gained on the best AdamW of the grid, picked by the test "
+               "set", levels.gained(OURS, best[n], n), 0.0) for n in levels.noises),
+        gain("gained on AdamW at the same update sizes, mean over noise levels",
+             levels.gained(OURS, MATCHED), 0.0),
+        gain("gained on a shuffled mask, mean over noise levels",
+             levels.gained(OURS, SHUFFLED), 0.0),
     ]  # fmt: skip
-    rivals = {MATCHED: "AdamW at the same update sizes", SHUFFLED: "a shuffled mask"}
-    beside += [
-        at_least(f"gained on {name}, mean over noise levels", levels.gained(OURS, arm), 0.0,
-                 percent=True)
-        for arm, name in rivals.items()
-    ]  # fmt: skip
-    edges = [n for n in levels.noises if levels.best(n) in (*GRID[:2], *GRID[-2:])]
     notes = [
         f"With {n:.0%} wrong labels the best AdamW lies at the edge of the grid "
-        f"({_label(levels.best(n))}): a wider one may hold a better one."
-        for n in edges
+        f"({_label(best[n])}): a wider one may hold a better one."
+        for n in levels.noises
+        if best[n] in (*GRID[:2], *GRID[-2:])
     ]
-    return Findings([*decided, *controls(*beside)], _table(levels), notes)
-
-
-FIGURES = {"accuracy": "accuracy", "best epoch": "best", "memorized": "memorized"}
+    return Report([*decided, *controls(*beside)], _table(levels), notes)
 
 
 def _table(levels: Levels) -> Table:
     """Final accuracy and share of the wrong labels memorized, by arm and noise level."""
-    columns: dict[str, Callable[[str], Interval]] = {
-        f"{noise:.0%} wrong: {name}": lambda arm, n=noise, key=key: t_interval(
-            levels.values(arm, n, key).values()
-        )
+
+    def at(noise: float, key: str) -> Callable[[TrialResult], float | None]:
+        return lambda d: d.metrics[key] if d.settings["noise"] == noise else None
+
+    columns = {
+        f"{noise:.0%} wrong: {name}": at(noise, key)
         for noise in levels.noises
         for name, key in FIGURES.items()
         if noise or key != "memorized"
     }
-    rows = [
-        [_label(arm), *(written(found(arm), percent=True) for found in columns.values())]
-        for arm in levels.arms
-    ]
-    return Table(["arm", *columns], rows, "The best epoch is picked by the test set.")
+    groups = {_label(arm): levels.runs.where(arm=arm) for arm in levels.arms}
+    about = "The best epoch is picked by the test set."
+    return tabulate("arm", groups, columns, percent=columns, about=about)
 
 
 def _label(arm: str) -> str:
@@ -201,19 +181,9 @@ def _label(arm: str) -> str:
     return f"AdamW, lr {lr}, decay {decay}"
 
 
-COLOURS = {
-    OURS: ("poprisk", "solid"),
-    PAPER: ("paper", "solid"),
-    SAME: ("adamw", "solid"),
-    "best": ("adamw", "dash"),
-    MATCHED: ("rms-matched", "solid"),
-    SHUFFLED: ("shuffled", "solid"),
-}
-
-
-def show(done: Sequence[Done]) -> list[Plot | Picture]:
+def show(results: Results) -> Plots:
     """Accuracy and memorization by noise level, and along the runs at one level."""
-    levels = Levels(done)
+    levels = Levels(results)
     at = min(levels.noisy, key=lambda noise: abs(noise - 0.4))
     return [
         Plot("Final accuracy", "share of wrong labels", "test accuracy",
@@ -233,25 +203,22 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
 
 def _by_noise(levels: Levels, key: str, noises: Sequence[float]) -> list[Line]:
     found = []
-    for arm, (colour, dash) in COLOURS.items():
-        label = "AdamW, best of the grid" if arm == "best" else LABELS[arm]
-        arms = [levels.best(noise) if arm == "best" else arm for noise in noises]
+    for arm, colour in COLOURS.items():
+        label = "AdamW, best of the grid" if arm == BEST else LABELS[arm]
+        dash = "dash" if arm == BEST else "solid"
+        arms = [levels.best(noise) if arm == BEST else arm for noise in noises]
         columns = [levels.values(a, noise, key) for a, noise in zip(arms, noises, strict=True)]
-        seeds = sorted(set.intersection(*map(set, columns))) if columns else []
-        if seeds:
-            rows = [[column[seed] for column in columns] for seed in seeds]
-            found.append(seeds_line(label, list(noises), rows, colour, dash=dash))
+        if rows := across(columns, list):
+            found.append(seeds_line(label, list(noises), [*rows.values()], colour, dash=dash))
     return found
 
 
 def _along(levels: Levels, key: str, noise: float) -> list[Line]:
-    found = []
-    for arm, (colour, dash) in COLOURS.items():
-        runs = [r["curves"] for r in levels.runs.get((arm, noise), {}).values()]
-        if runs:
-            rows = [curves[key] for curves in runs]
-            found.append(seeds_line(LABELS[arm], runs[0]["epochs"], rows, colour, dash=dash))
-    return found
+    return [
+        metric_line(LABELS[arm], runs, ("curves", "epochs"), ("curves", key), colour)
+        for arm, colour in COLOURS.items()
+        if (runs := levels.runs.where(arm=arm, noise=noise))
+    ]
 
 
 CLAIM = Claim(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from poprisk_lab.store import replace_text
-from poprisk_lab.studies.claim import Claim, Done, Findings
+from poprisk_lab.studies.claim import Claim, Report, Results, TrialResult
 from poprisk_lab.studies.criteria import verdict
-from poprisk_lab.studies.run import Progress
+from poprisk_lab.studies.run import ClaimProgress
 
 FOLDER = Path(__file__).parents[3] / "records"
 
@@ -20,34 +20,34 @@ class Judged(NamedTuple):
     Attributes:
         claim: which.
         progress: the trials.
-        findings: what they come to; None as long as there are too few to judge.
-        verdict: reproduced, partly, not, or undecided; without findings, that it was not run.
+        report: what they come to; None as long as there are too few to judge.
+        verdict: reproduced, partly, not, or undecided; without report, that it was not run.
     """
 
     claim: Claim
-    progress: Progress
-    findings: Findings | None
+    progress: ClaimProgress
+    report: Report | None
     verdict: str
 
 
-def judged(claim: Claim, progress: Progress) -> Judged:
+def judged(claim: Claim, progress: ClaimProgress) -> Judged:
     """Judge a claim by its finished trials; only once none is left."""
     if not progress.done:
         return Judged(claim, progress, None, "not run yet")
     if progress.left:
         return Judged(claim, progress, None, "not run to the end")
-    findings = claim.judge(progress.done)
-    return Judged(claim, progress, findings, verdict(findings.criteria))
+    report = claim.judge(progress.done)
+    return Judged(claim, progress, report, verdict(report.criteria))
 
 
-def load_record(claim: Claim, folder: Path = FOLDER) -> Progress | None:
+def load_record(claim: Claim, folder: Path = FOLDER) -> ClaimProgress | None:
     """The results on record for a claim; None if there are none."""
     path = folder / f"{claim.name}.json"
     if not path.exists():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return Progress(
-        done=[Done(row["settings"], row["found"]) for row in content["trials"]],
+    return ClaimProgress(
+        done=Results(TrialResult(row["settings"], row["found"]) for row in content["trials"]),
         left=[],
         missing=content["missing"],
         quick=content["quick"],
@@ -58,11 +58,11 @@ def load_record(claim: Claim, folder: Path = FOLDER) -> Progress | None:
 
 def on_record(claim: Claim, folder: Path = FOLDER) -> Judged:
     """The results on record for a claim, judged; "not run yet" if there are none."""
-    nothing = Progress([], claim.trials(False), {}, False, {}, 0.0)
+    nothing = ClaimProgress(Results(), claim.trials(False), {}, False, {}, 0.0)
     return judged(claim, load_record(claim, folder) or nothing)
 
 
-def save_record(claim: Claim, progress: Progress, folder: Path = FOLDER) -> None:
+def save_record(claim: Claim, progress: ClaimProgress, folder: Path = FOLDER) -> None:
     """Put a finished full run on record.
 
     Raises:
@@ -78,7 +78,7 @@ def save_record(claim: Claim, progress: Progress, folder: Path = FOLDER) -> None
         "missing": progress.missing,
         "environment": progress.environment,
     }
-    rows = [json.dumps({"settings": d.settings, "found": d.found}) for d in progress.done]
+    rows = [json.dumps({"settings": d.settings, "found": d.metrics}) for d in progress.done]
     trials = ",\n".join(rows)  # a line a trial
     text = json.dumps(head, indent=1)[:-2] + f',\n "trials": [\n{trials}\n]\n}}\n'
     replace_text(folder / f"{claim.name}.json", text)

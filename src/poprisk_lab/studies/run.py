@@ -8,10 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
+from poprisk_lab.results import Results, TrialResult
 from poprisk_lab.runner import environment, run_trials
-from poprisk_lab.store import FORMAT, Kind, Row, Store
+from poprisk_lab.store import FORMAT, Kind, Row, Store, end_of
 from poprisk_lab.studies.claim import Claim
-from poprisk_lab.study import Done, Study, Trial, end_of, missing_packages
+from poprisk_lab.study import Study, Trial, missing_packages
 
 OnTrial = Callable[[str, int, int], None]
 """Told of a finished trial: its name, how many are done, of how many."""
@@ -24,7 +25,7 @@ def _is_row(row: Row) -> bool:
 KIND = Kind(frozenset({"claim", "quick", "trials"}), _is_row)
 
 
-class Progress(NamedTuple):
+class ClaimProgress(NamedTuple):
     """What a directory holds.
 
     Attributes:
@@ -36,7 +37,7 @@ class Progress(NamedTuple):
         seconds: that the trials took, added up.
     """
 
-    done: list[Done]
+    done: Results
     left: list[Trial]
     missing: dict[str, int]
     quick: bool
@@ -68,7 +69,7 @@ class ClaimDirectory:
         }
         self.store.create(config, environment(workers))
 
-    def read(self) -> Progress:
+    def read(self) -> ClaimProgress:
         """What is there.
 
         Raises:
@@ -79,8 +80,10 @@ class ClaimDirectory:
         rows, gone = self.store.rows(t.name for t in trials), missing_packages(trials)
         ends = {name: end for name, found in rows.items() if (end := end_of(found)) is not None}
         blocked = [t for t in trials if gone & set(t.needs) and t.name not in ends]
-        return Progress(
-            done=[Done(t.settings, ends[t.name]["found"]) for t in trials if t.name in ends],
+        return ClaimProgress(
+            done=Results(
+                TrialResult(t.settings, ends[t.name]["found"]) for t in trials if t.name in ends
+            ),
             left=[t for t in trials if t.name not in ends and t not in blocked],
             missing={n: sum(n in t.needs for t in blocked) for n in sorted(gone)},
             quick=config["quick"],

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
 
 SPEED = 5.0
+DOMAIN = (2 * math.pi, 1.0)
 POINTS = 100
 GRID = 32
+BATCH = 32
 
 
 class Convection(NamedTuple):
@@ -86,6 +88,12 @@ class PeriodicMLP(nn.Module):
         return last(h).squeeze(1)
 
 
+def network(seed: int) -> PeriodicMLP:
+    """A network at the start that the seed decides."""
+    torch.manual_seed(seed)
+    return PeriodicMLP()
+
+
 def values_and_residuals(
     models: Sequence[PeriodicMLP], initial: Tensor, inside: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -116,6 +124,36 @@ def values_and_residuals(
     return h[:, :n, 0], dh[:, :, 0]
 
 
+def batches(seeds: Sequence[int], n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of measurements and fresh points of the domain, each seed with its own.
+
+    Yields:
+        Indices (k, 32) of measurements, every one once an epoch but for a rest of n mod 32, and
+        points (k, 32, 2) inside the domain.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    size = torch.tensor(DOMAIN)
+    while True:
+        orders = torch.stack([torch.randperm(n, generator=g) for g in generators])
+        for i in range(n // BATCH):
+            points = torch.stack([torch.rand(BATCH, 2, generator=g) for g in generators])
+            yield orders[:, i * BATCH : (i + 1) * BATCH], points * size
+
+
+def physics_loss(models: Sequence[PeriodicMLP], x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
+    """Mean squared misfit at t = 0 plus mean squared residual inside, summed over networks.
+
+    Args:
+        models: k of them.
+        x: (k, b) places of measurements.
+        y: (k, b) what was measured.
+        inside: (k, b, 2) points of the domain.
+    """
+    initial = torch.stack([x, torch.zeros_like(x)], 2)
+    values, residuals = values_and_residuals(models, initial, inside)
+    return (values - y).square().mean(1).sum() + residuals.square().mean(1).sum()
+
+
 def periodic(points: Tensor) -> Tensor:
     """The inputs (cos x, sin x, 2t - 1) of ``points`` (..., 2)."""
     x, t = points.unbind(-1)
@@ -131,3 +169,11 @@ def periodic_tangent(points: Tensor) -> Tensor:
 def relative_error(values: Tensor, solution: Tensor) -> float:
     """Relative ℓ₂ error of ``values`` (m,)."""
     return float((values - solution).norm() / solution.norm())
+
+
+def relative_errors(models: Sequence[PeriodicMLP], data: Convection) -> list[float]:
+    """Relative ℓ₂ error of each network on the grid."""
+    grid = data.grid.expand(len(models), -1, -1)
+    with torch.no_grad():
+        values, _ = values_and_residuals(models, grid, grid[:, :0])
+    return [relative_error(v, data.solution) for v in values]

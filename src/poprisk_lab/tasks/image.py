@@ -139,3 +139,21 @@ def image(
         batch_size=len(where) // 8,
         description=f"{network} on a noisy photograph of {size}×{size} pixels",
     )
+
+
+def psnr(outputs: Tensor, clean: Tensor) -> float:
+    r"""Peak signal-to-noise ratio :math:`-10 \log_{10}` of the mean squared error, in dB.
+
+    The peak is 1; both of one shape.
+
+    Example:
+        >>> psnr(torch.full((4,), 0.1), torch.zeros(4))
+        20.0
+    """
+    return round(-10 * math.log10(float((outputs - clean).double().square().mean())), 6)
+
+
+def square(values: Tensor) -> Tensor:
+    """Grey values (size², 1) as a picture (size, size) of bytes."""
+    size = math.isqrt(len(values))
+    return (values.reshape(size, size).clamp(0, 1) * 255).round().to(torch.uint8)

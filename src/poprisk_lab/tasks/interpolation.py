@@ -25,6 +25,15 @@ def long_tail(examples: int, tail: int, generator: torch.Generator) -> Tensor:
     return x
 
 
+def inputs_of(
+    examples: int, generator: torch.Generator, *, tail: int = 0, isotropic: int = 0
+) -> Tensor:
+    """A :func:`long_tail`, or standard normal inputs of so many dimensions, (examples, ...)."""
+    if tail:
+        return long_tail(examples, tail, generator)
+    return torch.randn(examples, isotropic, generator=generator, dtype=torch.float64)
+
+
 def random_relu(x: Tensor, features: int, generator: torch.Generator) -> Tensor:
     r"""ReLU features :math:`\max(0, V x)/\sqrt p` with standard normal V/√d, (n, d) to (n, p)."""
     d = x.shape[1]

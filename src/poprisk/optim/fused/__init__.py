@@ -26,10 +26,10 @@ MASK_NAMES = {mask: name for name, mask in MASKS_.items()}
 
 
 def fused_adamw_(
-    slots: TensorLists,
+    lists: TensorLists,
     *,
     settings: AdamSettings,
-    clock: StepCounts,
+    counts: StepCounts,
     estimator: VarianceEstimator | None,
     gate: Gate | None,
     maximize: bool,
@@ -37,10 +37,10 @@ def fused_adamw_(
     """Update in place as :func:`poprisk.optim.update.gated_adamw_` does, as far as the kernel can.
 
     Args:
-        slots: as for ``gated_adamw_``, but parameters and gradients may have 16 bits, all may be
+        lists: as for ``gated_adamw_``, but parameters and gradients may have 16 bits, all may be
             complex, and gradients are not negated yet.
         settings: what AdamW needs.
-        clock: counters.
+        counts: counters.
         estimator: of the variance; None: not gated.
         gate: None: this step is not gated.
         maximize: ascend.
@@ -50,19 +50,19 @@ def fused_adamw_(
     """
     kernel = library()
     if kernel is None:
-        return [*range(len(slots.params))]
-    slots, left = _fitting(slots)
-    if not slots.params:
+        return [*range(len(lists.params))]
+    lists, left = _fitting(lists)
+    if not lists.params:
         return left
-    numbers = {**_adam_numbers(settings, clock), "sign": -1.0 if maximize else 1.0}
-    numbers |= _variance_numbers(clock, estimator)
-    launch = _Launch(kernel, slots, numbers)
+    numbers = {**_adam_numbers(settings, counts), "sign": -1.0 if maximize else 1.0}
+    numbers |= _variance_numbers(counts, estimator)
+    launch = _Launch(kernel, lists, numbers)
     if gate is None or estimator is None:
         launch("whole")
     elif gate.per_tensor:
-        _two_passes(launch, slots, clock, estimator, gate)
+        _two_passes(launch, lists, counts, estimator, gate)
     else:
-        launch("whole", **_mask_numbers(gate, clock, estimator, state_dtype(slots.params[0])))
+        launch("whole", **_mask_numbers(gate, counts, estimator, state_dtype(lists.params[0])))
     return left
 
 
@@ -87,76 +87,80 @@ def _within(kernel: ctypes.CDLL, grads: TensorList) -> bool:
 class _Launch:
     """Calls of the kernel on the same tensors."""
 
-    def __init__(self, kernel: ctypes.CDLL, slots: TensorLists, numbers: dict[str, float]) -> None:
+    def __init__(self, kernel: ctypes.CDLL, lists: TensorLists, numbers: dict[str, float]) -> None:
         self.kernel = kernel
-        self.columns = [native.addresses(column) for column in slots]
-        self.numels = native.sizes(slots.params)
+        self.columns = [native.addresses(column) for column in lists]
+        self.numels = native.sizes(lists.params)
         threads = native.thread_count(sum(self.numels))
-        if len(set(self.columns[0])) < len(slots.params):
+        if len(set(self.columns[0])) < len(lists.params):
             threads = 1  # two parameters share memory
         pointers = dict(zip(native.POINTERS, map(native.start, self.columns), strict=False))
         self.fields: dict[str, Any] = {
             **pointers,
             **numbers,
-            "variances": native.start(self.columns[4]) if slots.variances else None,
+            "variances": native.start(self.columns[4]) if lists.variances else None,
             "numels": native.start(self.numels),
-            "tensors": len(slots.params),
-            "param_dtype": _code(slots.params[0]),
-            "grad_dtype": _code(slots.grads[0]),
+            "tensors": len(lists.params),
+            "param_dtype": _code(lists.params[0]),
+            "grad_dtype": _code(lists.grads[0]),
             "threads": threads,
         }
 
     def __call__(self, phase: str, **changes: Any) -> None:
-        task = native.Task(**self.fields, phase=native.PHASES[phase], **changes)
+        task = native.KernelTask(**self.fields, phase=native.PHASES[phase], **changes)
         self.kernel.poprisk_update(ctypes.addressof(task))
 
 
 def _two_passes(
-    launch: _Launch, slots: TensorLists, clock: StepCounts, estimator: VarianceEstimator, gate: Gate
+    launch: _Launch,
+    lists: TensorLists,
+    counts: StepCounts,
+    estimator: VarianceEstimator,
+    gate: Gate,
 ) -> None:
     """Moments and their sums first; then one mask per tensor, and the weights."""
     numels = launch.numels
     sums = array.array("d", bytes(16 * len(numels) * launch.fields["threads"]))
     launch("moments", sums=native.start(sums))
     totals = torch.tensor(native.pooled_sums(sums, numels), dtype=torch.float64).T.contiguous()
-    means = gate.averages(totals, numels, state_dtype(slots.params[0]).to_real())
-    q = gate.on_squares(*means, mean_scale=clock.mean_scale, var_scale=estimator.scale(clock))
+    means = gate.averages(totals, numels, state_dtype(lists.params[0]).to_real())
+    q = gate.on_squares(*means, mean_scale=counts.mean_scale, var_scale=estimator.scale(counts))
     gates = array.array("d", [x.item() for x in q])
     launch("weights", gates=native.start(gates))
 
 
-def _fitting(slots: TensorLists) -> tuple[TensorLists, list[int]]:
+def _fitting(lists: TensorLists) -> tuple[TensorLists, list[int]]:
     """The tensors that the kernel can take, gradients laid out like them, and the others' indices.
 
     Parameter and state must be dense and laid out alike.
     """
-    every = range(len(slots.params))
-    if slots.params[0].device.type != "cpu":
-        return slots.subset([]), [*every]
-    if all(_all_contiguous(column) for column in slots) and _state_fits(slots):
+    every = range(len(lists.params))
+    if lists.params[0].device.type != "cpu":
+        return lists.subset([]), [*every]
+    if all(_all_contiguous(column) for column in lists) and _state_fits(lists):
         taken = [*every]
     else:
-        taken = [i for i in every if _alike(*(column[i] for column in slots if column))]
+        taken = [i for i in every if _alike(*(column[i] for column in lists if column))]
     left = sorted({*every} - {*taken})
     if left:
-        slots = slots.subset(taken)
-    if not (_all_contiguous(slots.grads) and _all_contiguous(slots.params)):
-        pairs = zip(slots.grads, slots.params, strict=True)
-        slots = slots._replace(grads=[_laid_out(g, w) for g, w in pairs])
-    return slots, left
+        lists = lists.subset(taken)
+    if not (_all_contiguous(lists.grads) and _all_contiguous(lists.params)):
+        pairs = zip(lists.grads, lists.params, strict=True)
+        lists = lists._replace(grads=[_laid_out(g, w) for g, w in pairs])
+    return lists, left
 
 
 def _all_contiguous(tensors: TensorList) -> bool:
     return all(map(Tensor.is_contiguous, tensors))
 
 
-def _state_fits(slots: TensorLists) -> bool:
+def _state_fits(lists: TensorLists) -> bool:
     """Whether the state is of the dtype and size that the kernel takes it for."""
-    needed = state_dtype(slots.params[0])
+    needed = state_dtype(lists.params[0])
     return all(
         x.dtype == needed and x.shape == w.shape
-        for column in slots[2:]
-        for x, w in zip(column, slots.params, strict=False)
+        for column in lists[2:]
+        for x, w in zip(column, lists.params, strict=False)
     )
 
 
@@ -187,50 +191,50 @@ def _code(t: Tensor) -> int:
     return native.DTYPES[t.dtype.to_real()]
 
 
-def _adam_numbers(settings: AdamSettings, clock: StepCounts) -> dict[str, float]:
+def _adam_numbers(settings: AdamSettings, counts: StepCounts) -> dict[str, float]:
     lr = float(settings.lr)
     return {
         "decay": 1 - lr * settings.weight_decay,
         "beta1_weight": 1 - settings.beta1,
         "beta2": settings.beta2,
         "beta2_weight": 1 - settings.beta2,
-        "v_correction": (1 - clock.beta2**clock.t) ** 0.5,
+        "v_correction": (1 - counts.beta2**counts.t) ** 0.5,
         "eps": settings.eps,
-        "rate": lr / (1 - clock.beta1**clock.t),
+        "rate": lr / (1 - counts.beta1**counts.t),
     }
 
 
-def _variance_numbers(clock: StepCounts, estimator: VarianceEstimator | None) -> dict[str, float]:
+def _variance_numbers(counts: StepCounts, estimator: VarianceEstimator | None) -> dict[str, float]:
     """What the kernel observes, and how it reads the variance."""
-    if isinstance(estimator, Ema) and clock.observations > 0:
+    if isinstance(estimator, Ema) and counts.observations > 0:
         return {
             "estimator": native.ESTIMATORS["ema"],
-            "centre": estimator.centre(clock),
+            "centre": estimator.centre(counts),
             "rho_weight": 1 - estimator.rho,
         }
     if isinstance(estimator, SecondMoment):
         return {
             "estimator": native.ESTIMATORS["second-moment"],
-            "v_scale": 1 / (1 - clock.beta2**clock.t),
-            "m_scale_sq": clock.mean_scale**2,
+            "v_scale": 1 / (1 - counts.beta2**counts.t),
+            "m_scale_sq": counts.mean_scale**2,
         }
     given = estimator is not None and not isinstance(estimator, Ema)
     return {"estimator": native.ESTIMATORS["given" if given else "unobserved"]}
 
 
 def _mask_numbers(
-    gate: Gate, clock: StepCounts, estimator: VarianceEstimator, dtype: torch.dtype
+    gate: Gate, counts: StepCounts, estimator: VarianceEstimator, dtype: torch.dtype
 ) -> dict[str, float]:
     """The coefficients of the mask on raw moments, in the order of operations of the masks."""
     name, info = MASK_NAMES[gate.mask], torch.finfo(dtype)
-    var_scale = estimator.scale(clock) / clock.mean_scale**2
+    var_scale = estimator.scale(counts) / counts.mean_scale**2
     alpha = gate.alpha * var_scale * (1 + 8 * info.eps if name == "hard" else 1.0)
     weight = gate.softness * (gate.alpha if name == "snr" else 1.0) * var_scale
     return {
         "mask": native.MASKS[name],
         "alpha": alpha,
         "weight": weight,
-        "mask_eps": gate.eps / clock.mean_scale**2,
+        "mask_eps": gate.eps / counts.mean_scale**2,
         "tiny": info.tiny,
         "q_min": gate.q_min,
     }

@@ -27,8 +27,8 @@ NUMBERS = (
 ).split()
 
 
-class Task(ctypes.Structure):
-    """The structure of the same name in ``kernel.cpp``, whose comments say what is what."""
+class KernelTask(ctypes.Structure):
+    """The structure ``Task`` of ``kernel.cpp``, whose comments say what is what."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from poprisk.intervals import Interval, t_interval
-from poprisk_lab.plots import Line, Picture, Plot, Table, points, written
-from poprisk_lab.studies.claim import Claim, Done, Findings, Found, Workspace, steps_of, where
-from poprisk_lab.studies.criteria import (
-    Criterion,
-    Steps,
-    at_least,
-    controls,
-    difference,
-    speed_up,
-    steps_table,
-    survival_line,
-)
+from poprisk.intervals import Interval
+from poprisk_lab.plots import Line, Plot, Table, points
+from poprisk_lab.results import TrialResult
+from poprisk_lab.studies import criteria
+from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Workspace
+from poprisk_lab.studies.criteria import Criterion, Steps, at_least, controls
 from poprisk_lab.studies.grokking import channel, forces, runs
 from poprisk_lab.studies.grokking.arms import CHANGES, FORCES, LABELS, trials
 from poprisk_lab.studies.grokking.forces import COLUMNS
@@ -37,29 +30,28 @@ COLOURS = {
 }
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """One run, alone, with its kernels, or with its forces."""
     kinds = {"run": runs.run, "channel": channel.run, "forces": forces.run}
     return kinds[settings["kind"]](settings, workspace)
 
 
-def judge(done: Sequence[Done]) -> Findings:
+def judge(results: Results) -> Report:
     """Five times fewer steps than AdamW; the target in the channel no later than it is learned."""
 
-    def faster(name: str, slow: str, fast: str = "ours") -> Criterion:
-        found = speed_up(steps_of(done, name=slow), steps_of(done, name=fast))
-        return at_least(f"times fewer steps than {name}", found, 1.0)
+    def faster(name: str, slow: str, fast: str = "ours", claimed: float | None = None) -> Criterion:
+        found = criteria.speed_up(steps_of(results, slow), steps_of(results, fast))
+        return at_least(f"times fewer steps than {name}", found, 1.0)._replace(claimed=claimed)
 
     same = "AdamW at the same settings"
     decided = [
-        faster(f"{same}, full batch", "adamw-same")._replace(claimed=PAPER),
-        faster(f"{same}, Algorithm 1 to the letter (snr)", "adamw-same", "letter-snr")._replace(
-            claimed=PAPER),
+        faster(f"{same}, full batch", "adamw-same", claimed=PAPER),
+        faster(f"{same}, Algorithm 1 to the letter (snr)", "adamw-same", "letter-snr", PAPER),
         at_least("measurements by which the target's energy enters the channel before the test "
-                 "accuracy rises", channel_lead(done), 0.0),
+                 "accuracy rises", channel_lead(results), 0.0),
     ]  # fmt: skip
     beside = [
-        faster(f"{same}, batches of 512", "adamw-512", "ours-512")._replace(claimed=PAPER),
+        faster(f"{same}, batches of 512", "adamw-512", "ours-512", PAPER),
         faster("AdamW, both tuned on another seed", "adamw-tuned", "ours-tuned"),
         faster("Grokfast, both tuned on another seed", "grokfast-tuned", "ours-tuned"),
         *(
@@ -67,60 +59,55 @@ def judge(done: Sequence[Done]) -> Findings:
             for name in ("grokfast", "orthograd", "rms-matched", "shuffled")
         ),
     ]
-    return Findings([*decided, *controls(*beside)], table(done))
+    return Report([*decided, *controls(*beside)], table(results))
 
 
-def channel_lead(done: Sequence[Done]) -> Interval:
+def steps_of(results: Results, name: str) -> Steps:
+    """When the runs of this name reached their goal."""
+    return Steps.of(results.where(name=name))
+
+
+def channel_lead(results: Results) -> Interval:
     """Measurements from the half-rise of the channel's energy to half of the test set right.
 
     The energy is that of the training targets in the kernel of the training set. Seeds on which
     either never comes are left out.
     """
-    found = where(done, kind="channel")
-    network = {d.settings["seed"]: d.found["network"] for d in found}
-    entered = {d.settings["seed"]: d.found["channel"] for d in found}
-    every = {d.settings["seed"]: d.settings["every"] for d in found}
-    known = [s for s in network if network[s] is not None and entered[s] is not None]
-    return difference(
-        {s: network[s] / every[s] for s in known}, {s: entered[s] / every[s] for s in known}
+    found = [d for d in results.where(kind="channel") if None not in _moments(d)]
+    network, entered = (
+        {d.settings["seed"]: _moments(d)[i] / d.settings["every"] for d in found} for i in (0, 1)
     )
+    return criteria.difference(network, entered)
 
 
-def table(done: Sequence[Done]) -> Table:
+def _moments(trial: TrialResult) -> tuple[Any, Any]:
+    return trial.metrics["network"], trial.metrics["channel"]
+
+
+def table(results: Results) -> Table:
     """When each arm got there, each point of a grid, and each run with one setting changed."""
-    names = dict.fromkeys(d.settings["name"] for d in done if d.settings["kind"] == "run")
-    found = {_label(name): where(done, name=name) for name in names}
-    keys = {_label(name): name for name in names}
+    found = results.where(kind="run").by("name")
+    keys = {_label(name): name for name in found}
 
-    def against(label: str) -> Steps | None:
+    def against(label: str) -> Results | None:
         """AdamW at the same batch size, or tuned as well."""
         name = keys[label]
         tail = next((t for t in ("tuned", "512") if name.endswith(t)), "same")
         rival = f"adamw-{tail}"
-        return None if name == rival or name not in LABELS else steps_of(done, name=rival)
+        return None if name == rival or name not in LABELS else results.where(name=rival)
 
-    def mean(figure: Callable[[Done], float | None]) -> Callable[[str], str]:
-        def cell(label: str) -> str:
-            values = [v for d in found[label] if (v := figure(d)) is not None]
-            return written(t_interval(values)) if values else ""
-
-        return cell
-
-    return steps_table(
+    return criteria.steps_table(
         "arm",
-        {label: steps_of(done, name=name) for label, name in keys.items()},
+        {label: found[name] for label, name in keys.items()},
         against,
-        more={
-            "lr": lambda label: f"{found[label][0].settings['lr']:g}",
-            "decay": lambda label: f"{found[label][0].settings['weight_decay']:g}",
-            "steps × lr × decay": mean(_decay_times),
-            "steps to 99% training": mean(lambda d: d.found["memorized"]),
-            "best accuracy": mean(lambda d: d.found["best"]),
-            "accuracy at the end": mean(lambda d: d.found["curve"][-1][3]),
-            "loss spikes in 1,000 steps": mean(
-                lambda d: 1000 * d.found["jumps"] / max(d.found["steps"], 1)
-            ),
+        {
+            "steps × lr × decay": _decay_times,
+            "steps to 99% training": "memorized",
+            "best accuracy": "best",
+            "accuracy at the end": lambda d: d.metrics["curve"][-1][3],
+            "loss spikes in 1,000 steps": _spikes,
         },
+        settings={"lr": "lr", "decay": "weight_decay"},
         about="Steps to 95% held-out; runs that did not get there are censored, and ratios above "
         "are of the steps up to the least number after which one was stopped. The log-rank test is "
         "against AdamW at the same settings, or tuned as well. A spike: the training loss more "
@@ -128,10 +115,14 @@ def table(done: Sequence[Done]) -> Table:
     )
 
 
-def _decay_times(d: Done) -> float | None:
+def _decay_times(trial: TrialResult) -> float | None:
     """Steps in units of the time that weight decay takes."""
-    reached = d.found["reached"]
-    return None if reached is None else reached * d.settings["lr"] * d.settings["weight_decay"]
+    reached, settings = trial.metrics["reached"], trial.settings
+    return None if reached is None else reached * settings["lr"] * settings["weight_decay"]
+
+
+def _spikes(trial: TrialResult) -> float:
+    return 1000 * trial.metrics["jumps"] / max(trial.metrics["steps"], 1)
 
 
 def _label(name: str) -> str:
@@ -141,19 +132,19 @@ def _label(name: str) -> str:
     return f"{LABELS[change.arm]}: {change.label}"
 
 
-def show(done: Sequence[Done]) -> list[Plot | Picture]:
+def show(results: Results) -> Plots:
     """Accuracy over training, who got there when, the grids, forces, and the channel."""
     lines = list[Line]()
     for name, colour in COLOURS.items():
-        for d in where(done, name=name)[:SHOWN]:
-            x, y = [max(r[0], 1) for r in d.found["curve"]], [r[3] for r in d.found["curve"]]
+        for d in [*results.where(name=name)][:SHOWN]:
+            x, y = [max(r[0], 1) for r in d.metrics["curve"]], [r[3] for r in d.metrics["curve"]]
             lines.append(Line(LABELS[name] if d.settings["seed"] == 0 else "", x, y, colour))
     lines.sort(key=lambda line: not line.name)
     waiting = [
-        survival_line(LABELS[name], steps_of(done, name=name), colour)
+        criteria.survival_line(LABELS[name], steps_of(results, name), colour)
         for name, colour in COLOURS.items()
     ]
-    tried = [d for d in done if d.settings["name"].startswith(("grid-", "gate-grid-"))]
+    tried = [d for d in results if d.settings["name"].startswith(("grid-", "gate-grid-"))]
     adamw = [d for d in tried if d.settings["arm"] == "adamw"]
     gated = [d for d in tried if d.settings["arm"] != "adamw"]
     return [
@@ -165,40 +156,40 @@ def show(done: Sequence[Done]) -> list[Plot | Picture]:
              "Each point is a setting on the tuning seed; those that never got there are left out.",
              log_x=True, log_y=True),
         _forces_plot(
-            done, "straightness", "How straight the way is", "straightness",
+            results, "straightness", "How straight the way is", "straightness",
             "Length of the sum of all updates between two measurements, over the sum of their "
             "lengths: 1 if every update goes on where the last one went. Unrelated gradients would "
             "come to 0.28 over 250 steps and to 0.62 over the 50 of the tuned arms."),
         _forces_plot(
-            done, "edge", "How near to the edge of stability", "share of the edge",
+            results, "edge", "How near to the edge of stability", "share of the edge",
             "Largest curvature of the training loss in the optimizer's metric, mask included, over "
             "the largest that momentum can bear: above 1 a step on a quadratic would overshoot."),
-        _forces_plot(done, "loss", "Training loss", "loss",
+        _forces_plot(results, "loss", "Training loss", "loss",
                      "Of the same runs, at the same moments."),
-        *(_channel_plot(d) for d in where(done, kind="channel", seed=0)),
+        *(_channel_plot(d) for d in results.where(kind="channel", seed=0)),
     ]  # fmt: skip
 
 
-def _forces_plot(done: Sequence[Done], column: str, title: str, y: str, about: str) -> Plot:
+def _forces_plot(results: Results, column: str, title: str, y: str, about: str) -> Plot:
     """A column of the runs whose steps were taken apart."""
     at, lines = COLUMNS.index(column), list[Line]()
     for name in FORCES:
-        for d in where(done, name=f"forces-{name}"):
-            rows = [row for row in d.found["curve"] if row[at] and row[0]]
+        for d in results.where(name=f"forces-{name}"):
+            rows = [row for row in d.metrics["curve"] if row[at] and row[0]]
             x, values = [r[0] for r in rows], [row[at] for row in rows]
             lines.append(Line(LABELS[name], x, values, COLOURS[name]))
     return Plot(title, "step", y, lines, about, log_x=True, log_y=column != "straightness")
 
 
-def _pace(name: str, grid: Sequence[Done], colour: str) -> Line:
+def _pace(name: str, grid: Sequence[TrialResult], colour: str) -> Line:
     """Steps against learning rate × decay, a point a setting."""
     x = [d.settings["lr"] * d.settings["weight_decay"] for d in grid]
-    y = [math.nan if d.found["reached"] is None else float(d.found["reached"]) for d in grid]
+    y = [math.nan if d.metrics["reached"] is None else float(d.metrics["reached"]) for d in grid]
     return points(name, x, y, colour)
 
 
-def _channel_plot(d: Done) -> Plot:
-    steps, *columns = zip(*d.found["curve"], strict=True)
+def _channel_plot(d: TrialResult) -> Plot:
+    steps, *columns = zip(*d.metrics["curve"], strict=True)
     looks = {
         "training accuracy": ("other", "dot"),
         "test accuracy": ("adamw", "solid"),
@@ -210,7 +201,7 @@ def _channel_plot(d: Done) -> Plot:
         [Line(name, steps, column, *look)
          for column, (name, look) in zip(columns, looks.items(), strict=True)],
         f"The channel: the leading {d.settings['rank']} directions of the kernel at that moment; "
-        f"a random target would have {d.found['chance']:.0%} of its energy there.",
+        f"a random target would have {d.metrics['chance']:.0%} of its energy there.",
     )  # fmt: skip
 
 

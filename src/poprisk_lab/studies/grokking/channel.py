@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.grokking import runs
 
 PROBES = 6
@@ -79,7 +79,7 @@ def align(kernel: Tensor, n: int, y: Tensor, answers: Tensor, *, rank: int) -> A
     return Alignment(float(shares[-rank:].sum()), float(right))
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Train as :func:`runs.run` does, and align the kernel at each measurement.
 
     Returns a ``curve`` of (step, training accuracy, test accuracy, energy, kernel accuracy), and

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from poprisk.linalg import top_eigenpairs
 from poprisk.optim.step import StepContext, describe
-from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.grokking import runs
 
 COLUMNS = (
@@ -71,7 +71,7 @@ class Window:
         return [*means, straightness]
 
 
-def edge(model: nn.Module, optimizer: Optimizer, data: runs.Data, update: Tensor) -> float:
+def edge(model: nn.Module, optimizer: Optimizer, data: runs.SplitTable, update: Tensor) -> float:
     """How near the last step was to the edge of stability: 1 is at the edge.
 
     Args:
@@ -102,12 +102,12 @@ def _preconditioners(optimizer: Optimizer, weights: list[Tensor], update: Tensor
     updates = update.split([p.numel() for p in weights])
     rules, found = describe(optimizer), list[Tensor]()
     for p, moved in zip(weights, updates, strict=True):
-        rule = rules.rule(p, _last_facts(optimizer, p, moved.view_as(p)))
+        rule = rules.rule(p, _last_context(optimizer, p, moved.view_as(p)))
         found.append(torch.as_tensor(rule.precondition).expand_as(p))
     return found
 
 
-def _last_facts(optimizer: Optimizer, p: Tensor, update: Tensor) -> StepContext:
+def _last_context(optimizer: Optimizer, p: Tensor, update: Tensor) -> StepContext:
     """What a step rule of Adam's kind looks at, after a step of an optimizer with one group.
 
     The momentum is the one after the step, which these rules do not read.
@@ -124,7 +124,7 @@ def _last_facts(optimizer: Optimizer, p: Tensor, update: Tensor) -> StepContext:
     return StepContext(group, state, False, update, p.grad, weight, state["exp_avg"])
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Train as :func:`runs.run` does, and split each step.
 
     Returns a ``curve`` of :data:`COLUMNS`; the edge is None at the first row, and where

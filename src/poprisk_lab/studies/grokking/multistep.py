@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from poprisk.intervals import t_interval
-from poprisk_lab.plots import Line, Picture, Plot, written
-from poprisk_lab.studies.claim import (
-    Claim,
-    Done,
-    Findings,
-    Found,
-    Trial,
-    Workspace,
-    by_seed,
-    steps_of,
-    where,
+from poprisk_lab.plots import Line, Plot
+from poprisk_lab.results import TrialResult
+from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.criteria import (
+    Steps,
+    at_least,
+    controls,
+    difference,
+    speed_up,
+    steps_table,
 )
-from poprisk_lab.studies.criteria import at_least, controls, difference, speed_up, steps_table
 from poprisk_lab.studies.grokking import runs
 
 BASE: dict[str, Any] = {
@@ -63,58 +60,51 @@ def trials(quick: bool) -> list[Trial]:
     ]
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """One run."""
     return runs.run(settings, workspace)
 
 
-def judge(done: Sequence[Done]) -> Findings:
+def judge(results: Results) -> Report:
     """Whether the gate learns the two-step task as well as AdamW at the same settings."""
-    ours, adamw, letter = (by_seed(done, "best", name=n) for n in ("ours", "adamw", "letter-snr"))
-    chance = 1 / done[0].settings["p"]
+    arms = {name: results.where(name=name) for name in ARMS}
+    ours, adamw, letter = (some.by_seed("best") for some in arms.values())
+    ends = {name: {d.settings["seed"]: _end(d) for d in some} for name, some in arms.items()}
+    chance = 1 / results[0].settings["p"]
     decided = [
         at_least("best test accuracy, gate", t_interval(ours.values()), min(0.5, 3 * chance),
                  percent=True),
         at_least("test accuracy, gate minus AdamW", difference(ours, adamw), LEVEL, percent=True),
     ]  # fmt: skip
-    ends = [
-        {d.settings["seed"]: d.found["curve"][-1][3] for d in where(done, name=name)}
-        for name in ("ours", "adamw")
-    ]
-    faster = speed_up(steps_of(done, name="adamw"), steps_of(done, name="ours"))
     beside = [
         at_least("Algorithm 1 (snr) minus AdamW", difference(letter, adamw), LEVEL, percent=True),
-        at_least("test accuracy at the end, gate minus AdamW", difference(*ends), LEVEL,
-                 percent=True),
-        at_least("times fewer steps to 95% than AdamW", faster, 1.0),
+        at_least("test accuracy at the end, gate minus AdamW",
+                 difference(ends["ours"], ends["adamw"]), LEVEL, percent=True),
+        at_least("times fewer steps to 95% than AdamW",
+                 speed_up(Steps.of(arms["adamw"]), Steps.of(arms["ours"])), 1.0),
     ]  # fmt: skip
-    names = {label: name for name, (label, _) in LABELS.items()}
-
-    def mean(figure: Callable[[Done], float]) -> Callable[[str], str]:
-        return lambda label: written(
-            t_interval(map(figure, where(done, name=names[label]))), percent=True
-        )
-
     table = steps_table(
         "arm",
-        {label: steps_of(done, name=name) for label, name in names.items()},
-        lambda label: None if names[label] == "adamw" else steps_of(done, name="adamw"),
-        more={
-            "best test accuracy": mean(lambda d: d.found["best"]),
-            "at the end": mean(lambda d: d.found["curve"][-1][3]),
-        },
+        {LABELS[name][0]: some for name, some in arms.items()},
+        lambda label: None if label == LABELS["adamw"][0] else arms["adamw"],
+        {"best test accuracy": "best", "at the end": _end},
+        percent=["best test accuracy", "at the end"],
         keep_all=True,
         about="Steps to 95%; the log-rank test is against AdamW.",
     )
-    return Findings([*decided, *controls(*beside)], table)
+    return Report([*decided, *controls(*beside)], table)
 
 
-def show(done: Sequence[Done]) -> list[Plot | Picture]:
+def _end(trial: TrialResult) -> float:
+    return trial.metrics["curve"][-1][3]
+
+
+def show(results: Results) -> Plots:
     """Accuracy over training, one line a seed."""
     lines = list[Line]()
     for name, (label, colour) in LABELS.items():
-        for d in where(done, name=name):
-            x, _, _, y = zip(*d.found["curve"], strict=True)
+        for d in results.where(name=name):
+            x, _, _, y = zip(*d.metrics["curve"], strict=True)
             lines.append(Line(label if d.settings["seed"] == 0 else "", x, y, colour))
     about = "One line a seed; the same network, learning rate and decay for all."
     return [Plot("Held-out accuracy", "step", "accuracy", lines, about)]
@@ -126,7 +116,6 @@ CLAIM = Claim(
     statement="Where an answer takes two steps, (a·b + c) mod p, the gate still learns it as well "
     "as AdamW does.",
     source="no claim of the paper: a public report says that gated training fails there",
-    paper="",
     published=[
         "the report names no settings: a multi-step algorithmic task, the gate to the letter"
     ],

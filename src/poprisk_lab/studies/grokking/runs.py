@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.controls import UpdateTrace
-from poprisk_lab.studies.claim import Found, Workspace
+from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.grokking.decay import GatedDecay
 from poprisk_lab.tasks.modular import ModularTransformer, split_table
 
@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 """What :func:`poprisk_lab.arms.build_optimizer` makes for an arm, and its further settings."""
 
 
-class Data(NamedTuple):
+class SplitTable(NamedTuple):
     """A table: inputs (n, k) and results (n,), seen and asked."""
 
     x: Tensor
@@ -45,12 +45,12 @@ class Data(NamedTuple):
     answers: Tensor
 
 
-def load(settings: dict[str, Any]) -> Data:
+def load(settings: dict[str, Any]) -> SplitTable:
     """The table of a trial."""
     (x, y), (asked, answers) = split_table(
         settings["table"], settings["p"], settings["fraction"], settings["seed"]
     )
-    return Data(x, y, asked, answers)
+    return SplitTable(x, y, asked, answers)
 
 
 def build_model(settings: dict[str, Any]) -> ModularTransformer:
@@ -122,7 +122,7 @@ def batches(settings: dict[str, Any], n: int, start: int) -> Iterator[Tensor | s
 def gradient(
     model: ModularTransformer,
     optimizer: Optimizer,
-    data: Data,
+    data: SplitTable,
     index: Tensor | slice,
     floor: float = 0.0,
 ) -> float:
@@ -148,7 +148,7 @@ def gradient(
 
 
 @torch.no_grad()
-def measure(model: nn.Module, data: Data) -> tuple[float, float, float, float]:
+def measure(model: nn.Module, data: SplitTable) -> tuple[float, float, float, float]:
     """Training loss and accuracy, test loss and accuracy."""
     found: list[float] = []
     for x, y in ((data.x, data.y), (data.asked, data.answers)):
@@ -158,7 +158,7 @@ def measure(model: nn.Module, data: Data) -> tuple[float, float, float, float]:
     return found[0], found[1], found[2], found[3]
 
 
-def run(settings: dict[str, Any], workspace: Workspace) -> Found:
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Train until 95% of what was not seen is right, a little longer, or up to the limit.
 
     Returns ``reached`` and ``memorized`` (first step measured at 95% of the test set and 99% of
@@ -214,7 +214,7 @@ def first(rows: list[list[float]], column: int, goal: float) -> int | None:
     return next((int(row[0]) for row in rows if row[column] >= goal), None)
 
 
-def summarize(state: dict[str, Any], settings: dict[str, Any]) -> Found:
+def summarize(state: dict[str, Any], settings: dict[str, Any]) -> Metrics:
     """What is kept of a run."""
     rows = state["rows"]
     every = -(-len(rows) // KEPT)

@@ -19,8 +19,7 @@ from torch import Tensor
 from poprisk import Canaries, PopRiskAdamW
 from poprisk.task import Task
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.results import by_seed
-from poprisk_lab.study import Done, Found, Settings, Study, Trial
+from poprisk_lab.study import Metrics, Results, Settings, Study, Trial
 from poprisk_lab.tasks.digits import digits, digits_clean
 
 SEEDS = [*range(40, 45), *range(60, 65)]
@@ -71,13 +70,13 @@ def trials(quick: bool) -> list[Trial]:
     ]
 
 
-def run(settings: Settings, _: Workspace) -> Found:
+def run(settings: Settings, _: Workspace) -> Metrics:
     """One part on one seed."""
     seed, epochs = settings["seed"], settings.get("epochs")
     return tracking(seed, epochs) if settings["part"] == "tracking" else cost(seed, epochs)
 
 
-def cost(seed: int, epochs: int | None = None) -> Found:
+def cost(seed: int, epochs: int | None = None) -> Metrics:
     """Accuracy without canaries minus with them, clean labels."""
     task = digits_clean(seed, hidden=128)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs or 30, "lr": 1e-3, "gate": False}
@@ -86,7 +85,7 @@ def cost(seed: int, epochs: int | None = None) -> Found:
     return {"lost": accuracy(train(task, task.train[1], **settings), task) - with_them}
 
 
-def tracking(seed: int, at_most: int | None = None) -> Found:
+def tracking(seed: int, at_most: int | None = None) -> Metrics:
     """Memorization of canaries and of the wrong labels, over runs."""
     task = digits(seed, hidden=128)
     rows = list[dict[str, Any]]()
@@ -137,10 +136,10 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
-def report(done: Sequence[Done]) -> dict[str, Any]:
+def report(done: Results) -> dict[str, Any]:
     """The loss of accuracy, and correlations with a jackknife error over seeds."""
-    tracked = by_seed(done, "runs", part="tracking")
-    lost = by_seed(done, "lost", part="cost")
+    tracked = done.where(part="tracking").by_seed("runs")
+    lost = done.where(part="cost").by_seed("lost")
 
     def alike(seeds: Sequence[int]) -> float:
         return correlations([row for s in seeds for row in tracked[s]])["measured alike"]

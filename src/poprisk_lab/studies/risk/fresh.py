@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW, fresh_batch_risk
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.results import where
 from poprisk_lab.studies.risk.problems import (
-    Data,
+    NoisyData,
     Transformer,
     binary,
     cross_entropy,
@@ -29,7 +28,7 @@ from poprisk_lab.studies.risk.problems import (
     ridges,
     squared,
 )
-from poprisk_lab.study import Done, Found, Settings, Study, Trial
+from poprisk_lab.study import Metrics, Results, Settings, Study, Trial
 from poprisk_lab.tasks.digits import cnn
 
 SEEDS = range(70, 85)
@@ -41,7 +40,7 @@ CHECKS = range(0, 128, 8)
 class Stream(NamedTuple):
     """Where examples come from, what learns from them and by which loss."""
 
-    examples: Callable[[int], Data | tuple[Tensor, Tensor]]
+    examples: Callable[[int], NoisyData | tuple[Tensor, Tensor]]
     model: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
 
@@ -105,7 +104,7 @@ def trials(quick: bool) -> list[Trial]:
     ]
 
 
-def run(settings: Settings, _: Workspace) -> Found:
+def run(settings: Settings, _: Workspace) -> Metrics:
     """Estimate and truth at every check of one run."""
     stream, seed = STREAMS[settings["model"]], settings["seed"]
     x, y = stream.examples(seed)[:2]
@@ -152,13 +151,13 @@ def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
     }
 
 
-def report(done: Sequence[Done]) -> dict[str, Any]:
+def report(done: Results) -> dict[str, Any]:
     """Over the seeds of every model and optimizer."""
     cells = {
-        f"{model}, {name}": summary([d.found["checks"] for d in found])
+        f"{model}, {name}": summary([d.metrics["checks"] for d in found])
         for model in STREAMS
         for name in OPTIMIZERS
-        if (found := where(done, model=model, optimizer=name))
+        if (found := done.where(model=model, optimizer=name))
     }
     return {
         "batch size": BATCH,

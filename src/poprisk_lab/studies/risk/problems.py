@@ -26,7 +26,7 @@ QUICK_EPOCHS = 2
 """Of a quick form."""
 
 
-class Data(NamedTuple):
+class NoisyData(NamedTuple):
     """Training set, and the true risk as a function of outputs on ``fresh`` inputs."""
 
     x: Tensor
@@ -39,10 +39,10 @@ MakeOptimizer = Callable[[nn.Module, int, int], Optimizer]
 """From a model, the number of examples and the batch size to an optimizer."""
 
 
-class Problem(NamedTuple):
+class TrainingProblem(NamedTuple):
     """One way of training on noisy labels."""
 
-    data: Callable[[int], Data]
+    data: Callable[[int], NoisyData]
     model: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizer: MakeOptimizer
@@ -82,29 +82,29 @@ def _number_risk(clean: Tensor, noise: float) -> Callable[[Tensor], float]:
     return lambda u: squared(u, clean).mean().item() + 0.5 * noise**2
 
 
-def ridges(seed: int, *, n: int, dimensions: int, directions: int = 3) -> Data:
+def ridges(seed: int, *, n: int, dimensions: int, directions: int = 3) -> NoisyData:
     """A sum of sines along a few directions; noise of standard deviation 0.7."""
     g = _generator(seed)
     w = torch.randn(dimensions, directions, generator=g) / math.sqrt(dimensions)
     x = torch.randn(n + FRESH, dimensions, generator=g)
     clean = 0.8 * torch.sin(2 * x @ w).sum(1, keepdim=True)
     y = clean + 0.7 * torch.randn(len(x), 1, generator=g)
-    return Data(x[:n], y[:n], x[n:], _number_risk(clean[n:], 0.7))
+    return NoisyData(x[:n], y[:n], x[n:], _number_risk(clean[n:], 0.7))
 
 
-def digits(seed: int, *, noise: float) -> Data:
+def digits(seed: int, *, noise: float) -> NoisyData:
     """1,000 handwritten digits with symmetric label noise; the rest are fresh."""
     pixels, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
     g = _generator(seed)
     order = torch.randperm(len(y), generator=g)
     train, fresh = order[:1000], order[1000:]
-    return Data(
+    return NoisyData(
         x[train], flip_labels(y[train], noise, g), x[fresh], _class_risk(y[fresh], noise, 10)
     )
 
 
-def parabola(seed: int, *, n: int = 1000, dimensions: int = 20, noise: float = 0.2) -> Data:
+def parabola(seed: int, *, n: int = 1000, dimensions: int = 20, noise: float = 0.2) -> NoisyData:
     """Two classes on either side of a parabola, a fifth of the labels flipped."""
     g = _generator(seed)
     x = torch.randn(n + FRESH, dimensions, generator=g)
@@ -116,10 +116,10 @@ def parabola(seed: int, *, n: int = 1000, dimensions: int = 20, noise: float = 0
     def risk(u: Tensor) -> float:
         return ((1 - noise) * binary(u, right) + noise * binary(u, 1 - right)).mean().item()
 
-    return Data(x[:n], y[:n], x[n:], risk)
+    return NoisyData(x[:n], y[:n], x[n:], risk)
 
 
-def repeats(seed: int, *, n: int, numbers: bool, noise: float) -> Data:
+def repeats(seed: int, *, n: int, numbers: bool, noise: float) -> NoisyData:
     """Sequences of eight symbols: how often does the first one come back?"""
     g = _generator(seed)
     x = torch.randint(6, (n + FRESH, 8), generator=g)
@@ -127,11 +127,11 @@ def repeats(seed: int, *, n: int, numbers: bool, noise: float) -> Data:
     if numbers:
         clean = count.unsqueeze(1) - 1.2
         y = clean + noise * torch.randn(len(x), 1, generator=g)
-        return Data(x[:n], y[:n], x[n:], _number_risk(clean[n:], noise))
+        return NoisyData(x[:n], y[:n], x[n:], _number_risk(clean[n:], noise))
     clean = count.clamp(max=3)
     other = (clean + torch.randint(1, 4, (len(x),), generator=g)) % 4
     y = torch.where(torch.rand(len(x), generator=g) < noise, other, clean)
-    return Data(x[:n], y[:n], x[n:], _class_risk(clean[n:], noise, 4))
+    return NoisyData(x[:n], y[:n], x[n:], _class_risk(clean[n:], noise, 4))
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, dropout: float = 0.0) -> nn.Module:
@@ -177,97 +177,46 @@ def gate(lr: float, decay: float = 0.01, mask: str = "soft") -> MakeOptimizer:
     )
 
 
-PROBLEMS: dict[str, Problem] = {
-    "ridges, MLP, GD": Problem(
-        partial(ridges, n=500, dimensions=8),
-        lambda: mlp(8, 128, 1, activation=nn.Tanh),
-        squared,
-        sgd(0.1),
-        3000,
-        500,
-    ),
-    "ridges, deep MLP, SGD with momentum": Problem(
-        partial(ridges, n=800, dimensions=8),
-        lambda: mlp(8, 64, 64, 1),
-        squared,
-        sgd(0.02, 0.9),
-        100,
-        50,
-    ),
-    "ridges, MLP, AdamW": Problem(
-        partial(ridges, n=600, dimensions=10),
-        lambda: mlp(10, 128, 1),
-        squared,
-        adamw(3e-3),
-        120,
-        40,
-    ),
-    "ridges, deep MLP, PopRiskAdamW": Problem(
-        partial(ridges, n=800, dimensions=10, directions=2),
-        lambda: mlp(10, 64, 64, 1),
-        squared,
-        gate(3e-3),
-        80,
-        40,
-    ),
-    "digits 40%, MLP, AdamW": Problem(
-        partial(digits, noise=0.4),
-        lambda: mlp(64, 128, 128, 10),
-        cross_entropy,
-        adamw(1e-3),
-        50,
-        64,
-    ),
-    "digits 40%, CNN, SGD with momentum": Problem(
-        partial(digits, noise=0.4),
-        partial(cnn, 16, (64, 10)),
-        cross_entropy,
-        sgd(0.03, 0.9),
-        40,
-        64,
-    ),
-    "digits 40%, MLP, PopRiskAdamW": Problem(
-        partial(digits, noise=0.4),
-        lambda: mlp(64, 128, 128, 10),
-        cross_entropy,
-        gate(1e-3),
-        60,
-        64,
-    ),
-    "digits 20%, MLP with dropout, AdamW": Problem(
-        partial(digits, noise=0.2),
-        lambda: mlp(64, 128, 128, 10, dropout=0.2),
-        cross_entropy,
-        adamw(1e-3),
-        60,
-        64,
-    ),
-    "digits 20%, CNN, AdamW": Problem(
-        partial(digits, noise=0.2), partial(cnn, 16, (64, 10)), cross_entropy, adamw(1e-3), 40, 64
-    ),
-    "parabola 20%, MLP, SGD with momentum": Problem(
-        parabola, lambda: mlp(20, 64, 64, 1), binary, sgd(0.03, 0.9), 40, 50
-    ),
-    "repeats 25%, transformer, AdamW": Problem(
-        partial(repeats, n=1000, numbers=False, noise=0.25),
-        lambda: Transformer(4),
-        cross_entropy,
-        adamw(2e-3),
-        40,
-        64,
-    ),
-    "repeats, transformer regression, AdamW": Problem(
-        partial(repeats, n=800, numbers=True, noise=0.8),
-        lambda: Transformer(1),
-        squared,
-        adamw(2e-3),
-        50,
-        50,
-    ),
-}
+PROBLEMS: dict[str, TrainingProblem] = {
+    "ridges, MLP, GD": TrainingProblem(
+        partial(ridges, n=500, dimensions=8), lambda: mlp(8, 128, 1, activation=nn.Tanh),
+        squared, sgd(0.1), 3000, 500),
+    "ridges, deep MLP, SGD with momentum": TrainingProblem(
+        partial(ridges, n=800, dimensions=8), lambda: mlp(8, 64, 64, 1),
+        squared, sgd(0.02, 0.9), 100, 50),
+    "ridges, MLP, AdamW": TrainingProblem(
+        partial(ridges, n=600, dimensions=10), lambda: mlp(10, 128, 1),
+        squared, adamw(3e-3), 120, 40),
+    "ridges, deep MLP, PopRiskAdamW": TrainingProblem(
+        partial(ridges, n=800, dimensions=10, directions=2), lambda: mlp(10, 64, 64, 1),
+        squared, gate(3e-3), 80, 40),
+    "digits 40%, MLP, AdamW": TrainingProblem(
+        partial(digits, noise=0.4), lambda: mlp(64, 128, 128, 10),
+        cross_entropy, adamw(1e-3), 50, 64),
+    "digits 40%, CNN, SGD with momentum": TrainingProblem(
+        partial(digits, noise=0.4), partial(cnn, 16, (64, 10)),
+        cross_entropy, sgd(0.03, 0.9), 40, 64),
+    "digits 40%, MLP, PopRiskAdamW": TrainingProblem(
+        partial(digits, noise=0.4), lambda: mlp(64, 128, 128, 10),
+        cross_entropy, gate(1e-3), 60, 64),
+    "digits 20%, MLP with dropout, AdamW": TrainingProblem(
+        partial(digits, noise=0.2), lambda: mlp(64, 128, 128, 10, dropout=0.2),
+        cross_entropy, adamw(1e-3), 60, 64),
+    "digits 20%, CNN, AdamW": TrainingProblem(
+        partial(digits, noise=0.2), partial(cnn, 16, (64, 10)),
+        cross_entropy, adamw(1e-3), 40, 64),
+    "parabola 20%, MLP, SGD with momentum": TrainingProblem(
+        parabola, lambda: mlp(20, 64, 64, 1), binary, sgd(0.03, 0.9), 40, 50),
+    "repeats 25%, transformer, AdamW": TrainingProblem(
+        partial(repeats, n=1000, numbers=False, noise=0.25), lambda: Transformer(4),
+        cross_entropy, adamw(2e-3), 40, 64),
+    "repeats, transformer regression, AdamW": TrainingProblem(
+        partial(repeats, n=800, numbers=True, noise=0.8), lambda: Transformer(1),
+        squared, adamw(2e-3), 50, 50),
+}  # fmt: skip
 
 
-def problem_of(settings: dict[str, Any]) -> Problem:
+def problem_of(settings: dict[str, Any]) -> TrainingProblem:
     """The problem that a trial's settings name, with other epochs if they say so."""
     problem = PROBLEMS[settings["problem"]]
     return problem._replace(epochs=settings.get("epochs", problem.epochs))

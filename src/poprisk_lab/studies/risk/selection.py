@@ -7,15 +7,13 @@ stopping point, hindsight takes the best arm at its best point.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 from poprisk import stopping_point
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.results import where
 from poprisk_lab.studies.risk.problems import QUICK_EPOCHS, adamw, gate, mean, problem_of, slug
 from poprisk_lab.studies.risk.stopping import with_twin
-from poprisk_lab.study import Done, Found, Settings, Study, Trial
+from poprisk_lab.study import Metrics, Results, Settings, Study, Trial
 
 SEEDS = range(20, 22)
 NAMES = (
@@ -46,7 +44,7 @@ def trials(quick: bool) -> list[Trial]:
     ]
 
 
-def run(settings: Settings, _: Workspace) -> Found:
+def run(settings: Settings, _: Workspace) -> Metrics:
     """One arm: its true risks, its estimated stopping point and the estimate there."""
     lr, decay, mask, seed = (settings[k] for k in ("lr", "decay", "mask", "seed"))
     problem = problem_of(settings)._replace(
@@ -93,12 +91,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def report(done: Sequence[Done]) -> dict[str, Any]:
+def report(done: Results) -> dict[str, Any]:
     """Choose among the arms of every problem and seed."""
     seeds = sorted({d.settings["seed"] for d in done})
     found = {
         name: {
-            seed: choose({d.settings["arm"]: d.found for d in where(done, problem=name, seed=seed)})
+            seed: choose(
+                {d.settings["arm"]: d.metrics for d in done.where(problem=name, seed=seed)}
+            )
             for seed in seeds
         }
         for name in dict.fromkeys(d.settings["problem"] for d in done)

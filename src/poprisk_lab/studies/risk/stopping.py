@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,17 +10,16 @@ from torch import nn
 
 from poprisk import RiskEstimate, TwinRisk, stopping_point
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.results import where
 from poprisk_lab.studies.risk.problems import (
     PROBLEMS,
     QUICK_EPOCHS,
-    Data,
-    Problem,
+    NoisyData,
+    TrainingProblem,
     mean,
     problem_of,
     slug,
 )
-from poprisk_lab.study import Done, Found, Settings, Study, Trial
+from poprisk_lab.study import Metrics, Results, Settings, Study, Trial
 
 SEEDS = range(30, 35)
 """Not those that the limits of validity were chosen on (0-4 and 10-14)."""
@@ -28,7 +27,7 @@ EVALUATIONS = 40
 BAD, GOOD = 0.25, 0.15
 
 
-def true_risk(model: nn.Module, data: Data) -> float:
+def true_risk(model: nn.Module, data: NoisyData) -> float:
     """Risk of a model on the fresh inputs."""
     model.eval()
     with torch.no_grad():
@@ -37,7 +36,9 @@ def true_risk(model: nn.Module, data: Data) -> float:
     return risk
 
 
-def epochs(problem: Problem, n: int, seed: int) -> Iterator[tuple[bool, list[torch.Tensor]]]:
+def epochs(
+    problem: TrainingProblem, n: int, seed: int
+) -> Iterator[tuple[bool, list[torch.Tensor]]]:
     """The batches of each epoch, and whether to evaluate before it."""
     every = max(1, problem.epochs // EVALUATIONS)
     for epoch in range(problem.epochs):
@@ -46,7 +47,9 @@ def epochs(problem: Problem, n: int, seed: int) -> Iterator[tuple[bool, list[tor
         yield epoch % every == 0, batches
 
 
-def with_twin(problem: Problem, data: Data, seed: int) -> tuple[list[RiskEstimate], list[float]]:
+def with_twin(
+    problem: TrainingProblem, data: NoisyData, seed: int
+) -> tuple[list[RiskEstimate], list[float]]:
     """Estimates along a run, and the true risks at the same times."""
     n, b = len(data.y), problem.batch_size
     torch.manual_seed(seed)
@@ -71,7 +74,7 @@ def with_twin(problem: Problem, data: Data, seed: int) -> tuple[list[RiskEstimat
     return estimates[1:], [*risks, true_risk(twin.model, data)][1:]
 
 
-def held_out(problem: Problem, data: Data, seed: int) -> float:
+def held_out(problem: TrainingProblem, data: NoisyData, seed: int) -> float:
     """The true risk where the loss on a held-out fifth of the training set is least."""
     n = len(data.y) * 4 // 5
     order = torch.randperm(len(data.y), generator=torch.Generator().manual_seed(seed))
@@ -115,7 +118,7 @@ def trials(quick: bool) -> list[Trial]:
     ]
 
 
-def run(settings: Settings, _: Workspace) -> Found:
+def run(settings: Settings, _: Workspace) -> Metrics:
     """One problem on one seed."""
     problem, seed = problem_of(settings), settings["seed"]
     data = problem.data(seed)
@@ -125,9 +128,9 @@ def run(settings: Settings, _: Workspace) -> Found:
         "estimates": [e.value for e in estimates],
         "errors": [e.standard_error for e in estimates],
         "valid": [e.valid for e in estimates],
-        "freedom": [e.freedom for e in estimates],
+        "freedom": [e.dof for e in estimates],
         "train": [e.train_loss for e in estimates],
-        "cost": estimates[-1].cost,
+        "cost": 1 + estimates[-1].cost,
         "stop": list(stopping_point(estimates)[:3]),
         "held_out": held_out(problem, data, seed),
     }
@@ -160,13 +163,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def report(done: Sequence[Done]) -> dict[str, Any]:
+def report(done: Results) -> dict[str, Any]:
     """Over all runs, and problem by problem."""
     return {
         "seeds": sorted({d.settings["seed"] for d in done}),
-        "all": summary([d.found for d in done]),
+        "all": summary([d.metrics for d in done]),
         "problems": {
-            name: summary([d.found for d in where(done, problem=name)])
+            name: summary([d.metrics for d in done.where(problem=name)])
             for name in dict.fromkeys(d.settings["problem"] for d in done)
         },
     }
