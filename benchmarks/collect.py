@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from poprisk.intervals import Interval
-from poprisk_lab.compare import run_directory
+from poprisk_lab.comparison import run_directory
 from poprisk_lab.results import read_run
 from poprisk_lab.verdict import Row, judge
 

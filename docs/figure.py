@@ -6,7 +6,7 @@ import math
 import sys
 from pathlib import Path
 
-from poprisk_lab.compare import run_directory
+from poprisk_lab.comparison import run_directory
 from poprisk_lab.page.figures import epoch_line
 from poprisk_lab.plots import Line
 from poprisk_lab.results import RunData, read_run

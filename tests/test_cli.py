@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 import poprisk_lab.cli
 import tiny
 from poprisk_lab.cli import app
-from poprisk_lab.compare import run_directory
+from poprisk_lab.comparison import run_directory
 from poprisk_lab.plots import Table
 from poprisk_lab.results import read_run
 from poprisk_lab.store import Store
@@ -470,6 +470,29 @@ def test_more_seeds_extend_a_run_and_fewer_say_so(out: Path) -> None:
     assert verdict_in(fewer.stdout) == verdict_in(more.stdout)
 
 
+@pytest.mark.usefixtures("no_report")
+def test_fresh_starts_over_in_a_run_directory_and_in_no_other(here: Path, out: Path) -> None:
+    anew = ["compare", TINY, *QUICK, "--epochs", "2", "--out"]
+    assert "start over (--fresh)" in refused(here, *anew, "out")
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    result = run(*anew, "out", "--fresh")
+    assert result.exit_code == 0, result.output
+    assert "there already" not in result.stdout
+    assert {row["epoch"] for row in read_run(run_directory(out)).epochs} == {1, 2}
+    assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
+    (here / "photos").mkdir()
+    (here / "photos" / "config.json").write_text('{"format": 1}', encoding="utf-8")
+    assert "is not of format 1" in refused(here, *anew, "photos", "--fresh")
+    (here / "photos" / "config.json").rename(here / "photos" / "a.png")
+    assert "photos exists and is not a run directory" in refused(here, *anew, "photos", "--fresh")
+
+
+def test_fresh_deletes_nothing_before_the_task_is_tried(here: Path, out: Path) -> None:
+    broken = task_file(here, "return tiny.tiny() if seed == 0 else 1 / 0")
+    line = refused(here, "compare", broken, "--seeds", "2", "--out", out, "--fresh")
+    assert "division by zero" in line
+
+
 @pytest.mark.parametrize("command", ["compare", "report"])
 @pytest.mark.parametrize(
     ("name", "content"),
@@ -666,7 +689,7 @@ def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("poprisk_lab.compare.compare", interrupted)
+    monkeypatch.setattr("poprisk_lab.comparison.train", interrupted)
     result = run("compare", TINY, *QUICK)
     assert result.exit_code == 130
     assert result.stderr == "poprisk: stopped; repeat the command to go on where it was.\n"
@@ -680,7 +703,7 @@ def directories(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Paths of the run directories that commands would use; nothing is trained."""
     found: list[Path] = []
 
-    def created(self: Store, *_: object) -> None:
+    def created(self: Store, *_: object, **__: object) -> None:
         found.append(self.path)
         raise KeyboardInterrupt
 

@@ -24,8 +24,7 @@ import tiny
 from poprisk import PopRiskAdamW
 from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.cli import app
-from poprisk_lab.compare import _train, compare, run_directory, trials_of
-from poprisk_lab.comparison import Comparison, differences
+from poprisk_lab.comparison import Comparison, _train, differences, run_directory, train, trials_of
 from poprisk_lab.fit import ArmRun, Row
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import TrainingError, _interrupts_held, environment
@@ -48,7 +47,7 @@ def trained(path: Path, what: Comparison) -> RunData:
     """The record of a comparison trained into a directory, created or taken up."""
     directory = run_directory(path)
     directory.create(what.config(), environment(what.workers))
-    compare(what, directory, lambda row: None)
+    train(what, directory, lambda row: None)
     return read_run(directory)
 
 
@@ -116,7 +115,7 @@ def test_an_arm_waits_for_the_one_it_follows(tmp_path: Path) -> None:
     directory = run_directory(tmp_path / "run")
     what = comparison(workers=3, arms=[ARMS["poprisk"], ARMS["rms-matched"]])
     directory.create(what.config(), environment(3))
-    compare(what, directory, lambda r: events.append((r["event"], r["arm"], r["seed"])))
+    train(what, directory, lambda r: events.append((r["event"], r["arm"], r["seed"])))
     for seed in (0, 1):
         started = events.index(("start", "rms-matched", seed))
         assert events.index(("end", "poprisk", seed)) < started
@@ -136,7 +135,7 @@ def test_every_row_is_shown_after_it_is_written(tmp_path: Path) -> None:
     def count(row: Row) -> None:
         written.append(len(rows_in(directory)))
 
-    compare(what, directory, count)
+    train(what, directory, count)
     assert len(written) == 6  # start, four epochs, end
     assert all(lines >= shown for shown, lines in enumerate(written, start=1))
 
@@ -177,14 +176,14 @@ def test_a_finished_comparison_trains_nothing_again(tmp_path: Path, whole: Store
     def never(row: Row) -> None:
         raise AssertionError(row)
 
-    compare(comparison(), directory, never)
+    train(comparison(), directory, never)
     assert rows_in(directory) == before
 
 
 def test_only_what_is_missing_is_trained(tmp_path: Path, whole: Store) -> None:
     directory = copied(whole, tmp_path / "run", left_out=lambda r: r["arm"] == "rms-matched")
     started: list[Row] = []
-    compare(comparison(), directory, lambda r: started.append(r))
+    train(comparison(), directory, lambda r: started.append(r))
     assert {(r["arm"], r["seed"]) for r in started} == {("rms-matched", 0), ("rms-matched", 1)}
     assert numbers(read_run(directory)) == numbers(read_run(whole))
 
@@ -193,7 +192,7 @@ def test_a_run_whose_update_sizes_are_lost_is_trained_again(tmp_path: Path, whol
     directory = copied(whole, tmp_path / "run", left_out=lambda row: False)
     for file in directory.checkpoints.iterdir():
         file.unlink()
-    compare(comparison(), directory, lambda row: None)
+    train(comparison(), directory, lambda row: None)
     assert numbers(read_run(directory)) == numbers(read_run(whole))
     assert all(directory.product(f"poprisk-{seed}") for seed in (0, 1))
 
@@ -206,7 +205,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> No
     what = comparison("fragile", workers=1)
     directory.create(what.config(), environment(1))
     with pytest.raises(TrainingError) as caught:
-        compare(what, directory, lambda row: None)
+        train(what, directory, lambda row: None)
     text = str(caught.value)
     assert text.startswith("arm poprisk, seed 1 failed:\n")
     assert text.endswith("ArithmeticError: the loss gave up")
@@ -218,7 +217,7 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
     what = comparison("lethal", workers=1)
     directory.create(what.config(), environment(1))
     with pytest.raises(TrainingError, match=r"a worker process died \(exit code 7"):
-        compare(what, directory, lambda row: None)
+        train(what, directory, lambda row: None)
     assert set(read_run(directory).ends) == {(arm.name, 0) for arm in FEW}
 
 
@@ -227,7 +226,7 @@ def test_a_full_disk_at_a_checkpoint_is_told_and_keeps_what_was_trained(tmp_path
     what = comparison("crowded", seeds=[0], arms=[ADAMW], workers=1)
     directory.create(what.config(), environment(1))
     with pytest.raises(RunDirectoryError, match="No space left on device; what was trained is"):
-        compare(what, directory, lambda row: None)
+        train(what, directory, lambda row: None)
     assert [row["epoch"] for row in read_run(directory).epochs] == [1]
     assert [*directory.checkpoints.iterdir()] == []
 
@@ -239,7 +238,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = directory.checkpoints / f"{ADAMW.name}-0.safetensors"
     path.write_bytes(b"\xff" * 64)
     with pytest.raises((RunDirectoryError, TrainingError)) as caught:
-        compare(what, directory, lambda row: None)
+        train(what, directory, lambda row: None)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == b"\xff" * 64
 
@@ -258,7 +257,7 @@ def test_an_interruption_ends_the_workers_and_keeps_what_was_written(tmp_path: P
             raise Stopped
 
     with pytest.raises(Stopped):
-        compare(what, directory, stop)
+        train(what, directory, stop)
     assert multiprocessing.active_children() == []
     assert read_run(directory).ends
 
@@ -278,7 +277,7 @@ def test_two_processes_in_one_directory_share_the_work(
             directory.begin(trial.name)
     told: dict[str, list[Row]] = {"one": [], "two": []}
     threads = [
-        threading.Thread(target=compare, args=(what, run_directory(directory.path), rows.append))
+        threading.Thread(target=train, args=(what, run_directory(directory.path), rows.append))
         for rows in told.values()
     ]
     for thread in threads:
@@ -304,7 +303,7 @@ def test_what_another_process_is_at_work_on_is_taken_last(tmp_path: Path) -> Non
         if row["event"] == "start":
             started.append(f"{row['arm']}-{row['seed']}")
 
-    compare(what, directory, take)
+    train(what, directory, take)
     stopped = "stopped-lr0.001-wd0.01"
     assert started == [f"{stopped}-0", "poprisk-1", f"{stopped}-1", "poprisk-0"]
 
@@ -325,7 +324,7 @@ def test_what_another_process_has_done_meanwhile_is_not_done_again(
         if row["event"] == "end":
             ended.append(f"{row['arm']}-{row['seed']}")
 
-    compare(what, directory, take)
+    train(what, directory, take)
     assert sorted(ended) == sorted(t.name for t in trials_of(what))
     assert len(directory.attempts("stopped-lr0.001-wd0.01-0")) == 1
 
@@ -363,7 +362,7 @@ def test_no_row_is_lost_when_a_run_is_killed_before_its_checkpoint(
         for _ in range(3):
             record.append(next(rows))
         del rows  # killed before the checkpoint of the last row
-    compare(what, directory, lambda row: None)
+    train(what, directory, lambda row: None)
     assert [r["epoch"] for r in read_run(directory).epochs] == list(range(1, 7))
 
 

@@ -257,6 +257,21 @@ def test_a_model_with_dropout() -> None:
     assert "set dropout to 0" in refused(f"{tiny}:tiny")
 
 
+def test_data_that_is_read_batch_by_batch(here: Path) -> None:
+    text = """
+import torch, tiny
+from dataclasses import replace
+from torch.utils.data import Subset, TensorDataset
+
+def made():
+    task = tiny.tiny()
+    return replace(task, test=Subset(TensorDataset(*task.test), range(9)))
+"""
+    (here / "read.py").write_text(text, encoding="utf-8")
+    with pytest.raises(NotAnalysable, match=r"reads its data batch by batch.* a pair of tensors"):
+        explain(ExplainPlan("read.py:made", {}), say=silent)
+
+
 def test_an_optimizer_without_a_rule() -> None:
     assert refused("mine.py:noisy", "--optimizer", "NAdam").startswith("NAdam has no rule")
     assert refused("mine.py:noisy", "--optimizer", "Sofia").startswith("there is no optimizer")

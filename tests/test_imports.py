@@ -21,9 +21,9 @@ CHAINS: Mapping[str, Sequence[str]] = {
         "monitor integrations task"
     ).split(),
     "poprisk_lab": (
-        "tasks controls arms checkpoint fit store results study runner comparison compare "
-        "convergence pictures plots wording verdict selection explain studies page display "
-        "bench cli"
+        "tasks controls arms checkpoint fit store results study runner comparison convergence "
+        "pictures plots wording verdict selection explain studies page display compared bench "
+        "cli"
     ).split(),
 }
 """The modules of each package; one imports only those before it."""

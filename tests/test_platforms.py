@@ -115,7 +115,7 @@ COMPARE = f"""
 import poprisk_lab.bench.kernel
 from pathlib import Path
 from poprisk_lab.arms import default_arms
-from poprisk_lab.compare import compare, run_directory
+from poprisk_lab.comparison import run_directory, train
 from poprisk_lab.comparison import Comparison
 from poprisk_lab.results import read_run
 from poprisk_lab.runner import environment
@@ -124,7 +124,7 @@ if __name__ == "__main__":
     run = run_directory(Path("run"))
     run.create(what.config(), environment(1))
     rows = []
-    compare(what, run, rows.append)
+    train(what, run, rows.append)
     print(sum(row["event"] == "end" for row in rows), len(read_run(run).ends))
     from poprisk_lab.cli import main
     main()

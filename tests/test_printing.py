@@ -188,6 +188,20 @@ def test_every_result_class_has_a_short_form(kind: type) -> None:
         assert len(text.splitlines()) == 1
 
 
+def test_results_show_themselves_as_html_with_every_text_escaped() -> None:
+    seen = list(results())
+    tables = {type(v): v._repr_html_() for v in seen if hasattr(v, "_repr_html_")}
+    found = [v for v in seen if hasattr(v, "valid")]
+    assert {path.Run, risk.RiskEstimate, *map(type, found)} <= tables.keys()
+    for kind, html in tables.items():
+        assert html.startswith(f"<table><thead><tr><th>{kind.__name__}</th>")
+        assert len(html) < 4000
+    estimate = next(v for v in found if isinstance(v, risk.RiskEstimate))
+    marked = dataclasses.replace(estimate, reason="<b>a & b")
+    assert "<tr><td>reason</td><td>&#x27;&lt;b&gt;a &amp; b&#x27;</td></tr>" in marked._repr_html_()
+    assert f"<td>value</td><td>{brief(estimate.value)}</td>" in marked._repr_html_()
+
+
 def test_numbers_texts_and_shapes_in_brief() -> None:
     assert brief(0.123456789) == "0.1235"
     assert brief(1.0) == "1.0"

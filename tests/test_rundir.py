@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from poprisk_lab.checkpoint import save_checkpoint
-from poprisk_lab.compare import run_directory
-from poprisk_lab.results import read_run
+from poprisk_lab.comparison import run_directory
+from poprisk_lab.results import RunData, read_run
 from poprisk_lab.store import FORMAT, Record, RunDirectoryError, Store, write_json
 
 CONFIG: dict[str, Any] = {
@@ -447,6 +447,29 @@ def test_a_directory_with_files_of_another_program_is_left_alone(tmp_path: Path,
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("theirs", encoding="utf-8")
     assert "not a run directory" in refused(run_directory(tmp_path), tmp_path, creating=True)
+
+
+def test_started_over_it_is_a_run_directory_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_directory(tmp_path)
+    whole.create(CONFIG, ENVIRONMENT)
+    whole.begin("a-0")[0].append({"event": "start", "arm": "a", "seed": 0, "epoch": 0})
+    whole.begin("a-0")
+    (whole.checkpoints / "a-0.safetensors").write_bytes(b"state")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    delete, found = Path.unlink, list[RunData]()
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        found.append(read_run(whole))
+        delete(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    whole.create({**CONFIG, "seeds": [7]}, {"python": "4"}, fresh=True)
+    assert len(found) >= 3
+    assert read_run(whole) == RunData({**CONFIG, "seeds": [7]}, {"python": "4"}, [], {})
+    files = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == {"config.json", "environment.json", "notes.txt"}
 
 
 # --- another configuration ------------------------------------------------------------------------

@@ -13,8 +13,7 @@ import tiny
 from asserts import assert_bitwise
 from poprisk_lab.arms import Arm
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.compare import compare, run_directory
-from poprisk_lab.comparison import Comparison
+from poprisk_lab.comparison import Comparison, run_directory, train
 from poprisk_lab.fit import ArmRun, Row
 from poprisk_lab.page import render
 from poprisk_lab.results import RunData, read_run
@@ -69,7 +68,7 @@ def test_a_comparison_ends_with_a_report(tmp_path: Path) -> None:
     )
     directory = run_directory(tmp_path / "run")
     directory.create(comparison.config(), {})
-    compare(comparison, directory, lambda row: None)
+    train(comparison, directory, lambda row: None)
     data = read_run(directory)
     report = twin_report(data)
     assert report is not None

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from asserts import assert_bitwise
 from poprisk import Metric, Task
 from poprisk.randomness import RandomState
-from poprisk.task.batches import batch_sizes, joins_last, split_batches
+from poprisk.task.batches import LAST_BATCH, batch_sizes, last_batch, split_batches
 from poprisk_lab.arms import default_arms
 from poprisk_lab.fit import ArmRun
 
@@ -369,11 +369,11 @@ BAD: dict[str, tuple[Callable[[], Task], str]] = {
     ),
     "rows of different shapes": (
         lambda: classes(train=Ragged(lambda i: (torch.zeros(8 if i < 31 else 9), i % 2))),
-        r"train must hold inputs of one shape, but train\[0\] has \(8,\) and train\[31\] \(9,\)",
+        r"train must hold inputs of one shape, but train\[16\] has \(8,\) and train\[31\] \(9,\)",
     ),
     "targets of different shapes": (
         lambda: classes(test=Ragged(lambda i: (torch.zeros(8), [0] * (1 + i // 40)))),
-        r"test must hold targets of one shape, but test\[0\] has \(1,\) and test\[40\] \(2,\)",
+        r"test must hold targets of one shape, but test\[32\] has \(1,\) and test\[40\] \(2,\)",
     ),
     "rows of text": (
         lambda: classes(train=Ragged(lambda i: ("a cat", i % 2))),
@@ -593,7 +593,7 @@ def test_a_last_batch_of_one_joins_the_one_before(n: int, size: int, sizes: list
     assert [len(batch) for batch in batches] == sizes
     assert torch.equal(torch.cat([*batches]), order)
     assert batch_sizes(n, size) == sorted(set(sizes), reverse=True)
-    assert joins_last(n, size) == (any(s > size for s in sizes))
+    assert last_batch(n, size) == LAST_BATCH * any(s > size for s in sizes)
 
 
 def test_all_arms_and_the_twin_cut_an_epoch_alike() -> None:

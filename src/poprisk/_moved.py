@@ -33,7 +33,7 @@ MOVED = {
     "controls": "poprisk_lab.controls",
     "training": "poprisk_lab.fit",
     "checkpoint": "poprisk_lab.checkpoint",
-    "compare": "poprisk_lab.compare",
+    "compare": "poprisk_lab.comparison",
     "reproduce": "poprisk_lab.studies",
     "report": "poprisk_lab.page",
     "cli": "poprisk_lab.cli",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 
 
 class Estimate(NamedTuple):
@@ -30,6 +30,7 @@ class Estimate(NamedTuple):
     cost: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @classmethod
     def of(cls, value: float, standard_error: float, cost: float = math.nan) -> Estimate:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import torch
@@ -20,6 +21,27 @@ SHOWN = 4
 def short_repr(self: Any) -> str:
     """The ``__repr__`` of a result, a NamedTuple or a dataclass: names, numbers, shapes."""
     return described(type(self).__name__, **dict(_fields(self)))
+
+
+def short_html(self: Any) -> str:
+    """The ``_repr_html_`` of a result: its fields, one a row."""
+    rows = [[name, brief(value, depth=1)] for name, value in _fields(self)]
+    return html_table([type(self).__name__, ""], rows)
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts as HTML, all of them escaped.
+
+    Example:
+        >>> html_table(["a"], [["<1"]])
+        '<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;1</td></tr></tbody></table>'
+    """
+
+    def line(cell: str, texts: Sequence[str]) -> str:
+        return f"<tr>{''.join(f'<{cell}>{escape(text)}</{cell}>' for text in texts)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', head)}</thead><tbody>{body}</tbody></table>"
 
 
 def described(name: str, /, *words: str, **fields: Any) -> str:

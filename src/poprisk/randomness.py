@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +40,16 @@ class RandomState(NamedTuple):
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         numpy = np.random.get_state(legacy=False)
         return cls(torch.get_rng_state(), cuda, dict(numpy), random.getstate())
+
+    @classmethod
+    @contextmanager
+    def kept(cls) -> Iterator[None]:
+        """What is drawn inside, the numbers after it are those that would have come."""
+        state = cls.now()
+        try:
+            yield
+        finally:
+            state.restore()
 
     def restore(self) -> None:
         """Go back to this state."""

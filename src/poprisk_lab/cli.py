@@ -83,6 +83,9 @@ def compare_command(
     twin: Annotated[
         bool, typer.Option("--twin", help="Estimate every arm's risk without validation data.")
     ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: delete what the run directory holds.")
+    ] = False,
     trace: Trace = False,
 ) -> None:
     """Train every arm on every seed of TASK and say which generalizes; resumes when repeated."""
@@ -92,11 +95,9 @@ def compare_command(
     settings = dict(_parse_setting(text) for text in setting or [])
     with _errors(trace=trace, resumable=True):
         from poprisk_lab.arms import default_arms
-        from poprisk_lab.compare import compare, run_directory
-        from poprisk_lab.comparison import Comparison
+        from poprisk_lab.comparison import Comparison, begin, run_directory, train
         from poprisk_lab.display import ProgressDisplay
-        from poprisk_lab.results import read_run
-        from poprisk_lab.runner import environment, warm_up_workers
+        from poprisk_lab.runner import warm_up_workers
 
         warm_up_workers()
         comparison = Comparison(
@@ -112,13 +113,7 @@ def compare_command(
         )
         name = _default_name(comparison)
         directory = run_directory(out or Path("runs") / name)
-        config = comparison.config()
-        data = read_run(directory) if directory.exists() else None
-        for seed in comparison.seeds[1:]:
-            if data is None or not all((arm.name, seed) in data.ends for arm in comparison.arms):
-                comparison.try_seed(seed)
-        directory.create(config, environment(comparison.workers))
-        data = read_run(directory)
+        data = begin(comparison, directory, fresh=fresh)
         mine = data._replace(ends={k: v for k, v in data.ends.items() if k[1] in comparison.seeds})
         _say_what_begins(comparison, directory, data)
         _say_what_is_there(comparison, data, len(mine.ends))
@@ -126,7 +121,7 @@ def compare_command(
         if out is None and seeds != DEFAULT_SEEDS and run_directory(older).exists():
             _say(f"{older} is of an earlier version; --out {older} goes on there")
         with ProgressDisplay(console, comparison, mine) as display:
-            compare(comparison, directory, display)
+            train(comparison, directory, display)
         _conclude(directory)
 
 
@@ -260,7 +255,7 @@ def report(
 ) -> None:
     """Write report.html of a run directory again and print its verdict."""
     with _errors(trace=trace):
-        from poprisk_lab.compare import run_directory
+        from poprisk_lab.comparison import run_directory
 
         _conclude(run_directory(run))
 
@@ -384,8 +379,6 @@ def _conclude(directory: Store) -> None:
 
 def _say_what_begins(comparison: Comparison, directory: Store, data: RunData) -> None:
     """The task, and how much there is to train."""
-    from poprisk.task.batches import LAST_BATCH
-
     task, seeds = data.config["task"], len(comparison.seeds)
     _say(task["description"] or task["name"], style="bold")
     _say(
@@ -394,7 +387,7 @@ def _say_what_begins(comparison: Comparison, directory: Store, data: RunData) ->
         "time, repeat the command to go on)"
     )
     if "last_batch" in task:
-        _say(f"Batches of {task['batch_size']}: {LAST_BATCH}.")
+        _say(f"Batches of {task['batch_size']}: {task['last_batch']}.")
 
 
 def _say_what_is_there(comparison: Comparison, data: RunData, done: int) -> None:
@@ -482,7 +475,7 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 
 def _default_name(comparison: Comparison) -> str:
     """A directory name that differs wherever the configuration does; more seeds extend a run."""
-    parts = [_slug(comparison.task.removesuffix(".py"))]
+    parts = [_slug(comparison.source.removesuffix(".py"))]
     parts += [f"{key}-{value}" for key, value in comparison.settings.items()]
     parts += [f"{comparison.epochs}-epochs"] if comparison.epochs else []
     parts += ["full"] if comparison.full else []

@@ -1,28 +1,36 @@
-"""What is compared: a task, arms and seeds, and what the record says of them."""
+"""Arms × seeds of a task as a study: what is compared, what the record says of it, its trials."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from poprisk._validate import first_line
 from poprisk.randomness import RandomState
 from poprisk.task import Task, module_kinds
-from poprisk.task.batches import LAST_BATCH, joins_last
+from poprisk.task.batches import last_batch
+from poprisk.task.data import DatasetInputs
 from poprisk_lab.arms import Arm, settings_used
-from poprisk_lab.fit import ArmRun
-from poprisk_lab.store import FORMAT, Config, Kind, Row
-from poprisk_lab.tasks import TaskError, load_task
+from poprisk_lab.checkpoint import Workspace, load_checkpoint
+from poprisk_lab.fit import ArmRun, seed_all
+from poprisk_lab.results import RunData, read_run
+from poprisk_lab.runner import environment, run_trials
+from poprisk_lab.store import FORMAT, Config, Kind, Row, Store
+from poprisk_lab.study import Settings, Trial
+from poprisk_lab.tasks import Source, TaskError, load_task, source_name
 from poprisk_lab.tasks.sources import task_sources
 
 FEWEST = 5
@@ -43,18 +51,18 @@ class Comparison:
     """What to compare.
 
     Args:
-        task: name of a built-in task, or ``path/to/file.py:function``.
+        task: name of a built-in task, ``path/to/file.py:function``, a function, or a task.
         arms: unique names; an arm comes after the one it follows.
         seeds: of the task's data, the initial weights and the order of examples.
         settings: arguments of the task's function.
         epochs: in place of the task's own.
         full: whether these are all arms.
         device: where to train.
-        workers: processes, each with one thread.
+        workers: processes, each with one thread; 0: this process.
         twin: whether to estimate the risk of every arm that can have a twin.
     """
 
-    task: str
+    task: Source
     arms: list[Arm]
     seeds: list[int]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +78,11 @@ class Comparison:
             if arm.follows is not None and arm.follows not in before:
                 raise ValueError(f"arm {arm.name} must come after {arm.follows}, which it follows.")
             before.add(arm.name)
+
+    @property
+    def source(self) -> str:
+        """How messages and the record call the task."""
+        return source_name(self.task)
 
     def is_followed(self, arm: Arm) -> bool:
         """Whether another arm repeats the update sizes of this one."""
@@ -99,12 +112,13 @@ class Comparison:
         data, start = _fingerprint(self.task, task), self._start(task, seed)
         if data != _fingerprint(self.task, again):
             raise TaskError(
-                f"task {self.task} gives other data each time it is made with the same seed; draw "
-                "all of it from torch.Generator().manual_seed(seed)."
+                f"task {self.source} gives other data each time it is made with the same seed; "
+                "draw all of it from torch.Generator().manual_seed(seed), and what differs from "
+                "reading to reading from the global generators."
             )
         if not alike(start, other := self._start(again, seed)):
             raise TaskError(
-                f"the model of task {self.task} starts from other weights each time it is made "
+                f"the model of task {self.source} starts from other weights each time it is made "
                 f"with the same seed (loss {start['train_loss']:.4g}, then "
                 f"{other['train_loss']:.4g}); draw them from torch's, numpy's or Python's global "
                 "generator."
@@ -115,7 +129,7 @@ class Comparison:
             "poprisk": metadata.version("poprisk"),
             "task": {
                 "name": task.name,
-                "source": self.task,
+                "source": self.source,
                 "settings": self.settings,
                 "description": task.description,
                 "metric": {
@@ -126,7 +140,7 @@ class Comparison:
                 "classification": task.classification,
                 "epochs": task.epochs,
                 "batch_size": task.batch_size,
-                **({"last_batch": LAST_BATCH} if self._joins_last(task) else {}),
+                **({"last_batch": rule} if (rule := self._last_batch(task)) else {}),
                 "train_examples": len(task.train[1]),
                 "test_examples": len(task.test[1]),
                 "parameters": sum(p.numel() for p in model.parameters()),
@@ -167,8 +181,8 @@ class Comparison:
         n = len(task.train[1])
         if n < FEWEST and any(arm.held_out for arm in self.arms):
             raise TaskError(
-                f"task {self.task} has {n} training examples; early stopping holds out a fifth of "
-                f"them, so there must be at least {FEWEST}."
+                f"task {self.source} has {n} training examples; early stopping holds out a fifth "
+                f"of them, so there must be at least {FEWEST}."
             )
         found: dict[str, dict[str, Any]] = {}
         measured = {(False, False)}
@@ -195,19 +209,18 @@ class Comparison:
     @contextmanager
     def _trial(self, arm: Arm, seed: int) -> Iterator[None]:
         """Name the arm whose trial fails inside; the random numbers stay as they are."""
-        random = RandomState.now()
-        try:
-            yield
-        except Exception as error:
-            what = f"task {self.task} cannot be trained by {arm.label} (seed {seed})"
-            raise TaskError.of(what, error) from error
-        finally:
-            random.restore()
+        with RandomState.kept():
+            try:
+                yield
+            except Exception as error:
+                what = f"task {self.source} cannot be trained by {arm.label} (seed {seed})"
+                raise TaskError.of(what, error) from error
 
-    def _joins_last(self, task: Task) -> bool:
+    def _last_batch(self, task: Task) -> str:
         n = len(task.train[1])
-        kept = [n - n // 5 if arm.held_out else n for arm in self.arms]
-        return any(joins_last(k, task.batch_size) for k in kept)
+        kept = {n - n // 5 if arm.held_out else n for arm in self.arms}
+        rules = (last_batch(k, task.batch_size, drop_last=task.drop_last) for k in kept)
+        return next(filter(None, rules), "")
 
 
 def alike(a: dict[str, float], b: dict[str, float]) -> bool:
@@ -215,16 +228,34 @@ def alike(a: dict[str, float], b: dict[str, float]) -> bool:
     return a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=TOL) for k in a)
 
 
-def _fingerprint(source: str, task: Task) -> str:
-    """Tells tasks of one name apart: a hash of the data and of the task's file."""
+def _fingerprint(source: Source, task: Task) -> str:
+    """Tells tasks of one name apart: a hash of the data and of the task's file or function."""
     digest = hashlib.sha256()
     clean = () if task.clean is None else (task.clean,)
-    for values in (*task.train, *task.test, *clean):
+    for values in map(_sample, (*task.train, *task.test, *clean)):
         digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    path, colon, _ = source.rpartition(":")
-    if colon:
-        digest.update(Path(path).read_bytes())
+    digest.update(_text(source))
     return digest.hexdigest()[:16]
+
+
+def _sample(values: Tensor | DatasetInputs) -> Tensor:
+    """All of a tensor; of a data set that is read, which may be large, some rows."""
+    if isinstance(values, Tensor):
+        return values
+    seed_all(0)
+    n = len(values)
+    return values[torch.linspace(0, n - 1, min(n, values.batch_size)).long()]
+
+
+def _text(source: Any) -> bytes:
+    """A task's file, or the text of its function as far as there is one."""
+    if isinstance(source, str):
+        path, colon, _ = source.rpartition(":")
+        return Path(path).read_bytes() if colon else b""
+    try:
+        return inspect.getsource(source).encode()
+    except (OSError, TypeError):  # typed at a prompt, or no function: data and model tell it apart
+        return b""
 
 
 def _structure(model: torch.nn.Module) -> str:
@@ -235,8 +266,8 @@ def _structure(model: torch.nn.Module) -> str:
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
-def _sources(source: str) -> dict[str, str]:
-    path, colon, _ = source.rpartition(":")
+def _sources(source: Source) -> dict[str, str]:
+    path, colon, _ = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     return task_sources(Path(path)) if colon else {}
 
 
@@ -316,5 +347,92 @@ def _is_row(row: Row) -> bool:
     return known and {type(row["seed"]), type(row["epoch"])} == {int}
 
 
-COMPARISON = Kind(frozenset({"task", "arms", "seeds"}), _is_row, differences, with_more_seeds)
+COMPARISON = Kind(
+    frozenset({"task", "arms", "seeds"}),
+    _is_row,
+    differences,
+    with_more_seeds,
+    "choose another directory (--out) or start over (--fresh)",
+)
 """The run directories of comparisons."""
+
+
+def run_directory(path: Path) -> Store:
+    """The run directory of a comparison."""
+    return Store(path, COMPARISON)
+
+
+def begin(comparison: Comparison, directory: Store, *, fresh: bool = False) -> RunData:
+    """Try the task with every arm and seed, make the run directory or take it up, and read it.
+
+    Args:
+        comparison: what to train.
+        directory: where; nothing is changed in it before all has been tried.
+        fresh: whether to delete what it holds.
+
+    Raises:
+        TaskError: if the task or one of its arms fails.
+        ValueError: if the device cannot be used.
+        RunDirectoryError: if the directory cannot be used.
+    """
+    config = comparison.config()
+    data = read_run(directory) if directory.exists() and not fresh else None
+    for seed in comparison.seeds[1:]:
+        if data is None or not all((arm.name, seed) in data.ends for arm in comparison.arms):
+            comparison.try_seed(seed)
+    directory.create(config, environment(comparison.workers), fresh=fresh)
+    return read_run(directory)
+
+
+def train(comparison: Comparison, directory: Store, on_row: Callable[[Row], None]) -> None:
+    """Train every arm on every seed that the run directory does not hold yet.
+
+    Raises:
+        TrainingError: if a run fails; the others up to then are kept.
+        TaskError: if the task fails for a seed.
+        RunDirectoryError: if a checkpoint is damaged or a record cannot be written.
+    """
+    run_trials(
+        trials_of(comparison),
+        partial(_train, comparison),
+        directory,
+        workers=comparison.workers,
+        on_row=lambda _, row: on_row(row),
+    )
+
+
+def trials_of(comparison: Comparison) -> list[Trial]:
+    """One an arm and seed; an arm that follows another comes after it."""
+    return [
+        Trial(
+            f"{arm.name}-{seed}",
+            {"arm": arm.name, "seed": seed},
+            after=(f"{arm.follows}-{seed}",) if arm.follows is not None else (),
+            keeps=comparison.is_followed(arm),
+            label=f"arm {arm.name}, seed {seed}",
+        )
+        for seed in comparison.seeds
+        for arm in comparison.arms
+    ]
+
+
+def _train(comparison: Comparison, settings: Settings, workspace: Workspace) -> Iterator[Row]:
+    arm = next(arm for arm in comparison.arms if arm.name == settings["arm"])
+    seed, followed = settings["seed"], comparison.is_followed(arm)
+    traces = [load_checkpoint(path)["rms"].tolist() for path in workspace.given.values()]
+    run = ArmRun(
+        task=comparison.make_task(seed),
+        arm=arm,
+        seed=seed,
+        trace=traces[0] if traces else None,
+        record=followed,
+        workspace=workspace,
+        device=comparison.device,
+        with_twin=comparison.twin and arm.can_have_twin,
+    )
+    run.resume()
+    yield {"event": "start", "arm": arm.name, "seed": seed, "epoch": run.progress.epoch}
+    for row in run.rows():
+        if row["event"] == "end" and followed:
+            workspace.keep({"rms": torch.tensor(run.progress.trace, dtype=torch.float64)})
+        yield row

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk.evaluation import evaluating, outputs_of
+from poprisk.evaluation import evaluating
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.risk import TwinRisk
-from poprisk.task import Pair, Task
+from poprisk.task import Task
 from poprisk.task.batches import batch_sizes, split_batches
+from poprisk.task.data import Inputs, outputs_over, select
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.controls import UpdateTrace
@@ -73,13 +74,13 @@ class ArmRun:
     with_twin: bool = False
 
     def __post_init__(self) -> None:
-        _seed_all(self.seed)
+        seed_all(self.seed)
         x, y = self.task.train
         n, fifth = len(y), len(y) // 5
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
         kept = order[fifth:].sort().values if self.arm.held_out else torch.arange(n)
-        self.data = _to((x[kept], y[kept]), self.device)
-        self.held_out = _to((x[order[:fifth]], y[order[:fifth]]), self.device)
+        self.data = _to((select(x, kept), y[kept]), self.device)
+        self.held_out = _to((select(x, order[:fifth]), y[order[:fifth]]), self.device)
         self.everything = _to((x, y), self.device)
         self.test = _to(self.task.test, self.device)
         self.model = self.task.new_model(self.device)
@@ -141,30 +142,31 @@ class ArmRun:
         """Take a step on each size of batch that an epoch has; the run is spent by it."""
         trace = UpdateTrace() if self.record else None
         self.model.train()
-        for size in batch_sizes(len(self.data[1]), self.task.batch_size):
+        task = self.task
+        for size in batch_sizes(len(self.data[1]), task.batch_size, drop_last=task.drop_last):
             self._train_batch(torch.arange(size, device=self.device), trace)
 
     def _train_epoch(self) -> None:
-        p = self.progress
-        _seed_all(1_000_003 * (self.seed + 1) + p.epoch)  # alike in all arms and on resume
+        p, task = self.progress, self.task
+        seed_all(1_000_003 * (self.seed + 1) + p.epoch)  # alike in all arms and on resume
         order = torch.randperm(len(self.data[1])).to(self.device)
         trace = UpdateTrace(p.trace) if self.record else None
         self.model.train()
         if self.twin is not None:
             self.twin.replicas[1].model.train()
-        for batch in split_batches(order, self.task.batch_size):
+        for batch in split_batches(order, task.batch_size, drop_last=task.drop_last):
             self._train_batch(batch, trace)
             p.step += 1
         p.epoch += 1
 
     def _train_batch(self, batch: Tensor, trace: UpdateTrace | None) -> None:
-        x, y = self.data
+        x, y = (part[batch] for part in self.data)
         if self.twin is None:
-            loss = self.task.loss(self.model(x[batch]), y[batch])
+            loss = self.task.loss(self.model(x), y)
             self._update(self.optimizer, loss, trace)
             return
         for run in self.twin.runs(batch):
-            loss = run.loss(run.model(x[batch]), y[batch])
+            loss = run.loss(run.model(x), y)
             self._update(run.optimizer, loss, None if run.position else trace)
 
     def _update(self, optimizer: Optimizer, loss: Tensor, trace: UpdateTrace | None) -> None:
@@ -180,9 +182,9 @@ class ArmRun:
         """Measure now, on the training set, the test set and what is held out."""
         p, task = self.progress, self.task
         with evaluating(self.model):
-            fitted = outputs_of(self.model, self.everything[0])
-            outputs = outputs_of(self.model, self.test[0])
-            left = outputs_of(self.model, self.held_out[0]) if self.arm.held_out else None
+            fitted = outputs_over(self.model, self.everything[0])
+            outputs = outputs_over(self.model, self.test[0])
+            left = outputs_over(self.model, self.held_out[0]) if self.arm.held_out else None
         metric = score(task, outputs, self.test[1])
         memorized = task.memorized(fitted.cpu())
         p.final_metric, p.final_memorized = metric, memorized
@@ -208,7 +210,8 @@ class ArmRun:
 
     def _estimate(self, twin: TwinRisk, held_out_loss: float | None) -> Row:
         """The twin's estimate, and the loss on the held-out fifth to compare it with."""
-        found = twin.estimate(*self.data)
+        x, y = self.data
+        found = twin.estimate(x, y, batch_size=getattr(x, "batch_size", 1024))
         keys = ("value", "standard_error", "valid", "comparable", "dof", "accuracy")
         finite = {k: v for k in keys if (v := getattr(found, k)) is None or math.isfinite(v)}
         return {"estimate": {k: finite.get(k) for k in keys}, "held_out_loss": held_out_loss}
@@ -274,12 +277,12 @@ def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
-def _seed_all(seed: int) -> None:
+def seed_all(seed: int) -> None:
     """Seed every global generator that a model may draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
-def _to(pair: Pair, device: str) -> Pair:
+def _to(pair: tuple[Inputs, Tensor], device: str) -> tuple[Inputs, Tensor]:
     return pair[0].to(device), pair[1].to(device)

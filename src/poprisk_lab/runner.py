@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from multiprocessing.context import BaseContext
 from typing import NamedTuple
@@ -48,8 +49,8 @@ def environment(workers: int) -> dict[str, str | int]:
         **{name: metadata.version(name) for name in packages},
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count() or 1,
-        "workers": workers,
-        "threads per worker": 1,
+        "workers": max(workers, 1),
+        "threads per worker": 1 if workers else torch.get_num_threads(),
     }
 
 
@@ -60,12 +61,21 @@ def run_trials(
 
     Several processes may do this in one directory at once: they share the trials.
 
+    Args:
+        trials: in the order to begin them.
+        run: does one; picklable where there are workers.
+        store: their directory.
+        workers: processes with one thread each; 0: this process, with the threads that it has.
+        on_row: called here.
+
     Raises:
         TrainingError: if a trial fails; the others up to then are kept.
         TaskError: if the task fails for a seed.
         RunDirectoryError: if a checkpoint is damaged or a record cannot be written.
     """
     waiting = left(trials, store)
+    if not workers:
+        return _work_here(run, store, waiting, on_row)
     if not waiting:
         return
     warm_up_workers()
@@ -78,6 +88,13 @@ def run_trials(
         raise _death(pool) from None
     finally:
         _stop(pool)
+
+
+def _work_here(run: Run, store: Store, waiting: list[Trial], on_row: OnRow) -> None:
+    while trial := _next(waiting, {t.name for t in waiting}, store):
+        waiting.remove(trial)
+        record, workspace = store.begin(trial.name, trial.after)
+        _do(run, trial, record, workspace, partial(on_row, trial))
 
 
 def _work_off(
@@ -119,8 +136,14 @@ def _next(waiting: list[Trial], undone: set[str], store: Store) -> Trial | None:
     return min(ready, key=lambda trial: store.is_begun(trial.name), default=None)
 
 
-def _do(run: Run, trial: Trial, record: Record, workspace: Workspace) -> None:
-    """Do one trial, in a worker."""
+def _do(
+    run: Run,
+    trial: Trial,
+    record: Record,
+    workspace: Workspace,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> None:
+    """Do one trial."""
     started = time.monotonic()
     try:
         found = run(trial.settings, workspace)
@@ -128,6 +151,7 @@ def _do(run: Run, trial: Trial, record: Record, workspace: Workspace) -> None:
             found = [{"event": "end", "seconds": time.monotonic() - started, "found": found}]
         for row in found:
             record.append(row)
+            on_row(row)
     except Exception as error:
         told = _told(trial, error)
         record.append({"event": "failed"})  # so that others need not wait for it

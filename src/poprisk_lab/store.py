@@ -52,12 +52,14 @@ class Kind(NamedTuple):
         differences: what keeps a directory of the first configuration from going on under the
             second, in a few words each.
         extend: the configuration to keep when the first goes on as the second.
+        anew: how to begin from the start, where a directory holds something else.
     """
 
     keys: frozenset[str]
     is_row: Callable[[Row], bool]
     differences: Callable[[Config, Config], list[str]] = differing_keys
     extend: Callable[[Config, Config], Config] = lambda found, wanted: found
+    anew: str = "choose another directory with --out"
 
 
 @dataclass
@@ -117,21 +119,32 @@ class Store:
         """Whether there is a configuration, so that it can be read."""
         return os.path.isfile(self.path / "config.json")
 
-    def create(self, config: Config, environment: dict[str, Any]) -> None:
+    def create(self, config: Config, environment: dict[str, Any], *, fresh: bool = False) -> None:
         """Make the directory, or check that an existing one can go on under a configuration.
+
+        Args:
+            config: what ``config.json`` is to hold.
+            environment: likewise.
+            fresh: whether to delete what a run directory of this kind holds, all else that lies in
+                it stays. Its configuration is the last to go: what is killed on the way is a run
+                directory still.
 
         Raises:
             RunDirectoryError: if it cannot be written, is not a run directory, or holds another
                 configuration; nothing is changed then.
         """
         with _writing(f"the run directory {self.path}", "choose another with --out"):
-            if self.exists():
+            if self.exists() and fresh:
+                self.config()  # of this kind
+                for file in [*self.trials.glob("*"), *self.checkpoints.glob("*"), self._old]:
+                    file.unlink(missing_ok=True)
+            elif self.exists():
                 found = self._check_same(config)
                 self._make_folders()
                 if (kept := self.kind.extend(found, config)) != found:
                     write_json(self.path / "config.json", kept)
                 return
-            if self.path.exists() and not self._is_blank():
+            elif self.path.exists() and not self._is_blank():
                 raise RunDirectoryError(
                     f"{self.path} exists and is not a run directory (no config.json); choose "
                     "another with --out."
@@ -247,8 +260,8 @@ class Store:
         more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
         raise RunDirectoryError(
             f"{self.path} holds a run with another configuration (it differs in "
-            f"{', '.join(differ[:SHOWN])}{more}); repeat that command to resume it, or choose "
-            "another directory with --out."
+            f"{', '.join(differ[:SHOWN])}{more}); repeat that command to resume it, or "
+            f"{self.kind.anew}."
         )
 
     def _old_rows(self) -> dict[str, list[Row]]:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from poprisk.intervals import Interval, t_interval
+from poprisk.printing import short_repr
 from poprisk_lab.arms import FAMILIES
 from poprisk_lab.convergence import Improvement, still_improving
 from poprisk_lab.results import RunData
@@ -40,6 +41,8 @@ class Verdict(NamedTuple):
     other: list[Row]
     reference: str
     leads: Mapping[str, Interval] = MappingProxyType({})
+
+    __repr__ = short_repr
 
 
 def judge(data: RunData) -> Verdict:

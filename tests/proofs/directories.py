@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from poprisk.intervals import Interval
-from poprisk_lab.compare import COMPARISON
+from poprisk_lab.comparison import COMPARISON
 from poprisk_lab.results import read_run
 from poprisk_lab.store import Store
 from poprisk_lab.studies import CLAIMS

@@ -30,7 +30,7 @@ from poprisk.path.coupling import label_response
 from poprisk.path.follow import follow_all
 from poprisk.path.integrals import WARN_ABOVE
 from poprisk.path.recursion import Recursion
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 from poprisk.protocols import PerExampleLoss
 from poprisk.randomness import generator_of
 
@@ -60,6 +60,7 @@ class Exponent(NamedTuple):
     cost: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     def agrees(self, expected: float) -> bool:
         """Whether the interval holds ``expected``."""

@@ -17,7 +17,7 @@ from poprisk.losses import gradient, values
 from poprisk.path.channel import Channel
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import averaged, gauss
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 
 NODES = 24
 """Gauss nodes on the line from the first outputs to the last, for losses that are not squares."""
@@ -90,6 +90,7 @@ class FourCells(NamedTuple):
     error: TestError | None
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 def split_cells(G: Tensor, channel: Channel, signal: Tensor, noise: Tensor) -> Cells:

@@ -12,7 +12,7 @@ from torch import Tensor
 from poprisk.optim.step import StepRule
 from poprisk.path.problem import Problem
 from poprisk.path.store import VectorTable
-from poprisk.printing import described, short_repr
+from poprisk.printing import described, short_html, short_repr
 
 
 class StepInterval(NamedTuple):
@@ -74,6 +74,8 @@ class Run:
             f"{p.size:,} weights of a {type(p.model).__name__}",
             "exact" if self.exact and self.stride == 1 else "approximate",
         )
+
+    _repr_html_ = short_html
 
     def __len__(self) -> int:
         return len(self.intervals)

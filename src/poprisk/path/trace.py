@@ -15,7 +15,7 @@ from torch import Tensor
 from poprisk.path.follow import follow
 from poprisk.path.integrals import Closure
 from poprisk.path.run import Run
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 from poprisk.protocols import ProgressCallback
 
 
@@ -55,6 +55,7 @@ class CellTrace(NamedTuple):
     output_shape: tuple[int, ...]
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     def without_noise(self, i: int = -1) -> Tensor:
         """Query outputs (m, ...) as they would be without the label noise that got through."""

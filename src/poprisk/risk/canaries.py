@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poprisk._validate import check_number
-from poprisk.printing import described, short_repr
+from poprisk.printing import described, short_html, short_repr
 from poprisk.randomness import generator_of
 from poprisk.risk.inputs import check_index
 
@@ -34,6 +34,7 @@ class Memorization(NamedTuple):
     sacrificed: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 class ErrorBound(NamedTuple):
@@ -58,6 +59,7 @@ class ErrorBound(NamedTuple):
     sacrificed: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 @final

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 from poprisk.risk.estimate import RiskEstimate, grouped_error
 
 Z = 2.0
@@ -34,6 +34,7 @@ class StoppingPoint(NamedTuple):
     reason: str
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @property
     def value(self) -> float:
@@ -71,6 +72,7 @@ class Selection(NamedTuple):
     cost: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @property
     def valid(self) -> bool:

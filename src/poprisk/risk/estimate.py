@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from poprisk._renamed import renamed_attributes
-from poprisk.printing import described, short_repr
+from poprisk.printing import described, short_html, short_repr
 from poprisk.protocols import PerExampleLoss
 from poprisk.risk.local_losses import (
     LARGEST_GAIN,
@@ -124,6 +124,8 @@ class RiskEstimate:
     def __repr__(self) -> str:
         shown = f"value={self.value:.4g}, standard_error={self.standard_error:.2g}"
         return described("RiskEstimate", shown, valid=self.valid, reason=self.reason)
+
+    _repr_html_ = short_html
 
 
 Gains = tuple[float, float, float]

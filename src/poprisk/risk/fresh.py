@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from poprisk._renamed import renamed_arguments, renamed_attributes
 from poprisk._validate import check_no_batch_statistics
 from poprisk.evaluation import evaluating
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 from poprisk.protocols import PerExampleLoss
 from poprisk.risk.inputs import check_not_sharded, check_output_losses
 from poprisk.risk.local_losses import ignored_examples
@@ -81,6 +81,7 @@ class FreshBatchRisk(NamedTuple):
     modules: dict[str, ModuleChange]
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 @renamed_arguments(groups="splits")

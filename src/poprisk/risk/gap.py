@@ -23,7 +23,7 @@ from torch import Tensor
 from poprisk.evaluation import outputs_of
 from poprisk.path import Closure, Followed, Run, follow
 from poprisk.path.checks import check_answers
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 from poprisk.risk import inputs
 from poprisk.risk.estimate import DegreesOfFreedom, TwinOutputs, measure_dof
 from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, local_loss_of
@@ -55,6 +55,7 @@ class AdaptationGap(NamedTuple):
     cost: float = math.nan
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 def adaptation_gap(

@@ -33,7 +33,7 @@ from poprisk.path import NotAnalysable, Run
 from poprisk.path.checks import check_answers
 from poprisk.path.recursion import Recursion
 from poprisk.path.run import StepInterval
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 from poprisk.randomness import generator_of
 from poprisk.risk import inputs
 from poprisk.risk.estimate import DegreesOfFreedom, TwinOutputs, grouped_error, measure_dof
@@ -73,6 +73,7 @@ class LooRisk(NamedTuple):
     index: Tensor
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 @renamed_arguments(group_ids="groups")

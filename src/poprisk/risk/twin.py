@@ -364,8 +364,8 @@ class TwinRisk:
             ValueError: if shapes do not fit.
         """
         index = self._some_of(range(len(y)) if index is None else index)
-        pieces = [slice(i, i + batch_size) for i in range(0, len(y), batch_size)]
-        return self._estimate([(x[s], y[s], index[s]) for s in pieces], groups, parts)
+        pieces = (slice(i, i + batch_size) for i in range(0, len(y), batch_size))
+        return self._estimate(((x[s], y[s], index[s]) for s in pieces), groups, parts)
 
     def estimate_batches(
         self,

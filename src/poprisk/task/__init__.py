@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from poprisk._validate import check_choice, check_positive
 from poprisk.printing import described
-from poprisk.task.data import Pair, as_pair, as_tensor
+from poprisk.task.data import BATCH, Pair, as_data, as_tensor
 from poprisk.task.metrics import METRICS, Metric, accuracy
 from poprisk.task.trial import try_task
 
@@ -26,15 +26,18 @@ class Task:
         name: short name, used in reports.
         model: makes a fresh model; called after the random seed is set.
         loss: per-example loss, from outputs (b, ...) and targets (b, ...) to a tensor (b,).
-        train: training inputs and targets: a pair of tensors, arrays or frames, a data set of such
-            pairs, or a ``DataLoader`` (:func:`poprisk.task.data.as_pair`).
+        train: training inputs and targets: a pair of tensors, arrays or frames; or a map-style data
+            set of such pairs, a ``DataLoader`` of one (whose ``collate_fn``, ``batch_size`` and
+            ``drop_last`` are kept), or a pair of one and targets. These are read batch by batch, in
+            the process that trains, whenever an example's turn comes.
         test: the same for the test set, used for measuring only.
         metric: ``"accuracy"``, ``"balanced accuracy"``, ``"f1"`` (macro), ``"auc"`` (of the ROC
             curve), ``"mse"``, or a :class:`Metric`.
         epochs: passes over the training set.
-        batch_size: examples per step.
+        batch_size: examples per step; left out, the loader's, or 64.
         clean: training targets without label noise, where they are known: shape of the targets.
         description: one line for the report.
+        drop_last: whether to leave out a last batch that is not full.
 
     When it is made, a fresh model is evaluated on both sets, scored, and trained on one batch of
     each size that occurs (:mod:`poprisk.task.trial`), so that nothing fails in the middle of a
@@ -51,9 +54,10 @@ class Task:
     test: Any
     metric: str | Metric = "accuracy"
     epochs: int = 100
-    batch_size: int = 64
+    batch_size: int = cast(int, None)
     clean: Any = None
     description: str = ""
+    drop_last: bool = False
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train[1]):,} training and {len(self.test[1]):,} test examples"
@@ -61,15 +65,20 @@ class Task:
         return described("Task", repr(self.name), sizes, self.scored_by.name, epochs, batches)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "train", as_pair("train", self.train))
-        object.__setattr__(self, "test", as_pair("test", self.test))
+        if self.batch_size is not None:
+            check_positive("batch_size", self.batch_size)
+        for name in ("train", "test"):
+            found = as_data(name, getattr(self, name), batch_size=self.batch_size)
+            object.__setattr__(self, name, (found.inputs, found.targets))
+            if name == "train":
+                object.__setattr__(self, "drop_last", self.drop_last or found.drop_last)
+                object.__setattr__(self, "batch_size", self.batch_size or found.batch_size or BATCH)
         if self.clean is not None:
             object.__setattr__(self, "clean", as_tensor("clean", self.clean))
         if isinstance(self.metric, str):
             check_choice("metric", self.metric, METRICS)
             object.__setattr__(self, "metric", METRICS[self.metric])
         check_positive("epochs", self.epochs)
-        check_positive("batch_size", self.batch_size)
         if self.batch_size >= len(self.train[1]):
             raise ValueError(
                 f"batch_size={self.batch_size} must be smaller than the number of training "

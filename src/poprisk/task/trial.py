@@ -41,8 +41,7 @@ def try_task(task: Any, *, by_class: bool) -> None:
     """
     _check_callables(task)
     _check_clean(task)
-    random = RandomState.now()
-    try:
+    with RandomState.kept():
         model = task.new_model()
         _check_model(task, model)
         outputs, losses = zip(*(_evaluate(task, model, s) for s in ("train", "test")), strict=True)
@@ -55,8 +54,6 @@ def try_task(task: Any, *, by_class: bool) -> None:
             _check_variety(task)
         _check_memorized(task, outputs[0])
         _try_training(task, model)
-    finally:
-        random.restore()
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -119,7 +116,7 @@ def _evaluate(task: Any, model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     outputs: list[Tensor] = []
     losses: list[Tensor] = []
     with evaluating(model, *_modules(task.loss)):
-        for rows in split_batches(torch.arange(len(y)), CHUNK):
+        for rows in split_batches(torch.arange(len(y)), getattr(x, "batch_size", CHUNK)):
             u = _outputs(model, x[rows], name, int(rows[0]))
             losses.append(_losses(task.loss, u, y[rows], name, int(rows[0])))
             outputs.append(u)
@@ -343,7 +340,8 @@ def _try_training(task: Any, model: nn.Module) -> None:
     """A forward and a backward pass in training mode on each size of batch that matters."""
     n, b = len(task.train[1]), task.batch_size
     kept = n - n // 5
-    sizes = {*batch_sizes(n, b), *batch_sizes(kept, min(b, kept))}
+    last = task.drop_last
+    sizes = {*batch_sizes(n, b, drop_last=last), *batch_sizes(kept, min(b, kept), drop_last=last)}
     model.train()
     with evaluating(*_modules(task.loss)):
         constant = [_try_batch(task, model, size) for size in sorted(sizes, reverse=True)]

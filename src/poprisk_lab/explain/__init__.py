@@ -6,6 +6,7 @@ from typing import Any
 
 from poprisk.path import NotAnalysable
 from poprisk.task import Task
+from poprisk.task.data import DatasetInputs
 from poprisk_lab.explain.measure import Say, measure_cells, measure_operators
 from poprisk_lab.explain.plan import ExplainPlan
 
@@ -25,6 +26,11 @@ def explain(plan: ExplainPlan, *, say: Say) -> dict[str, Any]:
         TaskError: if the task cannot be made.
     """
     task = plan.task()
+    if any(isinstance(x, DatasetInputs) for x, _ in (task.train, task.test)):
+        raise NotAnalysable(
+            f"task {task.name} reads its data batch by batch, but a run is followed on data in "
+            "memory; give a pair of tensors."
+        )
     found: dict[str, Any] = {
         "format": FORMAT,
         "task": describe_task(plan, task),

@@ -20,7 +20,7 @@ from poprisk_lab.selection import twin_report
 from poprisk_lab.store import replace_text
 from poprisk_lab.verdict import Verdict
 
-__all__ = ["write_report"]
+__all__ = ["quantities", "write_report"]
 
 
 class GateSection(NamedTuple):
@@ -75,7 +75,7 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
         "table": table,
         "leads": leads_table(verdict, data.config),
         "runs": run_table(data, table.format),
-        "curves": figures.group(series, _quantities(task)),
+        "curves": figures.group(series, quantities(task)),
         "stops": any(s.stops for s in series),
         "memorizing": any(row["memorized"] is not None for row in data.epochs),
         "gates": _gates(data),
@@ -87,7 +87,8 @@ def context(data: RunData, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _quantities(task: dict[str, Any]) -> list[PanelQuantity]:
+def quantities(task: dict[str, Any]) -> list[PanelQuantity]:
+    """What the page draws over epochs."""
     metric, shares = task["metric"], task["classification"]
     title = "Wrong labels memorized" if shares else "Label noise fitted"
     return [

@@ -9,8 +9,10 @@ import base64
 import gzip
 import html
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -31,7 +33,39 @@ def plotly_script() -> str:
 
 
 def figure(plot: Plot, *, shown: Sequence[bool] = (), legend: bool = True) -> Markup:
-    """A plot as JSON; lines of one name are one series, shown and hidden together.
+    """What :func:`traced` makes, as JSON."""
+    made = traced(plot, shown=shown, legend=legend)
+    return Markup(made.to_json())  # plotly escapes < and > in it
+
+
+def painted(plot: Plot, *, shown: Sequence[bool] = ()) -> go.Figure:
+    """A plot as a figure to show outside of a page, in the page's light colours.
+
+    What a page hides before anyone clicks is in the legend only.
+    """
+
+    def paint(trace: Any) -> None:
+        colour = _colours()[trace.meta["colour"]]
+        trace.update(line={"color": colour}, marker={"color": colour})
+        if trace.fill or trace.stackgroup:
+            trace.update(fillcolor=colour + ("29" if trace.fill else "73"))  # as the page's script
+        trace.update(legendgroup=trace.meta["series"], visible=trace.visible or "legendonly")
+
+    made = traced(plot, shown=shown)
+    made.for_each_trace(paint)
+    return made.update_layout(title=html.escape(plot.title, quote=False))
+
+
+@cache
+def _colours() -> dict[str, str]:
+    """The style sheet's colours, by name; its light ones stand first."""
+    sheet = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+    found = re.findall(r"--c-([\w-]+): (#\w{6})", sheet.partition("@media")[0])
+    return dict(found)
+
+
+def traced(plot: Plot, *, shown: Sequence[bool] = (), legend: bool = True) -> go.Figure:
+    """A plot as a figure without colours; lines of one name are one series, hidden together.
 
     Args:
         plot: to draw.
@@ -47,8 +81,7 @@ def figure(plot: Plot, *, shown: Sequence[bool] = (), legend: bool = True) -> Ma
             bands.append(_band(line, plot, common))
         lines.append(_line(line, plot, common))
     lines.sort(key=lambda trace: trace.meta["colour"] == OURS)  # ours on top: drawn last
-    made = go.Figure([*bands, *lines], _layout(plot, legend=legend and len(series) > 1))
-    return Markup(made.to_json())  # plotly escapes < and > in it
+    return go.Figure([*bands, *lines], _layout(plot, legend=legend and len(series) > 1))
 
 
 def _line(line: Line, plot: Plot, common: dict[str, Any]) -> go.Scatter:

@@ -73,6 +73,12 @@ def group(series: Sequence[Series], quantities: Iterable[PanelQuantity]) -> Grou
 
 
 def _panel(quantity: PanelQuantity, series: Sequence[Series]) -> Panel | None:
+    found = epoch_plot(quantity, series)
+    return found and Panel(quantity.title, draw.figure(found[0], shown=found[1], legend=False))
+
+
+def epoch_plot(quantity: PanelQuantity, series: Sequence[Series]) -> tuple[Plot, list[bool]] | None:
+    """A quantity over epochs, and which lines to show at first; None if it has no value."""
     lines, shown = list[Line](), list[bool]()
     for s in series:
         line = epoch_line(s.label, s.rows, quantity.key, s.colour, dash=s.dash)
@@ -90,7 +96,7 @@ def _panel(quantity: PanelQuantity, series: Sequence[Series]) -> Panel | None:
         [line for line, visible in zip(lines, shown, strict=True) if visible]
     )
     plot = Plot(quantity.title, "epoch", "", lines, "", log_y=log, percent=quantity.percent)
-    return Panel(quantity.title, draw.figure(plot, shown=shown, legend=False))
+    return plot, shown
 
 
 def epoch_line(

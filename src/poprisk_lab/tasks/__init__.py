@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import sys
@@ -18,7 +19,10 @@ from poprisk_lab.tasks import modular as _modular
 from poprisk_lab.tasks import regression as _regression
 from poprisk_lab.tasks.sources import place_of
 
-__all__ = ["BUILT_IN", "TaskError", "load_task"]
+__all__ = ["BUILT_IN", "Source", "TaskError", "load_task", "source_name"]
+
+Source = str | Task | Callable[..., Task]
+"""Where a task comes from: a name, a function that makes it, or the task itself."""
 
 BUILT_IN: dict[str, Callable[..., Task]] = {
     "digits": _digits.digits,
@@ -50,16 +54,32 @@ class TaskError(ValueError):
         return found
 
 
-def load_task(name: str, /, *, seed: int, **settings: Any) -> Task:
-    """Make the task called ``name``: a built-in one, or ``path/to/file.py:function``.
+def source_name(source: Source) -> str:
+    """How messages and records call a task."""
+    if isinstance(source, str):
+        return source
+    own = source.name if isinstance(source, Task) else getattr(source, "__qualname__", "")
+    return str(own) or type(source).__name__
+
+
+def load_task(source: Source, /, *, seed: int, **settings: Any) -> Task:
+    """Make a task: a built-in one, one of ``path/to/file.py:function``, or that of a function.
 
     A function that takes ``seed`` gets it (for its split and its noise); ``settings`` are
-    passed on to it.
+    passed on to it. A task that is made already is copied, and is the same for every seed.
 
     Raises:
         TaskError: if there is no such task, file or function, or it does not return a Task.
     """
-    function = _find(name)
+    name = source_name(source)
+    function = _find(source) if isinstance(source, str) else source
+    if isinstance(function, Task):
+        if settings:
+            raise TaskError(
+                f"task {name} is made already and takes no settings, but got "
+                f"{', '.join(map(repr, settings))}; give the function that makes it."
+            )
+        return copy.copy(function)
     parameters = inspect.signature(function).parameters
     unknown = set(settings) - set(parameters)
     if unknown:
