@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from poprisk.audit.looks import Look
 from poprisk.audit.rate import Rate
-from poprisk.printing import described, short_repr
+from poprisk.printing import described, short_html, short_repr
 
 
 class SecondRound(NamedTuple):
@@ -98,6 +98,8 @@ class AuditResult:
             valid=self.valid,
             reason=self.reason,
         )
+
+    _repr_html_ = short_html
 
     def __len__(self) -> int:
         return len(self.example)
