@@ -59,7 +59,7 @@ def test_wrong_labels_are_found_and_put_right() -> None:
     assert result.value == result.wrong_share.value == 2 / N
     assert result.standard_error > 0
     assert result.valid
-    assert result.cost == 1
+    assert result.cost == 0
     assert result.recall is not None
     assert result.recall.value == pytest.approx(1)
     assert result.memorization is not None
@@ -74,6 +74,18 @@ def test_planted_labels_are_not_among_the_suspects() -> None:
     result = auditor.result()
     np.testing.assert_array_equal(result.labels, y)
     assert not result.suspect.any()
+
+
+def test_planted_labels_that_are_right_by_chance_are_not_missed_ones() -> None:
+    """Of 0s a third is wrong: planted 1s are right there, and are rightly not caught."""
+    true = labels(1200, 2)
+    given = torch.where((true == 1) & (torch.arange(1200) % 8 < 3), 0, true)
+    auditor = Auditor(given, kind="binary", plant=0.3)
+    feed(auditor, 6.0 * true - 3)
+    result = auditor.result()
+    np.testing.assert_array_equal(result.suspect, given != true)
+    assert result.recall is not None
+    assert result.recall.value == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["classes", "binary", "multilabel", "preferences"])

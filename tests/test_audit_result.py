@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,24 @@ def test_several_labels_have_a_row_each() -> None:
     assert set(range(40)) - set(result.second_round().keep) == {5}
     with pytest.raises(ValueError, match="examples have several labels; use columns"):
         result.add_to(None)
+
+
+def test_the_figures_on_the_page_are_those_on_record() -> None:
+    root = Path(__file__).parents[1]
+    record = pd.read_json(root / "benchmarks" / "results" / "audit.json")
+    page = (root / "docs" / "how-to" / "audit.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if re.match(r"\| \w+, \d+% ", line)]
+    means = record.groupby(["data", "noise", "rate", "optimizer"], sort=False)
+    assert len(rows) == len(means) == 8
+    for row, (key, runs) in zip(rows, means, strict=True):
+        name, optimizer, precision, f1, end, f1_end, share, recall, valid = map(str.strip, row)
+        assert name.startswith(f"{key[0]}, {key[2]:.0%}")
+        assert ("PopRisk" in optimizer) == (key[3] == "gate")
+        mean = runs.mean(numeric_only=True)
+        assert [precision, f1, end, f1_end] == [
+            f"{mean[column]:.2f}"
+            for column in ("average_precision", "f1", "average_precision_end", "f1_end")
+        ]
+        assert share == f"{mean['wrong_share']:.1%} of {mean['true_share']:.1%}"
+        assert recall == f"{mean['recall_planted']:.2f} for {mean['recall_wrong']:.2f}"
+        assert valid == f"{(runs['reason'] == '').sum()} of {len(runs)}"

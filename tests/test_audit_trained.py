@@ -123,7 +123,8 @@ def test_a_twin_gives_its_leave_one_out_outputs() -> None:
     np.testing.assert_allclose(result.predictions, estimate.outputs.softmax(1), rtol=1e-5)
     assert result.valid == estimate.valid
     assert result.valid, result.reason
-    assert result.cost > 1
+    assert result.cost == pytest.approx(estimate.cost, rel=1)
+    assert result.cost > 0
     assert set(WRONG) <= set(result.suspects())
     twin.doubt = "of another loss"
     assert audit(twin, x, y).reason == "the twin's estimate is not valid: of another loss"

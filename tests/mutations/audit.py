@@ -8,6 +8,7 @@ UNMIXED = "test_audit_scores.py::test_noise_that_was_mixed_in_is_removed"
 RESIDUALS = "test_audit_scores.py::test_residuals_in_units_of_the_noise"
 FOUND = "test_audit_auditor.py::test_wrong_labels_are_found_and_put_right"
 CLEAN = "test_audit_auditor.py::test_planted_labels_of_a_clean_set_are_caught"
+RIGHT = "test_audit_auditor.py::test_planted_labels_that_are_right_by_chance_are_not_missed_ones"
 APART = "test_audit_auditor.py::test_planted_labels_are_not_among_the_suspects"
 AVERAGE = "test_audit_auditor.py::test_the_average_weighs_later_looks_more"
 BEFORE = "test_audit_auditor.py::test_looks_before_labels_are_memorized_count"
@@ -114,6 +115,12 @@ MUTATIONS = {
         "wrong = planted.changed.numpy() & self.seen[index]",
         "wrong = self.seen[index]",
         FOUND,
+    ),
+    "planted labels that are right by chance count as missed": Mutation(
+        "poprisk/audit/judge.py",
+        "value=min(1.0, raw.value / cases)",
+        "value=min(1.0, raw.value)",
+        RIGHT,
     ),
     "two classes not compared with labels that stayed": Mutation(
         "poprisk/audit/planted.py",

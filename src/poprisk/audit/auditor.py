@@ -149,11 +149,9 @@ class Auditor:
         if self.planted is not None:
             memorization = self.planted.memorization(kept.present, kept.seen)
         look = look_at(self.items, kept.present, rows, memorization, number=len(self.looks) + 1)
-        # A standard error above the limit: with few planted labels one look is uncertain.
+        # What too few planted labels say of a look is noise.
         memorized = (
-            memorization is not None
-            and memorization.valid
-            and memorization.value - memorization.standard_error > self.limit
+            memorization is not None and memorization.valid and memorization.value > self.limit
         )
         look = look._replace(believed=not memorized)
         kept.close(look, margins_of(self.items, kept.present, rows))

@@ -68,7 +68,7 @@ def judge(
     structure: bool,
     limit: float,
     uncertified: str,
-    cost: float = 1.0,
+    cost: float = 0.0,
     doubt: str = "",
 ) -> AuditResult:
     """Score every label by the predictions.
@@ -80,7 +80,7 @@ def judge(
         structure: False leaves the noise matrix out.
         limit: memorization from which predictions are not believed.
         uncertified: why nothing is planted speaks against the result; empty if it does not.
-        cost: trainings, the audited one included.
+        cost: trainings beyond the audited one.
         doubt: why predictions are not to be believed.
     """
     known = (audited.seen & items.labelled).numpy()
@@ -199,19 +199,43 @@ class _Classes:
         """Of planted labels, weighed by how often the noise matrix makes such an error.
 
         They are planted at random; what is wrong by a pattern is found more often where it follows
-        it, and less where it does not.
+        it, and less where it does not. Where the label that was replaced was wrong, the planted one
+        may be right: the share of these that the audit itself expects is taken off the cases.
         """
         index, labels = planted.index.numpy(), planted.labels.numpy()
         original = planted.original.numpy()
         wrong = planted.changed.numpy() & self.seen[index]
         found, weights = np.zeros(len(index), np.bool_), np.ones(len(index))
+        right = np.zeros(len(index))
         for g, model in self.models.items():
             rows = np.flatnonzero(wrong & (self.group[index] == g))
             found[rows] = model.catches(self.p[index[rows]], labels[rows])
             if model.matrix is not None:
                 spread = model.matrix / (1 - model.matrix.diagonal())[:, None]
                 weights[rows] = spread[original[rows], labels[rows]]
-        return share_of(found[wrong], weights[wrong])
+            right[rows] = self._true_of_given(g)[original[rows], labels[rows]]
+        raw, weights = share_of(found[wrong], weights[wrong]), weights[wrong]
+        if not raw.valid:
+            return raw
+        cases = 1 - float(weights @ right[wrong] / weights.sum())
+        if not cases > 0.5:
+            return raw._replace(valid=False, reason="most planted labels may be right by chance")
+        return raw._replace(
+            value=min(1.0, raw.value / cases), standard_error=raw.standard_error / cases
+        )
+
+    def _true_of_given(self, group: int) -> NDArray[np.float64]:
+        """Share of the labels given as o that are z after correction, (c, c)."""
+        counts = self._counts(group)
+        return (counts / np.maximum(counts.sum(0), 1)).T
+
+    def _counts(self, group: int) -> NDArray[np.float64]:
+        """How often a label is j after correction and was given as y, (c, c)."""
+        c = self.items.classes or 0
+        rows = self.known & (self.group == group)
+        counts = np.zeros((c, c))
+        np.add.at(counts, (self.suggested[rows], self.labels[rows]), 1.0)
+        return counts
 
     def wrong_share(self) -> Rate:
         n = len(self.margin)
@@ -226,14 +250,11 @@ class _Classes:
 
     def noise_matrix(self) -> NDArray[np.float64]:
         """Counted after correction: how often true class j was given as y."""
-        c = self.items.classes or 0
         matrices = []
         for g in range(max(self.models) + 1):
-            rows = self.known & (self.group == g)
-            counts = np.zeros((c, c))
-            np.add.at(counts, (self.suggested[rows], self.labels[rows]), 1.0)
+            counts = self._counts(g)
             sums = counts.sum(1, keepdims=True)
-            matrices.append(np.where(sums > 0, counts / np.maximum(sums, 1), np.eye(c)))
+            matrices.append(np.where(sums > 0, counts / np.maximum(sums, 1), np.eye(len(counts))))
         return np.stack(matrices) if self.items.kind == "multilabel" else matrices[0]
 
     def unsure(self) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from poprisk.printing import short_repr
+from poprisk.printing import short_html, short_repr
 
 
 class Rate(NamedTuple):
@@ -29,6 +29,7 @@ class Rate(NamedTuple):
     cost: float = 0.0
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @property
     def interval(self) -> tuple[float, float]:

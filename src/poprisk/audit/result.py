@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from poprisk.audit.looks import Look
 from poprisk.audit.rate import Rate
-from poprisk.printing import described, short_repr
+from poprisk.printing import described, short_html, short_repr
 
 
 class SecondRound(NamedTuple):
@@ -62,7 +62,7 @@ class AuditResult:
         look: the last one that counts.
         valid: whether the result may be believed.
         reason: why not.
-        cost: trainings, the audited one included.
+        cost: trainings beyond the audited one, of which there is none with folds.
     """
 
     kind: str
@@ -98,6 +98,8 @@ class AuditResult:
             valid=self.valid,
             reason=self.reason,
         )
+
+    _repr_html_ = short_html
 
     def __len__(self) -> int:
         return len(self.example)

@@ -26,13 +26,13 @@ class Outputs(NamedTuple):
 
     Attributes:
         parts: index (b,) and outputs (b, ...) of each batch.
-        cost: trainings.
+        trainings: beyond the audited one.
         in_sample: whether the examples' own labels were trained on.
         doubt: why they are not to be believed.
     """
 
     parts: list[tuple[Tensor, Tensor]]
-    cost: float
+    trainings: float
     in_sample: bool
     doubt: str = ""
 
@@ -95,9 +95,9 @@ def audit(
     elif isinstance(source, nn.Module):
         with evaluating(source):
             parts = list(_outputs(source, x, len(labels.targets), forward or call, batch_size))
-        found = Outputs(parts, 1.0, True)
+        found = Outputs(parts, 0.0, True)
     elif isinstance(source, Tensor):
-        found = Outputs([(torch.arange(len(labels.targets)), source)], 1.0, True)
+        found = Outputs([(torch.arange(len(labels.targets)), source)], 0.0, True)
     else:
         raise TypeError(
             "source must be a module, a TwinRisk or a tensor of outputs, or with folds a function, "
@@ -112,7 +112,7 @@ def audit(
         # Predictions that did not see a label cannot have memorized it.
         limit=limit if found.in_sample else float("inf"),
         uncertified=UNPLANTED if found.in_sample else "",
-        cost=found.cost,
+        cost=found.trainings,
         doubt=found.doubt,
     )
 
