@@ -22,7 +22,9 @@ DATA = {
     "poprisk/py.typed",
     "poprisk/optim/fused/kernel.cpp",
     "poprisk_lab/py.typed",
+    "poprisk_lab/page/audit.js",
     "poprisk_lab/page/page.css",
+    "poprisk_lab/page/plotly-basic.min.js.gz",
 }
 """What must be there beside modules and templates."""
 
@@ -129,7 +131,7 @@ def test_the_laboratory_works_with_its_extra(python: Path, wheel: Path, tmp_path
     task.write_text(TASK, encoding="utf-8")
     options = ("--seeds", "1", "--epochs", "1", "--workers", "1", "--out", "run")
     told = call(command, "compare", "mine.py:points", *options, cwd=tmp_path).stdout
-    assert "PopRiskAdamW, default settings, ends at" in told
+    assert "one seed, so no interval and no verdict" in told
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "points above and below a line" in page
     assert "<style>" in page

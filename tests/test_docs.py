@@ -20,12 +20,11 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 def resolve(name: str) -> object:
     """What a dotted name stands for, below poprisk unless it says the laboratory."""
     parts = name.split(".")
-    found: object = importlib.import_module(parts[0] if parts[0] == "poprisk_lab" else "poprisk")
+    path = parts[0] if parts[0] == "poprisk_lab" else "poprisk"
+    found: object = importlib.import_module(path)
     for part in parts[parts[0] == "poprisk_lab" :]:
-        if not hasattr(found, part):
-            found = importlib.import_module(f"{found.__name__}.{part}")  # type: ignore[attr-defined]
-        else:
-            found = getattr(found, part)
+        path = f"{path}.{part}"  # `poprisk.audit` is a function and a package
+        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
     return found
 
 

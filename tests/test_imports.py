@@ -17,13 +17,13 @@ SRC = Path(__file__).parents[1] / "src"
 CHAINS: Mapping[str, Sequence[str]] = {
     "poprisk": (
         "_renamed _moved _validate printing protocols intervals randomness dtensor holders "
-        "evaluation forward_mode per_sample jacobian linalg ntk optim losses path risk monitor "
-        "integrations task"
+        "evaluation forward_mode per_sample jacobian linalg ntk optim losses path risk audit "
+        "monitor integrations task"
     ).split(),
     "poprisk_lab": (
         "tasks controls arms checkpoint fit store results study runner comparison convergence "
-        "pictures plots wording verdict selection explain studies page display compared bench "
-        "cli"
+        "pictures plots wording verdict selection explain studies audit page display "
+        "compared bench cli"
     ).split(),
 }
 """The modules of each package; one imports only those before it."""
@@ -31,7 +31,8 @@ CHAINS: Mapping[str, Sequence[str]] = {
 LIBRARY = "poprisk"
 
 EXTRAS = (
-    "typer rich plotly jinja2 sklearn skimage scipy safetensors pytorch_optimizer "
+    "typer rich plotly jinja2 sklearn skimage scipy safetensors pandas polars PIL "
+    "pytorch_optimizer "
     "transformers trl accelerate datasets lightning jaxtyping beartype hypothesis pytest "
     "deepxde nngeometry curvlinops backpack opacus"
 ).split()

@@ -19,6 +19,7 @@ PARTS = (
     "kernel",
     "path",
     "risk",
+    "audit",
     "fields",
     "interpolation",
     "claims_paths",

@@ -5,6 +5,7 @@ The public names, in the order of the theory. See the README for a first run and
 """
 
 from poprisk import _moved
+from poprisk.audit import Auditor, AuditResult, audit
 from poprisk.monitor import RiskMonitor
 from poprisk.ntk import Kernel, entk
 from poprisk.optim.adamw import PopRiskAdamW
@@ -36,6 +37,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptationGap",
+    "AuditResult",
+    "Auditor",
     "Canaries",
     "Estimated",
     "FreshBatchRisk",
@@ -57,6 +60,7 @@ __all__ = [
     "Task",
     "TwinRisk",
     "adaptation_gap",
+    "audit",
     "entk",
     "fresh_batch_risk",
     "gated",

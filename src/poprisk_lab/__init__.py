@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Compared", "compare"]
 
-NEEDED = ("typer rich plotly jinja2 sklearn skimage scipy safetensors pytorch_optimizer").split()
+NEEDED = (
+    "typer rich plotly jinja2 sklearn skimage scipy safetensors pandas PIL pytorch_optimizer"
+).split()
 """What the extra ``lab`` installs, by the names that are imported."""
 
 _missing = [name for name in NEEDED if find_spec(name) is None]

@@ -6,7 +6,6 @@ A command imports what it runs when it is called: help, completion and refusals 
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
 import traceback
@@ -97,7 +96,7 @@ def compare_command(
         from poprisk_lab.arms import default_arms
         from poprisk_lab.comparison import Comparison, begin, run_directory, train
         from poprisk_lab.display import ProgressDisplay
-        from poprisk_lab.runner import warm_up_workers
+        from poprisk_lab.runner import cores, warm_up_workers
 
         warm_up_workers()
         comparison = Comparison(
@@ -108,7 +107,7 @@ def compare_command(
             epochs=epochs,
             full=full,
             device=device,
-            workers=workers or _cores(),
+            workers=workers or cores(),
             twin=twin,
         )
         name = _default_name(comparison)
@@ -123,6 +122,133 @@ def compare_command(
         with ProgressDisplay(console, comparison, mine) as display:
             train(comparison, directory, display)
         _conclude(directory)
+
+
+@app.command("audit")
+def audit_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Table (.csv, .tsv, .parquet), folder with one folder of images a class, array "
+            "(.npy), built-in task, or path/to/file.py:function."
+        ),
+    ],
+    label: Annotated[str | None, typer.Option(help="The column of labels.")] = None,
+    text: Annotated[str | None, typer.Option(help="The column of texts to learn from.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="File with the labels of an array, in its order.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="classes or regression; by the labels if left out.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; by rule.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; 0.001 if left out.")] = None,
+    plant: Annotated[
+        float,
+        typer.Option(help="Share of labels planted wrong, which certify the result; 0: none."),
+    ] = 0.05,
+    structure: Annotated[
+        bool, typer.Option(help="Look for a pattern in how labels are wrong.")
+    ] = True,
+    size: Annotated[int | None, typer.Option(help="Of images, in pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and planted labels.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="Where to train; a GPU if there is one.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of the training; by rule if left out.")
+    ] = None,
+    apply: Annotated[
+        Path | None, typer.Option(help="marked.csv from the page: write the corrected table.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory, runs/audit-SOURCE if left out; with --apply, the new table."),
+    ] = None,
+    trace: Trace = False,
+) -> None:
+    """Find wrong labels in a file by one training; resumes when repeated."""
+    for name, value in (("--epochs", epochs), ("--threads", threads), ("--size", size)):
+        if value is not None and value < 1:
+            _fail(f"{name} must be at least 1, but got {value}.")
+    if not 0 <= plant <= 0.5:
+        _fail(f"--plant must lie from 0 to 0.5, but got {plant:g}.")
+    if lr is not None and not 0 < lr < float("inf"):
+        _fail(f"--lr must be positive, but got {lr:g}.")
+    if kind not in (None, "classes", "regression"):
+        _fail(f"--kind must be classes or regression, but got {kind}.")
+    path = Path(source)
+    if apply is not None:
+        with _errors(trace=trace):
+            from poprisk_lab.audit.apply import apply_marks
+
+            if label is None:
+                _fail("--label must name the column of labels.")
+            new = out or path.with_name(f"{path.stem}-corrected{path.suffix}")
+            with _writing(new):
+                count = apply_marks(path, label, apply, new)
+            _say(f"{count} label{'s' * (count != 1)} changed: {new}")
+        return
+    directory = out or Path("runs") / f"audit-{_slug(path.stem if path.exists() else source)}"
+    with _errors(trace=trace, resumable=True):
+        import torch
+
+        from poprisk_lab.audit import command, words
+        from poprisk_lab.audit.read import of_task, read_examples
+        from poprisk_lab.audit.study import plan_for, run_audit
+        from poprisk_lab.display import PhaseDisplay, data_table
+        from poprisk_lab.page.audit import write_audit
+        from poprisk_lab.tasks import BUILT_IN
+
+        is_task = source in BUILT_IN or ".py" in source
+        with console.status("reading"):
+            examples = (
+                of_task(source, seed)[1]
+                if is_task
+                else read_examples(
+                    source, label=label, labels=labels, text=text, kind=kind, side=size, seed=seed
+                )
+            )
+        plan = plan_for(
+            examples,
+            directory,
+            epochs=epochs,
+            lr=lr,
+            plant=plant,
+            seed=seed,
+            structure=structure,
+            task=source if is_task else "",
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            threads=threads,
+        )
+        store = command.start(examples, plan, source)
+        for note in examples.notes:
+            _say(note)
+        _say(f"Training: {plan.recipe}.")
+        _say(f"record in {directory} (stop at any time, repeat the command to go on)")
+        wanted = f" --label {label}" if label is not None else ""
+        again = f"poprisk audit {source}{wanted} --apply marked.csv"
+        with PhaseDisplay(console) as display:
+            result, rows = run_audit(
+                examples,
+                plan,
+                store,
+                lambda _, row: display("epochs", row.get("epoch", 0), plan.recipe.epochs),
+            )
+        for notice in words.notices(result):
+            _say(notice, style="yellow")
+        if len(result.suspects()):
+            console.print(data_table(command.worst_table(examples, result)))
+        _say(f"\n{words.headline(result)}", style="bold")
+        _say(" · ".join(words.details(examples, result)))
+        # Last: what was found is printed though the disk be full.
+        with _writing(directory, advice="; repeat the command once there is room"):
+            command.write_tables(directory, examples, result)
+            write_audit(
+                directory / "report.html", source, examples, result, rows, store, apply=again
+            )
+    _say(f"Suspects: {directory / 'suspects.csv'}")
+    _say(f"Page: {directory / 'report.html'}")
 
 
 @app.command("explain")
@@ -200,13 +326,14 @@ def reproduce_command(
     if workers is not None and workers < 1:
         _fail(f"--workers must be at least 1, but got {workers}.")
     with _errors(trace=trace, resumable=True):
+        from poprisk_lab.runner import cores
         from poprisk_lab.studies.command import ALL, chosen, directory_of, summarize
 
         claims = chosen(claim)
         if not summary:
             for one in claims:
                 directory = directory_of(one, quick=quick, out=out, alone=claim != ALL)
-                _reproduce(one, directory, quick=quick, workers=workers or _cores())
+                _reproduce(one, directory, quick=quick, workers=workers or cores())
         if summary or claim == ALL:
             _summarize(summarize(claim, quick=quick, out=out), out or Path("runs"))
 
@@ -455,10 +582,6 @@ def _fail(message: str, *, code: int = 2, error: BaseException | None = None) ->
     message = " ".join(message.split()) if code == 2 else message
     Console(stderr=True).print(f"poprisk: {message}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:

@@ -41,6 +41,11 @@ class _Job(NamedTuple):
     workspace: Workspace
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment(workers: int) -> dict[str, str | int]:
     """What the numbers were computed with."""
     packages = ("torch", "numpy", "scikit-learn", "pytorch-optimizer")

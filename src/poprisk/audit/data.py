@@ -1,0 +1,38 @@
+"""A data set that says which example is which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+@final
+class Indexed(Dataset[Any]):
+    """A map-style data set with other labels, and the position of each example.
+
+    Args:
+        data: whose items are tuples (inputs, ..., target) or dicts.
+        targets: in place of its own, (n, ...).
+        label: name of the target in a dict.
+        name: of the position in a dict; in a tuple it comes last.
+    """
+
+    def __init__(self, data: Any, targets: Tensor, *, label: str, name: str) -> None:
+        self.data, self.targets, self.label, self.name = data, targets, label, name
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        found, target = self.data[index], self.targets[index]
+        if isinstance(found, Mapping):
+            if self.label not in found:
+                raise KeyError(
+                    f"examples have no {self.label!r} but {', '.join(map(str, found))}; pass label="
+                )
+            return {**found, self.label: target, self.name: index}
+        *inputs, _ = found
+        return (*inputs, target, index)

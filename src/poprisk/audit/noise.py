@@ -1,0 +1,96 @@
+r"""The noise matrix :math:`T_{jy} = P(\text{given } y \mid \text{true } j)`, and its undoing."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+SURE = 0.7
+"""Confidence from which a prediction counts for the matrix; the median where that is less."""
+EVEN = 0.2
+"""Share of an even spread in the off-diagonal entries of the matrix."""
+PRIOR = 1.0
+"""Errors that the rate of all classes together is worth in the rate of one class."""
+ROUNDS = 3
+"""How often the matrix is counted from predictions that it was removed from."""
+STEPS = 20
+"""Steps of expectation-maximization that remove it."""
+
+
+def confusion_counts(
+    predicted: Integers, confidence: Floats, labels: Integers, *, classes: int
+) -> Floats:
+    """How often the given label is y where the prediction is j, over its surer part, (c, c).
+
+    Args:
+        predicted: most probable class, (n,).
+        confidence: its probability, (n,).
+        labels: given, (n,).
+        classes: c.
+    """
+    sure = confidence >= min(SURE, float(np.median(confidence)))
+    counts = np.zeros((classes, classes))
+    np.add.at(counts, (predicted[sure], labels[sure]), 1.0)
+    return counts
+
+
+def noise_matrix(counts: Floats, *, symmetric: bool = False) -> Floats:
+    r"""Estimate :math:`T` from counts of predicted against given labels, (c, c).
+
+    With :math:`O_j` the counts of class j off the diagonal, its error rate is drawn towards that of
+    all classes. How its errors spread is drawn towards an even spread E by as much as chance
+    explains, :math:`w_j = \min(1, (c-2)/X_j)` with :math:`X_j = \sum_y (N_{jy}-E_j)^2/E_j`
+    (empirical Bayes); :data:`EVEN` of an even spread is mixed in, so that no entry is 0. Ours.
+
+    Args:
+        counts: from :func:`confusion_counts`.
+        symmetric: whether all classes have one error rate and no pattern, as for the two sides of
+            a pair in an order of chance.
+
+    Example:
+        >>> noise_matrix(np.array([[89.5, 9.5], [4.5, 94.5]]), symmetric=True).round(3)
+        array([[0.925, 0.075],
+               [0.075, 0.925]])
+    """
+    c = len(counts)
+    off = counts * (1 - np.eye(c))
+    wrong, all_of = off.sum(1), counts.sum(1)
+    pooled = (wrong.sum() + 0.5) / (all_of.sum() + 1)
+    rate = np.full(c, pooled) if symmetric else (wrong + PRIOR) / (all_of + PRIOR / pooled)
+    even = (1 - np.eye(c)) / (c - 1)
+    spread = even if symmetric else np.stack([_spread(off[j], even[j]) for j in range(c)])
+    return np.diag(1 - rate) + rate[:, None] * spread
+
+
+def _spread(off: Floats, even: Floats) -> Floats:
+    """How the errors of one class are shared out among the others, (c,); sums to one."""
+    total, c = off.sum(), len(off)
+    if total == 0 or c == 2:
+        return even
+    expected = total / (c - 1)
+    other = even > 0
+    statistic = float(((off[other] - expected) ** 2).sum()) / expected
+    chance = 1.0 if statistic <= c - 2 else (c - 2) / statistic
+    shrunk = chance * even + (1 - chance) * off / total
+    return (1 - EVEN) * shrunk + EVEN * even
+
+
+def unmix(probabilities: Floats, matrix: Floats) -> Floats:
+    r"""Probabilities :math:`\pi_i` of true classes whose noisy mixture is the predicted one.
+
+    Maximizes :math:`\sum_y q_{iy}\log(\pi_i T)_y` by steps of expectation-maximization from
+    :math:`\pi_i = q_i`; stopped early, which keeps what is uncertain so.
+
+    Args:
+        probabilities: :math:`q`, predicted for given labels, (n, c).
+        matrix: :math:`T`, (c, c).
+    """
+    found = probabilities
+    for _ in range(STEPS):
+        mixed = found @ matrix
+        ratio = np.divide(probabilities, mixed, out=np.zeros_like(mixed), where=mixed > 0)
+        found = found * (ratio @ matrix.T)
+    return found / found.sum(1, keepdims=True)

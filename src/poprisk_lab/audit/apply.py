@@ -1,0 +1,82 @@
+"""Labels that a person has marked on the page, put into the file that they came from."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pandas as pd
+
+from poprisk_lab.audit import table
+from poprisk_lab.audit.examples import MISSING, AuditInputError
+from poprisk_lab.store import replace_text
+
+MARKS = {"fix", "keep", "unsure"}
+HEAD = ["row", "name", "given", "label", "mark"]
+
+
+def read_marks(path: Path) -> pd.DataFrame:
+    """What the page has let a person download.
+
+    Raises:
+        AuditInputError: if it is something else.
+    """
+    if not path.is_file():
+        raise AuditInputError(f"there is no file {path}.")
+    try:
+        found = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, csv.Error) as error:
+        reason = " ".join(str(error).split())
+        raise AuditInputError(f"{path} cannot be read: {reason}.") from error
+    if list(found.columns) != HEAD or not set(found["mark"]) <= MARKS:
+        raise AuditInputError(
+            f"{path} is not what the page downloads: it must have the columns {', '.join(HEAD)}, "
+            f"and marks {', '.join(sorted(MARKS))}."
+        )
+    return found
+
+
+def apply_marks(source: Path, label: str, marks: Path, to: Path) -> int:
+    """Write a table with the labels that were marked *fix*; all else stays as it is written.
+
+    Args:
+        source: the table that was audited.
+        label: its column of labels.
+        marks: what was downloaded from the page.
+        to: the file to write.
+
+    Returns:
+        How many labels were changed.
+
+    Raises:
+        AuditInputError: if the files do not belong together, or ``to`` exists.
+    """
+    if to.exists():
+        raise AuditInputError(f"{to} exists; choose another file with --out.")
+    fixed = read_marks(marks)
+    fixed = fixed[fixed["mark"] == "fix"]
+    form, rows = table.read_cells(source)
+    head = [name.strip() for name in rows[0]]
+    if label not in head:
+        raise AuditInputError(f"{source} has no column {label!r}.")
+    column, body = head.index(label), rows[1:]
+    for row, given, right in zip(fixed["row"], fixed["given"], fixed["label"], strict=True):
+        position = int(row) - 1 if row.isdecimal() else -1
+        if not 0 <= position < len(body) or not _same(body[position][column], given):
+            raise AuditInputError(
+                f"{marks} does not belong to {source}: it has {given!r} in row {row}."
+            )
+        body[position][column] = right
+    text = table.written(rows, form)
+    replace_text(to, text)
+    return len(fixed)
+
+
+def _same(cell: str, given: str) -> bool:
+    cell = cell.strip()
+    if cell == given or (given == "none" and cell.lower() in MISSING):
+        return True
+    try:
+        return float(cell.replace(",", ".")) == float(given)
+    except ValueError:
+        return False

@@ -1,0 +1,121 @@
+"""What an audit reads: inputs a network can take, labels, and what to show of each example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+KINDS = ("classes", "regression")
+MISSING = frozenset(("", "nan", "na", "n/a", "null", "<na>", "?"))
+"""Labels, in lower case, that stand for none. ``None`` does not: it is a common class."""
+UNLABELLED = -100
+FEWEST = 20
+"""Labelled examples below which nothing is learned that could be told from chance."""
+MANY_VALUES = 20
+"""Numbers with more values than that are no classes."""
+
+
+class AuditInputError(ValueError):
+    """Data that cannot be audited; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class AuditExamples:
+    """AuditExamples as they were read.
+
+    Attributes:
+        inputs: (n, d) float32, or images (n, channels, height, width) uint8.
+        targets: (n,), int64 with ``UNLABELLED``, or float64 with NaN, where there is no label.
+        classes: names by number; empty for regression.
+        name: of an example, for people: a row of a table, a file.
+        show: what a person needs to judge an example: its columns, its text, the path of its image.
+        notes: what was decided on the way, a sentence each.
+        left_out: what could not be read, and why, by name.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    classes: tuple[str, ...]
+    name: Callable[[int], str]
+    show: Callable[[int], dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def labelled(self) -> Tensor:
+        """Which examples have a label, (n,) boolean."""
+        if self.targets.is_floating_point():
+            return ~self.targets.isnan()
+        return self.targets != UNLABELLED
+
+
+def read_targets(
+    values: Sequence[str], kind: str | None, notes: list[str]
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Targets from labels as they stand in a file, and the names of the classes.
+
+    Args:
+        values: text, (n,).
+        kind: ``classes`` or ``regression``; None: regression for numbers of many values.
+        notes: what is decided is added.
+
+    Raises:
+        AuditInputError: if there are too few labels, one class, or words for numbers.
+    """
+    text = pd.Series(values, dtype="object").astype(str).str.strip()
+    known = ~text.str.lower().isin(MISSING)
+    if known.sum() < FEWEST:
+        raise AuditInputError(
+            f"{known.sum()} of {len(text)} examples have a label; an audit needs at least {FEWEST}."
+        )
+    if not known.all():
+        notes.append(f"{(~known).sum()} examples have no label: they are predicted, not judged.")
+    numbers = pd.to_numeric(text.where(known), errors="coerce")
+    if numbers[known].isna().any():
+        # A comma for the point, in every one of them.
+        numbers = pd.to_numeric(text.where(known).str.replace(",", "."), errors="coerce")
+    numeric = bool(numbers[known].notna().all())
+    if kind is None:
+        kind = "regression" if numeric and _is_measured(numbers[known]) else "classes"
+        notes.append(f"The labels are taken as {'numbers' if kind == 'regression' else 'classes'}.")
+    if kind == "regression":
+        if not numeric:
+            wrong = text[known][numbers[known].isna()].iloc[0]
+            raise AuditInputError(f"the labels should be numbers, but one is {wrong!r}.")
+        return torch.from_numpy(numbers.to_numpy(np.float64, copy=True)), ()
+    whole = numeric and bool((numbers[known] % 1 == 0).all())
+    if whole:  # 1 and 1.0 are one class, and 10 comes after 9
+        text = numbers.where(known).astype("Int64").astype(str)
+        names = sorted(text[known].unique(), key=int)
+    else:
+        names = sorted(text[known].unique())
+    if len(names) < 2:
+        raise AuditInputError(f"all labels are {names[0]!r}; an audit needs two classes.")
+    numbered = text.where(known).map({name: i for i, name in enumerate(names)})
+    targets = numbered.fillna(UNLABELLED).to_numpy(np.int64, copy=True)
+    counts = np.bincount(targets[targets >= 0], minlength=len(names))
+    if 2 * len(names) > known.sum():
+        raise AuditInputError(
+            f"there are {len(names)} classes for {known.sum()} labels: is this an id, a text or a "
+            "number? Name another column with --label, or say --kind regression."
+        )
+    rare = [name for name, count in zip(names, counts, strict=True) if count < 10]
+    if rare:
+        notes.append(
+            f"{', '.join(rare[:5])}{' …' * (len(rare) > 5)}: fewer than 10 examples, so little can "
+            "be said of their labels."
+        )
+    return torch.from_numpy(targets), tuple(names)
+
+
+def _is_measured(numbers: pd.Series[float]) -> bool:
+    distinct = numbers.nunique()
+    return distinct > MANY_VALUES and (
+        bool((numbers % 1 != 0).any()) or distinct > 0.05 * len(numbers)
+    )

@@ -1,0 +1,222 @@
+"""From what stands on the command line to examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from poprisk.task import Task
+from poprisk_lab.audit import images, table
+from poprisk_lab.audit.examples import AuditExamples, AuditInputError, read_targets
+from poprisk_lab.tasks import load_task
+
+TABLES = (".csv", ".tsv", ".txt", ".parquet")
+WORDS = 20_000
+FACTORS = 256
+"""Of the reduced word counts of texts."""
+
+
+def read_examples(
+    source: str,
+    *,
+    label: str | None = None,
+    labels: Path | None = None,
+    text: str | None = None,
+    kind: str | None = None,
+    side: int | None = None,
+    seed: int = 0,
+) -> AuditExamples:
+    """Read a table, a table with a column of text, a folder of images, or an array of features.
+
+    Args:
+        source: a file ``.csv``, ``.tsv``, ``.txt`` or ``.parquet``, a folder with one folder a
+            class, or a file ``.npy``.
+        label: the column of labels.
+        labels: a file with the labels of an array, in its order.
+        text: the column of texts.
+        kind: ``classes`` or ``regression``; None: by the labels.
+        side: of images, in pixels.
+        seed: of the encoding.
+
+    Raises:
+        AuditInputError: if it cannot be read, or what is needed is not said.
+    """
+    path, notes = Path(source), list[str]()
+    if not path.exists():
+        raise AuditInputError(f"there is no file or folder {source}.")
+    if path.is_dir():
+        return _images(path, kind, side, notes)
+    if path.suffix == ".npy":
+        return _features(path, label, labels, kind, notes)
+    if path.suffix.lower() not in TABLES:
+        raise AuditInputError(
+            f"{source}: an audit reads {', '.join(TABLES)}, .npy, a folder of images with one "
+            "folder a class, or FILE.py:function."
+        )
+    if label is None:
+        columns = table.read_table(path, []).columns
+        raise AuditInputError(
+            f"--label must name the column of labels; {source} has {', '.join(map(repr, columns))}."
+        )
+    frame = table.read_table(path, notes)
+    given = table.label_texts(path, label, frame)
+    if text is not None:
+        return _texts(frame, text, label, given, kind, seed, notes)
+    return _table(frame, label, given, kind, seed, notes)
+
+
+def _row(position: int) -> str:
+    return f"row {position + 1}"
+
+
+def _show_row(frame: pd.DataFrame, position: int) -> dict[str, Any]:
+    row = frame.iloc[position]
+    return {str(name): None if pd.isna(value) else str(value) for name, value in row.items()}
+
+
+def _table(
+    frame: pd.DataFrame,
+    label: str,
+    given: list[str],
+    kind: str | None,
+    seed: int,
+    notes: list[str],
+) -> AuditExamples:
+    targets, classes = read_targets(given, kind, notes)
+    typed, columns = table.type_columns(frame.drop(columns=label), notes)
+    inputs = table.encode_columns(typed, columns, seed)
+    notes.append(
+        f"{len(columns.numbers)} columns of numbers and {len(columns.categories)} of categories "
+        f"make {inputs.shape[1]} inputs."
+    )
+    return AuditExamples(inputs, targets, classes, _row, lambda i: _show_row(frame, i), notes)
+
+
+def _texts(
+    frame: pd.DataFrame,
+    text: str,
+    label: str,
+    given: list[str],
+    kind: str | None,
+    seed: int,
+    notes: list[str],
+) -> AuditExamples:
+    if text not in frame:
+        raise AuditInputError(
+            f"there is no column {text!r}; there are {', '.join(map(repr, frame.columns[:20]))}."
+        )
+    targets, classes = read_targets(given, kind, notes)
+    words = frame[text].astype(object).where(frame[text].notna(), "").astype(str)
+    inputs = encode_texts(words.tolist(), seed, notes)
+    shown = frame[[text]]
+    return AuditExamples(inputs, targets, classes, _row, lambda i: _show_row(shown, i), notes)
+
+
+def encode_texts(texts: list[str], seed: int, notes: list[str]) -> Tensor:
+    """Texts as their word counts weighted by rarity, reduced to a few hundred numbers, (n, d).
+
+    Raises:
+        AuditInputError: if they have no word in common.
+    """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    try:
+        counted = TfidfVectorizer(
+            max_features=WORDS, min_df=2, sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32
+        ).fit_transform(texts)
+    except ValueError as error:
+        raise AuditInputError(f"the texts have no word in common ({error}).") from error
+    size = min(FACTORS, counted.shape[1] - 1, counted.shape[0] - 1)
+    if size < 1:
+        raise AuditInputError("the texts have too few words in common to learn from.")
+    reduced = TruncatedSVD(size, random_state=seed).fit_transform(counted)
+    notes.append(
+        f"Texts are taken as TF-IDF of {counted.shape[1]} words and pairs, in {size} factors."
+    )
+    scale = float(np.sqrt(np.mean(np.square(reduced)))) or 1.0
+    return torch.from_numpy(np.ascontiguousarray(reduced / scale, dtype=np.float32))
+
+
+def _images(folder: Path, kind: str | None, side: int | None, notes: list[str]) -> AuditExamples:
+    files, given = images.find_images(folder)
+    pixels, kept, broken = images.read_images(files, side, notes)
+    targets, classes = read_targets([given[i] for i in kept], kind or "classes", notes)
+    files = [files[i] for i in kept]
+    return AuditExamples(
+        pixels,
+        targets,
+        classes,
+        lambda i: str(files[i].relative_to(folder)),
+        lambda i: {"image": str(files[i])},
+        notes,
+        broken,
+    )
+
+
+def _features(
+    path: Path, label: str | None, labels: Path | None, kind: str | None, notes: list[str]
+) -> AuditExamples:
+    if labels is None:
+        raise AuditInputError(f"--labels must name the file with the labels of {path}.")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise AuditInputError(f"{path} cannot be read as an array: {error}.") from error
+    if array.ndim < 2 or not np.issubdtype(array.dtype, np.number):
+        raise AuditInputError(
+            f"{path} must hold numbers of shape (n, d), but holds {array.dtype} {array.shape}."
+        )
+    inputs = torch.from_numpy(np.array(array, dtype=np.float32).reshape(len(array), -1))
+    if not bool(inputs.isfinite().all()):
+        bad = int((~inputs.isfinite().all(1)).nonzero()[0])
+        raise AuditInputError(f"{path} holds NaN or Inf, first in row {bad}.")
+    targets, classes = read_targets(_labels_of(labels, label, len(array), notes), kind, notes)
+    inputs = (inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-6)
+    return AuditExamples(inputs, targets, classes, _row, lambda i: {}, notes)
+
+
+def _labels_of(path: Path, label: str | None, n: int, notes: list[str]) -> list[str]:
+    """Labels from a ``.npy`` file, or a column of a table, which may have no header."""
+    if path.suffix == ".npy":
+        values = np.load(path, allow_pickle=False)
+        found = [str(v) for v in values.reshape(len(values), -1)[:, 0]]
+    else:
+        frame = table.read_table(path, notes)
+        if label is None and len(frame.columns) > 1:
+            raise AuditInputError(
+                f"--label must say which column of {path} holds the labels: "
+                f"{', '.join(map(repr, frame.columns[:20]))}."
+            )
+        found = table.label_texts(path, label or frame.columns[0], frame)
+        if len(found) == n - 1:
+            notes.append(f"{path} has no header: its first line is a label.")
+            found = [str(frame.columns[0]), *found]
+    if len(found) != n:
+        raise AuditInputError(f"there are {n} examples but {len(found)} labels in {path}.")
+    return found
+
+
+def of_task(name: str, seed: int) -> tuple[Task, AuditExamples]:
+    """The training set of a task, with the task's own network.
+
+    Raises:
+        TaskError: if the task cannot be made.
+        AuditInputError: if its targets are neither classes nor one number an example.
+    """
+    task = load_task(name, seed=seed)
+    x, y = task.train
+    if task.classification:
+        k = int(y.max()) + 1
+        classes = tuple(str(i) for i in range(k))
+        targets = y.long()
+    elif y.is_floating_point() and y.reshape(len(y), -1).shape[1] == 1:
+        classes, targets = (), y.reshape(-1).double()
+    else:
+        raise AuditInputError(f"{name}: an audit takes classes or one number an example.")
+    return task, AuditExamples(x, targets, classes, lambda i: f"example {i}", lambda i: {})

@@ -1,0 +1,304 @@
+"""Tables: CSV as people have it, and Parquet. Columns are typed, then scikit-learn encodes them."""
+
+from __future__ import annotations
+
+import csv
+import re
+import warnings
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.compose import ColumnTransformer
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
+    QuantileTransformer,
+    StandardScaler,
+)
+from torch import Tensor
+
+from poprisk_lab.audit.examples import AuditInputError
+
+SEPARATORS = (",", ";", "\t", "|")
+PROBE_BYTES = 1 << 16
+NEARLY_ALL = 0.95
+"""Share of the values of a column that make it one of numbers, or of dates."""
+MOST_CATEGORIES = 50
+HEAVY = 10.0
+"""Standard deviations that a column's largest value is off, from which its ranks are taken."""
+LARGEST = 5.0
+"""Standard deviations at which a value is cut off."""
+NA_VALUES = ("?", "-", "--")
+ID_NAMES = re.compile(r"(^|_|\b)(id|index|idx|key|uuid|guid|row|no|nr)$", re.IGNORECASE)
+DATE = re.compile(r"^\s*\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T]\d{1,2}:\d{2}.*)?\s*$")
+DECIMAL_COMMA = re.compile(r"^\s*[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+\s*$")
+
+
+class CsvFormat(NamedTuple):
+    """How a CSV file is written."""
+
+    encoding: str
+    separator: str
+    decimal: str
+
+
+def read_table(path: Path, notes: list[str]) -> pd.DataFrame:
+    """A CSV or Parquet file as a frame; numbers are numbers, all else is text.
+
+    Raises:
+        AuditInputError: if it is missing, empty, damaged or of another kind.
+    """
+    if not path.is_file():
+        raise AuditInputError(f"there is no file {path}.")
+    if path.stat().st_size == 0:
+        raise AuditInputError(f"{path} is empty.")
+    try:
+        frame = _parquet(path) if path.suffix == ".parquet" else _csv(path, notes)
+    except (ValueError, csv.Error, pd.errors.ParserWarning) as error:
+        reason = " ".join(str(error).split())
+        raise AuditInputError(f"{path} cannot be read as a table: {reason}.") from error
+    if frame.empty:
+        raise AuditInputError(f"{path} has a header and no row.")
+    frame.columns = [str(column).strip() for column in frame.columns]
+    twice = frame.columns[frame.columns.duplicated()]
+    if len(twice):
+        raise AuditInputError(f"{path} has two columns called {twice[0]!r}; rename one.")
+    return frame
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except ImportError:
+        raise AuditInputError(
+            f"{path}: Parquet needs pyarrow: pip install pyarrow, or save as CSV."
+        ) from None
+
+
+def _csv(path: Path, notes: list[str]) -> pd.DataFrame:
+    form = _format(path)
+    if (form.separator, form.decimal) != (",", "."):
+        separator = {"\t": "tab"}.get(form.separator, form.separator)
+        comma = ", decimal commas" * (form.decimal == ",")
+        notes.append(f"The file has {separator!r} between columns{comma}.")
+    if form.encoding != "utf-8-sig":
+        notes.append("The file is not UTF-8; it was read as Windows-1252.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows wider than the header
+        frame = pd.read_csv(
+            path,
+            sep=form.separator,
+            decimal=form.decimal,
+            encoding=form.encoding,
+            na_values=list(NA_VALUES),
+            skipinitialspace=True,
+            low_memory=False,
+            index_col=False,  # else a column that the header lacks becomes an index, unsaid
+        )
+    frame.attrs["decimal"] = form.decimal
+    return frame
+
+
+def _format(path: Path) -> CsvFormat:
+    with path.open("rb") as file:
+        head = file.read(PROBE_BYTES)
+    if b"\0" in head:
+        raise ValueError("it holds zero bytes, as no text in UTF-8 does; save it as CSV in UTF-8")
+    whole = head if len(head) < PROBE_BYTES else head[: head.rfind(b"\n") + 1]
+    encoding = "utf-8-sig"
+    try:
+        text = whole.decode(encoding)
+    except UnicodeDecodeError:
+        encoding, text = "cp1252", whole.decode("cp1252", errors="replace")
+    separator = max(SEPARATORS, key=lambda mark: _evenness(text, mark))
+    cells = [cell for row in csv.reader(StringIO(text), delimiter=separator) for cell in row]
+    commas = sum(bool(DECIMAL_COMMA.match(cell)) for cell in cells)
+    points = sum(bool(re.match(r"^\s*[+-]?\d+\.\d+\s*$", cell)) for cell in cells)
+    return CsvFormat(encoding, separator, "," if separator != "," and commas > points else ".")
+
+
+def _evenness(text: str, mark: str) -> tuple[float, int]:
+    """How well a mark separates columns: share of rows of the header's width, and that width."""
+    widths = [len(row) for row in csv.reader(StringIO(text), delimiter=mark) if row]
+    if not widths or widths[0] < 2:
+        return 0.0, 0
+    return sum(width == widths[0] for width in widths) / len(widths), widths[0]
+
+
+class Columns(NamedTuple):
+    """Columns of a table by what they hold; the others were left out."""
+
+    numbers: list[str]
+    categories: list[str]
+
+
+def label_texts(path: Path, label: str, frame: pd.DataFrame) -> list[str]:
+    """The column of labels, as text.
+
+    Raises:
+        AuditInputError: if there is none of that name.
+    """
+    if label not in frame:
+        near = [c for c in frame.columns if c.lower() == label.lower()]
+        hint = f"; do you mean {near[0]!r}?" if near else "."
+        there = ", ".join(map(repr, frame.columns[:20]))
+        raise AuditInputError(f"{path} has no column {label!r}{hint} It has {there}.")
+    return raw_texts(path, label) if path.suffix != ".parquet" else _as_text(frame[label])
+
+
+def raw_texts(path: Path, column: str) -> list[str]:
+    """A column of a CSV file as it is written, with what stands for nothing as it stands."""
+    _, rows = read_cells(path)
+    at = [name.strip() for name in rows[0]].index(column)
+    return [row[at] if at < len(row) else "" for row in rows[1:]]
+
+
+def read_cells(path: Path) -> tuple[CsvFormat, list[list[str]]]:
+    """A CSV file as it is written, blank lines left out, the header first."""
+    form = _format(path)
+    with path.open(encoding=form.encoding, newline="") as file:
+        reader = csv.reader(file, delimiter=form.separator, skipinitialspace=True)
+        return form, [row for row in reader if row]
+
+
+def written(rows: list[list[str]], form: CsvFormat) -> str:
+    """Cells as the text of a CSV file."""
+    text = StringIO()
+    csv.writer(text, delimiter=form.separator, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _as_text(column: pd.Series[Any]) -> list[str]:
+    return column.astype(object).where(column.notna(), "").astype(str).tolist()
+
+
+def type_columns(frame: pd.DataFrame, notes: list[str]) -> tuple[pd.DataFrame, Columns]:
+    """What each column holds, and the frame with dates and half-numeric columns as numbers.
+
+    Ids, constants and free text are left out, each with a note.
+
+    Raises:
+        AuditInputError: if nothing is left.
+    """
+    numbers: dict[str, pd.Series[Any]] = {}
+    categories: dict[str, pd.Series[Any]] = {}
+    for name in map(str, frame.columns):
+        column = frame[name]
+        if column.nunique() < 2:
+            notes.append(f"`{name}` is left out: it has one value.")
+        elif _is_id(name, column):
+            notes.append(f"`{name}` is left out: it looks like an id.")
+        elif pd.api.types.is_bool_dtype(column):
+            categories[name] = column.astype(str)
+        elif pd.api.types.is_numeric_dtype(column):
+            numbers[name] = column.astype(float)
+        elif pd.api.types.is_datetime64_any_dtype(column):
+            numbers.update(_date_parts(name, column))
+        else:
+            _type_text(name, column.astype(object), frame, numbers, categories, notes)
+    if not numbers and not categories:
+        raise AuditInputError("no column is left to learn from.")
+    typed = pd.DataFrame({**numbers, **categories}, index=frame.index)
+    return typed, Columns(list(numbers), list(categories))
+
+
+def _type_text(
+    name: str,
+    column: pd.Series[Any],
+    frame: pd.DataFrame,
+    numbers: dict[str, pd.Series[Any]],
+    categories: dict[str, pd.Series[Any]],
+    notes: list[str],
+) -> None:
+    known = column.dropna().astype(str)
+    as_number = _numbers(column, frame.attrs.get("decimal", "."))
+    if (wrong := known[as_number[known.index].isna()]).size <= (1 - NEARLY_ALL) * len(known):
+        if wrong.size:
+            notes.append(
+                f"`{name}`: {wrong.size} of its values are no numbers (such as "
+                f"{wrong.iloc[0]!r}); they are taken as missing."
+            )
+        numbers[name] = as_number.astype(float)
+    elif known.str.match(DATE).mean() >= NEARLY_ALL:
+        day_first = bool((known.str.extract(r"^\s*(\d{1,2})[-/.]")[0].astype(float) > 12).any())
+        dates = pd.to_datetime(column, errors="coerce", format="mixed", dayfirst=day_first)
+        notes.append(f"`{name}` holds dates: they are taken as day, month and weekday.")
+        numbers.update(_date_parts(name, dates))
+    elif known.nunique() > 0.5 * len(known) and known.nunique() > MOST_CATEGORIES:
+        words = known.str.split().str.len().median()
+        hint = f"; --text {name} would read it" if words >= 3 else ""
+        notes.append(f"`{name}` is left out: {known.nunique()} values in {len(known)} rows{hint}.")
+    else:
+        categories[name] = column
+
+
+def _numbers(column: pd.Series[Any], decimal: str) -> pd.Series[Any]:
+    """Text as numbers, with marks between thousands; NaN where it is none."""
+    text = column.where(column.notna(), "").astype(str).str.strip()
+    between = "." if decimal == "," else ","
+    grouped = rf"^[+-]?\d{{1,3}}({re.escape(between)}\d{{3}})+({re.escape(decimal)}\d+)?$"
+    has_groups = text.str.match(grouped)
+    text = text.where(~has_groups, text.str.replace(between, "", regex=False))
+    return pd.to_numeric(text.str.replace(decimal, ".", regex=False), errors="coerce")
+
+
+def _date_parts(name: str, dates: pd.Series[Any]) -> dict[str, pd.Series[Any]]:
+    days = (dates - dates.min()).dt.total_seconds() / 86400
+    parts = {"day": days, "month": dates.dt.month, "weekday": dates.dt.day_of_week}
+    return {f"{name} ({k})": v.astype(float) for k, v in parts.items() if v.nunique() > 1}
+
+
+def _is_id(name: str, column: pd.Series[Any]) -> bool:
+    """All different, and either counted through or called so."""
+    if column.isna().any() or not column.is_unique or pd.api.types.is_float_dtype(column):
+        return False
+    if name.startswith("Unnamed:") or ID_NAMES.search(name):
+        return True
+    if not pd.api.types.is_integer_dtype(column):
+        text = column.astype(str)
+        return bool(text.str.split().str.len().max() == 1) and not text.str.match(DATE).any()
+    steps = np.diff(column.to_numpy())
+    return bool((steps == steps[0]).all())
+
+
+def encode_columns(frame: pd.DataFrame, columns: Columns, seed: int) -> Tensor:
+    """The columns as float32 numbers of about unit size, (n, d).
+
+    Numbers are standardized, those with heavy tails after their ranks were taken; missing ones get
+    the median and an indicator. Categories become one-hot, of those beyond the
+    ``MOST_CATEGORIES`` most frequent all others together; missing ones are a category.
+    """
+    size = (frame[columns.numbers] - frame[columns.numbers].mean()) / frame[columns.numbers].std()
+    is_heavy = size.abs().max() > HEAVY
+    heavy = [name for name in columns.numbers if is_heavy[name]]
+    ranks = QuantileTransformer(n_quantiles=min(1000, len(frame)), random_state=seed)
+    categories = OneHotEncoder(
+        handle_unknown="infrequent_if_exist",
+        max_categories=MOST_CATEGORIES,
+        min_frequency=2,
+        sparse_output=False,
+        dtype=np.float32,
+    )
+    encoder = ColumnTransformer(
+        [
+            ("numbers", _standardized(), [n for n in columns.numbers if not is_heavy[n]]),
+            ("heavy", _standardized(ranks), heavy),
+            ("categories", categories, columns.categories),
+        ]
+    )
+    text = frame[columns.categories].astype(object)
+    filled = frame[columns.numbers].join(text.where(text.notna(), "(missing)").astype(str))
+    encoded = np.asarray(encoder.fit_transform(filled), dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(encoded))
+
+
+def _standardized(*before: Any) -> Pipeline:
+    cut = FunctionTransformer(np.clip, kw_args={"a_min": -LARGEST, "a_max": LARGEST})
+    imputer = SimpleImputer(strategy="median", add_indicator=True)
+    return make_pipeline(*before, StandardScaler(), cut, imputer)

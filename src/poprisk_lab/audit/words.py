@@ -1,0 +1,36 @@
+"""What an audit found, in a few words."""
+
+from __future__ import annotations
+
+from poprisk.audit import AuditResult
+from poprisk_lab.audit.examples import AuditExamples
+
+
+def headline(result: AuditResult) -> str:
+    """The one sentence that stands above all."""
+    n, bad = int(result.labelled.sum()), int(result.suspect.sum())
+    if bad == 0:
+        return f"None of {n:,} labels is suspect."
+    return f"{bad:,} of {n:,} labels ({bad / n:.1%}) are suspect."
+
+
+def details(examples: AuditExamples, result: AuditResult) -> list[str]:
+    """Numbers below the headline."""
+    found = [f"{len(examples.targets):,} examples"]
+    if examples.classes:
+        found.append(f"{len(examples.classes)} classes")
+    share = result.wrong_share
+    if share.valid:
+        low, high = share.interval
+        found.append(f"estimated share of wrong labels {share.value:.1%} [{low:.1%}, {high:.1%}]")
+    if result.recall is not None and result.recall.valid:
+        low, high = result.recall.interval
+        found.append(f"planted labels found {result.recall.value:.0%} [{low:.0%}, {high:.0%}]")
+    if result.memorization is not None and result.memorization.valid:
+        found.append(f"memorized {max(0.0, result.memorization.value):.0%}")
+    return found
+
+
+def notices(result: AuditResult) -> list[str]:
+    """What a reader must know before believing it."""
+    return [] if result.valid else [f"{result.reason[0].upper()}{result.reason[1:]}."]
