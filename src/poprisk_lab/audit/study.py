@@ -109,7 +109,7 @@ def plan_for(
 ) -> AuditPlan:
     """What is trained on the examples, by rule where it is not said.
 
-    A small network takes one thread: more only wait for each other.
+    Only images take more than one thread: those of a small network wait for each other.
     """
     n = int(examples.labelled.sum())
     recipe = recipe_for(n, tuple(examples.inputs.shape[1:]), epochs)
@@ -120,7 +120,7 @@ def plan_for(
         )
     if lr is not None:
         recipe = recipe._replace(lr=lr)
-    large = examples.inputs.ndim == 4 or recipe.batch_size >= 256
+    large = examples.inputs.ndim == 4
     return AuditPlan(
         recipe,
         "classes" if examples.classes else "regression",
