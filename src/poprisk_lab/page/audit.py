@@ -47,7 +47,7 @@ def write_audit(
         result: what was found.
         epochs: a row an epoch of the training.
         store: of the run, for its settings and its environment.
-        apply: the command that writes corrected labels.
+        apply: the command that writes the corrected table; empty if it is none.
 
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
