@@ -288,22 +288,21 @@ def test_evidence_meets_its_schema(audited: tuple[Path, Path]) -> None:
     for name, evidence in found.items():
         assert [e.message for e in validator.iter_errors(evidence)] == [], name
     one = found["complete"]
-    for wrong in (
+    wrongs: tuple[dict[str, Any], ...] = (
         {**one, "risk": {**one["risk"], "reason": ""}},
         {**one, "risk": {**one["risk"], "valid": True}},
         {**one, "more": 1},
         {**one, "skipped_steps": {"count": None, "reason": ""}},
-        {**one, "controls": {"arms": [], "reason": ""}},
-    ):
+        {**one, "controls": {**one["controls"], "arms": list[Any]()}},
+    )
+    for wrong in wrongs:
         assert not validator.is_valid(wrong)
 
 
 def test_the_bill_of_materials_meets_cyclonedx(audited: tuple[Path, Path]) -> None:
-    pytest.importorskip("cyclonedx")
-    from cyclonedx.schema import SchemaVersion
-    from cyclonedx.validation.json import JsonStrictValidator
-
-    validator = JsonStrictValidator(SchemaVersion.V1_7)
+    versions = pytest.importorskip("cyclonedx.schema").SchemaVersion
+    json_validation = pytest.importorskip("cyclonedx.validation.json")
+    validator = json_validation.JsonStrictValidator(versions.V1_7)
     for name, evidence in documents(audited).items():
         assert validator.validate_str(cyclonedx(evidence)["bom.cdx.json"]) is None, name
     bom = json.loads(cyclonedx(comparison()[0])["bom.cdx.json"])
@@ -313,8 +312,6 @@ def test_the_bill_of_materials_meets_cyclonedx(audited: tuple[Path, Path]) -> No
 
 def test_the_hub_reads_the_card(audited: tuple[Path, Path]) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    from huggingface_hub import parse_eval_result_entries
-
     for name, evidence in documents(audited).items():
         texts = card(evidence, dataset="me/digits")
         found = hub.ModelCard(texts["README.md"])
@@ -322,7 +319,7 @@ def test_the_hub_reads_the_card(audited: tuple[Path, Path]) -> None:
         if evidence["performance"]["valid"]:
             (result,) = found.data.eval_results
             assert result.metric_value == evidence["performance"]["value"], name
-            (entry,) = parse_eval_result_entries(
+            (entry,) = hub.parse_eval_result_entries(
                 yaml.safe_load(texts[".eval_results/poprisk.yaml"])
             )
             assert entry.value == evidence["performance"]["value"]
