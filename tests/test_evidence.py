@@ -154,6 +154,8 @@ def test_an_audit_says_what_it_measured(audited: tuple[Path, Path]) -> None:
     assert found["planted"]["share"] == found["planted"]["count"] / N
     assert found["planted"]["recall"]["value"] > 0.8
     assert found["memorization"]["value"] < 0.1
+    for figure in (share, found["memorization"], found["planted"]["recall"]):
+        assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
     assert found["data"]["labelled"] == found["data"]["examples"] == N
     assert found["skipped_steps"] == {"count": 0, "reason": ""}
     assert found["performance"]["value"] is found["risk"]["value"] is None

@@ -164,7 +164,6 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
         "wrong_labels": _rate(
             result.wrong_share,
             "share of given labels, from the run's own predictions for its training examples",
-            believed=result,
         ),
         "memorization": _rate(
             result.memorization,
@@ -266,20 +265,20 @@ def _mean(found: Interval | None, how: str, reason: str) -> Evidence:
     )
 
 
-def _rate(
-    found: Rate | None, how: str, *, missing: str = "", believed: AuditResult | None = None
-) -> Evidence:
-    """A share; with ``believed``, valid only if the whole result is."""
+def _rate(found: Rate | None, how: str, *, missing: str = "") -> Evidence:
+    """A share; that of wrong labels is valid only if the whole result is, as an audit has it."""
     if found is None:
         return measured(None, how=how, reason=missing)
-    whole = believed is None or believed.valid
+    half = (
+        2 * found.standard_error
+    )  # memorization may be below 0, where an interval of a share ends
     return measured(
         found.value,
         found.standard_error,
         how=how,
-        interval=found.interval,
-        valid=found.valid and whole,
-        reason=found.reason or ("" if believed is None else believed.reason),
+        interval=(found.value - half, found.value + half) if found.value < 0 else found.interval,
+        valid=found.valid,
+        reason=found.reason,
     )
 
 
