@@ -5,6 +5,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if self.q_min > 0.0: -> if self.q_min != 0.0:": "a negative floor is refused",
         "if self.q_min > 0.0: -> if self.q_min > -1.0:": "a floor of 0 under a mask that is never "
         "negative changes nothing; the line only saves the work",
+        "tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps -> "
+        "tie = 1 + 9 * torch.finfo(mean_sq[0].dtype).eps": "some units of rounding, more or fewer",
+        "scale = scale.to(x[0].dtype) -> scale = scale.to(x[ -1].dtype)": "tensors of a list have "
+        "one type",
         "q_min: float = 0.0 -> q_min: float = -1.0": "no floor either: a mask is never negative",
         "tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps -> "
         "tie = 1 + 8 * torch.finfo(mean_sq[ -1].dtype).eps": "tensors of a list have one type",
@@ -18,14 +22,27 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "poprisk/optim/variance.py": {
         "return self.paper or t > 1 -> return self.paper or t != 1": "steps are counted from 1",
+        "return _where(counts.t > 1, 1 - momentum_noise(counts.t, counts.beta1)) -> "
+        "return _where(counts.t >= 1, 1 - momentum_noise(counts.t, counts.beta1))": "all of the "
+        "first average is noise, and 1 - 1 = 0",
     },
     "poprisk/path/follow.py": {
+        "if (k + 1) % every == 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept): -> "
+        "if (k + 1) % every <= 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept):": "no "
+        "remainder is negative",
         "if due or k + 1 == len(run): -> if due or k + 1 >= len(run):": "no step comes after the "
         "last",
         "w = self.w if rule.steps == 1 else (self.w + end) / 2 -> w = self.w if rule.steps <= 1 "
         "else (self.w + end) / 2": "an interval has one step at least",
     },
+    "poprisk/path/recursion.py": {
+        "return cls(momentum, run.weights[0].to(dtype).unsqueeze(1)) -> "
+        "return cls(momentum, run.weights[0].to(dtype).unsqueeze( 0))": "who lets decay act sets "
+        "what it acts on before the first step",
+    },
     "poprisk/path/integrals.py": {
+        "strided = 3 * outputs if run.stride > 1 else 0 -> "
+        "strided = 3 * outputs if run.stride != 1 else 0": "a stride is 1 at least",
         "BLOCK = 2**21 -> BLOCK = 2** 22": "sizes of blocks change memory and time, not the sums",
     },
     "poprisk/path/quadrature.py": {

@@ -180,6 +180,7 @@ def test_report_of_an_audit_says_where_its_page_is(audited: tuple[Path, str]) ->
         (["{t}", "--label", "a", "--lr", "0"], "--lr must be positive"),
         (["{t}", "--label", "a", "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["{t}", "--apply", "m.csv"], "--label must name"),
+        (["images", "--apply", "m.csv"], "--apply corrects a CSV file"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(
