@@ -43,7 +43,8 @@ EVERY = "mean over data and noise"
 
 def trials(quick: bool) -> list[Trial]:
     """One way of training on one kind of data and noise and one seed; several methods use it."""
-    kinds, noises, seeds, ways, size = tuple(SOURCES), NOISES, SEEDS, TRAININGS, {}
+    kinds, noises, seeds, ways = tuple(SOURCES), NOISES, SEEDS, TRAININGS
+    size = dict[str, int]()
     if quick:
         kinds, noises, seeds = ("cancer",), (NOISES[1], NOISES[3]), range(2)
         ways, size = (OURS, "adamw", "folds-5"), {"epochs": 40, "hidden": 64}

@@ -167,7 +167,7 @@ def cleanlab_scores(found: AuditResult, wrong: Mask) -> tuple[Metrics, Mask]:
     }
     return {
         "ap": float(average_precision_score(wrong, -quality)),
-        **{k: float(f1_score(wrong, flags, zero_division=0.0)) for k, flags in sets.items()},
+        **{k: float(f1_score(wrong, flags, zero_division=0)) for k, flags in sets.items()},
         "share_error": float(sets["f1"].mean() - wrong.mean()),
     }, sets["f1"]
 
@@ -189,7 +189,7 @@ def scores(found: AuditResult, wrong: Mask) -> Metrics:
     recall = found.recall if found.recall is not None and found.recall.valid else None
     return {
         "ap": float(average_precision_score(wrong, -found.margin)),
-        "f1": float(f1_score(wrong, found.suspect, zero_division=0.0)),
+        "f1": float(f1_score(wrong, found.suspect, zero_division=0)),
         "share_error": found.wrong_share.value - float(wrong.mean()),
         "recall_error": recall and recall.value - float(found.suspect[wrong].mean()),
         "valid": found.valid,

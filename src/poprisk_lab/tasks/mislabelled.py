@@ -59,8 +59,8 @@ class Mislabelled(NamedTuple):
 def _digits() -> Arrays:
     from sklearn.datasets import load_digits
 
-    x, y = load_digits(return_X_y=True)
-    return x / 16, y
+    data: Any = load_digits()
+    return data.data / 16, data.target
 
 
 def _pictures() -> Arrays:
@@ -71,13 +71,15 @@ def _pictures() -> Arrays:
 def _cancer() -> Arrays:
     from sklearn.datasets import load_breast_cancer
 
-    return _standardized(*load_breast_cancer(return_X_y=True))
+    data: Any = load_breast_cancer()
+    return _standardized(data.data, data.target)
 
 
 def _wine() -> Arrays:
     from sklearn.datasets import load_wine
 
-    return _standardized(*load_wine(return_X_y=True))
+    data: Any = load_wine()
+    return _standardized(data.data, data.target)
 
 
 def _drawn() -> Arrays:
@@ -100,7 +102,8 @@ def _docstrings() -> Arrays:
         y += [label] * len(found)
     words = TfidfVectorizer(max_features=FEATURES, sublinear_tf=True, stop_words="english")
     # Rows of length one are small numbers: brought to a mean square of about one.
-    return words.fit_transform(texts).toarray() * FEATURES**0.5, np.array(y)
+    counts: Any = words.fit_transform(texts)
+    return counts.toarray() * FEATURES**0.5, np.array(y)
 
 
 def docstrings(package: str) -> Iterator[str]:
