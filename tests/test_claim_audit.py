@@ -12,7 +12,7 @@ import torch
 import claimed
 from poprisk.audit import audit as audited
 from poprisk_lab.audit.nets import recipe_for
-from poprisk_lab.studies.audit import CLAIM, FIVE, OURS, SEEDS, TEN, Cells, judge, run
+from poprisk_lab.studies.audit import CLAIM, FIVE, OURS, SEEDS, TEN, AuditCells, judge, run
 from poprisk_lab.studies.claim import Metrics, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import mean_over
 from poprisk_lab.studies.finding import (
@@ -101,7 +101,7 @@ def lost_on_wine(settings: dict[str, Any], *, valid: bool) -> Metrics:
 def test_data_where_it_loses_count_unless_it_says_that_it_is_unsure() -> None:
     for valid, data, mean in ((True, "wine", -0.2), (False, "digits", 0.05)):
         done = claimed.made_up(CLAIM, lambda s, valid=valid: lost_on_wine(s, valid=valid))
-        worst, gain = Cells(done).worst()
+        worst, gain = AuditCells(done).worst()
         assert worst == data
         assert gain.mean == pytest.approx(mean, abs=2e-3)
         (criterion,) = [c for c in judge(done).criteria if f"({data})" in c.name]
@@ -123,7 +123,7 @@ def test_cleanlab_has_the_better_of_its_sets_in_each_cell() -> None:
             metrics["methods"][FIVE]["f1_argmax"] = 0.99
         return metrics
 
-    cells = Cells(claimed.made_up(CLAIM, found))
+    cells = AuditCells(claimed.made_up(CLAIM, found))
     assert cells.gained(OURS, FIVE, "f1", noise="weak").mean == pytest.approx(-0.04)
     assert cells.gained(OURS, FIVE, "f1", noise="pairs").mean == pytest.approx(0.05)
 

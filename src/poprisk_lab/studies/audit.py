@@ -72,7 +72,7 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     return by_own_predictions(data, recipe, settings["way"], seed=seed)
 
 
-class Cells:
+class AuditCells:
     """What was found by each method, in each cell: a kind of data with a kind of noise."""
 
     def __init__(self, results: Results) -> None:
@@ -126,7 +126,7 @@ class Cells:
 
 def judge(results: Results) -> Report:
     """A better ranking than 5 folds, as good as 10, a better set, and it knows how good it is."""
-    cells = Cells(results)
+    cells = AuditCells(results)
     gain, gained = partial(at_least, percent=True), cells.gained
     worst, loss = cells.worst()
     decided = [
@@ -164,7 +164,7 @@ def judge(results: Results) -> Report:
     return Report([*decided, *controls(*beside)], _table(cells), _losses(cells))
 
 
-def _losses(cells: Cells) -> list[str]:
+def _losses(cells: AuditCells) -> list[str]:
     """Where cleanlab on 5 folds is clearly better, and whether ours said that it was unsure."""
     notes = []
     for cell in cells.cells:
@@ -186,7 +186,7 @@ def _where(cell: Mapping[str, Any]) -> str:
     return f"{cell['data']}, {_noise(cell['noise'], cell['rate'])}"
 
 
-def _table(cells: Cells) -> Table:
+def _table(cells: AuditCells) -> Table:
     """Average precision and F1 of the telling methods, by data and noise."""
     columns = {f"{LABELS[m]}: {name}": (m, key)
                for m in (OURS, FIVE, TEN, "folds-5", "slow", "adamw-end")
@@ -200,7 +200,7 @@ def _table(cells: Cells) -> Table:
 
 def show(results: Results) -> Plots:
     """Average precision and F1 by cell, and what retraining gains."""
-    cells = Cells(results)
+    cells = AuditCells(results)
     x = list(range(1, len(cells.cells) + 1))
     order = "; ".join(f"{i}: {_where(cell)}" for i, cell in enumerate(cells.cells, 1))
     drawn = {OURS: "poprisk", FIVE: "peer", "slow": "early-stopping", "adamw-end": "adamw"}
