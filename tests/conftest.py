@@ -55,9 +55,12 @@ def seed_the_processor_alone(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collector what stays for good: torch, the tests and their parameters."""
+    """Let the collector look rarely at what stays for good: torch, the tests, their parameters.
+
+    Old versions of hypothesis look up references by it, which ``gc.freeze`` would hide.
+    """
     gc.collect()
-    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if self.q_min > 0.0: -> if self.q_min != 0.0:": "a negative floor is refused",
         "if self.q_min > 0.0: -> if self.q_min > -1.0:": "a floor of 0 under a mask that is never "
         "negative changes nothing; the line only saves the work",
+        "tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps -> "
+        "tie = 1 + 9 * torch.finfo(mean_sq[0].dtype).eps": "some units of rounding, more or fewer",
+        "scale = scale.to(x[0].dtype) -> scale = scale.to(x[ -1].dtype)": "tensors of a list have "
+        "one type",
         "q_min: float = 0.0 -> q_min: float = -1.0": "no floor either: a mask is never negative",
         "tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps -> "
         "tie = 1 + 8 * torch.finfo(mean_sq[ -1].dtype).eps": "tensors of a list have one type",
@@ -18,6 +22,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "poprisk/optim/variance.py": {
         "return self.paper or t > 1 -> return self.paper or t != 1": "steps are counted from 1",
+        "return _where(counts.t > 1, 1 - momentum_noise(counts.t, counts.beta1)) -> "
+        "return _where(counts.t >= 1, 1 - momentum_noise(counts.t, counts.beta1))": "all of the "
+        "first average is noise, and 1 - 1 = 0",
     },
     "poprisk/path/follow.py": {
         "if due or k + 1 == len(run): -> if due or k + 1 >= len(run):": "no step comes after the "

@@ -173,6 +173,7 @@ def test_marks_keep_how_a_file_is_written(tmp_path: Path) -> None:
         (["{t}", "--label", "a", "--plant", "0.7"], "--plant must lie from 0 to 0.5"),
         (["{t}", "--label", "a", "--lr", "0"], "--lr must be positive"),
         (["{t}", "--apply", "m.csv"], "--label must name"),
+        (["images", "--apply", "m.csv"], "--apply corrects a CSV file"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(

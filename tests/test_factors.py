@@ -470,6 +470,7 @@ def test_linear_of_any_shape(data: st.DataObject) -> None:
     assert_exact(values, dict(layer.named_parameters()), workspace=data.draw(st.integers(1, 300)))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # once a process, of torch
 @property_test
 @given(st.data())
 def test_convolution_of_any_shape(data: st.DataObject) -> None:

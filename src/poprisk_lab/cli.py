@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -182,6 +183,8 @@ def audit_command(
         with _errors(trace=trace):
             from poprisk_lab.audit.apply import apply_marks
 
+            if not path.is_file() or path.suffix not in (".csv", ".tsv", ".txt"):
+                _fail(f"--apply corrects a CSV file, but {source} is none.")
             if label is None:
                 _fail("--label must name the column of labels.")
             new = out or path.with_name(f"{path.stem}-corrected{path.suffix}")
@@ -226,8 +229,9 @@ def audit_command(
             _say(note)
         _say(f"Training: {plan.recipe}.")
         _say(f"record in {directory} (stop at any time, repeat the command to go on)")
-        wanted = f" --label {label}" if label is not None else ""
-        again = f"poprisk audit {source}{wanted} --apply marked.csv"
+        is_table = label is not None and path.suffix in (".csv", ".tsv", ".txt")
+        again = shlex.join(["poprisk", "audit", source, "--label", label or ""])
+        again = f"{again} --apply marked.csv" if is_table else ""
         with PhaseDisplay(console) as display:
             result, rows = run_audit(
                 examples,

@@ -125,7 +125,7 @@ class Ema(VarianceEstimator):
 
     state_keys = ("grad_mean_var",)
 
-    def __init__(self, rho: float = 0.99, *, paper: bool = False) -> None:
+    def __init__(self, rho: float, *, paper: bool = False) -> None:
         self.rho = rho
         self.paper = paper
 

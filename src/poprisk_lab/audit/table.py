@@ -149,7 +149,15 @@ def label_texts(path: Path, label: str, frame: pd.DataFrame) -> list[str]:
         hint = f"; do you mean {near[0]!r}?" if near else "."
         there = ", ".join(map(repr, frame.columns[:20]))
         raise AuditInputError(f"{path} has no column {label!r}{hint} It has {there}.")
-    return raw_texts(path, label) if path.suffix != ".parquet" else _as_text(frame[label])
+    if path.suffix == ".parquet":
+        return _as_text(frame[label])
+    found = raw_texts(path, label)
+    if len(found) != len(frame):
+        raise AuditInputError(
+            f"{path} has {len(found)} rows as text but {len(frame)} as a table: are there lines of "
+            "spaces only?"
+        )
+    return found
 
 
 def raw_texts(path: Path, column: str) -> list[str]:

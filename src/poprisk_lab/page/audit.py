@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from poprisk.audit import AuditResult
@@ -47,14 +48,15 @@ def write_audit(
         result: what was found.
         epochs: a row an epoch of the training.
         store: of the run, for its settings and its environment.
-        apply: the command that writes corrected labels.
+        apply: the command that writes the corrected table; empty if it is none.
 
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
     config, suspects = store.config(), result.suspects()
+    probabilities = None if result.kind == "regression" else result.pred_probs
     shown = [
-        _suspect(examples, result, int(item), picture=i < MOST_PICTURES)
+        _suspect(examples, result, probabilities, int(item), picture=i < MOST_PICTURES)
         for i, item in enumerate(suspects[:MOST_SUSPECTS])
     ]
     more = []
@@ -90,7 +92,12 @@ def write_audit(
 
 
 def _suspect(
-    examples: AuditExamples, result: AuditResult, item: int, *, picture: bool
+    examples: AuditExamples,
+    result: AuditResult,
+    probabilities: NDArray[np.float64] | None,
+    item: int,
+    *,
+    picture: bool,
 ) -> list[Any]:
     given, suggested = _label(result.labels[item]), _label(result.suggested[item])
     show = examples.show(item)
@@ -98,8 +105,8 @@ def _suspect(
     cells = {name: _cut(value) for name, value in show.items()}
     words = " ".join([examples.name(item), *(value or "" for value in cells.values())])
     told = ""
-    if result.kind != "regression":
-        p = result.pred_probs[item]
+    if probabilities is not None:
+        p = probabilities[item]
         told = f"{p[suggested]:.0%} sure, {p[given]:.0%} for the given one"
     thumbnail = _thumbnail(Path(image)) if image is not None and picture else None
     name = examples.name(item)

@@ -52,16 +52,23 @@ def load() -> ctypes.CDLL:
     """
     compiler = find_compiler()
     name = f"kernel-{_fingerprint(compiler)}.so"
-    for directory in (cache_directory(), Path(tempfile.gettempdir()) / f"poprisk-{os.getpid()}"):
-        path = directory / name
+    try:
+        return _loaded(compiler, cache_directory() / name)
+    except OSError:  # no place to keep it, or none from which code may run
+        pass
+    # A name that nobody can guess, and so prepare; a library that is loaded needs its file no more.
+    with tempfile.TemporaryDirectory(prefix="poprisk-", ignore_cleanup_errors=True) as folder:
         try:
-            if not path.exists():
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _compile(compiler, path)
-            return _declared(ctypes.CDLL(str(path)))
+            return _loaded(compiler, Path(folder) / name)
         except OSError as error:
-            failure = error
-    raise BuildError(f"the compiled kernel cannot be stored or loaded: {failure}")
+            raise BuildError(f"the compiled kernel cannot be stored or loaded: {error}") from error
+
+
+def _loaded(compiler: str, path: Path) -> ctypes.CDLL:
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _compile(compiler, path)
+    return _declared(ctypes.CDLL(str(path)))
 
 
 def cache_directory() -> Path:
