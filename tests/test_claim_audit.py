@@ -17,9 +17,12 @@ from poprisk_lab.studies.claim import Metrics, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import mean_over
 from poprisk_lab.studies.finding import (
     FOLD_RATES,
+    PATIENCE,
     RUNS,
     StoppedEarly,
+    accuracy_after,
     by_folds,
+    by_own_predictions,
     cleanlab_scores,
     out_of_fold,
     scores,
@@ -173,15 +176,22 @@ def test_pairs_are_the_class_after_and_of_two_classes_one_sided() -> None:
     assert int(cancer.wrong.sum()) == round(0.3 * int((cancer.true == 1).sum()))
 
 
-def test_a_weak_model_errs_where_labels_are_hard() -> None:
-    """Wrong labels are much nearer to the class that they name than those at random."""
+def test_a_weak_model_errs_between_classes_that_are_near() -> None:
+    """By distances to the means of the classes: of the label it names, and of the runner-up."""
 
-    def distance(noise: str) -> float:
+    def distances(noise: str) -> tuple[float, float, float]:
         found = mislabelled("digits", noise, 0.2, seed=2)
         means = torch.stack([found.x[found.true == c].mean(0) for c in range(10)])
-        return float((found.x - means[found.given])[found.wrong].square().sum(1).mean())
+        every = torch.cdist(found.x, means).square()
+        named = every.gather(1, found.given[:, None])[found.wrong].mean()
+        own = every.gather(1, found.true[:, None]).squeeze(1)
+        lead = every.scatter(1, found.true[:, None], float("inf")).min(1).values - own
+        return float(named), float(lead[found.wrong].mean()), float(lead[~found.wrong].mean())
 
-    assert distance("weak") < 0.9 * distance("random")
+    (named, wrong, right), (at_random, *leads) = map(distances, ("weak", "random"))
+    assert named < 0.9 * at_random
+    assert wrong < 0.8 * right
+    assert leads[0] > 0.9 * leads[1]
 
 
 def test_data_repeat_by_seed() -> None:
@@ -218,6 +228,13 @@ def test_a_run_is_scored_in_several_ways() -> None:
     assert set(run({**QUICK, "way": "slow"}, Workspace())["methods"]) == {"slow"}
 
 
+def test_a_model_is_retrained_on_what_was_kept() -> None:
+    data, recipe = mislabelled("cancer", "pairs", 0.4, seed=0), recipe_for(400, (30,), 30)
+    gate = by_own_predictions(data, recipe, "gate", seed=0)["accuracy"]
+    adamw = by_own_predictions(data, recipe, "adamw", seed=0)["accuracy"]
+    assert min(*gate.values(), adamw["all wrong ones"]) > adamw["nothing"] + 0.03
+
+
 def test_scores_are_those_of_perfect_and_of_reversed_predictions() -> None:
     true = torch.arange(90) % 3
     given = true.clone()
@@ -246,6 +263,15 @@ def test_folds_stop_before_what_is_held_out_gets_worse() -> None:
     assert fitted(model) < fitted(whole) - 0.2
 
 
+def test_the_best_epoch_is_told_and_not_the_last() -> None:
+    data = mislabelled("wine", "random", 0.4, seed=0)
+    train = StoppedEarly(3, recipe_for(120, (13,), 60), seed=0)
+    held, rest = torch.arange(120).split([24, 96])
+    _, at = train._least(data.x, data.given, held, rest, 1e-3)
+    assert 0 < at < 50
+    assert train.seen == 96 * (at + PATIENCE)
+
+
 def test_out_of_fold_predictions_cost_what_was_passed_through() -> None:
     data = mislabelled("wine", "random", 0.2, seed=0)
     recipe = recipe_for(len(data.x), (13,), 3)
@@ -269,7 +295,11 @@ def test_cleanlab_scores_the_same_predictions() -> None:
     hits = 2 * float((disagree & wrong).sum())
     assert theirs["f1_argmax"] == pytest.approx(hits / (disagree.sum() + wrong.sum()))
     assert theirs["share_error"] == pytest.approx(float(np.mean(flagged) - wrong.mean()))
-    assert set(by_folds(data, recipe, 5, seed=0)["methods"]) == {"folds-5", FIVE}
+    whole = by_folds(data, recipe, 5, seed=0)
+    assert set(whole["methods"]) == {"folds-5", FIVE}
+    kept = accuracy_after(data, recipe, keep=~flagged, labels=data.given, seed=0)
+    assert whole["accuracy"] == {FIVE: kept}
+    assert kept > accuracy_after(data, recipe, keep=flagged, labels=data.given, seed=0)
 
 
 @pytest.mark.claims
