@@ -27,12 +27,22 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "first average is noise, and 1 - 1 = 0",
     },
     "poprisk/path/follow.py": {
+        "if (k + 1) % every == 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept): -> "
+        "if (k + 1) % every <= 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept):": "no "
+        "remainder is negative",
         "if due or k + 1 == len(run): -> if due or k + 1 >= len(run):": "no step comes after the "
         "last",
         "w = self.w if rule.steps == 1 else (self.w + end) / 2 -> w = self.w if rule.steps <= 1 "
         "else (self.w + end) / 2": "an interval has one step at least",
     },
+    "poprisk/path/recursion.py": {
+        "return cls(momentum, run.weights[0].to(dtype).unsqueeze(1)) -> "
+        "return cls(momentum, run.weights[0].to(dtype).unsqueeze( 0))": "who lets decay act sets "
+        "what it acts on before the first step",
+    },
     "poprisk/path/integrals.py": {
+        "strided = 3 * outputs if run.stride > 1 else 0 -> "
+        "strided = 3 * outputs if run.stride != 1 else 0": "a stride is 1 at least",
         "BLOCK = 2**21 -> BLOCK = 2** 22": "sizes of blocks change memory and time, not the sums",
     },
     "poprisk/path/quadrature.py": {

@@ -397,6 +397,7 @@ def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[P
         "trials",
         "checkpoints",
         "report.html",
+        "evidence.json",
     }
     assert len([*(path / "trials").iterdir()]) == 15
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

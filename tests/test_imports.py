@@ -22,7 +22,7 @@ CHAINS: Mapping[str, Sequence[str]] = {
     ).split(),
     "poprisk_lab": (
         "tasks controls arms checkpoint fit store results study runner comparison convergence "
-        "pictures plots wording verdict selection explain audit studies page display "
+        "pictures plots wording verdict selection explain audit studies page evidence display "
         "compared bench cli"
     ).split(),
 }

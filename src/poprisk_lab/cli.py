@@ -1,4 +1,4 @@
-"""The command line: compare, explain, reproduce, report, bench, tasks.
+"""The command line: compare, audit, explain, reproduce, report, evidence, bench, tasks.
 
 A command imports what it runs when it is called: help, completion and refusals wait for no torch.
 """
@@ -200,6 +200,7 @@ def audit_command(
         from poprisk_lab.audit.read import of_task, read_examples
         from poprisk_lab.audit.study import plan_for, run_audit
         from poprisk_lab.display import PhaseDisplay, data_table
+        from poprisk_lab.evidence.gather import audit_evidence, write_evidence
         from poprisk_lab.page.audit import write_audit
         from poprisk_lab.tasks import BUILT_IN
 
@@ -248,6 +249,7 @@ def audit_command(
         # Last: what was found is printed though the disk be full.
         with _writing(directory, advice="; repeat the command once there is room"):
             command.write_tables(directory, examples, result)
+            write_evidence(directory, audit_evidence(store, examples, result))
             write_audit(
                 directory / "report.html", source, examples, result, rows, store, apply=again
             )
@@ -391,6 +393,47 @@ def report(
         _conclude(run_directory(run))
 
 
+@app.command("evidence")
+def evidence_command(
+    run: Annotated[Path, typer.Argument(help="Run directory of a comparison or an audit.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="card: a model card for the Hugging Face Hub; cyclonedx: a bill of materials, "
+            "CycloneDX 1.7; croissant: the data set with its RAI fields."
+        ),
+    ] = "card",
+    dataset: Annotated[
+        str, typer.Option(help="The data set on the Hub, OWNER/NAME, for scores in .eval_results.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write in; that of the run if left out.")
+    ] = None,
+    trace: Trace = False,
+) -> None:
+    """Write what a run can prove in a form that others read."""
+    with _errors(trace=trace):
+        from poprisk_lab.evidence.documents import DOCUMENTS, card
+        from poprisk_lab.evidence.gather import read_evidence
+        from poprisk_lab.store import replace_text
+
+        if to not in DOCUMENTS:
+            _fail(f"--to must be {', '.join(DOCUMENTS)}, but got {to}.")
+        if dataset and (to != "card" or not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset)):
+            _fail(f"--dataset must be OWNER/NAME and goes with --to card, but got {dataset}.")
+        found = read_evidence(run)
+        texts = card(found, dataset=dataset) if to == "card" else DOCUMENTS[to](found)
+        files = {(out or run) / name: text for name, text in texts.items()}
+        for path in files:
+            if path.exists():
+                _fail(f"{path} exists; delete it, or choose another directory with --out.")
+        for path, text in files.items():
+            with _writing(path, advice="; choose another directory with --out"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(path, text)
+            _say(f"Written: {path}")
+
+
 @app.command()
 def tasks(trace: Trace = False) -> None:
     """List the built-in tasks."""
@@ -481,6 +524,7 @@ def main() -> None:
 
 def _conclude(directory: Store) -> None:
     from poprisk_lab.display import data_table, verdict_table
+    from poprisk_lab.evidence.gather import compare_evidence, write_evidence
     from poprisk_lab.page import write_report
     from poprisk_lab.page.notes import notices
     from poprisk_lab.page.table import leads_table
@@ -505,6 +549,7 @@ def _conclude(directory: Store) -> None:
     # Last: the verdict is printed though the disk be full.
     with _writing(path, advice=f"; `poprisk report {directory.path}` writes it once there is room"):
         write_report(data, verdict, path)
+        write_evidence(directory.path, compare_evidence(data, verdict))
     _say(f"\nReport: {path}")
 
 

@@ -24,6 +24,7 @@ from poprisk.randomness import RandomState
 from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.comparison import Comparison, begin, run_directory, train
 from poprisk_lab.display import ProgressDisplay, table_cells
+from poprisk_lab.evidence.gather import Evidence, compare_evidence, write_evidence
 from poprisk_lab.page import quantities, write_report
 from poprisk_lab.page.draw import painted
 from poprisk_lab.page.figures import PanelQuantity, epoch_plot
@@ -60,6 +61,11 @@ class Compared:
     def verdict(self) -> Verdict:
         """The headline, warnings and rows that follow from the record by fixed rules."""
         return judge(self.data)
+
+    @property
+    def evidence(self) -> Evidence:
+        """What was measured, how, and what was not: ``evidence.json`` of the run directory."""
+        return compare_evidence(self.data, self.verdict)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -200,7 +206,10 @@ def compare(
         ends = {key: end for key, end in data.ends.items() if key[1] in comparison.seeds}
         with _watched(progress, comparison, data._replace(ends=ends)) as on_row:
             train(comparison, store, on_row)
-        return Compared(read_run(store), None if directory is None else store.path)
+        found = Compared(read_run(store), None if directory is None else store.path)
+        if found.directory is not None:
+            write_evidence(found.directory, found.evidence)
+        return found
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import multiprocessing
 import os
 import platform
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from poprisk_lab.tasks import TaskError
 
 OnRow = Callable[[Trial, Row], None]
 POLL_SECONDS = 0.1
+PACKAGES = ("poprisk", "poprisk_lab")
 
 
 class TrainingError(RuntimeError):
@@ -46,10 +49,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def code_fingerprint() -> str:
+    """A hash of the sources of both packages, which tells commits of one version apart."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parents[1]
+    for file in sorted(p for name in PACKAGES for p in (folder / name).rglob("*.py")):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def environment(workers: int) -> dict[str, str | int]:
     """What the numbers were computed with."""
     packages = ("torch", "numpy", "scikit-learn", "pytorch-optimizer")
     return {
+        "poprisk": metadata.version("poprisk"),
+        "code": code_fingerprint(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
         "system": f"{platform.system()} {platform.machine()}",

@@ -235,7 +235,8 @@ def fit(plan: AuditPlan, settings: Settings, workspace: Workspace) -> Iterator[R
             }
         )
     workspace.keep({"auditor": auditor.state_dict(), "model": model.state_dict()})
-    yield {"event": "end"}
+    planted = 0 if auditor.planted is None else int(auditor.planted.changed.sum())
+    yield {"event": "end", "planted": planted, "skipped_steps": optimizer.skipped_steps}
 
 
 def batches(order: Tensor, size: int) -> list[Tensor]:

@@ -1,0 +1,345 @@
+"""``evidence.json`` claims what was measured and no more; what is made of it meets its schemas."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from poprisk_lab.cli import app
+from poprisk_lab.evidence.documents import DOCUMENTS, FIGURES, card, croissant, cyclonedx
+from poprisk_lab.evidence.gather import (
+    SCHEMA,
+    compare_evidence,
+    measured,
+    read_evidence,
+    write_evidence,
+)
+from poprisk_lab.results import RunData
+from poprisk_lab.runner import code_fingerprint
+from poprisk_lab.store import RunDirectoryError
+from poprisk_lab.verdict import judge
+from test_audit_command import WRONG, N, blobs
+from test_report import synthetic
+
+SCHEMA_FILE = Path(__file__).parents[1] / "docs" / "reference" / "evidence.schema.json"
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+
+
+def comparison(
+    *, seeds: int = 3, estimates: list[dict[str, Any]] | None = None, **task: Any
+) -> Any:
+    """The evidence of a made-up comparison, and its data; an estimate a seed at the end."""
+    data, _ = synthetic(seeds=seeds, data="00ff", **task)
+    if estimates is not None:
+        data.config["twin"] = True
+        last = {r["seed"]: r for r in data.epochs if r["arm"] == "poprisk"}
+        for row in data.epochs:
+            if row["arm"] == "poprisk":
+                row["estimate"] = {"value": 99.0, "standard_error": 9.0, "valid": True}
+                row["estimate"]["comparable"] = True
+        for seed, estimate in enumerate(estimates):
+            last[seed]["estimate"] = {"comparable": True, **estimate}
+    return compare_evidence(data, judge(data)), data
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The directories of an audit with planted labels, and of one without."""
+    folder = tmp_path_factory.mktemp("evidence")
+    table = blobs(folder / "t.csv", note="<i>|</i>")
+    for name, plant in (("planted", 0.1), ("plain", 0)):
+        options = ["--epochs", 40, "--plant", plant, "--out", folder / name]
+        found = call("audit", table, "--label", "kind of thing", *options)
+        assert found.exit_code == 0, found.output
+    return folder / "planted", folder / "plain"
+
+
+def documents(audited: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
+    """Evidence of every sort: complete, with a twin, of one seed, unfinished, of audits."""
+    data, _ = synthetic(seeds=3, data="00ff")
+    nothing = data._replace(epochs=[], ends={})
+    twin = [{"value": 0.4 + s, "standard_error": 0.1, "valid": s != 1} for s in range(3)]
+    return {
+        "complete": comparison()[0],
+        "twin": comparison(estimates=twin)[0],
+        "one seed": comparison(seeds=1)[0],
+        "unfinished": compare_evidence(nothing, judge(nothing)),
+        "planted": read_evidence(audited[0]),
+        "plain": read_evidence(audited[1]),
+    }
+
+
+def test_a_comparison_says_what_its_arm_reached() -> None:
+    found, data = comparison()
+    finals = [data.ends["poprisk", s]["final_metric"] for s in range(3)]
+    score = found["performance"]
+    assert found["subject"] == "PopRiskAdamW"
+    assert score["value"] == pytest.approx(statistics.fmean(finals))
+    assert score["standard_error"] == pytest.approx(statistics.stdev(finals) / math.sqrt(3))
+    assert score["interval"][0] < score["value"] < score["interval"][1]
+    assert score["valid"]
+    memorized = [data.ends["poprisk", s]["final_memorized"] for s in range(3)]
+    assert found["memorization"]["value"] == pytest.approx(statistics.fmean(memorized))
+    labels = {arm["label"] for arm in found["controls"]["arms"]}
+    assert {"AdamW, RMS-matched", "shuffled mask"} <= labels
+    assert "PopRiskAdamW" not in labels
+    assert found["skipped_steps"] == {"count": 0, "reason": ""}
+
+
+def test_what_a_comparison_did_not_measure_is_null_with_a_reason() -> None:
+    found, _ = comparison(noise_known=False)
+    for key in ("risk", "wrong_labels", "memorization"):
+        assert (found[key]["value"], found[key]["valid"]) == (None, False)
+        assert found[key]["reason"]
+    assert "--twin" in found["risk"]["reason"]
+    assert "not known" in found["memorization"]["reason"]
+    assert found["planted"]["count"] is None
+
+
+def test_one_seed_leaves_no_valid_performance() -> None:
+    score = comparison(seeds=1)[0]["performance"]
+    assert score["value"] is not None
+    assert (score["standard_error"], score["interval"], score["valid"]) == (None, None, False)
+    assert score["reason"] == "1 seed leaves no interval"
+
+
+def test_the_risk_is_that_of_the_last_evaluation_and_valid_only_if_all_are() -> None:
+    good = [{"value": 0.4 + s, "standard_error": 0.1 * (s + 1), "valid": True} for s in range(3)]
+    risk = comparison(estimates=good)[0]["risk"]
+    assert risk["value"] == pytest.approx(1.4)
+    assert risk["standard_error"] == pytest.approx(0.2)
+    assert risk["valid"]
+    risk = comparison(estimates=[*good[:2], {**good[2], "valid": False}])[0]["risk"]
+    assert risk["value"] == pytest.approx(1.4)
+    assert not risk["valid"]
+    assert risk["reason"] == "the estimate of 1 of 3 seeds is not valid"
+    risk = comparison(estimates=[*good[:2], {**good[2], "value": None}])[0]["risk"]
+    assert risk["value"] is None
+
+
+def test_skipped_steps_are_counted_and_said() -> None:
+    _, data = comparison()
+    data.ends["poprisk", 1]["skipped_steps"] = 7
+    found = compare_evidence(data, judge(data))
+    assert found["skipped_steps"]["count"] == 7
+    assert any("not finite" in limit for limit in found["limits"])
+
+
+def test_without_our_arm_the_best_adamw_is_the_subject_and_counts_no_skipped_steps() -> None:
+    _, data = comparison()
+    ends = {key: end for key, end in data.ends.items() if key[0] != "poprisk"}
+    left = RunData(data.config, data.environment, data.epochs, ends)
+    found = compare_evidence(left, judge(left))
+    assert found["subject"] == judge(left).reference
+    assert found["skipped_steps"]["count"] is None
+
+
+def test_an_audit_says_what_it_measured(audited: tuple[Path, Path]) -> None:
+    found = read_evidence(audited[0])
+    share = found["wrong_labels"]
+    assert share["value"] == pytest.approx(len(WRONG) / N, abs=0.04)
+    assert 0 < share["standard_error"] < 0.1
+    assert 0 < found["planted"]["count"] <= 0.1 * N + 1
+    assert found["planted"]["share"] == found["planted"]["count"] / N
+    assert found["planted"]["recall"]["value"] > 0.8
+    assert found["memorization"]["value"] < 0.1
+    for figure in (share, found["memorization"], found["planted"]["recall"]):
+        assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+    assert found["data"]["labelled"] == found["data"]["examples"] == N
+    assert found["skipped_steps"] == {"count": 0, "reason": ""}
+    assert found["performance"]["value"] is found["risk"]["value"] is None
+    assert found["code"]["fingerprint"] == found["environment"]["code"] == code_fingerprint()
+
+
+def test_an_audit_without_planted_labels_certifies_nothing(audited: tuple[Path, Path]) -> None:
+    found = read_evidence(audited[1])
+    assert found["planted"]["count"] == 0
+    assert found["planted"]["recall"]["reason"] == "no labels were planted"
+    assert found["memorization"]["value"] is None
+    assert not found["wrong_labels"]["valid"]
+    assert any("planted" in limit for limit in found["limits"])
+
+
+def test_a_figure_that_is_missing_needs_a_reason() -> None:
+    with pytest.raises(ValueError, match="reason must say why the figure of 'by eye'"):
+        measured(math.inf, how="by eye")
+    assert measured(1.0, math.nan, how="by eye")["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no evidence.json"),
+        ("{", "is damaged"),
+        ('{"schema": "poprisk-evidence/0"}', "is not of poprisk-evidence/1"),
+        ("[]", "is not of poprisk-evidence/1"),
+    ],
+)
+def test_what_is_no_evidence_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "evidence.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match=message):
+        read_evidence(tmp_path)
+    assert call("evidence", tmp_path).exit_code == 2
+
+
+def test_numbers_that_json_does_not_have_are_texts(tmp_path: Path) -> None:
+    found, _ = comparison()
+    write_evidence(tmp_path, {**found, "settings": {"a": [math.inf, 1.0], "b": math.nan}})
+    text = (tmp_path / "evidence.json").read_text()
+    read = json.loads(text, parse_constant=pytest.fail)
+    assert read["settings"] == {"a": ["inf", 1.0], "b": "nan"}
+
+
+def test_the_command_writes_each_document_and_overwrites_none(
+    audited: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for to, name in (("card", "README.md"), ("cyclonedx", "bom.cdx.json"), ("croissant", "")):
+        done = call("evidence", audited[0], "--to", to, "--out", tmp_path)
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / (name or "croissant.json")).exists()
+    (tmp_path / "README.md").write_text("mine")
+    again = call("evidence", audited[0], "--out", tmp_path)
+    assert again.exit_code == 2
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--to", "pdf"], ["--dataset", "digits"], ["--to", "croissant", "--dataset", "me/digits"]],
+)
+def test_wrong_options_are_refused(
+    audited: tuple[Path, Path], tmp_path: Path, options: list[str]
+) -> None:
+    assert call("evidence", audited[0], "--out", tmp_path / "new", *options).exit_code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def front_of(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_card_has_the_score_and_a_control(audited: tuple[Path, Path]) -> None:
+    found, _ = comparison()
+    found["performance"]["value"] = 1e-05  # a text to readers of YAML, as JSON writes it
+    found["name"] = "dígits 😀 <b>|"
+    texts = card(found, dataset="me/digits")
+    (result,) = front_of(texts["README.md"])["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == 1e-05
+    assert result["dataset"]["name"] == found["name"]
+    assert "&lt;b>\\|" in texts["README.md"]
+    assert "shuffled mask" in texts["README.md"]
+    (entry,) = yaml.safe_load(texts[".eval_results/poprisk.yaml"])
+    assert entry["dataset"] == {"id": "me/digits", "task_id": found["name"]}
+    assert entry["value"] == 1e-05
+
+
+def test_a_score_that_is_not_valid_is_in_no_document(audited: tuple[Path, Path]) -> None:
+    for name in ("one seed", "unfinished", "planted"):
+        found = documents(audited)[name]
+        texts = card(found, dataset="me/digits")
+        assert [*texts] == ["README.md"]
+        assert "model-index" not in front_of(texts["README.md"])
+        bom = json.loads(cyclonedx(found)["bom.cdx.json"])
+        parts = bom["metadata"]["component"]["modelCard"]
+        metrics = {m["type"] for m in parts["quantitativeAnalysis"]["performanceMetrics"]}
+        assert "accuracy" not in metrics
+        limits = " ".join(parts["considerations"]["technicalLimitations"])
+        assert FIGURES["performance"].capitalize() in limits
+
+
+def test_the_same_evidence_is_the_same_document() -> None:
+    found, _ = comparison()
+    for document in DOCUMENTS.values():
+        assert document(found) == document(json.loads(json.dumps(found)))
+    other = {**found, "name": "other"}
+    serial = re.compile("urn:uuid:[0-9a-f-]{36}")
+    a, b = (serial.findall(cyclonedx(e)["bom.cdx.json"]) for e in (found, other))
+    assert a != b
+
+
+def test_the_data_set_says_what_was_found_of_its_labels(audited: tuple[Path, Path]) -> None:
+    found = json.loads(croissant(read_evidence(audited[0]))["croissant.json"])
+    assert found["rai:dataAnnotationAnalysis"][0].startswith("Share of wrong labels: 0.")
+    assert "were planted wrong" in found["rai:dataPreprocessingProtocol"][0]
+    plain = json.loads(croissant(read_evidence(audited[1]))["croissant.json"])
+    assert not {"rai:dataAnnotationAnalysis", "rai:dataPreprocessingProtocol"} & plain.keys()
+
+
+# --- published schemas, of which the packages are in .venv-extras ---------------------------------
+
+
+def test_evidence_meets_its_schema(audited: tuple[Path, Path]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    assert schema["properties"]["schema"]["const"] == SCHEMA
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    found = documents(audited)
+    for name, evidence in found.items():
+        assert [e.message for e in validator.iter_errors(evidence)] == [], name
+    one = found["complete"]
+    wrongs: tuple[dict[str, Any], ...] = (
+        {**one, "risk": {**one["risk"], "reason": ""}},
+        {**one, "risk": {**one["risk"], "valid": True}},
+        {**one, "more": 1},
+        {**one, "skipped_steps": {"count": None, "reason": ""}},
+        {**one, "controls": {**one["controls"], "arms": list[Any]()}},
+    )
+    for wrong in wrongs:
+        assert not validator.is_valid(wrong)
+
+
+def test_the_bill_of_materials_meets_cyclonedx(audited: tuple[Path, Path]) -> None:
+    versions = pytest.importorskip("cyclonedx.schema").SchemaVersion
+    json_validation = pytest.importorskip("cyclonedx.validation.json")
+    validator = json_validation.JsonStrictValidator(versions.V1_7)
+    for name, evidence in documents(audited).items():
+        assert validator.validate_str(cyclonedx(evidence)["bom.cdx.json"]) is None, name
+    bom = json.loads(cyclonedx(comparison()[0])["bom.cdx.json"])
+    bom["metadata"]["component"]["modelCard"]["limits"] = []
+    assert validator.validate_str(json.dumps(bom)) is not None
+
+
+def test_the_hub_reads_the_card(audited: tuple[Path, Path]) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    for name, evidence in documents(audited).items():
+        texts = card(evidence, dataset="me/digits")
+        found = hub.ModelCard(texts["README.md"])
+        assert found.data.tags == ["poprisk", evidence["task"]]
+        if evidence["performance"]["valid"]:
+            (result,) = found.data.eval_results
+            assert result.metric_value == evidence["performance"]["value"], name
+            (entry,) = hub.parse_eval_result_entries(
+                yaml.safe_load(texts[".eval_results/poprisk.yaml"])
+            )
+            assert entry.value == evidence["performance"]["value"]
+        else:
+            assert found.data.eval_results is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:rdflib")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:mlcroissant")
+def test_croissant_reads_the_data_set(audited: tuple[Path, Path]) -> None:
+    mlc = pytest.importorskip("mlcroissant")
+    for evidence in documents(audited).values():
+        found = mlc.Dataset(jsonld=json.loads(croissant(evidence)["croissant.json"]))
+        issues = found.metadata.ctx.issues
+        assert not issues.errors
+        told = {re.sub(r".*[/]", "", str(issue)).split('"')[0] for issue in issues.warnings}
+        assert told == {"citeAs", "datePublished", "license", "version"}  # which no run knows
+        assert found.metadata.machine_annotation_tools == [
+            f"poprisk {evidence['code']['written_by']}"
+        ]
+        assert len(found.metadata.data_limitations) >= 1
