@@ -156,7 +156,11 @@ def _count() -> list[str]:
     told = list(verdicts().values())
     kinds = ("reproduced", "partly reproduced", "not reproduced")
     whole, partly, not_at_all = map(told.count, kinds)
-    return [f"{len(told)} claims, {whole} of them reproduced, {partly} in part, {not_at_all} not"]
+    left = len(told) - whole - partly - not_at_all
+    later = f", {left} not run yet" if left else ""
+    return [
+        f"{len(told)} claims, {whole} of them reproduced, {partly} in part, {not_at_all} not{later}"
+    ]
 
 
 def _claims() -> list[str]:

@@ -22,7 +22,7 @@ CHAINS: Mapping[str, Sequence[str]] = {
     ).split(),
     "poprisk_lab": (
         "tasks controls arms checkpoint fit store results study runner comparison convergence "
-        "pictures plots wording verdict selection explain studies audit page evidence display "
+        "pictures plots wording verdict selection explain audit studies page evidence display "
         "compared bench cli"
     ).split(),
 }
@@ -32,7 +32,7 @@ LIBRARY = "poprisk"
 
 EXTRAS = (
     "typer rich plotly jinja2 sklearn skimage scipy safetensors pandas polars PIL "
-    "pytorch_optimizer "
+    "pytorch_optimizer cleanlab mnist1d "
     "transformers trl accelerate datasets lightning jaxtyping beartype hypothesis pytest "
     "deepxde nngeometry curvlinops backpack opacus"
 ).split()

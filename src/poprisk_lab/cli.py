@@ -36,7 +36,7 @@ console = Console()
 DEFAULT_SEEDS = 3
 CLAIM_NAMES = (
     "grokking grokking-multistep pinn image benign-overfitting double-descent implicit-bias "
-    "drift-diffusion coupling feature-learning memorization all"
+    "drift-diffusion coupling feature-learning memorization audit all"
 ).split()
 """What `poprisk reproduce` takes; here, since the claims themselves import torch."""
 Trace = Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of an error.")]

@@ -1,8 +1,9 @@
-"""Every claim of the paper, checked by one command each, with controls and a verdict."""
+"""Every claim of the paper, and one of ours, checked by one command each, with controls."""
 
 from __future__ import annotations
 
 from poprisk_lab.studies import (
+    audit,
     benign_overfitting,
     coupling,
     double_descent,
@@ -33,6 +34,7 @@ CLAIMS: dict[str, Claim] = {
         coupling.CLAIM,
         feature_learning.CLAIM,
         memorization.CLAIM,
+        audit.CLAIM,
     )
 }
 """The claims, by name, in the order of the summary."""

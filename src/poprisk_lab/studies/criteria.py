@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from poprisk.intervals import Interval, t_interval
@@ -124,6 +125,20 @@ def point(value: float) -> Interval:
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Interval:
     """Mean of ``a`` minus ``b`` over the seeds that both have, with its paired interval."""
     return t_interval([a[seed] - b[seed] for seed in a if seed in b])
+
+
+def mean_over(groups: Iterable[Mapping[int, float]]) -> Interval:
+    """Mean over seeds of the means over the groups in which a seed has a figure.
+
+    Example:
+        >>> mean_over([{0: 1.0, 1: 4.0}, {0: 3.0}]).values
+        (2.0, 4.0)
+    """
+    by_seed = dict[int, list[float]]()
+    for group in groups:
+        for seed, value in group.items():
+            by_seed.setdefault(seed, []).append(value)
+    return t_interval(fmean(values) for values in by_seed.values())
 
 
 def ratio(a: Mapping[int, float], b: Mapping[int, float]) -> Interval:
