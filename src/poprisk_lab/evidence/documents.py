@@ -222,7 +222,7 @@ def _body(evidence: Evidence) -> list[str]:
         value += "" if error is None else f" ± {error:.2g}"
         rows.append([words, value, found["how"] if found["valid"] else found["reason"]])
     data, code = evidence["data"], evidence["code"]
-    facts = {
+    about = {
         "trained by": evidence["subject"] or "–",
         "training examples": data["examples"],
         "data": ", ".join(f"{k} {v}" for k, v in data["fingerprints"].items()),
@@ -240,7 +240,7 @@ def _body(evidence: Evidence) -> list[str]:
         f"# {_text(evidence['name'])}",
         "",
         *_table(["", "value", "how"], rows),
-        *_table(["", ""], [[k, v] for k, v in facts.items()]),
+        *_table(["", ""], [[k, v] for k, v in about.items()]),
         *(_table(["control", "final metric", "seeds"], controls) if controls else []),
         *(["## Known limits", "", *(f"- {_text(limit)}" for limit in limits)] if limits else []),
     ]
