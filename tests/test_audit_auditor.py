@@ -151,7 +151,7 @@ def test_predictions_that_know_little_are_said_to() -> None:
     feed(auditor, confident(y, by=0.5))
     result = auditor.result()
     assert not result.valid
-    assert result.reason.startswith("unsure: predictions have a mean confidence of 0.3")
+    assert result.reason.startswith("unsure: predictions have a mean confidence of 3")
     assert "folds=5" in result.reason
 
 

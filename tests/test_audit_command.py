@@ -162,6 +162,12 @@ def test_marks_keep_how_a_file_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "n.csv").read_text(encoding="utf-8") == "x;y\n1,5;a\n2,5;a\n3,5;b\n"
 
 
+def test_report_of_an_audit_says_where_its_page_is(audited: tuple[Path, str]) -> None:
+    found = CliRunner().invoke(app, ["report", str(audited[0] / "run")])
+    assert found.exit_code == 2
+    assert "holds an audit, whose page is its report.html" in found.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -172,6 +178,7 @@ def test_marks_keep_how_a_file_is_written(tmp_path: Path) -> None:
         (["{t}", "--label", "a", "--epochs", "0"], "--epochs must be at least 1"),
         (["{t}", "--label", "a", "--plant", "0.7"], "--plant must lie from 0 to 0.5"),
         (["{t}", "--label", "a", "--lr", "0"], "--lr must be positive"),
+        (["{t}", "--label", "a", "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["{t}", "--apply", "m.csv"], "--label must name"),
         (["images", "--apply", "m.csv"], "--apply corrects a CSV file"),
     ],

@@ -204,7 +204,9 @@ def test_images_of_mixed_sizes_and_modes(folder: Path) -> None:
     assert found.inputs.shape == (40, 3, 12, 12)
     assert found.classes == ("class 0", "class 1")
     assert {Path(name).name for name in found.left_out} == {"bad.png", "cut.png"}
-    assert "2 images cannot be read" in "\n".join(found.notes)
+    assert "2 images cannot be read and are left out" in "\n".join(found.notes)
+    (folder / "class 1" / "cut.png").unlink()
+    assert "1 image cannot be read and is left out" in "\n".join(read_examples(str(folder)).notes)
     position = next(i for i in range(40) if found.name(i).endswith("class 0/0.png"))
     original = np.asarray(Image.open(folder / "class 0" / "0.png").convert("RGB"))
     assert np.array_equal(found.inputs[position].permute(1, 2, 0).numpy(), original)

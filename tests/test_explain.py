@@ -280,6 +280,7 @@ def test_an_optimizer_without_a_rule() -> None:
 def test_bad_arguments(here: Path) -> None:
     assert refused("digit").startswith("unknown task 'digit'")
     assert refused("mine.py:noisy", "--epochs", "0") == "--epochs must be at least 1, but got 0."
+    assert refused("mine.py:noisy", "--seconds", "0") == "--seconds must be positive, but got 0."
     (here / "file").write_text("")
     assert refused("mine.py:line", "--out", "file/x", "--seconds", "3").startswith(
         "cannot write file/x"

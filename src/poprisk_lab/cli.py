@@ -202,8 +202,11 @@ def audit_command(
         from poprisk_lab.display import PhaseDisplay, data_table
         from poprisk_lab.evidence.gather import audit_evidence, write_evidence
         from poprisk_lab.page.audit import write_audit
+        from poprisk_lab.runner import check_device
         from poprisk_lab.tasks import BUILT_IN
 
+        if device is not None:
+            check_device(device)
         is_task = source in BUILT_IN or ".py" in source
         with console.status("reading"):
             examples = (
@@ -281,6 +284,8 @@ def explain_command(
     """Record a run of TASK and say what it learned, what it trapped and what noise got through."""
     if epochs is not None and epochs < 1:
         _fail(f"--epochs must be at least 1, but got {epochs}.")
+    if not seconds > 0:
+        _fail(f"--seconds must be positive, but got {seconds:g}.")
     settings = dict(_parse_setting(text) for text in setting or [])
     directory = out or Path("runs") / f"explain-{_slug(task.removesuffix('.py'))}"
     page = directory / "report.html"

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poprisk._validate import first_line
 from poprisk.randomness import RandomState
 from poprisk.task import Task, module_kinds
 from poprisk.task.batches import last_batch
@@ -27,7 +26,7 @@ from poprisk_lab.arms import Arm, settings_used
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.fit import ArmRun, seed_all
 from poprisk_lab.results import RunData, read_run
-from poprisk_lab.runner import environment, run_trials
+from poprisk_lab.runner import check_device, environment, run_trials
 from poprisk_lab.store import FORMAT, Config, Kind, Row, Store
 from poprisk_lab.study import Settings, Trial
 from poprisk_lab.tasks import Source, TaskError, load_task, source_name
@@ -106,7 +105,7 @@ class Comparison:
             TaskError: if the task or one of its arms fails, or differs from call to call.
             ValueError: if the device cannot be used.
         """
-        _check_device(self.device)
+        check_device(self.device)
         seed = self.seeds[0]
         task, again = self.make_task(seed), self.make_task(seed)
         data, start = _fingerprint(self.task, task), self._start(task, seed)
@@ -269,15 +268,6 @@ def _structure(model: torch.nn.Module) -> str:
 def _sources(source: Source) -> dict[str, str]:
     path, colon, _ = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     return task_sources(Path(path)) if colon else {}
-
-
-def _check_device(device: str) -> None:
-    """Raise ValueError unless tensors can be computed with on ``device``."""
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)
-        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def differences(found: Config, wanted: Config) -> list[str]:

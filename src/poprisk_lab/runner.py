@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from poprisk._validate import first_line
 from poprisk_lab.checkpoint import CheckpointError, Workspace
 from poprisk_lab.store import Record, Row, RunDirectoryError, Store, end_of
 from poprisk_lab.study import Run, Trial, left
@@ -47,6 +48,15 @@ class _Job(NamedTuple):
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless tensors can be computed with on ``device``."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = first_line(error)
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def code_fingerprint() -> str:

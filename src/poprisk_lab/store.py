@@ -161,6 +161,11 @@ class Store:
         """
         config = self._read_json("config.json")
         known = isinstance(config, dict) and config.get("format") == FORMAT
+        if known and "audit" in config and "audit" not in self.kind.keys:
+            raise RunDirectoryError(
+                f"{self.path} holds an audit, whose page is its report.html; repeat its "
+                "poprisk audit command to write it again."
+            )
         if not known or not self.kind.keys <= config.keys():
             raise RunDirectoryError(
                 f"{self.path / 'config.json'} is not of format {FORMAT}; it was written by another "

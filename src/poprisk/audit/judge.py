@@ -265,8 +265,9 @@ class _Classes:
         if min(confidence, agreement) >= least:
             return ""
         return (
-            f"unsure: predictions have a mean confidence of {confidence:.2f} and agree with "
-            f"{agreement:.0%} of the labels, less than {least:.0%}; consider audit(..., folds=5)"
+            f"unsure: predictions have a mean confidence of {confidence:.0%} and agree with "
+            f"{agreement:.0%} of the labels, and either is below {least:.0%}: they know little of "
+            "the data. Train longer, or consider audit(..., folds=5)"
         )
 
 

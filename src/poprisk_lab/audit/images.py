@@ -84,7 +84,12 @@ def read_images(
     if not pixels:
         raise AuditInputError(f"none of {len(files)} images can be read; the first: {files[0]}.")
     if broken:
-        notes.append(f"{len(broken)} images cannot be read and are left out; they are listed.")
+        what = (
+            "1 image cannot be read and is"
+            if len(broken) == 1
+            else f"{len(broken)} images cannot be read and are"
+        )
+        notes.append(f"{what} left out; see the list on the page.")
     stacked = torch.from_numpy(np.stack(pixels))
     return stacked.permute(0, 3, 1, 2).contiguous(), kept, broken
 
