@@ -33,7 +33,7 @@ class TrainingRecipe(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.net}, {self.epochs} epochs in batches of {self.batch_size}, PopRiskAdamW at "
+            f"{self.net}, {self.epochs} epoch{'s' * (self.epochs != 1)} in batches of {self.batch_size}, PopRiskAdamW at "
             f"{self.lr:g}"
         )
 

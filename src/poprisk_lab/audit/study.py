@@ -26,6 +26,8 @@ from poprisk_lab.tasks import load_task
 
 FIT = "fit"
 PLANT = 0.05
+LARGE_IMAGE = 4096
+"""Numbers of an image above which several threads are worth their waiting for each other."""
 
 
 def _is_row(row: Row) -> bool:
@@ -109,7 +111,7 @@ def plan_for(
 ) -> AuditPlan:
     """What is trained on the examples, by rule where it is not said.
 
-    Only images take more than one thread: those of a small network wait for each other.
+    Only large images take more than one thread: those of small ones wait for each other.
     """
     n = int(examples.labelled.sum())
     recipe = recipe_for(n, tuple(examples.inputs.shape[1:]), epochs)
@@ -120,7 +122,7 @@ def plan_for(
         )
     if lr is not None:
         recipe = recipe._replace(lr=lr)
-    large = examples.inputs.ndim == 4
+    large = examples.inputs.ndim == 4 and examples.inputs[0].numel() > LARGE_IMAGE
     return AuditPlan(
         recipe,
         "classes" if examples.classes else "regression",
