@@ -32,10 +32,8 @@ class TrainingRecipe(NamedTuple):
     lr: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.net}, {self.epochs} epoch{'s' * (self.epochs != 1)} in batches of {self.batch_size}, PopRiskAdamW at "
-            f"{self.lr:g}"
-        )
+        epochs = f"{self.epochs} epoch{'s' * (self.epochs != 1)}"
+        return f"{self.net}, {epochs} in batches of {self.batch_size}, PopRiskAdamW at {self.lr:g}"
 
 
 def recipe_for(n: int, shape: tuple[int, ...], epochs: int | None = None) -> TrainingRecipe:
