@@ -508,3 +508,19 @@ def test_refusals(name: str) -> None:
     kind, message, call = REFUSALS[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("weight", [0, -0.5, float("inf"), float("nan")])
+def test_a_weight_is_positive_and_finite(weight: float) -> None:
+    w = parameter(4)
+    with pytest.raises(ValueError, match=r"^weight must be positive and finite, but got"):
+        exact(w).backward(losses(w, ROWS), weight=weight)
+    assert w.grad is None
+
+
+@pytest.mark.parametrize("weight", [True, "1", None])
+def test_a_weight_is_a_number(weight: Any) -> None:
+    w = parameter(4)
+    with pytest.raises(TypeError, match=r"^weight must be a number, but got"):
+        exact(w).backward(losses(w, ROWS), weight=weight)
+    assert w.grad is None
