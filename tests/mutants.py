@@ -315,6 +315,11 @@ def run(module: str, results: Results, *, seed: int, sample: int | None, again: 
     print(f"{module}: {row['share']:.0%} of {row['mutants']} noticed {row['interval']}", flush=True)
 
 
+def absolute(path: str) -> Path:
+    """A path that stays the same when the working directory changes."""
+    return Path(path).resolve()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="*", help="files; all that are pinned if left out")
@@ -323,7 +328,7 @@ def main() -> None:
     parser.add_argument(
         "--again", action="store_true", help="try survivors that are not equivalent once more"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=absolute, default=RESULTS)
     options = parser.parse_args()
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     os.chdir(TESTS)
