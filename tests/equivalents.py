@@ -21,6 +21,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "column has one tensor here",
     },
     "poprisk/optim/variance.py": {
+        " @abstractmethod ->  [16]": "nobody makes an estimator without its methods",
         "return self.paper or t > 1 -> return self.paper or t != 1": "steps are counted from 1",
         "return _where(counts.t > 1, 1 - momentum_noise(counts.t, counts.beta1)) -> "
         "return _where(counts.t >= 1, 1 - momentum_noise(counts.t, counts.beta1))": "all of the "

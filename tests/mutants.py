@@ -47,6 +47,7 @@ PINNED: dict[str, list[str]] = {
         "test_optimizer.py",
         "test_captured.py",
         "test_within.py",
+        "test_optimizer_state.py",
     ],
     "poprisk/path/follow.py": ["test_follow.py", "test_channel.py", "test_path.py"],
     "poprisk/path/integrals.py": ["test_integrals.py", "test_path.py", "test_channel.py"],
