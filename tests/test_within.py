@@ -524,3 +524,39 @@ def test_a_weight_is_a_number(weight: Any) -> None:
     with pytest.raises(TypeError, match=r"^weight must be a number, but got"):
         exact(w).backward(losses(w, ROWS), weight=weight)
     assert w.grad is None
+
+
+@pytest.mark.parametrize("make", [exact, microbatched])
+def test_what_is_unfrozen_between_batches_is_measured_from_the_first_part(
+    make: Callable[..., PopRiskAdamW],
+) -> None:
+    def step(opt: PopRiskAdamW, *params: Tensor) -> None:
+        for part in ROWS.split(6):
+            each = torch.stack([losses(p, part) for p in params]).sum(0)
+            if make is exact:
+                opt.backward(each, weight=0.5)
+            else:
+                each.sum().div(B).backward()
+                opt.microbatch(6)
+        opt.step()
+        opt.zero_grad()
+
+    a, b, alone = parameter(4), parameter(4), parameter(4)
+    b.requires_grad_(False)
+    opt, other = make(a, b), make(alone)
+    step(opt, a)
+    b.requires_grad_()
+    step(opt, a, b)
+    step(other, alone)
+    torch.testing.assert_close(observed(opt, b), observed(other, alone))
+
+
+def test_groups_of_other_variances_are_left_to_them() -> None:
+    """Losses of ``backward`` are those of the groups that measure within a batch, alone."""
+    a, b = parameter(4), parameter(4)
+    groups = [{"params": [a]}, {"params": [b], "variance": "ema", "batch_size": 5}]
+    opt = PopRiskAdamW(groups, lr=0.01, batch_size=B, variance="exact")
+    opt.backward(losses(a, ROWS) + losses(b, ROWS))
+    opt.step()
+    assert opt.param_groups[1]["variance"] == "ema"
+    torch.testing.assert_close(observed(opt, a), brute(ROWS))
