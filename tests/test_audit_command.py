@@ -152,6 +152,29 @@ def test_marks_of_another_file_are_refused(
     assert not (tmp_path / "n.csv").exists()
 
 
+def test_a_task_whose_data_are_read_in_batches_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "many.py").write_text(
+        "import torch\nfrom torch import nn\nfrom torch.utils.data import Dataset\n"
+        "import poprisk\n\n\nclass Data(Dataset):\n    def __len__(self):\n        return 40\n\n"
+        "    def __getitem__(self, i):\n        return torch.ones(3) * i, i % 2\n\n\n"
+        "def task():\n    loss = nn.CrossEntropyLoss(reduction='none')\n"
+        "    net = lambda: nn.Linear(3, 2)\n"
+        "    return poprisk.Task('t', net, loss, Data(), Data(), batch_size=8, epochs=1)\n"
+    )
+    found = call(f"{tmp_path / 'many.py'}:task", "--out", tmp_path / "run")
+    assert found.exit_code == 2
+    assert "reads its data batch by batch" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_trains_its_own_network(tmp_path: Path) -> None:
+    found = call("digits-clean", "--epochs", 1, "--out", tmp_path / "run")
+    assert found.exit_code == 0, found.output
+    assert "Training: the network of digits-clean, 1 epoch in batches of 64" in found.output
+    assert "1,000 labels" in found.output
+
+
 def test_marks_keep_how_a_file_is_written(tmp_path: Path) -> None:
     source = tmp_path / "s.csv"
     source.write_text("\ufeffx;y\n1,5;a\n2,5;b\n\n3,5;\n", encoding="utf-8")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from poprisk_lab.audit.examples import UNLABELLED, AuditExamples, AuditInputError
+from poprisk.losses import IGNORED
+from poprisk_lab.audit.examples import AuditExamples, AuditInputError
 from poprisk_lab.audit.read import read_examples
 
 ROWS = 60
@@ -89,6 +90,31 @@ def test_however_a_table_is_written_it_is_the_same_table(
     assert found.show(1)["patient_id"] == "P0001"
     assert found.show(9)["ward"] is None
     assert found.name(0) == "row 1"
+
+
+def test_the_case_of_a_suffix_makes_no_difference(tmp_path: Path) -> None:
+    expected = table(tmp_path)
+    comma(tmp_path / "T.CSV")
+    found = read_examples(str(tmp_path / "T.CSV"), label="outcome")
+    assert torch.equal(found.inputs, expected.inputs)
+    assert torch.equal(found.targets, expected.targets)
+    (tmp_path / "x.PARQUET").write_bytes(b"PAR1 and no more")
+    with pytest.raises(AuditInputError, match=r"Parquet needs pyarrow|cannot be read as a table"):
+        read_examples(str(tmp_path / "x.PARQUET"), label="outcome")
+
+
+def test_lines_of_spaces_and_short_rows_keep_labels_at_their_rows(tmp_path: Path) -> None:
+    """The labels are read beside the other columns, by one reader."""
+    rows = [f"{i}.5,{i % 7},{'ab'[i % 2]}" for i in range(ROWS)]
+    rows[10:10] = ["   ", "", "1.25"]
+    (tmp_path / "t.csv").write_text("x,z, y \n" + "\n".join(rows) + "\n")
+    found = read_examples(str(tmp_path / "t.csv"), label="y")
+    labels = found.targets[found.labelled]
+    assert labels.tolist() == [i % 2 for i in range(ROWS)]
+    for i in range(len(found.targets)):
+        cells = found.show(i)
+        if bool(found.labelled[i]):
+            assert cells["y"] == found.classes[int(found.targets[i])]
 
 
 def test_columns_are_typed_and_what_is_left_out_is_said(tmp_path: Path) -> None:
@@ -288,4 +314,4 @@ def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unlabelled_example_is_marked(tmp_path: Path) -> None:
-    assert (table(tmp_path).targets[10:15] == UNLABELLED).all()
+    assert (table(tmp_path).targets[10:15] == IGNORED).all()

@@ -596,6 +596,18 @@ def test_a_last_batch_of_one_joins_the_one_before(n: int, size: int, sizes: list
     assert last_batch(n, size) == LAST_BATCH * any(s > size for s in sizes)
 
 
+@pytest.mark.parametrize(
+    ("n", "size", "least", "sizes"),
+    [(70, 32, 16, [32, 38]), (80, 32, 16, [32, 32, 16]), (5, 32, 16, [5]), (3, 1, 16, [1, 1, 1])],
+)
+def test_a_last_batch_of_few_joins_the_one_before(
+    n: int, size: int, least: int, sizes: list[int]
+) -> None:
+    batches = split_batches(torch.arange(n), size, least=least)
+    assert [len(batch) for batch in batches] == sizes
+    assert torch.equal(torch.cat([*batches]), torch.arange(n))
+
+
 def test_all_arms_and_the_twin_cut_an_epoch_alike() -> None:
     """113 and its four fifths, 91, leave 1 and 11; 16 divides neither."""
     seen: list[int] = []

@@ -89,9 +89,7 @@ def compare_command(
     trace: Trace = False,
 ) -> None:
     """Train every arm on every seed of TASK and say which generalizes; resumes when repeated."""
-    for name, value in (("--seeds", seeds), ("--epochs", epochs), ("--workers", workers)):
-        if value is not None and value < 1:
-            _fail(f"{name} must be at least 1, but got {value}.")
+    _check_positive(seeds=seeds, epochs=epochs, workers=workers)
     settings = dict(_parse_setting(text) for text in setting or [])
     with _errors(trace=trace, resumable=True):
         from poprisk_lab.arms import default_arms
@@ -169,9 +167,7 @@ def audit_command(
     trace: Trace = False,
 ) -> None:
     """Find wrong labels in a file by one training; resumes when repeated."""
-    for name, value in (("--epochs", epochs), ("--threads", threads), ("--size", size)):
-        if value is not None and value < 1:
-            _fail(f"{name} must be at least 1, but got {value}.")
+    _check_positive(epochs=epochs, threads=threads, size=size)
     if not 0 <= plant <= 0.5:
         _fail(f"--plant must lie from 0 to 0.5, but got {plant:g}.")
     if lr is not None and not 0 < lr < float("inf"):
@@ -183,10 +179,6 @@ def audit_command(
         with _errors(trace=trace):
             from poprisk_lab.audit.apply import apply_marks
 
-            if not path.is_file() or path.suffix not in (".csv", ".tsv", ".txt"):
-                _fail(f"--apply corrects a CSV file, but {source} is none.")
-            if label is None:
-                _fail("--label must name the column of labels.")
             new = out or path.with_name(f"{path.stem}-corrected{path.suffix}")
             with _writing(new):
                 count = apply_marks(path, label, apply, new)
@@ -199,6 +191,7 @@ def audit_command(
         from poprisk_lab.audit import command, words
         from poprisk_lab.audit.read import of_task, read_examples
         from poprisk_lab.audit.study import plan_for, run_audit
+        from poprisk_lab.audit.table import CSV
         from poprisk_lab.display import PhaseDisplay, data_table
         from poprisk_lab.evidence.gather import audit_evidence, write_evidence
         from poprisk_lab.page.audit import write_audit
@@ -209,11 +202,20 @@ def audit_command(
             check_device(device)
         is_task = source in BUILT_IN or ".py" in source
         with console.status("reading"):
-            examples = (
-                of_task(source, seed)[1]
+            task, examples = (
+                of_task(source, seed)
                 if is_task
-                else read_examples(
-                    source, label=label, labels=labels, text=text, kind=kind, side=size, seed=seed
+                else (
+                    None,
+                    read_examples(
+                        source,
+                        label=label,
+                        labels=labels,
+                        text=text,
+                        kind=kind,
+                        side=size,
+                        seed=seed,
+                    ),
                 )
             )
         plan = plan_for(
@@ -224,7 +226,8 @@ def audit_command(
             plant=plant,
             seed=seed,
             structure=structure,
-            task=source if is_task else "",
+            task=task,
+            task_name=source if is_task else "",
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             threads=threads,
         )
@@ -233,7 +236,7 @@ def audit_command(
             _say(note)
         _say(f"Training: {plan.recipe}.")
         _say(f"record in {directory} (stop at any time, repeat the command to go on)")
-        is_table = label is not None and path.suffix in (".csv", ".tsv", ".txt")
+        is_table = label is not None and path.suffix.lower() in CSV
         again = shlex.join(["poprisk", "audit", source, "--label", label or ""])
         again = f"{again} --apply marked.csv" if is_table else ""
         with PhaseDisplay(console) as display:
@@ -282,8 +285,7 @@ def explain_command(
     trace: Trace = False,
 ) -> None:
     """Record a run of TASK and say what it learned, what it trapped and what noise got through."""
-    if epochs is not None and epochs < 1:
-        _fail(f"--epochs must be at least 1, but got {epochs}.")
+    _check_positive(epochs=epochs)
     if not seconds > 0:
         _fail(f"--seconds must be positive, but got {seconds:g}.")
     settings = dict(_parse_setting(text) for text in setting or [])
@@ -334,8 +336,7 @@ def reproduce_command(
     trace: Trace = False,
 ) -> None:
     """Run a claim of the paper with controls, and print a verdict; resumes when repeated."""
-    if workers is not None and workers < 1:
-        _fail(f"--workers must be at least 1, but got {workers}.")
+    _check_positive(workers=workers)
     with _errors(trace=trace, resumable=True):
         from poprisk_lab.runner import cores
         from poprisk_lab.studies.command import ALL, chosen, directory_of, summarize
@@ -636,6 +637,13 @@ def _fail(message: str, *, code: int = 2, error: BaseException | None = None) ->
     message = " ".join(message.split()) if code == 2 else message
     Console(stderr=True).print(f"poprisk: {message}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
+
+
+def _check_positive(**counts: int | None) -> None:
+    """Refuse what is given and below 1, by the names of the options."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            _fail(f"--{name} must be at least 1, but got {value}.")
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:

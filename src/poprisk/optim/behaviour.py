@@ -1,10 +1,10 @@
 """What an optimizer does to weights, found by trying it on small stand-ins.
 
-A gate needs two context about a step: how much of it is decoupled weight decay, which is not gated,
-and that nothing but the parameters holds weights, for whatever else does would move on behind a
-shut gate. Names of classes tell neither. So a twin of the optimizer, with the same settings and no
-state, takes a few steps on stand-ins of the same kinds of tensors, and what it does is compared
-with the patterns that are known. An optimizer that fits none is refused.
+A gate needs to know two things of a step: how much of it is decoupled weight decay, which is not
+gated, and that nothing but the parameters holds weights, for whatever else does would move on
+behind a shut gate. Names of classes tell neither. So a twin of the optimizer, with the same
+settings and no state, takes a few steps on stand-ins of the same kinds of tensors, and what it does
+is compared with the patterns that are known. An optimizer that fits none is refused.
 """
 
 from __future__ import annotations

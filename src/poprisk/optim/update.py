@@ -52,7 +52,7 @@ class TensorLists(NamedTuple):
     variances: TensorList
 
     def subset(self, indices: list[int]) -> TensorLists:
-        """The lists at ``indices``."""
+        """The tensors at ``indices`` of every list."""
         return TensorLists(*([column[i] for i in indices] if column else [] for column in self))
 
 

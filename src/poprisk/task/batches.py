@@ -13,16 +13,19 @@ DROPPED = "a last batch that is not full is left out"
 """The rule with ``drop_last``."""
 
 
-def split_batches(order: Tensor, size: int, *, drop_last: bool = False) -> Sequence[Tensor]:
+def split_batches(
+    order: Tensor, size: int, *, drop_last: bool = False, least: int = 2
+) -> Sequence[Tensor]:
     """Cut an order of examples into batches of ``size`` and a shorter last one.
 
-    A last batch of one example joins the batch before it: batch normalization has nothing to
-    normalize over in one example, and its gradient is the noisiest of the epoch.
+    A last batch of fewer than ``least`` examples joins the batch before it: batch normalization has
+    nothing to normalize over in one example, and its gradient is the noisiest of the epoch.
 
     Args:
         order: positions (n,).
         size: examples per batch; with 1, every batch is of one example.
         drop_last: whether to leave the shorter one out, unless it is the only one.
+        least: examples that a shorter one must have; at most ``size`` counts.
 
     Example:
         >>> [len(batch) for batch in split_batches(torch.arange(9), 4)]
@@ -31,7 +34,7 @@ def split_batches(order: Tensor, size: int, *, drop_last: bool = False) -> Seque
     batches = order.split(size)
     if drop_last and len(batches) > 1 and len(batches[-1]) < size:
         return batches[:-1]
-    if len(batches) > 1 and len(batches[-1]) == 1 < size:
+    if len(batches) > 1 and len(batches[-1]) < min(least, size):
         return (*batches[:-2], torch.cat(batches[-2:]))
     return batches
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -36,12 +37,12 @@ def read_marks(path: Path) -> pd.DataFrame:
     return found
 
 
-def apply_marks(source: Path, label: str, marks: Path, to: Path) -> int:
+def apply_marks(source: Path, label: str | None, marks: Path, to: Path) -> int:
     """Write a table with the labels that were marked *fix*; all else stays as it is written.
 
     Args:
         source: the table that was audited.
-        label: its column of labels.
+        label: its column of labels, which must be named.
         marks: what was downloaded from the page.
         to: the file to write.
 
@@ -49,13 +50,21 @@ def apply_marks(source: Path, label: str, marks: Path, to: Path) -> int:
         How many labels were changed.
 
     Raises:
-        AuditInputError: if the files do not belong together, or ``to`` exists.
+        AuditInputError: if the source is no CSV file, the files do not belong together, or ``to``
+            exists.
     """
+    if not source.is_file() or source.suffix.lower() not in table.CSV:
+        raise AuditInputError(f"--apply corrects a CSV file, but {source} is none.")
+    if label is None:
+        raise AuditInputError("--label must name the column of labels.")
     if to.exists():
         raise AuditInputError(f"{to} exists; choose another file with --out.")
     fixed = read_marks(marks)
     fixed = fixed[fixed["mark"] == "fix"]
-    form, rows = table.read_cells(source)
+    form = table.format_of(source)
+    with source.open(encoding=form.encoding, newline="") as file:
+        cells = csv.reader(file, delimiter=form.separator, skipinitialspace=True)
+        rows = [row for row in cells if row]  # as pandas reads it, without blank lines
     head = [name.strip() for name in rows[0]]
     if label not in head:
         raise AuditInputError(f"{source} has no column {label!r}.")
@@ -67,8 +76,9 @@ def apply_marks(source: Path, label: str, marks: Path, to: Path) -> int:
                 f"{marks} does not belong to {source}: it has {given!r} in row {row}."
             )
         body[position][column] = right
-    text = table.written(rows, form)
-    replace_text(to, text)
+    text = StringIO()
+    csv.writer(text, delimiter=form.separator, lineterminator="\n").writerows(rows)
+    replace_text(to, text.getvalue())
     return len(fixed)
 
 

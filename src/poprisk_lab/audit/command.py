@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,11 @@ def write_tables(directory: Path, examples: AuditExamples, result: AuditResult) 
     write_table(directory / "labels.csv", examples, result, range(len(result)))
 
 
-def label_name(examples: AuditExamples, value: Any) -> str:
-    """A label as people write it; empty where there is none."""
-    if examples.classes:
-        return examples.classes[int(value)] if value >= 0 else ""
-    number = float(np.asarray(value).reshape(-1)[0])
-    return "" if np.isnan(number) else f"{number:.6g}"
-
-
 def write_table(
-    path: Path, examples: AuditExamples, result: AuditResult, items: Sequence[int] | Any
+    path: Path, examples: AuditExamples, result: AuditResult, items: Iterable[int]
 ) -> None:
     """Rows of what was found, as CSV."""
-    columns = result.columns()
+    columns = result.columns(classes=examples.classes or None)
     confidence = columns.get("confidence")
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
@@ -63,8 +55,8 @@ def write_table(
                 [
                     i + 1,
                     examples.name(i),
-                    label_name(examples, result.labels[i]),
-                    label_name(examples, result.suggested[i]),
+                    _text(columns["given"][i]),
+                    _text(columns["suggested"][i]),
                     int(result.suspect[i]),
                     "" if np.isnan(result.quality[i]) else f"{result.quality[i]:.4f}",
                     "" if result.rank[i] < 0 else result.rank[i] + 1,
@@ -75,14 +67,18 @@ def write_table(
 
 def worst_table(examples: AuditExamples, result: AuditResult) -> Table:
     """The surest suspects, for a terminal."""
+    columns = result.columns(classes=examples.classes or None)
     return Table(
         ["", "given", "suggested"],
         [
-            [
-                examples.name(int(i)),
-                label_name(examples, result.labels[i]),
-                label_name(examples, result.suggested[i]),
-            ]
-            for i in result.suspects()[:SHOWN]
+            [examples.name(i), _text(columns["given"][i]), _text(columns["suggested"][i])]
+            for i in result.suspects()[:SHOWN].tolist()
         ],
     )
+
+
+def _text(label: Any) -> str:
+    """A label as people write it; empty where there is none."""
+    if isinstance(label, float):
+        return "" if np.isnan(label) else f"{label:.6g}"
+    return "" if label is None else str(label)

@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-KINDS = ("classes", "regression")
+from poprisk.losses import IGNORED
+
 MISSING = frozenset(("", "nan", "na", "n/a", "null", "<na>", "?"))
 """Labels, in lower case, that stand for none. ``None`` does not: it is a common class."""
-UNLABELLED = -100
 FEWEST = 20
 """Labelled examples below which nothing is learned that could be told from chance."""
 MANY_VALUES = 20
@@ -27,11 +27,11 @@ class AuditInputError(ValueError):
 
 @dataclass(frozen=True)
 class AuditExamples:
-    """AuditExamples as they were read.
+    """Examples as they were read.
 
     Attributes:
         inputs: (n, d) float32, or images (n, channels, height, width) uint8.
-        targets: (n,), int64 with ``UNLABELLED``, or float64 with NaN, where there is no label.
+        targets: (n,), int64 with ``IGNORED``, or float64 with NaN, where there is no label.
         classes: names by number; empty for regression.
         name: of an example, for people: a row of a table, a file.
         show: what a person needs to judge an example: its columns, its text, the path of its image.
@@ -52,7 +52,7 @@ class AuditExamples:
         """Which examples have a label, (n,) boolean."""
         if self.targets.is_floating_point():
             return ~self.targets.isnan()
-        return self.targets != UNLABELLED
+        return self.targets != IGNORED
 
 
 def read_targets(
@@ -98,7 +98,7 @@ def read_targets(
     if len(names) < 2:
         raise AuditInputError(f"all labels are {names[0]!r}; an audit needs two classes.")
     numbered = text.where(known).map({name: i for i, name in enumerate(names)})
-    targets = numbered.fillna(UNLABELLED).to_numpy(np.int64, copy=True)
+    targets = numbered.fillna(IGNORED).to_numpy(np.int64, copy=True)
     counts = np.bincount(targets[targets >= 0], minlength=len(names))
     if 2 * len(names) > known.sum():
         raise AuditInputError(

@@ -16,7 +16,7 @@ from poprisk_lab.audit import images, table
 from poprisk_lab.audit.examples import AuditExamples, AuditInputError, read_targets
 from poprisk_lab.tasks import load_task
 
-TABLES = (".csv", ".tsv", ".txt", ".parquet")
+TABLES = (*table.CSV, table.PARQUET)
 WORDS = 20_000
 FACTORS = 256
 """Of the reduced word counts of texts."""
@@ -59,16 +59,25 @@ def read_examples(
             f"{source}: an audit reads {', '.join(TABLES)}, .npy, a folder of images with one "
             "folder a class, or FILE.py:function."
         )
-    if label is None:
-        columns = table.read_table(path, []).columns
-        raise AuditInputError(
-            f"--label must name the column of labels; {source} has {', '.join(map(repr, columns))}."
-        )
     frame = table.read_table(path, notes)
+    if label is None:
+        raise AuditInputError(
+            f"--label must name the column of labels; {source} has "
+            f"{', '.join(map(repr, frame.columns))}."
+        )
     given = table.label_texts(path, label, frame)
-    if text is not None:
-        return _texts(frame, text, label, given, kind, seed, notes)
-    return _table(frame, label, given, kind, seed, notes)
+    if text is not None and text not in frame:
+        raise AuditInputError(
+            f"there is no column {text!r}; there are {', '.join(map(repr, frame.columns[:20]))}."
+        )
+    targets, classes = read_targets(given, kind, notes)
+    if text is None:
+        inputs = _encoded(frame.drop(columns=label), seed, notes)
+    else:
+        words = frame[text].astype(object).where(frame[text].notna(), "").astype(str)
+        inputs = encode_texts(words.tolist(), seed, notes)
+    shown = _shown_rows(frame if text is None else frame[[text]])
+    return AuditExamples(inputs, targets, classes, _row, shown, notes)
 
 
 def _row(position: int) -> str:
@@ -86,41 +95,14 @@ def _shown_rows(frame: pd.DataFrame) -> Callable[[int], dict[str, Any]]:
     return show
 
 
-def _table(
-    frame: pd.DataFrame,
-    label: str,
-    given: list[str],
-    kind: str | None,
-    seed: int,
-    notes: list[str],
-) -> AuditExamples:
-    targets, classes = read_targets(given, kind, notes)
-    typed, columns = table.type_columns(frame.drop(columns=label), notes)
+def _encoded(frame: pd.DataFrame, seed: int, notes: list[str]) -> Tensor:
+    typed, columns = table.type_columns(frame, notes)
     inputs = table.encode_columns(typed, columns, seed)
     notes.append(
         f"{len(columns.numbers)} columns of numbers and {len(columns.categories)} of categories "
         f"make {inputs.shape[1]} inputs."
     )
-    return AuditExamples(inputs, targets, classes, _row, _shown_rows(frame), notes)
-
-
-def _texts(
-    frame: pd.DataFrame,
-    text: str,
-    label: str,
-    given: list[str],
-    kind: str | None,
-    seed: int,
-    notes: list[str],
-) -> AuditExamples:
-    if text not in frame:
-        raise AuditInputError(
-            f"there is no column {text!r}; there are {', '.join(map(repr, frame.columns[:20]))}."
-        )
-    targets, classes = read_targets(given, kind, notes)
-    words = frame[text].astype(object).where(frame[text].notna(), "").astype(str)
-    inputs = encode_texts(words.tolist(), seed, notes)
-    return AuditExamples(inputs, targets, classes, _row, _shown_rows(frame[[text]]), notes)
+    return inputs
 
 
 def encode_texts(texts: list[str], seed: int, notes: list[str]) -> Tensor:
@@ -217,6 +199,11 @@ def of_task(name: str, seed: int) -> tuple[Task, AuditExamples]:
     """
     task = load_task(name, seed=seed)
     x, y = task.train
+    if not isinstance(x, Tensor):
+        raise AuditInputError(
+            f"task {name} reads its data batch by batch, but an audit takes data in memory; give a "
+            "pair of tensors."
+        )
     if task.classification:
         k = int(y.max()) + 1
         classes = tuple(str(i) for i in range(k))

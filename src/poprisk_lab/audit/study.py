@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW
 from poprisk.audit import Auditor, AuditResult
+from poprisk.audit.scores import NORMAL_MAD
 from poprisk.evaluation import evaluating, outputs_of
-from poprisk_lab.audit.examples import UNLABELLED, AuditExamples, AuditInputError
+from poprisk.task import Task
+from poprisk.task.batches import split_batches
+from poprisk_lab.audit.examples import AuditExamples, AuditInputError
 from poprisk_lab.audit.nets import TrainingRecipe, build, recipe_for
 from poprisk_lab.checkpoint import Workspace, load_checkpoint, save_checkpoint
 from poprisk_lab.runner import OnRow, cores, run_trials
@@ -105,20 +108,21 @@ def plan_for(
     plant: float = PLANT,
     seed: int = 0,
     structure: bool = True,
-    task: str = "",
+    task: Task | None = None,
+    task_name: str = "",
     device: str = "cpu",
     threads: int | None = None,
 ) -> AuditPlan:
     """What is trained on the examples, by rule where it is not said.
 
-    Only large images take more than one thread: those of small ones wait for each other.
+    Only large images take more than one thread: those of small ones wait for each other. Of a task,
+    which ``task_name`` makes again where it is trained, it is the network, for as long as it says.
     """
     n = int(examples.labelled.sum())
     recipe = recipe_for(n, tuple(examples.inputs.shape[1:]), epochs)
-    if task:
-        made = load_task(task, seed=seed)
+    if task is not None:
         recipe = TrainingRecipe(
-            f"the network of {task}", 0, epochs or made.epochs, made.batch_size, recipe.lr
+            f"the network of {task_name}", 0, epochs or task.epochs, task.batch_size, recipe.lr
         )
     if lr is not None:
         recipe = recipe._replace(lr=lr)
@@ -130,7 +134,7 @@ def plan_for(
         plant,
         seed,
         structure,
-        task,
+        task_name,
         device,
         threads or (cores() if large else 1),
         directory,
@@ -196,8 +200,8 @@ def fit(plan: AuditPlan, settings: Settings, workspace: Workspace) -> Iterator[R
     model = _network(plan, inputs)
     scale = TargetScale.of(targets, plan.kind)
     trained = auditor.targets.to(plan.device)
-    known = scale.known(targets).nonzero().squeeze(1)
-    rest = (~scale.known(targets)).nonzero().squeeze(1)
+    labelled = auditor.items.labelled
+    known, rest = (mask.nonzero().squeeze(1) for mask in (labelled, ~labelled))
     recipe = plan.recipe
     optimizer = PopRiskAdamW(
         model, lr=recipe.lr, batch_size=recipe.batch_size, dataset_size=len(known)
@@ -241,12 +245,9 @@ def fit(plan: AuditPlan, settings: Settings, workspace: Workspace) -> Iterator[R
     yield {"event": "end", "planted": planted, "skipped_steps": optimizer.skipped_steps}
 
 
-def batches(order: Tensor, size: int) -> list[Tensor]:
+def batches(order: Tensor, size: int) -> Sequence[Tensor]:
     """An order in batches; a last one of less than half a batch joins the one before it."""
-    parts = list(order.split(size))
-    if len(parts) > 1 and 2 * len(parts[-1]) < size:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    return parts
+    return split_batches(order, size, least=-(-size // 2))
 
 
 def _told(auditor: Auditor) -> Row:
@@ -280,12 +281,8 @@ class TargetScale:
             return cls(kind)
         known = targets[~targets.isnan()]
         middle = float(known.median())
-        spread = 1.4826 * float((known - middle).abs().median())
+        spread = NORMAL_MAD * float((known - middle).abs().median())
         return cls(kind, middle, spread or float(known.std()) or 1.0)
-
-    def known(self, targets: Tensor) -> Tensor:
-        """Which targets are there."""
-        return targets != UNLABELLED if self.kind == "classes" else ~targets.isnan()
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each example."""

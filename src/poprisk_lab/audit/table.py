@@ -25,6 +25,8 @@ from torch import Tensor
 
 from poprisk_lab.audit.examples import AuditInputError
 
+CSV = (".csv", ".tsv", ".txt")
+PARQUET = ".parquet"
 SEPARATORS = (",", ";", "\t", "|")
 PROBE_BYTES = 1 << 16
 NEARLY_ALL = 0.95
@@ -59,7 +61,7 @@ def read_table(path: Path, notes: list[str]) -> pd.DataFrame:
     if path.stat().st_size == 0:
         raise AuditInputError(f"{path} is empty.")
     try:
-        frame = _parquet(path) if path.suffix == ".parquet" else _csv(path, notes)
+        frame = _parquet(path) if path.suffix.lower() == PARQUET else _csv(path, notes)
     except (ValueError, csv.Error, pd.errors.ParserWarning) as error:
         reason = " ".join(str(error).split())
         raise AuditInputError(f"{path} cannot be read as a table: {reason}.") from error
@@ -82,7 +84,7 @@ def _parquet(path: Path) -> pd.DataFrame:
 
 
 def _csv(path: Path, notes: list[str]) -> pd.DataFrame:
-    form = _format(path)
+    form = format_of(path)
     if (form.separator, form.decimal) != (",", "."):
         separator = {"\t": "tab"}.get(form.separator, form.separator)
         comma = ", decimal commas" * (form.decimal == ",")
@@ -91,21 +93,30 @@ def _csv(path: Path, notes: list[str]) -> pd.DataFrame:
         notes.append("The file is not UTF-8; it was read as Windows-1252.")
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows wider than the header
-        frame = pd.read_csv(
-            path,
-            sep=form.separator,
-            decimal=form.decimal,
-            encoding=form.encoding,
-            na_values=list(NA_VALUES),
-            skipinitialspace=True,
-            low_memory=False,
-            index_col=False,  # else a column that the header lacks becomes an index, unsaid
-        )
+        frame = _read(path, form, decimal=form.decimal, na_values=list(NA_VALUES))
     frame.attrs["decimal"] = form.decimal
     return frame
 
 
-def _format(path: Path) -> CsvFormat:
+def _read(path: Path, form: CsvFormat, **options: Any) -> pd.DataFrame:
+    """Rows of a CSV file; which lines are rows does not depend on the options."""
+    return pd.read_csv(
+        path,
+        sep=form.separator,
+        encoding=form.encoding,
+        skipinitialspace=True,
+        low_memory=False,
+        index_col=False,  # else a column that the header lacks becomes an index, unsaid
+        **options,
+    )
+
+
+def format_of(path: Path) -> CsvFormat:
+    """How a CSV file is written, from its beginning.
+
+    Raises:
+        ValueError: if it is no text.
+    """
     with path.open("rb") as file:
         head = file.read(PROBE_BYTES)
     if b"\0" in head:
@@ -139,7 +150,12 @@ class Columns(NamedTuple):
 
 
 def label_texts(path: Path, label: str, frame: pd.DataFrame) -> list[str]:
-    """The column of labels, as text.
+    """The column of labels as it is written, with what stands for nothing as it stands.
+
+    Args:
+        path: the file.
+        label: name of the column.
+        frame: what was read of the file.
 
     Raises:
         AuditInputError: if there is none of that name.
@@ -149,40 +165,11 @@ def label_texts(path: Path, label: str, frame: pd.DataFrame) -> list[str]:
         hint = f"; do you mean {near[0]!r}?" if near else "."
         there = ", ".join(map(repr, frame.columns[:20]))
         raise AuditInputError(f"{path} has no column {label!r}{hint} It has {there}.")
-    if path.suffix == ".parquet":
-        return _as_text(frame[label])
-    found = raw_texts(path, label)
-    if len(found) != len(frame):
-        raise AuditInputError(
-            f"{path} has {len(found)} rows as text but {len(frame)} as a table: are there lines of "
-            "spaces only?"
-        )
-    return found
-
-
-def raw_texts(path: Path, column: str) -> list[str]:
-    """A column of a CSV file as it is written, with what stands for nothing as it stands."""
-    _, rows = read_cells(path)
-    at = [name.strip() for name in rows[0]].index(column)
-    return [row[at] if at < len(row) else "" for row in rows[1:]]
-
-
-def read_cells(path: Path) -> tuple[CsvFormat, list[list[str]]]:
-    """A CSV file as it is written, blank lines left out, the header first."""
-    form = _format(path)
-    with path.open(encoding=form.encoding, newline="") as file:
-        reader = csv.reader(file, delimiter=form.separator, skipinitialspace=True)
-        return form, [row for row in reader if row]
-
-
-def written(rows: list[list[str]], form: CsvFormat) -> str:
-    """Cells as the text of a CSV file."""
-    text = StringIO()
-    csv.writer(text, delimiter=form.separator, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def _as_text(column: pd.Series[Any]) -> list[str]:
+    column = frame[label]
+    if path.suffix.lower() != PARQUET:
+        place = frame.columns.get_loc(label)
+        read = _read(path, format_of(path), usecols=[place], dtype=str, na_filter=False)
+        column = read.iloc[:, 0]
     return column.astype(object).where(column.notna(), "").astype(str).tolist()
 
 

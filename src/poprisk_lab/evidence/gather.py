@@ -269,9 +269,8 @@ def _rate(found: Rate | None, how: str, *, missing: str = "") -> Evidence:
     """A share; that of wrong labels is valid only if the whole result is, as an audit has it."""
     if found is None:
         return measured(None, how=how, reason=missing)
-    half = (
-        2 * found.standard_error
-    )  # memorization may be below 0, where an interval of a share ends
+    # Memorization may be below 0, where the interval of a share ends.
+    half = 2 * found.standard_error
     return measured(
         found.value,
         found.standard_error,

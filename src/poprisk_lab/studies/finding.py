@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from poprisk import Auditor, Canaries, audit
 from poprisk.audit import AuditResult
@@ -63,16 +64,32 @@ def trained(
     """
     model = build(recipe, x, classes, seed)
     optimizer = build_optimizer(arm, model, batch_size=recipe.batch_size, dataset_size=len(x))
+    for _ in _epochs(model, optimizer, (x, labels), recipe, seed=seed, auditors=auditors):
+        pass
+    return model
+
+
+def _epochs(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: tuple[Tensor, Tensor],
+    recipe: TrainingRecipe,
+    *,
+    seed: int,
+    auditors: Sequence[Auditor] = (),
+) -> Iterator[int]:
+    """Train, auditors looking on, and say after each epoch how many are done."""
+    x, y = data
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(recipe.epochs):
+    for epoch in range(1, recipe.epochs + 1):
         for index in batches(torch.randperm(len(x), generator=generator), recipe.batch_size):
             outputs = model(x[index])
             for auditor in auditors:
-                auditor.update(index, outputs, labels[index])
+                auditor.update(index, outputs, y[index])
             optimizer.zero_grad()
-            F.cross_entropy(outputs, labels[index]).backward()
+            F.cross_entropy(outputs, y[index]).backward()
             optimizer.step()
-    return model
+        yield epoch
 
 
 class StoppedEarly:
@@ -100,7 +117,7 @@ class StoppedEarly:
         found = [(*self._least(x, y, held, rest, lr), lr) for lr in FOLD_RATES]
         _, epochs, lr = min(found)
         model = build(self.recipe, x, self.classes, self.seed)
-        for _ in self._epochs(model, x, y, lr, epochs):
+        for _ in self._trained(model, x, y, lr, epochs):
             self.seen += len(x)
         return model
 
@@ -110,7 +127,7 @@ class StoppedEarly:
         """The least loss on what is held out, and after how many epochs it was reached."""
         model = build(self.recipe, x, self.classes, self.seed)
         best, at = math.inf, 0
-        for epoch in self._epochs(model, x[rest], y[rest], lr, self.recipe.epochs):
+        for epoch in self._trained(model, x[rest], y[rest], lr, self.recipe.epochs):
             self.seen += len(rest)
             with torch.no_grad():  # the nets of an audit are the same in training and evaluation
                 loss = float(F.cross_entropy(model(x[held]), y[held]))
@@ -120,20 +137,12 @@ class StoppedEarly:
                 break
         return best, at
 
-    def _epochs(
+    def _trained(
         self, model: nn.Module, x: Tensor, y: Tensor, lr: float, epochs: int
     ) -> Iterator[int]:
-        """Train, and say after each epoch how many are done."""
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-        generator = torch.Generator().manual_seed(self.seed)
-        for epoch in range(1, epochs + 1):
-            for index in batches(
-                torch.randperm(len(x), generator=generator), self.recipe.batch_size
-            ):
-                optimizer.zero_grad()
-                F.cross_entropy(model(x[index]), y[index]).backward()
-                optimizer.step()
-            yield epoch
+        recipe = self.recipe._replace(epochs=epochs)
+        return _epochs(model, optimizer, (x, y), recipe, seed=self.seed)
 
 
 def out_of_fold(
