@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import words
 from poprisk import Auditor, AuditResult, audit
 
 pytestmark = [
@@ -234,7 +235,6 @@ def test_the_trainer(tmp_path: Path) -> None:
 def test_a_reward_model_of_trl(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     import datasets
-    import tokenizers
     import transformers
     import trl
 
@@ -244,21 +244,9 @@ def test_a_reward_model_of_trl(tmp_path: Path) -> None:
         with_index,
     )
 
-    words = {f"w{i}": i for i in range(8)} | {"<eos>": 8, "<pad>": 9}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="<eos>", pad_token="<pad>"
-    )
     n, flipped = 80, [3, 17, 40]
     g = torch.Generator().manual_seed(0)
-    good, bad = (
-        [
-            " ".join(f"w{k}" for k in torch.randint(low, low + 4, (4,), generator=g))
-            for _ in range(n)
-        ]
-        for low in (0, 4)
-    )
+    good, bad = (words.sentences(n, low, low + 4, g) for low in (0, 4))
     for i in flipped:
         good[i], bad[i] = bad[i], good[i]
     pairs = datasets.Dataset.from_dict({"prompt": ["w1"] * n, "chosen": good, "rejected": bad})
@@ -268,18 +256,6 @@ def test_a_reward_model_of_trl(tmp_path: Path) -> None:
     assert swapped == (auditor.targets == 0).tolist()
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=10,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        num_labels=1,
-        pad_token_id=9,
-        eos_token_id=8,
-        bos_token_id=None,
-    )
     args = trl.RewardConfig(
         str(tmp_path),
         per_device_train_batch_size=8,
@@ -294,10 +270,10 @@ def test_a_reward_model_of_trl(tmp_path: Path) -> None:
         remove_unused_columns=False,
     )
     trainer = trl.RewardTrainer(
-        transformers.LlamaForSequenceClassification(config),
+        transformers.LlamaForSequenceClassification(words.llama(8)),
         args,
         train_dataset=data,
-        processing_class=tokenizer,
+        processing_class=words.tokenizer(8),
         callbacks=[TrainerAuditCallback(auditor)],
     )
     trainer.data_collator = with_index(trainer.data_collator)

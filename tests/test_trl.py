@@ -17,10 +17,10 @@ from torch.nn import functional as F
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'poprisk[hf]'")
 
 import datasets
-import tokenizers
 import transformers
 import trl
 
+import words
 from poprisk import PopRiskAdamW
 from poprisk.integrations.transformers import TrainerRiskCallback, poprisk_optimizer
 
@@ -34,39 +34,18 @@ pytestmark = [  # TRL's own settings have names that transformers is about to dr
 
 
 def tokenizer() -> Any:
-    """A word a token; the better words are those of the second half."""
-    words = {f"w{i}": i for i in range(WORDS)} | {"<eos>": WORDS, "<pad>": WORDS + 1}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="<eos>", pad_token="<pad>"
-    )
+    """The better words are those of the second half."""
+    return words.tokenizer(WORDS)
 
 
 def config() -> Any:
-    return transformers.LlamaConfig(
-        vocab_size=WORDS + 2,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        num_labels=1,
-        pad_token_id=WORDS + 1,
-        eos_token_id=WORDS,
-        bos_token_id=None,
-    )
-
-
-def sentences(low: int, high: int, g: torch.Generator) -> list[str]:
-    rows = torch.randint(low, high, (N, 4), generator=g)
-    return [" ".join(f"w{i}" for i in row) for row in rows.tolist()]
+    return words.llama(WORDS)
 
 
 def preferences() -> Any:
     """Pairs of answers, of which a quarter are the wrong way round."""
     g = torch.Generator().manual_seed(0)
-    good, bad = sentences(WORDS // 2, WORDS, g), sentences(0, WORDS // 2, g)
+    good, bad = (words.sentences(N, k, k + WORDS // 2, g) for k in (WORDS // 2, 0))
     flipped = (torch.rand(N, generator=g) < FLIPPED).tolist()
     pairs = [(b, a) if wrong else (a, b) for a, b, wrong in zip(good, bad, flipped, strict=True)]
     rows = [{"prompt": "w0 ", "chosen": c, "rejected": r} for c, r in pairs]
@@ -122,7 +101,9 @@ def test_a_reward_model_learns_from_noisy_preferences(tmp_path: Path) -> None:
     assert any(0 < gate.pass_rate < 1 for gate in stats.values())
     g = torch.Generator().manual_seed(1)
     good, bad = (
-        tokenizer()([f"w0 {s} <eos>" for s in sentences(low, high, g)], return_tensors="pt")
+        tokenizer()(
+            [f"w0 {s} <eos>" for s in words.sentences(N, low, high, g)], return_tensors="pt"
+        )
         for low, high in ((WORDS // 2, WORDS), (0, WORDS // 2))
     )
     with torch.no_grad():
@@ -156,7 +137,7 @@ def next_words(logits: Tensor, labels: Tensor) -> Tensor:
 def test_the_monitor_watches_supervised_fine_tuning(tmp_path: Path) -> None:
     args = trl.SFTConfig(**settings(tmp_path, 4))
     g = torch.Generator().manual_seed(0)
-    texts = [{"text": text} for text in sentences(0, WORDS, g)]
+    texts = [{"text": text} for text in words.sentences(N, 0, WORDS, g)]
     path = tmp_path / "run.jsonl"
     torch.manual_seed(0)
     trainer = trl.SFTTrainer(
