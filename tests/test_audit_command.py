@@ -168,6 +168,13 @@ def test_a_task_whose_data_are_read_in_batches_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_a_table_may_be_called_after_python(tmp_path: Path) -> None:
+    table = blobs(tmp_path / "of.python.csv")
+    found = call(table, "--label", "no such column", "--out", tmp_path / "run")
+    assert found.exit_code == 2
+    assert "has no column 'no such column'" in found.stderr
+
+
 def test_a_task_trains_its_own_network(tmp_path: Path) -> None:
     found = call("digits-clean", "--epochs", 1, "--out", tmp_path / "run")
     assert found.exit_code == 0, found.output

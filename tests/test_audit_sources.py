@@ -98,6 +98,10 @@ def test_the_case_of_a_suffix_makes_no_difference(tmp_path: Path) -> None:
     found = read_examples(str(tmp_path / "T.CSV"), label="outcome")
     assert torch.equal(found.inputs, expected.inputs)
     assert torch.equal(found.targets, expected.targets)
+    np.save(tmp_path / "f.npy", found.inputs.numpy())
+    (tmp_path / "f.npy").rename(tmp_path / "F.NPY")
+    features = read_examples(str(tmp_path / "F.NPY"), labels=tmp_path / "T.CSV", label="outcome")
+    assert torch.equal(features.targets, expected.targets)
     (tmp_path / "x.PARQUET").write_bytes(b"PAR1 and no more")
     with pytest.raises(AuditInputError, match=r"Parquet needs pyarrow|cannot be read as a table"):
         read_examples(str(tmp_path / "x.PARQUET"), label="outcome")

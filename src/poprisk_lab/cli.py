@@ -200,24 +200,15 @@ def audit_command(
 
         if device is not None:
             check_device(device)
-        is_task = source in BUILT_IN or ".py" in source
+        is_task = source in BUILT_IN or re.search(r"\.py(:|$)", source) is not None
+        task = None
         with console.status("reading"):
-            task, examples = (
-                of_task(source, seed)
-                if is_task
-                else (
-                    None,
-                    read_examples(
-                        source,
-                        label=label,
-                        labels=labels,
-                        text=text,
-                        kind=kind,
-                        side=size,
-                        seed=seed,
-                    ),
+            if is_task:
+                task, examples = of_task(source, seed)
+            else:
+                examples = read_examples(
+                    source, label=label, labels=labels, text=text, kind=kind, side=size, seed=seed
                 )
-            )
         plan = plan_for(
             examples,
             directory,

@@ -52,7 +52,7 @@ def read_examples(
         raise AuditInputError(f"there is no file or folder {source}.")
     if path.is_dir():
         return _images(path, kind, side, notes)
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return _features(path, label, labels, kind, notes)
     if path.suffix.lower() not in TABLES:
         raise AuditInputError(
@@ -171,7 +171,7 @@ def _features(
 
 def _labels_of(path: Path, label: str | None, n: int, notes: list[str]) -> list[str]:
     """Labels from a ``.npy`` file, or a column of a table, which may have no header."""
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         values = np.load(path, allow_pickle=False)
         found = [str(v) for v in values.reshape(len(values), -1)[:, 0]]
     else:
