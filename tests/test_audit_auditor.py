@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import io
 import re
 from collections.abc import Callable
@@ -705,3 +707,18 @@ def test_it_shows_itself_on_one_line() -> None:
     result = auditor.result()
     assert repr(result).startswith("AuditResult(classes, 0 of 200 labels suspect, wrong_share=0.0")
     assert "\n" not in repr(result)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(f"poprisk.audit.{name}" for name in "auditor noise rate scores trained".split()),
+        "poprisk.protocols",
+    ],
+)
+def test_examples_of_docstrings_are_exact(module: str) -> None:
+    failed, attempted = doctest.testmod(
+        importlib.import_module(module), extraglobs={"torch": torch, "np": np}
+    )
+    assert attempted
+    assert failed == 0

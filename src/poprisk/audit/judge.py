@@ -132,6 +132,7 @@ def judge(
         valid=not reason,
         reason=reason,
         cost=cost,
+        planted=0 if planted is None else int(planted.changed.sum()),
     )
 
 

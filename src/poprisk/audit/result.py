@@ -63,6 +63,7 @@ class AuditResult:
         valid: whether the result may be believed.
         reason: why not.
         cost: trainings beyond the audited one, of which there is none with folds.
+        planted: labels that training got wrong on purpose.
     """
 
     kind: str
@@ -87,6 +88,7 @@ class AuditResult:
     valid: bool
     reason: str
     cost: float
+    planted: int = 0
 
     def __repr__(self) -> str:
         return described(
