@@ -59,7 +59,7 @@ class Planted:
         if k is None:
             noise = (self.labels - self.original).double().reshape(p.shape)
             follow = p - self.original.double().reshape(p.shape)
-            return (noise * follow / noise.square().mean()).mean(1)
+            return (noise * follow / noise.square().mean(0)).mean(1)
         own = p.gather(1, self.labels[:, None].long()).squeeze(1)
         if k == 2:
             return own - self._of_those_that_stayed(predictions, seen)[self.original.long()]
