@@ -538,7 +538,8 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(cut: int) -> None:
 )
 def test_a_state_of_other_settings_is_refused(other: dict[str, Any], named: str) -> None:
     theirs, mine = Auditor(labels(), **other), Auditor(labels())
-    feed(theirs, confident(labels(), other.get("classes", C)).softmax(1))
+    outputs = confident(labels(), other.get("classes", C))
+    feed(theirs, outputs.softmax(1) if "probabilities" in other else outputs)
     with pytest.raises(ValueError, match=f"state_dict is of an auditor with {named}"):
         mine.load_state_dict(theirs.state_dict())
     assert not mine.looks
@@ -626,7 +627,7 @@ def test_a_data_set_says_which_example_is_which() -> None:
         (lambda: Auditor(labels(), plant=0.6), r"plant must lie in \[0.0, 0.5\]"),
         (lambda: Auditor(labels(), limit=0), r"limit must lie in \(0.0"),
         (lambda: Auditor(labels(), dtype=torch.bfloat16), "dtype must be one of 'torch.float16'"),
-        (lambda: Auditor([0, 1]), "targets must be a tensor, but got list"),
+        (lambda: Auditor([0, 1]), "a tensor, with numbers in place of names, but got list"),
         (lambda: Auditor(torch.zeros(1).long()), r"targets must hold at least two, but got shape"),
         (lambda: Auditor(labels().float()), "must be integers"),
         (lambda: Auditor(F.one_hot(labels())), "kind='classes' must be integers"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from poprisk._validate import check_number
 from poprisk.audit.items import Items
 from poprisk.audit.looks import Look
 from poprisk.audit.planted import Planted
@@ -52,6 +53,13 @@ HEAVY = 1.5
 
 SHOWN = 3
 """Labels or classes that a reason names."""
+
+MATRICES = 6
+"""How many arrays of its size it takes to estimate a noise matrix."""
+MOST_CLASSES = 10_000
+"""Classes up to which a result counts which is given as which."""
+BLOCK = 1 << 22
+"""Probabilities that are looked at at once."""
 
 Mask = NDArray[np.bool_]
 
@@ -163,10 +171,10 @@ def look_at(
     """What the predictions of some items are like."""
     agreement = confidence = math.nan
     if items.classes is not None:
-        p = predictions[rows].float()
         given = items.labelled[rows]
-        right = (p.argmax(1) == items.labels[rows])[given]
-        agreement, confidence = float(right.double().mean()), float(p.max(1).values.mean())
+        predicted, most = _likeliest(predictions, rows)
+        right = (predicted == items.labels[rows])[given]
+        agreement, confidence = float(right.double().mean()), float(most.mean())
     return Look(number, len(rows), agreement, confidence, memorization, True)
 
 
@@ -175,11 +183,52 @@ def margins_of(items: Items, predictions: Tensor, rows: Tensor) -> Tensor:
 
     For numbers minus the largest residual.
     """
-    p, labels = predictions[rows], items.labels[rows]
     if items.classes is None:
-        return -(labels - p.double()).abs().amax(1)
-    margin = normalized_margin(p.double().numpy(), labels.clamp_min(0).numpy())
-    return torch.from_numpy(margin).masked_fill(~items.labelled[rows], math.nan)
+        return -(items.labels[rows] - predictions[rows].double()).abs().amax(1)
+    margin = [
+        normalized_margin(
+            predictions[part].double().numpy(), items.labels[part].clamp_min(0).numpy()
+        )
+        for part in _parts(rows, items.width)
+    ]
+    return torch.from_numpy(np.concatenate(margin)).masked_fill(~items.labelled[rows], math.nan)
+
+
+def _parts(rows: Tensor, width: int) -> Sequence[Tensor]:
+    return rows.split(max(1, BLOCK // width))
+
+
+def _likeliest(predictions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable class of some items, and its probability, without a copy of all."""
+    found, most = list[Tensor](), list[Tensor]()
+    for part in _parts(rows, predictions.shape[1]):
+        p = predictions[part].float()
+        found.append(p.argmax(1))
+        most.append(p.max(1).values)
+    return torch.cat(found), torch.cat(most)
+
+
+def check_memory(kept: int, classes: int | None, *, structure: bool, max_memory: float) -> None:
+    """Raise ValueError if an audit would take too much.
+
+    Args:
+        kept: bytes of predictions in memory.
+        classes: number of them; None for numbers.
+        structure: whether a noise matrix is estimated.
+        max_memory: bytes that each of them may take.
+    """
+    check_number("max_memory", max_memory, low=0.0, include_low=False)
+    if kept > max_memory:
+        raise ValueError(
+            f"predictions take {kept / 2**30:.1f} GiB, but max_memory is "
+            f"{max_memory / 2**30:.1f} GiB; keep them in files by directory=, or raise it."
+        )
+    matrix = MATRICES * 8 * (classes or 0) ** 2
+    if structure and matrix > max_memory:
+        raise ValueError(
+            f"the noise matrix of {classes:,} classes takes {matrix / 2**30:.1f} GiB, but "
+            f"max_memory is {max_memory / 2**30:.1f} GiB; pass structure=False, or raise it."
+        )
 
 
 @final
@@ -235,7 +284,7 @@ class _Classes:
             if model.matrix is not None:
                 spread = model.matrix / (1 - model.matrix.diagonal())[:, None]
                 weights[rows] = spread[original[rows], labels[rows]]
-            right[rows] = self._true_of_given(g)[original[rows], labels[rows]]
+            right[rows] = self._true_of_given(g, original[rows], labels[rows])
         raw, weights = share_of(found[wrong], weights[wrong]), weights[wrong]
         if not raw.valid:
             return raw
@@ -246,10 +295,16 @@ class _Classes:
             value=min(1.0, raw.value / cases), standard_error=raw.standard_error / cases
         )
 
-    def _true_of_given(self, group: int) -> NDArray[np.float64]:
-        """Share of the labels given as o that are z after correction, (c, c)."""
-        counts = self._counts(group)
-        return (counts / np.maximum(counts.sum(0), 1)).T
+    def _true_of_given(
+        self, group: int, original: NDArray[np.int64], labels: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Share of the labels given as o that are z after correction, for some pairs, (m,)."""
+        c = self.items.classes or 0
+        rows = self.known & (self.group == group)
+        given = np.bincount(self.labels[rows], minlength=c)
+        pairs, counts = np.unique(self.labels[rows] * c + self.suggested[rows], return_counts=True)
+        at = np.minimum(np.searchsorted(pairs, wanted := original * c + labels), len(pairs) - 1)
+        return np.where(pairs[at] == wanted, counts[at], 0) / np.maximum(given[original], 1)
 
     def _counts(self, group: int) -> NDArray[np.float64]:
         """How often a label is j after correction and was given as y, (c, c)."""
@@ -270,9 +325,11 @@ class _Classes:
         # What is found and what the matrix expects err on different sides: half their difference.
         return found._replace(standard_error=math.hypot(found.standard_error, gap / 2))
 
-    def noise_matrix(self) -> NDArray[np.float64]:
+    def noise_matrix(self) -> NDArray[np.float64] | None:
         """Counted after correction: how often true class j was given as y."""
         matrices = []
+        if (self.items.classes or 0) > MOST_CLASSES:
+            return None
         for g in range(max(self.models) + 1):
             counts = self._counts(g)
             sums = counts.sum(1, keepdims=True)
@@ -306,9 +363,9 @@ class _Classes:
 
     def _unsure_of(self, rows: NDArray[np.int64]) -> str:
         """Why predictions know too little of some items."""
-        p, labels = self.p[rows].float(), self.labels[rows]
-        given = p.argmax(1).numpy()
-        confidence = float(p.max(1).values.mean())
+        labels = self.labels[rows]
+        predicted, most = _likeliest(self.p, torch.from_numpy(rows))
+        given, confidence = predicted.numpy(), float(most.mean())
         agreement = float((given == labels).mean())
         least = UNSURE_OF_TWO if self.items.classes == 2 else UNSURE
         if min(confidence, agreement) < least:

@@ -14,6 +14,8 @@ from poprisk.printing import short_repr
 
 BLOCK = 1 << 16
 """Examples that are scored at once, so that temporary arrays stay small."""
+NUMBERS = 1 << 22
+"""Probabilities that are, at most."""
 LEAST = 1e-6
 """Probability below which predictions are not told apart."""
 LIMIT = 3.0
@@ -266,8 +268,9 @@ def _clipped(p: Floats) -> Floats:
 def _blocks(
     probabilities: Any, labels: Integers | None
 ) -> Iterator[tuple[Floats, NDArray[np.int64]]]:
-    for start in range(0, len(probabilities), BLOCK):
-        rows = slice(start, start + BLOCK)
+    size = max(1, min(BLOCK, NUMBERS // probabilities.shape[1]))
+    for start in range(0, len(probabilities), size):
+        rows = slice(start, start + size)
         given = np.zeros(0, np.int64) if labels is None else labels[rows]
         yield np.asarray(probabilities[rows], np.float64), given
 
