@@ -397,6 +397,10 @@ def test_data_sets_that_do_not_say_which_is_which_are_refused() -> None:
             "must be the positions of their examples, but some come again",
         ),
         (
+            TensorDataset(torch.zeros(N, 4), labels(), torch.arange(N) % 50),
+            "must be the positions of their examples, but some come again",
+        ),
+        (
             TensorDataset(torch.zeros(N, 4), labels(), torch.rand(N)),
             "index must hold the positions",
         ),
