@@ -22,7 +22,7 @@ from poprisk.dtensor import processes
 from poprisk.losses import IGNORED
 from poprisk.printing import described
 
-MEMORIZED = 0.1
+MEMORIZED = 0.2
 """Memorization of planted labels from which predictions are not believed."""
 MAX_MEMORY = 8 << 30
 """Bytes that predictions may take in memory, and likewise a noise matrix."""
