@@ -71,7 +71,7 @@ def test_numbers_whose_noise_hides_the_planted_errors() -> None:
 
 def test_numbers_that_are_fitted() -> None:
     result = looked_at(*numbers(0.2), "regression", follow=0.5)
-    assert_doubted(result, r"memorization of the planted labels is 0\.5\d, above 0\.1")
+    assert_doubted(result, r"memorization of the planted labels is 0\.5\d, above 0\.2")
 
 
 def test_numbers_that_are_mostly_predicted_exactly() -> None:
@@ -288,7 +288,7 @@ def test_pairs_of_which_too_little_is_known() -> None:
     known = torch.rand(N, generator=generator(3)) < 0.05
     guess = torch.where(known, y, two(0.5)[torch.randperm(N, generator=generator(4))])
     result = looked_at(y, 4.0 * guess - 2, "preferences")
-    assert_doubted(result, r"agree with 5\d% of the labels, and either is below 55%")
+    assert_doubted(result, r"agree with 5\d% of the labels, and either is below")
 
 
 def test_pairs_that_are_fitted() -> None:
