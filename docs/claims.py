@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from poprisk_lab.page.claims import criterion_line, headline, notices, summary_rows
+from poprisk_lab.page.claims import criteria_table, headline, notices, summary_rows
 from poprisk_lab.plots import Line, Picture, Plot
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.record import Judged, on_record
@@ -85,9 +85,7 @@ def page(found: Judged) -> str:
         "| criterion | needed | paper | found, 95% interval | outcome |",
         "|---|---|---|---|---|",
     ]
-    for line in map(criterion_line, report.criteria):
-        cells = (line.name, line.bound, line.claimed or "–", line.estimate, line.outcome)
-        lines.append(row(cells))
+    lines += [row(cells) for cells in criteria_table(report.criteria).rows]
     lines += ["", CORRECTION]
     for number, item in enumerate(claim.show(found.progress.done), 1):
         lines += [

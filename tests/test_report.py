@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import pytest
 
 from poprisk.intervals import Interval, t_interval
-from poprisk_lab.display import table_cells
+from poprisk_lab.display import verdict_table
 from poprisk_lab.page import render, write_report
 from poprisk_lab.page.figures import POINTS, epoch_line
 from poprisk_lab.page.formats import Format, format_for, listed, plain, plural
@@ -468,7 +468,7 @@ def test_accuracies_stay_between_nothing_and_all() -> None:
     ]
     assert numbers
     assert all(0 <= v <= 100 for v in numbers)
-    shown = [table_cells(row, scale_of(data.config)) for row in verdict.rows]
+    shown = verdict_table(verdict, scale_of(data.config)).rows
     assert "(all alike)" in shown[0][1]
     assert all("± 0.0" not in " ".join(cells) for cells in shown)
     gains = [v for cells in shown for v in re.findall(r"[+-][\d.]+", cells[4])]

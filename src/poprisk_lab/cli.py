@@ -21,6 +21,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from poprisk_lab.comparison import Comparison
+    from poprisk_lab.plots import Table
     from poprisk_lab.results import RunData
     from poprisk_lab.store import Store
     from poprisk_lab.studies import Claim
@@ -342,8 +343,8 @@ def reproduce_command(
 
 
 def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
-    from poprisk_lab.display import PhaseDisplay, criteria_table
-    from poprisk_lab.page.claims import headline, notices, write_claim
+    from poprisk_lab.display import PhaseDisplay, data_table
+    from poprisk_lab.page.claims import criteria_table, headline, notices, write_claim
     from poprisk_lab.studies.command import run_claim
 
     _say(f"{claim.title}: {claim.statement}", style="bold")
@@ -359,7 +360,7 @@ def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers:
     for notice in notices(found):
         _say(notice, style="yellow")
     if found.report is not None:
-        console.print(criteria_table(found.report.criteria))
+        console.print(data_table(criteria_table(found.report.criteria)))
         _say(f"\nVerdict: {headline(found)}", style="bold")
     page = directory.path / "report.html"
     with _writing(page):
@@ -435,11 +436,11 @@ def evidence_command(
 def tasks(trace: Trace = False) -> None:
     """List the built-in tasks."""
     with _errors(trace=trace):
-        from rich.table import Table
+        from rich.table import Table as Lines
 
         from poprisk_lab.tasks import BUILT_IN
 
-        table = Table.grid(padding=(0, 2))
+        table = Lines.grid(padding=(0, 2))
         for name, function in BUILT_IN.items():
             table.add_row(f"[bold]{name}[/]", (function.__doc__ or "").splitlines()[0])
         console.print(table)
@@ -476,7 +477,7 @@ def bench_step(
         from poprisk_lab.bench.step import bench_cold_start, bench_steps, bench_table
 
         results, cold = bench_steps(threads=threads, steps=steps), bench_cold_start()
-        console.print(bench_table(results, threads=threads))
+        _show_measured("one optimizer step", bench_table(results), threads, texts=2)
         compiling, cached = cold.compiling, cold.from_cache
         _say(f"first fused step: {compiling:.1f} s compiling, {cached:.2f} s from cache")
         more = {"cold_start_seconds": cold._asdict()}
@@ -498,8 +499,17 @@ def bench_kernel(
         from poprisk_lab.bench.kernel import bench_kernels, kernel_table
 
         results = bench_kernels(threads=threads, repeats=repeats, growth=growth)
-        console.print(kernel_table(results, threads=threads))
+        what = "tangent kernels (all outputs) and second moments"
+        _show_measured(what, kernel_table(results), threads, texts=3)
         _write(out, results, threads=threads, repeats=repeats)
+
+
+def _show_measured(what: str, table: Table, threads: int, *, texts: int) -> None:
+    from poprisk_lab.display import data_table
+
+    title = f"{what} on the CPU, threads: {threads}"
+    console.print(data_table(table, title=title, texts=texts))
+    _say(table.about)
 
 
 def _write(out: Path | None, results: Sequence[Any], **settings: Any) -> None:
@@ -520,6 +530,7 @@ def main() -> None:
 
 
 def _conclude(directory: Store) -> None:
+    from poprisk_lab.arms import OURS
     from poprisk_lab.display import data_table, verdict_table
     from poprisk_lab.evidence.gather import compare_evidence, write_evidence
     from poprisk_lab.page import write_report
@@ -528,11 +539,16 @@ def _conclude(directory: Store) -> None:
     from poprisk_lab.results import read_run
     from poprisk_lab.selection import twin_report
     from poprisk_lab.verdict import judge
+    from poprisk_lab.wording import scale_of
 
     data = read_run(directory)
     verdict = judge(data)
     if verdict.rows:
-        console.print(verdict_table(verdict, data))
+        scale = scale_of(data.config)
+        title = f"{scale.name} on the test set"
+        ours = [row.label for row in verdict.rows if row.family == OURS]
+        rows = verdict_table(verdict, scale)
+        console.print(data_table(rows, title=title, texts=1, bold=ours))
         console.print(data_table(leads_table(verdict, data.config)))
     for notice in [*notices(data), *verdict.warnings]:
         _say(notice, style="yellow")

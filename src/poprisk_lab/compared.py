@@ -23,7 +23,7 @@ from poprisk.protocols import ProgressCallback
 from poprisk.randomness import RandomState
 from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.comparison import Comparison, begin, run_directory, train
-from poprisk_lab.display import ProgressDisplay, table_cells
+from poprisk_lab.display import ProgressDisplay, verdict_table
 from poprisk_lab.evidence.gather import Evidence, compare_evidence, write_evidence
 from poprisk_lab.page import quantities, write_report
 from poprisk_lab.page.draw import painted
@@ -130,11 +130,9 @@ class Compared:
         return described("Compared", self.data.config["task"]["name"], self.verdict.headline)
 
     def _repr_html_(self) -> str:
-        scale = scale_of(self.data.config)
-        head = ["", "final", "best epoch", "noise fitted", "gain over best AdamW"]
+        head, rows, _ = verdict_table(self.verdict, scale_of(self.data.config))
         told = "".join(f"<br>{escape(warning)}" for warning in self.verdict.warnings)
-        table = html_table(head, [table_cells(row, scale) for row in self.verdict.rows])
-        return f"<p><b>{escape(self.verdict.headline)}</b>{told}</p>{table}"
+        return f"<p><b>{escape(self.verdict.headline)}</b>{told}</p>{html_table(head, rows)}"
 
 
 def compare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
@@ -16,16 +16,18 @@ from rich.table import Table
 from poprisk.intervals import Interval
 from poprisk_lab.comparison import Comparison
 from poprisk_lab.fit import Row as Record
-from poprisk_lab.page.claims import MARKS, criterion_line, main_figure
-from poprisk_lab.page.formats import MINUS, Format, format_for
+from poprisk_lab.page.claims import main_figure
+from poprisk_lab.page.formats import MARKS, MINUS, Format, format_for
 from poprisk_lab.page.table import difference_cell, plus_minus
 from poprisk_lab.plots import Table as Data
 from poprisk_lab.plots import written
 from poprisk_lab.results import RunData
-from poprisk_lab.studies.criteria import Criterion, point
+from poprisk_lab.studies.criteria import point
 from poprisk_lab.studies.record import Judged
 from poprisk_lab.verdict import Verdict
 from poprisk_lab.wording import Row, Scale, scale_of
+
+STYLES = {"good": "green", "bad": "red"}
 
 
 class ProgressDisplay:
@@ -149,46 +151,36 @@ class PhaseDisplay:
         self.progress.update(self.phases[phase], completed=done)
 
 
-def verdict_table(verdict: Verdict, data: RunData) -> Table:
-    """The table of a verdict for the terminal."""
-    scale = scale_of(data.config)
+def data_table(
+    given: Data, *, title: str = "", texts: int | None = None, bold: Collection[str] = ()
+) -> Table:
+    """A table for the terminal.
+
+    Args:
+        given: its cells; those with the words of an outcome are coloured, as on a page.
+        title: above it.
+        texts: how many columns hold text, the rest numbers; None: all do.
+        bold: first cells of the rows that stand out.
+    """
     table = Table(
-        title=f"{escape(scale.name)} on the test set",
+        title=escape(title) or None,
         title_justify="left",
         title_style="",
         header_style="bold",
         pad_edge=False,
         box=SIMPLE_HEAD,
     )
-    table.add_column("")
-    for name in ("final", "best epoch", "noise fitted", "gain over best AdamW"):
-        table.add_column(name, justify="right", min_width=7)
-    for row in verdict.rows:
-        style = "bold green" if row.family == "poprisk" else ""
-        table.add_row(*table_cells(row, scale), style=style)
-    return table
-
-
-def data_table(given: Data) -> Table:
-    """A table as it is, for the terminal."""
-    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
-    for name in given.head:
-        table.add_column(escape(name), overflow="fold")
+    for i, name in enumerate(given.head):
+        right = texts is not None and i >= texts
+        table.add_column(escape(name), overflow="fold", justify="right" if right else "left")
     for row in given.rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_coloured, row), style="bold green" if row[0] in bold else "")
     return table
 
 
-def criteria_table(criteria: Sequence[Criterion]) -> Table:
-    """What a verdict rests on, for the terminal."""
-    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
-    for name in ("criterion", "needed", "paper", "found", "outcome"):
-        table.add_column(name, overflow="fold")
-    for line in map(criterion_line, criteria):
-        style = {"good": "green", "bad": "red"}.get(line.mark, "")
-        cells = (line.name, line.bound, line.claimed or "-", line.estimate)
-        table.add_row(*map(escape, cells), f"[{style}]{line.outcome}[/]" if style else line.outcome)
-    return table
+def _coloured(cell: str) -> str:
+    style = STYLES.get(MARKS.get(cell, ""), "")
+    return f"[{style}]{escape(cell)}[/]" if style else escape(cell)
 
 
 def summary_table(claims: Sequence[Judged]) -> Table:
@@ -198,7 +190,7 @@ def summary_table(claims: Sequence[Judged]) -> Table:
         table.add_column(name, no_wrap=True)
     table.add_column("criterion", no_wrap=True, overflow="ellipsis", ratio=1)
     for judged in claims:
-        style = {"good": "green", "bad": "red"}.get(MARKS.get(judged.verdict, ""), "yellow")
+        style = STYLES.get(MARKS.get(judged.verdict, ""), "yellow")
         verdict = judged.verdict + " (quick form)" * judged.progress.quick
         main, cells = main_figure(judged), ("", "")
         if main is not None:
@@ -207,18 +199,22 @@ def summary_table(claims: Sequence[Judged]) -> Table:
     return table
 
 
-def table_cells(row: Row, scale: Scale) -> tuple[str, str, str, str, str]:
-    """The texts of one line."""
-    memorized = f"{row.memorized.mean:.1%}" if row.memorized else "-"
+def verdict_table(verdict: Verdict, scale: Scale) -> Data:
+    """The rows of a verdict that matter, as text."""
+    head = ["", "final", "best epoch", "noise fitted", "gain over best AdamW"]
+    return Data(head, [_cells(row, scale) for row in verdict.rows])
+
+
+def _cells(row: Row, scale: Scale) -> list[str]:
     form = format_for([row.final.mean], percent=scale.percent)
-    final = plus_minus(row.final, form)
-    return (
+    note = plus_minus(row.final, form).note.replace("±", "± ").replace(MINUS, "-")
+    return [
         row.label,
-        f"{scale.value(row.final.mean)} {_spaced(final.note)}".strip(),
+        f"{scale.value(row.final.mean)} {note}".strip(),
         scale.value(row.best.mean),
-        memorized,
+        f"{row.memorized.mean:.1%}" if row.memorized else "-",
         _gain(row.difference, scale, form),
-    )
+    ]
 
 
 def _gain(difference: Interval | None, scale: Scale, form: Format) -> str:
@@ -230,7 +226,3 @@ def _gain(difference: Interval | None, scale: Scale, form: Format) -> str:
         scale.gain(difference.mean), ends[0], ends[1], tuple(map(scale.gain, difference.values))
     )
     return " ".join(difference_cell(gain, form)).strip().replace(MINUS, "-")
-
-
-def _spaced(note: str) -> str:
-    return note.replace("±", "± ").replace(MINUS, "-")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from poprisk.intervals import MIN_SEEDS
 from poprisk_lab.page import draw
-from poprisk_lab.page.formats import plain, plural
+from poprisk_lab.page.formats import MARKS, plain, plural
 from poprisk_lab.page.page import template
 from poprisk_lab.plots import Plot, Table, written
 from poprisk_lab.store import replace_text
@@ -16,26 +16,8 @@ from poprisk_lab.studies.claim import TrialResult
 from poprisk_lab.studies.criteria import Criterion, fewest_seeds
 from poprisk_lab.studies.record import Judged
 
-MARKS = {
-    "reproduced": "good",
-    "partly reproduced": "",
-    "not reproduced": "bad",
-    "as claimed": "good",
-    "does not hold": "bad",
-}
 VALUES_SHOWN = 12
 """Values of one setting that are listed; more are counted."""
-
-
-class CriterionRow(NamedTuple):
-    """A criterion as the page writes it."""
-
-    name: str
-    bound: str
-    claimed: str
-    estimate: str
-    outcome: str
-    mark: str
 
 
 class SummaryRow(NamedTuple):
@@ -67,7 +49,6 @@ def render_claim(judged: Judged) -> str:
     return template("claim.html.j2").render(
         claim=claim,
         verdict=judged.verdict,
-        mark=MARKS.get(judged.verdict, ""),
         headline=headline(judged),
         report=report,
         criteria=criteria_table(report.criteria) if report else None,
@@ -119,28 +100,22 @@ def notices(judged: Judged) -> list[str]:
     return [*found, *(judged.report.notes if judged.report else ())]
 
 
-def criterion_line(criterion: Criterion) -> CriterionRow:
-    """The cells of a criterion."""
-    unit, percent = (100.0, "%") if criterion.percent else (1.0, "")
-    claimed = "" if criterion.claimed is None else f"{unit * criterion.claimed:.3g}{percent}"
-    return CriterionRow(
-        criterion.name + ("" if criterion.primary else " (control)"),
-        f"{'≤' if criterion.at_most else '≥'} {unit * criterion.threshold:.3g}{percent}",
-        claimed,
-        written(criterion.estimate, percent=criterion.percent),
-        criterion.outcome,
-        MARKS.get(criterion.outcome, ""),
-    )
-
-
 def criteria_table(criteria: Sequence[Criterion]) -> Table:
     """What a verdict rests on."""
+
+    def bound(c: Criterion, value: float | None) -> str:
+        return "—" if value is None else f"{100 * value:.3g}%" if c.percent else f"{value:.3g}"
+
     spread = "the seeds" if fewest_seeds(criteria) is not None else "95% interval"
-    lines = [criterion_line(c) for c in criteria]
     return Table(
         ["Criterion", "Needed", "Paper", f"Found, with {spread}", "Outcome"],
-        [[c.name, c.bound, c.claimed or "—", c.estimate, c.outcome] for c in lines],
-    )
+        [
+            [c.name + ("" if c.primary else " (control)"),
+             f"{'≤' if c.at_most else '≥'} {bound(c, c.threshold)}",
+             bound(c, c.claimed), written(c.estimate, percent=c.percent), c.outcome]
+            for c in criteria
+        ],
+    )  # fmt: skip
 
 
 def settings_used(done: Iterable[TrialResult]) -> dict[str, str]:

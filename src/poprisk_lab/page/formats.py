@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 
 MINUS = "\N{MINUS SIGN}"
 MISSING = "n/a"
+MARKS = {
+    "reproduced": "good",
+    "not reproduced": "bad",
+    "as claimed": "good",
+    "does not hold": "bad",
+}
+"""What outcomes mean, for colours: good or bad, else neither."""
 
 
 class Format(NamedTuple):

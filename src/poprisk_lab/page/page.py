@@ -8,9 +8,6 @@ import jinja2
 
 from poprisk_lab.page import formats
 
-MARKS = {"as claimed": "told good", "does not hold": "told bad"}
-"""Classes of cells with these words."""
-
 
 def template(name: str) -> jinja2.Template:
     """A template of this folder; text is escaped, and an unknown name is an error."""
@@ -22,9 +19,5 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     engine.filters["plain"] = formats.plain
-    engine.filters["mark"] = _mark
+    engine.filters["mark"] = lambda cell: formats.MARKS.get(str(cell), "")
     return engine.get_template(name)
-
-
-def _mark(cell: str) -> str:
-    return MARKS.get(cell, "")
