@@ -21,7 +21,7 @@ CHAINS: Mapping[str, Sequence[str]] = {
         "monitor integrations task"
     ).split(),
     "poprisk_lab": (
-        "tasks controls arms checkpoint fit store results study runner comparison convergence "
+        "claims tasks controls arms checkpoint fit store results study runner comparison convergence "
         "pictures plots wording verdict selection explain audit studies page evidence display "
         "compared bench cli"
     ).split(),

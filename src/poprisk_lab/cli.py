@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from poprisk_lab.claims import WORDS
+
 if TYPE_CHECKING:
     from poprisk_lab.comparison import Comparison
     from poprisk_lab.plots import Table
@@ -35,11 +37,8 @@ app = typer.Typer(
 )
 console = Console()
 DEFAULT_SEEDS = 3
-CLAIM_NAMES = (
-    "grokking grokking-multistep pinn image benign-overfitting double-descent implicit-bias "
-    "drift-diffusion coupling feature-learning memorization audit all"
-).split()
-"""What `poprisk reproduce` takes; here, since the claims themselves import torch."""
+CLAIM_NAMES = [*WORDS, "all"]
+"""What `poprisk reproduce` takes."""
 Trace = Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of an error.")]
 
 
