@@ -39,7 +39,19 @@ console = Console()
 DEFAULT_SEEDS = 3
 CLAIM_NAMES = [*WORDS, "all"]
 """What `poprisk reproduce` takes."""
-Trace = Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of an error.")]
+
+
+def _option(help: str, *names: str) -> Any:
+    """An option with its help, and its names where they are not the parameter's."""
+    return typer.Option(*names, help=help)
+
+
+TaskSource = Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")]
+Setting = Annotated[
+    list[str] | None, _option("Argument of the task's function, as in noise=0.2.", "--set")
+]
+Workers = Annotated[int | None, _option("Processes; one per core if left out.")]
+Trace = Annotated[bool, _option("Print the whole traceback of an error.", "--traceback")]
 
 
 def _complete(incomplete: str) -> list[str]:
@@ -63,28 +75,19 @@ def options(
 
 @app.command("compare")
 def compare_command(
-    task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = DEFAULT_SEEDS,
-    full: Annotated[
-        bool, typer.Option("--full", help="All arms, not just the telling ones.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/TASK if left out.")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the data, if not the task's.")
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Argument of the task's function, as in noise=0.2."),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; one per core if left out.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    task: TaskSource,
+    seeds: Annotated[int, _option("How many seeds.")] = DEFAULT_SEEDS,
+    full: Annotated[bool, _option("All arms, not just the telling ones.", "--full")] = False,
+    out: Annotated[Path | None, _option("Run directory; runs/TASK if left out.")] = None,
+    epochs: Annotated[int | None, _option("Passes over the data, if not the task's.")] = None,
+    setting: Setting = None,
+    workers: Workers = None,
+    device: Annotated[str, _option("Where to train.")] = "cpu",
     twin: Annotated[
-        bool, typer.Option("--twin", help="Estimate every arm's risk without validation data.")
+        bool, _option("Estimate every arm's risk without validation data.", "--twin")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over: delete what the run directory holds.")
+        bool, _option("Start over: delete what the run directory holds.", "--fresh")
     ] = False,
     trace: Trace = False,
 ) -> None:
@@ -256,23 +259,16 @@ def audit_command(
 
 @app.command("explain")
 def explain_command(
-    task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
-    optimizer: Annotated[
-        str, typer.Option(help="SGD, Adam, AdamW, RMSprop or PopRiskAdamW.")
-    ] = "AdamW",
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    task: TaskSource,
+    optimizer: Annotated[str, _option("SGD, Adam, AdamW, RMSprop or PopRiskAdamW.")] = "AdamW",
+    lr: Annotated[float, _option("Learning rate.")] = 1e-3,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the data; the task's, at most 40, if left out.")
+        int | None, _option("Passes over the data; the task's, at most 40, if left out.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of data, initial weights and batches.")] = 0,
-    seconds: Annotated[float, typer.Option(help="That the dense operators may take.")] = 60.0,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Argument of the task's function, as in noise=0.2."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory; runs/explain-TASK if left out.")
-    ] = None,
+    seed: Annotated[int, _option("Of data, initial weights and batches.")] = 0,
+    seconds: Annotated[float, _option("That the dense operators may take.")] = 60.0,
+    setting: Setting = None,
+    out: Annotated[Path | None, _option("Directory; runs/explain-TASK if left out.")] = None,
     trace: Trace = False,
 ) -> None:
     """Record a run of TASK and say what it learned, what it trapped and what noise got through."""
@@ -309,21 +305,14 @@ def explain_command(
 def reproduce_command(
     claim: Annotated[
         str,
-        typer.Argument(
-            help=f"One of {', '.join(CLAIM_NAMES)}.",
-            autocompletion=_complete,
-        ),
+        typer.Argument(help=f"One of {', '.join(CLAIM_NAMES)}.", autocompletion=_complete),
     ],
-    quick: Annotated[bool, typer.Option("--quick", help="A first look, in minutes.")] = False,
+    quick: Annotated[bool, _option("A first look, in minutes.", "--quick")] = False,
     summary: Annotated[
-        bool, typer.Option("--summary", help="Run nothing; a table of what is on record.")
+        bool, _option("Run nothing; a table of what is on record.", "--summary")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory; runs/reproduce-CLAIM if left out.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; one per core if left out.")
-    ] = None,
+    out: Annotated[Path | None, _option("Directory; runs/reproduce-CLAIM if left out.")] = None,
+    workers: Workers = None,
     trace: Trace = False,
 ) -> None:
     """Run a claim of the paper with controls, and print a verdict; resumes when repeated."""
@@ -395,16 +384,16 @@ def evidence_command(
     run: Annotated[Path, typer.Argument(help="Run directory of a comparison or an audit.")],
     to: Annotated[
         str,
-        typer.Option(
-            help="card: a model card for the Hugging Face Hub; cyclonedx: a bill of materials, "
+        _option(
+            "card: a model card for the Hugging Face Hub; cyclonedx: a bill of materials, "
             "CycloneDX 1.7; croissant: the data set with its RAI fields."
         ),
     ] = "card",
     dataset: Annotated[
-        str, typer.Option(help="The data set on the Hub, OWNER/NAME, for scores in .eval_results.")
+        str, _option("The data set on the Hub, OWNER/NAME, for scores in .eval_results.")
     ] = "",
     out: Annotated[
-        Path | None, typer.Option(help="Directory to write in; that of the run if left out.")
+        Path | None, _option("Directory to write in; that of the run if left out.")
     ] = None,
     trace: Trace = False,
 ) -> None:
@@ -447,9 +436,9 @@ def tasks(trace: Trace = False) -> None:
 
 bench = typer.Typer(help="Measure side by side with torch, in one run.")
 app.add_typer(bench, name="bench")
-Threads = Annotated[int, typer.Option(help="Threads torch may use.")]
-Steps = Annotated[int, typer.Option(help="Timed steps per optimizer.")]
-Out = Annotated[Path | None, typer.Option(help="Also write the results as JSON.")]
+Threads = Annotated[int, _option("Threads torch may use.")]
+Steps = Annotated[int, _option("Timed steps per optimizer.")]
+Out = Annotated[Path | None, _option("Also write the results as JSON.")]
 
 
 @bench.callback(invoke_without_command=True)
@@ -486,8 +475,8 @@ def bench_step(
 @bench.command("kernel")
 def bench_kernel(
     threads: Threads = 1,
-    repeats: Annotated[int, typer.Option(help="Timed repetitions of each kernel.")] = 3,
-    growth: Annotated[bool, typer.Option(help="Also growth with each size.")] = False,
+    repeats: Annotated[int, _option("Timed repetitions of each kernel.")] = 3,
+    growth: Annotated[bool, _option("Also growth with each size.")] = False,
     out: Out = None,
     trace: Trace = False,
 ) -> None:

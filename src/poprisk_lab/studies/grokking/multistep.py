@@ -19,19 +19,9 @@ from poprisk_lab.studies.criteria import (
 from poprisk_lab.studies.grokking import runs
 
 BASE: dict[str, Any] = {
-    "table": "two-step",
-    "p": 13,
-    "fraction": 0.6,
-    "width": 128,
-    "hidden": 256,
-    "batch": 512,
-    "beta2": 0.98,
-    "every": 50,
-    "after": 0,
-    "limit": 3000,
-    "lr": 3e-3,
-    "weight_decay": 1.0,
-}
+    "table": "two-step", "p": 13, "fraction": 0.6, "width": 128, "hidden": 256, "batch": 512,
+    "beta2": 0.98, "every": 50, "after": 0, "limit": 3000, "lr": 3e-3, "weight_decay": 1.0,
+}  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {"arm": "poprisk", "gate": {}},
     "adamw": {"arm": "adamw"},
