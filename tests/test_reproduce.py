@@ -17,7 +17,8 @@ import toyclaim
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab import studies as reproduce
 from poprisk_lab.cli import app
-from poprisk_lab.page.claims import notices, render_claim, summary_rows
+from poprisk_lab.page import formats
+from poprisk_lab.page.claims import notices, render_claim, summary_table
 from poprisk_lab.plots import seeds_line, written
 from poprisk_lab.results import across
 from poprisk_lab.runner import TrainingError
@@ -444,10 +445,12 @@ def test_bad_workers_are_refused() -> None:
 
 
 def test_summary_rows_hold_paper_and_ours(finished: ClaimDirectory) -> None:
-    (row,) = summary_rows([judged(toyclaim.CLAIM, finished.read())])
-    assert (row.figure, row.paper, row.holds) == ("times fewer steps", "5×", "1 of 1")
-    assert row.verdict == "reproduced (quick form)"
-    assert row.ours.startswith("4.8")
+    (row,) = summary_table([judged(toyclaim.CLAIM, finished.read())]).rows
+    *_, verdict, holds, figure, ours, paper = row
+    assert (figure, paper, holds) == ("times fewer steps", "5×", "1 of 1")
+    assert verdict == "reproduced (quick form)"
+    assert ours.startswith("4.8")
+    assert formats.mark(verdict) == "good"
 
 
 def test_two_seeds_have_no_verdict_and_the_page_says_how_many_it_takes() -> None:

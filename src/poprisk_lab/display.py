@@ -17,7 +17,7 @@ from poprisk.intervals import Interval
 from poprisk_lab.comparison import Comparison
 from poprisk_lab.fit import Row as Record
 from poprisk_lab.page.claims import main_figure
-from poprisk_lab.page.formats import MARKS, MINUS, Format, format_for
+from poprisk_lab.page.formats import MINUS, QUICK, Format, format_for, mark
 from poprisk_lab.page.table import difference_cell, plus_minus
 from poprisk_lab.plots import Table as Data
 from poprisk_lab.plots import written
@@ -179,7 +179,7 @@ def data_table(
 
 
 def _coloured(cell: str) -> str:
-    style = STYLES.get(MARKS.get(cell, ""), "")
+    style = STYLES.get(mark(cell), "")
     return f"[{style}]{escape(cell)}[/]" if style else escape(cell)
 
 
@@ -190,8 +190,8 @@ def summary_table(claims: Sequence[Judged]) -> Table:
         table.add_column(name, no_wrap=True)
     table.add_column("criterion", no_wrap=True, overflow="ellipsis", ratio=1)
     for judged in claims:
-        style = STYLES.get(MARKS.get(judged.verdict, ""), "yellow")
-        verdict = judged.verdict + " (quick form)" * judged.progress.quick
+        style = STYLES.get(mark(judged.verdict), "yellow")
+        verdict = judged.verdict + QUICK * judged.progress.quick
         main, cells = main_figure(judged), ("", "")
         if main is not None:
             cells = (written(point(main.estimate.mean), percent=main.percent), main.name)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from poprisk.intervals import MIN_SEEDS
 from poprisk_lab.page import draw
-from poprisk_lab.page.formats import MARKS, plain, plural
+from poprisk_lab.page.formats import QUICK, plain, plural
 from poprisk_lab.page.page import template
 from poprisk_lab.plots import Plot, Table, written
 from poprisk_lab.store import replace_text
@@ -18,19 +18,6 @@ from poprisk_lab.studies.record import Judged
 
 VALUES_SHOWN = 12
 """Values of one setting that are listed; more are counted."""
-
-
-class SummaryRow(NamedTuple):
-    """A claim in the summary: its main figure here and in the paper, and how many criteria hold."""
-
-    name: str
-    title: str
-    figure: str
-    paper: str
-    ours: str
-    holds: str
-    verdict: str
-    mark: str
 
 
 def write_claim(judged: Judged, path: Path) -> None:
@@ -130,25 +117,23 @@ def settings_used(done: Iterable[TrialResult]) -> dict[str, str]:
     }
 
 
-def summary_rows(claims: Sequence[Judged]) -> list[SummaryRow]:
-    """A row for each claim."""
-    rows = []
+def summary_table(claims: Sequence[Judged]) -> Table:
+    """A row for each claim: how many criteria hold, its main figure here and in the paper."""
+    rows = list[list[str]]()
     for judged in claims:
         main = main_figure(judged)
         primary = [c for c in judged.report.criteria if c.primary] if judged.report else []
-        rows.append(
-            SummaryRow(
-                judged.claim.name,
-                judged.claim.title,
-                main.name if main else "",
-                judged.claim.paper or "none given",
-                written(main.estimate, percent=main.percent) if main else "",
-                f"{sum(c.holds for c in primary)} of {len(primary)}" if primary else "",
-                judged.verdict + (" (quick form)" if judged.progress.quick else ""),
-                MARKS.get(judged.verdict, ""),
-            )
-        )
-    return rows
+        rows.append([
+            judged.claim.name,
+            judged.claim.title,
+            judged.verdict + QUICK * judged.progress.quick,
+            f"{sum(c.holds for c in primary)} of {len(primary)}" if primary else "",
+            main.name if main else "",
+            written(main.estimate, percent=main.percent) if main else "",
+            judged.claim.paper or "none given",
+        ])  # fmt: skip
+    head = ["Claim", "Title", "Verdict", "Criteria that hold", "Main figure", "Here", "Paper"]
+    return Table(head, rows)
 
 
 def write_summary(claims: Sequence[Judged], path: Path) -> None:
@@ -157,4 +142,4 @@ def write_summary(claims: Sequence[Judged], path: Path) -> None:
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
-    replace_text(path, template("claims.html.j2").render(rows=summary_rows(claims)))
+    replace_text(path, template("claims.html.j2").render(table=summary_table(claims)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 
 from poprisk_lab.page import formats
+from poprisk_lab.page.series import colour_of
 
 
 def template(name: str) -> jinja2.Template:
@@ -19,5 +20,6 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     engine.filters["plain"] = formats.plain
-    engine.filters["mark"] = lambda cell: formats.MARKS.get(str(cell), "")
+    engine.filters["colour"] = colour_of
+    engine.filters["mark"] = formats.mark
     return engine.get_template(name)
