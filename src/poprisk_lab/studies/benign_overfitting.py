@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from poprisk.intervals import Interval, t_interval
-from poprisk_lab.plots import Line, Plot, Table, points, tabulate
+from poprisk_lab.plots import Line, Plot, Table, points, short, tabulate
 from poprisk_lab.results import Key, TrialResult
 from poprisk_lab.studies import criteria, descent, label_noise
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import at_least, at_most, controls, point
-from poprisk_lab.studies.descent import CleanSplit, Fit, predicted, short
+from poprisk_lab.studies.descent import CleanSplit, Fit, predicted
 from poprisk_lab.tasks.interpolation import inputs_of
 
 NOISE, FLIPPED, EXAMPLES, QUERIES = 0.5, 0.2, 30, 100

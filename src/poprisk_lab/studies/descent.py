@@ -15,8 +15,6 @@ from poprisk.path import record
 from poprisk.path.operators import PathOperators, path_operators
 from poprisk.protocols import PerExampleLoss
 
-DIGITS = 5
-
 
 class CleanSplit(NamedTuple):
     """A training set and a query set with clean targets; float64.
@@ -206,13 +204,3 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
 def mean_square(values: Tensor) -> float:
     """Mean of the squares."""
     return float(values.square().mean())
-
-
-def short(value: float) -> float:
-    """A number with the digits that go on record."""
-    return float(f"{value:.{DIGITS}g}")
-
-
-def shorts(values: Tensor) -> list[float]:
-    """Numbers with the digits that go on record."""
-    return [short(v) for v in values.tolist()]

@@ -19,12 +19,12 @@ from torch.optim import Adam, Optimizer
 from poprisk.intervals import Interval, t_interval
 from poprisk.path.coupling import noise_gain
 from poprisk.path.operators import PathOperators
-from poprisk_lab.plots import Line, Plot, interval_line, tabulate
+from poprisk_lab.plots import Line, Plot, interval_line, short, tabulate
 from poprisk_lab.results import Key
 from poprisk_lab.studies import criteria, descent
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls, ratio
-from poprisk_lab.studies.descent import CleanSplit, mean_square, predicted, short
+from poprisk_lab.studies.descent import CleanSplit, mean_square, predicted
 from poprisk_lab.tasks.interpolation import random_relu
 
 NOISE_STD, EXAMPLES, QUERIES, SNAPSHOTS = 0.5, 30, 100, 11

@@ -15,11 +15,11 @@ from torch.optim import Adam, Optimizer
 
 from poprisk.path.channel import Spectrum
 from poprisk.path.operators import PathOperators
-from poprisk_lab.plots import Line, Plot, points, tabulate
+from poprisk_lab.plots import Line, Plot, points, rounded, short, tabulate
 from poprisk_lab.studies import descent
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import at_least, at_most, controls
-from poprisk_lab.studies.descent import CleanSplit, interpolant_distances, short, shorts
+from poprisk_lab.studies.descent import CleanSplit, interpolant_distances
 from poprisk_lab.studies.directions import learning_order, output_gradients
 
 LINEAR, NETWORK = MODELS = ("linear", "network")
@@ -95,8 +95,8 @@ def _order(kind: str, seed: int, steps: int) -> Metrics:
         "half_times": halves.tolist(),
         "never": int((halves == len(gradients)).sum()),
         "moments": moments.tolist(),
-        "decay": [shorts(along[moments, i] / along[0, i]) for i in SHOWN],
-        "eigenvalues": shorts(whole.spectrum.eigenvalues),
+        "decay": [rounded((along[moments, i] / along[0, i]).tolist()) for i in SHOWN],
+        "eigenvalues": rounded(whole.spectrum.eigenvalues.tolist()),
         "drift": short(max(value for _, value in whole.kernel_drift())),
         "residual": short(descent.residual(model, data.x, y) / float(y.norm())),
         "closure": short(max(whole.closure)),

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from poprisk.intervals import Interval
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.controls import UpdateTrace
-from poprisk_lab.plots import Line, rounded
+from poprisk_lab.plots import Line, rounded, short
 from poprisk_lab.studies.claim import Metrics, Results, TrialResult
 from poprisk_lab.studies.criteria import Steps, restricted_mean, speed_up
 
@@ -185,8 +185,8 @@ def error_metrics(settings: dict[str, Any], errors: Sequence[float], *, goal: fl
     return {
         "steps": next((every * i for i, e in enumerate(errors, 1) if e <= goal), None),
         "limit": settings["steps"],
-        "final": rounded([errors[-1]])[0],
-        "best": rounded([min(errors)])[0],
+        "final": short(errors[-1]),
+        "best": short(min(errors)),
         "at": [every * (i + 1) for i in kept],
         "errors": rounded([errors[i] for i in kept]),
     }
