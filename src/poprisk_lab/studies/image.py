@@ -68,9 +68,8 @@ def _train(
     x, y = task.train
     torch.manual_seed(seed)
     model = task.model()
-    given: dict[str, Any] = {key: settings[key] for key in ("lr", "weight_decay")}
-    given |= {"batch_size": task.batch_size, "dataset_size": len(x)}
-    optimizer = optimizers.make_optimizer(arm, model, **given, trace=trace)
+    sizes: dict[str, Any] = {"batch_size": task.batch_size, "dataset_size": len(x)}
+    optimizer = optimizers.make_optimizer(arm, model, settings, **sizes, trace=trace)
     generator = torch.Generator().manual_seed(seed)
     quality = []
     for epoch in range(1, settings["epochs"] + 1):

@@ -41,9 +41,8 @@ Train = Callable[[str, UpdateTrace | None, Step], list[Metrics]]
 def make_optimizer(
     arm: str,
     model: nn.Module,
+    settings: dict[str, Any],
     *,
-    lr: float,
-    weight_decay: float,
     batch_size: int,
     dataset_size: int | None,
     trace: UpdateTrace | None = None,
@@ -53,14 +52,13 @@ def make_optimizer(
     Args:
         arm: its name.
         model: whose parameters it trains.
-        lr: learning rate.
-        weight_decay: decoupled, as in AdamW.
+        settings: of the trial, with ``lr`` and ``weight_decay`` (decoupled, as in AdamW).
         batch_size: for the gate.
         dataset_size: for the gate; None for a stream.
         trace: update sizes, for the arm ``matched``.
     """
     chosen = ARMS[arm]
-    given = {**chosen.settings, "lr": lr, "weight_decay": weight_decay}
+    given = {**chosen.settings, **{key: settings[key] for key in ("lr", "weight_decay")}}
     sizes: dict[str, Any] = {"batch_size": batch_size, "dataset_size": dataset_size}
     return build_optimizer(dataclasses.replace(chosen, settings=given), model, **sizes, trace=trace)
 

@@ -90,9 +90,9 @@ def _optimizer(
     settings: dict[str, Any], arm: str, model: nn.Module, trace: UpdateTrace | None = None
 ) -> torch.optim.Optimizer:
     """An optimizer of all networks: it treats every tensor by itself, hence every seed."""
-    given: dict[str, Any] = {key: settings[key] for key in ("lr", "weight_decay")}
-    given["dataset_size"] = None if arm == STREAM else task.POINTS
-    return optimizers.make_optimizer(arm, model, **given, batch_size=task.BATCH, trace=trace)
+    n = None if arm == STREAM else task.POINTS
+    sizes: dict[str, Any] = {"batch_size": task.BATCH, "dataset_size": n}
+    return optimizers.make_optimizer(arm, model, settings, **sizes, trace=trace)
 
 
 def share(a: Contestant, b: Contestant) -> Interval:
