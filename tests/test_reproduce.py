@@ -409,7 +409,7 @@ def test_a_full_disk_at_the_page_loses_no_verdict(
     def full_disk(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("poprisk_lab.page.claims.write_claim", full_disk)
+    monkeypatch.setattr("poprisk_lab.page.claims.render_claim", full_disk)
     told = CliRunner().invoke(app, ["reproduce", "toy", "--quick", "--out", str(tmp_path / "out")])
     assert told.exit_code == 2
     assert "Verdict: reproduced: times fewer steps: 4.8" in told.stdout

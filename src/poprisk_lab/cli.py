@@ -282,9 +282,9 @@ def explain_command(
         from poprisk_lab.display import PhaseDisplay, data_table
         from poprisk_lab.explain import ExplainPlan, explain
         from poprisk_lab.explain.words import headline, table, warnings
-        from poprisk_lab.page.explanation import write_explanation
+        from poprisk_lab.page.explanation import render
         from poprisk_lab.runner import environment
-        from poprisk_lab.store import write_json
+        from poprisk_lab.store import replace_text, write_json
 
         plan = ExplainPlan(task, settings, seed, optimizer, lr, epochs, seconds)
         with PhaseDisplay(console) as display:
@@ -297,7 +297,7 @@ def explain_command(
         with _writing(directory, advice="; choose another with --out"):
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / "explanation.json", found)
-            write_explanation(found, environment(1), page)
+            replace_text(page, render(found, environment(1)))
     _say(f"\nReport: {page}")
 
 
@@ -332,7 +332,8 @@ def reproduce_command(
 
 def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
     from poprisk_lab.display import PhaseDisplay, data_table
-    from poprisk_lab.page.claims import criteria_table, headline, notices, write_claim
+    from poprisk_lab.page.claims import criteria_table, headline, notices, render_claim
+    from poprisk_lab.store import replace_text
     from poprisk_lab.studies.command import run_claim
 
     _say(f"{claim.title}: {claim.statement}", style="bold")
@@ -352,19 +353,20 @@ def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers:
         _say(f"\nVerdict: {headline(found)}", style="bold")
     page = directory.path / "report.html"
     with _writing(page):
-        write_claim(found, page)
+        replace_text(page, render_claim(found))
     _say(f"Report: {page}\n")
 
 
 def _summarize(found: list[Judged], folder: Path) -> None:
     from poprisk_lab.display import summary_table
-    from poprisk_lab.page.claims import write_summary
+    from poprisk_lab.page.claims import render_summary
+    from poprisk_lab.store import replace_text
 
     console.print(summary_table(found))
     page = folder / "claims.html"
     with _writing(page):
         folder.mkdir(parents=True, exist_ok=True)
-        write_summary(found, page)
+        replace_text(page, render_summary(found))
     _say(f"Page: {page}")
 
 
@@ -521,11 +523,12 @@ def _conclude(directory: Store) -> None:
     from poprisk_lab.arms import OURS
     from poprisk_lab.display import data_table, verdict_table
     from poprisk_lab.evidence.gather import compare_evidence, write_evidence
-    from poprisk_lab.page import write_report
+    from poprisk_lab.page import render
     from poprisk_lab.page.notes import notices
     from poprisk_lab.page.table import leads_table
     from poprisk_lab.results import read_run
     from poprisk_lab.selection import twin_report
+    from poprisk_lab.store import replace_text
     from poprisk_lab.verdict import judge
     from poprisk_lab.wording import scale_of
 
@@ -549,7 +552,7 @@ def _conclude(directory: Store) -> None:
     path = directory.path / "report.html"
     # Last: the verdict is printed though the disk be full.
     with _writing(path, advice=f"; `poprisk report {directory.path}` writes it once there is room"):
-        write_report(data, verdict, path)
+        replace_text(path, render(data, verdict))
         write_evidence(directory.path, compare_evidence(data, verdict))
     _say(f"\nReport: {path}")
 

@@ -25,13 +25,13 @@ from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.comparison import Comparison, begin, run_directory, train
 from poprisk_lab.display import ProgressDisplay, verdict_table
 from poprisk_lab.evidence.gather import Evidence, compare_evidence, write_evidence
-from poprisk_lab.page import quantities, write_report
+from poprisk_lab.page import quantities, render
 from poprisk_lab.page.draw import painted
 from poprisk_lab.page.figures import PanelQuantity, epoch_plot
 from poprisk_lab.page.series import arm_series
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import warm_up_workers
-from poprisk_lab.store import Row
+from poprisk_lab.store import Row, replace_text
 from poprisk_lab.tasks import Source
 from poprisk_lab.verdict import Verdict, judge
 from poprisk_lab.wording import scale_of
@@ -124,7 +124,7 @@ class Compared:
 
     def write_report(self, path: Path | str) -> None:
         """Write the page that ``poprisk compare`` writes, one HTML file."""
-        write_report(self.data, self.verdict, Path(path))
+        replace_text(Path(path), render(self.data, self.verdict))
 
     def __repr__(self) -> str:
         return described("Compared", self.data.config["task"]["name"], self.verdict.headline)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from poprisk.intervals import MIN_SEEDS
@@ -11,22 +10,12 @@ from poprisk_lab.page import draw
 from poprisk_lab.page.formats import QUICK, plain, plural
 from poprisk_lab.page.page import template
 from poprisk_lab.plots import Plot, Table, written
-from poprisk_lab.store import replace_text
 from poprisk_lab.studies.claim import TrialResult
 from poprisk_lab.studies.criteria import Criterion, fewest_seeds
 from poprisk_lab.studies.record import Judged
 
 VALUES_SHOWN = 12
 """Values of one setting that are listed; more are counted."""
-
-
-def write_claim(judged: Judged, path: Path) -> None:
-    """Write the page of a claim, atomically.
-
-    Raises:
-        OSError: if it cannot be written; an existing file is left as it was.
-    """
-    replace_text(path, render_claim(judged))
 
 
 def render_claim(judged: Judged) -> str:
@@ -136,10 +125,6 @@ def summary_table(claims: Sequence[Judged]) -> Table:
     return Table(head, rows)
 
 
-def write_summary(claims: Sequence[Judged], path: Path) -> None:
-    """Write the page of all claims, atomically.
-
-    Raises:
-        OSError: if it cannot be written; an existing file is left as it was.
-    """
-    replace_text(path, template("claims.html.j2").render(table=summary_table(claims)))
+def render_summary(claims: Sequence[Judged]) -> str:
+    """Return the page of all claims as text."""
+    return template("claims.html.j2").render(table=summary_table(claims))
