@@ -9,14 +9,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from poprisk.intervals import Interval, t_interval
 from poprisk.printing import short_repr
-from poprisk_lab.arms import FAMILIES
+from poprisk_lab.arms import DEFAULT_ADAMW, FAMILIES
 from poprisk_lab.convergence import Improvement, still_improving
 from poprisk_lab.results import RunData
 from poprisk_lab.wording import Rivals, Row, headline, scale_of, warnings
 
 __all__ = ["Row", "Verdict", "judge"]
 
-DEFAULT_ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
 OUR_RATE = 1e-3
 RIVALS = ("early-stopping", "rms-matched", "shuffled")
 FINAL, BEST, NOISE = "final_metric", "best_metric", "final_memorized"

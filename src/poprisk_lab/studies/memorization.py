@@ -9,14 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from poprisk.intervals import Interval
-from poprisk_lab.arms import default_arms
+from poprisk_lab.arms import DEFAULT_ADAMW, default_arms
 from poprisk_lab.fit import ArmRun
 from poprisk_lab.plots import Line, Plot, Table, metric_line, rounded, seeds_line, tabulate, thinned
 from poprisk_lab.results import TrialResult, across
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls, difference
 from poprisk_lab.tasks import load_task
-from poprisk_lab.verdict import DEFAULT_ADAMW
 
 OURS, MATCHED, SHUFFLED, PAPER = "poprisk", "rms-matched", "shuffled", "paper-soft"
 BEST = "best"
