@@ -9,6 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import toyclaim
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab import studies as reproduce
+from poprisk_lab.claims import WORDS
 from poprisk_lab.cli import app
 from poprisk_lab.page import formats
 from poprisk_lab.page.claims import notices, render_claim, summary_table
@@ -23,7 +25,15 @@ from poprisk_lab.plots import seeds_line, written
 from poprisk_lab.results import across
 from poprisk_lab.runner import TrainingError
 from poprisk_lab.store import RunDirectoryError
-from poprisk_lab.studies.claim import Claim, Results, Trial, TrialResult, Workspace
+from poprisk_lab.studies.claim import (
+    NOT_KNOWN,
+    Claim,
+    Results,
+    Trial,
+    TrialResult,
+    Workspace,
+    claim_of,
+)
 from poprisk_lab.studies.command import chosen, summarize
 from poprisk_lab.studies.criteria import (
     Criterion,
@@ -235,6 +245,28 @@ def test_a_claim_is_one_file_of_at_most_250_lines(claim: Claim) -> None:
     file = inspect.getsourcefile(claim.judge)
     assert file is not None
     assert len(Path(file).read_text(encoding="utf-8").splitlines()) <= 250
+
+
+@pytest.mark.parametrize("claim", reproduce.CLAIMS.values(), ids=lambda claim: claim.name)
+def test_a_claim_says_all_of_what_a_page_shows(claim: Claim) -> None:
+    words = [claim.title, claim.statement, claim.source, *claim.published, *claim.ours]
+    assert claim.ours
+    assert all(words)
+    assert not any(mark in text for text in words for mark in ("{", "}", "  "))
+
+
+def test_names_in_the_words_of_a_claim_are_those_of_its_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = {"statement": "{N} of {SHARE:.0%}", "title": "T", "source": "S", "ours": ["{{{N}}}"]}
+    monkeypatch.setitem(WORDS, "two-parts", said)
+    module = ModuleType("poprisk_lab.studies.two.parts")
+    parts = {name: getattr(toyclaim.CLAIM, name) for name in ("trials", "run", "judge", "show")}
+    vars(module).update(N=3, SHARE=0.25, **parts)
+    claim = claim_of(module)
+    assert (claim.name, claim.statement, claim.ours) == ("two-parts", "3 of 25%", ["{3}"])
+    assert claim.published == NOT_KNOWN
+    assert claim.judge is toyclaim.judge
 
 
 def test_trials_are_found_by_settings() -> None:

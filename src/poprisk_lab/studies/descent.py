@@ -14,6 +14,7 @@ from poprisk.ntk import entk
 from poprisk.path import record
 from poprisk.path.operators import PathOperators, path_operators
 from poprisk.protocols import PerExampleLoss
+from poprisk_lab.tasks.nets import mlp
 
 
 class CleanSplit(NamedTuple):
@@ -52,7 +53,7 @@ def linear(inputs: int, outputs: int = 1) -> nn.Module:
 def two_layer(inputs: int, width: int, scales: tuple[float, float], seed: int) -> nn.Module:
     """A tanh network whose two weight matrices are normal with these scales, float64."""
     generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    model = mlp(inputs, width, 1, activation=nn.Tanh).double()
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()

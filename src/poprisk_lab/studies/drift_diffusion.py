@@ -12,6 +12,7 @@ from poprisk.path.drift import Recipe, movement, slope, sweep
 from poprisk_lab.plots import Plot, metric_line, rounded, tabulate
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_most, controls
+from poprisk_lab.tasks.nets import mlp
 
 BATCH, UNITS, INPUTS, QUERIES = 8, 24, 4, 40
 MARGIN = 0.1
@@ -78,7 +79,7 @@ def recipe(part: Regime, settings: dict[str, Any]) -> Recipe:
 
     def model() -> nn.Module:
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(INPUTS, UNITS), nn.Tanh(), nn.Linear(UNITS, 1))
+        return mlp(INPUTS, UNITS, 1, activation=nn.Tanh)
 
     query = torch.randn(QUERIES, INPUTS, generator=g)
     return Recipe(
