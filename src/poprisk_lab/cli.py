@@ -273,26 +273,33 @@ def explain_command(
     out: Annotated[
         Path | None, typer.Option(help="Directory; runs/explain-TASK if left out.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; one per core if left out.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: delete what the run directory holds.")
+    ] = False,
     trace: Trace = False,
 ) -> None:
-    """Record a run of TASK and say what it learned, what it trapped and what noise got through."""
-    _check_positive(epochs=epochs)
+    """Say what a run of TASK learned, trapped and let through; resumes when repeated."""
+    _check_positive(epochs=epochs, workers=workers)
     if not seconds > 0:
         _fail(f"--seconds must be positive, but got {seconds:g}.")
     settings = dict(_parse_setting(text) for text in setting or [])
     directory = out or Path("runs") / f"explain-{_slug(task.removesuffix('.py'))}"
     page = directory / "report.html"
-    with _errors(trace=trace):
+    with _errors(trace=trace, resumable=True):
         from poprisk_lab.display import PhaseDisplay, data_table
-        from poprisk_lab.explain import ExplainPlan, explain
+        from poprisk_lab.explain import EXPLANATION, ExplainPlan, explain
         from poprisk_lab.explain.words import headline, table, warnings
         from poprisk_lab.page.explanation import write_explanation
-        from poprisk_lab.runner import environment
-        from poprisk_lab.store import write_json
+        from poprisk_lab.runner import cores
+        from poprisk_lab.store import Store, write_json
 
+        store = Store(directory, EXPLANATION)
         plan = ExplainPlan(task, settings, seed, optimizer, lr, epochs, seconds)
         with PhaseDisplay(console) as display:
-            found = explain(plan, say=display)
+            found = explain(plan, store, workers=workers or cores(), say=display, fresh=fresh)
         for notice in [*found["notices"], *warnings(found)]:
             _say(notice, style="yellow")
         console.print(data_table(table(found)))
@@ -301,7 +308,7 @@ def explain_command(
         with _writing(directory, advice="; choose another with --out"):
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / "explanation.json", found)
-            write_explanation(found, environment(1), page)
+            write_explanation(found, store.environment(), page)
     _say(f"\nReport: {page}")
 
 
