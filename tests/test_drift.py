@@ -53,7 +53,7 @@ def test_drift_and_diffusion_are_the_sums_of_the_definition() -> None:
     drift = diffusion = torch.zeros(28, dtype=torch.float64)
     for k, step in enumerate(run.intervals):
         w = run.weights[k]
-        J, g = problem.jacobian(w, x), problem.output_gradient(problem.outputs(w, x)).flatten()
+        J, g = problem.J.dense(w, x), problem.output_gradient(problem.J.outputs(w, x)).flatten()
         S = torch.zeros(14, dtype=torch.float64)
         S[step.examples] = step.sampling
         drift = drift + 0.1 * J @ J.T @ g

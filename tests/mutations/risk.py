@@ -95,8 +95,8 @@ MUTATIONS = {
     ),
     "a deleted example keeps its curvature": Mutation(
         "poprisk/risk/loo.py",
-        "kept = share * ~deleted",
-        "kept = share.expand(deleted.shape)",
+        "kept = share * ~gone",
+        "kept = share.expand(gone.shape)",
         RETRAINED,
     ),
     "the momentum of a displacement forgotten": Mutation(
@@ -119,8 +119,8 @@ MUTATIONS = {
     ),
     "a perturbation per example that is not averaged": Mutation(
         "poprisk/risk/gap.py",
-        "probes = perturbations.to(w) / problem.n",
-        "probes = perturbations.to(w)",
+        "for t in twins], -1) / len(y)",
+        "for t in twins], -1)",
         GAP,
     ),
     "parts not drawn together": Mutation(

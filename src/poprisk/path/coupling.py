@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from poprisk.path.channel import Channel
-from poprisk.path.integrals import Integrals, relative
+from poprisk.path.closure import relative
+from poprisk.path.integrals import Integrals
 from poprisk.path.problem import Problem
 from poprisk.printing import short_repr
 

@@ -26,9 +26,9 @@ from poprisk.linalg import Estimate
 from poprisk.losses import gradient
 from poprisk.path import NotAnalysable, Run, record
 from poprisk.path.checks import check_probes
+from poprisk.path.closure import REMEDY, WARN_ABOVE
 from poprisk.path.coupling import label_response
 from poprisk.path.follow import follow_all
-from poprisk.path.integrals import WARN_ABOVE
 from poprisk.path.recursion import Recursion
 from poprisk.printing import short_html, short_repr
 from poprisk.protocols import PerExampleLoss
@@ -160,7 +160,7 @@ def movement(
     sums, walked = list[Tensor](), _Steps(run)
     for k in range(len(run)):
         w, rule, step = run.weights[k].double(), run.rule(k, torch.float64), run.intervals[k]
-        u, pull = problem.pullback(w, x)
+        u, pull = problem.J.pullback(w, x)
         g = gradient(problem.loss, problem.shaped(u), y).reshape_as(u) / problem.n
         sampled = torch.zeros(problem.n, 1, dtype=torch.float64)
         sampled[step.examples] = step.sampling[:, None]
@@ -168,7 +168,7 @@ def movement(
         walked.take(k, both.sum(1, keepdim=True))
         carried = rule.from_momentum * rule.gain / (1 - rule.carry) + rule.from_gradient
         scale = rule.correction * rule.precondition * carried
-        total += problem.jvp(w, x, scale * both)
+        total += problem.J.jvp(w, x, scale * both)
         sums.append(_along(total, directions))
     walked.warn()
     drift, walk = torch.stack(sums).unbind(-1)
@@ -282,11 +282,12 @@ def fitted_noise(run: Run, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
 def _fitted_noise(run: Run, draws: int, generator: torch.Generator) -> Estimate:
     began = time.perf_counter()
     problem = run.problem.to(torch.float64)
-    u = problem.values(run.weights[0].double(), problem.train[0])
+    u = problem.J.values(run.weights[0].double(), problem.train[0])
     noise = torch.randn(*u.shape, draws, generator=generator, dtype=torch.float64)
     probes = label_response(problem, u) @ noise
-    moved = follow_all(run, probes, dtype=torch.float64)[0].query
-    squares = moved.square().mean((0, 1))
+    applied, closure = follow_all(run, probes, dtype=torch.float64)
+    closure.warn(REMEDY, stacklevel=3)
+    squares = applied.query.square().mean((0, 1))
     value = float(squares.mean().sqrt())
     spread = float(squares.std()) / math.sqrt(draws) if draws > 1 else math.nan
     error = spread / (2 * value) if value > 0 else math.nan

@@ -7,8 +7,6 @@ THEORY §3 (ours).
 
 from __future__ import annotations
 
-import math
-import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from poprisk._renamed import renamed_arguments
 from poprisk.optim.step import StepRule
 from poprisk.path.checks import check_memory
+from poprisk.path.closure import REMEDY, Closure, relative
 from poprisk.path.quadrature import (
     Nodes,
     PathJacobian,
@@ -30,46 +29,10 @@ from poprisk.path.run import Run
 from poprisk.printing import short_repr
 from poprisk.protocols import ProgressCallback
 
-WARN_ABOVE = 1e-2
-REMEDY = (
-    "Refine kinks (refine=1e-4), use segments=, or record every step (stride=1); gradients that "
-    "were clipped or masked do that too."
-)
 MAX_MEMORY = 3 * 2**30
 BLOCK = 2**21
 """Entries of a piece of the matrices of P rows: temporaries of this size stay near the processor,
 and their memory is used again, where a fresh matrix of P rows would cost as much as a product."""
-
-
-class Closure(NamedTuple):
-    """Relative mismatch between what the operators predict and what happened.
-
-    Attributes:
-        train: of the displacement of the training outputs.
-        query: of the displacement of the query outputs.
-        gradient: of the final output gradient.
-    """
-
-    train: float
-    query: float
-    gradient: float
-
-    __repr__ = short_repr
-
-    @property
-    def worst(self) -> float:
-        """The largest of them; NaN if one is."""
-        return math.nan if any(map(math.isnan, self)) else max(self)
-
-    def warn(self, advice: str, stacklevel: int) -> None:
-        """Warn where the operators do not predict what happened, and say what to do about it."""
-        if not self.worst <= WARN_ABOVE:
-            warnings.warn(
-                f"the path operators are off by {self.worst:.2g}: the realized movement is not "
-                f"what they predict. {advice}",
-                RuntimeWarning,
-                stacklevel=stacklevel + 1,
-            )
 
 
 class Affine(NamedTuple):
@@ -264,7 +227,7 @@ class _Walk:
         self.frozen = self._frozen()
 
     def _outputs(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        return self.problem.values(w, self.x), self.problem.values(w, self.points)
+        return self.problem.J.values(w, self.x), self.problem.J.values(w, self.points)
 
     def _frozen(self) -> Tensor:
         J, J_Q = self._jacobian(self.w, self.inputs, self.J).tensor_split((len(self.X),))
@@ -299,7 +262,7 @@ class _Walk:
 
     def _jacobian(self, w: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """Rows of the Jacobian at ``w``, written to ``out``."""
-        return self.problem.rows.write(out, [(w, 1.0)], x)
+        return self.problem.J.write(out, [(w, 1.0)], x)
 
     def _step(self, rule: StepRule, J: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
         r"""Take a step and return what it moves, (N+Nq, N+1).
@@ -405,9 +368,3 @@ def _blocks(B: Tensor, X: Tensor) -> Tensor:
     """The block-diagonal (n, c, c) times a matrix (n·c, r)."""
     n, c, _ = B.shape
     return (B @ X.view(n, c, -1)).view(n * c, -1)
-
-
-def relative(predicted: Tensor, realized: Tensor) -> float:
-    """Norm of the difference over the norm of the second; of the first where that is zero."""
-    scale = float(realized.norm())
-    return float((predicted - realized).norm()) / scale if scale > 0 else float(predicted.norm())

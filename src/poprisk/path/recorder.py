@@ -344,7 +344,7 @@ class Recorder:
         rows = batch.to(problem.train[0].device)
         x, y = (t[rows].to(w.device) for t in problem.train)
         with torch.inference_mode(False), evaluating(problem.model, eval_mode=False):
-            u, pull = problem.pullback(w, x)
+            u, pull = problem.J.pullback(w, x)
             g = gradient(problem.loss, problem.shaped(u), y).reshape_as(u) / len(x)
             expected = pull(g.unsqueeze(-1)).squeeze(-1)
         # A parameter without a gradient was left out of the step, and its rule says so.

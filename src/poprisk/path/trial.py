@@ -141,7 +141,7 @@ def try_weights(problem: Problem, x: Tensor) -> None:
     Raises:
         NotAnalysable: if not.
     """
-    w, other, params = flat(problem.parameters), problem.elsewhere(), problem.parameters
+    w, other, params = flat(problem.parameters), problem.J.elsewhere, problem.parameters
     with _set(params, other), evaluating(problem.model, eval_mode=False):
         expected = _outputs(problem.model, x)
         with plain_kernels(problem.model), uncompiled():
@@ -152,7 +152,7 @@ def try_weights(problem: Problem, x: Tensor) -> None:
             u.sum().backward()
         slope = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
     with evaluating(problem.model, eval_mode=False):
-        u = problem.values(other, x)
+        u = problem.J.values(other, x)
         if not _close(u, expected.reshape_as(u)):
             raise NotAnalysable(
                 "the model gives other outputs when torch.func.functional_call puts the same "
@@ -160,7 +160,7 @@ def try_weights(problem: Problem, x: Tensor) -> None:
                 "cache?)."
             )
         try:
-            u, pull = problem.pullback(other, x)
+            u, pull = problem.J.pullback(other, x)
             found = pull(torch.ones_like(u).unsqueeze(-1)).squeeze(-1)
         except (RuntimeError, NotImplementedError) as error:
             raise _no_reverse_mode(first_line(error), inside) from error
@@ -213,7 +213,7 @@ def same_outputs(model: nn.Module, problem: Problem, w: Tensor) -> bool:
             module.training = modes.get(name, module.training)
         found = _outputs(model, x)
     with evaluating(problem.model, eval_mode=False):
-        expected = problem.values(w, x)
+        expected = problem.J.values(w, x)
     return _close(found.reshape_as(expected), expected)
 
 
