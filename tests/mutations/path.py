@@ -18,9 +18,9 @@ WALKS = "test_drift.py::test_known_powers_are_found[1.0]"
 
 MUTATIONS = {
     "decay that grows what was moved": Mutation(
-        "poprisk/path/follow.py",
-        "self.recursion.decayed -= V",
-        "self.recursion.decayed += V",
+        "poprisk/path/recursion.py",
+        "self.moved[rows] -= V",
+        "self.moved[rows] += V",
         DECAYING,
     ),
     "propagator with the wrong sign": Mutation(

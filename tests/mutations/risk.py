@@ -131,8 +131,8 @@ MUTATIONS = {
     ),
     "left-out outputs of a part by its first examples": Mutation(
         "poprisk/risk/estimate.py",
-        "found[rows] = flat[rows] + gains",
-        "found[rows] = flat[: len(flat[rows])] + gains",
+        "leave_one_out(flat[rows], gains",
+        "leave_one_out(flat[: len(flat[rows])], gains",
         OWN,
     ),
     "inputs by name not compared": Mutation(

@@ -186,10 +186,9 @@ class _Steps:
 
     def take(self, k: int, gradient: Tensor) -> None:
         """Predict the step of interval ``k`` from the gradient (P, 1) of its batch."""
-        w, end = (self.run.weights[i].to(gradient).unsqueeze(1) for i in (k, k + 1))
-        self.recursion.decayed = w
-        step = -self.recursion.step(self.run.rule(k, torch.float64), gradient)[1]
-        realized = end - w
+        w, end = (self.run.weights[i].to(gradient) for i in (k, k + 1))
+        rule, realized = self.run.rule(k, torch.float64), (end - w).unsqueeze(1)
+        step = -self.recursion.step(rule, gradient, weights=w)[1]
         self.error += float((step - realized).square().sum())
         self.size += float(realized.square().sum())
 

@@ -162,7 +162,7 @@ class _March:
         self, run: Run, probes: Tensor, dtype: torch.dtype, nodes: Nodes, *, decaying: bool
     ) -> None:
         self.run, self.nodes, self.dtype = run, nodes, dtype
-        self.problem = p = run.problem.to(dtype)
+        self.problem = run.problem.to(dtype)
         self.affine = has_affine_part(run)
         X = probes.to(dtype)
         self.X = torch.cat([X, torch.zeros_like(X[..., :1])], -1) if self.affine else X
@@ -170,12 +170,9 @@ class _March:
         self.w = self.origin = run.weights[0].to(dtype)
         self.recursion = Recursion.of_run(run, r, dtype)
         self.decaying = self.affine and decaying
-        if not self.affine:
-            self.recursion.decayed = self.w.new_empty(p.size, 0)
         if self.decaying:  # the weights as the sum of what each column made of them
-            own = torch.zeros_like(self.recursion.momentum)
-            own[:, -1] = self.w
-            self.recursion.decayed = own
+            self.recursion.moved = torch.zeros_like(self.recursion.momentum)
+            self.recursion.moved[:, -1] = self.w
         self.u, self.v = self._outputs()
         self.u0 = self.u
         self.D, self.G = torch.zeros_like(self.X), torch.zeros(*self.v.shape, r, dtype=dtype)
@@ -203,12 +200,8 @@ class _March:
         u, pull = self.problem.J.pullback(w, self.problem.train[0][rows])
         X = self.X[rows] if self.fresh else self._at(rows, w, u)
         gradient = pull(interval.sampling.to(self.dtype)[:, None, None] * X)
-        if self.affine and not self.decaying:
-            self.recursion.decayed = w.unsqueeze(1)
-        V = self.recursion.step(rule, gradient)[1]
-        if self.decaying:
-            self.recursion.decayed -= V
-        self.moved += V
+        weights = w if self.affine and not self.decaying else None
+        self.moved += self.recursion.step(rule, gradient, weights=weights)[1]
         self.w, self.fresh, self.steps = end, False, self.steps + rule.steps
 
     def _at(self, rows: Tensor, w: Tensor, u: Tensor) -> Tensor:

@@ -272,12 +272,12 @@ class _Walk:
         """
         columns = pulled.shape[1]
         moved = torch.zeros(len(self.J), columns, dtype=torch.float64)
-        self.recursion.decayed = w.unsqueeze(1)
         size = max(1, BLOCK // columns)
         for start in range(0, len(w), size):
             part = slice(start, start + size)
             some = rule.part(part)
-            R, V = self.recursion.step(some, J[:, part].T, pulled, rows=part)
+            factors = J[:, part].T, pulled
+            R, V = self.recursion.step(some, *factors, weights=w[part], rows=part)
             self._dissipate(R[:, :-1], some)
             moved.addmm_(self.J[:, part], V)
         return moved

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from poprisk.path import Closure, Run
-from poprisk.path.checks import check_answers
 from poprisk.path.follow import follow_all
+from poprisk.path.run import check_answers
 from poprisk.printing import short_html, short_repr
 from poprisk.risk import inputs
 from poprisk.risk.estimate import DegreesOfFreedom, TwinOutputs, measure_dof
@@ -95,7 +95,7 @@ def adaptation_gap(
         0.0
     """
     began = time.perf_counter()
-    check_answers(run, isinstance(run, Run))
+    check_answers(run)
     x, y = run.problem.train
     named = dict(twin.model.named_parameters())
     now = [named[k].detach().cpu().reshape(-1) for k in run.problem.names if k in named]

@@ -30,8 +30,8 @@ from poprisk import _validate as checks
 from poprisk import losses as of_outputs
 from poprisk._renamed import renamed_arguments, renamed_attributes
 from poprisk.path import NotAnalysable, Run
-from poprisk.path.checks import check_answers
 from poprisk.path.recursion import Recursion
+from poprisk.path.run import check_answers
 from poprisk.printing import short_html, short_repr
 from poprisk.randomness import generator_of
 from poprisk.risk import inputs
@@ -115,7 +115,7 @@ def loo_risk(
     """
     began = time.perf_counter()
     checks.check_choice("form", form, FORMS)
-    check_answers(run, isinstance(run, Run))
+    check_answers(run)
     n = run.problem.n
     generator = generator_of(seed)
     index = inputs.check_subset(subset, n, groups, generator)
@@ -241,7 +241,7 @@ class _Path:
         recursion = Recursion(torch.zeros_like(d), d)
         for k in range(len(self.run)):
             change = self._change(k, deleted, perturbation, d)
-            d -= recursion.step(self.run.rule(k, self.dtype), change)[1]
+            recursion.step(self.run.rule(k, self.dtype), change)  # moves d
         return d
 
     def _change(self, k: int, deleted: Tensor, perturbation: Tensor, d: Tensor) -> Tensor:
