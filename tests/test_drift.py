@@ -12,16 +12,15 @@ from poprisk.path import NotAnalysable
 from poprisk.path.drift import (
     Exponent,
     Movement,
-    Recipe,
     draw_batches,
     exponents,
     fitted_noise,
     interval,
     movement,
     slope,
-    sweep,
 )
 from poprisk.path.operators import path_operators
+from poprisk_lab.studies.drift_laws import Recipe, sweep
 from runs import recorded
 from samplers import randn
 
