@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from poprisk import loo_risk, path_operators, record, trace_cells
 from poprisk.forward_mode import plain_kernels
-from poprisk.jacobian import FlatJacobian
 from poprisk.path import NotAnalysable, Run
+from poprisk.path.jacobian import FlatJacobian
 from poprisk.path.problem import Problem
 from samplers import randn
 

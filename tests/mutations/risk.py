@@ -70,15 +70,16 @@ MUTATIONS = {
     ),
     "left-out outputs moved towards the label": Mutation(
         "poprisk/risk/local_losses.py",
-        "return outputs + self.gain(dof) * self.gradient",
-        "return outputs - self.gain(dof) * self.gradient",
+        "return outputs + gain * self.gradient",
+        "return outputs - gain * self.gradient",
         LEFT_OUT,
     ),
     "response taken for the gain": Mutation(
         "poprisk/risk/estimate.py",
         "for rows, local_loss, _, gains in parts:\n"
-        "        found[rows] = flat[rows] + gains[1 + errors]",
-        "for rows, local_loss, dof, _ in parts:\n        found[rows] = flat[rows] + dof.dof",
+        "        found[rows] = local_loss.leave_one_out(flat[rows], gains[1 + errors])",
+        "for rows, local_loss, dof, _ in parts:\n"
+        "        found[rows] = local_loss.leave_one_out(flat[rows], dof.dof)",
         RIDGE,
     ),
     "classes counted as free": Mutation(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from poprisk import losses
 from poprisk._validate import NotAnalysable, first_line
 from poprisk.evaluation import evaluating
-from poprisk.jacobian import FlatJacobian, Jacobian, flat
+from poprisk.jacobian import Jacobian, flat
+from poprisk.path.jacobian import FlatJacobian
 from poprisk.printing import brief, described
 from poprisk.protocols import PerExampleLoss
 
