@@ -17,13 +17,7 @@ from poprisk._renamed import renamed_arguments
 from poprisk.optim.step import StepRule
 from poprisk.path.checks import check_memory
 from poprisk.path.closure import REMEDY, Closure, relative
-from poprisk.path.quadrature import (
-    Nodes,
-    PathJacobian,
-    average_gradient,
-    average_hessian,
-    composite,
-)
+from poprisk.path.quadrature import PathJacobian, average_gradient, average_hessian, composite
 from poprisk.path.recursion import Recursion
 from poprisk.path.run import Run
 from poprisk.printing import short_repr
@@ -172,31 +166,20 @@ def integrate(
         "model, or raise max_memory=.",
     )
     nodes = composite(quadrature, segments)
-    with torch.inference_mode(False):
-        result = _walked(run, nodes, refine, snapshots, progress)
-    result.closure.warn(REMEDY, stacklevel=3)
-    return result
-
-
-def _walked(
-    run: Run,
-    nodes: Nodes,
-    refine: float | None,
-    snapshots: int,
-    progress: ProgressCallback | None,
-) -> Integrals:
-    """Go along a run, keeping some of its moments."""
-    walk = _Walk(run, PathJacobian(run.problem.to(torch.float64), nodes, refine=refine))
     count = min(max(snapshots, 2), len(run) + 1)
     kept = {round(i * len(run) / (count - 1)) for i in range(count)}
-    for k in range(len(run)):
-        if k in kept:
-            walk.snapshot(run.steps * k // len(run))
-        walk.advance(k)
-        if progress is not None:
-            progress(k + 1, len(run))
-    walk.snapshot(run.steps)
-    return walk.result()
+    with torch.inference_mode(False):
+        walk = _Walk(run, PathJacobian(run.problem.to(torch.float64), nodes, refine=refine))
+        for k in range(len(run)):
+            if k in kept:
+                walk.snapshot(run.steps * k // len(run))
+            walk.advance(k)
+            if progress is not None:
+                progress(k + 1, len(run))
+        walk.snapshot(run.steps)
+        result = walk.result()
+    result.closure.warn(REMEDY, stacklevel=3)
+    return result
 
 
 class _Walk:
