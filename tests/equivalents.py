@@ -36,11 +36,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "w = self.w if rule.steps == 1 else (self.w + end) / 2 -> w = self.w if rule.steps <= 1 "
         "else (self.w + end) / 2": "an interval has one step at least",
     },
-    "poprisk/path/recursion.py": {
-        "return cls(momentum, run.weights[0].to(dtype).unsqueeze(1)) -> "
-        "return cls(momentum, run.weights[0].to(dtype).unsqueeze( 0))": "who lets decay act sets "
-        "what it acts on before the first step",
-    },
     "poprisk/path/integrals.py": {
         "strided = 3 * outputs if run.stride > 1 else 0 -> "
         "strided = 3 * outputs if run.stride != 1 else 0": "a stride is 1 at least",

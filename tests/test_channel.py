@@ -163,8 +163,8 @@ def test_frozen_noise_gain_is_that_of_the_singular_values() -> None:
     r""":math:`\sum_j \|J_Q v_j\|^2/\sigma_j^2` over the singular values of :math:`J_S`."""
     run = recorded("SGD", steps=1, c=1)
     w, problem = run.weights[0], run.problem
-    _, s, Vh = torch.linalg.svd(problem.jacobian(w, problem.train[0]), full_matrices=False)
-    J_Q = problem.jacobian(w, problem.query[0])
+    _, s, Vh = torch.linalg.svd(problem.J.dense(w, problem.train[0]), full_matrices=False)
+    J_Q = problem.J.dense(w, problem.query[0])
     expected = float(((J_Q @ Vh.T).square().sum(0) / s.square()).sum()) / 9
     assert path_operators(run).noise_gain().frozen == pytest.approx(expected, rel=1e-6)
 
@@ -173,7 +173,7 @@ def test_frozen_noise_gain_is_that_of_the_singular_values() -> None:
 def test_the_response_to_labels(loss: str) -> None:
     run = recorded("SGD", loss, steps=1)
     problem = run.problem
-    u = problem.outputs(run.weights[0], problem.train[0]).detach()
+    u = problem.J.outputs(run.weights[0], problem.train[0]).detach()
     response = label_response(problem, u)
     step = torch.zeros_like(u)
     step[:, 1] = 1e-6
@@ -184,7 +184,7 @@ def test_the_response_to_labels(loss: str) -> None:
 
 def test_class_labels_respond_as_one_hot_rows() -> None:
     run = recorded("SGD", "cross_entropy", steps=1)
-    u = run.problem.outputs(run.weights[0], run.problem.train[0]).detach()
+    u = run.problem.J.outputs(run.weights[0], run.problem.train[0]).detach()
     assert torch.equal(label_response(run.problem, u)[3], -torch.eye(2, dtype=torch.float64) / 14)
 
 

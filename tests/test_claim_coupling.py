@@ -132,7 +132,7 @@ def test_the_ridge_is_the_best_in_hindsight() -> None:
     run = train(KINDS["regression-full"], 1, 60)
     train_moved, query_moved = movement(run)
     problem, w = run.problem, run.weights[0]
-    J, J_query = (problem.jacobian(w, x) for x in (problem.train[0], problem.query[0]))
+    J, J_query = (problem.J.dense(w, x) for x in (problem.train[0], problem.query[0]))
     best = frozen_ridge(run, train_moved, query_moved).error
     K = J @ J.T
     for ridge in (1e-6, 1e-3, 1e-1):

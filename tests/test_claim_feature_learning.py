@@ -128,7 +128,7 @@ def test_a_short_run_is_accounted_for() -> None:
     assert found["drift"][-1] == pytest.approx(found["end"], rel=1e-4)
     examples, query, _ = data(PROBLEMS["product"], 0)
     recorded = PROBLEMS["product"].recipe.record(examples, query, seed=0, steps=24)
-    outputs = recorded.problem.outputs(recorded.weights[24], query[0])
+    outputs = recorded.problem.J.outputs(recorded.weights[24], query[0])
     assert found["error"] == pytest.approx(float((outputs - query[1]).square().mean()))
 
 

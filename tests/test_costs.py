@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import Recorder, Run, TwinRisk, adaptation_gap, entk, loo_risk
-from poprisk.path.drift import Recipe, fitted_noise, sweep
+from poprisk.path.drift import fitted_noise
 from poprisk.protocols import Estimated
+from poprisk_lab.studies.drift_laws import Recipe, sweep
 from runs import batches, data, network, recorded
 from samplers import randn
 

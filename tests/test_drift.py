@@ -12,16 +12,15 @@ from poprisk.path import NotAnalysable
 from poprisk.path.drift import (
     Exponent,
     Movement,
-    Recipe,
     draw_batches,
     exponents,
     fitted_noise,
     interval,
     movement,
     slope,
-    sweep,
 )
 from poprisk.path.operators import path_operators
+from poprisk_lab.studies.drift_laws import Recipe, sweep
 from runs import recorded
 from samplers import randn
 
@@ -53,7 +52,7 @@ def test_drift_and_diffusion_are_the_sums_of_the_definition() -> None:
     drift = diffusion = torch.zeros(28, dtype=torch.float64)
     for k, step in enumerate(run.intervals):
         w = run.weights[k]
-        J, g = problem.jacobian(w, x), problem.output_gradient(problem.outputs(w, x)).flatten()
+        J, g = problem.J.dense(w, x), problem.output_gradient(problem.J.outputs(w, x)).flatten()
         S = torch.zeros(14, dtype=torch.float64)
         S[step.examples] = step.sampling
         drift = drift + 0.1 * J @ J.T @ g

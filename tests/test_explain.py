@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from typer.testing import CliRunner, Result
 
 from poprisk.path import NotAnalysable
 from poprisk.task import Task
+from poprisk_lab import explain as study
 from poprisk_lab.cli import app
-from poprisk_lab.explain import ExplainPlan, explain, words
+from poprisk_lab.explain import EXPLANATION, ExplainPlan, explain, words
 from poprisk_lab.explain.plan import choose_size, full_steps
 from poprisk_lab.page.explanation import render
+from poprisk_lab.store import RunDirectoryError, Store
 from poprisk_lab.tasks import load_task
 
 TINY = """
@@ -113,10 +116,34 @@ def edited(found: dict[str, Any], *, now: float, without: float) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def explained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("explain") / "mine.py"
-    path.write_text(TINY, encoding="utf-8")
-    return explain(ExplainPlan(f"{path}:noisy", {}, lr=0.01, seconds=3.0), say=silent)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run of :func:`explained` is."""
+    path = tmp_path_factory.mktemp("explain")
+    (path / "mine.py").write_text(TINY, encoding="utf-8")
+    return path
+
+
+def plan_at(home: Path, **changes: Any) -> ExplainPlan:
+    return ExplainPlan(f"{home / 'mine.py'}:noisy", {}, lr=0.01, seconds=3.0)._replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def explained(home: Path) -> dict[str, Any]:
+    store = Store(home / "run", EXPLANATION)
+    return explain(plan_at(home), store, workers=0, say=silent)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings of the trials that are done from here on."""
+    found, measure = list[dict[str, Any]](), study.measure
+
+    def noted(plan: ExplainPlan, settings: dict[str, Any], workspace: Any) -> dict[str, Any]:
+        found.append(settings)
+        return measure(plan, settings, workspace)
+
+    monkeypatch.setattr(study, "measure", noted)
+    return found
 
 
 def run(*arguments: str) -> Result:
@@ -144,6 +171,50 @@ def test_everything_is_measured(explained: dict[str, Any]) -> None:
     low, high = dense["drift"]["drift_exponent"][1:]
     assert low < 1 < high
     json.dumps(explained, allow_nan=False)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_numbers(
+    explained: dict[str, Any], home: Path, here: Path, measured: list[dict[str, Any]]
+) -> None:
+    shutil.copytree(home / "run", here / "run")
+    torn = here / "run" / "trials" / "gated.jsonl"
+    torn.write_bytes(torn.read_bytes()[:-9])  # within the row of its end
+    told = set[str]()
+    store = Store(here / "run", EXPLANATION)
+    again = explain(plan_at(home), store, workers=0, say=lambda phase, *_: told.add(phase))
+    assert measured == [{"part": "cells", "gated": True}]
+    assert told == {"training with PopRiskAdamW", "splitting what PopRiskAdamW did"}
+    assert again == explained
+    assert len(list((here / "run" / "trials").glob("gated*.jsonl"))) == 2
+
+
+@pytest.mark.usefixtures("explained")
+def test_another_explanation_is_not_mixed_with_it(
+    home: Path, here: Path, measured: list[dict[str, Any]]
+) -> None:
+    shutil.copytree(home / "run", here / "run")
+    store, other = Store(here / "run", EXPLANATION), plan_at(home, epochs=1, seconds=1.0)
+    with pytest.raises(
+        RunDirectoryError, match=r"it differs in epochs, seconds\).* over \(--fresh\)"
+    ):
+        explain(other, store, workers=0, say=silent)
+    (home / "mine.py").write_text(f"{TINY}\n# edited", encoding="utf-8")
+    try:
+        with pytest.raises(RunDirectoryError, match=r"it differs in data\)"):
+            explain(plan_at(home), store, workers=0, say=silent)
+    finally:
+        (home / "mine.py").write_text(TINY, encoding="utf-8")
+    assert not measured
+    fresh = explain(other, store, workers=0, say=silent, fresh=True)
+    assert fresh["arms"][0]["steps"] < 10
+    assert len(measured) == 3
+
+
+@pytest.mark.usefixtures("explained")
+def test_report_of_an_explanation_says_where_its_page_is(home: Path) -> None:
+    found = CliRunner().invoke(app, ["report", str(home / "run")])
+    assert found.exit_code == 2
+    assert "holds an explanation, whose page is its report.html; repeat its" in found.stderr
 
 
 def test_the_page_shows_each_plot_with_its_caption(explained: dict[str, Any]) -> None:
@@ -241,12 +312,15 @@ def test_without_clean_targets_it_says_so(here: Path) -> None:
     assert re.search(r"small run: training examples +\d+ of \d+", result.stdout)
 
 
-def test_too_large_for_operators_it_keeps_the_cells() -> None:
+def test_too_large_for_operators_it_keeps_the_cells(here: Path) -> None:
+    (here / "here").mkdir()
+    (here / "here" / "explanation.json").write_text("{}")  # as a version before left it
     result = run("mine.py:wide", "--seconds", "0.5", "--out", "here")
     assert result.exit_code == 0, result.output
     assert "No operators: dense operators of a model with" in result.stdout
     assert "give more time (--seconds)" in result.stdout
     assert "test accuracy without the label noise" in result.stdout
+    assert json.loads((here / "here" / "explanation.json").read_text())["dense"] is None
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -268,13 +342,18 @@ def made():
     return replace(task, test=Subset(TensorDataset(*task.test), range(9)))
 """
     (here / "read.py").write_text(text, encoding="utf-8")
+    store = Store(here / "run", EXPLANATION)
     with pytest.raises(NotAnalysable, match=r"reads its data batch by batch.* a pair of tensors"):
-        explain(ExplainPlan("read.py:made", {}), say=silent)
+        explain(ExplainPlan("read.py:made", {}), store, workers=0, say=silent)
+    assert not store.path.exists()
 
 
-def test_an_optimizer_without_a_rule() -> None:
+def test_an_optimizer_without_a_rule(here: Path) -> None:
     assert refused("mine.py:noisy", "--optimizer", "NAdam").startswith("NAdam has no rule")
-    assert refused("mine.py:noisy", "--optimizer", "Sofia").startswith("there is no optimizer")
+    assert refused("mine.py:noisy", "--optimizer", "Sofia", "--out", "x").startswith(
+        "there is no optimizer"
+    )
+    assert not (here / "x").exists()
 
 
 def test_bad_arguments(here: Path) -> None:
@@ -283,7 +362,7 @@ def test_bad_arguments(here: Path) -> None:
     assert refused("mine.py:noisy", "--seconds", "0") == "--seconds must be positive, but got 0."
     (here / "file").write_text("")
     assert refused("mine.py:line", "--out", "file/x", "--seconds", "3").startswith(
-        "cannot write file/x"
+        "cannot write the run directory file/x"
     )
 
 

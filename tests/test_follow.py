@@ -56,7 +56,7 @@ def test_moments_are_kept_at_the_first_update_from_where_they_are_asked(
     assert [m.step for m in found.moments] == steps
     assert told == [(k + 1, 20) for k in range(20)]
     for m in found.moments:
-        close(m.outputs, run.problem.outputs(run.weights[m.step], run.problem.query[0]), 1e-12)
+        close(m.outputs, run.problem.J.outputs(run.weights[m.step], run.problem.query[0]), 1e-12)
 
 
 def errors(found: Applied, exact: Applied) -> Tensor:
@@ -112,7 +112,7 @@ def test_less_than_one_is_refused(name: str) -> None:
 @pytest.mark.parametrize("optimizer", ["momentum", "Nesterov", "AdamW", "PopRiskAdamW soft"])
 def test_decay_that_acts_on_what_was_moved_adds_up_too(optimizer: str) -> None:
     run = recorded(optimizer, "squared_error", steps=20)
-    start = run.problem.outputs(run.weights[0], run.problem.train[0])
+    start = run.problem.J.outputs(run.weights[0], run.problem.train[0])
     probes = run.problem.output_gradient(start).unsqueeze(2) * torch.tensor([0.3, 0.7]).double()
     plain, decaying = (follow(run, probes, decaying=d) for d in (False, True))
     assert decaying.closure().worst < 1e-9

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from poprisk import loo_risk, path_operators, record, trace_cells
 from poprisk.forward_mode import plain_kernels
 from poprisk.path import NotAnalysable, Run
+from poprisk.path.jacobian import FlatJacobian
 from poprisk.path.problem import Problem
 from samplers import randn
 
@@ -155,7 +156,7 @@ def recorded(name: str, **settings: Any) -> Run:
 def naive_jacobian(problem: Problem, w: Tensor, x: Tensor) -> Tensor:
     """Row by row, by reverse mode of the model as it is."""
     z = w.detach().requires_grad_()
-    u = problem.outputs(z, x).flatten()
+    u = problem.J.outputs(z, x).flatten()
     return torch.stack([torch.autograd.grad(v, z, retain_graph=True)[0] for v in u])
 
 
@@ -165,10 +166,10 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(name: str, dtype: torch.d
     problem = problem_of(name, dtype)
     w = torch.cat([p.detach().flatten() for p in problem.parameters])
     v, x = randn(len(w), 3, seed=3).to(dtype), problem.train[0]
-    assert problem.no_forward_mode == ""
+    assert problem.J.no_forward_mode == ""
     expected = (naive_jacobian(problem, w, x) @ v).view(N, 2, 3)
     tolerance = 1e-10 if dtype == F64 else 1e-4
-    torch.testing.assert_close(problem.jvp(w, x, v), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(problem.J.jvp(w, x, v), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", BY_ROWS)
@@ -179,9 +180,9 @@ def test_without_forward_mode_the_product_is_formed_and_the_operation_named(name
     v, x = randn(len(w), 3, seed=3), problem.train[0]
     expected = (naive_jacobian(problem, w, x) @ v).view(N, 2, 3)
     with pytest.warns(RuntimeWarning, match=r"no forward-mode derivative \(.+\); Jacobians"):
-        torch.testing.assert_close(problem.jvp(w, x, v), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(problem.J.jvp(w, x, v), expected, rtol=1e-10, atol=1e-10)
     named = {"distances": "_cdist_forward", "grid": "grid_sampler_2d", "own function": "Function"}
-    assert named.get(name, "") in problem.no_forward_mode
+    assert named.get(name, "") in problem.J.no_forward_mode
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -209,7 +210,7 @@ def test_a_run_is_followed_by_rows(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:the model has no forward-mode:RuntimeWarning")
 def test_deletions_by_rows_are_those_by_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = loo_risk(recorded("attention"))
-    monkeypatch.setattr(Problem, "no_forward_mode", "the model has no forward-mode (said so)")
+    monkeypatch.setattr(FlatJacobian, "no_forward_mode", "the model has no forward-mode (said so)")
     found = loo_risk(recorded("attention"))
     torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-10, atol=1e-10)
     assert found.dof == pytest.approx(expected.dof)
@@ -262,4 +263,4 @@ def test_a_derivative_refused_without_a_word_is_reported_by_its_kind() -> None:
     model, x, y = _Doubled(2, 1), torch.randn(4, 2), torch.randn(4, 1)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     run = record(model, "squared_error", sgd, [torch.arange(4)], train=(x, y))
-    assert run.problem.no_forward_mode.endswith("derivative (NotImplementedError)")
+    assert run.problem.J.no_forward_mode.endswith("derivative (NotImplementedError)")

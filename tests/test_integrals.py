@@ -56,9 +56,9 @@ def test_a_snapshot_is_the_state_of_affairs_at_its_step() -> None:
     problem, ops = run.problem, integrate(run, snapshots=3)
     for s in ops.snapshots:
         w = run.weights[s.step]
-        u, J = problem.values(w, problem.train[0]), problem.jacobian(w, problem.train[0])
+        u, J = problem.J.values(w, problem.train[0]), problem.J.dense(w, problem.train[0])
         close(s.train_outputs, u.flatten(), 1e-12)
-        close(s.query_outputs, problem.values(w, problem.query[0]).flatten(), 1e-12)
+        close(s.query_outputs, problem.J.values(w, problem.query[0]).flatten(), 1e-12)
         close(s.gradient, problem.output_gradient(u).flatten(), 1e-12)
         close(s.kernel, J @ J.T, 1e-12)
         moved = s.query_outputs - ops.snapshots[0].query_outputs
@@ -70,7 +70,7 @@ def test_a_snapshot_is_the_state_of_affairs_at_its_step() -> None:
 def test_the_frozen_predictor_is_that_of_the_kernel_at_the_start() -> None:
     run = recorded("SGD", steps=3, hidden=20)
     problem, w = run.problem, run.weights[0]
-    J, J_Q = (problem.jacobian(w, x) for x in (problem.train[0], problem.query[0]))
+    J, J_Q = (problem.J.dense(w, x) for x in (problem.train[0], problem.query[0]))
     frozen = integrate(run).frozen
     assert frozen.shape == (2 * M, 2 * N)
     close(frozen @ (J @ J.T), J_Q @ J.T, 1e-7)

@@ -47,7 +47,7 @@ def naive(run: Run) -> reference.Operators:
         return problem.loss(problem.shaped(u.view(len(x), -1)), y).mean()
 
     return reference.path_operators(
-        problem.outputs,
+        problem.J.outputs,
         total_loss,
         [run.weights[k] for k in range(len(run) + 1)],
         reference_steps(run),
@@ -315,10 +315,10 @@ def test_rows_are_those_of_torch_func(model: type[nn.Module]) -> None:
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     problem = record(net, "squared_error", sgd, [torch.arange(6)], x, train=(x, y)).problem
     a, b = randn(problem.size, seed=1), randn(problem.size, seed=2)
-    rows = problem.rows
+    J = problem.J
     out = torch.empty(6 * c, problem.size, dtype=torch.float64)
-    found = rows.write(out, [(a, 0.3), (b, 2.0)], x)
-    close(found, 0.3 * problem.jacobian(a, x) + 2.0 * problem.jacobian(b, x), 1e-12)
-    one = rows.write(torch.empty_like(out[:c]), [(a, 1.0)], x[:1])
-    close(one, problem.jacobian(a, x[:1]), 1e-12)
-    assert model is not Twice or rows.factored
+    found = J.write(out, [(a, 0.3), (b, 2.0)], x)
+    close(found, 0.3 * problem.J.dense(a, x) + 2.0 * problem.J.dense(b, x), 1e-12)
+    one = J.write(torch.empty_like(out[:c]), [(a, 1.0)], x[:1])
+    close(one, problem.J.dense(a, x[:1]), 1e-12)
+    assert model is not Twice or J.has_factors

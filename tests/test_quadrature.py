@@ -87,7 +87,7 @@ class Segment:
         self.w = randn(self.problem.size, seed=4)
         self.step = length * randn(self.problem.size, seed=3)
         self.end, self.x = self.w + self.step, self.problem.train[0]
-        self.moved = self.problem.values(self.end, self.x) - self.problem.values(self.w, self.x)
+        self.moved = self.problem.J.values(self.end, self.x) - self.problem.J.values(self.w, self.x)
 
     def rows(self, nodes: Nodes, **how: Any) -> Tensor:
         """The average Jacobian, (n, c, P)."""

@@ -12,7 +12,7 @@ from poprisk.optim.step import StepRule
 from poprisk.path.recursion import Recursion
 from samplers import randn
 
-P, COLUMNS, DECAYED, B = 7, 4, 2, 3
+P, COLUMNS, B = 7, 4, 3
 
 
 def rule_of(kind: str, steps: int = 1) -> StepRule:
@@ -34,43 +34,53 @@ def by_hand(
     rule: StepRule, m: Tensor, z: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Momentum, r and V of the equations, one step after the other."""
-    last = torch.zeros_like(m)
-    last[:, COLUMNS - DECAYED :] = z
     r_sum, v_sum = torch.zeros_like(m), torch.zeros_like(m)
     for _ in range(rule.steps):
-        g = rule.sign * gradient + rule.coupled * last
+        g = rule.sign * gradient + rule.coupled * z
         m = rule.carry * m + rule.gain * g
         r = rule.from_momentum * m + rule.from_gradient * g
         r_sum = r_sum + r
-        v_sum = v_sum + rule.correction * rule.precondition * r + rule.decay * last
+        v_sum = v_sum + rule.correction * rule.precondition * r + rule.decay * z
     return m, r_sum, v_sum
 
 
+@pytest.mark.parametrize("on", ["weights", "moved", "nothing"])
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize(
     ("kind", "steps"),
     [("usual", 1), ("numbers", 1), ("numbers", 3), ("tensors", 1), ("tensors", 4)],
 )
-def test_a_step_is_its_equations(kind: str, steps: int, factored: bool) -> None:
-    rule, m, z = rule_of(kind, steps), randn(P, COLUMNS), randn(P, DECAYED)
+def test_a_step_is_its_equations(kind: str, steps: int, factored: bool, on: str) -> None:
+    """Decay acts on the weights, in the last column; on what each column moved; or on nothing."""
+    rule, m, z = rule_of(kind, steps), randn(P, COLUMNS), torch.zeros(P, COLUMNS).double()
+    weights, moved = randn(P) if on == "weights" else None, None
+    if weights is not None:
+        z[:, -1] = weights
+    elif on == "moved":
+        z = randn(P, COLUMNS)
+        moved = z.clone()
     left, right = randn(P, B), randn(B, COLUMNS)
     expected = by_hand(rule, m.clone(), z, left @ right)
-    recursion = Recursion(m.clone(), z)
-    r, v = recursion.step(rule, *((left, right) if factored else (left @ right,)))
+    recursion, factors = Recursion(m.clone(), moved), (left, right) if factored else (left @ right,)
+    r, v = recursion.step(rule, *factors, weights=weights)
     close = torch.testing.assert_close
     close(r.clone(), expected[1])
     close(v, expected[2])
     close(recursion.momentum, expected[0])
+    if moved is not None:
+        close(moved, z - v)
 
 
 def test_some_of_the_weights_step_alone() -> None:
-    rule, m, z, g = rule_of("numbers"), randn(P, COLUMNS), randn(P, DECAYED), randn(P, COLUMNS)
+    rule, m, z, g = rule_of("numbers"), *(randn(P, COLUMNS, seed=s) for s in range(3))
     rule = rule._replace(precondition=1.5)
-    whole, parts = Recursion(m.clone(), z), Recursion(m.clone(), z)
+    moved = z.clone()
+    whole, parts = Recursion(m.clone(), z.clone()), Recursion(m.clone(), moved)
     v = whole.step(rule, g)[1]
     found = [parts.step(rule.part(rows), g[rows], rows=rows)[1] for rows in (slice(3), slice(3, P))]
     assert torch.equal(torch.cat(found), v)
     assert torch.equal(parts.momentum, whole.momentum)
+    assert torch.equal(moved, z - v)
 
 
 @pytest.mark.parametrize(

@@ -196,11 +196,11 @@ def test_other_optimizers_take_their_own_steps_without_an_example(name: str) -> 
     problem, x = run.problem, randn(N, 4)
 
     def loss_of(w: Tensor, i: int) -> Tensor:
-        return squared(problem.outputs(w, x[i : i + 1]), y[i : i + 1]).sum()
+        return squared(problem.J.outputs(w, x[i : i + 1]), y[i : i + 1]).sum()
 
     for i in (0, 17, 59):
         w = reference.train_without(loss_of, run.weights[0], steps_of(run), {i})
-        expected = problem.outputs(w, x[i : i + 1]).detach()[0]
+        expected = problem.J.outputs(w, x[i : i + 1]).detach()[0]
         torch.testing.assert_close(found.outputs[i], expected, rtol=1e-8, atol=1e-9)
     assert (found.valid, found.reason) == (
         False,

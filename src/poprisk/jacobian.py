@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import jacrev, jvp, vmap
+from torch.func import jvp
 from torch.utils import _pytree as pytree
 
 from poprisk._validate import first_line
 from poprisk.evaluation import evaluating, outputs_of, uncompiled
 from poprisk.forward_mode import plain_kernels
-from poprisk.per_sample import Factors, capture, checks
-from poprisk.per_sample.plan import Plan, learn_plan
-from poprisk.per_sample.terms import OneHot, Outer, Term
+from poprisk.per_sample import checks
 from poprisk.per_sample.visible import check_unhooked, check_whole
 
 Inputs = Any
 """A tensor for ``model(x)``, a tuple of tensors for ``model(*x)`` or a dict for ``model(**x)``."""
-
-JACOBIAN_BYTES = 256 * 2**20
-"""Memory that the Jacobian of one chunk of examples may take."""
 
 Result = TypeVar("Result")
 
@@ -137,8 +131,8 @@ class _Holder(nn.Module):
 class Jacobian:
     r"""J, (b·k, P): derivatives of a model's outputs by its weights, at any weights and inputs.
 
-    Products take J and its transpose without forming it; :class:`Rows` writes it to memory. Weights
-    are given by name; None: the model's own.
+    Products take J and its transpose without forming it. Weights are given by name; None: the
+    model's own. At flat weights there are rows, too: see :mod:`poprisk.path.jacobian`.
 
     Args:
         model: any module whose output has the examples first.
@@ -247,50 +241,12 @@ class Jacobian:
         except (NotImplementedError, RuntimeError) as error:
             return f"the model has no forward-mode derivative ({first_line(error)})"
         expected = torch.stack([g.abs().square().sum() for g in row.values()]).sum()
-        if bool((found - expected).abs() <= _tolerance(found) * expected):
+        if bool((found - expected).abs() <= tolerance_of(found) * expected):
             return ""
         return "forward and reverse mode differ (torch.no_grad() or detach() inside the model?)"
 
-    # --- rows, at flat weights (P,) of one real dtype ---------------------------------------------
 
-    def named(self, w: Tensor) -> dict[str, Tensor]:
-        """Flat weights by name, in their shapes, as views."""
-        pieces = w.split([p.numel() for p in self.params.values()])
-        pairs = zip(self.params.items(), pieces, strict=True)
-        return {name: piece.view(p.shape) for (name, p), piece in pairs}
-
-    def one(self, w: Tensor, example: Tensor) -> Tensor:
-        """Outputs (k,) of one example."""
-        return self(example.unsqueeze(0), self.named(w))[0]
-
-    def dense(self, w: Tensor, x: Tensor, *, vectorized: bool) -> Tensor:
-        """J by ``torch.func``, (b, k, P): of all examples at once, or one after the other."""
-        if vectorized:
-            return cast(Tensor, vmap(jacrev(self.one), in_dims=(None, 0))(w, x))
-        found: list[Tensor] = []
-        for example in x.split(1):
-            u, pull = self.pullback(example, self.named(w))
-            units = torch.eye(u.numel(), dtype=u.dtype, device=u.device).unsqueeze(1)
-            found.append(torch.stack([flat(row.values()) for row in pull(*units)]))
-        return torch.stack(found)
-
-    def no_vectorizing(self, w: Tensor, x: Tensor) -> str:
-        """Why J of some examples at once is not to be had, or not right; else empty.
-
-        Some operations of torch (``cdist``) are silently wrong under ``vmap``.
-        """
-        try:
-            found = self.dense(w, x, vectorized=True)
-        except RuntimeError as error:
-            return first_line(error)
-        expected = self.dense(w, x, vectorized=False)
-        off = float((found - expected).abs().max())
-        if off <= _tolerance(w) * float(expected.abs().max()):
-            return ""
-        return "torch's vectorized derivative of it is wrong"
-
-
-def _tolerance(like: Tensor) -> float:
+def tolerance_of(like: Tensor) -> float:
     """Relative difference of two ways to a product that rounding may make."""
     return 1e-9 if like.dtype == torch.float64 else 1e-3
 
@@ -317,108 +273,6 @@ def leaves_at(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def flat(tensors: Iterable[Tensor]) -> Tensor:
     """One vector of all entries, detached and copied."""
     return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-Weighted = Sequence[tuple[Tensor, float]]
-"""Flat weights (P,) and what the Jacobian at them counts."""
-
-
-@final
-class Rows:
-    r"""Weighted sums over weights of the Jacobian of some inputs, written into given memory.
-
-    Matrices of this size are large: to allocate one costs about as much as to multiply with it. A
-    quadrature over weights is one product per layer, :math:`\sum_j b_j\, \delta_j a_j^T`, of the
-    factors at all of its nodes. Per-example gradients in factors are an order of magnitude faster
-    than ``torch.func``. They are tried on a few examples first; a model for which they differ, or
-    are not to be had without a warning, is left to ``torch.func``.
-
-    Args:
-        jacobian: of a model whose weights are of one real dtype.
-        dense: J (b·k, P) at flat weights for inputs (b, ...), where factors are not to be had.
-        w: flat weights for the trial.
-        x: examples for it.
-    """
-
-    def __init__(
-        self, jacobian: Jacobian, dense: Callable[[Tensor, Tensor], Tensor], w: Tensor, x: Tensor
-    ) -> None:
-        self.jacobian, self.dense = jacobian, dense
-        self.plan: Plan | None = None
-        self.factored = True
-        self.factored = self._agree(w, x)
-
-    def _agree(self, w: Tensor, x: Tensor) -> bool:
-        """Whether factors can be had, and give the same."""
-        if len(x) < 2:
-            return False
-        expected, found = self.dense(w, x), torch.empty(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            try:
-                leaves = leaves_at(self.jacobian.named(w))
-                self.plan = learn_plan(
-                    lambda some: 1.0 * self.jacobian(x[some], leaves),
-                    leaves,
-                    examples=len(x),
-                    size=len(x),
-                )
-                found = torch.empty_like(expected)
-                self._write(found, [(w, 1.0)], x)
-            except (Warning, RuntimeError, ValueError, TypeError, NotImplementedError):
-                return False
-        scale = float(expected.abs().max())
-        tolerance = 1e-10 if w.dtype == torch.float64 else 1e-4
-        return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
-
-    def write(self, out: Tensor, at: Weighted, x: Tensor) -> Tensor:
-        """Fill ``out`` (b·k, P) for inputs (b, ...), and return it."""
-        rows = len(out) // len(x)
-        for part in chunks(len(x), max(2, JACOBIAN_BYTES // (rows * out[0].nbytes))):
-            self._write(out[part.start * rows : part.stop * rows], at, x[part])
-        return out
-
-    def _write(self, out: Tensor, at: Weighted, x: Tensor) -> None:
-        if not self.factored or len(x) < 2:
-            for i, (w, weight) in enumerate(at):
-                rows = self.dense(w, x)
-                out.copy_(rows.mul_(weight)) if i == 0 else out.add_(rows, alpha=weight)
-            return
-        terms: dict[str, list[Term]] = {}
-        for w, weight in at:
-            for name, found in self._factors(w, weight, x).terms.items():
-                terms.setdefault(name, []).extend(found)
-        params, rows = self.jacobian.params, out.view(len(x), -1, out.shape[1])
-        whole = Factors(terms, params, examples=len(x), values=rows.shape[1])
-        places = rows.split([p.numel() for p in params.values()], dim=2)
-        for name, place in zip(params, places, strict=True):
-            _fill(place, whole.terms.get(name, []))
-
-    def _factors(self, w: Tensor, weight: float, x: Tensor) -> Factors:
-        leaves, jacobian = leaves_at(self.jacobian.named(w)), self.jacobian
-        with torch.enable_grad():
-            return jacobian.holding(
-                leaves, lambda: capture(weight * jacobian(x, leaves), leaves, plan=self.plan)
-            )
-
-
-def _fill(place: Tensor, terms: list[Term]) -> None:
-    """Write the sum of terms to (b, k, entries of a parameter)."""
-    if not terms:
-        place.zero_()
-    for i, term in enumerate(terms):
-        if isinstance(term, Outer) and not isinstance(term.activation, OneHot):
-            for k in range(place.shape[1]):
-                factors = (term.cotangent[:, k].mT, term.activation)
-                left, right = (
-                    (term.activation.mT, term.cotangent[:, k]) if term.flipped else factors
-                )
-                shape = (left.shape[1], right.shape[2])
-                place[:, k].unflatten(1, shape).baddbmm_(left, right, beta=int(i > 0))
-        elif i == 0:
-            place.copy_(term.dense())
-        else:
-            place.add_(term.dense())
 
 
 @contextlib.contextmanager

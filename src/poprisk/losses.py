@@ -77,7 +77,9 @@ def hessian(loss: PerExampleLoss, u: Tensor, y: Tensor) -> Tensor:
 
 
 def hessian_product(loss: PerExampleLoss, u: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
-    """The Hessian of each example times ``vectors`` (b, c, r), same shape; nothing is formed."""
+    """The Hessian of each example times ``vectors`` (b, c, r), same shape; formed if c < r."""
+    if u[0].numel() < vectors.shape[-1]:
+        return hessian(loss, u, y) @ vectors
     with torch.enable_grad():
         u = u.detach().requires_grad_()
         g = _grad(values(loss, u, y).sum(), u, create_graph=True).reshape(len(u), -1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from poprisk._validate import check_range
 
 
-def generator_of(seed: int) -> torch.Generator:
+def generator_of(seed: int | torch.Generator) -> torch.Generator:
     """A generator that starts from ``seed``; one of torch's, which the last release took, itself.
 
     Raises:

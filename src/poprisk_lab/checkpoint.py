@@ -49,6 +49,7 @@ class Workspace:
     ) -> None:
         self.path, self.earlier, self.product = path, earlier, product
         self.given = given or {}
+        self.on_row: Callable[[dict[str, Any]], None] | None = None
         self._saved_at = time.monotonic()
 
     @property
@@ -92,6 +93,11 @@ class Workspace:
                 with suppress(FileNotFoundError):  # its process is alive, and has finished it
                     if time.time() - left.stat().st_mtime > LEFT_SECONDS:
                         left.unlink()
+
+    def tell(self, row: dict[str, Any]) -> None:
+        """Add a row to the record of the trial while it runs."""
+        if self.on_row is not None:
+            self.on_row(row)
 
     def keep(self, value: Any) -> None:
         """Keep what trials that come after this one need."""

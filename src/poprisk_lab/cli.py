@@ -51,6 +51,7 @@ Setting = Annotated[
     list[str] | None, _option("Argument of the task's function, as in noise=0.2.", "--set")
 ]
 Workers = Annotated[int | None, _option("Processes; one per core if left out.")]
+Fresh = Annotated[bool, _option("Start over: delete what the run directory holds.", "--fresh")]
 Trace = Annotated[bool, _option("Print the whole traceback of an error.", "--traceback")]
 
 
@@ -86,9 +87,7 @@ def compare_command(
     twin: Annotated[
         bool, _option("Estimate every arm's risk without validation data.", "--twin")
     ] = False,
-    fresh: Annotated[
-        bool, _option("Start over: delete what the run directory holds.", "--fresh")
-    ] = False,
+    fresh: Fresh = False,
     trace: Trace = False,
 ) -> None:
     """Train every arm on every seed of TASK and say which generalizes; resumes when repeated."""
@@ -269,26 +268,29 @@ def explain_command(
     seconds: Annotated[float, _option("That the dense operators may take.")] = 60.0,
     setting: Setting = None,
     out: Annotated[Path | None, _option("Directory; runs/explain-TASK if left out.")] = None,
+    workers: Workers = None,
+    fresh: Fresh = False,
     trace: Trace = False,
 ) -> None:
-    """Record a run of TASK and say what it learned, what it trapped and what noise got through."""
-    _check_positive(epochs=epochs)
+    """Say what a run of TASK learned, trapped and let through; resumes when repeated."""
+    _check_positive(epochs=epochs, workers=workers)
     if not seconds > 0:
         _fail(f"--seconds must be positive, but got {seconds:g}.")
     settings = dict(_parse_setting(text) for text in setting or [])
     directory = out or Path("runs") / f"explain-{_slug(task.removesuffix('.py'))}"
     page = directory / "report.html"
-    with _errors(trace=trace):
+    with _errors(trace=trace, resumable=True):
         from poprisk_lab.display import PhaseDisplay, data_table
-        from poprisk_lab.explain import ExplainPlan, explain
+        from poprisk_lab.explain import EXPLANATION, ExplainPlan, explain
         from poprisk_lab.explain.words import headline, table, warnings
         from poprisk_lab.page.explanation import render
-        from poprisk_lab.runner import environment
-        from poprisk_lab.store import replace_text, write_json
+        from poprisk_lab.runner import cores
+        from poprisk_lab.store import Store, replace_text, write_json
 
+        store = Store(directory, EXPLANATION)
         plan = ExplainPlan(task, settings, seed, optimizer, lr, epochs, seconds)
         with PhaseDisplay(console) as display:
-            found = explain(plan, say=display)
+            found = explain(plan, store, workers=workers or cores(), say=display, fresh=fresh)
         for notice in [*found["notices"], *warnings(found)]:
             _say(notice, style="yellow")
         console.print(data_table(table(found)))
@@ -297,7 +299,7 @@ def explain_command(
         with _writing(directory, advice="; choose another with --out"):
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / "explanation.json", found)
-            replace_text(page, render(found, environment(1)))
+            replace_text(page, render(found, store.environment()))
     _say(f"\nReport: {page}")
 
 

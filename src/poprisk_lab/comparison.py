@@ -108,8 +108,8 @@ class Comparison:
         check_device(self.device)
         seed = self.seeds[0]
         task, again = self.make_task(seed), self.make_task(seed)
-        data, start = _fingerprint(self.task, task), self._start(task, seed)
-        if data != _fingerprint(self.task, again):
+        data, start = fingerprint(self.task, task), self._start(task, seed)
+        if data != fingerprint(self.task, again):
             raise TaskError(
                 f"task {self.source} gives other data each time it is made with the same seed; "
                 "draw all of it from torch.Generator().manual_seed(seed), and what differs from "
@@ -127,21 +127,11 @@ class Comparison:
             "format": FORMAT,
             "poprisk": metadata.version("poprisk"),
             "task": {
-                "name": task.name,
-                "source": self.source,
+                **describe_task(self.source, task),
                 "settings": self.settings,
-                "description": task.description,
-                "metric": {
-                    "name": task.scored_by.name,
-                    "higher_is_better": task.scored_by.higher_is_better,
-                    "percent": task.scored_by.percent,
-                },
-                "classification": task.classification,
                 "epochs": task.epochs,
                 "batch_size": task.batch_size,
                 **({"last_batch": rule} if (rule := self._last_batch(task)) else {}),
-                "train_examples": len(task.train[1]),
-                "test_examples": len(task.test[1]),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "data": data,
                 "modules": module_kinds(model),
@@ -222,12 +212,30 @@ class Comparison:
         return next(filter(None, rules), "")
 
 
+def describe_task(source: str, task: Task) -> dict[str, Any]:
+    """A task as pages and records name it."""
+    metric = task.scored_by
+    return {
+        "name": task.name,
+        "source": source,
+        "description": task.description,
+        "metric": {
+            "name": metric.name,
+            "higher_is_better": metric.higher_is_better,
+            "percent": metric.percent,
+        },
+        "classification": task.classification,
+        "train_examples": len(task.train[1]),
+        "test_examples": len(task.test[1]),
+    }
+
+
 def alike(a: dict[str, float], b: dict[str, float]) -> bool:
     """Whether losses before training are those of one model, on whatever processor."""
     return a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=TOL) for k in a)
 
 
-def _fingerprint(source: Source, task: Task) -> str:
+def fingerprint(source: Source, task: Task) -> str:
     """Tells tasks of one name apart: a hash of the data and of the task's file or function."""
     digest = hashlib.sha256()
     clean = () if task.clean is None else (task.clean,)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from poprisk._validate import first_line
+from poprisk._validate import NotAnalysable, first_line
 from poprisk_lab.checkpoint import CheckpointError, Workspace
 from poprisk_lab.store import Record, Row, RunDirectoryError, Store, end_of
 from poprisk_lab.study import Run, Trial, left
@@ -101,6 +101,7 @@ def run_trials(
     Raises:
         TrainingError: if a trial fails; the others up to then are kept.
         TaskError: if the task fails for a seed.
+        NotAnalysable: if a run of the task cannot be followed.
         RunDirectoryError: if a checkpoint is damaged or a record cannot be written.
     """
     waiting = left(trials, store)
@@ -175,13 +176,18 @@ def _do(
 ) -> None:
     """Do one trial."""
     started = time.monotonic()
+
+    def tell(row: Row) -> None:
+        record.append(row)
+        on_row(row)
+
+    workspace.on_row = tell
     try:
         found = run(trial.settings, workspace)
         if isinstance(found, dict):
             found = [{"event": "end", "seconds": time.monotonic() - started, "found": found}]
         for row in found:
-            record.append(row)
-            on_row(row)
+            tell(row)
     except Exception as error:
         told = _told(trial, error)
         record.append({"event": "failed"})  # so that others need not wait for it
@@ -190,7 +196,7 @@ def _do(
 
 
 def _told(trial: Trial, error: Exception) -> Exception:
-    if isinstance(error, (TaskError, RunDirectoryError)):
+    if isinstance(error, (TaskError, RunDirectoryError, NotAnalysable)):
         return error
     if isinstance(error, CheckpointError):
         return RunDirectoryError(str(error))

@@ -53,6 +53,7 @@ class Kind(NamedTuple):
             second, in a few words each.
         extend: the configuration to keep when the first goes on as the second.
         anew: how to begin from the start, where a directory holds something else.
+        files: that versions before wrote without a record; they keep no directory from being used.
     """
 
     keys: frozenset[str]
@@ -60,6 +61,7 @@ class Kind(NamedTuple):
     differences: Callable[[Config, Config], list[str]] = differing_keys
     extend: Callable[[Config, Config], Config] = lambda found, wanted: found
     anew: str = "choose another directory with --out"
+    files: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -161,11 +163,12 @@ class Store:
         """
         config = self._read_json("config.json")
         known = isinstance(config, dict) and config.get("format") == FORMAT
-        if known and "audit" in config and "audit" not in self.kind.keys:
-            raise RunDirectoryError(
-                f"{self.path} holds an audit, whose page is its report.html; repeat its "
-                "poprisk audit command to write it again."
-            )
+        for command, what in (("audit", "an audit"), ("explain", "an explanation")):
+            if known and command in config and command not in self.kind.keys:
+                raise RunDirectoryError(
+                    f"{self.path} holds {what}, whose page is its report.html; repeat its "
+                    f"poprisk {command} command to write it again."
+                )
         if not known or not self.kind.keys <= config.keys():
             raise RunDirectoryError(
                 f"{self.path / 'config.json'} is not of format {FORMAT}; it was written by another "
@@ -251,7 +254,7 @@ class Store:
         def left_over(p: Path) -> bool:
             if p.is_dir():
                 return p in (self.checkpoints, self.trials) and not any(p.iterdir())
-            return p.suffix == ".tmp" or p.name == "environment.json"
+            return p.suffix == ".tmp" or p.name in {"environment.json", *self.kind.files}
 
         return self.path.is_dir() and all(left_over(p) for p in self.path.iterdir())
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.results import Metrics, Results, Settings
+from poprisk_lab.results import Metrics, Results, Settings, TrialResult
 from poprisk_lab.store import Row, Store, end_of
 
 
@@ -75,3 +75,9 @@ def left(trials: Sequence[Trial], store: Store) -> list[Trial]:
         if (end_of(rows[trial.name]) is None and not gone & set(trial.needs))
         or (trial.keeps and store.product(trial.name) is None)
     ]
+
+
+def results_of(trials: Sequence[Trial], rows: Mapping[str, Sequence[Row]]) -> Results:
+    """The trials that have ended, by the rows of their records, with what they found."""
+    ends = ((trial, end_of(rows[trial.name])) for trial in trials)
+    return Results(TrialResult(t.settings, end["found"]) for t, end in ends if end is not None)

@@ -18,9 +18,9 @@ WALKS = "test_drift.py::test_known_powers_are_found[1.0]"
 
 MUTATIONS = {
     "decay that grows what was moved": Mutation(
-        "poprisk/path/follow.py",
-        "self.recursion.decayed -= V",
-        "self.recursion.decayed += V",
+        "poprisk/path/recursion.py",
+        "self.moved[rows] -= V",
+        "self.moved[rows] += V",
         DECAYING,
     ),
     "propagator with the wrong sign": Mutation(
@@ -57,16 +57,16 @@ MUTATIONS = {
         "poprisk/path/recursion.py", "_add(r, gain * rule.coupled, z)", "pass", REFERENCE
     ),
     "a factor with the wrong sign": Mutation(
-        "poprisk/jacobian.py",
+        "poprisk/path/jacobian.py",
         "(term.cotangent[:, k].mT, term.activation)",
         "(term.cotangent[:, k].mT, -term.activation)",
         ROWS,
     ),
     "nodes of the quadrature that overwrite each other": Mutation(
-        "poprisk/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
+        "poprisk/path/jacobian.py", "beta=int(i > 0)", "beta=0", ROWS
     ),
     "weights of the quadrature lost": Mutation(
-        "poprisk/jacobian.py", "capture(weight * jacobian", "capture(1.0 * jacobian", REFERENCE
+        "poprisk/path/jacobian.py", "capture(weight * jacobian", "capture(1.0 * jacobian", REFERENCE
     ),
     "windows that overlap the first point": Mutation(
         "poprisk/path/drift.py", "walks[:, ::lag].diff(dim=1)", "walks[:, 1::lag]", WALKS

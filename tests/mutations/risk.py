@@ -70,15 +70,16 @@ MUTATIONS = {
     ),
     "left-out outputs moved towards the label": Mutation(
         "poprisk/risk/local_losses.py",
-        "return outputs + self.gain(dof) * self.gradient",
-        "return outputs - self.gain(dof) * self.gradient",
+        "return outputs + gain * self.gradient",
+        "return outputs - gain * self.gradient",
         LEFT_OUT,
     ),
     "response taken for the gain": Mutation(
         "poprisk/risk/estimate.py",
         "for rows, local_loss, _, gains in parts:\n"
-        "        found[rows] = flat[rows] + gains[1 + errors]",
-        "for rows, local_loss, dof, _ in parts:\n        found[rows] = flat[rows] + dof.dof",
+        "        found[rows] = local_loss.leave_one_out(flat[rows], gains[1 + errors])",
+        "for rows, local_loss, dof, _ in parts:\n"
+        "        found[rows] = local_loss.leave_one_out(flat[rows], dof.dof)",
         RIDGE,
     ),
     "classes counted as free": Mutation(
@@ -95,8 +96,8 @@ MUTATIONS = {
     ),
     "a deleted example keeps its curvature": Mutation(
         "poprisk/risk/loo.py",
-        "kept = share * ~deleted",
-        "kept = share.expand(deleted.shape)",
+        "kept = share * ~gone",
+        "kept = share.expand(gone.shape)",
         RETRAINED,
     ),
     "the momentum of a displacement forgotten": Mutation(
@@ -119,8 +120,8 @@ MUTATIONS = {
     ),
     "a perturbation per example that is not averaged": Mutation(
         "poprisk/risk/gap.py",
-        "probes = perturbations.to(w) / problem.n",
-        "probes = perturbations.to(w)",
+        "for t in twins], -1) / len(y)",
+        "for t in twins], -1)",
         GAP,
     ),
     "parts not drawn together": Mutation(
@@ -131,8 +132,8 @@ MUTATIONS = {
     ),
     "left-out outputs of a part by its first examples": Mutation(
         "poprisk/risk/estimate.py",
-        "found[rows] = flat[rows] + gains",
-        "found[rows] = flat[: len(flat[rows])] + gains",
+        "leave_one_out(flat[rows], gains",
+        "leave_one_out(flat[: len(flat[rows])], gains",
         OWN,
     ),
     "inputs by name not compared": Mutation(

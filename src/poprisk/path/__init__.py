@@ -7,8 +7,9 @@ operators P, Q, W, G, D of the theory, :func:`follow` into their action on a few
 from poprisk._renamed import renamed_names
 from poprisk._validate import NotAnalysable
 from poprisk.optim.step import StepContext, StepRule, realized_update
+from poprisk.path.closure import Closure
 from poprisk.path.follow import Applied, Followed, follow
-from poprisk.path.integrals import Closure, Integrals, integrate, phi_functions
+from poprisk.path.integrals import Integrals, integrate, phi_functions
 from poprisk.path.recorder import Recorder, record
 from poprisk.path.run import Run
 from poprisk.path.trace import CellTrace, QueryParts, split_gradient, trace_cells

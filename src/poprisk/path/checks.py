@@ -50,30 +50,3 @@ def check_probes(probes: Any, shape: tuple[int, int]) -> None:
             f"probes must have shape (n, c, r) = ({shape[0]}, {shape[1]}, r): a starting output "
             f"gradient for each of r vectors; but got {found}."
         )
-
-
-def check_answers(run: Any, recorded: bool) -> None:
-    """Raise unless a run says how each of its steps answers to another gradient.
-
-    Raises:
-        TypeError: if ``run`` is not ``recorded``.
-        NotAnalysable: if it holds no steps, not every step, or not their exact rules.
-    """
-    if not recorded:
-        raise TypeError(
-            "run must be what poprisk.record(...) returns, or the run of a poprisk.Recorder, but "
-            f"got {type(run).__name__}."
-        )
-    if len(run) == 0:
-        raise NotAnalysable("the run holds no step, so nothing has left a trace; record some.")
-    if run.stride > 1:
-        raise NotAnalysable(
-            f"the run was recorded every {run.stride} steps, but what a step answers to another "
-            "gradient needs every step; record with stride=1."
-        )
-    if not run.exact:
-        raise NotAnalysable(
-            f"the preconditioner of {run.optimizer} was read off its steps (realized_update), "
-            "which does not say how a step answers to another gradient; train with an optimizer "
-            "that has an exact rule, or use poprisk.TwinRisk alone."
-        )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from poprisk.path.channel import Channel
-from poprisk.path.integrals import Integrals, relative
+from poprisk.path.closure import relative
+from poprisk.path.integrals import Integrals
 from poprisk.path.problem import Problem
 from poprisk.printing import short_repr
 
@@ -63,16 +64,12 @@ def coupling_matrix(integrals: Integrals, channel: Channel) -> Tensor:
 
 def couple(integrals: Integrals, channel: Channel) -> Coupling:
     r"""Predict the query movement; the affine parts are known and moved across."""
-    A, first, last = coupling_matrix(integrals, channel), *_ends(integrals)
-    train, query = last[0] - first[0], last[1] - first[1]
-    affine = integrals.affine
+    first, last = integrals.snapshots[0], integrals.snapshots[-1]
+    train = last.train_outputs - first.train_outputs
+    query = last.query_outputs - first.query_outputs
+    A, affine = coupling_matrix(integrals, channel), integrals.affine
     moved = A @ (train + affine.train) - affine.query
     return Coupling(A, score(moved, query), score(integrals.frozen @ train, query))
-
-
-def _ends(integrals: Integrals) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    first, last = integrals.snapshots[0], integrals.snapshots[-1]
-    return (first.train_outputs, first.query_outputs), (last.train_outputs, last.query_outputs)
 
 
 def score(movement: Tensor, realized: Tensor) -> Prediction:

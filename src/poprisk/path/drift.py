@@ -17,21 +17,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from poprisk import _validate as checks
-from poprisk._renamed import renamed_arguments
+from poprisk._renamed import renamed_arguments, renamed_names
 from poprisk.intervals import t_interval
 from poprisk.linalg import Estimate
 from poprisk.losses import gradient
-from poprisk.path import NotAnalysable, Run, record
+from poprisk.path import NotAnalysable, Run
 from poprisk.path.checks import check_probes
+from poprisk.path.closure import REMEDY, WARN_ABOVE
 from poprisk.path.coupling import label_response
 from poprisk.path.follow import follow_all
-from poprisk.path.integrals import WARN_ABOVE
 from poprisk.path.recursion import Recursion
 from poprisk.printing import short_html, short_repr
-from poprisk.protocols import PerExampleLoss
 from poprisk.randomness import generator_of
 
 DRAWS = 16
@@ -81,26 +80,6 @@ class Movement(NamedTuple):
     drift: Tensor
     diffusion: Tensor
     walk: Tensor
-
-    __repr__ = short_repr
-
-
-class DriftLaws(NamedTuple):
-    """What :func:`sweep` measured; None where it was not asked for.
-
-    Attributes:
-        drift: power of T in the drift; 1 in theory.
-        diffusion: power of T in the diffusion; 0.5 in theory.
-        batch: power of the batch size in the diffusion; -0.5 in theory.
-        noise: power of n in the label noise that reaches a query point; -0.5 in theory.
-        replicates: seeds behind each interval.
-    """
-
-    drift: Exponent
-    diffusion: Exponent
-    batch: Exponent | None
-    noise: Exponent | None
-    replicates: int
 
     __repr__ = short_repr
 
@@ -160,7 +139,7 @@ def movement(
     sums, walked = list[Tensor](), _Steps(run)
     for k in range(len(run)):
         w, rule, step = run.weights[k].double(), run.rule(k, torch.float64), run.intervals[k]
-        u, pull = problem.pullback(w, x)
+        u, pull = problem.J.pullback(w, x)
         g = gradient(problem.loss, problem.shaped(u), y).reshape_as(u) / problem.n
         sampled = torch.zeros(problem.n, 1, dtype=torch.float64)
         sampled[step.examples] = step.sampling[:, None]
@@ -168,7 +147,7 @@ def movement(
         walked.take(k, both.sum(1, keepdim=True))
         carried = rule.from_momentum * rule.gain / (1 - rule.carry) + rule.from_gradient
         scale = rule.correction * rule.precondition * carried
-        total += problem.jvp(w, x, scale * both)
+        total += problem.J.jvp(w, x, scale * both)
         sums.append(_along(total, directions))
     walked.warn()
     drift, walk = torch.stack(sums).unbind(-1)
@@ -186,10 +165,9 @@ class _Steps:
 
     def take(self, k: int, gradient: Tensor) -> None:
         """Predict the step of interval ``k`` from the gradient (P, 1) of its batch."""
-        w, end = (self.run.weights[i].to(gradient).unsqueeze(1) for i in (k, k + 1))
-        self.recursion.decayed = w
-        step = -self.recursion.step(self.run.rule(k, torch.float64), gradient)[1]
-        realized = end - w
+        w, end = (self.run.weights[i].to(gradient) for i in (k, k + 1))
+        rule, realized = self.run.rule(k, torch.float64), (end - w).unsqueeze(1)
+        step = -self.recursion.step(rule, gradient, weights=w)[1]
         self.error += float((step - realized).square().sum())
         self.size += float(realized.square().sum())
 
@@ -222,13 +200,13 @@ def exponents(movements: Sequence[Movement]) -> tuple[Exponent, Exponent]:
     """
     times = movements[0].times
     totals = torch.stack([m.drift + m.diffusion for m in movements])
-    squares, lags = _displacements(movements)
+    squares, lags = displacements(movements)
     if len(movements) < 3:
         drift = [slope(times, m.drift.norm(dim=1).tolist()) for m in movements]
         return interval(drift), interval([slope(lags, row.sqrt().tolist()) for row in squares])
     return (
         jackknife(lambda kept: slope(times, _common(totals[kept])), len(movements)),
-        jackknife(lambda kept: slope(lags, _root_mean(squares[kept])), len(movements)),
+        jackknife(lambda kept: slope(lags, root_mean(squares[kept])), len(movements)),
     )
 
 
@@ -240,7 +218,7 @@ def jackknife(statistic: Callable[[Tensor], float], count: int) -> Exponent:
     return interval([count * whole - (count - 1) * part for part in parts])
 
 
-def _displacements(movements: Sequence[Movement]) -> tuple[Tensor, list[int]]:
+def displacements(movements: Sequence[Movement]) -> tuple[Tensor, list[int]]:
     """Mean squared displacement of the noise over windows of each length, (R, lags)."""
     steps = len(movements[0].walk)
     longest = max(steps // 4, min(2, steps))
@@ -251,7 +229,8 @@ def _displacements(movements: Sequence[Movement]) -> tuple[Tensor, list[int]]:
     return torch.stack(columns, dim=1), lags
 
 
-def _root_mean(squares: Tensor) -> list[float]:
+def root_mean(squares: Tensor) -> list[float]:
+    """Roots of squares (R, k), averaged over replicates."""
     return squares.mean(0).sqrt().tolist()
 
 
@@ -264,7 +243,7 @@ def _common(totals: Tensor) -> list[float]:
 
 
 @renamed_arguments(generator="seed")
-def fitted_noise(run: Run, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+def fitted_noise(run: Run, *, draws: int = DRAWS, seed: int | torch.Generator = 0) -> Estimate:
     r"""Root mean square movement of a query output per unit of label noise, :math:`\sqrt{gain}`.
 
     The noise is isotropic and follows the recorded run; see
@@ -273,57 +252,22 @@ def fitted_noise(run: Run, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     Args:
         run: a recorded run.
         draws: noise vectors to follow.
-        seed: of the noise.
+        seed: of the noise; or a generator, which goes on from where it is.
     """
     checks.check_positive("draws", draws)
-    return _fitted_noise(run, draws, generator_of(seed))
-
-
-def _fitted_noise(run: Run, draws: int, generator: torch.Generator) -> Estimate:
+    generator = generator_of(seed)
     began = time.perf_counter()
     problem = run.problem.to(torch.float64)
-    u = problem.values(run.weights[0].double(), problem.train[0])
+    u = problem.J.values(run.weights[0].double(), problem.train[0])
     noise = torch.randn(*u.shape, draws, generator=generator, dtype=torch.float64)
     probes = label_response(problem, u) @ noise
-    moved = follow_all(run, probes, dtype=torch.float64)[0].query
-    squares = moved.square().mean((0, 1))
+    applied, closure = follow_all(run, probes, dtype=torch.float64)
+    closure.warn(REMEDY, stacklevel=3)
+    squares = applied.query.square().mean((0, 1))
     value = float(squares.mean().sqrt())
     spread = float(squares.std()) / math.sqrt(draws) if draws > 1 else math.nan
     error = spread / (2 * value) if value > 0 else math.nan
     return Estimate.of(value, error, run.trainings(time.perf_counter() - began))
-
-
-class Recipe(NamedTuple):
-    """How :func:`sweep` makes a run: plain SGD on the first n examples.
-
-    Attributes:
-        model: makes a model, the same each time for one random seed.
-        loss: per example, or a name.
-        train: inputs and targets.
-        query: inputs of the query points.
-        lr: learning rate.
-        steps: of each run.
-        replace: draw batches with replacement (i.i.d.), or pass over shuffled data.
-    """
-
-    model: Callable[[], nn.Module]
-    loss: str | PerExampleLoss
-    train: tuple[Tensor, Tensor]
-    query: Tensor
-    lr: float = 0.01
-    steps: int = 64
-    replace: bool = True
-
-    __repr__ = short_repr
-
-    def run(self, batch_size: int, n: int, seed: int) -> Run:
-        """Record one run."""
-        torch.manual_seed(0)
-        model = self.model().double()
-        x, y = (t[:n].double() if t.is_floating_point() else t[:n] for t in self.train)
-        sgd = torch.optim.SGD(model.parameters(), lr=self.lr)
-        batches = draw_batches(n, batch_size, self.steps, seed, replace=self.replace)
-        return record(model, self.loss, sgd, batches, self.query.double(), train=(x, y))
 
 
 @renamed_arguments(generator="seed")
@@ -338,46 +282,7 @@ def draw_batches(n: int, batch_size: int, steps: int, seed: int, *, replace: boo
     return found[:steps]
 
 
-def sweep(
-    recipe: Recipe,
-    *,
-    batch_sizes: Sequence[int] = (8,),
-    sizes: Sequence[int] | None = None,
-    seeds: Sequence[int] = range(8),
-) -> DriftLaws:
-    """Measure the powers of T, of the batch size and of n.
-
-    Args:
-        recipe: how a run is made.
-        batch_sizes: the first is the one whose powers of T are fitted; several give the power of
-            the batch size.
-        sizes: training examples of the sweep over n; None: no such sweep.
-        seeds: replicates, which differ in their batches only.
-
-    Raises:
-        TypeError, ValueError: for a batch size or a size that is no positive integer.
-    """
-    for name, given in (("batch_sizes", batch_sizes), ("sizes", sizes or ())):
-        for value in given:
-            checks.check_positive(name, value)
-    n = len(recipe.train[0])
-    by_batch = {b: [movement(recipe.run(b, n, s)) for s in seeds] for b in batch_sizes}
-    drift, diffusion = exponents(by_batch[batch_sizes[0]])
-    batch = noise = None
-    if len(batch_sizes) > 1:
-        squares = torch.stack([_displacements(m)[0].mean(1) for m in by_batch.values()], dim=1)
-        batch = jackknife(lambda kept: slope(batch_sizes, _root_mean(squares[kept])), len(seeds))
-        batch = batch._replace(cost=float(len(seeds) * len(batch_sizes)))
-    if sizes is not None:
-        noise = interval([slope(sizes, _noise_by_size(recipe, sizes, s)) for s in seeds])
-        noise = noise._replace(cost=float(len(seeds) * len(sizes)))
-    return DriftLaws(drift, diffusion, batch, noise, len(seeds))
-
-
-def _noise_by_size(recipe: Recipe, sizes: Sequence[int], seed: int) -> list[float]:
-    """Label noise fitted with each number of examples, a draw of the data."""
-    generator = generator_of(seed)
-    order = torch.randperm(len(recipe.train[0]), generator=generator)
-    x, y = (t[order] for t in recipe.train)
-    runs = (recipe._replace(train=(x, y)).run(n, n, seed) for n in sizes)
-    return [_fitted_noise(run, DRAWS, generator).value for run in runs]
+LAWS = "poprisk_lab.studies.drift_laws"
+__getattr__ = renamed_names(
+    __name__, sweep=f"{LAWS}.sweep", Recipe=f"{LAWS}.Recipe", DriftLaws=f"{LAWS}.DriftLaws"
+)

@@ -14,7 +14,7 @@ from torch import Tensor
 from poprisk import _validate as checks
 from poprisk import losses
 from poprisk.path.checks import check_probes
-from poprisk.path.integrals import REMEDY, Closure, relative
+from poprisk.path.closure import Closure, relative
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, averaged, composite, gauss
 from poprisk.path.recursion import Recursion
@@ -148,13 +148,11 @@ def follow_all(run: Run, probes: Tensor, **settings: Any) -> tuple[Applied, Clos
     """
     check_probes(probes, (run.problem.n, run.problem.c))
     w = run.weights[0].to(settings.get("dtype") or run.weights.dtype)
-    problem, r = run.problem.to(w.dtype), probes.shape[-1]
-    g = problem.output_gradient(problem.values(w, problem.train[0]))
-    rest = g - probes.to(w.dtype).sum(-1)
-    followed = follow(run, torch.cat([probes.to(w.dtype), rest.unsqueeze(-1)], -1), **settings)
-    closure = followed.closure()
-    closure.warn(REMEDY, stacklevel=3)
-    return Applied(*(t[..., :r] for t in followed.applied)), closure
+    problem, probes, r = run.problem.to(w.dtype), probes.to(w), probes.shape[-1]
+    g = problem.output_gradient(problem.J.values(w, problem.train[0]))
+    rest = (g - probes.sum(-1)).unsqueeze(-1)
+    followed = follow(run, torch.cat([probes, rest], -1), **settings)
+    return Applied(*(t[..., :r] for t in followed.applied)), followed.closure()
 
 
 class _March:
@@ -164,7 +162,7 @@ class _March:
         self, run: Run, probes: Tensor, dtype: torch.dtype, nodes: Nodes, *, decaying: bool
     ) -> None:
         self.run, self.nodes, self.dtype = run, nodes, dtype
-        self.problem = p = run.problem.to(dtype)
+        self.problem = run.problem.to(dtype)
         self.affine = has_affine_part(run)
         X = probes.to(dtype)
         self.X = torch.cat([X, torch.zeros_like(X[..., :1])], -1) if self.affine else X
@@ -172,12 +170,9 @@ class _March:
         self.w = self.origin = run.weights[0].to(dtype)
         self.recursion = Recursion.of_run(run, r, dtype)
         self.decaying = self.affine and decaying
-        if not self.affine:
-            self.recursion.decayed = self.w.new_empty(p.size, 0)
         if self.decaying:  # the weights as the sum of what each column made of them
-            own = torch.zeros_like(self.recursion.momentum)
-            own[:, -1] = self.w
-            self.recursion.decayed = own
+            self.recursion.moved = torch.zeros_like(self.recursion.momentum)
+            self.recursion.moved[:, -1] = self.w
         self.u, self.v = self._outputs()
         self.u0 = self.u
         self.D, self.G = torch.zeros_like(self.X), torch.zeros(*self.v.shape, r, dtype=dtype)
@@ -188,7 +183,7 @@ class _March:
 
     def _outputs(self) -> tuple[Tensor, Tensor]:
         parts = [
-            torch.cat([self.problem.values(self.w, part) for part in x.split(1024)])
+            torch.cat([self.problem.J.values(self.w, part) for part in x.split(1024)])
             for x in (self.problem.train[0], self.problem.query[0])
         ]
         return parts[0], parts[1]
@@ -202,27 +197,23 @@ class _March:
         run, interval, rule = self.run, self.run.intervals[k], self.run.rule(k, self.dtype)
         rows, end = interval.examples, run.weights[k + 1].to(self.dtype)
         w = self.w if rule.steps == 1 else (self.w + end) / 2
-        u, pull = self.problem.pullback(w, self.problem.train[0][rows])
+        u, pull = self.problem.J.pullback(w, self.problem.train[0][rows])
         X = self.X[rows] if self.fresh else self._at(rows, w, u)
         gradient = pull(interval.sampling.to(self.dtype)[:, None, None] * X)
-        if self.affine and not self.decaying:
-            self.recursion.decayed = w.unsqueeze(1)
-        V = self.recursion.step(rule, gradient)[1]
-        if self.decaying:
-            self.recursion.decayed -= V
-        self.moved += V
+        weights = w if self.affine and not self.decaying else None
+        self.moved += self.recursion.step(rule, gradient, weights=weights)[1]
         self.w, self.fresh, self.steps = end, False, self.steps + rule.steps
 
     def _at(self, rows: Tensor, w: Tensor, u: Tensor) -> Tensor:
         """Columns of the batch at ``w``: what they were at the last refresh, moved since."""
-        moved = self.problem.jvp((self.origin + w) / 2, self.problem.train[0][rows], self.moved)
+        moved = self.problem.J.jvp((self.origin + w) / 2, self.problem.train[0][rows], self.moved)
         return self.X[rows] - _curved(self.problem, self.u[rows], u, moved, rows)
 
     def refresh(self) -> None:
         """Move all outputs along the chord since the last time."""
         before, chord, problem = self.u, (self.origin, self.w), self.problem
         moved, seen = (
-            averaged(lambda a, x=x: problem.jvp(torch.lerp(*chord, a), x, self.moved), self.nodes)
+            averaged(lambda a, x=x: problem.J.jvp(torch.lerp(*chord, a), x, self.moved), self.nodes)
             for x in (problem.train[0], problem.query[0])
         )
         self.u, self.v = self._outputs()

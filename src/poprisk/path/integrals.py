@@ -7,8 +7,6 @@ THEORY §3 (ours).
 
 from __future__ import annotations
 
-import math
-import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,58 +16,17 @@ from torch import Tensor
 from poprisk._renamed import renamed_arguments
 from poprisk.optim.step import StepRule
 from poprisk.path.checks import check_memory
-from poprisk.path.quadrature import (
-    Nodes,
-    PathJacobian,
-    average_gradient,
-    average_hessian,
-    composite,
-)
+from poprisk.path.closure import REMEDY, Closure, relative
+from poprisk.path.quadrature import PathJacobian, average_gradient, average_hessian, composite
 from poprisk.path.recursion import Recursion
 from poprisk.path.run import Run
 from poprisk.printing import short_repr
 from poprisk.protocols import ProgressCallback
 
-WARN_ABOVE = 1e-2
-REMEDY = (
-    "Refine kinks (refine=1e-4), use segments=, or record every step (stride=1); gradients that "
-    "were clipped or masked do that too."
-)
 MAX_MEMORY = 3 * 2**30
 BLOCK = 2**21
 """Entries of a piece of the matrices of P rows: temporaries of this size stay near the processor,
 and their memory is used again, where a fresh matrix of P rows would cost as much as a product."""
-
-
-class Closure(NamedTuple):
-    """Relative mismatch between what the operators predict and what happened.
-
-    Attributes:
-        train: of the displacement of the training outputs.
-        query: of the displacement of the query outputs.
-        gradient: of the final output gradient.
-    """
-
-    train: float
-    query: float
-    gradient: float
-
-    __repr__ = short_repr
-
-    @property
-    def worst(self) -> float:
-        """The largest of them; NaN if one is."""
-        return math.nan if any(map(math.isnan, self)) else max(self)
-
-    def warn(self, advice: str, stacklevel: int) -> None:
-        """Warn where the operators do not predict what happened, and say what to do about it."""
-        if not self.worst <= WARN_ABOVE:
-            warnings.warn(
-                f"the path operators are off by {self.worst:.2g}: the realized movement is not "
-                f"what they predict. {advice}",
-                RuntimeWarning,
-                stacklevel=stacklevel + 1,
-            )
 
 
 class Affine(NamedTuple):
@@ -209,31 +166,20 @@ def integrate(
         "model, or raise max_memory=.",
     )
     nodes = composite(quadrature, segments)
-    with torch.inference_mode(False):
-        result = _walked(run, nodes, refine, snapshots, progress)
-    result.closure.warn(REMEDY, stacklevel=3)
-    return result
-
-
-def _walked(
-    run: Run,
-    nodes: Nodes,
-    refine: float | None,
-    snapshots: int,
-    progress: ProgressCallback | None,
-) -> Integrals:
-    """Go along a run, keeping some of its moments."""
-    walk = _Walk(run, PathJacobian(run.problem.to(torch.float64), nodes, refine=refine))
     count = min(max(snapshots, 2), len(run) + 1)
     kept = {round(i * len(run) / (count - 1)) for i in range(count)}
-    for k in range(len(run)):
-        if k in kept:
-            walk.snapshot(run.steps * k // len(run))
-        walk.advance(k)
-        if progress is not None:
-            progress(k + 1, len(run))
-    walk.snapshot(run.steps)
-    return walk.result()
+    with torch.inference_mode(False):
+        walk = _Walk(run, PathJacobian(run.problem.to(torch.float64), nodes, refine=refine))
+        for k in range(len(run)):
+            if k in kept:
+                walk.snapshot(run.steps * k // len(run))
+            walk.advance(k)
+            if progress is not None:
+                progress(k + 1, len(run))
+        walk.snapshot(run.steps)
+        result = walk.result()
+    result.closure.warn(REMEDY, stacklevel=3)
+    return result
 
 
 class _Walk:
@@ -264,7 +210,7 @@ class _Walk:
         self.frozen = self._frozen()
 
     def _outputs(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        return self.problem.values(w, self.x), self.problem.values(w, self.points)
+        return self.problem.J.values(w, self.x), self.problem.J.values(w, self.points)
 
     def _frozen(self) -> Tensor:
         J, J_Q = self._jacobian(self.w, self.inputs, self.J).tensor_split((len(self.X),))
@@ -299,7 +245,7 @@ class _Walk:
 
     def _jacobian(self, w: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """Rows of the Jacobian at ``w``, written to ``out``."""
-        return self.problem.rows.write(out, [(w, 1.0)], x)
+        return self.problem.J.write(out, [(w, 1.0)], x)
 
     def _step(self, rule: StepRule, J: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
         r"""Take a step and return what it moves, (N+Nq, N+1).
@@ -309,12 +255,12 @@ class _Walk:
         """
         columns = pulled.shape[1]
         moved = torch.zeros(len(self.J), columns, dtype=torch.float64)
-        self.recursion.decayed = w.unsqueeze(1)
         size = max(1, BLOCK // columns)
         for start in range(0, len(w), size):
             part = slice(start, start + size)
             some = rule.part(part)
-            R, V = self.recursion.step(some, J[:, part].T, pulled, rows=part)
+            factors = J[:, part].T, pulled
+            R, V = self.recursion.step(some, *factors, weights=w[part], rows=part)
             self._dissipate(R[:, :-1], some)
             moved.addmm_(self.J[:, part], V)
         return moved
@@ -389,7 +335,7 @@ def phi_functions(Z: Tensor) -> tuple[Tensor, Tensor]:
               \varphi_2(Z) = \int_0^1 \varphi_1(\tau Z)\,\tau\, d\tau
 
     Example:
-        >>> [float(phi) for phi in phi_functions(torch.zeros(1, 1))]
+        >>> [round(float(phi), 6) for phi in phi_functions(torch.zeros(1, 1))]
         [1.0, 0.5]
     """
     n = len(Z)
@@ -405,9 +351,3 @@ def _blocks(B: Tensor, X: Tensor) -> Tensor:
     """The block-diagonal (n, c, c) times a matrix (n·c, r)."""
     n, c, _ = B.shape
     return (B @ X.view(n, c, -1)).view(n * c, -1)
-
-
-def relative(predicted: Tensor, realized: Tensor) -> float:
-    """Norm of the difference over the norm of the second; of the first where that is zero."""
-    scale = float(realized.norm())
-    return float((predicted - realized).norm()) / scale if scale > 0 else float(predicted.norm())

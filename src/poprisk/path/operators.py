@@ -13,16 +13,15 @@ from poprisk import _validate as checks
 from poprisk._renamed import renamed_arguments, renamed_attributes
 from poprisk.path import four_cells as parts
 from poprisk.path.channel import TOLERANCES, Channel, Spectrum
+from poprisk.path.closure import REMEDY, Closure, relative
 from poprisk.path.coupling import Coupling, NoiseGain, couple, noise_gain
 from poprisk.path.follow import Applied, follow_all
 from poprisk.path.integrals import (
     MAX_MEMORY,
     Accounting,
     Affine,
-    Closure,
     Integrals,
     integrate,
-    relative,
 )
 from poprisk.path.quadrature import composite
 from poprisk.path.run import Run
@@ -154,13 +153,15 @@ class PathOperators:
 
         Warns where the run does not close, as the dense operators do.
         """
-        return follow_all(
+        applied, closure = follow_all(
             self.run,
             probes,
             quadrature=self.quadrature,
             segments=self.segments,
             progress=self.progress,
-        )[0]
+        )
+        closure.warn(REMEDY, stacklevel=2)
+        return applied
 
     def four_cells(self, clean_targets: Tensor, *, tol: float = 1e-6) -> parts.FourCells:
         """Split movement of the query outputs, and test error, into the four cells.

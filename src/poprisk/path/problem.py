@@ -1,31 +1,22 @@
-r"""What a run trains: outputs as a function of flat weights, their Jacobian, the loss, the data."""
+r"""What a run trains: the model, whose outputs are a function of flat weights, loss and data."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import jacrev, vmap
 
 from poprisk import losses
 from poprisk._validate import NotAnalysable, first_line
 from poprisk.evaluation import evaluating
-from poprisk.jacobian import JACOBIAN_BYTES, Jacobian, Rows, flat
+from poprisk.jacobian import Jacobian, flat
+from poprisk.path.jacobian import FlatJacobian
 from poprisk.printing import brief, described
 from poprisk.protocols import PerExampleLoss
-
-CHUNK = 1024
-"""Examples whose products with the Jacobian are computed at once."""
-
-TRIED = 4
-"""Examples on which factors must give the rows that ``torch.func`` gives."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,7 @@ class Problem:
         if self.parameters and dtype != self.parameters[0].dtype:
             with evaluating(made.model, eval_mode=False):
                 try:
-                    made.values(flat(made.parameters), made.train[0][:2])
+                    made.J.values(flat(made.parameters), made.train[0][:2])
                 except (RuntimeError, TypeError, ValueError) as error:
                     raise NotAnalysable(
                         f"the model does not run in {dtype} ({first_line(error)}), which dense "
@@ -124,103 +115,11 @@ class Problem:
         return made
 
     @cached_property
-    def _jacobian(self) -> Jacobian:
+    def J(self) -> FlatJacobian:
+        """Outputs as a function of flat weights, and their Jacobian."""
         params = dict(zip(self.names, self.parameters, strict=True))
-        return Jacobian(self.model, params, written=self.written)
-
-    def outputs(self, w: Tensor, x: Tensor) -> Tensor:
-        """Outputs of inputs ``x`` (b, ...) at flat weights ``w`` (P,), as (b, c)."""
-        return self._jacobian(x, self._jacobian.named(w))
-
-    def elsewhere(self) -> Tensor:
-        """Weights (P,) that the private copy does not have, to see whether it uses its own."""
-        w = flat(self.parameters)
-        return 1.1 * w + 0.01 * w.abs().mean()
-
-    def values(self, w: Tensor, x: Tensor) -> Tensor:
-        """Like :meth:`outputs`, without a graph."""
-        with torch.inference_mode(False):
-            w = w.clone() if w.is_inference() else w.detach()
-        return self._jacobian.values(x, self._jacobian.named(w))
-
-    def jacobian(self, w: Tensor, x: Tensor) -> Tensor:
-        r""":math:`J = \partial u/\partial w` of inputs (b, ...), as (b·c, P)."""
-        if self.no_vectorizing:
-            warnings.warn(
-                f"the model cannot be vectorized over examples ({self.no_vectorizing}); Jacobians "
-                "are computed row by row, which is slow.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        parts = x.split(self._chunk(w))
-        vectorized, w = not self.no_vectorizing, w.detach()
-        rows = [self._jacobian.dense(w, part, vectorized=vectorized) for part in parts]
-        return (rows[0] if len(rows) == 1 else torch.cat(rows)).view(-1, len(w))
-
-    @cached_property
-    def rows(self) -> Rows:
-        """What writes the Jacobian to memory that is there already."""
-        return Rows(self._jacobian, self.jacobian, self.elsewhere(), self.train[0][:TRIED])
-
-    def _chunk(self, w: Tensor) -> int:
-        """Examples whose Jacobian is formed at once."""
-        return max(1, JACOBIAN_BYTES // (self.c * self.size * w.element_size()))
-
-    def each(self, w: Tensor, x: Tensor) -> Tensor:
-        """Outputs (b, c) of inputs (b, ...), each at its own weights (b, P)."""
-        return cast(Tensor, vmap(self._jacobian.one)(w.detach(), x)).detach()
-
-    def jacobians(self, w: Tensor, x: Tensor) -> Tensor:
-        """Jacobians (b, c, P) of inputs (b, ...), each at its own weights (b, P)."""
-        return cast(Callable[..., Tensor], vmap(jacrev(self._jacobian.one)))(w, x)
-
-    def jvp(self, w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
-        """The Jacobian times ``vectors`` (P, r), as (b, c, r), without forming it."""
-        if self.no_forward_mode:
-            warnings.warn(
-                f"{self.no_forward_mode}; Jacobians are formed instead, which is slow. Write that "
-                "part of the model with other operations of torch to be fast.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            parts = [self.jacobian(w, part) @ vectors for part in x.split(self._chunk(w))]
-            return torch.cat(parts).view(len(x), self.c, -1)
-        return torch.cat([self._forward(w, part, vectors) for part in x.split(CHUNK)])
-
-    def _forward(self, w: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
-        at, named = self._jacobian.named(w), self._jacobian.named
-
-        def product(v: Tensor) -> Tensor:
-            return self._jacobian.pushforward(x, at, named(v))
-
-        return cast(Tensor, vmap(product, in_dims=1, out_dims=-1)(vectors)).detach()
-
-    @cached_property
-    def no_forward_mode(self) -> str:
-        """Why the model has no forward-mode derivative; empty if it has one, and the right one."""
-        w, x = self.elsewhere(), self.train[0][:2]
-
-        def product(row: dict[str, Tensor]) -> Tensor:
-            return self._forward(w, x, flat(row.values()).unsqueeze(1)).squeeze(-1)
-
-        return self._jacobian.flaw_of(product, x, self._jacobian.named(w))
-
-    @cached_property
-    def no_vectorizing(self) -> str:
-        """Why per-example Jacobians by ``vmap`` are not to be had, or not right; else empty."""
-        # More than one example, and as many as nothing else is likely to be.
-        some = self.train[0][torch.arange(5) % self.n]
-        return self._jacobian.no_vectorizing(self.elsewhere(), some)
-
-    def pullback(self, w: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Outputs (b, c), and the transposed Jacobian as a map from (b, c, r) to (P, r)."""
-        u, by_name = self._jacobian.pullback(x, self._jacobian.named(w))
-
-        def pull(vectors: Tensor) -> Tensor:
-            columns = by_name(*vectors.unbind(-1))
-            return torch.stack([flat(column.values()) for column in columns], dim=1)
-
-        return u.detach(), pull
+        jacobian = Jacobian(self.model, params, written=self.written)
+        return FlatJacobian(jacobian, self.train[0], self.c)
 
     def shaped(self, u: Tensor) -> Tensor:
         """Outputs (b, c) in the shape that the loss takes."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +16,16 @@ from torch.optim import Optimizer
 from poprisk import _validate as checks
 from poprisk._renamed import renamed_arguments
 from poprisk._validate import NotAnalysable
-from poprisk.dtensor import is_sharded
 from poprisk.evaluation import evaluating
 from poprisk.jacobian import flat
 from poprisk.losses import gradient, resolve_loss
 from poprisk.optim.step import Rule, StepContext, StepRule, describe
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.checks import check_indices, named
-from poprisk.path.problem import Problem, digest_of, private_copy
 from poprisk.path.run import Run, StepInterval
 from poprisk.path.store import Storage
-from poprisk.path.trial import (
-    EXAMPLES,
-    Surroundings,
-    same_outputs,
-    try_loss,
-    try_outputs,
-    try_query,
-    try_weights,
-)
+from poprisk.path.surroundings import Surroundings
+from poprisk.path.trial import check_model, check_unhooked, same_outputs, tried_problem
 from poprisk.printing import described
 from poprisk.protocols import PerExampleLoss, ProgressCallback
 
@@ -110,11 +101,11 @@ class Recorder:
                 "the module that holds all of them."
             )
         self.names, self.params = tuple(own), list(own.values())
-        _check_model(model, own)
+        check_model(model, own)
         points = (train[0], None) if query is None else query
         x, y = points if isinstance(points, (tuple, list)) else (points, None)
         with torch.inference_mode(False), torch.enable_grad():
-            self.problem, free = _problem(model, resolve_loss(loss), self.names, train, (x, y))
+            self.problem, free = tried_problem(model, resolve_loss(loss), self.names, train, (x, y))
         self.surroundings = Surroundings(model, self.problem.model, self.names, free)
         storage = Storage(max_memory, directory)
         self.weights = storage.table("weights")
@@ -274,7 +265,7 @@ class Recorder:
         self._check_alternating(self._taken is None)
         self._check_untouched()
         self._check_surroundings(thorough=_is_due(self.count + 1))
-        _check_unhooked(dict(zip(self.names, self.params, strict=True)))
+        check_unhooked(dict(zip(self.names, self.params, strict=True)))
         groups = {p: g for g in optimizer.param_groups for p in g["params"]}
         trained, now = set(self.params), set(self._trained())
         if now - trained or trained - set(groups):
@@ -344,7 +335,7 @@ class Recorder:
         rows = batch.to(problem.train[0].device)
         x, y = (t[rows].to(w.device) for t in problem.train)
         with torch.inference_mode(False), evaluating(problem.model, eval_mode=False):
-            u, pull = problem.pullback(w, x)
+            u, pull = problem.J.pullback(w, x)
             g = gradient(problem.loss, problem.shaped(u), y).reshape_as(u) / len(x)
             expected = pull(g.unsqueeze(-1)).squeeze(-1)
         # A parameter without a gradient was left out of the step, and its rule says so.
@@ -383,114 +374,17 @@ class Recorder:
         self.weights.append(flat(self.before))
 
 
-class _Step:
+class _Step(NamedTuple):
     """What one step contributes to an interval."""
 
-    def __init__(self, rules: list[StepRule], examples: Tensor, sampling: Tensor) -> None:
-        self.rules, self.examples, self.sampling = rules, examples, sampling
-
-
-def _check_model(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
-    """Refuse a model whose weights and gradients cannot be read as they are."""
-    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
-    found = [type(m).__name__ for m in model.modules() if type(m).__name__ in wrappers]
-    if found:
-        raise NotAnalysable(
-            f"the model is wrapped in {found[0]}, but recording needs the whole model in one "
-            "process. Under DistributedDataParallel pass the module inside (model.module), and to "
-            "recorder.step() the examples of all processes."
-        )
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if sharded := [n for n, t in tensors.items() if is_sharded(t)]:
-        raise NotAnalysable(
-            f"parameters are spread over processes as DTensors (FSDP2?): {named(sharded)}; "
-            "recording needs the whole model in one process."
-        )
-    lazy = [n for n, t in tensors.items() if nn.parameter.is_lazy(t)]
-    if inference := [n for n, t in tensors.items() if n not in lazy and t.is_inference()]:
-        raise NotAnalysable(
-            f"the model was made under torch.inference_mode(): {named(inference)}; make it "
-            "outside, for such tensors cannot be trained."
-        )
-    if lazy:
-        raise NotAnalysable(
-            f"parameters have no shape yet: {named(lazy)}; call the model once on a batch, make "
-            "the optimizer, and record then."
-        )
-    _check_weights(list(trained.values()))
-    _check_unhooked(trained)
-    if torch.is_autocast_enabled(next(iter(trained.values())).device.type):
-        raise NotAnalysable(
-            "torch.autocast is on, whose rounding hides what single steps do; record outside of "
-            "it, in float32 or float64."
-        )
-
-
-def _check_weights(parameters: list[Tensor]) -> None:
-    """Raise NotAnalysable unless there are real trained weights of one dtype and device."""
-    if not parameters:
-        raise NotAnalysable("the optimizer trains no parameter of the model; pass the same model.")
-    kinds = {(p.dtype, p.device) for p in parameters}
-    if len(kinds) > 1 or not parameters[0].is_floating_point():
-        raise NotAnalysable(
-            f"the trained parameters must be real, of one dtype and on one device, but they are "
-            f"{sorted(map(str, kinds))}; convert the model with model.to(...)."
-        )
-    if parameters[0].dtype in (torch.float16, torch.bfloat16):
-        raise NotAnalysable(
-            f"weights are {parameters[0].dtype}, whose rounding hides single steps; train in "
-            "float32 or float64."
-        )
-
-
-def _check_unhooked(trained: Mapping[str, Tensor]) -> None:
-    """Raise NotAnalysable if hooks stand between the loss and the gradients of parameters."""
-    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    if hooked := [n for n, p in trained.items() if any(getattr(p, h, None) for h in hooks)]:
-        raise NotAnalysable(
-            f"hooks are registered on gradients of {named(hooked)} (a mask, clipping, a step in "
-            "the backward pass?), which the Jacobian does not see; remove them, and freeze with "
-            "requires_grad_(False)."
-        )
+    rules: list[StepRule]
+    examples: Tensor
+    sampling: Tensor
 
 
 def _is_due(step: int) -> bool:
     """Whether what is costly to look at is to be looked at: at steps 1, 2, 4, 8, ..."""
     return step & (step - 1) == 0
-
-
-def _problem(
-    model: nn.Module,
-    loss: PerExampleLoss,
-    names: tuple[str, ...],
-    train: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor | None],
-) -> tuple[Problem, frozenset[str]]:
-    """What is recorded, and the state of the model that may change on the way.
-
-    All that recording and analysing takes is tried once, on a private copy; random numbers are
-    afterwards as they were.
-    """
-    copied = private_copy(model)
-    (x, y), (points, labels) = (_trainable(*train), _trainable(*query))
-    with evaluating(copied, eval_mode=False):
-        some = slice(EXAMPLES)
-        u, free = try_outputs(copied, x[some], x[-EXAMPLES:])
-        try_loss(loss, u, y[some], y)
-        digest = digest_of(x, y, points, labels)
-        shape = tuple(u.shape[1:])
-        written = tuple(name for name, _ in copied.named_buffers() if name in free)
-        data = (x, y), (points, labels)
-        problem = Problem(copied, loss, *data, names, shape, digest, written)
-        try_weights(problem, x[some])
-        try_query(problem)
-    return problem, free
-
-
-def _trainable(*tensors: Tensor | None) -> tuple[Any, Any]:
-    """Tensors that autograd may save; those of inference mode are copied."""
-    first, second = (t.clone() if t is not None and t.is_inference() else t for t in tensors)
-    return first, second
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from poprisk._validate import NotAnalysable
 from poprisk.optim.step import StepRule
 from poprisk.path.problem import Problem
 from poprisk.path.store import VectorTable
@@ -129,3 +130,30 @@ class Run:
                 "closure error says how far."
             )
         return notes
+
+
+def check_answers(run: Any) -> None:
+    """Raise unless a run says how each of its steps answers to another gradient.
+
+    Raises:
+        TypeError: if ``run`` is no recorded run.
+        NotAnalysable: if it holds no steps, not every step, or not their exact rules.
+    """
+    if not isinstance(run, Run):
+        raise TypeError(
+            "run must be what poprisk.record(...) returns, or the run of a poprisk.Recorder, but "
+            f"got {type(run).__name__}."
+        )
+    if len(run) == 0:
+        raise NotAnalysable("the run holds no step, so nothing has left a trace; record some.")
+    if run.stride > 1:
+        raise NotAnalysable(
+            f"the run was recorded every {run.stride} steps, but what a step answers to another "
+            "gradient needs every step; record with stride=1."
+        )
+    if not run.exact:
+        raise NotAnalysable(
+            f"the preconditioner of {run.optimizer} was read off its steps (realized_update), "
+            "which does not say how a step answers to another gradient; train with an optimizer "
+            "that has an exact rule, or use poprisk.TwinRisk alone."
+        )

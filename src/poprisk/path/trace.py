@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poprisk.path.closure import Closure
 from poprisk.path.follow import follow
-from poprisk.path.integrals import Closure
 from poprisk.path.run import Run
 from poprisk.printing import short_html, short_repr
 from poprisk.protocols import ProgressCallback
@@ -87,7 +87,7 @@ def split_gradient(run: Run, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
                 f"{targets.dtype}, but got {form}."
             )
         y = clean.to(w.dtype) if clean.is_floating_point() else clean
-        u = problem.values(w, problem.train[0])
+        u = problem.J.values(w, problem.train[0])
         signal = problem.output_gradient(u, y.clone())
         return signal, problem.output_gradient(u) - signal
 

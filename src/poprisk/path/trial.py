@@ -7,32 +7,128 @@ loss with two derivatives. Whatever is not so is refused here, by name, and not 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from poprisk import losses
 from poprisk._validate import NotAnalysable, check_separate, first_line
-from poprisk.evaluation import evaluating, outputs_of, uncompiled
+from poprisk.dtensor import is_sharded
+from poprisk.evaluation import evaluating, outputs_of
 from poprisk.forward_mode import plain_kernels
 from poprisk.jacobian import flat
 from poprisk.path.checks import named
-from poprisk.path.problem import Problem
+from poprisk.path.problem import Problem, digest_of, private_copy
+from poprisk.path.surroundings import changed, numbers_in, places_in, state_of
 from poprisk.protocols import PerExampleLoss
 
 EXAMPLES = 8
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Relative difference of outputs that rounding may make, by their dtype."""
 
-State = dict[str, list[Any]]
-"""What a model keeps beside its parameters: numbers and tensors by the name of their attribute."""
+
+def check_model(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose weights and gradients cannot be read as they are."""
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+    found = [type(m).__name__ for m in model.modules() if type(m).__name__ in wrappers]
+    if found:
+        raise NotAnalysable(
+            f"the model is wrapped in {found[0]}, but recording needs the whole model in one "
+            "process. Under DistributedDataParallel pass the module inside (model.module), and to "
+            "recorder.step() the examples of all processes."
+        )
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if sharded := [n for n, t in tensors.items() if is_sharded(t)]:
+        raise NotAnalysable(
+            f"parameters are spread over processes as DTensors (FSDP2?): {named(sharded)}; "
+            "recording needs the whole model in one process."
+        )
+    lazy = [n for n, t in tensors.items() if nn.parameter.is_lazy(t)]
+    if inference := [n for n, t in tensors.items() if n not in lazy and t.is_inference()]:
+        raise NotAnalysable(
+            f"the model was made under torch.inference_mode(): {named(inference)}; make it "
+            "outside, for such tensors cannot be trained."
+        )
+    if lazy:
+        raise NotAnalysable(
+            f"parameters have no shape yet: {named(lazy)}; call the model once on a batch, make "
+            "the optimizer, and record then."
+        )
+    _check_weights(list(trained.values()))
+    check_unhooked(trained)
+    if torch.is_autocast_enabled(next(iter(trained.values())).device.type):
+        raise NotAnalysable(
+            "torch.autocast is on, whose rounding hides what single steps do; record outside of "
+            "it, in float32 or float64."
+        )
 
 
-def try_outputs(model: nn.Module, x: Tensor, others: Tensor) -> tuple[Tensor, frozenset[str]]:
+def _check_weights(parameters: list[Tensor]) -> None:
+    """Raise NotAnalysable unless there are real trained weights of one dtype and device."""
+    if not parameters:
+        raise NotAnalysable("the optimizer trains no parameter of the model; pass the same model.")
+    kinds = {(p.dtype, p.device) for p in parameters}
+    if len(kinds) > 1 or not parameters[0].is_floating_point():
+        raise NotAnalysable(
+            f"the trained parameters must be real, of one dtype and on one device, but they are "
+            f"{sorted(map(str, kinds))}; convert the model with model.to(...)."
+        )
+    if parameters[0].dtype in (torch.float16, torch.bfloat16):
+        raise NotAnalysable(
+            f"weights are {parameters[0].dtype}, whose rounding hides single steps; train in "
+            "float32 or float64."
+        )
+
+
+def check_unhooked(trained: Mapping[str, Tensor]) -> None:
+    """Raise NotAnalysable if hooks stand between the loss and the gradients of parameters."""
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    if hooked := [n for n, p in trained.items() if any(getattr(p, h, None) for h in hooks)]:
+        raise NotAnalysable(
+            f"hooks are registered on gradients of {named(hooked)} (a mask, clipping, a step in "
+            "the backward pass?), which the Jacobian does not see; remove them, and freeze with "
+            "requires_grad_(False)."
+        )
+
+
+def tried_problem(
+    model: nn.Module,
+    loss: PerExampleLoss,
+    names: tuple[str, ...],
+    train: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor | None],
+) -> tuple[Problem, frozenset[str]]:
+    """What is recorded, and the state of the model that may change on the way.
+
+    All that recording and analysing takes is tried once, on a private copy; random numbers are
+    afterwards as they were.
+    """
+    copied = private_copy(model)
+    (x, y), (points, labels) = (_trainable(*train), _trainable(*query))
+    with evaluating(copied, eval_mode=False):
+        some = slice(EXAMPLES)
+        u, free = _try_outputs(copied, x[some], x[-EXAMPLES:])
+        _try_loss(loss, u, y[some], y)
+        digest = digest_of(x, y, points, labels)
+        shape = tuple(u.shape[1:])
+        written = tuple(name for name, _ in copied.named_buffers() if name in free)
+        data = (x, y), (points, labels)
+        problem = Problem(copied, loss, *data, names, shape, digest, written)
+        _try_weights(problem, x[some])
+        _try_query(problem)
+    return problem, free
+
+
+def _trainable(*tensors: Tensor | None) -> tuple[Any, Any]:
+    """Tensors that autograd may save; those of inference mode are copied."""
+    first, second = (t.clone() if t is not None and t.is_inference() else t for t in tensors)
+    return first, second
+
+
+def _try_outputs(model: nn.Module, x: Tensor, others: Tensor) -> tuple[Tensor, frozenset[str]]:
     """Outputs of a few examples, and the state that the model writes to but does not read.
 
     Args:
@@ -44,7 +140,7 @@ def try_outputs(model: nn.Module, x: Tensor, others: Tensor) -> tuple[Tensor, fr
         NotAnalysable: unless outputs are one row per example and depend on nothing else.
     """
     weights: dict[str, Any] = dict(model.named_parameters())
-    before = _leaves(weights)
+    before = numbers_in(weights)
     with evaluating(model, eval_mode=False):
         kept = state_of(model)
         whole = _outputs(model, x)
@@ -54,7 +150,7 @@ def try_outputs(model: nn.Module, x: Tensor, others: Tensor) -> tuple[Tensor, fr
         _outputs(model, others)
         always = changed(after_one, state_of(model))
         written = changed(kept, state_of(model))
-        if moved := changed(before, _leaves(weights)) or _renormalized(model):
+        if moved := changed(before, numbers_in(weights)) or _renormalized(model):
             raise NotAnalysable(
                 f"the forward pass writes to parameters, {named(moved)} "
                 "(nn.Embedding(max_norm=...), or an initialization by the first batch?), so they "
@@ -95,7 +191,7 @@ def try_outputs(model: nn.Module, x: Tensor, others: Tensor) -> tuple[Tensor, fr
     return whole, frozenset(written)
 
 
-def try_loss(loss: PerExampleLoss, u: Tensor, y: Tensor, targets: Tensor) -> None:
+def _try_loss(loss: PerExampleLoss, u: Tensor, y: Tensor, targets: Tensor) -> None:
     """Evaluate a loss with its two derivatives on a few outputs, and on all targets once.
 
     Args:
@@ -135,24 +231,27 @@ def try_loss(loss: PerExampleLoss, u: Tensor, y: Tensor, targets: Tensor) -> Non
         ) from error
 
 
-def try_weights(problem: Problem, x: Tensor) -> None:
+def _try_weights(problem: Problem, x: Tensor) -> None:
     """See that outputs follow the flat weights, and have a derivative by them.
 
     Raises:
         NotAnalysable: if not.
     """
-    w, other, params = flat(problem.parameters), problem.elsewhere(), problem.parameters
-    with _set(params, other), evaluating(problem.model, eval_mode=False):
-        expected = _outputs(problem.model, x)
-        with plain_kernels(problem.model), uncompiled():
-            u = problem.model(x)
-            inside = _reentrant(u)
-            if not u.requires_grad:
-                raise _no_reverse_mode("they do not depend on them", inside)
-            u.sum().backward()
+    other, model = problem.J.elsewhere, private_copy(problem.model)
+    params = [p for name, p in model.named_parameters() if name in problem.names]
+    with torch.no_grad():
+        for p, w in zip(params, problem.J.named(other).values(), strict=True):
+            p.copy_(w)
+    with evaluating(model, eval_mode=False), plain_kernels(model):
+        expected = _outputs(model, x)
+        u = model(x)
+        inside = _reentrant(u)
+        if not u.requires_grad:
+            raise _no_reverse_mode("they do not depend on them", inside)
+        u.sum().backward()
         slope = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
     with evaluating(problem.model, eval_mode=False):
-        u = problem.values(other, x)
+        u = problem.J.values(other, x)
         if not _close(u, expected.reshape_as(u)):
             raise NotAnalysable(
                 "the model gives other outputs when torch.func.functional_call puts the same "
@@ -160,13 +259,13 @@ def try_weights(problem: Problem, x: Tensor) -> None:
                 "cache?)."
             )
         try:
-            u, pull = problem.pullback(other, x)
+            u, pull = problem.J.pullback(other, x)
             found = pull(torch.ones_like(u).unsqueeze(-1)).squeeze(-1)
         except (RuntimeError, NotImplementedError) as error:
             raise _no_reverse_mode(first_line(error), inside) from error
     if not _close(found, slope):
         raise _no_reverse_mode("they are not what backward() gives", inside)
-    if w.dtype != torch.float64:
+    if other.dtype != torch.float64:
         try:
             problem.to(torch.float64)
         except NotAnalysable as error:
@@ -178,7 +277,7 @@ def try_weights(problem: Problem, x: Tensor) -> None:
             )
 
 
-def try_query(problem: Problem) -> None:
+def _try_query(problem: Problem) -> None:
     """Evaluate the model on two query points, and the loss on their targets.
 
     Raises:
@@ -213,7 +312,7 @@ def same_outputs(model: nn.Module, problem: Problem, w: Tensor) -> bool:
             module.training = modes.get(name, module.training)
         found = _outputs(model, x)
     with evaluating(problem.model, eval_mode=False):
-        expected = problem.values(w, x)
+        expected = problem.J.values(w, x)
     return _close(found.reshape_as(expected), expected)
 
 
@@ -259,49 +358,6 @@ def _reentrant(u: Tensor) -> bool:
     return False
 
 
-class Surroundings:
-    """All of a model that is not to move in a run: other parameters, and state that it reads.
-
-    Args:
-        model: that is trained.
-        copied: its private copy, which stays as it is.
-        trained: names of the parameters that are to move.
-        free: names of state that may change, for outputs do not read it.
-    """
-
-    def __init__(
-        self, model: nn.Module, copied: nn.Module, trained: tuple[str, ...], free: frozenset[str]
-    ) -> None:
-        self.model, self.copied = model, copied
-        self.left_out = frozenset(trained) | free
-        self.seen: list[tuple[int, int]] = []
-
-    def changed(self, *, thorough: bool = False) -> list[str]:
-        """Names of what is no longer what it was.
-
-        Args:
-            thorough: compare numbers even where no tensor was written to, as far as torch counts.
-        """
-        tensors = self._tensors(self.model)
-        seen = [(id(t), t._version) for t in tensors.values()]
-        if seen == self.seen and not thorough:
-            return []
-        self.seen = seen
-        kept = self._tensors(self.copied)
-        return changed(_leaves(kept), _leaves(tensors))
-
-    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        named = [*model.named_parameters(), *model.named_buffers()]
-        return {name: t for name, t in named if name not in self.left_out}
-
-
-class _Place(NamedTuple):
-    """Where an attribute of a model is kept."""
-
-    holder: dict[str, Any]
-    key: str
-
-
 def _renormalized(model: nn.Module) -> list[str]:
     """Weights of embeddings that are written to once a row of theirs is too long."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
@@ -309,53 +365,9 @@ def _renormalized(model: nn.Module) -> list[str]:
     return [f"{n}.weight" for n, m in named if isinstance(m, kinds) and m.max_norm is not None]
 
 
-def _places(model: nn.Module) -> dict[str, _Place]:
-    found: dict[str, _Place] = {}
-    own = vars(nn.Module())
-    for prefix, module in model.named_modules():
-        path = f"{prefix}." if prefix else ""
-        for key in module._buffers:
-            found[path + key] = _Place(module._buffers, key)
-        for key in vars(module):
-            if key not in own:
-                found[path + key] = _Place(vars(module), key)
-    return found
-
-
-def state_of(model: nn.Module) -> State:
-    """Copies of what a model keeps beside its parameters, as far as it is numbers."""
-    return _leaves({name: place.holder[place.key] for name, place in _places(model).items()})
-
-
-def _leaves(values: dict[str, Any]) -> State:
-    found: State = {}
-    for name, value in values.items():
-        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, int, float))]
-        found[name] = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
-    return found
-
-
-def changed(before: State, after: State) -> list[str]:
-    """Names whose numbers differ; NaN is no difference."""
-    names = [*after, *(name for name in before if name not in after)]
-    return [name for name in names if not _same(before.get(name, []), after.get(name, []))]
-
-
-def _same(left: list[Any], right: list[Any]) -> bool:
-    return len(left) == len(right) and all(map(_equal, left, right))
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and bool(a == b or (a != a and b != b))
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
 def _ignores(model: nn.Module, name: str, x: Tensor, outputs: Tensor) -> bool:
     """Whether outputs stay the same when the state called ``name`` is another."""
-    holder, key = _places(model)[name]
+    holder, key = places_in(model)[name]
     kept = holder[key]
     try:
         holder[key] = tree_map(_shifted, kept)
@@ -380,7 +392,7 @@ def _shifted(value: Any) -> Any:
 
 
 def _outputs(model: nn.Module, x: Tensor) -> Any:
-    with plain_kernels(model), uncompiled():
+    with plain_kernels(model):
         return outputs_of(model, x)
 
 
@@ -388,19 +400,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     scale = float(b.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max()) + 1e-30
     atol = TOLERANCE.get(b.dtype, 1e-2) * scale
     return torch.allclose(a.double(), b.double(), rtol=0.0, atol=atol, equal_nan=True)
-
-
-@contextmanager
-def _set(parameters: list[Tensor], w: Tensor) -> Iterator[None]:
-    """Other weights inside."""
-    kept = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        pieces = w.split([p.numel() for p in parameters])
-        for p, piece in zip(parameters, pieces, strict=True):
-            p.copy_(piece.view_as(p))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, before in zip(parameters, kept, strict=True):
-                p.copy_(before)

@@ -263,7 +263,7 @@ def _left_out(u: Tensor, parts: Sequence[ResponsePart], *, errors: int = 0) -> T
     flat = u.reshape(len(u), -1)
     found = flat.clone()
     for rows, local_loss, _, gains in parts:
-        found[rows] = flat[rows] + gains[1 + errors] * local_loss.gradient
+        found[rows] = local_loss.leave_one_out(flat[rows], gains[1 + errors])
     return found.reshape(u.shape)
 
 

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk.evaluation import outputs_of
-from poprisk.path import Closure, Followed, Run, follow
-from poprisk.path.checks import check_answers
+from poprisk.path import Closure, Run
+from poprisk.path.follow import follow_all
+from poprisk.path.run import check_answers
 from poprisk.printing import short_html, short_repr
 from poprisk.risk import inputs
 from poprisk.risk.estimate import DegreesOfFreedom, TwinOutputs, measure_dof
@@ -95,7 +95,7 @@ def adaptation_gap(
         0.0
     """
     began = time.perf_counter()
-    check_answers(run, isinstance(run, Run))
+    check_answers(run)
     x, y = run.problem.train
     named = dict(twin.model.named_parameters())
     now = [named[k].detach().cpu().reshape(-1) for k in run.problem.names if k in named]
@@ -108,11 +108,13 @@ def adaptation_gap(
     ids = None if groups is None else inputs.check_groups(groups, len(y))
     outputs, _, twins = twin.outputs([(x, y, torch.arange(len(y)))])
     u = outputs.double()
-    followed = _follow(run, torch.stack([t.perturbation.flatten(1) for t in twins], -1), quadrature)
-    along = followed.applied.train.double().unbind(-1)
+    inputs.check_transformable(run.problem.to(run.weights.dtype), run.weights[0])
+    probes = torch.stack([t.perturbation.flatten(1) for t in twins], -1) / len(y)
+    applied, closure = follow_all(run, probes, quadrature=quadrature, decaying=True)
+    along = applied.train.double().unbind(-1)
     pairs = [
         (t.outputs.double() - u, d.reshape(u.shape), t.perturbation)
-        for t, d in zip(twins, along, strict=False)
+        for t, d in zip(twins, along, strict=True)
     ]
     targets = y.double() if y.is_floating_point() else y
     local_loss = local_loss_of(twin.loss, u, targets)
@@ -131,20 +133,8 @@ def adaptation_gap(
         gap.dof_error,
         full,
         path,
-        followed.closure(),
+        closure,
         not reason,
         reason,
         twin.cost + run.trainings(time.perf_counter() - began),
     )
-
-
-def _follow(run: Run, perturbations: Tensor, quadrature: str) -> Followed:
-    """Follow perturbations (n, c, r); the rest of the output gradient is one more column."""
-    w = run.weights[0]
-    problem = run.problem.to(w.dtype)
-    inputs.check_transformable(problem, w)
-    u = outputs_of(problem.model, problem.train[0], lambda _, x: problem.outputs(w, x))
-    probes = perturbations.to(w) / problem.n
-    rest = problem.output_gradient(u) - probes.sum(-1)
-    columns = torch.cat([probes, rest.unsqueeze(-1)], -1)
-    return follow(run, columns, quadrature=quadrature, decaying=True)

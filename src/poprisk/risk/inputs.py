@@ -157,7 +157,7 @@ def check_transformable(problem: Any, w: Tensor) -> None:
         w: flat weights, (P,).
     """
     try:
-        problem.jvp(w, problem.train[0][:1], torch.zeros_like(w).unsqueeze(1))
+        problem.J.jvp(w, problem.train[0][:1], torch.zeros_like(w).unsqueeze(1))
     except RuntimeError as error:
         raise ValueError(
             f"the model's outputs cannot be differentiated along its weights ({error}): a forward "

@@ -95,9 +95,9 @@ class LocalLoss(ABC):
             high, above = min(point for point in points if point[1] >= 0)
         return math.exp(found)
 
-    def leave_one_out(self, outputs: Tensor, dof: float) -> Tensor:
+    def leave_one_out(self, outputs: Tensor, gain: float) -> Tensor:
         """Outputs (n, c) as they would be had each example not been trained on."""
-        return outputs + self.gain(dof) * self.gradient
+        return outputs + gain * self.gradient
 
 
 @final

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from functools import cached_property
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,9 +30,8 @@ from poprisk import _validate as checks
 from poprisk import losses as of_outputs
 from poprisk._renamed import renamed_arguments, renamed_attributes
 from poprisk.path import NotAnalysable, Run
-from poprisk.path.checks import check_answers
 from poprisk.path.recursion import Recursion
-from poprisk.path.run import StepInterval
+from poprisk.path.run import check_answers
 from poprisk.printing import short_html, short_repr
 from poprisk.randomness import generator_of
 from poprisk.risk import inputs
@@ -116,7 +115,7 @@ def loo_risk(
     """
     began = time.perf_counter()
     checks.check_choice("form", form, FORMS)
-    check_answers(run, isinstance(run, Run))
+    check_answers(run)
     n = run.problem.n
     generator = generator_of(seed)
     index = inputs.check_subset(subset, n, groups, generator)
@@ -164,12 +163,15 @@ class _Path:
         self.x, self.y = self.problem.train
         self.w = run.weights[len(run)]
         inputs.check_transformable(self.problem, self.w)
-        if form == "hessian" and self._not_vectorized:
+        self.final = self.problem.J.values(self.w, self.x)
+        self.vectorized = True
+        flaw = self._flaw()
+        if flaw and form == "hessian":
             raise NotAnalysable(
-                f"{self._not_vectorized}; write that part of the model with other operations of "
-                'torch, or choose form="gauss-newton".'
+                f"{flaw}; write that part of the model with other operations of torch, or choose "
+                'form="gauss-newton".'
             )
-        self.final = self.problem.values(self.w, self.x)
+        self.vectorized = not flaw
 
     def losses(self, u: Tensor, index: Tensor | None = None) -> Tensor:
         """Losses (k,) of outputs (k, c) of the examples at ``index``, or of all."""
@@ -215,26 +217,20 @@ class _Path:
             deleted: examples of each deletion, (G, n), boolean.
             perturbation: what is subtracted from all output gradients besides, (n, c).
         """
-        return self.problem.jvp(self.w, self.x, self.displacements(deleted, perturbation)).movedim(
-            -1, 0
-        )
+        return self.problem.J.jvp(
+            self.w, self.x, self.displacements(deleted, perturbation)
+        ).movedim(-1, 0)
 
-    @cached_property
-    def _not_vectorized(self) -> str:
+    def _flaw(self) -> str:
         """Why changes cannot be had for all deletions at once, tried on the first step; or empty.
 
         Losses and models may lack what vmap or forward mode take: ``huber_loss``, checkpoints.
         """
-        if self.problem.no_forward_mode:
-            return self.problem.no_forward_mode
-        interval = self.run.intervals[0]
-        b = len(interval.examples)
-        nothing = torch.zeros(1, b, dtype=torch.bool)
-        perturbation = torch.zeros(b, self.problem.c, dtype=self.dtype)
+        if self.problem.J.no_forward_mode:
+            return self.problem.J.no_forward_mode
+        n, nothing = self.problem.n, torch.zeros_like(self.w).unsqueeze(1)
         try:
-            self._gradient_change(
-                0, interval, nothing, perturbation, torch.zeros_like(self.w).unsqueeze(1)
-            )
+            self._change(0, torch.zeros(1, n, dtype=torch.bool), 0 * self.final, nothing)
         except RuntimeError as error:
             return str(error).splitlines()[0]
         return ""
@@ -243,56 +239,54 @@ class _Path:
         """Displacements (P, G) of the weights at the end; arguments as for :meth:`moved`."""
         d = torch.zeros(len(self.w), len(deleted), dtype=self.dtype)
         recursion = Recursion(torch.zeros_like(d), d)
-        change_of = self._change_by_rows if self._not_vectorized else self._gradient_change
-        for k, interval in enumerate(self.run.intervals):
-            rule, rows = self.run.rule(k, self.dtype), interval.examples
-            change = change_of(k, interval, deleted[:, rows], perturbation[rows], d)
-            d -= recursion.step(rule, change)[1]
+        for k in range(len(self.run)):
+            change = self._change(k, deleted, perturbation, d)
+            recursion.step(self.run.rule(k, self.dtype), change)  # moves d
         return d
 
-    def _change_by_rows(
-        self, k: int, interval: StepInterval, deleted: Tensor, perturbation: Tensor, d: Tensor
-    ) -> Tensor:
-        """:meth:`_gradient_change` of the Gauss-Newton form, for models without forward mode."""
-        w, x, y = self.run.weights[k], self.x[interval.examples], self.y[interval.examples]
-        share = interval.sampling.to(self.dtype) / self.problem.n
-        u, pull = self.problem.pullback(w, x)
-        shaped, loss = self.problem.shaped(u), self.problem.loss
-        own = share.unsqueeze(1) * of_outputs.gradient(loss, shaped, y).reshape_as(u)
-        source = own * deleted.unsqueeze(2) + share.unsqueeze(1) * perturbation
-        curved = of_outputs.hessian_product(loss, shaped, y, self.problem.jvp(w, x, d))
-        kept = (share * ~deleted).T.unsqueeze(1)
-        return pull(kept * curved - source.movedim(0, -1))
+    def _change(self, k: int, deleted: Tensor, perturbation: Tensor, d: Tensor) -> Tensor:
+        """Change (P, G) of the gradient of step k by deletions and displacements so far."""
+        interval, w, loss = self.run.intervals[k], self.run.weights[k], self.problem.loss
+        x, y = self.x[interval.examples], self.y[interval.examples]
+        share = interval.sampling.to(self.dtype).view(-1, 1, 1) / self.problem.n
+        gone = deleted[:, interval.examples].T.unsqueeze(1)
+        u, pull = self._pullback(w, x)
+        shaped = self.problem.shaped(u)
+        own = of_outputs.gradient(loss, shaped, y).reshape_as(u).unsqueeze(2)
+        source = share * (own * gone + perturbation[interval.examples].unsqueeze(2))
+        kept = share * ~gone
+        if self.form == "hessian":
+            return self._curved(w, x, y, d, kept.squeeze(1)) - pull(source)
+        curved = of_outputs.hessian_product(loss, shaped, y, self.problem.J.jvp(w, x, d))
+        return pull(kept * curved - source)
 
-    def _gradient_change(
-        self, k: int, interval: StepInterval, deleted: Tensor, perturbation: Tensor, d: Tensor
-    ) -> Tensor:
-        """Change (P, G) of a step's gradient by deletions (G, b) and displacements so far."""
-        w, x, y = self.run.weights[k], self.x[interval.examples], self.y[interval.examples]
-        share = interval.sampling.to(self.dtype) / self.problem.n
+    def _pullback(self, w: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Outputs, and the transposed Jacobian of all columns at once, if that is to be had."""
+        if not self.vectorized:
+            return self.problem.J.pullback(w, x)
 
-        def f(v: Tensor) -> Tensor:
-            return self.problem.outputs(v, x)
+        def outputs(v: Tensor) -> Tensor:
+            return self.problem.J.outputs(v, x)
 
-        def total(u: Tensor, weight: Tensor) -> Tensor:
-            return (weight * self.problem.loss(self.problem.shaped(u), y)).sum()
+        u, back = vjp(outputs, w)[:2]
 
-        u, back = vjp(f, w)[:2]
-        own = grad(total)(u, share)
-        kept = share * ~deleted
-        source = own * deleted.unsqueeze(2) + share.unsqueeze(1) * perturbation
+        def pull(vectors: Tensor) -> Tensor:
+            (pulled,) = vmap(back, in_dims=2, out_dims=1)(vectors)
+            return pulled.detach()
 
-        def one(direction: Tensor, weight: Tensor, from_own: Tensor) -> Tensor:
-            def weighted(v: Tensor) -> Tensor:
-                return total(v, weight)
+        return u.detach(), pull
 
-            def at(v: Tensor) -> Tensor:
-                return weighted(f(v))
+    def _curved(self, w: Tensor, x: Tensor, y: Tensor, d: Tensor, kept: Tensor) -> Tensor:
+        """The Hessian of the weighted loss, in the weights, times displacements (P, G)."""
 
-            if self.form == "hessian":
-                return jvp(grad(at), (w,), (direction,))[1] - back(from_own)[0]
-            moved = jvp(f, (w,), (direction,))[1]
-            curved = jvp(grad(weighted), (u,), (moved,))[1]
-            return back(curved - from_own)[0]
+        def total(v: Tensor, weight: Tensor) -> Tensor:
+            shaped = self.problem.shaped(self.problem.J.outputs(v, x))
+            return (weight * self.problem.loss(shaped, y)).sum()
 
-        return vmap(one, in_dims=(1, 0, 0), out_dims=1)(d, kept, source).detach()
+        def along(direction: Tensor, weight: Tensor) -> Tensor:
+            def slope(v: Tensor) -> Tensor:
+                return grad(total)(v, weight)
+
+            return jvp(slope, (w,), (direction,))[1]
+
+        return vmap(along, in_dims=1, out_dims=1)(d, kept).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,27 +11,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poprisk.path import CellTrace, Closure, Run, record, trace_cells
+from poprisk.path import CellTrace, Closure, NotAnalysable, Run, record, trace_cells
 from poprisk.path.drift import Movement, draw_batches, exponents, movement
 from poprisk.path.operators import PathOperators, path_operators
 from poprisk.task import Task
-from poprisk_lab.explain.plan import (
-    ExplainPlan,
-    Size,
-    choose_size,
-    epoch_batches,
-    full_steps,
-    make_optimizer,
-)
-from poprisk_lab.fit import score
+from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.explain.plan import ExplainPlan, Size, choose_size, full_steps, make_optimizer
+from poprisk_lab.fit import score, seed_all
+from poprisk_lab.results import Metrics, Settings
 
 TOL = 1e-3
 DIRECTIONS = 40
 REPLICATES = 6
 REPLICATE_STEPS = 32
+TELL_SECONDS = 0.5
+"""Time between two rows of progress."""
 
 Say = Callable[[str, int, int | None], None]
 """Told what is being done, how much of it is done, and of how much."""
+
+
+def measure(plan: ExplainPlan, settings: Settings, workspace: Workspace) -> Metrics:
+    """Do one trial: the whole task by one optimizer, or the operators of a small run.
+
+    Raises:
+        NotAnalysable: if that cannot be analysed, and there is no other trial.
+    """
+    say = _teller(workspace)
+    if settings["part"] == "cells":
+        return measure_cells(plan, plan.task(), gated=settings["gated"], say=say)
+    task, smaller = plan.small_task()
+    try:
+        return {**measure_operators(plan, task, say=say), "smaller": smaller}
+    except NotAnalysable as error:
+        if settings["alone"]:
+            raise
+        return {"refused": str(error)}
+
+
+def _teller(workspace: Workspace) -> Say:
+    """Adds how far a phase is to the record, where it begins and then every now and then."""
+    told: dict[str, float] = {}
+
+    def say(phase: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if done == total or now - told.get(phase, -math.inf) > TELL_SECONDS:
+            told[phase] = now
+            workspace.tell({"event": "progress", "phase": phase, "done": done, "total": total})
+
+    return say
 
 
 def measure_cells(plan: ExplainPlan, task: Task, *, gated: bool, say: Say) -> dict[str, Any]:
@@ -40,7 +69,7 @@ def measure_cells(plan: ExplainPlan, task: Task, *, gated: bool, say: Say) -> di
         NotAnalysable: if the run cannot be recorded or followed.
     """
     assert task.clean is not None  # the caller has it
-    torch.manual_seed(plan.seed)
+    seed_all(plan.seed)
     model = task.new_model()
     n = len(task.train[1])
     optimizer = make_optimizer(
@@ -52,7 +81,7 @@ def measure_cells(plan: ExplainPlan, task: Task, *, gated: bool, say: Say) -> di
         model,
         task.loss,
         optimizer,
-        epoch_batches(n, task.batch_size, steps, plan.seed),
+        draw_batches(n, task.batch_size, steps, plan.seed, replace=False),
         task.test,
         train=task.train,
         progress=lambda done, total: say(f"training with {name}", done, total),
@@ -89,9 +118,10 @@ def measure_operators(plan: ExplainPlan, task: Task, *, say: Say) -> dict[str, A
     Raises:
         NotAnalysable: if the run cannot be recorded or its operators are too large.
     """
-    torch.manual_seed(plan.seed)
+    seed_all(plan.seed)
     size = choose_size(task, task.new_model(), plan.seconds)
-    run = _small_run(plan, task, size, epoch_batches(size.n, size.batch, size.steps, plan.seed))
+    batches = draw_batches(size.n, size.batch, size.steps, plan.seed, replace=False)
+    run = _small_run(plan, task, size, batches)
     ops = path_operators(
         run,
         snapshots=17,
@@ -121,7 +151,7 @@ def measure_operators(plan: ExplainPlan, task: Task, *, say: Say) -> dict[str, A
 
 
 def _small_run(plan: ExplainPlan, task: Task, size: Size, batches: Sequence[Tensor]) -> Run:
-    torch.manual_seed(plan.seed)
+    seed_all(plan.seed)
     model = task.new_model().double()
     optimizer = make_optimizer(plan, model, gated=False, batch_size=size.batch, dataset_size=size.n)
     (x, y), (xq, yq) = task.train, task.test

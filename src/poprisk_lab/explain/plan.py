@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -55,6 +55,21 @@ class ExplainPlan(NamedTuple):
     def task(self, **more: Any) -> Task:
         """The task, with more settings."""
         return load_task(self.source, seed=self.seed, **{**self.settings, **more})
+
+    def check(self) -> None:
+        """See that there are such an optimizer and such a learning rate.
+
+        Raises:
+            NotAnalysable, ValueError: if not.
+        """
+        kind = PopRiskAdamW if self.optimizer == "PopRiskAdamW" else None
+        kind = kind or getattr(torch.optim, self.optimizer, None)
+        if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+            raise NotAnalysable(
+                f"there is no optimizer {self.optimizer!r} in torch.optim; choose SGD, Adam, "
+                "AdamW, RMSprop or PopRiskAdamW."
+            )
+        check_number("lr", self.lr, low=0.0)
 
     def small_task(self) -> tuple[Task, dict[str, Any]]:
         """The task for dense operators, and which settings were made smaller for it."""
@@ -114,29 +129,10 @@ def _bytes(size: Size, P: int, c: int) -> float:
 def make_optimizer(
     plan: ExplainPlan, model: nn.Module, *, gated: bool, batch_size: int, dataset_size: int
 ) -> Optimizer:
-    """The optimizer of a run; ``gated``: PopRiskAdamW, whatever the plan says.
-
-    Raises:
-        NotAnalysable: for a name that is no optimizer.
-    """
+    """The optimizer of a run; ``gated``: PopRiskAdamW, whatever the plan says."""
     if gated or plan.optimizer == "PopRiskAdamW":
         return PopRiskAdamW(
             model.parameters(), lr=plan.lr, batch_size=batch_size, dataset_size=dataset_size
         )
-    kind = getattr(torch.optim, plan.optimizer, None)
-    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-        raise NotAnalysable(
-            f"there is no optimizer {plan.optimizer!r} in torch.optim; choose SGD, Adam, AdamW, "
-            "RMSprop or PopRiskAdamW."
-        )
-    check_number("lr", plan.lr, low=0.0)
-    return cast(Callable[..., Optimizer], kind)(model.parameters(), lr=plan.lr)
-
-
-def epoch_batches(n: int, batch_size: int, steps: int, seed: int) -> Sequence[torch.Tensor]:
-    """Index batches of shuffled passes."""
-    generator = torch.Generator().manual_seed(seed)
-    found: list[torch.Tensor] = []
-    while len(found) < steps:
-        found += torch.randperm(n, generator=generator).split(batch_size)
-    return found[:steps]
+    make: Callable[..., Optimizer] = getattr(torch.optim, plan.optimizer)
+    return make(model.parameters(), lr=plan.lr)

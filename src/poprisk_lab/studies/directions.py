@@ -21,7 +21,7 @@ def output_gradients(run: Run) -> Tensor:
     rows = []
     with torch.no_grad():
         for k in range(len(run) + 1):
-            u = problem.outputs(run.weights[k].double(), problem.train[0])
+            u = problem.J.outputs(run.weights[k].double(), problem.train[0])
             rows.append(problem.output_gradient(u).flatten())
     return torch.stack(rows)
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from poprisk.intervals import Interval
-from poprisk.path.drift import Recipe, movement, slope, sweep
+from poprisk.path.drift import movement, slope
 from poprisk_lab.plots import Plot, metric_line, rounded, tabulate
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_most, controls
+from poprisk_lab.studies.drift_laws import Recipe, sweep
 from poprisk_lab.tasks.nets import mlp
 
 BATCH, UNITS, INPUTS, QUERIES = 8, 24, 4, 40

@@ -8,11 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-from poprisk_lab.results import Results, TrialResult
+from poprisk_lab.results import Results
 from poprisk_lab.runner import environment, run_trials
 from poprisk_lab.store import FORMAT, Kind, Row, Store, end_of
 from poprisk_lab.studies.claim import Claim
-from poprisk_lab.study import Study, Trial, missing_packages
+from poprisk_lab.study import Study, Trial, missing_packages, results_of
 
 OnTrial = Callable[[str, int, int], None]
 """Told of a finished trial: its name, how many are done, of how many."""
@@ -81,9 +81,7 @@ class ClaimDirectory:
         ends = {name: end for name, found in rows.items() if (end := end_of(found)) is not None}
         blocked = [t for t in trials if gone & set(t.needs) and t.name not in ends]
         return ClaimProgress(
-            done=Results(
-                TrialResult(t.settings, ends[t.name]["found"]) for t in trials if t.name in ends
-            ),
+            done=results_of(trials, rows),
             left=[t for t in trials if t.name not in ends and t not in blocked],
             missing={n: sum(n in t.needs for t in blocked) for n in sorted(gone)},
             quick=config["quick"],

@@ -70,7 +70,7 @@ def movement(run: Run) -> tuple[Tensor, Tensor]:
     first, last = (run.weights[k].double() for k in (0, len(run)))
     with torch.no_grad():
         train_moved, query_moved = (
-            (problem.outputs(last, x) - problem.outputs(first, x)).flatten()
+            (problem.J.outputs(last, x) - problem.J.outputs(first, x)).flatten()
             for x in (problem.train[0], problem.query[0])
         )
     return train_moved, query_moved
@@ -96,9 +96,9 @@ def tangents(run: Run, step: int) -> Tangents:
     """The tangents after so many steps, float64."""
     problem, w = run.problem.to(torch.float64), run.weights[step].double()
     x, queries = problem.train[0], problem.query[0]
-    J, J_query = problem.jacobian(w, x), problem.jacobian(w, queries)
+    J, J_query = problem.J.dense(w, x), problem.J.dense(w, queries)
     with torch.no_grad():
-        outputs = problem.outputs(w, x), problem.outputs(w, queries)
+        outputs = problem.J.outputs(w, x), problem.J.outputs(w, queries)
     return Tangents(*outputs, J @ J.T, J_query @ J.T)
 
 
