@@ -13,7 +13,7 @@ import torch
 
 from poprisk.audit import Auditor, AuditResult
 from poprisk_lab.audit.examples import AuditExamples
-from poprisk_lab.audit.study import AUDIT
+from poprisk_lab.audit.plan import AUDIT
 from poprisk_lab.page.audit import MOST_TEXT, write_audit
 from poprisk_lab.store import FORMAT, Store
 from test_report_browser import CHROMIUM, open_page, with_script

@@ -163,8 +163,7 @@ class Store:
         known = isinstance(config, dict) and config.get("format") == FORMAT
         if known and "audit" in config and "audit" not in self.kind.keys:
             raise RunDirectoryError(
-                f"{self.path} holds an audit, whose page is its report.html; repeat its "
-                "poprisk audit command to write it again."
+                f"{self.path} holds an audit and no comparison; choose another with --out."
             )
         if not known or not self.kind.keys <= config.keys():
             raise RunDirectoryError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from poprisk.audit import AuditResult
+from poprisk.audit.judge import FOLDS
 from poprisk_lab.audit.examples import AuditExamples
 
 
@@ -28,9 +29,19 @@ def details(examples: AuditExamples, result: AuditResult) -> list[str]:
         found.append(f"planted labels found {result.recall.value:.0%} [{low:.0%}, {high:.0%}]")
     if result.memorization is not None and result.memorization.valid:
         found.append(f"memorized {max(0.0, result.memorization.value):.0%}")
+    trainings = round(1 + result.cost)
+    found.append(f"{trainings} training{'s' * (trainings != 1)}")
     return found
 
 
-def notices(result: AuditResult) -> list[str]:
-    """What a reader must know before believing it."""
-    return [] if result.valid else [f"{result.reason[0].upper()}{result.reason[1:]}."]
+def notices(result: AuditResult, folds: str = "") -> list[str]:
+    """What a reader must know before believing it.
+
+    Args:
+        result: what was found.
+        folds: the command that trains on parts of the data; empty if there is none.
+    """
+    if result.valid:
+        return []
+    reason = result.reason.replace(FOLDS, f"`{folds}`" if folds else FOLDS)
+    return [f"{reason[0].upper()}{reason[1:]}."]

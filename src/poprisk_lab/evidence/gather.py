@@ -13,7 +13,7 @@ from poprisk.audit import AuditResult
 from poprisk.audit.rate import Rate
 from poprisk.intervals import Interval
 from poprisk_lab.audit.examples import AuditExamples
-from poprisk_lab.audit.study import FIT
+from poprisk_lab.audit.plan import plan_of
 from poprisk_lab.audit.words import notices as audit_notices
 from poprisk_lab.page.notes import notices
 from poprisk_lab.results import RunData
@@ -130,8 +130,18 @@ def compare_evidence(data: RunData, verdict: Verdict) -> Evidence:
 def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -> Evidence:
     """The evidence of an audit."""
     config, asked = store.config(), store.config()["audit"]
-    end = end_of(store.rows([FIT])[FIT]) or {}
-    data, count = config["data"], end.get("planted")
+    plan = plan_of(store)
+    names = [trial.name for trial in plan.trials]
+    ends = [end_of(rows) or {} for rows in store.rows(names).values()]
+    end = {
+        "planted": ends[0].get("planted"),
+        "skipped_steps": sum(e["skipped_steps"] for e in ends)
+        if all("skipped_steps" in e for e in ends)
+        else None,
+    }
+    own = "the run's own predictions for its training examples"
+    apart = f"predictions of {plan.folds} trainings, each for the part that it did not see"
+    data, count = config["data"], end["planted"]
     old = "a record of an earlier version does not say"
     unplanted = "no labels were planted"
     left = len(examples.left_out)
@@ -152,7 +162,10 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
             "sources": {},
         },
         "seeds": [asked["seed"]],
-        "settings": {**config["recipe"], "structure": asked["structure"], "plant": asked["plant"]},
+        "settings": {
+            **config["recipe"],
+            **{key: asked[key] for key in ("structure", "plant", "folds") if key in asked},
+        },
         "performance": {
             "metric": None,
             "higher_is_better": None,
@@ -163,7 +176,7 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
         ),
         "wrong_labels": _rate(
             result.wrong_share,
-            "share of given labels, from the run's own predictions for its training examples",
+            f"share of given labels, from {apart if plan.folds else own}",
         ),
         "memorization": _rate(
             result.memorization,
@@ -178,10 +191,13 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
             ),
             "reason": old if count is None else "" if count else unplanted,
         },
-        "controls": {"arms": [], "reason": "an audit trains one model; planted labels control it"},
+        "controls": {
+            "arms": [],
+            "reason": "an audit compares no optimizers; planted labels control it",
+        },
         "skipped_steps": {
-            "count": end.get("skipped_steps"),
-            "reason": "" if "skipped_steps" in end else old,
+            "count": end["skipped_steps"],
+            "reason": old if end["skipped_steps"] is None else "",
         },
         "limits": [
             *audit_notices(result),

@@ -37,7 +37,8 @@ def write_audit(
     epochs: Sequence[Row],
     store: Store,
     *,
-    apply: str,
+    apply: str = "",
+    folds: str = "",
 ) -> None:
     """Write the page, atomically.
 
@@ -49,6 +50,7 @@ def write_audit(
         epochs: a row an epoch of the training.
         store: of the run, for its settings and its environment.
         apply: the command that writes the corrected table; empty if it is none.
+        folds: the command that trains on parts of the data; empty if it has none.
 
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
@@ -69,7 +71,7 @@ def write_audit(
         source=source,
         details=details(examples, result),
         headline=headline(result),
-        notices=[*notices(result), *more],
+        notices=[*notices(result, folds), *more],
         matrix=matrix_table(examples, result),
         by_class=class_table(examples, result),
         figures=[(plot, draw.figure(plot)) for plot in plots(epochs)],
@@ -200,7 +202,9 @@ def plots(epochs: Sequence[Row]) -> list[Plot]:
                 "epoch",
                 "share",
                 lines,
-                "A run that does not memorize repeats planted labels by chance only (0%).",
+                "A run that does not memorize repeats planted labels by chance only (0%)."
+                if len(lines) > 1
+                else "",
                 percent=True,
             )
         )
