@@ -99,7 +99,7 @@ def test_a_killed_audit_goes_on_with_the_same_numbers(
     source = str(audited[0] / "t.csv")
     examples = read.read_examples(source, label="kind of thing")
     examples.targets[5:9] = IGNORED
-    plan = plan_for(examples, tmp_path, epochs=6, folds=folds)
+    plan = plan_for(examples, tmp_path, epochs=6, folds=folds, plant=0.15)
     train = partial(study.fit_fold if folds else study.fit, plan, examples.inputs, examples.targets)
     settings = plan.trials[-1].settings
     rows = list(train(settings, Workspace(product=tmp_path / "whole.safetensors")))
@@ -310,7 +310,7 @@ def test_an_unsure_audit_names_the_command_to_try_next(
     after = call(*shlex.split(command[1])[2:])
     assert after.exit_code == 0, after.output
     assert "runs/audit-chance-of-5-folds" in after.output
-    assert "know little of the data." in after.output
+    assert "know little of the data. Train longer." in after.output
     assert "folds" not in after.output.partition("know little")[2].partition("\n")[0]
 
 

@@ -257,7 +257,7 @@ def audit_command(
         before = {trial.name: k * plan.recipe.epochs for k, trial in enumerate(plan.trials)}
         total = len(before) * plan.recipe.epochs
         with PhaseDisplay(console) as display:
-            result, rows = run_audit(
+            judged = run_audit(
                 examples,
                 plan,
                 store,
@@ -265,7 +265,7 @@ def audit_command(
                     "epochs", before[trial.name] + row.get("epoch", plan.recipe.epochs), total
                 ),
             )
-        _conclude_audit(command.Finished(examples, store, result, rows))
+        _conclude_audit(command.Finished(examples, store, judged))
 
 
 def _conclude_audit(found: Finished) -> None:
@@ -275,8 +275,8 @@ def _conclude_audit(found: Finished) -> None:
     from poprisk_lab.evidence.gather import audit_evidence, write_evidence
     from poprisk_lab.page.audit import write_audit
 
-    examples, store, result, epochs = found
-    folds, directory = found.command("folds"), store.path
+    examples, store, judged = found
+    result, folds, directory = judged.result, found.command("folds"), store.path
     for notice in words.notices(result, folds):
         _say(notice, style="yellow")
     if len(result.suspects()):
@@ -291,8 +291,7 @@ def _conclude_audit(found: Finished) -> None:
             directory / "report.html",
             found.source,
             examples,
-            result,
-            epochs,
+            judged,
             store,
             apply=found.command("apply"),
             folds=folds,

@@ -32,8 +32,6 @@ UNSURE_OF_TWO = 0.55
 """The same for two classes, of which guessing knows half."""
 UNEXPLAINED = 0.9
 """Spread of residuals over that of targets from which predictions know too little."""
-FOLDS = "audit(..., folds=5)"
-"""What is advised where one training knows too little."""
 MOST_UNSEEN = 0.05
 """Share of labels without a prediction from which a result is not believed."""
 
@@ -71,7 +69,6 @@ def judge(
     limit: float,
     uncertified: str,
     in_sample: bool = True,
-    folds: bool = False,
     cost: float = 0.0,
     doubt: str = "",
 ) -> AuditResult:
@@ -86,7 +83,6 @@ def judge(
         uncertified: why nothing is planted speaks against the result; empty if it does not.
         in_sample: whether labels were trained on: what was not cannot have been memorized, however
             few are planted.
-        folds: whether training on parts of the data needs no recommendation: it was done.
         cost: trainings beyond the audited one.
         doubt: why predictions are not to be believed.
     """
@@ -111,7 +107,7 @@ def judge(
         doubt
         or _uncertain(known, items, audited)
         or _memorized(memorization, limit)
-        or found.unsure(advice="" if folds else f"consider {FOLDS}")
+        or found.unsure()
         or (uncertified if memorization is None else memorization.reason if in_sample else "")
     )
     share = found.wrong_share()._replace(valid=not reason, reason=reason)
@@ -264,7 +260,7 @@ class _Classes:
             matrices.append(np.where(sums > 0, counts / np.maximum(sums, 1), np.eye(len(counts))))
         return np.stack(matrices) if self.items.kind == "multilabel" else matrices[0]
 
-    def unsure(self, *, advice: str) -> str:
+    def unsure(self) -> str:
         p = self.p[torch.from_numpy(self.known)].float()
         confidence = float(p.max(1).values.mean())
         agreement = float((p.argmax(1).numpy() == self.labels[self.known]).mean())
@@ -274,7 +270,7 @@ class _Classes:
         return (
             f"unsure: predictions have a mean confidence of {confidence:.0%} and agree with "
             f"{agreement:.0%} of the labels, and either is below {least:.0%}: they know little of "
-            f"the data{f'. Train longer, or {advice}' if advice else ''}"
+            "the data. Train longer, or consider audit(..., folds=5)"
         )
 
 
@@ -304,14 +300,14 @@ class _Numbers:
     def noise_matrix(self) -> None:
         return None
 
-    def unsure(self, *, advice: str) -> str:
+    def unsure(self) -> str:
         y = self.labels[self.known]
         spread = NORMAL_MAD * np.median(np.abs(y - np.median(y, axis=0)), axis=0)
         if bool((self.model.sigma < UNEXPLAINED * spread).any()) or not spread.any():
             return ""
         return (
-            "unsure: residuals spread as the targets do, so that predictions explain little"
-            f"{f'; {advice}' if advice else ''}"
+            "unsure: residuals spread as the targets do, so that predictions explain little; "
+            "consider audit(..., folds=5)"
         )
 
 

@@ -113,7 +113,6 @@ def audit(
         limit=limit if found.in_sample else float("inf"),
         uncertified=UNPLANTED if found.in_sample else "",
         in_sample=found.in_sample,
-        folds=folds is not None,
         cost=found.trainings,
         doubt=found.doubt,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -17,10 +17,10 @@ from poprisk.task import Task
 from poprisk_lab.audit.examples import AuditExamples
 from poprisk_lab.audit.plan import AUDIT, AuditPlan, fingerprint, plan_of
 from poprisk_lab.audit.read import of_task, read_examples
-from poprisk_lab.audit.study import read_audit
+from poprisk_lab.audit.study import Judgement, read_audit
 from poprisk_lab.plots import Table
 from poprisk_lab.runner import environment
-from poprisk_lab.store import Row, RunDirectoryError, Store
+from poprisk_lab.store import RunDirectoryError, Store
 from poprisk_lab.tasks import BUILT_IN
 
 SHOWN = 10
@@ -35,8 +35,7 @@ class Finished(NamedTuple):
 
     examples: AuditExamples
     store: Store
-    result: AuditResult
-    epochs: Sequence[Row]
+    judged: Judgement
 
     @property
     def source(self) -> str:
@@ -124,8 +123,7 @@ def reopen(directory: Path) -> Finished:
         raise RunDirectoryError(
             f"{reading['source']} is not what {directory} is an audit of: it has changed since."
         )
-    result, rows = read_audit(plan, examples.targets, store)
-    return Finished(examples, store, result, rows)
+    return Finished(examples, store, read_audit(plan, examples.targets, store))
 
 
 def write_tables(directory: Path, examples: AuditExamples, result: AuditResult) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from poprisk import Canaries
-from poprisk.audit import Auditor, AuditResult, audit
+from poprisk.audit import Auditor, AuditResult, Rate, audit
 from poprisk.audit.items import items_of
 from poprisk.audit.trained import fold_of
 from poprisk_lab.audit.examples import AuditExamples
-from poprisk_lab.audit.plan import AuditPlan
+from poprisk_lab.audit.memorized import ModuleShares, by_class
+from poprisk_lab.audit.plan import FIT, AuditPlan
 from poprisk_lab.audit.training import Training
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.runner import OnRow, run_trials
@@ -22,9 +24,23 @@ from poprisk_lab.store import Row, RunDirectoryError, Store, end_of
 from poprisk_lab.study import Settings
 
 
-def run_audit(
-    examples: AuditExamples, plan: AuditPlan, store: Store, on_row: OnRow
-) -> tuple[AuditResult, list[Row]]:
+class Judgement(NamedTuple):
+    """What an audit has found.
+
+    Attributes:
+        result: of the labels.
+        epochs: a row an epoch: of several trainings their means.
+        classes: memorization of the planted labels by class; empty with folds.
+        modules: what :meth:`ModuleShares.found` says of them; None with folds.
+    """
+
+    result: AuditResult
+    epochs: list[Row]
+    classes: dict[int, Rate]
+    modules: dict[str, Any] | None
+
+
+def run_audit(examples: AuditExamples, plan: AuditPlan, store: Store, on_row: OnRow) -> Judgement:
     """Train, or go on with it, and judge the labels.
 
     Args:
@@ -32,9 +48,6 @@ def run_audit(
         plan: how.
         store: of a directory that has been created for the plan.
         on_row: told of every epoch.
-
-    Returns:
-        What was found, and a row an epoch: of several trainings their means.
 
     Raises:
         TrainingError, RunDirectoryError: as :func:`poprisk_lab.runner.run_trials`.
@@ -49,7 +62,7 @@ def run_audit(
     return read_audit(plan, examples.targets, store)
 
 
-def read_audit(plan: AuditPlan, targets: Tensor, store: Store) -> tuple[AuditResult, list[Row]]:
+def read_audit(plan: AuditPlan, targets: Tensor, store: Store) -> Judgement:
     """Judge the labels by trainings that have ended, as :func:`run_audit`.
 
     Raises:
@@ -64,18 +77,22 @@ def read_audit(plan: AuditPlan, targets: Tensor, store: Store) -> tuple[AuditRes
             "command to go on."
         )
     kept = [load_checkpoint(product) for product in products if product is not None]
+    classes, modules = dict[int, Rate](), None
     if plan.folds:
         result = _judged_folds(plan, targets, kept)
     else:
         auditor = make_auditor(plan, targets)
         auditor.load_state_dict(kept[0]["auditor"])
         result = auditor.result()
+        classes = by_class(auditor, result)
+        modules = (end_of(rows[FIT]) or {}).get("modules")
     by_epoch: dict[int, dict[str, Row]] = {}
     for name in names:
         for row in rows[name]:
             if row["event"] == "epoch":
                 by_epoch.setdefault(row["epoch"], {})[name] = row
-    return result, [_mean_row([*by_epoch[epoch].values()]) for epoch in sorted(by_epoch)]
+    epochs = [_mean_row([*by_epoch[epoch].values()]) for epoch in sorted(by_epoch)]
+    return Judgement(result, epochs, classes, modules)
 
 
 def _mean_row(rows: Sequence[Row]) -> Row:
@@ -111,30 +128,40 @@ def fit(
     labelled = auditor.items.labelled
     known, rest = (mask.nonzero().squeeze(1) for mask in (labelled, ~labelled))
     training = Training(plan, inputs, targets, auditor.targets, known)
+    modules = ModuleShares(training, auditor)
     first = 0
     if (state := workspace.load()) is not None:
         training.load_state_dict(state)
         auditor.load_state_dict(state["auditor"])
+        modules.load_state_dict(state["modules"])
         first = state["epoch"]
 
     def tell(index: Tensor, outputs: Tensor) -> None:
         auditor.update(index, training.scale.restored(outputs), auditor.targets[index])
 
+    if first == 0:
+        modules.note()
     for epoch in range(first, plan.recipe.epochs):
         loss = training.epoch(epoch, tell)
         training.predict(rest, tell)
         auditor.end_look()
+        modules.note()
         yield {"event": "epoch", "epoch": epoch + 1, "loss": loss, **_told(auditor)}
         workspace.save(
             lambda done=epoch + 1: {
                 **training.state_dict(),
                 "auditor": auditor.state_dict(),
+                "modules": modules.state_dict(),
                 "epoch": done,
             }
         )
     workspace.keep({"auditor": auditor.state_dict(), "model": training.model.state_dict()})
-    planted = 0 if auditor.planted is None else int(auditor.planted.changed.sum())
-    yield {"event": "end", "planted": planted, "skipped_steps": training.optimizer.skipped_steps}
+    yield {
+        "event": "end",
+        "planted": 0 if auditor.planted is None else int(auditor.planted.changed.sum()),
+        "skipped_steps": training.optimizer.skipped_steps,
+        "modules": modules.found(),
+    }
 
 
 def fit_fold(

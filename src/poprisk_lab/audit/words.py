@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
 from poprisk.audit import AuditResult
-from poprisk.audit.judge import FOLDS
 from poprisk_lab.audit.examples import AuditExamples
 
 
@@ -43,5 +44,8 @@ def notices(result: AuditResult, folds: str = "") -> list[str]:
     """
     if result.valid:
         return []
-    reason = result.reason.replace(FOLDS, f"`{folds}`" if folds else FOLDS)
+    if result.cost:  # it was done
+        reason = re.sub(r"(, or|;) consider audit\(\.\.\., folds=5\)", "", result.reason)
+    else:
+        reason = result.reason.replace("audit(..., folds=5)", f"`{folds}`" if folds else "folds")
     return [f"{reason[0].upper()}{reason[1:]}."]
