@@ -187,12 +187,37 @@ def test_a_task_trains_its_own_network(tmp_path: Path) -> None:
 
 def test_marks_keep_how_a_file_is_written(tmp_path: Path) -> None:
     source = tmp_path / "s.csv"
-    source.write_text("\ufeffx;y\n1,5;a\n2,5;b\n\n3,5;\n", encoding="utf-8")
+    source.write_bytes("\ufeffx;y\r\n1,5;a\r\n2,5;b\r\n\r\n3,5;\r\n".encode())
     (tmp_path / "m.csv").write_text(
         "row,name,given,label,mark\n2,row 2,b,a,fix\n3,row 3,none,b,fix\n"
     )
     assert apply_marks(source, "y", tmp_path / "m.csv", tmp_path / "n.csv") == 2
-    assert (tmp_path / "n.csv").read_text(encoding="utf-8") == "x;y\n1,5;a\n2,5;a\n3,5;b\n"
+    expected = "\ufeffx;y\r\n1,5;a\r\n2,5;a\r\n3,5;b\r\n"
+    assert (tmp_path / "n.csv").read_bytes() == expected.encode()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "cells", "mark", "written"),
+    [
+        ("cp1252", ["schön", "übel", "schön"], "schön,übel", "übel"),
+        ("utf-8", ["schön", "übel", "schön"], "schön,übel", "übel"),
+        ("utf-16", ["schön", "übel", "schön"], "schön,übel", "übel"),
+        ("utf-8", ["01", "02", "01"], "1,2", "02"),
+        ("utf-8", ["1.0", "0.0", "1.0"], "1,0", "0.0"),
+        ("utf-8", ["12,5", "1.234,5", "12,5"], "12.5,3.25", "3,25"),
+        ("utf-8", ["12.5", "1,234.5", "12.5"], "12.5,1234.5", "1,234.5"),
+    ],
+)
+def test_corrected_labels_are_written_as_the_others_are(
+    tmp_path: Path, encoding: str, cells: list[str], mark: str, written: str
+) -> None:
+    source, marks, new = (tmp_path / f"{name}.csv" for name in "smn")
+    lines = ["ä;y", *(f"1;{cell}" for cell in cells)]
+    source.write_bytes("".join(f"{line}\n" for line in lines).encode(encoding))
+    marks.write_text(f"row,name,given,label,mark\n1,row 1,{mark},fix\n", encoding="utf-8")
+    assert apply_marks(source, "y", marks, new) == 1
+    lines[1] = f"1;{written}"
+    assert new.read_bytes() == "".join(f"{line}\n" for line in lines).encode(encoding)
 
 
 def report(directory: Path) -> Any:
@@ -348,6 +373,9 @@ def test_fresh_starts_over(audited: tuple[Path, str], tmp_path: Path) -> None:
         (["{t}", "--label", "a", "--plant", "0.7"], "--plant must lie from 0 to 0.5"),
         (["{t}", "--label", "a", "--plant", "0.001"], "--plant 0.001 of 240 labels makes none"),
         (["{t}", "--label", "a", "--folds", "1"], "--folds must lie from 2 to 20"),
+        (["{t}", "--label", "a", "--labels", "t.csv"], "--labels does not go with a table"),
+        (["digits-clean", "--label", "a"], "--label does not go with a task"),
+        (["{t}", "--label", "a", "--kind", "preferences"], "poprisk.Auditor(labels, kind=...)"),
         (["{t}", "--label", "a", "--lr", "0"], "--lr must be positive"),
         (["{t}", "--label", "a", "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["{t}", "--apply", "m.csv"], "--label must name"),

@@ -131,8 +131,8 @@ def audit_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="Table (.csv, .tsv, .parquet), folder with one folder of images a class, array "
-            "(.npy), built-in task, or path/to/file.py:function."
+            help="Table (.csv, .tsv, .jsonl, .parquet), folder with one folder of images a class, "
+            "array (.npy), built-in task, or path/to/file.py:function."
         ),
     ],
     label: Annotated[str | None, typer.Option(help="The column of labels.")] = None,
@@ -186,7 +186,10 @@ def audit_command(
     if lr is not None and not 0 < lr < float("inf"):
         _fail(f"--lr must be positive, but got {lr:g}.")
     if kind not in (None, "classes", "regression"):
-        _fail(f"--kind must be classes or regression, but got {kind}.")
+        _fail(
+            f"--kind must be classes or regression, but got {kind}; other kinds are audited where "
+            "their model trains, by poprisk.Auditor(labels, kind=...)."
+        )
     if folds is not None and not 2 <= folds <= MOST_FOLDS:
         _fail(f"--folds must lie from 2 to {MOST_FOLDS}, but got {folds}.")
     path = Path(source)
@@ -234,7 +237,7 @@ def audit_command(
             else "",
         }
         with console.status("reading"):
-            task, examples = command.read_again({**reading, "source": source})
+            task, examples = command.read_again({**reading, "source": source, "labels": labels})
         plan = plan_for(
             examples,
             directory,

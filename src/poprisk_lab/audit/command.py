@@ -16,7 +16,7 @@ from poprisk.audit import AuditResult
 from poprisk.task import Task
 from poprisk_lab.audit.examples import AuditExamples
 from poprisk_lab.audit.plan import AUDIT, AuditPlan, fingerprint, plan_of
-from poprisk_lab.audit.read import of_task, read_examples
+from poprisk_lab.audit.read import of_task, read_examples, refuse_options
 from poprisk_lab.audit.study import Judgement, read_audit
 from poprisk_lab.plots import Table
 from poprisk_lab.runner import environment
@@ -62,9 +62,11 @@ def read_again(reading: Reading) -> tuple[Task | None, AuditExamples]:
         TaskError, AuditInputError: if they cannot be read.
     """
     source, seed = reading["source"], reading["seed"]
-    if is_task(source):
-        return of_task(source, seed)
     labels = reading["labels"]
+    if is_task(source):
+        given = {name: reading[name] for name in ("label", "labels", "text", "kind")}
+        refuse_options("a task", **given, size=reading["side"])
+        return of_task(source, seed)
     return None, read_examples(
         source,
         label=reading["label"],
