@@ -136,6 +136,21 @@ def test_marks_go_back_into_the_file(audited: tuple[Path, str], tmp_path: Path) 
     assert again.exit_code == 2
 
 
+def test_all_suggestions_are_taken_from_the_list_of_suspects(
+    audited: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, _ = audited
+    suspects = pd.read_csv(folder / "run" / "suspects.csv")
+    source, new = folder / "t.csv", tmp_path / "new.csv"
+    found = apply_marks(source, "kind of thing", folder / "run" / "suspects.csv", new)
+    assert found == len(suspects)
+    given, fixed = (pd.read_csv(path)["kind of thing"] for path in (source, new))
+    rows = suspects["row"] - 1
+    assert fixed[rows].tolist() == suspects["suggested"].tolist()
+    others = ~given.index.isin(rows)
+    assert fixed[others].equals(given[others])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -168,7 +168,11 @@ def audit_command(
         int | None, typer.Option(help="Of the training; by rule if left out.")
     ] = None,
     apply: Annotated[
-        Path | None, typer.Option(help="marked.csv from the page: write the corrected table.")
+        Path | None,
+        typer.Option(
+            help="marked.csv from the page, or suspects.csv to take every suggestion: write the "
+            "corrected table."
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -16,10 +16,12 @@ from poprisk_lab.store import replace_bytes
 
 MARKS = {"fix", "keep", "unsure"}
 HEAD = ["row", "name", "given", "label", "mark"]
+SUSPECTS = "row name given suggested suspect quality rank confidence".split()
+"""Columns of ``suspects.csv`` and ``labels.csv``."""
 
 
 def read_marks(path: Path) -> pd.DataFrame:
-    """What the page has let a person download.
+    """What the page has let a person download, or all suggestions of ``suspects.csv``.
 
     Raises:
         AuditInputError: if it is something else.
@@ -31,10 +33,12 @@ def read_marks(path: Path) -> pd.DataFrame:
     except (ValueError, csv.Error) as error:
         reason = " ".join(str(error).split())
         raise AuditInputError(f"{path} cannot be read: {reason}.") from error
+    if list(found.columns) == SUSPECTS:
+        return found.assign(label=found["suggested"], mark="fix")[HEAD]
     if list(found.columns) != HEAD or not set(found["mark"]) <= MARKS:
         raise AuditInputError(
-            f"{path} is not what the page downloads: it must have the columns {', '.join(HEAD)}, "
-            f"and marks {', '.join(sorted(MARKS))}."
+            f"{path} is not what the page downloads, nor suspects.csv: it must have the columns "
+            f"{', '.join(HEAD)}, and marks {', '.join(sorted(MARKS))}."
         )
     return found
 
@@ -45,7 +49,7 @@ def apply_marks(source: Path, label: str | None, marks: Path, to: Path) -> int:
     Args:
         source: the table that was audited.
         label: its column of labels, which must be named.
-        marks: what was downloaded from the page.
+        marks: what was downloaded from the page, or ``suspects.csv``.
         to: the file to write.
 
     Returns:

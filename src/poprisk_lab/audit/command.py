@@ -14,6 +14,7 @@ import numpy as np
 
 from poprisk.audit import AuditResult
 from poprisk.task import Task
+from poprisk_lab.audit.apply import SUSPECTS
 from poprisk_lab.audit.examples import AuditExamples
 from poprisk_lab.audit.plan import AUDIT, AuditPlan, fingerprint, plan_of
 from poprisk_lab.audit.read import of_task, read_examples, refuse_options
@@ -146,7 +147,7 @@ def write_table(
     confidence = columns.get("confidence")
     with _replaced(path) as file:
         rows = csv.writer(file)
-        rows.writerow("row name given suggested suspect quality rank confidence".split())
+        rows.writerow(SUSPECTS)
         for i in items:
             rows.writerow(
                 [

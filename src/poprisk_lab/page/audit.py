@@ -171,6 +171,11 @@ def class_table(
     rows.sort(key=lambda row: -row[0])
     head = ["class", "labels", "suspect", "share", "mean confidence in it"]
     about = "The classes with the largest share of suspect labels first."
+    if not memorized and result.memorization is not None and result.cost == 0:
+        about += (
+            " Too few labels were planted to say what is memorized of each class; a larger --plant "
+            "tells."
+        )
     if memorized:
         head.append("memorized")
         about += (
