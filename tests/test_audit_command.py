@@ -26,7 +26,7 @@ from poprisk_lab.audit.apply import apply_marks
 from poprisk_lab.audit.examples import AuditExamples, AuditInputError
 from poprisk_lab.audit.nets import build, recipe_for
 from poprisk_lab.audit.plan import plan_for
-from poprisk_lab.audit.training import TargetScale, batches
+from poprisk_lab.audit.training import TargetScale, Tell, Training, batches
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.cli import app
 
@@ -329,6 +329,26 @@ def test_predictions_of_a_fold_do_not_depend_on_its_labels(
     others[0] = 1 - others[0]
     assert torch.equal(predicted(own), predicted(targets))
     assert not torch.equal(predicted(others), predicted(targets))
+
+
+def test_the_average_of_a_fold_weighs_later_epochs_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(60, 4, generator=g), torch.arange(60) % 3
+    examples = AuditExamples(inputs, targets, ("a", "b", "c"), str, lambda i: {})
+    plan = plan_for(examples, tmp_path, epochs=3, lr=0.01, folds=3)
+    outputs, predict = list[Tensor](), Training.predict
+
+    def watched(training: Training, rows: Tensor, tell: Tell) -> None:
+        predict(training, rows, lambda _, found: outputs.append(found.softmax(1)))
+        predict(training, rows, tell)
+
+    monkeypatch.setattr(Training, "predict", watched)
+    product = tmp_path / "p.safetensors"
+    list(study.fit_fold(plan, inputs, targets, {"fold": 1}, Workspace(product=product)))
+    a, b, c = outputs
+    torch.testing.assert_close(load_checkpoint(product)["average"], (a + 2 * b + 3 * c) / 6)
 
 
 def test_an_unsure_audit_names_the_command_to_try_next(
