@@ -300,7 +300,7 @@ def test_out_of_folds_labels_are_judged_by_what_never_saw_them(tmp_path: Path) -
     outside = torch.cat([load_checkpoint(product)["rows"] for product in products])
     assert outside.sort().values.tolist() == list(range(N))
     evidence = json.loads((tmp_path / "run" / "evidence.json").read_text())
-    assert "3 trainings, each for the part" in evidence["wrong_labels"]["how"]
+    assert "predictions that did not see them" in evidence["wrong_labels"]["how"]
     assert evidence["settings"]["folds"] == 3
     assert evidence["planted"]["count"] > 0
     assert report(tmp_path / "run").exit_code == 0

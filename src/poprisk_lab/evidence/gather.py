@@ -70,7 +70,7 @@ def compare_evidence(data: RunData, verdict: Verdict) -> Evidence:
     none = "no training of the arm is complete"
     metric = task["metric"]
     return {
-        **_head("compare", task["name"], data.environment),
+        **head("compare", task["name"], data.environment),
         "subject": mine.label if mine else None,
         "task": "classification" if task.get("classification") else "regression",
         "data": {
@@ -130,23 +130,13 @@ def compare_evidence(data: RunData, verdict: Verdict) -> Evidence:
 def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -> Evidence:
     """The evidence of an audit."""
     config, asked = store.config(), store.config()["audit"]
-    plan = plan_of(store)
-    names = [trial.name for trial in plan.trials]
+    names = [trial.name for trial in plan_of(store).trials]
     ends = [end_of(rows) or {} for rows in store.rows(names).values()]
-    end = {
-        "planted": ends[0].get("planted"),
-        "skipped_steps": sum(e["skipped_steps"] for e in ends)
-        if all("skipped_steps" in e for e in ends)
-        else None,
-    }
-    own = "the run's own predictions for its training examples"
-    apart = f"predictions of {plan.folds} trainings, each for the part that it did not see"
-    data, count = config["data"], end["planted"]
-    old = "a record of an earlier version does not say"
-    unplanted = "no labels were planted"
+    told = all("skipped_steps" in end for end in ends)
+    data = config["data"]
     left = len(examples.left_out)
     return {
-        **_head("audit", Path(asked["source"]).name or asked["source"], store.environment()),
+        **head("audit", Path(asked["source"]).name or asked["source"], store.environment()),
         "subject": "PopRiskAdamW",
         "task": "classification" if asked["kind"] == "classes" else asked["kind"],
         "data": {
@@ -174,30 +164,14 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
         "risk": measured(
             None, how="not measured", reason="an audit from the command line runs without a twin"
         ),
-        "wrong_labels": _rate(
-            result.wrong_share,
-            f"share of given labels, from {apart if plan.folds else own}",
-        ),
-        "memorization": _rate(
-            result.memorization,
-            "how much of the labels planted wrong predictions repeat beyond other wrong ones",
-            missing=unplanted,
-        ),
-        "planted": {
-            "count": count,
-            "share": None if count is None else count / data["labelled"],
-            "recall": _rate(
-                result.recall, "share of the labels planted wrong that are found", missing=unplanted
-            ),
-            "reason": old if count is None else "" if count else unplanted,
-        },
+        **audited(result),
         "controls": {
             "arms": [],
             "reason": "an audit compares no optimizers; planted labels control it",
         },
         "skipped_steps": {
-            "count": end["skipped_steps"],
-            "reason": old if end["skipped_steps"] is None else "",
+            "count": sum(end["skipped_steps"] for end in ends) if told else None,
+            "reason": "" if told else "a record of an earlier version has none",
         },
         "limits": [
             *audit_notices(result),
@@ -207,28 +181,56 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
     }
 
 
-def write_evidence(directory: Path, evidence: Evidence) -> None:
-    """Write ``evidence.json``, atomically.
+def audited(result: AuditResult) -> Evidence:
+    """The figures of an audit: wrong labels, memorization, what was planted and found."""
+    unplanted = "no labels were planted"
+    by = "the run's own predictions" if result.cost == 0 else "predictions that did not see them"
+    if result.kind == "regression":
+        repeated = "how much of the noise added to planted targets predictions follow"
+    elif result.predictions.shape[1] == 2:
+        repeated = (
+            "how much of the labels planted wrong predictions repeat beyond those that stayed"
+        )
+    else:
+        repeated = "how much of the labels planted wrong predictions repeat beyond other wrong ones"
+    return {
+        "wrong_labels": _rate(
+            result.wrong_share, f"share of given labels that are suspect by {by}"
+        ),
+        "memorization": _rate(result.memorization, repeated, missing=unplanted),
+        "planted": {
+            "count": result.planted,
+            "share": result.planted / max(1, int(result.labelled.sum())),
+            "recall": _rate(
+                result.recall, "share of the labels planted wrong that are found", missing=unplanted
+            ),
+            "reason": "" if result.planted else unplanted,
+        },
+    }
+
+
+def write_evidence(directory: str | Path, evidence: Evidence) -> None:
+    """Write ``evidence.json``, atomically, in a directory that is made.
 
     Raises:
         OSError: if it cannot be written.
     """
-    write_json(directory / FILE, _as_json(evidence))
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    write_json(Path(directory) / FILE, _as_json(evidence))
 
 
-def read_evidence(directory: Path) -> Evidence:
-    """What ``evidence.json`` of a run directory holds.
+def read_evidence(run: Path) -> Evidence:
+    """What a file of evidence holds, or ``evidence.json`` of a run directory.
 
     Raises:
         RunDirectoryError: if it is missing, damaged or of another version.
     """
-    path = directory / FILE
+    path = run if run.is_file() else run / FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise RunDirectoryError(
-            f"{directory} has no {FILE}; poprisk compare, audit and report write it."
-        ) from None
+        missing = f"there is no {run}" if run.suffix == ".json" else f"{run} has no {FILE}"
+        raise RunDirectoryError(f"{missing}; poprisk compare, audit and report write it.") from None
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path} is damaged: {error}; write it again.") from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
@@ -245,7 +247,7 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _head(kind: str, name: str, environment: dict[str, Any]) -> Evidence:
+def head(kind: str, name: str, environment: dict[str, Any]) -> Evidence:
     """What every run has; the code is that which began it, as far as it was recorded."""
     return {
         "schema": SCHEMA,
