@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from poprisk.audit import Auditor, AuditResult
+from poprisk.audit import Auditor, AuditResult, Rate
 from poprisk_lab.audit.examples import AuditExamples
-from poprisk_lab.audit.study import AUDIT
+from poprisk_lab.audit.plan import AUDIT
+from poprisk_lab.audit.study import Judgement
 from poprisk_lab.page.audit import MOST_TEXT, write_audit
 from poprisk_lab.store import FORMAT, Store
 from test_report_browser import CHROMIUM, open_page, with_script
@@ -58,7 +59,25 @@ def page_of(folder: Path, n: int) -> str:
     store.create(config, {})
     epochs = [{"epoch": e, "loss": 1 / e, "agreement": 0.5, "memorization": None} for e in (1, 2)]
     path = folder / "audit.html"
-    write_audit(path, MARKUP, examples, result, epochs, store, apply=MARKUP)
+    judged = Judgement(
+        result,
+        epochs,
+        {0: Rate(0.1, 0.02)},
+        {
+            "planted": 20,
+            "change": 0.1,
+            "shares": [
+                {
+                    "name": MARKUP,
+                    "kind": "Linear",
+                    "shape": [2, 3],
+                    "value": 0.1,
+                    "standard_error": 0.02,
+                }
+            ],
+        },
+    )
+    write_audit(path, MARKUP, examples, judged, store, apply=MARKUP, folds=MARKUP)
     return path.read_text(encoding="utf-8")
 
 

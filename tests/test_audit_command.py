@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
+import re
+import shlex
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
+from poprisk.losses import IGNORED
+from poprisk_lab.audit import read, study
 from poprisk_lab.audit.apply import apply_marks
-from poprisk_lab.audit.examples import AuditInputError
+from poprisk_lab.audit.examples import AuditExamples, AuditInputError
 from poprisk_lab.audit.nets import build, recipe_for
-from poprisk_lab.audit.study import TargetScale, batches
+from poprisk_lab.audit.plan import plan_for
+from poprisk_lab.audit.training import TargetScale, Tell, Training, batches
+from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.cli import app
 
 N = 240
@@ -81,34 +92,26 @@ def test_repeated_it_goes_on_and_other_settings_are_refused(audited: tuple[Path,
     assert (folder / "run" / "suspects.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("folds", [0, 3])
 def test_a_killed_audit_goes_on_with_the_same_numbers(
-    audited: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+    audited: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folds: int
 ) -> None:
-    from poprisk_lab.audit import command, read, study
-    from poprisk_lab.checkpoint import Workspace, load_checkpoint, save_checkpoint
-
-    folder, _ = audited
-    examples = read.read_examples(str(folder / "t.csv"), label="kind of thing")
-    plan = study.plan_for(examples, folder / "killed", epochs=6)
-    command.start(examples, plan, "t.csv")
-    save_checkpoint(
-        folder / "killed" / "data.safetensors",
-        {"inputs": examples.inputs, "targets": examples.targets},
-    )
-    whole = Workspace(product=folder / "whole.safetensors")
-    rows = list(study.fit(plan, {}, whole))
+    source = str(audited[0] / "t.csv")
+    examples = read.read_examples(source, label="kind of thing")
+    examples.targets[5:9] = IGNORED
+    plan = plan_for(examples, tmp_path, epochs=6, folds=folds, plant=0.15)
+    train = partial(study.fit_fold if folds else study.fit, plan, examples.inputs, examples.targets)
+    settings = plan.trials[-1].settings
+    rows = list(train(settings, Workspace(product=tmp_path / "whole.safetensors")))
 
     monkeypatch.setattr("poprisk_lab.checkpoint.CHECKPOINT_SECONDS", -1.0)
-    first = study.fit(plan, {}, Workspace(folder / "half.safetensors"))
+    first = iter(train(settings, Workspace(tmp_path / "half.safetensors")))
     half = [next(first) for _ in range(4)]  # the fourth was told and not saved
     del first
-    rest = Workspace(folder / "half.safetensors", product=folder / "rest.safetensors")
-    assert half[:3] + list(study.fit(plan, {}, rest)) == rows
-    a, b = (load_checkpoint(folder / f"{name}.safetensors") for name in ("whole", "rest"))
-    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
-    assert torch.equal(
-        a["auditor"]["predictions"]["average"], b["auditor"]["predictions"]["average"]
-    )
+    rest = Workspace(tmp_path / "half.safetensors", product=tmp_path / "rest.safetensors")
+    assert half[:3] + list(train(settings, rest)) == rows
+    a, b = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "rest"))
+    assert a == b
 
 
 def test_marks_go_back_into_the_file(audited: tuple[Path, str], tmp_path: Path) -> None:
@@ -131,6 +134,21 @@ def test_marks_go_back_into_the_file(audited: tuple[Path, str], tmp_path: Path) 
     assert new[1][4] == "class x"
     again = call(*arguments, tmp_path / "new.csv")
     assert again.exit_code == 2
+
+
+def test_all_suggestions_are_taken_from_the_list_of_suspects(
+    audited: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, _ = audited
+    suspects = pd.read_csv(folder / "run" / "suspects.csv")
+    source, new = folder / "t.csv", tmp_path / "new.csv"
+    found = apply_marks(source, "kind of thing", folder / "run" / "suspects.csv", new)
+    assert found == len(suspects)
+    given, fixed = (pd.read_csv(path)["kind of thing"] for path in (source, new))
+    rows = suspects["row"] - 1
+    assert fixed[rows].tolist() == suspects["suggested"].tolist()
+    others = ~given.index.isin(rows)
+    assert fixed[others].equals(given[others])
 
 
 @pytest.mark.parametrize(
@@ -184,18 +202,199 @@ def test_a_task_trains_its_own_network(tmp_path: Path) -> None:
 
 def test_marks_keep_how_a_file_is_written(tmp_path: Path) -> None:
     source = tmp_path / "s.csv"
-    source.write_text("\ufeffx;y\n1,5;a\n2,5;b\n\n3,5;\n", encoding="utf-8")
+    source.write_bytes("\ufeffx;y\r\n1,5;a\r\n2,5;b\r\n\r\n3,5;\r\n".encode())
     (tmp_path / "m.csv").write_text(
         "row,name,given,label,mark\n2,row 2,b,a,fix\n3,row 3,none,b,fix\n"
     )
     assert apply_marks(source, "y", tmp_path / "m.csv", tmp_path / "n.csv") == 2
-    assert (tmp_path / "n.csv").read_text(encoding="utf-8") == "x;y\n1,5;a\n2,5;a\n3,5;b\n"
+    expected = "\ufeffx;y\r\n1,5;a\r\n2,5;a\r\n3,5;b\r\n"
+    assert (tmp_path / "n.csv").read_bytes() == expected.encode()
 
 
-def test_report_of_an_audit_says_where_its_page_is(audited: tuple[Path, str]) -> None:
-    found = CliRunner().invoke(app, ["report", str(audited[0] / "run")])
+@pytest.mark.parametrize(
+    ("encoding", "cells", "mark", "written"),
+    [
+        ("cp1252", ["schön", "übel", "schön"], "schön,übel", "übel"),
+        ("utf-8", ["schön", "übel", "schön"], "schön,übel", "übel"),
+        ("utf-16", ["schön", "übel", "schön"], "schön,übel", "übel"),
+        ("utf-8", ["01", "02", "01"], "1,2", "02"),
+        ("utf-8", ["1.0", "0.0", "1.0"], "1,0", "0.0"),
+        ("utf-8", ["12,5", "1.234,5", "12,5"], "12.5,3.25", "3,25"),
+        ("utf-8", ["12.5", "1,234.5", "12.5"], "12.5,1234.5", "1,234.5"),
+    ],
+)
+def test_corrected_labels_are_written_as_the_others_are(
+    tmp_path: Path, encoding: str, cells: list[str], mark: str, written: str
+) -> None:
+    source, marks, new = (tmp_path / f"{name}.csv" for name in "smn")
+    lines = ["ä;y", *(f"1;{cell}" for cell in cells)]
+    source.write_bytes("".join(f"{line}\n" for line in lines).encode(encoding))
+    marks.write_text(f"row,name,given,label,mark\n1,row 1,{mark},fix\n", encoding="utf-8")
+    assert apply_marks(source, "y", marks, new) == 1
+    lines[1] = f"1;{written}"
+    assert new.read_bytes() == "".join(f"{line}\n" for line in lines).encode(encoding)
+
+
+def report(directory: Path) -> Any:
+    return CliRunner().invoke(app, ["report", str(directory)], catch_exceptions=False)
+
+
+def test_report_writes_the_page_of_an_audit_again(
+    audited: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, printed = audited
+    run = folder / "run"
+    written = ("report.html", "suspects.csv", "labels.csv", "evidence.json")
+    before = {name: (run / name).read_bytes() for name in written}
+    for name in written:
+        (run / name).unlink()
+    monkeypatch.chdir(tmp_path)  # the source is found from anywhere
+    found = report(run)
+    assert found.exit_code == 0, found.output
+    assert {name: (run / name).read_bytes() for name in written} == before
+    assert found.output.splitlines()[-4:] == printed.splitlines()[-4:]
+
+
+def test_report_refuses_an_audit_that_it_cannot_write(
+    audited: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    table = blobs(tmp_path / "t.csv", note='<b onclick="x">&</b>')
+    shutil.copytree(audited[0] / "run", run)
+    config = json.loads((run / "config.json").read_text())
+
+    def refused(message: str, **changes: Any) -> None:
+        (run / "config.json").write_text(json.dumps({**config, **changes}))
+        before = (run / "report.html").read_bytes()
+        found = report(run)
+        assert found.exit_code == 2
+        assert message in found.stderr
+        assert len(found.stderr.splitlines()) == 1
+        assert (run / "report.html").read_bytes() == before
+
+    reading = {**config["read"], "source": str(table)}
+    (run / "config.json").write_text(json.dumps({**config, "read": reading}))
+    assert report(run).exit_code == 0
+    refused("is of an earlier version", read=None)
+    refused("there is no file", read={**reading, "source": str(tmp_path / "gone.csv")})
+    (run / "trials" / "fit.jsonl").write_text("")
+    refused("holds 0 of 1 trainings", read=reading)
+    table.write_text(table.read_text().replace("class z", "class y", 1))
+    refused("it has changed since", read=reading)
+    found = CliRunner().invoke(app, ["compare", "digits", "--out", str(run)])
     assert found.exit_code == 2
-    assert "holds an audit, whose page is its report.html" in found.stderr
+    assert "holds an audit and no comparison" in found.stderr
+
+
+def test_out_of_folds_labels_are_judged_by_what_never_saw_them(tmp_path: Path) -> None:
+    table = blobs(tmp_path / "t.csv")
+    arguments = [table, "--label", "kind of thing", "--folds", 3, "--epochs", 25]
+    found = call(*arguments, "--out", tmp_path / "run")
+    assert found.exit_code == 0, found.output
+    assert "3 times, on 2/3 of the labels each" in found.output
+    assert "3 trainings" in found.output
+    suspects = set(pd.read_csv(tmp_path / "run" / "suspects.csv")["row"] - 1)
+    assert len(suspects & set(WRONG)) >= 0.9 * len(WRONG)
+    assert len(suspects - set(WRONG)) <= 2
+    products = (tmp_path / "run" / "checkpoints").glob("trace-fold-*.safetensors")
+    outside = torch.cat([load_checkpoint(product)["rows"] for product in products])
+    assert outside.sort().values.tolist() == list(range(N))
+    evidence = json.loads((tmp_path / "run" / "evidence.json").read_text())
+    assert "predictions that did not see them" in evidence["wrong_labels"]["how"]
+    assert evidence["settings"]["folds"] == 3
+    assert evidence["planted"]["count"] > 0
+    assert report(tmp_path / "run").exit_code == 0
+
+
+@pytest.mark.parametrize("kind", ["classes", "regression"])
+def test_predictions_of_a_fold_do_not_depend_on_its_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    part = torch.arange(60) % 3
+    monkeypatch.setattr(study, "fold_of", Mock(return_value=part))
+    inputs = torch.randn(60, 4, generator=g)
+    numbers = torch.randn(60, generator=g, dtype=torch.float64)
+    targets = (numbers > 0).long() if kind == "classes" else numbers
+    classes = ("a", "b") if kind == "classes" else ()
+    examples = AuditExamples(inputs, targets, classes, str, lambda i: {})
+    plan = plan_for(examples, tmp_path, epochs=3, plant=0, folds=3)
+
+    def predicted(labels: Tensor) -> Tensor:
+        product = tmp_path / "p.safetensors"
+        list(study.fit_fold(plan, inputs, labels, {"fold": 1}, Workspace(product=product)))
+        return load_checkpoint(product)["average"]
+
+    own, others = torch.where(part == 1, 1 - targets, targets), targets.clone()
+    others[0] = 1 - others[0]
+    assert torch.equal(predicted(own), predicted(targets))
+    assert not torch.equal(predicted(others), predicted(targets))
+
+
+def test_the_average_of_a_fold_weighs_later_epochs_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(60, 4, generator=g), torch.arange(60) % 3
+    examples = AuditExamples(inputs, targets, ("a", "b", "c"), str, lambda i: {})
+    plan = plan_for(examples, tmp_path, epochs=3, lr=0.01, folds=3)
+    outputs, predict = list[Tensor](), Training.predict
+
+    def watched(training: Training, rows: Tensor, tell: Tell) -> None:
+        predict(training, rows, lambda _, found: outputs.append(found.softmax(1)))
+        predict(training, rows, tell)
+
+    monkeypatch.setattr(Training, "predict", watched)
+    product = tmp_path / "p.safetensors"
+    list(study.fit_fold(plan, inputs, targets, {"fold": 1}, Workspace(product=product)))
+    a, b, c = outputs
+    torch.testing.assert_close(load_checkpoint(product)["average"], (a + 2 * b + 3 * c) / 6)
+
+
+def test_an_unsure_audit_names_the_command_to_try_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.normal(size=60), "the y": rng.integers(0, 5, 60)})
+    frame.to_csv("chance of.csv", index=False)
+    arguments = ["chance of.csv", "--label", "the y", "--epochs", "1", "--no-structure"]
+    found = call(*arguments, "--fresh", "--traceback")
+    assert found.exit_code == 0, found.output
+    command = re.search(r"`(poprisk audit .*)`", found.output)
+    assert command is not None
+    wanted = ["poprisk", "audit", *arguments[:-1], "--no-structure", "--folds", "5"]
+    assert shlex.split(command[1]) == wanted
+    page = (tmp_path / "runs" / "audit-chance-of" / "report.html").read_text()
+    assert html.escape(command[1], quote=True).replace("&#x27;", "&#39;") in page
+    after = call(*shlex.split(command[1])[2:])
+    assert after.exit_code == 0, after.output
+    assert "runs/audit-chance-of-5-folds" in after.output
+    assert "know little of the data. Train longer." in after.output
+    assert "folds" not in after.output.partition("know little")[2].partition("\n")[0]
+
+
+def test_fresh_starts_over(audited: tuple[Path, str], tmp_path: Path) -> None:
+    table = blobs(tmp_path / "t.csv")
+    arguments = [table, "--label", "kind of thing", "--out", tmp_path / "run", "--epochs"]
+    assert call(*arguments, 1).exit_code == 0
+    (tmp_path / "run" / "mine.txt").write_text("kept")
+    refused = call(*arguments, 2)
+    assert refused.exit_code == 2
+    assert "it differs in epochs" in refused.stderr
+    assert "start over (--fresh)" in refused.stderr
+    again = call(*arguments, 2, "--fresh")
+    assert again.exit_code == 0, again.output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["recipe"]["epochs"] == 2
+    rows = (tmp_path / "run" / "trials" / "fit.jsonl").read_text().splitlines()
+    assert len(rows) == 2 + 1
+    assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    other = call(*arguments[:-2], tmp_path / "other", "--fresh")
+    assert other.exit_code == 2
+    assert (tmp_path / "other" / "config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
@@ -207,6 +406,11 @@ def test_report_of_an_audit_says_where_its_page_is(audited: tuple[Path, str]) ->
         (["{t}", "--label", "a", "--kind", "ordinal"], "--kind must be classes or regression"),
         (["{t}", "--label", "a", "--epochs", "0"], "--epochs must be at least 1"),
         (["{t}", "--label", "a", "--plant", "0.7"], "--plant must lie from 0 to 0.5"),
+        (["{t}", "--label", "a", "--plant", "0.001"], "--plant 0.001 of 240 labels makes none"),
+        (["{t}", "--label", "a", "--folds", "1"], "--folds must lie from 2 to 20"),
+        (["{t}", "--label", "a", "--labels", "t.csv"], "--labels does not go with a table"),
+        (["digits-clean", "--label", "a"], "--label does not go with a task"),
+        (["{t}", "--label", "a", "--kind", "preferences"], "poprisk.Auditor(labels, kind=...)"),
         (["{t}", "--label", "a", "--lr", "0"], "--lr must be positive"),
         (["{t}", "--label", "a", "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["{t}", "--apply", "m.csv"], "--label must name"),

@@ -67,7 +67,12 @@ def dashes(path: Path) -> None:
     frame().astype(object).fillna("?").to_csv(path, index=False)
 
 
-WRITERS = [comma, semicolon, tab, with_index, windows, dashes]
+def unicode(path: Path) -> None:
+    """As Excel's "Unicode text"."""
+    frame().to_csv(path, sep="\t", index=False, encoding="utf-16")
+
+
+WRITERS = [comma, semicolon, tab, with_index, windows, dashes, unicode]
 
 
 def table(path: Path, write: Callable[[Path], None] = comma, **settings: Any) -> AuditExamples:
@@ -90,6 +95,95 @@ def test_however_a_table_is_written_it_is_the_same_table(
     assert found.show(1)["patient_id"] == "P0001"
     assert found.show(9)["ward"] is None
     assert found.name(0) == "row 1"
+
+
+def test_json_lines_are_the_same_table(tmp_path: Path) -> None:
+    expected = table(tmp_path)
+    text = frame().to_json(orient="records", lines=True, force_ascii=False)
+    (tmp_path / "t.jsonl").write_text(f"{text}\n", encoding="utf-8")
+    found = read_examples(str(tmp_path / "t.jsonl"), label="outcome")
+    torch.testing.assert_close(found.inputs, expected.inputs)
+    assert torch.equal(found.targets, expected.targets)
+    assert found.classes == expected.classes
+    lines = [f'{{"x": {i % 7}, "more": {{"k": [{i % 3}]}}, "y": {i % 2}}}' for i in range(ROWS)]
+    (tmp_path / "n.jsonl").write_text("\n".join(lines))
+    nested = read_examples(str(tmp_path / "n.jsonl"), label="y")
+    assert any("`more` holds lists or objects" in note for note in nested.notes)
+    assert nested.inputs.shape == (ROWS, 1 + 3)
+
+
+def test_a_late_letter_of_windows_is_read(tmp_path: Path) -> None:
+    lines = [f"{i % 7},{i % 3},{'xy'[i % 2]}\n" for i in range(20_000)]
+    text = f"a,b,outcome\n{''.join(lines)}1,2,schön\n"
+    (tmp_path / "t.csv").write_bytes(text.encode("cp1252"))
+    found = read_examples(str(tmp_path / "t.csv"), label="outcome")
+    assert found.classes == ("schön", "x", "y")
+
+
+def test_numbers_without_a_size_are_none(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": np.arange(ROWS) ** 2 % 11.0, "y": list("ab") * (ROWS // 2)})
+    frame["inf"] = np.where(np.arange(ROWS) % 10 == 0, np.inf, frame["a"])
+    frame["huge"] = 10.0 ** np.linspace(-300, 300, ROWS)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    found = read_examples(str(tmp_path / "t.csv"), label="y")
+    assert "`inf`: 6 of its values are infinite, taken as missing." in found.notes
+    assert bool(found.inputs.isfinite().all())
+    assert found.inputs.shape[1] == 3 + 1
+    assert found.inputs.std(0).min() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "text"),
+    [
+        (["1,234.50", "2,000,000", "7"], [1234.5, 2e6, 7.0], "a,y\n{}"),
+        (["1.234,5", "2.000.000", "7"], [1234.5, 2e6, 7.0], "a;y\n{}"),
+        (["12,5", "3,25", "7,0"], [12.5, 3.25, 7.0], "a;y\n{}"),
+    ],
+)
+def test_labels_are_numbers_with_commas_and_points(
+    tmp_path: Path, labels: list[str], numbers: list[float], text: str
+) -> None:
+    mark = text[1]
+    rows = [f'{i * i % 7}.5{mark}"{labels[i % 3]}"' for i in range(ROWS)]
+    (tmp_path / "t.csv").write_text(text.format("\n".join(rows)))
+    found = read_examples(str(tmp_path / "t.csv"), label="y", kind="regression")
+    assert found.targets[:3].tolist() == numbers
+
+
+def test_options_that_do_not_go_with_a_source_are_refused(folder: Path) -> None:
+    comma(folder / "t.csv")
+    np.save(folder / "x.npy", np.ones((ROWS, 2)))
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("", {"label": "y"}),
+        ("", {"text": "y"}),
+        ("", {"labels": folder / "t.csv"}),
+        ("x.npy", {"text": "y"}),
+        ("x.npy", {"side": 3}),
+        ("t.csv", {"labels": folder / "t.csv"}),
+        ("t.csv", {"side": 3}),
+    ]
+    for name, options in cases:
+        option = {"side": "size"}.get(*options, *options)
+        with pytest.raises(AuditInputError, match=f"--{option} does not go with"):
+            read_examples(str(folder / name), **options)
+
+
+def test_preferences_are_referred_to_the_library(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * ROWS)
+    with pytest.raises(AuditInputError, match=r"poprisk\.Auditor\(labels, kind='preferences'\)"):
+        read_examples(str(tmp_path / "p.jsonl"))
+
+
+def test_labels_that_are_python_objects_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((ROWS, 2)))
+    np.save(tmp_path / "y.npy", np.array(["a"] * ROWS, dtype=object), allow_pickle=True)
+    with pytest.raises(AuditInputError, match=r"y\.npy cannot be read.*Python objects"):
+        read_examples(str(tmp_path / "x.npy"), labels=tmp_path / "y.npy")
+    with pytest.raises(AuditInputError, match="there is no file"):
+        read_examples(str(tmp_path / "x.npy"), labels=tmp_path / "z.npy")
+    np.save(tmp_path / "z.npy", np.array("a"))
+    with pytest.raises(AuditInputError, match="must hold a label for each example"):
+        read_examples(str(tmp_path / "x.npy"), labels=tmp_path / "z.npy")
 
 
 def test_the_case_of_a_suffix_makes_no_difference(tmp_path: Path) -> None:
@@ -271,13 +365,20 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("empty.csv", b"", "is empty"),
     ("head.csv", b"a,b,outcome\n", "has a header and no row"),
     ("blank.csv", b"\n\n\n", "cannot be read as a table"),
-    ("binary.csv", b"PK\0\0" * 100, "zero bytes"),
-    ("wide.csv", b"a,outcome\n" + b"1,x,3\n" * 40, "cannot be read as a table"),
+    ("binary.csv", b"PK\0\0" * 100, "it is no text"),
+    ("picture.csv", b"\x89PNG\r\n\x1a\n\x01\xff" * 100, "it is no text"),
+    ("wide.csv", b"a,outcome\n" + b"1,x,3\n" * 40, "more columns than the first line, 'a,outcome'"),
+    ("above.csv", b"# by x\na,outcome\n" + b"1,x\n2,y\n" * 40, "the first line, '# by x'"),
+    ("nameless.csv", b"1.5,x\n2.5,y\n" * 40, "the first line must name the columns"),
     ("few.csv", b"a,outcome\n" + b"1,x\n2,y\n" * 3, "6 of 6 examples have a label"),
     ("one.csv", b"a,outcome\n" + b"1,x\n2,x\n" * 30, "all labels are 'x'"),
     ("none.csv", b"a,outcome\n" + b"1,\n2,NA\n" * 30, "0 of 60 examples have a label"),
     ("only.csv", b"outcome\n" + b"x\ny\n" * 30, "no column is left"),
     ("twice.csv", b"a,a ,outcome\n" + b"1,2,x\n2,1,y\n" * 30, "two columns called 'a'"),
+    ("same.csv", b"a,outcome,outcome\n" + b"1,x,x\n2,y,y\n" * 30, "two columns called 'outcome'"),
+    ("torn.jsonl", b'{"a": 1}\n{"a":', "line 2 is no JSON"),
+    ("list.jsonl", b"[1, 2]\n", "line 1 is no object"),
+    ("pairs.jsonl", b'{"chosen": "a", "rejected": "b", "outcome": 1}\n' * 30, "all labels are '1'"),
     ("x.docx", b"abc", "an audit reads"),
 ]
 

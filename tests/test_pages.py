@@ -24,6 +24,7 @@ BLOCK = re.compile(
     r"(?:^<!-- needs: ([\w, ]+) -->\n)?^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE
 )
 NUMBER = re.compile(r"[+-]\d+\.\d+")
+SHARE = re.compile(r"\d+\.\d+(?=%)")
 
 
 class Block(NamedTuple):
@@ -80,18 +81,18 @@ def commands(page: Path) -> list[str]:
     return [line.split("#")[0].strip() for line in lines]
 
 
-def of_torchrun(block: Block) -> bool:
-    """Whether a page starts the block on several processes, so that it does not run alone."""
-    return any(
-        c.startswith("torchrun") and c.endswith(f" {block.file}") for c in commands(block.page)
-    )
+PROGRAMS = ("poprisk ", "python ", "torchrun ")
+
+
+def of_a_command(block: Block) -> bool:
+    """Whether a page starts the block after others, or on several processes: not alone."""
+    starts = ("python ", "torchrun ")
+    return any(c.startswith(starts) and c.endswith(f" {block.file}") for c in commands(block.page))
 
 
 BLOCKS = [block for page in SHOWN for block in blocks(page)]
-PYTHON = [b for b in BLOCKS if b.language == "python" and not of_torchrun(b)]
-RUN = {
-    page: [c for c in commands(page) if c.startswith(("poprisk ", "torchrun "))] for page in SHOWN
-}
+PYTHON = [b for b in BLOCKS if b.language == "python" and not of_a_command(b)]
+RUN = {page: [c for c in commands(page) if c.startswith(PROGRAMS)] for page in SHOWN}
 
 
 @pytest.fixture
@@ -166,6 +167,16 @@ def test_commands_run_in_their_order(
         program, *arguments = shlex.split(command)
         if program == "torchrun":
             subprocess.run([sys.executable, "-m", "torch.distributed.run", *arguments], check=True)
+            continue
+        if program == "python":
+            code = (folder / arguments[0]).read_text(encoding="utf-8")
+            printed = output(code, folder, warnings_are_errors=True)
+            there = (b for b in blocks(page) if b.language == "sh" and command in b.code)
+            prints = next(there).prints or ""
+            # Shares in percent, which another processor's roundings may move a little.
+            assert SHARE.sub("#", printed) == SHARE.sub("#", prints)
+            said, found = (SHARE.findall(text) for text in (prints, printed))
+            assert [*map(float, found)] == pytest.approx([*map(float, said)], abs=2.5)
             continue
         result = CliRunner().invoke(app, [*arguments, *more.get(arguments[0], [])])
         assert result.exit_code == 0, result.output

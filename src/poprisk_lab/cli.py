@@ -22,6 +22,7 @@ from rich.console import Console
 from poprisk_lab.claims import WORDS
 
 if TYPE_CHECKING:
+    from poprisk_lab.audit.command import Finished
     from poprisk_lab.comparison import Comparison
     from poprisk_lab.plots import Table
     from poprisk_lab.results import RunData
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 console = Console()
 DEFAULT_SEEDS = 3
+MOST_FOLDS = 20
 CLAIM_NAMES = [*WORDS, "all"]
 """What `poprisk reproduce` takes."""
 
@@ -127,45 +129,52 @@ def compare_command(
 
 @app.command("audit")
 def audit_command(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
-            help="Table (.csv, .tsv, .parquet), folder with one folder of images a class, array "
-            "(.npy), built-in task, or path/to/file.py:function."
+            help="Table (.csv, .tsv, .jsonl, .parquet), folder with one folder of images a class, "
+            "array (.npy), built-in task, or path/to/file.py:function."
         ),
     ],
-    label: Annotated[str | None, typer.Option(help="The column of labels.")] = None,
-    text: Annotated[str | None, typer.Option(help="The column of texts to learn from.")] = None,
+    label: Annotated[str | None, _option("The column of labels.")] = None,
+    text: Annotated[str | None, _option("The column of texts to learn from.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="File with the labels of an array, in its order.")
+        Path | None, _option("File with the labels of an array, in its order.")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="classes or regression; by the labels if left out.")
+        str | None, _option("classes or regression; by the labels if left out.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data; by rule.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; 0.001 if left out.")] = None,
+    epochs: Annotated[int | None, _option("Passes over the data; by rule.")] = None,
+    lr: Annotated[float | None, _option("Learning rate; 0.001 if left out.")] = None,
     plant: Annotated[
         float,
-        typer.Option(help="Share of labels planted wrong, which certify the result; 0: none."),
+        _option("Share of labels planted wrong, which certify the result; 0: none."),
     ] = 0.05,
-    structure: Annotated[
-        bool, typer.Option(help="Look for a pattern in how labels are wrong.")
-    ] = True,
-    size: Annotated[int | None, typer.Option(help="Of images, in pixels.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, order and planted labels.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="Where to train; a GPU if there is one.")
+    structure: Annotated[bool, _option("Look for a pattern in how labels are wrong.")] = True,
+    folds: Annotated[
+        int | None,
+        _option(
+            "Train that many times, each without a part of the data, which the predictions "
+            "are of: for hard data, of which one training knows too little to be sure."
+        ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Of the training; by rule if left out.")
-    ] = None,
+    size: Annotated[int | None, _option("Of images, in pixels.")] = None,
+    seed: Annotated[int, _option("Of weights, order and planted labels.")] = 0,
+    device: Annotated[str | None, _option("Where to train; a GPU if there is one.")] = None,
+    threads: Annotated[int | None, _option("Of the training; by rule if left out.")] = None,
     apply: Annotated[
-        Path | None, typer.Option(help="marked.csv from the page: write the corrected table.")
+        Path | None,
+        _option(
+            "marked.csv from the page, or suspects.csv to take every suggestion: write the "
+            "corrected table."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory, runs/audit-SOURCE if left out; with --apply, the new table."),
+        _option("Directory, runs/audit-SOURCE if left out; with --apply, the new table."),
     ] = None,
+    fresh: Fresh = False,
     trace: Trace = False,
 ) -> None:
     """Find wrong labels in a file by one training; resumes when repeated."""
@@ -175,7 +184,12 @@ def audit_command(
     if lr is not None and not 0 < lr < float("inf"):
         _fail(f"--lr must be positive, but got {lr:g}.")
     if kind not in (None, "classes", "regression"):
-        _fail(f"--kind must be classes or regression, but got {kind}.")
+        _fail(
+            f"--kind must be classes or regression, but got {kind}; other kinds are audited where "
+            "their model trains, by poprisk.Auditor(labels, kind=...)."
+        )
+    if folds is not None and not 2 <= folds <= MOST_FOLDS:
+        _fail(f"--folds must lie from 2 to {MOST_FOLDS}, but got {folds}.")
     path = Path(source)
     if apply is not None:
         with _errors(trace=trace):
@@ -186,31 +200,42 @@ def audit_command(
                 count = apply_marks(path, label, apply, new)
             _say(f"{count} label{'s' * (count != 1)} changed: {new}")
         return
-    directory = out or Path("runs") / f"audit-{_slug(path.stem if path.exists() else source)}"
+    name = f"audit-{_slug(path.stem if path.exists() else source)}"
+    directory = out or Path("runs") / (f"{name}-{folds}-folds" if folds else name)
     with _errors(trace=trace, resumable=True):
         import torch
 
-        from poprisk_lab.audit import command, words
-        from poprisk_lab.audit.read import of_task, read_examples
-        from poprisk_lab.audit.study import plan_for, run_audit
+        from poprisk_lab.audit import command
+        from poprisk_lab.audit.plan import plan_for
+        from poprisk_lab.audit.study import run_audit
         from poprisk_lab.audit.table import CSV
-        from poprisk_lab.display import PhaseDisplay, data_table
-        from poprisk_lab.evidence.gather import audit_evidence, write_evidence
-        from poprisk_lab.page.audit import write_audit
+        from poprisk_lab.display import PhaseDisplay
         from poprisk_lab.runner import check_device
-        from poprisk_lab.tasks import BUILT_IN
 
         if device is not None:
             check_device(device)
-        is_task = source in BUILT_IN or re.search(r"\.py(:|$)", source) is not None
-        task = None
+        of_a_task = command.is_task(source)
+        is_table = label is not None and path.suffix.lower() in CSV
+        reading = {
+            # As it is found from any other directory; of a task, its name.
+            "source": source if of_a_task else str(path.absolute()),
+            "label": label,
+            "labels": None if labels is None else str(labels.absolute()),
+            "text": text,
+            "kind": kind,
+            "side": size,
+            "seed": seed,
+            "apply": shlex.join(
+                ["poprisk", "audit", source, "--label", label or "", "--apply", "marked.csv"]
+            )
+            if is_table
+            else "",
+            "folds": _typed(context, folds=5, out=None if out is None else f"{out}-5-folds")
+            if folds is None
+            else "",
+        }
         with console.status("reading"):
-            if is_task:
-                task, examples = of_task(source, seed)
-            else:
-                examples = read_examples(
-                    source, label=label, labels=labels, text=text, kind=kind, side=size, seed=seed
-                )
+            task, examples = command.read_again({**reading, "source": source, "labels": labels})
         plan = plan_for(
             examples,
             directory,
@@ -220,40 +245,79 @@ def audit_command(
             seed=seed,
             structure=structure,
             task=task,
-            task_name=source if is_task else "",
+            task_name=source if of_a_task else "",
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             threads=threads,
+            folds=folds or 0,
         )
-        store = command.start(examples, plan, source)
+        store = command.start(examples, plan, source, reading, fresh=fresh)
         for note in examples.notes:
             _say(note)
-        _say(f"Training: {plan.recipe}.")
+        _say(f"Training: {plan}.")
         _say(f"record in {directory} (stop at any time, repeat the command to go on)")
-        is_table = label is not None and path.suffix.lower() in CSV
-        again = shlex.join(["poprisk", "audit", source, "--label", label or ""])
-        again = f"{again} --apply marked.csv" if is_table else ""
+        before = {trial.name: k * plan.recipe.epochs for k, trial in enumerate(plan.trials)}
+        total = len(before) * plan.recipe.epochs
         with PhaseDisplay(console) as display:
-            result, rows = run_audit(
+            judged = run_audit(
                 examples,
                 plan,
                 store,
-                lambda _, row: display("epochs", row.get("epoch", 0), plan.recipe.epochs),
+                lambda trial, row: display(
+                    "epochs", before[trial.name] + row.get("epoch", plan.recipe.epochs), total
+                ),
             )
-        for notice in words.notices(result):
-            _say(notice, style="yellow")
-        if len(result.suspects()):
-            console.print(data_table(command.worst_table(examples, result)))
-        _say(f"\n{words.headline(result)}", style="bold")
-        _say(" · ".join(words.details(examples, result)))
-        # Last: what was found is printed though the disk be full.
-        with _writing(directory, advice="; repeat the command once there is room"):
-            command.write_tables(directory, examples, result)
-            write_evidence(directory, audit_evidence(store, examples, result))
-            write_audit(
-                directory / "report.html", source, examples, result, rows, store, apply=again
-            )
+        _conclude_audit(command.Finished(examples, store, judged))
+
+
+def _conclude_audit(found: Finished) -> None:
+    """Print what an audit found, and write its tables, its evidence and its page."""
+    from poprisk_lab.audit import command, words
+    from poprisk_lab.display import data_table
+    from poprisk_lab.evidence.gather import audit_evidence, write_evidence
+    from poprisk_lab.page.audit import write_audit
+
+    examples, store, judged = found
+    result, folds, directory = judged.result, found.command("folds"), store.path
+    for notice in words.notices(result, folds):
+        _say(notice, style="yellow")
+    if len(result.suspects()):
+        console.print(data_table(command.worst_table(examples, result)))
+    _say(f"\n{words.headline(result)}", style="bold")
+    _say(" · ".join(words.details(examples, result)))
+    # Last: what was found is printed though the disk be full.
+    with _writing(directory, advice="; repeat the command once there is room"):
+        command.write_tables(directory, examples, result)
+        write_evidence(directory, audit_evidence(store, examples, result))
+        write_audit(
+            directory / "report.html",
+            found.source,
+            examples,
+            judged,
+            store,
+            apply=found.command("apply"),
+            folds=folds,
+        )
     _say(f"Suspects: {directory / 'suspects.csv'}")
     _say(f"Page: {directory / 'report.html'}")
+
+
+def _typed(context: typer.Context, **changes: Any) -> str:
+    """The command as it was typed, with other values of some options."""
+    words = ["poprisk", context.info_name or ""]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        value = changes.get(name, context.params[name] if given else None)
+        if value is None or name in ("fresh", "trace"):
+            continue
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            words += [parameter.opts[0], str(value)]
+    return shlex.join(words)
 
 
 @app.command("explain")
@@ -376,11 +440,15 @@ def _summarize(found: list[Judged], folder: Path) -> None:
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory.")], trace: Trace = False
 ) -> None:
-    """Write report.html of a run directory again and print its verdict."""
+    """Write report.html of a comparison or an audit again and print what it found."""
     with _errors(trace=trace):
+        from poprisk_lab.audit.command import is_audit, reopen
         from poprisk_lab.comparison import run_directory
 
-        _conclude(run_directory(run))
+        if is_audit(run):
+            _conclude_audit(reopen(run))
+        else:
+            _conclude(run_directory(run))
 
 
 @app.command("evidence")

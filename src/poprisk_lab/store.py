@@ -163,12 +163,15 @@ class Store:
         """
         config = self._read_json("config.json")
         known = isinstance(config, dict) and config.get("format") == FORMAT
-        for command, what in (("audit", "an audit"), ("explain", "an explanation")):
-            if known and command in config and command not in self.kind.keys:
-                raise RunDirectoryError(
-                    f"{self.path} holds {what}, whose page is its report.html; repeat its "
-                    f"poprisk {command} command to write it again."
-                )
+        if known and "audit" in config and "audit" not in self.kind.keys:
+            raise RunDirectoryError(
+                f"{self.path} holds an audit and no comparison; choose another with --out."
+            )
+        if known and "explain" in config and "explain" not in self.kind.keys:
+            raise RunDirectoryError(
+                f"{self.path} holds an explanation, whose page is its report.html; repeat its "
+                "poprisk explain command to write it again."
+            )
         if not known or not self.kind.keys <= config.keys():
             raise RunDirectoryError(
                 f"{self.path / 'config.json'} is not of format {FORMAT}; it was written by another "
@@ -341,14 +344,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old one or the new one.
+    """Write a file in UTF-8 atomically: a reader sees the old one or the new one.
 
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically, as :func:`replace_text`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -24,6 +24,10 @@ TOGETHER = "test_audit_gather.py::test_parts_put_together_are_the_whole"
 FOLDS = "test_audit_trained.py::test_folds_predict_what_they_were_not_trained_on"
 UNLABELLED = "test_audit_trained.py::test_what_has_no_label_is_in_no_training_set_but_is_predicted"
 NEXT = "test_audit_result.py::test_what_to_train_on_next"
+OWN = "test_audit_command.py::test_predictions_of_a_fold_do_not_depend_on_its_labels"
+LATE = "test_audit_command.py::test_the_average_of_a_fold_weighs_later_epochs_more"
+MODULES = "test_audit_memorized.py::test_where_memorization_is_quadratic_the_modules_add_up_exactly"
+SOME = "test_audit_memorized.py::test_some_items_are_judged_as_among_all"
 MATRIX = "test_audit_result.py::test_the_matrix_counts_what_was_put_right"
 
 MUTATIONS = {
@@ -188,5 +192,29 @@ MUTATIONS = {
         "np.add.at(counts, (self.suggested[rows], self.labels[rows]), 1.0)",
         "np.add.at(counts, (self.labels[rows], self.suggested[rows]), 1.0)",
         MATRIX,
+    ),
+    "a fold of the command line trains on its own labels": Mutation(
+        "poprisk_lab/audit/study.py",
+        "inside = (items.labelled & ~mine)",
+        "inside = items.labelled",
+        OWN,
+    ),
+    "first epochs of a fold weigh as much as the last": Mutation(
+        "poprisk_lab/audit/study.py",
+        "alpha=2 / (epoch + 2)",
+        "alpha=1 / (epoch + 1)",
+        LATE,
+    ),
+    "steps of modules by the gradient before them": Mutation(
+        "poprisk_lab/audit/memorized.py",
+        "float(((a + b) / 2 * (now - before)).sum())",
+        "float((a * (now - before)).sum())",
+        MODULES,
+    ),
+    "planted labels of some items keep their numbers": Mutation(
+        "poprisk/audit/planted.py",
+        "found.index, found._given = place[self.index[mine]], self._given[rows]",
+        "found.index, found._given = self.index[mine] % len(rows), self._given[rows]",
+        SOME,
     ),
 }

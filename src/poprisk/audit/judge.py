@@ -95,6 +95,7 @@ def judge(
     structure: bool,
     limit: float,
     uncertified: str,
+    in_sample: bool = True,
     cost: float = 0.0,
     doubt: str = "",
 ) -> AuditResult:
@@ -107,6 +108,8 @@ def judge(
         structure: False leaves the noise matrix out.
         limit: memorization from which predictions are not believed.
         uncertified: why nothing is planted speaks against the result; empty if it does not.
+        in_sample: whether labels were trained on: what was not cannot have been memorized, however
+            few are planted.
         cost: trainings beyond the audited one.
         doubt: why predictions are not to be believed.
     """
@@ -133,7 +136,7 @@ def judge(
         or _memorized(memorization, limit)
         or found.unsure()
         or _misses_much(recall, items.kind)
-        or (uncertified if memorization is None else memorization.reason)
+        or (uncertified if memorization is None else memorization.reason if in_sample else "")
     )
     share = found.wrong_share()
     doubted = reason or share.reason

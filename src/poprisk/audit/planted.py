@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any, NamedTuple, final
 
 import torch
@@ -46,7 +47,7 @@ class Planted:
             predictions: for all items, (N, width).
             seen: which of them there are, (N,).
         """
-        values = self._values(predictions, seen)[seen[self.index] & self.changed]
+        values = self.repeated(predictions, seen)[seen[self.index] & self.changed]
         if len(values) < 2:
             return Rate(math.nan, math.nan, False, "too few planted labels to tell")
         error = float(values.std()) / math.sqrt(len(values))
@@ -54,7 +55,24 @@ class Planted:
         few = few if error > MOST_ERROR else ""
         return Rate(float(values.mean()), error, not few, few)
 
-    def _values(self, predictions: Tensor, seen: Tensor) -> Tensor:
+    def among(self, rows: Tensor) -> Planted:
+        """The same of some items only, (m,), which are numbered anew in their order."""
+        place = torch.full((len(self._given),), -1)
+        place[rows] = torch.arange(len(rows))
+        mine = place[self.index] >= 0
+        found = copy(self)
+        found.index, found._given = place[self.index[mine]], self._given[rows]
+        found.labels, found.original = self.labels[mine], self.original[mine]
+        found.changed = self.changed[mine]
+        return found
+
+    def repeated(self, predictions: Tensor, seen: Tensor) -> Tensor:
+        """How much each planted label is repeated, (len(index),); differentiable.
+
+        Args:
+            predictions: for all items, (N, width).
+            seen: for which of them they are there; of the others values mean nothing.
+        """
         k = self.classes
         if k is None:
             p = predictions[self.index].double()
@@ -73,10 +91,10 @@ class Planted:
         stayed[self.index[self.changed]] = False
         means = []
         for label in (0, 1):
-            found = predictions[stayed & (self._given == label), 1 - label]
+            found = predictions[stayed & (self._given == label), 1 - label].double()
             # Without any, as of a model that is sure of all labels.
-            means.append(float(found.double().mean()) if len(found) else 0.0)
-        return torch.tensor(means, dtype=torch.float64)
+            means.append(found.mean() if len(found) else found.sum())
+        return torch.stack(means)
 
 
 class Labels(NamedTuple):

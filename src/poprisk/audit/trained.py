@@ -117,6 +117,7 @@ def audit(
         # Predictions that did not see a label cannot have memorized it.
         limit=limit if found.in_sample else float("inf"),
         uncertified=UNPLANTED if found.in_sample else "",
+        in_sample=found.in_sample,
         cost=found.trainings,
         doubt=found.doubt,
     )
@@ -215,7 +216,7 @@ def _out_of_fold(
     check_range("folds", folds, 2, n)
     if len(x) != n:
         raise ValueError(f"x has {len(x)} examples, but y has {n}.")
-    part = _parts(labels.items, folds, seed)
+    part = fold_of(labels.items, folds, seed)
     labelled = torch.zeros(n, dtype=torch.bool)
     labelled[labels.items.example[labels.items.labelled]] = True
     found = []
@@ -234,7 +235,7 @@ def _out_of_fold(
     return Outputs(found, float(folds - 1), False)
 
 
-def _parts(items: Items, folds: int, seed: int) -> Tensor:
+def fold_of(items: Items, folds: int, seed: int) -> Tensor:
     """Which fold an example is in, (n,): as many of each class as goes."""
     n = len(items.targets)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+from collections import Counter
 from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 
 from poprisk_lab.audit import table
-from poprisk_lab.audit.examples import MISSING, AuditInputError
-from poprisk_lab.store import replace_text
+from poprisk_lab.audit.examples import MISSING, AuditInputError, numbers_in
+from poprisk_lab.store import replace_bytes
 
 MARKS = {"fix", "keep", "unsure"}
 HEAD = ["row", "name", "given", "label", "mark"]
+SUSPECTS = "row name given suggested suspect quality rank confidence".split()
+"""Columns of ``suspects.csv`` and ``labels.csv``."""
 
 
 def read_marks(path: Path) -> pd.DataFrame:
-    """What the page has let a person download.
+    """What the page has let a person download, or all suggestions of ``suspects.csv``.
 
     Raises:
         AuditInputError: if it is something else.
@@ -29,10 +33,12 @@ def read_marks(path: Path) -> pd.DataFrame:
     except (ValueError, csv.Error) as error:
         reason = " ".join(str(error).split())
         raise AuditInputError(f"{path} cannot be read: {reason}.") from error
+    if list(found.columns) == SUSPECTS:
+        return found.assign(label=found["suggested"], mark="fix")[HEAD]
     if list(found.columns) != HEAD or not set(found["mark"]) <= MARKS:
         raise AuditInputError(
-            f"{path} is not what the page downloads: it must have the columns {', '.join(HEAD)}, "
-            f"and marks {', '.join(sorted(MARKS))}."
+            f"{path} is not what the page downloads, nor suspects.csv: it must have the columns "
+            f"{', '.join(HEAD)}, and marks {', '.join(sorted(MARKS))}."
         )
     return found
 
@@ -43,7 +49,7 @@ def apply_marks(source: Path, label: str | None, marks: Path, to: Path) -> int:
     Args:
         source: the table that was audited.
         label: its column of labels, which must be named.
-        marks: what was downloaded from the page.
+        marks: what was downloaded from the page, or ``suspects.csv``.
         to: the file to write.
 
     Returns:
@@ -62,6 +68,9 @@ def apply_marks(source: Path, label: str | None, marks: Path, to: Path) -> int:
     fixed = read_marks(marks)
     fixed = fixed[fixed["mark"] == "fix"]
     form = table.format_of(source)
+    with source.open("rb") as file:
+        start = file.read(table.PROBE_BYTES)
+    marked, windows = start.startswith(codecs.BOM_UTF8), b"\r\n" in start
     with source.open(encoding=form.encoding, newline="") as file:
         cells = csv.reader(file, delimiter=form.separator, skipinitialspace=True)
         rows = [row for row in cells if row]  # as pandas reads it, without blank lines
@@ -69,17 +78,33 @@ def apply_marks(source: Path, label: str | None, marks: Path, to: Path) -> int:
     if label not in head:
         raise AuditInputError(f"{source} has no column {label!r}.")
     column, body = head.index(label), rows[1:]
+    written = Counter(row[column].strip() for row in body)
     for row, given, right in zip(fixed["row"], fixed["given"], fixed["label"], strict=True):
         position = int(row) - 1 if row.isdecimal() else -1
         if not 0 <= position < len(body) or not _same(body[position][column], given):
             raise AuditInputError(
                 f"{marks} does not belong to {source}: it has {given!r} in row {row}."
             )
-        body[position][column] = right
+        body[position][column] = _as_written(right, written)
     text = StringIO()
-    csv.writer(text, delimiter=form.separator, lineterminator="\n").writerows(rows)
-    replace_text(to, text.getvalue())
+    end = "\r\n" if windows else "\n"
+    csv.writer(text, delimiter=form.separator, lineterminator=end).writerows(rows)
+    encoding = form.encoding
+    if encoding == "utf-8-sig" and not marked:
+        encoding = "utf-8"
+    replace_bytes(to, text.getvalue().encode(encoding))
     return len(fixed)
+
+
+def _as_written(label: str, written: Counter[str]) -> str:
+    """A label as the file has it: 01 or 1.0 for 1, and with its decimal comma."""
+    if label in written:
+        return label
+    same = [cell for cell in written if _same(cell, label)]
+    if same:
+        return max(same, key=written.__getitem__)
+    commas = sum(count for cell, count in written.items() if table.DECIMAL_COMMA.match(cell))
+    return label.replace(".", ",") if commas > sum(written.values()) / 2 else label
 
 
 def _same(cell: str, given: str) -> bool:
@@ -87,6 +112,8 @@ def _same(cell: str, given: str) -> bool:
     if cell == given or (given == "none" and cell.lower() in MISSING):
         return True
     try:
-        return float(cell.replace(",", ".")) == float(given)
+        number = float(given)
     except ValueError:
         return False
+    found = pd.Series([cell], dtype=object)
+    return any(float(numbers_in(found, decimal).iloc[0]) == number for decimal in ",.")

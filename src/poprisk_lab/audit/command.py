@@ -3,32 +3,130 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from poprisk.audit import AuditResult
+from poprisk.task import Task
+from poprisk_lab.audit.apply import SUSPECTS
 from poprisk_lab.audit.examples import AuditExamples
-from poprisk_lab.audit.study import AUDIT, AuditPlan
+from poprisk_lab.audit.plan import AUDIT, AuditPlan, fingerprint, plan_of
+from poprisk_lab.audit.read import of_task, read_examples, refuse_options
+from poprisk_lab.audit.study import Judgement, read_audit
 from poprisk_lab.plots import Table
 from poprisk_lab.runner import environment
-from poprisk_lab.store import Store
+from poprisk_lab.store import RunDirectoryError, Store
+from poprisk_lab.tasks import BUILT_IN
 
 SHOWN = 10
 """Suspects that the terminal shows."""
 
+Reading = Mapping[str, Any]
+"""How examples are read, as :func:`read_again` takes it, and the commands that go on from there."""
 
-def start(examples: AuditExamples, plan: AuditPlan, source: str) -> Store:
+
+class Finished(NamedTuple):
+    """An audit whose trainings have ended."""
+
+    examples: AuditExamples
+    store: Store
+    judged: Judgement
+
+    @property
+    def source(self) -> str:
+        """What was audited, as it was called."""
+        return str(self.store.config()["audit"]["source"])
+
+    def command(self, name: str) -> str:
+        """What to type next, ``folds`` or ``apply``; empty if there is nothing."""
+        return (self.store.config().get("read") or {}).get(name, "")
+
+
+def is_task(source: str) -> bool:
+    """Whether a source is a task, and no file of data."""
+    return source in BUILT_IN or re.search(r"\.py(:|$)", source) is not None
+
+
+def read_again(reading: Reading) -> tuple[Task | None, AuditExamples]:
+    """Examples, and the task that they are of.
+
+    Args:
+        reading: ``source``, ``label``, ``labels``, ``text``, ``kind``, ``side`` and ``seed``.
+
+    Raises:
+        TaskError, AuditInputError: if they cannot be read.
+    """
+    source, seed = reading["source"], reading["seed"]
+    labels = reading["labels"]
+    if is_task(source):
+        given = {name: reading[name] for name in ("label", "labels", "text", "kind")}
+        refuse_options("a task", **given, size=reading["side"])
+        return of_task(source, seed)
+    return None, read_examples(
+        source,
+        label=reading["label"],
+        labels=None if labels is None else Path(labels),
+        text=reading["text"],
+        kind=reading["kind"],
+        side=reading["side"],
+        seed=seed,
+    )
+
+
+def start(
+    examples: AuditExamples,
+    plan: AuditPlan,
+    source: str,
+    reading: Reading | None = None,
+    *,
+    fresh: bool = False,
+) -> Store:
     """Make the run directory, or check that the one there is of the same audit.
 
     Raises:
         RunDirectoryError: if it is not.
     """
     store = Store(plan.directory, AUDIT)
-    store.create(plan.config(examples, source), environment(1))
+    store.create(plan.config(examples, source, reading), environment(1), fresh=fresh)
     return store
+
+
+def is_audit(directory: Path) -> bool:
+    """Whether a run directory is of an audit, and not of a comparison."""
+    store = Store(directory, AUDIT._replace(keys=frozenset({"audit"})))
+    try:
+        store.config()
+    except RunDirectoryError:
+        return False
+    return True
+
+
+def reopen(directory: Path) -> Finished:
+    """What was found, from its record and the data, which are read again.
+
+    Raises:
+        RunDirectoryError: if a training has not ended, or the data are other ones now.
+        AuditInputError, TaskError: if they cannot be read.
+    """
+    store = Store(directory, AUDIT)
+    config, plan = store.config(), plan_of(store)
+    if (reading := config.get("read")) is None:
+        raise RunDirectoryError(
+            f"{directory} is of an earlier version, which did not keep how the data are read; "
+            "repeat its poprisk audit command."
+        )
+    _, examples = read_again(reading)
+    if fingerprint(examples) != config["data"]:
+        raise RunDirectoryError(
+            f"{reading['source']} is not what {directory} is an audit of: it has changed since."
+        )
+    return Finished(examples, store, read_audit(plan, examples.targets, store))
 
 
 def write_tables(directory: Path, examples: AuditExamples, result: AuditResult) -> None:
@@ -47,9 +145,9 @@ def write_table(
     """Rows of what was found, as CSV."""
     columns = result.columns(classes=examples.classes or None)
     confidence = columns.get("confidence")
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with _replaced(path) as file:
         rows = csv.writer(file)
-        rows.writerow("row name given suggested suspect quality rank confidence".split())
+        rows.writerow(SUSPECTS)
         for i in items:
             rows.writerow(
                 [
@@ -63,6 +161,18 @@ def write_table(
                     "" if confidence is None else f"{confidence[i]:.4f}",
                 ]
             )
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[IO[str]]:
+    """A file to write, which replaces that of its name when it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def worst_table(examples: AuditExamples, result: AuditResult) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,8 +56,22 @@ class AuditExamples:
         return self.targets != IGNORED
 
 
+def numbers_in(texts: pd.Series[Any], decimal: str = ".") -> pd.Series[Any]:
+    """Texts as numbers, with marks between thousands; NaN where one is none.
+
+    Args:
+        texts: without blanks around them.
+        decimal: a point, or a comma.
+    """
+    between = "." if decimal == "," else ","
+    grouped = rf"^[+-]?\d{{1,3}}({re.escape(between)}\d{{3}})+({re.escape(decimal)}\d+)?$"
+    has_groups = texts.str.match(grouped)
+    texts = texts.where(~has_groups, texts.str.replace(between, "", regex=False))
+    return pd.to_numeric(texts.str.replace(decimal, ".", regex=False), errors="coerce")
+
+
 def read_targets(
-    values: Sequence[str], kind: str | None, notes: list[str]
+    values: Sequence[str], kind: str | None, notes: list[str], decimal: str = "."
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Targets from labels as they stand in a file, and the names of the classes.
 
@@ -64,6 +79,7 @@ def read_targets(
         values: text, (n,).
         kind: ``classes`` or ``regression``; None: regression for numbers of many values.
         notes: what is decided is added.
+        decimal: how the numbers of their file are written.
 
     Raises:
         AuditInputError: if there are too few labels, one class, or words for numbers.
@@ -76,17 +92,16 @@ def read_targets(
         )
     if not known.all():
         notes.append(f"{(~known).sum()} examples have no label: they are predicted, not judged.")
-    numbers = pd.to_numeric(text.where(known), errors="coerce")
-    if numbers[known].isna().any():
-        # A comma for the point, in every one of them.
-        numbers = pd.to_numeric(text.where(known).str.replace(",", "."), errors="coerce")
-    numeric = bool(numbers[known].notna().all())
+    numbers = numbers_in(text.where(known, ""), decimal)
+    if numbers[known].isna().any():  # labels may be written otherwise than the rest of a file
+        numbers = numbers_in(text.where(known, ""), "." if decimal == "," else ",")
+    numeric = bool(np.isfinite(numbers[known]).all())
     if kind is None:
         kind = "regression" if numeric and _is_measured(numbers[known]) else "classes"
         notes.append(f"The labels are taken as {'numbers' if kind == 'regression' else 'classes'}.")
     if kind == "regression":
         if not numeric:
-            wrong = text[known][numbers[known].isna()].iloc[0]
+            wrong = text[known][~np.isfinite(numbers[known])].iloc[0]
             raise AuditInputError(f"the labels should be numbers, but one is {wrong!r}.")
         return torch.from_numpy(numbers.to_numpy(np.float64, copy=True)), ()
     whole = numeric and bool((numbers[known] % 1 == 0).all())

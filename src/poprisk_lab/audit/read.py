@@ -16,7 +16,7 @@ from poprisk_lab.audit import images, table
 from poprisk_lab.audit.examples import AuditExamples, AuditInputError, read_targets
 from poprisk_lab.tasks import load_task
 
-TABLES = (*table.CSV, table.PARQUET)
+TABLES = (*table.CSV, *table.JSON_LINES, table.PARQUET)
 WORDS = 20_000
 FACTORS = 256
 """Of the reduced word counts of texts."""
@@ -35,8 +35,8 @@ def read_examples(
     """Read a table, a table with a column of text, a folder of images, or an array of features.
 
     Args:
-        source: a file ``.csv``, ``.tsv``, ``.txt`` or ``.parquet``, a folder with one folder a
-            class, or a file ``.npy``.
+        source: a file ``.csv``, ``.tsv``, ``.txt``, ``.jsonl`` or ``.parquet``, a folder with one
+            folder a class, or a file ``.npy``.
         label: the column of labels.
         labels: a file with the labels of an array, in its order.
         text: the column of texts.
@@ -51,15 +51,23 @@ def read_examples(
     if not path.exists():
         raise AuditInputError(f"there is no file or folder {source}.")
     if path.is_dir():
+        refuse_options("a folder of images", label=label, labels=labels, text=text)
         return _images(path, kind, side, notes)
     if path.suffix.lower() == ".npy":
+        refuse_options("an array", text=text, size=side)
         return _features(path, label, labels, kind, notes)
     if path.suffix.lower() not in TABLES:
         raise AuditInputError(
             f"{source}: an audit reads {', '.join(TABLES)}, .npy, a folder of images with one "
             "folder a class, or FILE.py:function."
         )
+    refuse_options("a table", labels=labels, size=side)
     frame = table.read_table(path, notes)
+    if label is None and {"chosen", "rejected"} <= set(frame.columns):
+        raise AuditInputError(
+            f"{source} holds preferences: word counts tell too little of them. Audit them where "
+            "their model trains, by poprisk.Auditor(labels, kind='preferences')."
+        )
     if label is None:
         raise AuditInputError(
             f"--label must name the column of labels; {source} has "
@@ -70,7 +78,7 @@ def read_examples(
         raise AuditInputError(
             f"there is no column {text!r}; there are {', '.join(map(repr, frame.columns[:20]))}."
         )
-    targets, classes = read_targets(given, kind, notes)
+    targets, classes = read_targets(given, kind, notes, frame.attrs.get("decimal", "."))
     if text is None:
         inputs = _encoded(frame.drop(columns=label), seed, notes)
     else:
@@ -78,6 +86,17 @@ def read_examples(
         inputs = encode_texts(words.tolist(), seed, notes)
     shown = _shown_rows(frame if text is None else frame[[text]])
     return AuditExamples(inputs, targets, classes, _row, shown, notes)
+
+
+def refuse_options(source: str, **given: Any) -> None:
+    """Refuse options that a kind of source does not take.
+
+    Raises:
+        AuditInputError: if one is given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise AuditInputError(f"--{name} does not go with {source}; leave it out.")
 
 
 def _row(position: int) -> str:
@@ -119,7 +138,9 @@ def encode_texts(texts: list[str], seed: int, notes: list[str]) -> Tensor:
             max_features=WORDS, min_df=2, sublinear_tf=True, ngram_range=(1, 2), dtype=np.float32
         ).fit_transform(texts)
     except ValueError as error:
-        raise AuditInputError(f"the texts have no word in common ({error}).") from error
+        raise AuditInputError(
+            f"the texts have no word in common ({str(error).rstrip('.')})."
+        ) from error
     size = min(FACTORS, counted.shape[1] - 1, counted.shape[0] - 1)
     if size < 1:
         raise AuditInputError("the texts have too few words in common to learn from.")
@@ -152,10 +173,7 @@ def _features(
 ) -> AuditExamples:
     if labels is None:
         raise AuditInputError(f"--labels must name the file with the labels of {path}.")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise AuditInputError(f"{path} cannot be read as an array: {error}.") from error
+    array = _array(path)
     if array.ndim < 2 or not np.issubdtype(array.dtype, np.number):
         raise AuditInputError(
             f"{path} must hold numbers of shape (n, d), but holds {array.dtype} {array.shape}."
@@ -169,10 +187,24 @@ def _features(
     return AuditExamples(inputs, targets, classes, _row, lambda i: {}, notes)
 
 
+def _array(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise AuditInputError(f"there is no file {path}.")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        reason = str(error).rstrip(".")
+        if "object" in reason.lower():
+            reason = "it holds Python objects; save it as text or numbers, as by array.astype(str)"
+        raise AuditInputError(f"{path} cannot be read as an array: {reason}.") from error
+
+
 def _labels_of(path: Path, label: str | None, n: int, notes: list[str]) -> list[str]:
     """Labels from a ``.npy`` file, or a column of a table, which may have no header."""
     if path.suffix.lower() == ".npy":
-        values = np.load(path, allow_pickle=False)
+        values = _array(path)
+        if values.ndim == 0:
+            raise AuditInputError(f"{path} must hold a label for each example, but holds one.")
         found = [str(v) for v in values.reshape(len(values), -1)[:, 0]]
     else:
         frame = table.read_table(path, notes)

@@ -1,8 +1,13 @@
-"""Tables: CSV as people have it, and Parquet. Columns are typed, then scikit-learn encodes them."""
+"""Tables: CSV as people have it, JSON Lines, Parquet.
+
+Columns are typed, then scikit-learn encodes them.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import json
 import re
 import warnings
 from io import StringIO
@@ -23,15 +28,20 @@ from sklearn.preprocessing import (
 )
 from torch import Tensor
 
-from poprisk_lab.audit.examples import AuditInputError
+from poprisk_lab.audit.examples import AuditInputError, numbers_in
 
 CSV = (".csv", ".tsv", ".txt")
 PARQUET = ".parquet"
+JSON_LINES = (".jsonl", ".ndjson")
 SEPARATORS = (",", ";", "\t", "|")
 PROBE_BYTES = 1 << 16
+CONTROLS = bytes({*range(32)} - {*b"\t\n\v\f\r\x1a\x1b"})
+"""Bytes that no text holds."""
 NEARLY_ALL = 0.95
 """Share of the values of a column that make it one of numbers, or of dates."""
 MOST_CATEGORIES = 50
+HUGE = 1e100
+"""Size of a number from which only relative sizes are kept."""
 HEAVY = 10.0
 """Standard deviations that a column's largest value is off, from which its ranks are taken."""
 LARGEST = 5.0
@@ -51,7 +61,7 @@ class CsvFormat(NamedTuple):
 
 
 def read_table(path: Path, notes: list[str]) -> pd.DataFrame:
-    """A CSV or Parquet file as a frame; numbers are numbers, all else is text.
+    """A CSV, JSON Lines or Parquet file as a frame; numbers are numbers, all else is text.
 
     Raises:
         AuditInputError: if it is missing, empty, damaged or of another kind.
@@ -60,10 +70,14 @@ def read_table(path: Path, notes: list[str]) -> pd.DataFrame:
         raise AuditInputError(f"there is no file {path}.")
     if path.stat().st_size == 0:
         raise AuditInputError(f"{path} is empty.")
+    readers = {PARQUET: _parquet, **dict.fromkeys(JSON_LINES, _json_lines)}
+    read = readers.get(path.suffix.lower(), _csv)
     try:
-        frame = _parquet(path) if path.suffix.lower() == PARQUET else _csv(path, notes)
-    except (ValueError, csv.Error, pd.errors.ParserWarning) as error:
-        reason = " ".join(str(error).split())
+        frame = read(path, notes)
+    except AuditInputError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise AuditInputError(f"{path} cannot be read as a table: {reason}.") from error
     if frame.empty:
         raise AuditInputError(f"{path} has a header and no row.")
@@ -74,7 +88,27 @@ def read_table(path: Path, notes: list[str]) -> pd.DataFrame:
     return frame
 
 
-def _parquet(path: Path) -> pd.DataFrame:
+def _json_lines(path: Path, notes: list[str]) -> pd.DataFrame:
+    rows = list[dict[str, Any]]()
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is no JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object with a value by name")
+            rows += [row] if row else []
+    frame = pd.DataFrame(rows)
+    for name in frame.columns:
+        nested = pd.Series([isinstance(value, (list, dict)) for value in frame[name]])
+        if nested.any():
+            notes.append(f"`{name}` holds lists or objects; they are taken as their text.")
+            frame[name] = frame[name].where(~nested, frame[name].astype(str))
+    return frame
+
+
+def _parquet(path: Path, notes: list[str]) -> pd.DataFrame:
     try:
         return pd.read_parquet(path)
     except ImportError:
@@ -89,11 +123,24 @@ def _csv(path: Path, notes: list[str]) -> pd.DataFrame:
         separator = {"\t": "tab"}.get(form.separator, form.separator)
         comma = ", decimal commas" * (form.decimal == ",")
         notes.append(f"The file has {separator!r} between columns{comma}.")
-    if form.encoding != "utf-8-sig":
+    if form.encoding == "cp1252":
         notes.append("The file is not UTF-8; it was read as Windows-1252.")
+    with path.open(encoding=form.encoding, newline="") as file:
+        rows = csv.reader(file, delimiter=form.separator, skipinitialspace=True)
+        head = next((row for row in rows if row), list[str]())
+    named = [name.strip() for name in head if name.strip()]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise AuditInputError(f"{path} has two columns called {twice[0]!r}; rename one.")
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows wider than the header
-        frame = _read(path, form, decimal=form.decimal, na_values=list(NA_VALUES))
+        try:
+            frame = _read(path, form, decimal=form.decimal, na_values=list(NA_VALUES))
+        except pd.errors.ParserWarning:
+            first = form.separator.join(head)[:60]
+            raise AuditInputError(
+                f"{path}: rows have more columns than the first line, {first!r}; it should name "
+                "the columns, and nothing stand above it."
+            ) from None
     frame.attrs["decimal"] = form.decimal
     return frame
 
@@ -119,19 +166,32 @@ def format_of(path: Path) -> CsvFormat:
     """
     with path.open("rb") as file:
         head = file.read(PROBE_BYTES)
-    if b"\0" in head:
-        raise ValueError("it holds zero bytes, as no text in UTF-8 does; save it as CSV in UTF-8")
-    whole = head if len(head) < PROBE_BYTES else head[: head.rfind(b"\n") + 1]
-    encoding = "utf-8-sig"
-    try:
-        text = whole.decode(encoding)
-    except UnicodeDecodeError:
-        encoding, text = "cp1252", whole.decode("cp1252", errors="replace")
+    utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if not utf16 and len(head.translate(None, CONTROLS)) < len(head):
+        raise ValueError("it is no text; save it as CSV in UTF-8")
+    encoding = "utf-16" if utf16 else _encoding(path)
+    with path.open(encoding=encoding, errors="replace", newline="") as file:
+        text = file.read(PROBE_BYTES)
+    if len(text) == PROBE_BYTES:
+        text = text[: text.rfind("\n") + 1]
     separator = max(SEPARATORS, key=lambda mark: _evenness(text, mark))
     cells = [cell for row in csv.reader(StringIO(text), delimiter=separator) for cell in row]
     commas = sum(bool(DECIMAL_COMMA.match(cell)) for cell in cells)
     points = sum(bool(re.match(r"^\s*[+-]?\d+\.\d+\s*$", cell)) for cell in cells)
     return CsvFormat(encoding, separator, "," if separator != "," and commas > points else ".")
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8 if all of a file is, or else what Windows writes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        try:
+            while part := file.read(PROBE_BYTES):
+                decoder.decode(part)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return "cp1252"
+    return "utf-8-sig"
 
 
 def _evenness(text: str, mark: str) -> tuple[float, int]:
@@ -164,9 +224,11 @@ def label_texts(path: Path, label: str, frame: pd.DataFrame) -> list[str]:
         near = [c for c in frame.columns if c.lower() == label.lower()]
         hint = f"; do you mean {near[0]!r}?" if near else "."
         there = ", ".join(map(repr, frame.columns[:20]))
+        if all(numbers_in(pd.Series(frame.columns[:1], dtype=object)).notna()):
+            hint = "; the first line must name the columns."
         raise AuditInputError(f"{path} has no column {label!r}{hint} It has {there}.")
     column = frame[label]
-    if path.suffix.lower() != PARQUET:
+    if path.suffix.lower() in CSV:
         place = frame.columns.get_loc(label)
         read = _read(path, format_of(path), usecols=[place], dtype=str, na_filter=False)
         column = read.iloc[:, 0]
@@ -192,7 +254,7 @@ def type_columns(frame: pd.DataFrame, notes: list[str]) -> tuple[pd.DataFrame, C
         elif pd.api.types.is_bool_dtype(column):
             categories[name] = column.astype(str)
         elif pd.api.types.is_numeric_dtype(column):
-            numbers[name] = column.astype(float)
+            numbers[name] = _finite(name, column.astype(float), notes)
         elif pd.api.types.is_datetime64_any_dtype(column):
             numbers.update(_date_parts(name, column))
         else:
@@ -212,14 +274,15 @@ def _type_text(
     notes: list[str],
 ) -> None:
     known = column.dropna().astype(str)
-    as_number = _numbers(column, frame.attrs.get("decimal", "."))
+    text = column.where(column.notna(), "").astype(str).str.strip()
+    as_number = numbers_in(text, frame.attrs.get("decimal", "."))
     if (wrong := known[as_number[known.index].isna()]).size <= (1 - NEARLY_ALL) * len(known):
         if wrong.size:
             notes.append(
                 f"`{name}`: {wrong.size} of its values are no numbers (such as "
                 f"{wrong.iloc[0]!r}); they are taken as missing."
             )
-        numbers[name] = as_number.astype(float)
+        numbers[name] = _finite(name, as_number.astype(float), notes)
     elif known.str.match(DATE).mean() >= NEARLY_ALL:
         day_first = bool((known.str.extract(r"^\s*(\d{1,2})[-/.]")[0].astype(float) > 12).any())
         dates = pd.to_datetime(column, errors="coerce", format="mixed", dayfirst=day_first)
@@ -233,14 +296,14 @@ def _type_text(
         categories[name] = column
 
 
-def _numbers(column: pd.Series[Any], decimal: str) -> pd.Series[Any]:
-    """Text as numbers, with marks between thousands; NaN where it is none."""
-    text = column.where(column.notna(), "").astype(str).str.strip()
-    between = "." if decimal == "," else ","
-    grouped = rf"^[+-]?\d{{1,3}}({re.escape(between)}\d{{3}})+({re.escape(decimal)}\d+)?$"
-    has_groups = text.str.match(grouped)
-    text = text.where(~has_groups, text.str.replace(between, "", regex=False))
-    return pd.to_numeric(text.str.replace(decimal, ".", regex=False), errors="coerce")
+def _finite(name: str, column: pd.Series[Any], notes: list[str]) -> pd.Series[Any]:
+    """Numbers of which none is infinite, and of which squares can be taken."""
+    infinite = np.isinf(column)
+    if infinite.any():
+        notes.append(f"`{name}`: {infinite.sum()} of its values are infinite, taken as missing.")
+        column = column.where(~infinite)
+    largest = column.abs().max()
+    return column / largest if largest > HUGE else column
 
 
 def _date_parts(name: str, dates: pd.Series[Any]) -> dict[str, pd.Series[Any]]:

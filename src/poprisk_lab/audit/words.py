@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from poprisk.audit import AuditResult
 from poprisk_lab.audit.examples import AuditExamples
 
@@ -28,9 +30,22 @@ def details(examples: AuditExamples, result: AuditResult) -> list[str]:
         found.append(f"planted labels found {result.recall.value:.0%} [{low:.0%}, {high:.0%}]")
     if result.memorization is not None and result.memorization.valid:
         found.append(f"memorized {max(0.0, result.memorization.value):.0%}")
+    trainings = round(1 + result.cost)
+    found.append(f"{trainings} training{'s' * (trainings != 1)}")
     return found
 
 
-def notices(result: AuditResult) -> list[str]:
-    """What a reader must know before believing it."""
-    return [] if result.valid else [f"{result.reason[0].upper()}{result.reason[1:]}."]
+def notices(result: AuditResult, folds: str = "") -> list[str]:
+    """What a reader must know before believing it.
+
+    Args:
+        result: what was found.
+        folds: the command that trains on parts of the data; empty if there is none.
+    """
+    if result.valid:
+        return []
+    if result.cost:  # it was done
+        reason = re.sub(r"(, or|;) consider audit\(\.\.\., folds=5\)", "", result.reason)
+    else:
+        reason = result.reason.replace("audit(..., folds=5)", f"`{folds}`" if folds else "folds")
+    return [f"{reason[0].upper()}{reason[1:]}."]

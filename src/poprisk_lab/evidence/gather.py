@@ -13,7 +13,7 @@ from poprisk.audit import AuditResult
 from poprisk.audit.rate import Rate
 from poprisk.intervals import Interval
 from poprisk_lab.audit.examples import AuditExamples
-from poprisk_lab.audit.study import FIT
+from poprisk_lab.audit.plan import plan_of
 from poprisk_lab.audit.words import notices as audit_notices
 from poprisk_lab.page.notes import notices
 from poprisk_lab.results import RunData
@@ -130,7 +130,9 @@ def compare_evidence(data: RunData, verdict: Verdict) -> Evidence:
 def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -> Evidence:
     """The evidence of an audit."""
     config, asked = store.config(), store.config()["audit"]
-    end = end_of(store.rows([FIT])[FIT]) or {}
+    names = [trial.name for trial in plan_of(store).trials]
+    ends = [end_of(rows) or {} for rows in store.rows(names).values()]
+    told = all("skipped_steps" in end for end in ends)
     data = config["data"]
     left = len(examples.left_out)
     return {
@@ -150,7 +152,10 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
             "sources": {},
         },
         "seeds": [asked["seed"]],
-        "settings": {**config["recipe"], "structure": asked["structure"], "plant": asked["plant"]},
+        "settings": {
+            **config["recipe"],
+            **{key: asked[key] for key in ("structure", "plant", "folds") if key in asked},
+        },
         "performance": {
             "metric": None,
             "higher_is_better": None,
@@ -160,10 +165,13 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
             None, how="not measured", reason="an audit from the command line runs without a twin"
         ),
         **audited(result),
-        "controls": {"arms": [], "reason": "an audit trains one model; planted labels control it"},
+        "controls": {
+            "arms": [],
+            "reason": "an audit compares no optimizers; planted labels control it",
+        },
         "skipped_steps": {
-            "count": end.get("skipped_steps"),
-            "reason": "" if "skipped_steps" in end else "a record of an earlier version has none",
+            "count": sum(end["skipped_steps"] for end in ends) if told else None,
+            "reason": "" if told else "a record of an earlier version has none",
         },
         "limits": [
             *audit_notices(result),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from poprisk.audit import AuditResult
+from poprisk.audit import AuditResult, Rate
 from poprisk_lab.audit.examples import AuditExamples
+from poprisk_lab.audit.study import Judgement
 from poprisk_lab.audit.words import details, headline, notices
 from poprisk_lab.page import draw
 from poprisk_lab.page.page import template
@@ -33,11 +34,11 @@ def write_audit(
     path: Path,
     source: str,
     examples: AuditExamples,
-    result: AuditResult,
-    epochs: Sequence[Row],
+    judged: Judgement,
     store: Store,
     *,
-    apply: str,
+    apply: str = "",
+    folds: str = "",
 ) -> None:
     """Write the page, atomically.
 
@@ -45,15 +46,16 @@ def write_audit(
         path: of the page.
         source: what was audited, as it was called.
         examples: as they were read.
-        result: what was found.
-        epochs: a row an epoch of the training.
+        judged: what was found.
         store: of the run, for its settings and its environment.
         apply: the command that writes the corrected table; empty if it is none.
+        folds: the command that trains on parts of the data; empty if it has none.
 
     Raises:
         OSError: if it cannot be written; an existing file is left as it was.
     """
-    config, suspects = store.config(), result.suspects()
+    result, config = judged.result, store.config()
+    suspects = result.suspects()
     probabilities = None if result.kind == "regression" else result.pred_probs
     shown = [
         _suspect(examples, result, probabilities, int(item), picture=i < MOST_PICTURES)
@@ -69,10 +71,11 @@ def write_audit(
         source=source,
         details=details(examples, result),
         headline=headline(result),
-        notices=[*notices(result), *more],
+        notices=[*notices(result, folds), *more],
         matrix=matrix_table(examples, result),
-        by_class=class_table(examples, result),
-        figures=[(plot, draw.figure(plot)) for plot in plots(epochs)],
+        by_class=class_table(examples, result, judged.classes),
+        by_module=module_table(judged.modules),
+        figures=[(plot, draw.figure(plot)) for plot in plots(judged.epochs)],
         notes=examples.notes,
         left_out=examples.left_out,
         used={**config["audit"], **config["recipe"]},
@@ -149,8 +152,10 @@ def matrix_table(examples: AuditExamples, result: AuditResult) -> Table:
     )
 
 
-def class_table(examples: AuditExamples, result: AuditResult) -> Table:
-    """How many labels of each class are suspect, and how well it is predicted."""
+def class_table(
+    examples: AuditExamples, result: AuditResult, memorized: Mapping[int, Rate]
+) -> Table:
+    """How many labels of each class are suspect, how well it is predicted, what is memorized."""
     if not examples.classes:
         return Table([], [])
     p = result.pred_probs
@@ -159,18 +164,53 @@ def class_table(examples: AuditExamples, result: AuditResult) -> Table:
         mine = result.labelled & (result.labels == i)
         n, bad = int(mine.sum()), int(result.suspect[mine].sum())
         if n:
-            rows.append(
-                (
-                    bad / n,
-                    [name, f"{n:,}", f"{bad:,}", f"{bad / n:.1%}", f"{p[mine, i].mean():.0%}"],
-                )
-            )
+            cells = [name, f"{n:,}", f"{bad:,}", f"{bad / n:.1%}", f"{p[mine, i].mean():.0%}"]
+            if memorized:
+                cells.append(_rate(memorized[i]) if i in memorized else "too few planted")
+            rows.append((bad / n, cells))
     rows.sort(key=lambda row: -row[0])
+    head = ["class", "labels", "suspect", "share", "mean confidence in it"]
+    about = "The classes with the largest share of suspect labels first."
+    if not memorized and result.memorization is not None and result.cost == 0:
+        about += (
+            " Too few labels were planted to say what is memorized of each class; a larger --plant "
+            "tells."
+        )
+    if memorized:
+        head.append("memorized")
+        about += (
+            " Memorized: how far predictions repeat the labels planted in place of this class, "
+            "beyond chance, with two standard errors."
+        )
+    return Table(head, [row for _, row in rows], about)
+
+
+def module_table(modules: Mapping[str, Any] | None) -> Table:
+    """What each module has added to the memorization of planted labels, the most first."""
+    if modules is None or not np.isfinite(modules["change"]):
+        return Table([], [])
+    shares = sorted(modules["shares"], key=lambda share: -share["value"])
+    rows = [
+        [
+            f"{share['name'] or 'the network'}: {share['kind']}",
+            " × ".join(map(str, share["shape"])),
+            _rate(Rate(share["value"], share["standard_error"])),
+        ]
+        for share in shares
+    ]
+    total = sum(share["value"] for share in shares)
     return Table(
-        ["class", "labels", "suspect", "share", "mean confidence in it"],
-        [row for _, row in rows],
-        "The classes with the largest share of suspect labels first.",
+        ["module", "weight", "memorization that its steps added"],
+        rows,
+        "Of each epoch, the module's displacement times the mean of the gradients of memorization "
+        f"at both ends, summed; {modules['planted']} planted labels, two standard errors. The "
+        f"modules add up to {total:.1%}; measured, memorization has changed by "
+        f"{modules['change']:.1%}.",
     )
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.value:.1%} ± {2 * rate.standard_error:.1%}"
 
 
 def plots(epochs: Sequence[Row]) -> list[Plot]:
@@ -200,7 +240,9 @@ def plots(epochs: Sequence[Row]) -> list[Plot]:
                 "epoch",
                 "share",
                 lines,
-                "A run that does not memorize repeats planted labels by chance only (0%).",
+                "A run that does not memorize repeats planted labels by chance only (0%)."
+                if len(lines) > 1
+                else "",
                 percent=True,
             )
         )

@@ -18,7 +18,7 @@ from poprisk import Auditor, Canaries, audit
 from poprisk.audit import AuditResult
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.audit.nets import TrainingRecipe, build
-from poprisk_lab.audit.study import batches
+from poprisk_lab.audit.training import batches
 from poprisk_lab.studies.claim import Metrics
 from poprisk_lab.tasks.mislabelled import Mislabelled
 
