@@ -222,7 +222,7 @@ def test_there_are_no_others_when_all_directions_are_used(used: int) -> None:
 
 @pytest.mark.slow
 def test_a_run_from_end_to_end(here: Path) -> None:
-    result = run("mine.py:line", "--seed", "1", "--seconds", "3")
+    result = run("mine.py:line", "--seed", "1", "--epochs", "3", "--seconds", "2")
     assert result.exit_code == 0, result.output
     assert re.search(r"label noise that got through .* test mean squared error", result.stdout)
     page = here / "runs" / "explain-mine.py-line" / "report.html"
@@ -234,7 +234,7 @@ def test_a_run_from_end_to_end(here: Path) -> None:
 
 @pytest.mark.slow
 def test_without_clean_targets_it_says_so(here: Path) -> None:
-    result = run("mine.py:unknown", "--seconds", "3")
+    result = run("mine.py:unknown", "--seconds", "2")
     assert result.exit_code == 0, result.output
     assert "does not say what its clean targets are" in result.stdout
     assert re.search(r"Training used (all \d+ directions|\d+ of \d+ directions)", result.stdout)
@@ -277,14 +277,21 @@ def test_an_optimizer_without_a_rule() -> None:
     assert refused("mine.py:noisy", "--optimizer", "Sofia").startswith("there is no optimizer")
 
 
-def test_bad_arguments(here: Path) -> None:
+def test_bad_arguments() -> None:
     assert refused("digit").startswith("unknown task 'digit'")
     assert refused("mine.py:noisy", "--epochs", "0") == "--epochs must be at least 1, but got 0."
     assert refused("mine.py:noisy", "--seconds", "0") == "--seconds must be positive, but got 0."
+
+
+def test_a_page_that_cannot_be_written_comes_after_what_was_found(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("poprisk_lab.explain.explain", lambda *_, **__: made_up())
     (here / "file").write_text("")
-    assert refused("mine.py:line", "--out", "file/x", "--seconds", "3").startswith(
-        "cannot write file/x"
-    )
+    result = run("mine.py:line", "--out", "file/x")
+    assert result.exit_code == 2, result.output
+    assert words.headline(made_up()) in " ".join(result.stdout.split())
+    assert result.stderr.startswith("poprisk: cannot write file/x")
 
 
 def test_sizes_fit_the_time() -> None:
