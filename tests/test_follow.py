@@ -39,7 +39,7 @@ def test_following_vectors_is_applying_the_operators(optimizer: str) -> None:
         (1, 1, [0, 10]),
         (1, 2, [0, 10]),
         (1, 3, [0, 5, 10]),
-        (2, 5, [0, 4, 6, 8, 10]),
+        (2, 5, [0, 2, 6, 8, 10]),
         (4, 3, [0, 8, 10]),
     ],
 )

@@ -70,7 +70,7 @@ def close(a: Tensor, b: Tensor, tol: float) -> None:
 )
 def test_equals_the_reference(optimizer: str, loss: str) -> None:
     """Of every optimizer, and of every kind of rule where the loss is not quadratic."""
-    run = recorded(optimizer, loss, steps=5)
+    run = recorded(optimizer, loss, steps=4)
     actual, expected = integrate(run), naive(run)
     for name in ("P", "Q", "W", "G", "D"):
         close(getattr(actual, name), getattr(expected, name), 1e-9)
@@ -256,11 +256,11 @@ def test_a_large_closure_error_is_told() -> None:
 @pytest.mark.parametrize("optimizer", ["SGD", "momentum", "AdamW", "centred RMSprop"])
 @pytest.mark.filterwarnings("ignore:the path operators are off")
 def test_strides_approximate_the_exact_operators(optimizer: str) -> None:
-    exact = integrate(recorded(optimizer, steps=32, b=None))
+    exact = integrate(recorded(optimizer, steps=16, b=None))
     errors = []
     for stride in (2, 8):
-        run = recorded(optimizer, steps=32, b=None, stride=stride)
-        assert (len(run), run.steps) == (32 // stride, 32)
+        run = recorded(optimizer, steps=16, b=None, stride=stride)
+        assert (len(run), run.steps) == (16 // stride, 16)
         ops = integrate(run)
         errors.append(float((ops.G - exact.G).norm() / exact.G.norm()))
     assert errors[0] < errors[1] < 0.5
