@@ -220,9 +220,17 @@ def test_there_are_no_others_when_all_directions_are_used(used: int) -> None:
         assert words.headline(found).startswith("Training used all 8 directions; none stayed")
 
 
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare operators of many steps, whose figures ``explained`` holds."""
+    monkeypatch.setattr("poprisk_lab.explain.plan.SIZES", ((16, 24),))
+    monkeypatch.setattr("poprisk_lab.explain.measure.REPLICATES", 3)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("little")
 def test_a_run_from_end_to_end(here: Path) -> None:
-    result = run("mine.py:line", "--seed", "1", "--epochs", "3", "--seconds", "2")
+    result = run("mine.py:line", "--seed", "1", "--epochs", "3", "--seconds", "3")
     assert result.exit_code == 0, result.output
     assert re.search(r"label noise that got through .* test mean squared error", result.stdout)
     page = here / "runs" / "explain-mine.py-line" / "report.html"
@@ -233,8 +241,9 @@ def test_a_run_from_end_to_end(here: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("little")
 def test_without_clean_targets_it_says_so(here: Path) -> None:
-    result = run("mine.py:unknown", "--seconds", "2")
+    result = run("mine.py:unknown", "--seconds", "3")
     assert result.exit_code == 0, result.output
     assert "does not say what its clean targets are" in result.stdout
     assert re.search(r"Training used (all \d+ directions|\d+ of \d+ directions)", result.stdout)
@@ -286,7 +295,10 @@ def test_bad_arguments() -> None:
 def test_a_page_that_cannot_be_written_comes_after_what_was_found(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("poprisk_lab.explain.explain", lambda *_, **__: made_up())
+    def found(*_: object, **__: object) -> dict[str, Any]:
+        return made_up()
+
+    monkeypatch.setattr("poprisk_lab.explain.explain", found)
     (here / "file").write_text("")
     result = run("mine.py:line", "--out", "file/x")
     assert result.exit_code == 2, result.output

@@ -328,6 +328,7 @@ print(all(torch.equal(fused[key], foreach[key]) for key in ("exp_avg", "grad_mea
 """
 
 
+@pytest.mark.long  # `make test-portable` compares more on such instructions
 def test_the_kernel_rounds_as_torch_does_on_plain_instructions_too() -> None:
     """One rounding of a·b + c where torch has one, two where it has two."""
     assert run_python(BITWISE, ATEN_CPU_CAPABILITY="default") == "True\n"

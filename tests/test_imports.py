@@ -129,7 +129,10 @@ def test_importing_poprisk_imports_no_extra() -> None:
 
 def test_the_library_runs_the_command_of_the_laboratory(tmp_path: Path) -> None:
     """As ``python -m poprisk --help``."""
-    code = "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('poprisk', None, '__main__')"
+    code = (
+        "import runpy, sys; sys.argv[1:] = ['--help']\n"
+        "runpy.run_module('poprisk', run_name='__main__')"
+    )
     (done,) = at_once(Call(run_code, (code, tmp_path, False)))
     assert done.code == 0, done.stderr
     assert "compare" in done.stdout

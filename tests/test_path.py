@@ -143,7 +143,9 @@ def test_a_weight_that_is_never_used_moves_nothing() -> None:
 
 
 def test_maximizing_is_descent_on_the_negative_loss() -> None:
-    run = recorded(lambda ps: torch.optim.SGD(ps, lr=0.01, maximize=True, weight_decay=0.1), steps=8)
+    run = recorded(
+        lambda ps: torch.optim.SGD(ps, lr=0.01, maximize=True, weight_decay=0.1), steps=8
+    )
     ops = integrate(run)
     assert ops.accounting.measured < 0
     assert ops.closure.worst < 1e-9
@@ -256,11 +258,11 @@ def test_a_large_closure_error_is_told() -> None:
 @pytest.mark.parametrize("optimizer", ["SGD", "momentum", "AdamW", "centred RMSprop"])
 @pytest.mark.filterwarnings("ignore:the path operators are off")
 def test_strides_approximate_the_exact_operators(optimizer: str) -> None:
-    exact = integrate(recorded(optimizer, steps=16, b=None))
+    exact = integrate(recorded(optimizer, steps=24, b=None))
     errors = []
     for stride in (2, 8):
-        run = recorded(optimizer, steps=16, b=None, stride=stride)
-        assert (len(run), run.steps) == (16 // stride, 16)
+        run = recorded(optimizer, steps=24, b=None, stride=stride)
+        assert (len(run), run.steps) == (24 // stride, 24)
         ops = integrate(run)
         errors.append(float((ops.G - exact.G).norm() / exact.G.norm()))
     assert errors[0] < errors[1] < 0.5

@@ -154,9 +154,10 @@ def test_segments_are_halved_as_often_as_allowed(depth: int) -> None:
 def test_refinement_may_end_early_on_one_half() -> None:
     segment = Segment(nn.ReLU)
     fine = segment.rows(composite("gauss3", 150))
+    depths: list[dict[str, int]] = [{"depth": 2}, {"depth": 6}, {}]
     errors = [
         (segment.rows(gauss(3), refine=1e-5, **depth) - fine).norm() / fine.norm()
-        for depth in ({"depth": 2}, {"depth": 6}, {})
+        for depth in depths
     ]
     assert float(errors[2]) < 1e-3
     assert errors[2] < errors[1] < errors[0]
