@@ -90,6 +90,13 @@ def dense(
     return reference.gram(left, left if y is None else rows(y), weight)
 
 
+def square_and_cross(model: nn.Module, x: Any, q: Any) -> tuple[Tensor, Tensor]:
+    """K of the inputs x, and of the inputs q with them."""
+    params = zoo.trainable(model)
+    left, right = (reference.jacobian(model(z), params) for z in (x, q))
+    return reference.gram(left, left), reference.gram(right, left)
+
+
 def assert_equal(actual: Tensor, expected: Tensor, tol: float = 1e-10) -> None:
     """Entries agree to ``tol`` of the largest one."""
     assert actual.shape == expected.shape
@@ -106,7 +113,7 @@ def test_equals_the_dense_jacobian(name: str) -> None:
     """K_SS and K_QS, formed and as products, of all outputs, their sum and their trace."""
     model, x, q = case(name)
     before = {key: (id(p), p.detach().clone()) for key, p in model.named_parameters()}
-    square, cross = dense(model, x), dense(model, q, x)
+    square, cross = square_and_cross(model, x, q)
     c = len(square) // N
     vectors = randn(N * c, 2, seed=3)
     kss, kqs = entk(model, x), entk(model, q, x)

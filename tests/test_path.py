@@ -82,8 +82,11 @@ def test_equals_the_reference(optimizer: str, loss: str) -> None:
 
 @each_optimizer
 def test_the_identities_close(optimizer: str) -> None:
-    closure = integrate(recorded(optimizer, steps=6)).closure
-    assert closure.worst < 1e-8
+    """And the dissipation is positive."""
+    ops = integrate(recorded(optimizer, steps=6))
+    assert ops.closure.worst < 1e-8
+    eigenvalues = torch.linalg.eigvalsh(ops.W)
+    assert float(eigenvalues[0]) > -1e-12 * float(eigenvalues[-1])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
