@@ -11,6 +11,7 @@ from poprisk.audit import scores
 from poprisk.audit.noise import noise_matrix, unmix
 from poprisk.audit.rate import share_of
 from poprisk.audit.scores import (
+    _between,
     fit_noise,
     fit_residuals,
     normalized_margin,
@@ -97,6 +98,21 @@ def test_predictions_that_are_right_leave_no_suspect(structure: bool) -> None:
     model = fit_noise(p, y, structure=structure)
     assert not (model.margin(p, y)[0] < 0).any()
     assert model.disagreement == 0
+
+
+@pytest.mark.parametrize(("suspects", "found"), [(1, 2), (0.6, 0), (2.0, 2), (2.4, 2), (9.0, 10)])
+def test_equal_margins_are_suspect_together(suspects: float, found: int) -> None:
+    ordered = np.array([-1.0] * 2 + [3.0] * 8)
+    assert _between(ordered, suspects) == found
+
+
+def test_few_wrong_labels_among_equal_margins_are_the_only_suspects() -> None:
+    y = np.arange(4_000) % 4
+    p = np.where(np.eye(4)[y] > 0, 0.94, 0.02)
+    wrong = np.arange(0, 4_000, 100)
+    y[wrong] = (y[wrong] + 1) % 4
+    model = fit_noise(p, y)
+    np.testing.assert_array_equal(np.flatnonzero(model.margin(p, y)[0] < 0), wrong)
 
 
 def test_labels_that_are_all_wrong_are_all_suspect() -> None:

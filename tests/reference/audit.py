@@ -76,7 +76,10 @@ def log_posterior_margin(pi: Row, matrix: Sequence[Row], y: int) -> float:
 
 
 def noise_aware(rows: Sequence[Row], labels: Sequence[int]) -> tuple[list[float], list[bool]]:
-    """Posterior margins, and which of them are suspect: as many as disagree, the least ones."""
+    """Posterior margins, and which are suspect: the least ones.
+
+    As many as the mean of how many disagree and how many wrong ones the matrix expects.
+    """
     q = [clipped(p) for p in rows]
     matrix = noise_matrix(rows, labels)
     for _ in range(3):
@@ -84,7 +87,9 @@ def noise_aware(rows: Sequence[Row], labels: Sequence[int]) -> tuple[list[float]
     pi = [unmixed(p, matrix) for p in q]
     margins = [log_posterior_margin(p, matrix, y) for p, y in zip(pi, labels, strict=True)]
     disagree = sum(p.index(max(p)) != y for p, y in zip(pi, labels, strict=True))
-    worst = sorted(range(len(margins)), key=lambda i: margins[i])[:disagree]
+    expected = sum(p[j] * (1 - matrix[j][j]) for p in pi for j in range(len(p)))
+    ranked = sorted(range(len(margins)), key=lambda i: margins[i])
+    worst = ranked[: round((disagree + expected) / 2)]
     return margins, [i in worst for i in range(len(margins))]
 
 

@@ -21,7 +21,7 @@ from poprisk.dtensor import processes
 from poprisk.losses import IGNORED
 from poprisk.printing import described
 
-MEMORIZED = 0.1
+MEMORIZED = 0.2
 """Memorization of planted labels from which predictions are not believed."""
 UNPLANTED = (
     "no labels were planted, so that nothing shows whether labels were memorized; plant=0.05"

@@ -28,7 +28,7 @@ from poprisk.audit.scores import (
 
 UNSURE = 0.45
 """Mean confidence, and agreement with labels, below which predictions know too little."""
-UNSURE_OF_TWO = 0.55
+UNSURE_OF_TWO = 0.65
 """The same for two classes, of which guessing knows half."""
 UNEXPLAINED = 0.9
 """Spread of residuals over that of targets from which predictions know too little."""

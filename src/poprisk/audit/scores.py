@@ -55,10 +55,12 @@ def posterior_margin(probabilities: Floats, labels: Integers, matrix: Floats) ->
 class NoiseModel(NamedTuple):
     r"""How given labels come from true ones, and the margin from which a label is suspect.
 
-    The ranking is by the posterior margin. As many labels are suspect as there are disagreements
-    :math:`\arg\max\pi_i\ne y_i`: a run's own predictions are less sure than they are right, so that
-    posterior odds of one are the wrong place to cut. Without a matrix the ranking is by the
-    normalized margin, and suspect is what disagrees.
+    The ranking is by the posterior margin. A run's own predictions are less sure than they are
+    right, so that posterior odds of one are the wrong place to cut. Disagreements
+    :math:`\arg\max\pi_i\ne y_i` count the run's own errors among the wrong labels; the matrix,
+    which comes from the surer predictions, expects too few. As many labels are suspect as lie in
+    the middle between the two. Without a matrix the ranking is by the normalized margin, and
+    suspect is what disagrees.
 
     Attributes:
         matrix: :math:`T`, (c, c), or None.
@@ -92,8 +94,8 @@ class NoiseModel(NamedTuple):
     def catches(self, probabilities: Any, labels: Integers) -> NDArray[np.bool_]:
         """Whether labels that were not scored would be suspect among those that were, (n,).
 
-        One that is not the most probable raises the number of suspects by one: it is among them
-        unless its margin is above that of a label that is not.
+        One that is not the most probable raises the number of suspects: it is among them unless its
+        margin is above that of a label that is not.
 
         Args:
             probabilities: (n, c).
@@ -149,7 +151,8 @@ def fit_noise(
     disagree = model.likeliest(probabilities) != labels
     margin = model.margin(probabilities, labels)[0]
     expected = float((1 - matrix.diagonal()) @ sums / max(sums.sum(), 1e-300))
-    ordered, suspects = np.sort(margin), int(disagree.sum())
+    ordered = np.sort(margin)
+    suspects = _between(ordered, len(margin) * (_share(disagree) + expected) / 2)
     return model._replace(
         threshold=_cut(ordered, suspects),
         unsuspected=float(ordered[suspects]) if suspects < len(ordered) else np.inf,
@@ -163,6 +166,17 @@ def _counts(model: NoiseModel, probabilities: Any, labels: Integers) -> Floats:
     sure = [(p.argmax(1), p.max(1)) for p in model._clean(probabilities)]
     predicted, confidence = (np.concatenate(part) for part in zip(*sure, strict=True))
     return confusion_counts(predicted, confidence, labels, classes=probabilities.shape[1])
+
+
+def _between(ordered: Floats, suspects: float) -> int:
+    """The nearest number of suspects that does not separate equal margins."""
+    count = round(suspects)
+    if count in (0, len(ordered)) or ordered[count - 1] < ordered[count]:
+        return count
+    equal = ordered[count]
+    left = int(np.searchsorted(ordered, equal, "left"))
+    right = int(np.searchsorted(ordered, equal, "right"))
+    return left if suspects - left < right - suspects else right
 
 
 def _cut(ordered: Floats, suspects: int) -> float:

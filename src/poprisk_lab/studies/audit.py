@@ -53,9 +53,9 @@ def trials(quick: bool) -> list[Trial]:
         Trial(f"{data}-{noise}{rate:g}-{way}-{seed}",
               {"data": data, "noise": noise, "rate": rate, "way": way, "seed": seed, **size},
               needs=("sklearn", *needs.get(data, ()), *(("cleanlab",) if "folds" in way else ())))
+        for seed in seeds  # first, so that what is there of an unfinished run covers all data
         for data in kinds
         for noise, rate in noises
-        for seed in seeds
         for way in ways
     ]  # fmt: skip
 

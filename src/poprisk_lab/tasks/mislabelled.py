@@ -135,7 +135,7 @@ class _Source(NamedTuple):
 
 SOURCES = {
     "digits": _Source(_digits, 1_000),
-    "pictures": _Source(_pictures, 1_000),
+    "pictures": _Source(_pictures, 500),
     "cancer": _Source(_cancer, 400),
     "wine": _Source(_wine, 120),
     "drawn": _Source(_drawn, 1_500),
