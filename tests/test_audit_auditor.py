@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import io
 import re
 from collections.abc import Callable
@@ -98,6 +100,7 @@ def test_planted_labels_of_a_clean_set_are_caught(kind: str) -> None:
     assert not result.suspect.any()
     assert result.recall is not None
     assert result.recall.value == pytest.approx(1)
+    assert result.recall.valid  # of pairs that never occur none is right by chance
 
 
 @pytest.mark.parametrize("kind", ["classes", "binary"])
@@ -536,7 +539,8 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(cut: int) -> None:
 )
 def test_a_state_of_other_settings_is_refused(other: dict[str, Any], named: str) -> None:
     theirs, mine = Auditor(labels(), **other), Auditor(labels())
-    feed(theirs, confident(labels(), other.get("classes", C)).softmax(1))
+    outputs = confident(labels(), other.get("classes", C))
+    feed(theirs, outputs.softmax(1) if "probabilities" in other else outputs)
     with pytest.raises(ValueError, match=f"state_dict is of an auditor with {named}"):
         mine.load_state_dict(theirs.state_dict())
     assert not mine.looks
@@ -624,7 +628,7 @@ def test_a_data_set_says_which_example_is_which() -> None:
         (lambda: Auditor(labels(), plant=0.6), r"plant must lie in \[0.0, 0.5\]"),
         (lambda: Auditor(labels(), limit=0), r"limit must lie in \(0.0"),
         (lambda: Auditor(labels(), dtype=torch.bfloat16), "dtype must be one of 'torch.float16'"),
-        (lambda: Auditor([0, 1]), "targets must be a tensor, but got list"),
+        (lambda: Auditor([0, 1]), "a tensor, with numbers in place of names, but got list"),
         (lambda: Auditor(torch.zeros(1).long()), r"targets must hold at least two, but got shape"),
         (lambda: Auditor(labels().float()), "must be integers"),
         (lambda: Auditor(F.one_hot(labels())), "kind='classes' must be integers"),
@@ -705,3 +709,18 @@ def test_it_shows_itself_on_one_line() -> None:
     result = auditor.result()
     assert repr(result).startswith("AuditResult(classes, 0 of 200 labels suspect, wrong_share=0.0")
     assert "\n" not in repr(result)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(f"poprisk.audit.{name}" for name in "auditor noise rate scores trained".split()),
+        "poprisk.protocols",
+    ],
+)
+def test_examples_of_docstrings_are_exact(module: str) -> None:
+    failed, attempted = doctest.testmod(
+        importlib.import_module(module), extraglobs={"torch": torch, "np": np}
+    )
+    assert attempted
+    assert failed == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,50 @@ def test_a_reward_model_of_trl(tmp_path: Path) -> None:
     assert {look.items for look in result.looks} == {n}
     assert set(flipped) <= set(result.suspects()[:6])
     assert result.suggested[flipped].tolist() == [0, 0, 0]
+
+
+def test_direct_preference_optimization_is_refused_before_anything_moves(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    import datasets
+    import transformers
+    import trl
+
+    from poprisk.integrations.transformers_audit import (
+        TrainerAuditCallback,
+        audited_dataset,
+        with_index,
+    )
+
+    n = 40
+    g = torch.Generator().manual_seed(0)
+    good, bad = (words.sentences(n, low, low + 4, g) for low in (0, 4))
+    pairs = datasets.Dataset.from_dict({"prompt": ["w1"] * n, "chosen": good, "rejected": bad})
+    auditor = Auditor(torch.ones(n, dtype=torch.long), kind="preferences", plant=0.2)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(words.llama(8))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    args = trl.DPOConfig(
+        str(tmp_path),
+        per_device_train_batch_size=8,
+        num_train_epochs=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    trainer = trl.DPOTrainer(
+        model,
+        ref_model=copy.deepcopy(model),
+        args=args,
+        train_dataset=audited_dataset(pairs, auditor),
+        processing_class=words.tokenizer(8),
+        callbacks=[TrainerAuditCallback(auditor)],
+    )
+    trainer.data_collator = with_index(trainer.data_collator)
+    with pytest.raises(ValueError, match="LlamaForCausalLM writes texts, as models of DPOTrainer"):
+        trainer.train()
+    assert not auditor.predictions.seen.any()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -230,10 +230,19 @@ def test_residuals_in_units_of_the_noise() -> None:
     np.testing.assert_allclose(model.sigma, [1, 5], rtol=0.05)
     margin = model.margin(u, u + noise)
     r = np.abs(noise / model.sigma).max(1)
-    np.testing.assert_allclose(margin, 3 - r)
-    np.testing.assert_array_equal(model.quality(margin) < 0.5, r > 3)
+    np.testing.assert_allclose(margin, model.limit - r)
+    np.testing.assert_array_equal(model.quality(margin) < 0.5, r > model.limit)
     assert margin.argmin() == 7
     assert model.quality(margin).min() > 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 50])
+def test_as_much_normal_noise_is_suspect_however_many_numbers_a_target_has(k: int) -> None:
+    noise = np.random.default_rng(k).normal(size=(200_000, k))
+    model = fit_residuals(np.zeros_like(noise), noise)
+    share = float((model.margin(np.zeros_like(noise), noise) < 0).mean())
+    assert share == pytest.approx(0.0027, abs=0.0006)
+    assert (model.limit == 3) is (k == 1)
 
 
 def test_residuals_of_an_exact_fit() -> None:
@@ -242,6 +251,19 @@ def test_residuals_of_an_exact_fit() -> None:
     margin = fit_residuals(u, y).margin(u, y)
     np.testing.assert_array_equal(margin, [3, 3, 3, -np.inf])
     assert fit_residuals(u, y).quality(margin)[3] == 0
+
+
+def test_a_share_of_groups_has_the_error_of_groups() -> None:
+    """Copies of each case add nothing; cases of their own groups are independent."""
+    rng = np.random.default_rng(0)
+    found = rng.random(500) < 0.2
+    alone = share_of(found)
+    copies = share_of(np.repeat(found, 8), groups=np.repeat(np.arange(500), 8))
+    assert copies.value == alone.value
+    assert copies.standard_error == pytest.approx(alone.standard_error, rel=0.02)
+    assert share_of(found, groups=np.arange(500)) == alone
+    assert share_of(found, groups=np.zeros(500, np.int64)).standard_error == np.inf
+    assert share_of(np.zeros(20, bool), groups=np.arange(20) // 2).standard_error > 0
 
 
 def test_a_weighted_share() -> None:

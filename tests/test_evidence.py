@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import math
 import re
@@ -9,11 +10,19 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from torch import nn
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from poprisk import Auditor, AuditResult, Canaries, PopRiskAdamW, audit
+from poprisk.linalg import Estimate
 from poprisk_lab.cli import app
+from poprisk_lab.evidence import gather
+from poprisk_lab.evidence import own as own_run
 from poprisk_lab.evidence.documents import DOCUMENTS, FIGURES, card, croissant, cyclonedx
 from poprisk_lab.evidence.gather import (
     SCHEMA,
@@ -22,6 +31,7 @@ from poprisk_lab.evidence.gather import (
     read_evidence,
     write_evidence,
 )
+from poprisk_lab.evidence.own import Score, fingerprint_of, run_evidence
 from poprisk_lab.results import RunData
 from poprisk_lab.runner import code_fingerprint
 from poprisk_lab.store import RunDirectoryError
@@ -77,7 +87,39 @@ def documents(audited: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
         "unfinished": compare_evidence(nothing, judge(nothing)),
         "planted": read_evidence(audited[0]),
         "plain": read_evidence(audited[1]),
+        "own": own(),
+        "own, plain": run_evidence("mine", looked_on(plant=0), data={"x": "v1"}, seeds=3),
     }
+
+
+def looked_on(*, plant: float = 0.1, kind: str = "classes") -> AuditResult:
+    """What an auditor found in a run that is sure and right, of 400 labels two of which are not."""
+    true = torch.arange(400) % 4
+    given = true.clone()
+    given[[3, 70]] = (given[[3, 70]] + 1) % 4
+    auditor = Auditor(given, kind=kind, plant=plant)
+    auditor.update(torch.arange(400), 6.0 * F.one_hot(true), auditor.targets)
+    return auditor.result()
+
+
+def own(**options: Any) -> dict[str, Any]:
+    """The evidence of a run of one's own, with all that it may have."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4)
+    given: dict[str, Any] = {
+        "data": {"x": torch.zeros(400, 5), "files": SCHEMA_FILE},
+        "seeds": [0, 1],
+        "source": "the archive",
+        "model": model,
+        "optimizer": PopRiskAdamW(model, lr=0.01, batch_size=40, dataset_size=400),
+        "risk": Estimate(0.4, 0.1, True, "", 0.5),
+        "score": Score("accuracy", 0.9, 0.02, test_examples=200),
+        "rows": [(0, {"loss": 2.0}), (50, {"loss": math.nan, "signal/snr": 1.5})],
+        "settings": {"epochs": 7},
+        "sources": [__file__],
+        "limits": ["Of one hospital only."],
+    }
+    return run_evidence("mine", looked_on(), **given | options)
 
 
 def test_a_comparison_says_what_its_arm_reached() -> None:
@@ -169,6 +211,159 @@ def test_an_audit_without_planted_labels_certifies_nothing(audited: tuple[Path, 
     assert found["memorization"]["value"] is None
     assert not found["wrong_labels"]["valid"]
     assert any("planted" in limit for limit in found["limits"])
+
+
+def test_a_run_of_ones_own_says_what_it_measured() -> None:
+    found = own()
+    result = looked_on()
+    assert (found["kind"], found["name"], found["subject"]) == ("run", "mine", "PopRiskAdamW")
+    assert found["wrong_labels"]["value"] == result.wrong_share.value == 2 / 400
+    assert found["wrong_labels"]["valid"]
+    assert found["memorization"]["value"] == result.memorization.value  # pyrefly: ignore
+    assert "other wrong ones" in found["memorization"]["how"]
+    count = int(
+        (Auditor(torch.as_tensor(result.labels), plant=0.1).targets.numpy() != result.labels).sum()
+    )
+    assert found["planted"]["count"] == result.planted == count > 20
+    assert found["planted"]["share"] == count / 400
+    assert found["planted"]["recall"]["value"] == 1
+    assert (found["risk"]["value"], found["risk"]["interval"]) == (0.4, [0.2, 0.6000000000000001])
+    assert found["performance"]["interval"] == pytest.approx([0.86, 0.94])
+    assert found["performance"]["how"] == "accuracy on test data, 200 examples"
+    assert found["skipped_steps"] == {"count": 0, "reason": ""}
+    assert found["settings"]["optimizer"]["lr"] == 0.01
+    assert found["settings"]["epochs"] == 7
+    assert found["model"]["parameters"] == 24
+    assert found["model"]["sources"].keys() == {Path(__file__).name}
+    assert found["data"]["examples"] == found["data"]["labelled"] == 400
+    assert found["data"]["fingerprints"].keys() == {"x", "files", "labels"}
+    assert found["monitor"] == {"rows": 2, "step": 50, "last": {"loss": None, "signal/snr": 1.5}}
+    assert found["limits"] == ["Of one hospital only."]
+    assert found["environment"]["code"] == code_fingerprint()
+
+
+def test_what_a_run_of_ones_own_did_not_measure_is_null_with_a_reason() -> None:
+    found = run_evidence("mine", looked_on(plant=0), data={"x": "v1"}, seeds=3)
+    assert found["seeds"] == [3]
+    assert found["subject"] is found["model"]["parameters"] is None
+    assert found["data"]["fingerprints"]["x"] == "v1"
+    for key in ("risk", "performance", "memorization"):
+        assert (found[key]["value"], found[key]["valid"]) == (None, False)
+        assert found[key]["reason"]
+    assert found["planted"]["count"] == 0
+    assert found["skipped_steps"]["count"] is None
+    assert found["limits"][0].startswith("No labels were planted")
+    assert "monitor" not in found
+    score = own(score=Score("accuracy", 0.9))["performance"]
+    assert (score["value"], score["valid"], score["interval"]) == (0.9, False, None)
+    assert score["reason"] == "it has no standard error"
+
+
+def test_looks_and_steps_that_do_not_count_are_said() -> None:
+    y = torch.arange(400) % 4
+    auditor = Auditor(y, plant=0.2)
+    for outputs in (y, auditor.targets):
+        auditor.update(torch.arange(400), 6.0 * F.one_hot(outputs), auditor.targets)
+        auditor.end_look()
+    optimizer = PopRiskAdamW(nn.Linear(5, 4), batch_size=40, dataset_size=400)
+    optimizer.param_groups[0]["skipped_steps"] = 3
+    found = run_evidence("m", auditor.result(), data={"x": "v1"}, seeds=0, optimizer=optimizer)
+    assert found["limits"] == [
+        "1 of 2 looks were believed.",
+        "3 steps were skipped for gradients that were not finite.",
+    ]
+
+
+def test_how_memorization_was_measured_goes_by_the_kind_of_labels() -> None:
+    two = torch.arange(400) % 2
+    pairs = Auditor(two, kind="binary", plant=0.1)
+    pairs.update(torch.arange(400), 12.0 * two - 6, pairs.targets)
+    numbers = Auditor(torch.linspace(0, 1, 400), kind="regression", plant=0.1)
+    numbers.update(torch.arange(400), torch.linspace(0, 1, 400), numbers.targets)
+    for auditor, how in ((pairs, "those that stayed"), (numbers, "the noise added")):
+        found = run_evidence("m", auditor.result(), data={"x": "v1"}, seeds=0)
+        assert how in found["memorization"]["how"]
+        assert found["task"] == auditor.items.kind
+
+    def train(x: torch.Tensor, y: torch.Tensor) -> nn.Module:
+        return nn.Linear(5, 4)
+
+    canaries = Canaries(torch.arange(400) % 4, fraction=0.1)
+    folds = audit(train, torch.zeros(400, 5), canaries, folds=2)
+    found = run_evidence("m", folds, data={"x": "v1"}, seeds=0)
+    assert "did not see them" in found["wrong_labels"]["how"]
+
+
+@pytest.mark.parametrize("module", [gather, own_run])
+def test_examples_of_docstrings_are_exact(module: Any) -> None:
+    failed, attempted = doctest.testmod(module, extraglobs={"torch": torch, "np": np})
+    assert (failed, attempted > 0) == (0, True)
+
+
+def test_fingerprints_tell_data_apart(tmp_path: Path) -> None:
+    x = torch.arange(6.0)
+    folder = tmp_path / "images"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "1.txt").write_text("one")
+    values: list[Any] = [x, x.reshape(2, 3), x.double(), x.bfloat16(), x + 1, np.zeros(0), folder]
+    found = [fingerprint_of("x", value) for value in values]
+    (folder / "a" / "1.txt").rename(folder / "a" / "2.txt")
+    found.append(fingerprint_of("x", folder))
+    (folder / "a" / "2.txt").write_text("two")
+    found.append(fingerprint_of("x", folder))
+    assert len({*found}) == len(found) == 9
+    assert fingerprint_of("x", x.reshape(2, 3).T.contiguous().T) == found[1]
+    assert fingerprint_of("x", x.numpy()) == found[0]
+
+
+def test_trained_weights_change_the_fingerprint_of_weights_only() -> None:
+    model = nn.Linear(5, 4)
+    before = own(model=model)["model"]
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    after = own(model=model)["model"]
+    assert before["weights"] != after["weights"]
+    assert before["fingerprint"] == after["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": {}}, "data must hold what was trained on"),
+        ({"data": {"x": [1, 2]}}, r"data\['x'\] must be a tensor, an array, .*but got list"),
+        ({"data": {"x": np.array(["a", None])}}, r"data\['x'\] must be a tensor"),
+        ({"data": {"x": ""}}, "is an empty text"),
+        ({"data": torch.zeros(3)}, "data must be a dict"),
+        ({"seeds": []}, "seeds must hold at least one"),
+        ({"seeds": [0.5]}, "seeds must be an integer"),
+        ({"risk": 0.4}, "risk must be an estimate"),
+        ({"settings": {"x": torch.zeros(2)}}, "settings must be values of JSON"),
+    ],
+)
+def test_a_bad_argument_of_run_evidence_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        own(**options)
+
+
+def test_an_auditor_is_no_result() -> None:
+    with pytest.raises(TypeError, match=r"result must be what Auditor.result\(\)"):
+        run_evidence("m", Auditor(torch.arange(99) % 3), data={"x": "v1"}, seeds=0)  # pyrefly: ignore
+
+
+def test_the_command_takes_a_file_of_evidence(tmp_path: Path) -> None:
+    write_evidence(tmp_path / "new", own())
+    file = (tmp_path / "new" / "evidence.json").rename(tmp_path / "mine.json")
+    for to in DOCUMENTS:
+        done = call("evidence", file, "--to", to)
+        assert done.exit_code == 0, done.output
+    text = (tmp_path / "README.md").read_text()
+    assert "accuracy on test data, 200 examples" in text
+    assert "Of one hospital only." in text
+    assert (tmp_path / "bom.cdx.json").exists()
+    (tmp_path / "none.json").write_text("[]")
+    assert call("evidence", tmp_path / "none.json").exit_code == 2
+    with pytest.raises(RunDirectoryError, match=f"there is no {tmp_path}/other.json"):
+        read_evidence(tmp_path / "other.json")
 
 
 def test_a_figure_that_is_missing_needs_a_reason() -> None:

@@ -17,7 +17,7 @@ class Estimated(Protocol):
 
     Example:
         >>> from poprisk.linalg import Estimate
-        >>> isinstance(Estimate(1.0, 0.0), Estimated)
+        >>> isinstance(Estimate.of(1.0, 0.0), Estimated)
         True
     """
 

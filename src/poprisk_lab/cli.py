@@ -392,7 +392,9 @@ def report(
 
 @app.command("evidence")
 def evidence_command(
-    run: Annotated[Path, typer.Argument(help="Run directory of a comparison or an audit.")],
+    run: Annotated[
+        Path, typer.Argument(help="Run directory of a comparison or an audit, or an evidence.json.")
+    ],
     to: Annotated[
         str,
         typer.Option(
@@ -420,7 +422,8 @@ def evidence_command(
             _fail(f"--dataset must be OWNER/NAME and goes with --to card, but got {dataset}.")
         found = read_evidence(run)
         texts = card(found, dataset=dataset) if to == "card" else DOCUMENTS[to](found)
-        files = {(out or run) / name: text for name, text in texts.items()}
+        here = run.parent if run.is_file() else run
+        files = {(out or here) / name: text for name, text in texts.items()}
         for path in files:
             if path.exists():
                 _fail(f"{path} exists; delete it, or choose another directory with --out.")

@@ -145,7 +145,7 @@ class Comparison:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "data": data,
                 "modules": module_kinds(model),
-                "model": _structure(model),
+                "model": structure_of(model),
                 "sources": _sources(self.task),
                 "start": start,
                 "noise_known": task.noise_known,
@@ -257,7 +257,7 @@ def _text(source: Any) -> bytes:
         return b""
 
 
-def _structure(model: torch.nn.Module) -> str:
+def structure_of(model: torch.nn.Module) -> str:
     """A hash of what a model is made of: its text, and the shapes of its state."""
     text = [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model))]
     state = [*model.named_parameters(), *model.named_buffers()]

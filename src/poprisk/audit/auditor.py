@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -12,8 +13,8 @@ from torch.utils.data import Dataset
 from poprisk._validate import check_choice, check_number, check_type
 from poprisk.audit.data import Indexed
 from poprisk.audit.gather import gather
-from poprisk.audit.judge import Audited, judge, look_at, margins_of
-from poprisk.audit.looks import Look, Predictions
+from poprisk.audit.judge import Audited, check_memory, judge, look_at, margins_of
+from poprisk.audit.looks import Look, Predictions, memory_of
 from poprisk.audit.planted import planted_labels
 from poprisk.audit.rate import Rate
 from poprisk.audit.result import AuditResult
@@ -23,6 +24,8 @@ from poprisk.printing import described
 
 MEMORIZED = 0.2
 """Memorization of planted labels from which predictions are not believed."""
+MAX_MEMORY = 8 << 30
+"""Bytes that predictions may take in memory, and likewise a noise matrix."""
 UNPLANTED = (
     "no labels were planted, so that nothing shows whether labels were memorized; plant=0.05"
 )
@@ -53,11 +56,14 @@ class Auditor:
         probabilities: whether outputs are probabilities; logits by default.
         ignore_index: the label that stands for none; such items are predicted.
         dtype: of the predictions that are kept; see :class:`poprisk.audit.looks.Predictions`.
-        directory: where to keep them in files instead of in memory; files of a run before are
-            overwritten, a checkpoint holds what they hold.
+        directory: where to keep them in files instead of in memory, one folder a process; files of
+            a run before are overwritten, a checkpoint holds what they hold.
+        max_memory: bytes that they may take in memory, and likewise the noise matrix.
 
     Attributes:
-        targets: the labels to train on, in the host's memory.
+        targets: the labels to train on, in the host's memory. What goes into the loss must be
+            these, and what goes into :meth:`update` what goes into the loss: planted labels that
+            were never trained on look like labels that were not memorized.
         looks: what each pass over the data was like.
 
     Raises:
@@ -87,6 +93,7 @@ class Auditor:
         ignore_index: int = IGNORED,
         dtype: torch.dtype | None = None,
         directory: Any = None,
+        max_memory: float = MAX_MEMORY,
     ) -> None:
         check_number("plant", plant, low=0.0, high=0.5)
         self.limit = check_number("limit", limit, low=0.0, include_low=False)
@@ -100,9 +107,17 @@ class Auditor:
             seed=seed,
             ignore_index=ignore_index,
         )
+        numbers = self.items.classes is None
+        if numbers and dtype == torch.float16:
+            raise ValueError("dtype=torch.float16 does not hold numbers of any size; leave it out.")
+        size = (len(self.items.labels), self.items.width)
+        kept = 0 if directory is not None else memory_of(*size, dtype, numbers=numbers)
+        check_memory(kept, self.items.classes, structure=structure, max_memory=max_memory)
         self.predictions = Predictions(
-            len(self.items.labels), self.items.width, dtype=dtype, directory=directory
+            *size, dtype=dtype, directory=_of_this_process(directory), numbers=numbers
         )
+        # What training is to get, whatever becomes of the public tensor.
+        self._trained = self.targets.clone()
         self.looks: list[Look] = []
         self.not_finite = 0
 
@@ -130,7 +145,7 @@ class Auditor:
             TypeError, ValueError: if they do not fit, or targets are other ones.
         """
         items, found = self.items.read(
-            index, outputs, targets, self.targets, probabilities=self.probabilities
+            index, outputs, targets, self._trained, probabilities=self.probabilities
         )
         half = len(self.predictions.seen) / (2 * processes())
         if self.predictions.passed >= half and bool(self.predictions.seen[items].any()):
@@ -171,6 +186,10 @@ class Auditor:
         """
         self.end_look()
         found = gather(self.predictions, self.looks, self.not_finite)
+        if not found.looks and found.not_finite:
+            raise RuntimeError(
+                f"all {found.not_finite} predictions were NaN or Inf: the training has diverged."
+            )
         if not found.looks:
             raise RuntimeError("the auditor has seen no batch; call update() in the training loop.")
         audited = Audited(
@@ -199,13 +218,18 @@ class Auditor:
             index: name that the position gets in a dict; in a tuple it comes last.
 
         Raises:
-            ValueError: if it has another length.
+            TypeError, ValueError: if it has another length, or none.
         """
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise TypeError(
+                f"dataset must have a length and examples by position, but got "
+                f"{type(dataset).__name__}; a stream of examples does not say which is which."
+            )
         if len(dataset) != len(self.targets):
             raise ValueError(
                 f"dataset has {len(dataset)} examples, but the auditor {len(self.targets)} targets."
             )
-        return Indexed(dataset, self.targets, label=label, name=index)
+        return Indexed(dataset, self._trained, label=label, name=index)
 
     def state_dict(self) -> dict[str, Any]:
         """All that :meth:`result` depends on, for a run that is resumed."""
@@ -242,7 +266,7 @@ class Auditor:
 
     def _settings(self) -> dict[str, Any]:
         """What the numbers depend on besides the batches; of the labels a weighted sum."""
-        flat = self.targets.double().flatten().nan_to_num(0.0)
+        flat = self._trained.double().flatten().nan_to_num(0.0)
         return {
             "kind": self.items.kind,
             "classes": self.items.classes,
@@ -252,6 +276,13 @@ class Auditor:
             "dtype": str(self.predictions.dtype),
             "labels": float(flat @ torch.linspace(1, 2, len(flat), dtype=torch.float64)),
         }
+
+
+def _of_this_process(directory: Any) -> Any:
+    """A folder of its own: processes that share files would overwrite each other's."""
+    if directory is None or processes() == 1:
+        return directory
+    return Path(directory) / str(torch.distributed.get_rank())
 
 
 def _plain(look: Look) -> dict[str, Any]:

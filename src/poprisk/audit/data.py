@@ -27,6 +27,7 @@ class Indexed(Dataset[Any]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Any:
+        index = int(index) % len(self)  # from the end, as of a list
         found, target = self.data[index], self.targets[index]
         if isinstance(found, Mapping):
             if self.label not in found:
@@ -34,5 +35,10 @@ class Indexed(Dataset[Any]):
                     f"examples have no {self.label!r} but {', '.join(map(str, found))}; pass label="
                 )
             return {**found, self.label: target, self.name: index}
+        if not isinstance(found, (tuple, list)) or len(found) < 2:
+            raise TypeError(
+                "examples must be tuples (inputs, ..., target) or dicts, but got "
+                f"{type(found).__name__}."
+            )
         *inputs, _ = found
         return (*inputs, target, index)

@@ -58,7 +58,7 @@ def merged(parts: Sequence[dict[str, Any]], items: int, width: int) -> Gathered:
     average, last = torch.zeros(items, width), torch.zeros(items, width)
     weight, newest = torch.zeros(items), torch.zeros(items, dtype=torch.int32)
     kept = sorted({number for part in parts for number in part["kept"]})[:KEPT_LOOKS]
-    history = torch.full((items, len(kept)), math.nan, dtype=torch.float16)
+    history = torch.full((items, len(kept)), math.nan, dtype=parts[0]["history"].dtype)
     for part in parts:
         rows = part["rows"]
         average[rows] += part["weight"][:, None] * part["average"].float()
@@ -84,7 +84,8 @@ def _together(looks: Sequence[Look]) -> Look:
     """One look of several processes: means over items, believed if each of them believes it."""
     n = sum(look.items for look in looks)
     shares = [look.items / n for look in looks]
-    memorized = [look.memorization for look in looks if look.memorization is not None]
+    # A process may have too few planted labels to say anything.
+    memorized = [m for look in looks if (m := look.memorization) and not math.isnan(m.value)]
     return Look(
         looks[0].number,
         n,

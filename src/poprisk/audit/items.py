@@ -15,8 +15,8 @@ from poprisk.risk.inputs import check_index
 
 KINDS = ("classes", "binary", "multilabel", "regression", "preferences", "tokens")
 TWO_CLASSES = ("binary", "multilabel", "preferences")
-ROUNDING = 1e-2
-"""Relative difference of a target that half precision may make."""
+ROUNDING = 4
+"""Units of rounding that targets may differ by, of the largest one of their batch."""
 
 
 @final
@@ -84,6 +84,8 @@ class Items(NamedTuple):
                 f"{len(outputs)} and {len(targets)} rows."
             )
         index = index.cpu()
+        if not len(index):
+            return index, torch.zeros(0, self.width)
         self._check_trained(targets, trained[index])
         found = self._predictions(outputs, probabilities=probabilities)
         rows = self.place[index][:, : found.shape[1]]
@@ -104,8 +106,11 @@ class Items(NamedTuple):
                 f"{tuple(targets.shape)}."
             )
         a, b = targets.reshape(trained.shape).double(), trained.double()
-        rtol = ROUNDING if targets.is_floating_point() else 0.0
-        same = torch.isclose(a, b, rtol=rtol, atol=1e-6, equal_nan=True).reshape(len(a), -1).all(1)
+        floats = [t.dtype for t in (targets, trained) if t.is_floating_point()]
+        # Not relative to each: of dates all are alike, and those planted a little further off.
+        largest = float(b.abs().nan_to_num(0.0).max())
+        atol = ROUNDING * largest * max((torch.finfo(d).eps for d in floats), default=0.0)
+        same = torch.isclose(a, b, rtol=0.0, atol=atol, equal_nan=True).reshape(len(a), -1).all(1)
         if not bool(same.all()):
             raise ValueError(
                 f"targets of {int((~same).sum())} of {len(same)} examples are not those of the "
@@ -127,6 +132,11 @@ class Items(NamedTuple):
                     "never occur among the labels."
                 )
             u = outputs.float()
+            if not probabilities and bool(_sum_to_one(u).all()):
+                raise ValueError(
+                    "outputs must be logits, but got probabilities: no row is negative and each "
+                    "sums to 1; pass probabilities=True."
+                )
             p = _distributions(u) if probabilities else u.softmax(-1)
             return p if t is None else p.unsqueeze(1)
         if outputs.numel() != self.targets[:b].numel():
@@ -160,8 +170,9 @@ def items_of(
     if kind == "tokens" and isinstance(targets, Sequence):
         rows = [torch.as_tensor(row) for row in targets]
         targets = pad_sequence(rows, batch_first=True, padding_value=ignore_index)
-    check_type("targets", targets, Tensor, "a tensor")
-    targets = targets.detach().cpu()
+    check_type("targets", targets, Tensor, "a tensor, with numbers in place of names")
+    # A copy: labels that are put right in place, here or by the caller, are other labels.
+    targets = targets.detach().cpu().clone()
     if targets.ndim == 0 or len(targets) < 2:
         raise ValueError(f"targets must hold at least two, but got shape {tuple(targets.shape)}.")
     _check_shape(kind, targets)
@@ -234,10 +245,14 @@ def _classes(labels: Tensor, classes: int | None) -> int:
 
 def _distributions(p: Tensor) -> Tensor:
     """Probabilities as they are; rows that are not finite are for the caller to see."""
-    good = (p >= 0).all(-1) & ((p.sum(-1) - 1).abs() < 1e-2) | ~p.isfinite().all(-1)
+    good = _sum_to_one(p) | ~p.isfinite().all(-1)
     if not bool(good.all()):
         raise ValueError("outputs must be probabilities, rows that sum to 1; logits are default.")
     return p
+
+
+def _sum_to_one(p: Tensor) -> Tensor:
+    return (p >= 0).all(-1) & ((p.sum(-1) - 1).abs() < 1e-2)
 
 
 def _within_one(p: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -12,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from poprisk._validate import check_number
 from poprisk.audit.items import Items
 from poprisk.audit.looks import Look
 from poprisk.audit.planted import Planted
 from poprisk.audit.rate import Rate, share_of
 from poprisk.audit.result import AuditResult
 from poprisk.audit.scores import (
+    LIMIT,
     NORMAL_MAD,
     NoiseModel,
     fit_noise,
@@ -34,6 +36,30 @@ UNEXPLAINED = 0.9
 """Spread of residuals over that of targets from which predictions know too little."""
 MOST_UNSEEN = 0.05
 """Share of labels without a prediction from which a result is not believed."""
+LEAST_OF_CLASS = 0.2
+"""Share of a class's labels that predictions give back, below which the class is not known."""
+MOST_UNKNOWN = 0.5
+"""Share of suspects, of classes that are not known, from which a result is not believed."""
+MOST_OF_LABELS = 0.2
+"""The same for the several labels of an example."""
+LEAST_RECALL = 0.5
+"""Recall on planted labels below which a list misses too much."""
+ORDER = 0.05
+"""Difference in wrong preferences between the two orders of a pair that is more than chance."""
+BETWEEN = 0.0428
+"""Share of normal noise between two and three standard deviations."""
+HEAVY = 1.5
+"""Multiple of it from which the tail of the noise may be among the suspects."""
+
+SHOWN = 3
+"""Labels or classes that a reason names."""
+
+MATRICES = 6
+"""How many arrays of its size it takes to estimate a noise matrix."""
+MOST_CLASSES = 10_000
+"""Classes up to which a result counts which is given as which."""
+BLOCK = 1 << 22
+"""Probabilities that are looked at at once."""
 
 Mask = NDArray[np.bool_]
 
@@ -105,9 +131,12 @@ def judge(
         or _uncertain(known, items, audited)
         or _memorized(memorization, limit)
         or found.unsure()
+        or _misses_much(recall, items.kind)
         or (uncertified if memorization is None else memorization.reason)
     )
-    share = found.wrong_share()._replace(valid=not reason, reason=reason)
+    share = found.wrong_share()
+    doubted = reason or share.reason
+    share = share._replace(valid=not doubted, reason=doubted)
     believed = [look.number for look in audited.looks if look.believed]
     return AuditResult(
         kind=items.kind,
@@ -132,6 +161,7 @@ def judge(
         valid=not reason,
         reason=reason,
         cost=cost,
+        planted=0 if planted is None else int(planted.changed.sum()),
     )
 
 
@@ -141,10 +171,10 @@ def look_at(
     """What the predictions of some items are like."""
     agreement = confidence = math.nan
     if items.classes is not None:
-        p = predictions[rows].float()
         given = items.labelled[rows]
-        right = (p.argmax(1) == items.labels[rows])[given]
-        agreement, confidence = float(right.double().mean()), float(p.max(1).values.mean())
+        predicted, most = _likeliest(predictions, rows)
+        right = (predicted == items.labels[rows])[given]
+        agreement, confidence = float(right.double().mean()), float(most.mean())
     return Look(number, len(rows), agreement, confidence, memorization, True)
 
 
@@ -153,11 +183,52 @@ def margins_of(items: Items, predictions: Tensor, rows: Tensor) -> Tensor:
 
     For numbers minus the largest residual.
     """
-    p, labels = predictions[rows], items.labels[rows]
     if items.classes is None:
-        return -(labels - p.double()).abs().amax(1)
-    margin = normalized_margin(p.double().numpy(), labels.clamp_min(0).numpy())
-    return torch.from_numpy(margin).masked_fill(~items.labelled[rows], math.nan)
+        return -(items.labels[rows] - predictions[rows].double()).abs().amax(1)
+    margin = [
+        normalized_margin(
+            predictions[part].double().numpy(), items.labels[part].clamp_min(0).numpy()
+        )
+        for part in _parts(rows, items.width)
+    ]
+    return torch.from_numpy(np.concatenate(margin)).masked_fill(~items.labelled[rows], math.nan)
+
+
+def _parts(rows: Tensor, width: int) -> Sequence[Tensor]:
+    return rows.split(max(1, BLOCK // width))
+
+
+def _likeliest(predictions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable class of some items, and its probability, without a copy of all."""
+    found, most = list[Tensor](), list[Tensor]()
+    for part in _parts(rows, predictions.shape[1]):
+        p = predictions[part].float()
+        found.append(p.argmax(1))
+        most.append(p.max(1).values)
+    return torch.cat(found), torch.cat(most)
+
+
+def check_memory(kept: int, classes: int | None, *, structure: bool, max_memory: float) -> None:
+    """Raise ValueError if an audit would take too much.
+
+    Args:
+        kept: bytes of predictions in memory.
+        classes: number of them; None for numbers.
+        structure: whether a noise matrix is estimated.
+        max_memory: bytes that each of them may take.
+    """
+    check_number("max_memory", max_memory, low=0.0, include_low=False)
+    if kept > max_memory:
+        raise ValueError(
+            f"predictions take {kept / 2**30:.1f} GiB, but max_memory is "
+            f"{max_memory / 2**30:.1f} GiB; keep them in files by directory=, or raise it."
+        )
+    matrix = MATRICES * 8 * (classes or 0) ** 2
+    if structure and matrix > max_memory:
+        raise ValueError(
+            f"the noise matrix of {classes:,} classes takes {matrix / 2**30:.1f} GiB, but "
+            f"max_memory is {max_memory / 2**30:.1f} GiB; pass structure=False, or raise it."
+        )
 
 
 @final
@@ -213,7 +284,7 @@ class _Classes:
             if model.matrix is not None:
                 spread = model.matrix / (1 - model.matrix.diagonal())[:, None]
                 weights[rows] = spread[original[rows], labels[rows]]
-            right[rows] = self._true_of_given(g)[original[rows], labels[rows]]
+            right[rows] = self._true_of_given(g, original[rows], labels[rows])
         raw, weights = share_of(found[wrong], weights[wrong]), weights[wrong]
         if not raw.valid:
             return raw
@@ -224,10 +295,16 @@ class _Classes:
             value=min(1.0, raw.value / cases), standard_error=raw.standard_error / cases
         )
 
-    def _true_of_given(self, group: int) -> NDArray[np.float64]:
-        """Share of the labels given as o that are z after correction, (c, c)."""
-        counts = self._counts(group)
-        return (counts / np.maximum(counts.sum(0), 1)).T
+    def _true_of_given(
+        self, group: int, original: NDArray[np.int64], labels: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Share of the labels given as o that are z after correction, for some pairs, (m,)."""
+        c = self.items.classes or 0
+        rows = self.known & (self.group == group)
+        given = np.bincount(self.labels[rows], minlength=c)
+        pairs, counts = np.unique(self.labels[rows] * c + self.suggested[rows], return_counts=True)
+        at = np.minimum(np.searchsorted(pairs, wanted := original * c + labels), len(pairs) - 1)
+        return np.where(pairs[at] == wanted, counts[at], 0) / np.maximum(given[original], 1)
 
     def _counts(self, group: int) -> NDArray[np.float64]:
         """How often a label is j after correction and was given as y, (c, c)."""
@@ -239,7 +316,7 @@ class _Classes:
 
     def wrong_share(self) -> Rate:
         n = len(self.margin)
-        found = share_of(self.margin < 0)
+        found = share_of(self.margin < 0, groups=self.items.example.numpy()[self.known])
         gap = 0.0
         if self.structure:
             for g, model in self.models.items():
@@ -248,9 +325,11 @@ class _Classes:
         # What is found and what the matrix expects err on different sides: half their difference.
         return found._replace(standard_error=math.hypot(found.standard_error, gap / 2))
 
-    def noise_matrix(self) -> NDArray[np.float64]:
+    def noise_matrix(self) -> NDArray[np.float64] | None:
         """Counted after correction: how often true class j was given as y."""
         matrices = []
+        if (self.items.classes or 0) > MOST_CLASSES:
+            return None
         for g in range(max(self.models) + 1):
             counts = self._counts(g)
             sums = counts.sum(1, keepdims=True)
@@ -258,16 +337,82 @@ class _Classes:
         return np.stack(matrices) if self.items.kind == "multilabel" else matrices[0]
 
     def unsure(self) -> str:
-        p = self.p[torch.from_numpy(self.known)].float()
-        confidence = float(p.max(1).values.mean())
-        agreement = float((p.argmax(1).numpy() == self.labels[self.known]).mean())
+        groups = list(self._groups(self.known))
+        found = [(g, rows, self._unsure_of(rows)) for g, rows in groups]
+        doubtful = [(g, rows) for g, rows, reason in found if reason]
+        if not doubtful:
+            return self._by_order() if self.items.kind == "preferences" else ""
+        if len(groups) == 1:
+            return f"unsure: {found[0][2]}"
+        suspect = self._suspect()
+        inside = int(sum(suspect[rows].sum() for _, rows in doubtful))
+        if inside < MOST_OF_LABELS * suspect.sum() and len(doubtful) < len(groups):
+            return ""
+        which = ", ".join(str(g) for g, _ in doubtful[:SHOWN])
+        more = f" and {len(doubtful) - SHOWN} more" if len(doubtful) > SHOWN else ""
+        first = next(reason for _, _, reason in found if reason)
+        return (
+            f"unsure of label{'s' * (len(doubtful) > 1)} {which}{more}, which {inside} of "
+            f"{int(suspect.sum())} suspects are of: {first}"
+        )
+
+    def _suspect(self) -> Mask:
+        suspect = np.zeros(len(self.known), np.bool_)
+        suspect[self.known] = self.margin < 0
+        return suspect
+
+    def _unsure_of(self, rows: NDArray[np.int64]) -> str:
+        """Why predictions know too little of some items."""
+        labels = self.labels[rows]
+        predicted, most = _likeliest(self.p, torch.from_numpy(rows))
+        given, confidence = predicted.numpy(), float(most.mean())
+        agreement = float((given == labels).mean())
         least = UNSURE_OF_TWO if self.items.classes == 2 else UNSURE
-        if min(confidence, agreement) >= least:
+        if min(confidence, agreement) < least:
+            return (
+                f"predictions have a mean confidence of {confidence:.0%} and agree with "
+                f"{agreement:.0%} of the labels, and either is below {least:.0%}: they know little "
+                "of the data. Train longer, or consider audit(..., folds=5)"
+            )
+        several = len(np.unique(labels)) > 1
+        if several and bool((given == given[0]).all()):
+            return (
+                f"predictions give class {given[0]} only, so that they tell nothing about labels. "
+                "Train longer, or weigh rare classes"
+            )
+        return "" if self.items.kind == "classes" else self._rare(rows, given == labels)
+
+    def _rare(self, rows: NDArray[np.int64], agrees: Mask) -> str:
+        """A few classes can fill the list of suspects because predictions hardly ever give them."""
+        labels, suspect = self.labels[rows], self._suspect()[rows]
+        count = np.bincount(labels, minlength=self.items.classes or 0)
+        share = np.bincount(labels[agrees], minlength=len(count)) / np.maximum(count, 1)
+        unknown = (count > 0) & (share < LEAST_OF_CLASS)
+        inside = int(suspect[unknown[labels]].sum())
+        if inside == 0 or inside < MOST_UNKNOWN * suspect.sum():
+            return ""
+        classes = np.flatnonzero(unknown)
+        named = ", ".join(map(str, classes[:SHOWN]))
+        more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+        return (
+            f"predictions give back fewer than {LEAST_OF_CLASS:.0%} of the labels of class {named}"
+            f"{more}, which {inside} of {int(suspect.sum())} suspects are of: either nearly all of "
+            "them are wrong, or the class is not known. Train longer, or weigh rare classes"
+        )
+
+    def _by_order(self) -> str:
+        """Wrong preferences are as frequent in either order of a pair if the order is chance."""
+        labels, suspect = self.labels[self.known], self.margin < 0
+        rates = [share_of(suspect[labels == label]) for label in (0, 1)]
+        if not all(rate.valid for rate in rates):
+            return ""  # one order only
+        zero, one = (rate.value for rate in rates)
+        error = math.hypot(*(rate.standard_error for rate in rates))
+        if abs(one - zero) <= max(ORDER, 3 * error):
             return ""
         return (
-            f"unsure: predictions have a mean confidence of {confidence:.0%} and agree with "
-            f"{agreement:.0%} of the labels, and either is below {least:.0%}: they know little of "
-            "the data. Train longer, or consider audit(..., folds=5)"
+            f"unsure: {one:.0%} of the pairs whose first is said to be better are suspect, and "
+            f"{zero:.0%} of the others: labels or predictions go by the order of a pair"
         )
 
 
@@ -292,7 +437,17 @@ class _Numbers:
         return share_of(margin < 0)
 
     def wrong_share(self) -> Rate:
-        return share_of(self.margin < 0)
+        found = share_of(self.margin < 0)
+        r = self.model.residuals(self.p[self.known], self.labels[self.known])
+        between = share_of(((r > 2) & (r <= LIMIT)).ravel())
+        if between.value - 2 * between.standard_error <= HEAVY * BETWEEN:
+            return found
+        # Gross errors leave a gap below them; noise with heavy tails does not.
+        reason = (
+            f"{between.value:.1%} of the residuals lie between two and three standard deviations "
+            f"of the noise, of normal noise {BETWEEN:.1%}: suspects may be its tail"
+        )
+        return found._replace(valid=False, reason=reason)
 
     def noise_matrix(self) -> None:
         return None
@@ -300,6 +455,11 @@ class _Numbers:
     def unsure(self) -> str:
         y = self.labels[self.known]
         spread = NORMAL_MAD * np.median(np.abs(y - np.median(y, axis=0)), axis=0)
+        if bool((self.model.sigma == 0).any()) and bool((self.margin < 0).any()):
+            return (
+                "unsure: half of the targets are predicted exactly, so that the size of their "
+                "noise is unknown and any residual counts"
+            )
         if bool((self.model.sigma < UNEXPLAINED * spread).any()) or not spread.any():
             return ""
         return (
@@ -323,3 +483,15 @@ def _memorized(memorization: Rate | None, limit: float) -> str:
         f"memorization of the planted labels is {memorization.value:.2f}, above {limit}: "
         "predictions repeat labels; train for less time or at a lower rate"
     )
+
+
+def _misses_much(recall: Rate | None, kind: str) -> str:
+    """Whether planted labels are surely missed more often than found; of classes one reads it."""
+    if kind == "classes" or recall is None or not recall.valid:
+        return ""
+    if not recall.value + 2 * recall.standard_error < LEAST_RECALL:
+        return ""
+    told = f"recall of the planted labels is {recall.value:.2f}: "
+    if kind == "regression":
+        return f"{told}errors of a standard deviation of the targets are hidden in the noise"
+    return f"{told}most wrong labels are missed"

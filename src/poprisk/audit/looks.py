@@ -20,6 +20,24 @@ SINGLE_PRECISION = 1 << 26
 """Numbers up to which predictions are kept in float32."""
 
 
+def default_dtype(items: int, width: int, *, numbers: bool) -> torch.dtype:
+    """Of predictions; numbers do not lie between 0 and 1, so that float16 may not hold them."""
+    small = numbers or items * width <= SINGLE_PRECISION
+    return torch.float32 if small else torch.float16
+
+
+def history_dtype(*, numbers: bool) -> torch.dtype:
+    """Of margins, which lie between -1 and 1, or of residuals."""
+    return torch.float32 if numbers else torch.float16
+
+
+def memory_of(items: int, width: int, dtype: torch.dtype | None, *, numbers: bool) -> int:
+    """Bytes that :class:`Predictions` take."""
+    kept = dtype or default_dtype(items, width, numbers=numbers)
+    history = history_dtype(numbers=numbers)
+    return items * (3 * width * kept.itemsize + KEPT_LOOKS * history.itemsize + 9)
+
+
 class Look(NamedTuple):
     """One pass over the data: what its predictions were like.
 
@@ -54,13 +72,20 @@ class Predictions:
         dtype: of what is kept; float32 if left out, float16 for more than
             :data:`SINGLE_PRECISION` numbers.
         directory: where to keep it in files, outside of memory.
+        numbers: whether predictions are numbers of any size, which float16 does not hold.
     """
 
     def __init__(
-        self, items: int, width: int, *, dtype: torch.dtype | None = None, directory: Any = None
+        self,
+        items: int,
+        width: int,
+        *,
+        dtype: torch.dtype | None = None,
+        directory: Any = None,
+        numbers: bool = False,
     ) -> None:
-        half = torch.float16 if items * width > SINGLE_PRECISION else torch.float32
-        self.dtype = dtype or half
+        self.dtype = dtype or default_dtype(items, width, numbers=numbers)
+        self.numbers = numbers
         self.directory = None if directory is None else Path(directory)
         self.present = self._array("present", items, width)
         self.last = self._array("last", items, width)
@@ -74,7 +99,7 @@ class Predictions:
         self.passed = 0
 
     def _array(self, name: str, items: int, width: int) -> Tensor:
-        dtype = torch.float16 if name == "history" else self.dtype
+        dtype = history_dtype(numbers=self.numbers) if name == "history" else self.dtype
         if self.directory is None:
             return torch.zeros(items, width, dtype=dtype)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -85,8 +110,9 @@ class Predictions:
     def note(self, items: Tensor, predictions: Tensor) -> None:
         """Keep predictions (m, c) of the present look."""
         self.present[items] = predictions.to(self.dtype)
+        # An example that comes twice in a row, as from a closure, does not make a look go faster.
+        self.passed += len(items[~self.seen[items]].unique())
         self.seen[items] = True
-        self.passed += len(items)
 
     def close(self, look: Look, margins: Tensor) -> None:
         """End the present look, and let it count if it is believed.

@@ -51,7 +51,7 @@ def noise_matrix(counts: Floats, *, symmetric: bool = False) -> Floats:
             a pair in an order of chance.
 
     Example:
-        >>> noise_matrix(np.array([[89.5, 9.5], [4.5, 94.5]]), symmetric=True).round(3)
+        >>> noise_matrix(np.array([[90.0, 9.5], [5.0, 94.5]]), symmetric=True).round(3)
         array([[0.925, 0.075],
                [0.075, 0.925]])
     """

@@ -55,15 +55,16 @@ class Planted:
         return Rate(float(values.mean()), error, not few, few)
 
     def _values(self, predictions: Tensor, seen: Tensor) -> Tensor:
-        p, k = predictions[self.index].double(), self.classes
+        k = self.classes
         if k is None:
+            p = predictions[self.index].double()
             noise = (self.labels - self.original).double().reshape(p.shape)
             follow = p - self.original.double().reshape(p.shape)
-            return (noise * follow / noise.square().mean()).mean(1)
-        own = p.gather(1, self.labels[:, None].long()).squeeze(1)
+            return (noise * follow / noise.square().mean(0)).mean(1)
+        own = predictions[self.index, self.labels.long()].double()
         if k == 2:
             return own - self._of_those_that_stayed(predictions, seen)[self.original.long()]
-        replaced = p.gather(1, self.original[:, None].long()).squeeze(1)
+        replaced = predictions[self.index, self.original.long()].double()
         return own - (1 - own - replaced) / (k - 2)
 
     def _of_those_that_stayed(self, predictions: Tensor, seen: Tensor) -> Tensor:
@@ -119,6 +120,12 @@ def planted_labels(
     items = items_of(targets, kind=kind, classes=classes, ignore_index=ignore_index)
     if plant == 0:
         return Labels(items, None, items.targets)
+    known = int(items.labelled.sum())
+    if round(plant * known) < 1:
+        raise ValueError(
+            f"plant={plant:g} of {known} labels makes none; plant more, or none by plant=0, and "
+            "nothing certifies the result."
+        )
     canaries = Canaries(
         items.labels,
         fraction=plant,

@@ -38,14 +38,21 @@ class Rate(NamedTuple):
         return max(0.0, self.value - half), min(1.0, self.value + half)
 
 
-def share_of(found: NDArray[np.bool_], weights: NDArray[np.float64] | None = None) -> Rate:
+def share_of(
+    found: NDArray[np.bool_],
+    weights: NDArray[np.float64] | None = None,
+    *,
+    groups: NDArray[np.int64] | None = None,
+) -> Rate:
     r"""A share of independent cases; its error is Agresti and Coull's, which is never 0.
 
-    Weighted cases count as :math:`(\sum w)^2/\sum w^2` equal ones (Kish).
+    Weighted cases count as :math:`(\sum w)^2/\sum w^2` equal ones (Kish). Cases of one group may
+    depend on each other: the error is that from group to group where it is larger.
 
     Args:
         found: which cases it is the share of, (n,).
         weights: of the cases, (n,).
+        groups: ids of groups of cases, (n,).
 
     Example:
         >>> share_of(np.ones(10, bool))
@@ -56,4 +63,11 @@ def share_of(found: NDArray[np.bool_], weights: NDArray[np.float64] | None = Non
         return Rate(math.nan, math.nan, False, "there are no cases")
     value, n = float(w @ found / w.sum()), float(w.sum() ** 2 / (w @ w))
     p = (value * n + 1) / (n + 2)
-    return Rate(value, math.sqrt(p * (1 - p) / (n + 2)))
+    error = math.sqrt(p * (1 - p) / (n + 2))
+    if groups is None:
+        return Rate(value, error)
+    _, group = np.unique(groups, return_inverse=True)
+    sums = np.bincount(group, w * (found - value))
+    m = len(sums)
+    between = math.sqrt(float(sums @ sums) * m / (m - 1)) / float(w.sum()) if m > 1 else math.inf
+    return Rate(value, max(error, between) if m < len(found) else error)

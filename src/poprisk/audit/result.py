@@ -54,7 +54,7 @@ class AuditResult:
             the residual.
         history_looks: numbers of these looks.
         noise_matrix: share of given labels y among those that are class j after correction, (c, c),
-            or one of each label (k, 2, 2); None for numbers.
+            or one of each label (k, 2, 2); None for numbers, and for more than 10,000 classes.
         wrong_share: share of wrong labels.
         recall: share of the labels planted wrong that are found; None if none were planted.
         memorization: how much of the planted labels predictions repeat; likewise.
@@ -63,6 +63,7 @@ class AuditResult:
         valid: whether the result may be believed.
         reason: why not.
         cost: trainings beyond the audited one, of which there is none with folds.
+        planted: labels that training got wrong on purpose.
     """
 
     kind: str
@@ -76,7 +77,7 @@ class AuditResult:
     rank: NDArray[np.int64]
     suggested: NDArray[Any]
     suspect: NDArray[np.bool_]
-    history: NDArray[np.float16]
+    history: NDArray[Any]
     history_looks: tuple[int, ...]
     noise_matrix: NDArray[np.float64] | None
     wrong_share: Rate
@@ -87,6 +88,7 @@ class AuditResult:
     valid: bool
     reason: str
     cost: float
+    planted: int = 0
 
     def __repr__(self) -> str:
         return described(

@@ -3,6 +3,7 @@ r"""Which labels disagree with predictions: margins, a threshold, suggestions; a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import NormalDist
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -13,10 +14,14 @@ from poprisk.printing import short_repr
 
 BLOCK = 1 << 16
 """Examples that are scored at once, so that temporary arrays stay small."""
+NUMBERS = 1 << 22
+"""Probabilities that are, at most."""
 LEAST = 1e-6
 """Probability below which predictions are not told apart."""
 LIMIT = 3.0
 """Residual, in standard deviations of the noise, from which a number is suspect."""
+BEYOND = 2 * NormalDist().cdf(-LIMIT)
+"""Share of normal noise beyond it."""
 NORMAL_MAD = 1.482602218505602
 """Standard deviation of a normal variable over its median absolute deviation."""
 
@@ -195,6 +200,9 @@ class ResidualModel(NamedTuple):
     .. math:: r = \max_k |y_k-u_k|/\sigma_k,\qquad \sigma_k = 1.48\;\mathrm{median}_i
               \big|y_{ik}-u_{ik}\big|
 
+    The largest of many residuals is large by chance: the limit is the one beyond which as many
+    examples of normal noise lie as there are beyond three standard deviations of one number.
+
     Attributes:
         sigma: standard deviation of the noise, (k,).
     """
@@ -203,20 +211,36 @@ class ResidualModel(NamedTuple):
 
     __repr__ = short_repr
 
-    def margin(self, predictions: Floats, targets: Floats) -> Floats:
-        """Three minus the residual in units of the noise, (n,): below 0 is suspect.
+    @property
+    def limit(self) -> float:
+        """Largest residual, in units of the noise, from which an example is suspect."""
+        k = len(self.sigma)
+        return LIMIT if k == 1 else -NormalDist().inv_cdf((1 - (1 - BEYOND) ** (1 / k)) / 2)
+
+    def residuals(self, predictions: Floats, targets: Floats) -> Floats:
+        """Absolute residuals in units of the noise, (n, k).
 
         Args:
             predictions: (n, k).
             targets: (n, k).
         """
         size = np.abs(targets - predictions)
-        r = np.divide(size, self.sigma, out=np.where(size > 0, np.inf, 0.0), where=self.sigma > 0)
-        return LIMIT - r.max(1)
+        return np.divide(
+            size, self.sigma, out=np.where(size > 0, np.inf, 0.0), where=self.sigma > 0
+        )
+
+    def margin(self, predictions: Floats, targets: Floats) -> Floats:
+        """The limit minus the largest residual, (n,): below 0 is suspect.
+
+        Args:
+            predictions: (n, k).
+            targets: (n, k).
+        """
+        return self.limit - self.residuals(predictions, targets).max(1)
 
     def quality(self, margin: Floats) -> Floats:
         """Margins on a scale from 0 to 1, (n,); suspect is what lies below 0.5."""
-        return 1 / (1 + ((LIMIT - margin) / LIMIT) ** 2)
+        return 1 / (1 + ((self.limit - margin) / self.limit) ** 2)
 
 
 def fit_residuals(predictions: Floats, targets: Floats) -> ResidualModel:
@@ -258,8 +282,9 @@ def _clipped(p: Floats) -> Floats:
 def _blocks(
     probabilities: Any, labels: Integers | None
 ) -> Iterator[tuple[Floats, NDArray[np.int64]]]:
-    for start in range(0, len(probabilities), BLOCK):
-        rows = slice(start, start + BLOCK)
+    size = max(1, min(BLOCK, NUMBERS // probabilities.shape[1]))
+    for start in range(0, len(probabilities), size):
+        rows = slice(start, start + size)
         given = np.zeros(0, np.int64) if labels is None else labels[rows]
         yield np.asarray(probabilities[rows], np.float64), given
 

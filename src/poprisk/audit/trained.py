@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from poprisk._validate import check_callable, check_number, check_range
-from poprisk.audit.auditor import MEMORIZED, UNPLANTED
+from poprisk.audit.auditor import MAX_MEMORY, MEMORIZED, UNPLANTED
 from poprisk.audit.items import Items
-from poprisk.audit.judge import Audited, judge, look_at
+from poprisk.audit.judge import Audited, check_memory, judge, look_at
 from poprisk.audit.planted import Labels, planted_labels
 from poprisk.audit.result import AuditResult
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
 from poprisk.losses import IGNORED
+from poprisk.risk.inputs import check_index
 from poprisk.risk.twin import TwinRisk
 
 
@@ -52,6 +53,7 @@ def audit(
     ignore_index: int = IGNORED,
     forward: Forward | None = None,
     batch_size: int = 1024,
+    max_memory: float = MAX_MEMORY,
 ) -> AuditResult:
     r"""Find wrong labels with a trained model, or by training on parts of the data.
 
@@ -75,6 +77,7 @@ def audit(
         ignore_index: the label that stands for none.
         forward: from a model and an input batch to outputs; ``model(x)`` if left out.
         batch_size: examples per forward pass.
+        max_memory: bytes that predictions may take, and likewise the noise matrix.
 
     Raises:
         TypeError, ValueError: for a bad argument, or data that do not fit each other.
@@ -88,6 +91,8 @@ def audit(
     check_number("limit", limit, low=0.0, include_low=False)
     check_range("batch_size", batch_size, 1)
     labels = planted_labels(y, kind=kind, classes=classes, ignore_index=ignore_index)
+    kept = 4 * len(labels.items.labels) * labels.items.width
+    check_memory(kept, labels.items.classes, structure=structure, max_memory=max_memory)
     if folds is not None:
         found = _out_of_fold(source, x, labels, folds=folds, seed=seed, forward=forward)
     elif isinstance(source, TwinRisk):
@@ -123,6 +128,7 @@ def _read(labels: Labels, found: Outputs, *, probabilities: bool) -> tuple[Tenso
     seen = torch.zeros(len(items.labels), dtype=torch.bool)
     bad = 0
     for index, outputs in found.parts:
+        index = check_index(index, len(labels.targets))
         rows, p = items.read(
             index,
             outputs,
@@ -158,8 +164,13 @@ def _outputs(
             yield index, outputs_of(model, x[start : start + batch_size], forward)
         return
     ordered = isinstance(x.sampler, SequentialSampler)
-    start = 0
+    start, seen = 0, torch.zeros(n, dtype=torch.bool)
     for batch in x:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise TypeError(
+                "batches of the DataLoader must be tuples (inputs, targets) or (inputs, ..., "
+                f"positions of the examples), but one is a {type(batch).__name__}."
+            )
         if len(batch) < 3 and not ordered:
             raise ValueError(
                 "the DataLoader shuffles, and its batches do not say which examples they hold: "
@@ -167,7 +178,14 @@ def _outputs(
             )
         index = batch[-1] if len(batch) > 2 else torch.arange(start, start + len(batch[1]))
         start += len(batch[1])
-        yield torch.as_tensor(index), outputs_of(model, batch[0], forward)
+        index = check_index(index, n).cpu()
+        if bool(seen[index].any()) or len(index.unique()) < len(index):
+            raise ValueError(
+                "the last part of the DataLoader's batches must be the positions of their "
+                "examples, but some come again."
+            )
+        seen[index] = True
+        yield index, outputs_of(model, batch[0], forward)
 
 
 def _left_out(twin: TwinRisk, x: Any, targets: Tensor, batch_size: int) -> Outputs:

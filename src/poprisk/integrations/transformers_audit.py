@@ -117,9 +117,14 @@ class TrainerAuditCallback(TrainerCallback):
                 "the Trainer drops the column of positions; set remove_unused_columns=False in its "
                 "arguments, and remove the columns that the model does not take."
             )
+        model: nn.Module = kwargs["model"]
+        if self.auditor.items.kind == "preferences" and _writes(model):
+            raise ValueError(
+                f"{type(model).__name__} writes texts, as models of DPOTrainer do, but an auditor "
+                "of preferences takes one reward for each side, as those of RewardTrainer give."
+            )
         if state.global_step:
             self._resume(self._file(args, state))
-        model: nn.Module = kwargs["model"]
         self._hooks = [
             model.register_forward_pre_hook(self._take_index, with_kwargs=True),
             model.register_forward_hook(self._note, with_kwargs=True),
@@ -190,12 +195,18 @@ class TrainerAuditCallback(TrainerCallback):
             self.auditor.update(index, outputs.logits, self._targets)
 
 
+def _writes(model: nn.Module) -> bool:
+    """Whether a model gives probabilities of words."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find is not None and find() is not None
+
+
 def _of_first(rewards: Tensor, targets: Tensor) -> Tensor:
     """Reward of the first side minus the second's; the batch holds chosen ones, then rejected."""
     if rewards.numel() != 2 * len(targets):
         raise ValueError(
             f"logits {tuple(rewards.shape)} are not one reward for each side of {len(targets)} "
-            "pairs, as RewardTrainer's are; other trainers of preferences are not supported."
+            "pairs, as RewardTrainer's are."
         )
     chosen, rejected = rewards.detach().float().flatten().cpu().chunk(2)
     return torch.where(targets == 1, chosen - rejected, rejected - chosen)

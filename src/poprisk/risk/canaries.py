@@ -74,7 +74,8 @@ class Canaries:
         targets: training labels: (n,) integers of any width or booleans, or (n, ...) numbers.
         fraction: share of the labelled ones to replace.
         classes: number of classes; counted if left out, where each occurs.
-        spread: for numbers, size of the noise in standard deviations of the targets.
+        spread: for numbers, size of the noise in standard deviations of the targets, of each of
+            an example's numbers its own.
         seed: of the choice and of the labels.
         ignore_index: the class label that stands for none, as in torch's losses.
 
@@ -121,7 +122,7 @@ class Canaries:
         original = numbers[self.index]
         self.classes: int | None = None
         if targets.is_floating_point():
-            size = spread * float(targets[known].double().std())
+            size = spread * _deviation(targets[known]).to(targets.device, targets.dtype)
             shape = (count, *targets.shape[1:])
             signs = 2 * torch.randint(2, shape, generator=generator) - 1
             drawn = original + size * signs.to(targets.device, targets.dtype)
@@ -171,7 +172,7 @@ class Canaries:
             drawn, original = self.targets[self.index], self.original
             noise = (drawn - original).double().flatten(1 if original.ndim > 1 else 0)
             follow = (u.reshape_as(original) - original).double().reshape_as(noise)
-            product = noise * follow / noise.square().mean()
+            product = noise * follow / noise.square().mean(0)
             values = product.mean(1) if product.ndim > 1 else product
         value = float(values.mean()) if len(values) else math.nan
         error = _standard_error(values)
@@ -283,6 +284,16 @@ def _check_labels(targets: Any) -> None:
             "all sum to one), which they would not be with noise added; pass integer classes "
             "(n,): targets.argmax(1)."
         )
+
+
+def _deviation(targets: Tensor) -> Tensor:
+    """Standard deviation of each number of an example, (...); of all together where one has none.
+
+    Numbers of different scales would drown in noise of one size.
+    """
+    numbers = targets.double()
+    each = numbers.std(0)
+    return torch.where(each > 0, each, numbers.std())
 
 
 def _are_distributions(targets: Tensor) -> bool:

@@ -70,7 +70,7 @@ def compare_evidence(data: RunData, verdict: Verdict) -> Evidence:
     none = "no training of the arm is complete"
     metric = task["metric"]
     return {
-        **_head("compare", task["name"], data.environment),
+        **head("compare", task["name"], data.environment),
         "subject": mine.label if mine else None,
         "task": "classification" if task.get("classification") else "regression",
         "data": {
@@ -131,12 +131,10 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
     """The evidence of an audit."""
     config, asked = store.config(), store.config()["audit"]
     end = end_of(store.rows([FIT])[FIT]) or {}
-    data, count = config["data"], end.get("planted")
-    old = "a record of an earlier version does not say"
-    unplanted = "no labels were planted"
+    data = config["data"]
     left = len(examples.left_out)
     return {
-        **_head("audit", Path(asked["source"]).name or asked["source"], store.environment()),
+        **head("audit", Path(asked["source"]).name or asked["source"], store.environment()),
         "subject": "PopRiskAdamW",
         "task": "classification" if asked["kind"] == "classes" else asked["kind"],
         "data": {
@@ -161,27 +159,11 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
         "risk": measured(
             None, how="not measured", reason="an audit from the command line runs without a twin"
         ),
-        "wrong_labels": _rate(
-            result.wrong_share,
-            "share of given labels, from the run's own predictions for its training examples",
-        ),
-        "memorization": _rate(
-            result.memorization,
-            "how much of the labels planted wrong predictions repeat beyond other wrong ones",
-            missing=unplanted,
-        ),
-        "planted": {
-            "count": count,
-            "share": None if count is None else count / data["labelled"],
-            "recall": _rate(
-                result.recall, "share of the labels planted wrong that are found", missing=unplanted
-            ),
-            "reason": old if count is None else "" if count else unplanted,
-        },
+        **audited(result),
         "controls": {"arms": [], "reason": "an audit trains one model; planted labels control it"},
         "skipped_steps": {
             "count": end.get("skipped_steps"),
-            "reason": "" if "skipped_steps" in end else old,
+            "reason": "" if "skipped_steps" in end else "a record of an earlier version has none",
         },
         "limits": [
             *audit_notices(result),
@@ -191,28 +173,56 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
     }
 
 
-def write_evidence(directory: Path, evidence: Evidence) -> None:
-    """Write ``evidence.json``, atomically.
+def audited(result: AuditResult) -> Evidence:
+    """The figures of an audit: wrong labels, memorization, what was planted and found."""
+    unplanted = "no labels were planted"
+    by = "the run's own predictions" if result.cost == 0 else "predictions that did not see them"
+    if result.kind == "regression":
+        repeated = "how much of the noise added to planted targets predictions follow"
+    elif result.predictions.shape[1] == 2:
+        repeated = (
+            "how much of the labels planted wrong predictions repeat beyond those that stayed"
+        )
+    else:
+        repeated = "how much of the labels planted wrong predictions repeat beyond other wrong ones"
+    return {
+        "wrong_labels": _rate(
+            result.wrong_share, f"share of given labels that are suspect by {by}"
+        ),
+        "memorization": _rate(result.memorization, repeated, missing=unplanted),
+        "planted": {
+            "count": result.planted,
+            "share": result.planted / max(1, int(result.labelled.sum())),
+            "recall": _rate(
+                result.recall, "share of the labels planted wrong that are found", missing=unplanted
+            ),
+            "reason": "" if result.planted else unplanted,
+        },
+    }
+
+
+def write_evidence(directory: str | Path, evidence: Evidence) -> None:
+    """Write ``evidence.json``, atomically, in a directory that is made.
 
     Raises:
         OSError: if it cannot be written.
     """
-    write_json(directory / FILE, _as_json(evidence))
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    write_json(Path(directory) / FILE, _as_json(evidence))
 
 
-def read_evidence(directory: Path) -> Evidence:
-    """What ``evidence.json`` of a run directory holds.
+def read_evidence(run: Path) -> Evidence:
+    """What a file of evidence holds, or ``evidence.json`` of a run directory.
 
     Raises:
         RunDirectoryError: if it is missing, damaged or of another version.
     """
-    path = directory / FILE
+    path = run if run.is_file() else run / FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise RunDirectoryError(
-            f"{directory} has no {FILE}; poprisk compare, audit and report write it."
-        ) from None
+        missing = f"there is no {run}" if run.suffix == ".json" else f"{run} has no {FILE}"
+        raise RunDirectoryError(f"{missing}; poprisk compare, audit and report write it.") from None
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path} is damaged: {error}; write it again.") from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
@@ -229,7 +239,7 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _head(kind: str, name: str, environment: dict[str, Any]) -> Evidence:
+def head(kind: str, name: str, environment: dict[str, Any]) -> Evidence:
     """What every run has; the code is that which began it, as far as it was recorded."""
     return {
         "schema": SCHEMA,
