@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.optim import Optimizer
 
-from poprisk_lab.studies.risk.problems import Transformer, cnn, cross_entropy, mlp, squared
+from poprisk.losses import cross_entropy, squared_error
+from poprisk_lab.studies.risk.problems import Transformer
+from poprisk_lab.tasks.digits import cnn
+from poprisk_lab.tasks.nets import mlp
 
 Step = Callable[[], object]
 REPEATS, STEPS = 15, 10
@@ -44,7 +47,7 @@ def batch(shape: tuple[int, ...], b: int, outputs: int) -> tuple[Tensor, Tensor]
 def steps(case: str, optimizer: str) -> dict[str, Step]:
     """One training step of the model, of two in turn, and of two stacked."""
     make, shape, b, outputs = CASES[case]
-    build, loss = OPTIMIZERS[optimizer], squared if outputs == 1 else cross_entropy
+    build, loss = OPTIMIZERS[optimizer], squared_error if outputs == 1 else cross_entropy
     x, y = batch(shape, b, outputs)
     models = [make() for _ in range(2)]
     optimizers = [build(list(m.parameters())) for m in models]

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from poprisk_lab.page.claims import criterion_line, headline, notices, summary_rows
+from poprisk_lab.page.claims import criteria_table, headline, notices, summary_table
 from poprisk_lab.plots import Line, Picture, Plot
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.record import Judged, on_record
@@ -85,9 +85,7 @@ def page(found: Judged) -> str:
         "| criterion | needed | paper | found, 95% interval | outcome |",
         "|---|---|---|---|---|",
     ]
-    for line in map(criterion_line, report.criteria):
-        cells = (line.name, line.bound, line.claimed or "–", line.estimate, line.outcome)
-        lines.append(row(cells))
+    lines += [row(cells) for cells in criteria_table(report.criteria).rows]
     lines += ["", CORRECTION]
     for number, item in enumerate(claim.show(found.progress.done), 1):
         lines += [
@@ -140,9 +138,9 @@ def summary(found: list[Judged]) -> str:
         "| claim | main figure | here | paper | criteria that hold | verdict |",
         "|---|---|---|---|---|---|",
     ]
-    for r in summary_rows(found):
-        name = f"[{r.name}]({r.name}.md)" if r.ours else r.name
-        lines.append(row((name, r.figure, r.ours, r.paper, r.holds, f"**{r.verdict}**")))
+    for name, _, verdict, holds, figure, ours, paper in summary_table(found).rows:
+        linked = f"[{name}]({name}.md)" if ours else name
+        lines.append(row((linked, figure, ours, paper, holds, f"**{verdict}**")))
     pages = [one.claim.name for one in found if one.report is not None]
     lines += ["", "```{toctree}", ":hidden:", "", *pages, "```"]
     return "\n".join(lines) + "\n"

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from poprisk_lab.arms import DEFAULT_ADAMW
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.record import FOLDER, on_record
-from poprisk_lab.verdict import DEFAULT_ADAMW
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -51,7 +51,7 @@ def points(seed=0):
 
 def expected() -> set[str]:
     """The files that belong into the wheel: modules, templates and data, as in the checkout."""
-    kinds = [*SRC.rglob("*.py"), *SRC.rglob("*.html.j2")]
+    kinds = [file for end in ("py", "html.j2", "toml") for file in SRC.rglob(f"*.{end}")]
     return {file.relative_to(SRC).as_posix() for file in kinds} | DATA
 
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from poprisk.audit import scores
-from poprisk.audit.noise import noise_matrix, unmix
+from poprisk.audit.noise import error_pattern, noise_matrix, unmix
 from poprisk.audit.rate import share_of
 from poprisk.audit.scores import (
     _between,
@@ -275,3 +275,11 @@ def test_a_weighted_share() -> None:
     assert not share_of(found[:0]).valid
     low, high = share_of(np.ones(5, bool)).interval
     assert 0 < low < high == 1
+
+
+def test_the_pattern_of_errors_is_without_the_even_spread() -> None:
+    counts = np.array([[700.0, 100.0, 0.0], [0.0, 800.0, 0.0], [40.0, 40.0, 720.0]])
+    pattern = error_pattern(noise_matrix(counts))
+    np.testing.assert_allclose(pattern.sum(1) - pattern.diagonal(), 1.0)
+    assert pattern[0, 1] > 0.98
+    np.testing.assert_allclose(pattern[[1, 1, 2, 2], [0, 2, 0, 1]], 0.5, atol=0.02)

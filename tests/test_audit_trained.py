@@ -251,3 +251,23 @@ def test_the_last_look_of_an_auditor_is_an_audit_of_the_same_outputs() -> None:
     np.testing.assert_allclose(found.margin, expected.margin, atol=1e-6)
     assert found.recall == expected.recall
     assert found.looks == expected.looks
+
+
+@pytest.mark.parametrize(("c", "rate"), [(10, 0.25), (4, 0.3), (3, 0.2)])
+def test_planted_labels_are_found_as_often_as_wrong_ones_that_follow_a_pattern(
+    c: int, rate: float
+) -> None:
+    found = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        true = rng.integers(0, c, 2_000)
+        wrong = rng.random(len(true)) < rate
+        given = np.where(wrong, (true + 1) % c, true)
+        noise = (1 - rate) * np.eye(c) + rate * np.roll(np.eye(c), 1, axis=1)
+        knows = 0.3 * rng.dirichlet(np.ones(c), len(true)) + 0.7 * np.eye(c)[true]
+        canaries = Canaries(torch.from_numpy(given), fraction=0.05, classes=c, seed=seed)
+        predictions = torch.from_numpy(knows @ noise)
+        result = audit(predictions, None, canaries, probabilities=True)
+        assert result.recall is not None
+        found.append(result.recall.value - float(result.suspect[wrong].mean()))
+    assert np.abs(found).max() < 0.06, found

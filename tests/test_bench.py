@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from typer.testing import CliRunner
 
 from poprisk import PopRiskAdamW
 from poprisk_lab import bench, cli
-from poprisk_lab.bench import step
+from poprisk_lab.bench import kernel, peers, step
+from poprisk_lab.bench.models import BenchCase
 from poprisk_lab.bench.published import PublishedUpdate
 from samplers import copies, noisy_grads, parameter, take_steps
 
@@ -45,6 +47,27 @@ def test_both_commands_write_the_same_kind_of_result(tmp_path: Path, command: li
     assert state["PopRiskAdamW fused"] == pytest.approx(3.0, abs=0.1)
     assert state["PopRiskAdamW fused, second-moment"] == pytest.approx(2.0, abs=0.1)
     assert ("Muon" in state) is hasattr(torch.optim, "Muon")
+
+
+@pytest.mark.long
+def test_kernels_are_measured_each_in_its_own_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that cannot run says why, beside those that can."""
+    case = BenchCase("mlp", 3, 4)
+    monkeypatch.setattr(kernel, "KERNEL_CASES", [(case, ["poprisk", "torch.func", "curvlinops"])])
+    monkeypatch.setattr(kernel, "MOMENT_CASES", [case])
+    monkeypatch.setattr(kernel, "MOMENTS", dict([*peers.MOMENTS.items()][:2]))
+    out = tmp_path / "kernel.json"
+    command = ["bench", "kernel", "--repeats", "2", "--out", str(out)]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    rows = {(r["what"], r["method"]): r for r in json.loads(out.read_text())["results"]}
+    assert rows["kernel", "poprisk"]["ratio"] == rows["moments", "forward + backward"]["ratio"] == 1
+    assert rows["kernel", "torch.func"]["seconds"] > 0
+    assert rows["moments", "poprisk"]["ratio"] > 0
+    said = None if find_spec("curvlinops") else "curvlinops is not installed"
+    assert rows["kernel", "curvlinops"]["failure"] == said
 
 
 def test_muon_is_left_out_where_there_are_vectors() -> None:

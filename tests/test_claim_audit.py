@@ -12,7 +12,8 @@ import torch
 import claimed
 from poprisk.audit import audit as audited
 from poprisk_lab.audit.nets import recipe_for
-from poprisk_lab.studies.audit import CLAIM, FIVE, OURS, SEEDS, TEN, AuditCells, judge, run
+from poprisk_lab.studies import CLAIMS
+from poprisk_lab.studies.audit import FIVE, OURS, SEEDS, TEN, AuditCells, judge, run
 from poprisk_lab.studies.claim import Metrics, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import mean_over
 from poprisk_lab.studies.finding import (
@@ -29,6 +30,8 @@ from poprisk_lab.studies.finding import (
     trained,
 )
 from poprisk_lab.tasks.mislabelled import PACKAGES, SOURCES, docstrings, mislabelled
+
+CLAIM = CLAIMS["audit"]
 
 QUICK = {"data": "wine", "noise": "random", "rate": 0.2, "seed": 0, "epochs": 12, "hidden": 32}
 METHODS = {

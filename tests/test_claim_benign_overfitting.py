@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import claimed
-from poprisk_lab.studies.benign_overfitting import CLAIM, NOISE, SETTINGS, judge, make, run
+from poprisk_lab.studies import CLAIMS
+from poprisk_lab.studies.benign_overfitting import NOISE, SETTINGS, judge, make, run
 from poprisk_lab.studies.claim import Metrics, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import worst_factor, worst_ratio
 from poprisk_lab.studies.descent import descent, follow, predicted, train
 from poprisk_lab.studies.label_noise import TOLERANCES
+
+CLAIM = CLAIMS["benign-overfitting"]
 
 
 def made_up(

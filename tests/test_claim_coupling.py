@@ -12,9 +12,9 @@ from torch import nn
 import claimed
 from poprisk.path import record
 from poprisk.path.operators import path_operators
+from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics
 from poprisk_lab.studies.coupling import (
-    CLAIM,
     FLIPPED,
     KINDS,
     NOISE,
@@ -28,6 +28,8 @@ from poprisk_lab.studies.coupling import (
     movement,
     train,
 )
+
+CLAIM = CLAIMS["coupling"]
 
 
 def made_up(settings: dict[str, Any], *, peak: float, error: float, frozen: float) -> Metrics:

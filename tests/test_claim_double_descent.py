@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import claimed
+from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.criteria import rank_correlation
 from poprisk_lab.studies.descent import descent, follow
 from poprisk_lab.studies.double_descent import (
-    CLAIM,
     EXAMPLES,
     FEATURES,
     NETWORK,
@@ -26,6 +26,8 @@ from poprisk_lab.studies.double_descent import (
     over_curves,
     run,
 )
+
+CLAIM = CLAIMS["double-descent"]
 
 
 def made_up(settings: dict[str, Any], *, peak: bool, gain_at: float, share: float = 0.8) -> Metrics:

@@ -10,10 +10,10 @@ import torch
 
 import claimed
 from poprisk.intervals import Interval
+from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics
 from poprisk_lab.studies.drift_diffusion import (
     BATCH,
-    CLAIM,
     LAWS,
     PARTS,
     distance,
@@ -21,6 +21,8 @@ from poprisk_lab.studies.drift_diffusion import (
     power,
     recipe,
 )
+
+CLAIM = CLAIMS["drift-diffusion"]
 
 SETTINGS = {"seed": 3, "n": 24, "steps": 6, "replicates": 3}
 

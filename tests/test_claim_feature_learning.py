@@ -11,9 +11,9 @@ from torch import nn
 
 import claimed
 from poprisk.path import record
+from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.feature_learning import (
-    CLAIM,
     DIGITS,
     NOISE,
     PROBLEMS,
@@ -27,6 +27,8 @@ from poprisk_lab.studies.feature_learning import (
     run,
     tangents,
 )
+
+CLAIM = CLAIMS["feature-learning"]
 
 
 def made_up(settings: dict[str, Any], *, error: float, drift: float, closure: float) -> Metrics:

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.optim.replay import last_mask
 from poprisk_lab.page.claims import render_claim
+from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Claim, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import verdict
-from poprisk_lab.studies.grokking import CLAIM, channel, channel_lead, forces, multistep, runs
+from poprisk_lab.studies.grokking import channel, channel_lead, forces, runs
 from poprisk_lab.studies.grokking.arms import ARMS, BASE
 from poprisk_lab.studies.grokking.decay import GatedDecay
 from poprisk_lab.studies.record import judged, load_record
@@ -29,6 +30,8 @@ from poprisk_lab.tasks.modular import (
     split_table,
     two_step_table,
 )
+
+CLAIM = CLAIMS["grokking"]
 
 SMALL: dict[str, Any] = {
     "kind": "run", "table": "division", "p": 7, "fraction": 0.5, "width": 16, "hidden": 16,
@@ -403,7 +406,7 @@ def test_runs_that_never_got_there_have_no_ratio() -> None:
 
 def multistep_results(gap: float) -> Results:
     done = list[TrialResult]()
-    for trial in multistep.CLAIM.trials(False):
+    for trial in CLAIMS["grokking-multistep"].trials(False):
         best = 0.9 + 0.001 * trial.settings["seed"]
         best -= gap if trial.settings["name"] != "adamw" else 0.0
         found = {"best": best, "reached": None, "limit": 3000, "curve": [[0, 1.0, 0.0, 0.1]]}
@@ -415,14 +418,14 @@ def multistep_results(gap: float) -> Results:
     ("gap", "expected"), [(0.0, "reproduced"), (0.3, "partly reproduced"), (0.85, "not reproduced")]
 )
 def test_two_steps_are_judged_by_accuracy(gap: float, expected: str) -> None:
-    assert verdict(multistep.CLAIM.judge(multistep_results(gap)).criteria) == expected
+    assert verdict(CLAIMS["grokking-multistep"].judge(multistep_results(gap)).criteria) == expected
 
 
 # --- the quick forms ------------------------------------------------------------------------------
 
 
 @pytest.mark.claims
-@pytest.mark.parametrize("claim", [CLAIM, multistep.CLAIM], ids=lambda c: c.name)
+@pytest.mark.parametrize("claim", [CLAIM, CLAIMS["grokking-multistep"]], ids=lambda c: c.name)
 def test_the_quick_form_runs_to_a_verdict_and_a_page(tmp_path: Path, claim: Claim) -> None:
     directory = ClaimDirectory(tmp_path / "run", claim)
     directory.create(quick=True, workers=2)
@@ -436,7 +439,7 @@ def test_the_quick_form_runs_to_a_verdict_and_a_page(tmp_path: Path, claim: Clai
 
 
 def test_full_trials_have_unique_names_and_enough_seeds() -> None:
-    for claim in (CLAIM, multistep.CLAIM):
+    for claim in (CLAIM, CLAIMS["grokking-multistep"]):
         names = [t.name for t in claim.trials(False)]
         assert len(names) == len(set(names))
     seeds = [t.settings["seed"] for t in CLAIM.trials(False) if t.settings["name"] == "ours"]

@@ -13,12 +13,15 @@ import torch
 from poprisk_lab.page.claims import render_claim
 from poprisk_lab.pictures import decode, encode, side_by_side
 from poprisk_lab.plots import Picture, Plot
+from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import verdict
-from poprisk_lab.studies.image import CLAIM, judge, run, show, task_of, trials
+from poprisk_lab.studies.image import judge, run, show, task_of, trials
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimDirectory
 from poprisk_lab.tasks.image import psnr, square
+
+CLAIM = CLAIMS["image"]
 
 GATED = ("soft", "snr", "auto")
 

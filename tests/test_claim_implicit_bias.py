@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 import claimed
+from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies import implicit_bias as judging
 from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.descent import interpolant_distances
 from poprisk_lab.studies.directions import half_times, strong_directions
-from poprisk_lab.studies.implicit_bias import CLAIM, make, run
+from poprisk_lab.studies.implicit_bias import make, run
+
+CLAIM = CLAIMS["implicit-bias"]
 
 SETS = ("W", "early W", "first kernel", "random")
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import claimed
+from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.memorization import (
-    CLAIM,
     GRID,
     LABELS,
     MATCHED,
@@ -21,6 +21,8 @@ from poprisk_lab.studies.memorization import (
     judge,
     run,
 )
+
+CLAIM = CLAIMS["memorization"]
 
 TINY = {"seed": 0, "noise": 0.4, "hidden": 8, "epochs": 3}
 

@@ -23,8 +23,7 @@ def made(arm: str, trace: UpdateTrace | None = None) -> torch.optim.Optimizer:
     return make_optimizer(
         arm,
         nn.Linear(2, 1),
-        lr=0.02,
-        weight_decay=0.5,
+        {"lr": 0.02, "weight_decay": 0.5},
         batch_size=4,
         dataset_size=10,
         trace=trace,
@@ -72,9 +71,8 @@ def test_the_control_moves_as_far_as_the_arm_at_each_step() -> None:
     def train(arm: str, trace: UpdateTrace | None, step: object) -> list[Metrics]:
         torch.manual_seed(0)
         model, distances = nn.Linear(3, 1, bias=False), list[float]()
-        optimizer = make_optimizer(
-            arm, model, lr=0.1, weight_decay=0.0, batch_size=2, dataset_size=9, trace=trace
-        )
+        settings = {"lr": 0.1, "weight_decay": 0.0}
+        optimizer = make_optimizer(arm, model, settings, batch_size=2, dataset_size=9, trace=trace)
         for _ in range(5):
             before = model.weight.detach().clone()
             model.weight.grad = torch.randn(1, 3)

@@ -12,13 +12,16 @@ import torch
 
 from poprisk_lab.page.claims import notices, render_claim
 from poprisk_lab.plots import Plot
+from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics, Results, TrialResult, Workspace
 from poprisk_lab.studies.criteria import verdict
 from poprisk_lab.studies.optimizers import error_metrics
-from poprisk_lab.studies.pinn import CLAIM, DEEPXDE, GOAL, judge, run, show, trials
+from poprisk_lab.studies.pinn import DEEPXDE, GOAL, judge, run, show, trials
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimDirectory
 from poprisk_lab.tasks.convection import BATCH, PeriodicMLP, batches, physics_loss
+
+CLAIM = CLAIMS["pinn"]
 
 HAS_DEEPXDE = importlib.util.find_spec("deepxde") is not None
 

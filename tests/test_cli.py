@@ -43,9 +43,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the page, which has tests of its own."""
 
-    def skip(*_: object) -> None: ...
+    def blank(*_: object) -> str:
+        return ""
 
-    monkeypatch.setattr("poprisk_lab.page.write_report", skip)
+    monkeypatch.setattr("poprisk_lab.page.render", blank)
 
 
 def run(*arguments: str | Path) -> Result:
@@ -547,7 +548,7 @@ def full_disk(*_: object) -> None:
 def test_a_full_disk_at_the_page_loses_no_verdict(
     finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr("poprisk_lab.page.write_report", full_disk)
+    monkeypatch.setattr("poprisk_lab.page.render", full_disk)
     arguments = ["report", "out"] if command == "report" else ["compare", TINY, *QUICK]
     result = run(*arguments, *(["--out", "out"] if command == "compare" else []))
     assert result.exit_code == 2

@@ -15,13 +15,14 @@ import plotly.graph_objects as go
 import pytest
 
 from poprisk.intervals import Interval, t_interval
-from poprisk_lab.display import table_cells
-from poprisk_lab.page import render, write_report
+from poprisk_lab.display import verdict_table
+from poprisk_lab.page import render
 from poprisk_lab.page.figures import POINTS, epoch_line
 from poprisk_lab.page.formats import Format, format_for, listed, plain, plural
 from poprisk_lab.page.series import FAMILIES, SHADES
 from poprisk_lab.plots import Line, thinned
 from poprisk_lab.results import RunData
+from poprisk_lab.store import replace_text
 from poprisk_lab.verdict import Verdict, judge
 from poprisk_lab.wording import scale_of
 
@@ -468,7 +469,7 @@ def test_accuracies_stay_between_nothing_and_all() -> None:
     ]
     assert numbers
     assert all(0 <= v <= 100 for v in numbers)
-    shown = [table_cells(row, scale_of(data.config)) for row in verdict.rows]
+    shown = verdict_table(verdict, scale_of(data.config)).rows
     assert "(all alike)" in shown[0][1]
     assert all("± 0.0" not in " ".join(cells) for cells in shown)
     gains = [v for cells in shown for v in re.findall(r"[+-][\d.]+", cells[4])]
@@ -645,7 +646,7 @@ def test_every_colour_is_defined_for_light_and_for_dark() -> None:
     assert sorted(defined) == sorted(2 * names)
 
 
-def test_write_report_replaces_or_leaves_the_file(
+def test_a_page_replaces_or_leaves_the_file(
     run: tuple[RunData, Verdict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "report.html"
@@ -657,9 +658,9 @@ def test_write_report_replaces_or_leaves_the_file(
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", fail)
         with pytest.raises(OSError, match="disk full"):
-            write_report(*run, path)
+            replace_text(path, render(*run))
     assert path.read_text(encoding="utf-8") == "old"
-    write_report(*run, path)
+    replace_text(path, render(*run))
     assert path.read_text(encoding="utf-8") == render(*run)
     assert list(tmp_path.iterdir()) == [path]
 

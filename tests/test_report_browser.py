@@ -14,7 +14,7 @@ import pytest
 
 import toyclaim
 from poprisk_lab.page import render
-from poprisk_lab.page.claims import SummaryRow, render_claim
+from poprisk_lab.page.claims import render_claim, summary_table
 from poprisk_lab.page.explanation import render as render_explanation
 from poprisk_lab.page.page import template
 from poprisk_lab.studies.claim import Results, TrialResult, Workspace
@@ -118,8 +118,9 @@ def claim_page() -> str:
 
 
 def summary_page() -> str:
-    row = SummaryRow("claim-name", "A title", LONG, LONG, LONG, "1 of 2", "partly reproduced", "")
-    return template("claims.html.j2").render(rows=[row] * 3)
+    row = ["claim-name", "A title", "not reproduced", "1 of 2", LONG, LONG, LONG]
+    table = summary_table([])._replace(rows=[row] * 3)
+    return template("claims.html.j2").render(table=table)
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
@@ -16,13 +17,23 @@ from typer.testing import CliRunner
 import toyclaim
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab import studies as reproduce
+from poprisk_lab.claims import WORDS
 from poprisk_lab.cli import app
-from poprisk_lab.page.claims import notices, render_claim, summary_rows
+from poprisk_lab.page import formats
+from poprisk_lab.page.claims import notices, render_claim, summary_table
 from poprisk_lab.plots import seeds_line, written
 from poprisk_lab.results import across
 from poprisk_lab.runner import TrainingError
 from poprisk_lab.store import RunDirectoryError
-from poprisk_lab.studies.claim import Claim, Results, Trial, TrialResult, Workspace
+from poprisk_lab.studies.claim import (
+    NOT_KNOWN,
+    Claim,
+    Results,
+    Trial,
+    TrialResult,
+    Workspace,
+    claim_of,
+)
 from poprisk_lab.studies.command import chosen, summarize
 from poprisk_lab.studies.criteria import (
     Criterion,
@@ -236,6 +247,28 @@ def test_a_claim_is_one_file_of_at_most_250_lines(claim: Claim) -> None:
     assert len(Path(file).read_text(encoding="utf-8").splitlines()) <= 250
 
 
+@pytest.mark.parametrize("claim", reproduce.CLAIMS.values(), ids=lambda claim: claim.name)
+def test_a_claim_says_all_of_what_a_page_shows(claim: Claim) -> None:
+    words = [claim.title, claim.statement, claim.source, *claim.published, *claim.ours]
+    assert claim.ours
+    assert all(words)
+    assert not any(mark in text for text in words for mark in ("{", "}", "  "))
+
+
+def test_names_in_the_words_of_a_claim_are_those_of_its_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = {"statement": "{N} of {SHARE:.0%}", "title": "T", "source": "S", "ours": ["{{{N}}}"]}
+    monkeypatch.setitem(WORDS, "two-parts", said)
+    module = ModuleType("poprisk_lab.studies.two.parts")
+    parts = {name: getattr(toyclaim.CLAIM, name) for name in ("trials", "run", "judge", "show")}
+    vars(module).update(N=3, SHARE=0.25, **parts)
+    claim = claim_of(module)
+    assert (claim.name, claim.statement, claim.ours) == ("two-parts", "3 of 25%", ["{3}"])
+    assert claim.published == NOT_KNOWN
+    assert claim.judge is toyclaim.judge
+
+
 def test_trials_are_found_by_settings() -> None:
     done = Results(TrialResult({"arm": "a", "lr": lr}, {"x": lr}) for lr in (0.1, 0.2))
     assert done.where(arm="a", lr=0.2).all("x") == [0.2]
@@ -408,7 +441,7 @@ def test_a_full_disk_at_the_page_loses_no_verdict(
     def full_disk(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("poprisk_lab.page.claims.write_claim", full_disk)
+    monkeypatch.setattr("poprisk_lab.page.claims.render_claim", full_disk)
     told = CliRunner().invoke(app, ["reproduce", "toy", "--quick", "--out", str(tmp_path / "out")])
     assert told.exit_code == 2
     assert "Verdict: reproduced: times fewer steps: 4.8" in told.stdout
@@ -444,10 +477,12 @@ def test_bad_workers_are_refused() -> None:
 
 
 def test_summary_rows_hold_paper_and_ours(finished: ClaimDirectory) -> None:
-    (row,) = summary_rows([judged(toyclaim.CLAIM, finished.read())])
-    assert (row.figure, row.paper, row.holds) == ("times fewer steps", "5×", "1 of 1")
-    assert row.verdict == "reproduced (quick form)"
-    assert row.ours.startswith("4.8")
+    (row,) = summary_table([judged(toyclaim.CLAIM, finished.read())]).rows
+    *_, verdict, holds, figure, ours, paper = row
+    assert (figure, paper, holds) == ("times fewer steps", "5×", "1 of 1")
+    assert verdict == "reproduced (quick form)"
+    assert ours.startswith("4.8")
+    assert formats.mark(verdict) == "good"
 
 
 def test_two_seeds_have_no_verdict_and_the_page_says_how_many_it_takes() -> None:

@@ -72,7 +72,7 @@ def test_a_comparison_ends_with_a_report(tmp_path: Path) -> None:
     data = read_run(directory)
     report = twin_report(data)
     assert report is not None
-    assert {row.label for row in report.rows} <= {"PopRiskAdamW", "AdamW", "stopped"}
+    assert {row[0] for row in report.table.rows} <= {"PopRiskAdamW", "AdamW", "stopped"}
     page = render(data, judge(data))
     assert "Without validation data" in page
     assert "arm chosen by the twins" in page
@@ -125,10 +125,6 @@ def record(twin: bool = True) -> RunData:
 def test_the_report_says_what_would_have_been_chosen() -> None:
     report = twin_report(record())
     assert report is not None
-    assert [row.label for row in report.rows] == ["AdamW", "PopRiskAdamW", "stopped"]
-    first = report.rows[0]
-    assert (first.estimate, first.metric, first.epoch, first.seeds) == (1.5, 0.85, 2, 2)
-    assert report.rows[2].held_out == pytest.approx(1.6)
     assert [*map(tuple, report.summary.rows)] == [
         ("arm chosen by the twins", "AdamW"),
         ("epoch, mean", "2"),
@@ -138,7 +134,11 @@ def test_the_report_says_what_would_have_been_chosen() -> None:
         ("gain of the twins over it", "+6.0 (+5.0 and +7.0)"),
         ("difference of estimate and held-out loss, mean", "25%"),
     ]
-    assert report.table.rows[0] == ["AdamW", "1.5 ± 0.1", "n/a", "85.0%", "2", "2"]
+    assert report.table.rows == [
+        ["AdamW", "1.5 ± 0.1", "n/a", "85.0%", "2", "2"],
+        ["PopRiskAdamW", "1.8 ± 0.1", "n/a", "80.0%", "2", "2"],
+        ["stopped", "2 ± 0.1", "1.6", "70.0%", "2", "2"],
+    ]
 
 
 def test_without_twins_there_is_no_report() -> None:
@@ -151,7 +151,7 @@ def test_no_estimate_that_compares_is_said() -> None:
         row["estimate"]["comparable"] = False
     report = twin_report(data)
     assert report is not None
-    assert report.rows == []
+    assert report.table.rows == []
     assert report.summary == (report.summary.head, [], NOTHING)
 
 

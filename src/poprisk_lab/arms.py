@@ -19,6 +19,8 @@ FULL_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 WEIGHT_DECAYS = (0.01, 1.0)
 FULL_WEIGHT_DECAYS = (0.0, 0.01, 0.1, 1.0, 3.0)
 OURS = "poprisk"
+DEFAULT_ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
+"""Those of our optimizer too, so that methods are compared at the same settings."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def default_arms(*, full: bool) -> list[Arm]:
             "AdamW, RMS-matched",
             "rms-matched",
             "rms-matched",
-            {"lr": 1e-3, "weight_decay": 0.01},  # those of our optimizer
+            DEFAULT_ADAMW,
             follows=OURS,
         ),
         Arm("shuffled", "shuffled mask", "shuffled", "shuffled"),
@@ -87,35 +89,20 @@ def _adamw(lr: float, weight_decay: float, *, held_out: bool = False) -> Arm:
 
 
 def _paper_arms() -> list[Arm]:
+    rest = {"softness": 1.0, "weight_decay": 0.01}
     return [
-        Arm(
-            f"paper-{mask}",
-            f"Algorithm 1, {mask} mask",
-            "paper",
-            "poprisk",
-            {"mode": "paper", "mask": mask, "softness": 1.0, "weight_decay": 0.01},
-        )
+        Arm(f"paper-{mask}", f"Algorithm 1, {mask} mask", "paper", "poprisk",
+            {"mode": "paper", "mask": mask, **rest})
         for mask in ("soft", "hard", "snr")
-    ]
+    ]  # fmt: skip
 
 
 def _peer_arms() -> list[Arm]:
+    grokfast = {**DEFAULT_ADAMW, "betas": [0.9, 0.999], "normalize_lr": False}
     return [
         Arm("m-svag", "M-SVAG, lr 0.1", "peer", "m-svag", {"lr": 0.1}),
-        Arm(
-            "adabelief",
-            "AdaBelief, lr 0.001",
-            "peer",
-            "adabelief",
-            {"lr": 1e-3, "weight_decay": 0.01},
-        ),
-        Arm(
-            "grokfast",
-            "Grokfast, lr 0.001",
-            "peer",
-            "grokfast",
-            {"lr": 1e-3, "weight_decay": 0.01, "betas": [0.9, 0.999], "normalize_lr": False},
-        ),
+        Arm("adabelief", "AdaBelief, lr 0.001", "peer", "adabelief", DEFAULT_ADAMW),
+        Arm("grokfast", "Grokfast, lr 0.001", "peer", "grokfast", grokfast),
     ]
 
 

@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from poprisk_lab.claims import WORDS
+
 if TYPE_CHECKING:
     from poprisk_lab.comparison import Comparison
+    from poprisk_lab.plots import Table
     from poprisk_lab.results import RunData
     from poprisk_lab.store import Store
     from poprisk_lab.studies import Claim
@@ -34,12 +37,21 @@ app = typer.Typer(
 )
 console = Console()
 DEFAULT_SEEDS = 3
-CLAIM_NAMES = (
-    "grokking grokking-multistep pinn image benign-overfitting double-descent implicit-bias "
-    "drift-diffusion coupling feature-learning memorization audit all"
-).split()
-"""What `poprisk reproduce` takes; here, since the claims themselves import torch."""
-Trace = Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of an error.")]
+CLAIM_NAMES = [*WORDS, "all"]
+"""What `poprisk reproduce` takes."""
+
+
+def _option(help: str, *names: str) -> Any:
+    """An option with its help, and its names where they are not the parameter's."""
+    return typer.Option(*names, help=help)
+
+
+TaskSource = Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")]
+Setting = Annotated[
+    list[str] | None, _option("Argument of the task's function, as in noise=0.2.", "--set")
+]
+Workers = Annotated[int | None, _option("Processes; one per core if left out.")]
+Trace = Annotated[bool, _option("Print the whole traceback of an error.", "--traceback")]
 
 
 def _complete(incomplete: str) -> list[str]:
@@ -63,28 +75,19 @@ def options(
 
 @app.command("compare")
 def compare_command(
-    task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = DEFAULT_SEEDS,
-    full: Annotated[
-        bool, typer.Option("--full", help="All arms, not just the telling ones.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/TASK if left out.")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the data, if not the task's.")
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Argument of the task's function, as in noise=0.2."),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; one per core if left out.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    task: TaskSource,
+    seeds: Annotated[int, _option("How many seeds.")] = DEFAULT_SEEDS,
+    full: Annotated[bool, _option("All arms, not just the telling ones.", "--full")] = False,
+    out: Annotated[Path | None, _option("Run directory; runs/TASK if left out.")] = None,
+    epochs: Annotated[int | None, _option("Passes over the data, if not the task's.")] = None,
+    setting: Setting = None,
+    workers: Workers = None,
+    device: Annotated[str, _option("Where to train.")] = "cpu",
     twin: Annotated[
-        bool, typer.Option("--twin", help="Estimate every arm's risk without validation data.")
+        bool, _option("Estimate every arm's risk without validation data.", "--twin")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over: delete what the run directory holds.")
+        bool, _option("Start over: delete what the run directory holds.", "--fresh")
     ] = False,
     trace: Trace = False,
 ) -> None:
@@ -256,23 +259,16 @@ def audit_command(
 
 @app.command("explain")
 def explain_command(
-    task: Annotated[str, typer.Argument(help="Built-in task, or path/to/file.py:function.")],
-    optimizer: Annotated[
-        str, typer.Option(help="SGD, Adam, AdamW, RMSprop or PopRiskAdamW.")
-    ] = "AdamW",
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    task: TaskSource,
+    optimizer: Annotated[str, _option("SGD, Adam, AdamW, RMSprop or PopRiskAdamW.")] = "AdamW",
+    lr: Annotated[float, _option("Learning rate.")] = 1e-3,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the data; the task's, at most 40, if left out.")
+        int | None, _option("Passes over the data; the task's, at most 40, if left out.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of data, initial weights and batches.")] = 0,
-    seconds: Annotated[float, typer.Option(help="That the dense operators may take.")] = 60.0,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Argument of the task's function, as in noise=0.2."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory; runs/explain-TASK if left out.")
-    ] = None,
+    seed: Annotated[int, _option("Of data, initial weights and batches.")] = 0,
+    seconds: Annotated[float, _option("That the dense operators may take.")] = 60.0,
+    setting: Setting = None,
+    out: Annotated[Path | None, _option("Directory; runs/explain-TASK if left out.")] = None,
     trace: Trace = False,
 ) -> None:
     """Record a run of TASK and say what it learned, what it trapped and what noise got through."""
@@ -286,9 +282,9 @@ def explain_command(
         from poprisk_lab.display import PhaseDisplay, data_table
         from poprisk_lab.explain import ExplainPlan, explain
         from poprisk_lab.explain.words import headline, table, warnings
-        from poprisk_lab.page.explanation import write_explanation
+        from poprisk_lab.page.explanation import render
         from poprisk_lab.runner import environment
-        from poprisk_lab.store import write_json
+        from poprisk_lab.store import replace_text, write_json
 
         plan = ExplainPlan(task, settings, seed, optimizer, lr, epochs, seconds)
         with PhaseDisplay(console) as display:
@@ -301,7 +297,7 @@ def explain_command(
         with _writing(directory, advice="; choose another with --out"):
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / "explanation.json", found)
-            write_explanation(found, environment(1), page)
+            replace_text(page, render(found, environment(1)))
     _say(f"\nReport: {page}")
 
 
@@ -309,21 +305,14 @@ def explain_command(
 def reproduce_command(
     claim: Annotated[
         str,
-        typer.Argument(
-            help=f"One of {', '.join(CLAIM_NAMES)}.",
-            autocompletion=_complete,
-        ),
+        typer.Argument(help=f"One of {', '.join(CLAIM_NAMES)}.", autocompletion=_complete),
     ],
-    quick: Annotated[bool, typer.Option("--quick", help="A first look, in minutes.")] = False,
+    quick: Annotated[bool, _option("A first look, in minutes.", "--quick")] = False,
     summary: Annotated[
-        bool, typer.Option("--summary", help="Run nothing; a table of what is on record.")
+        bool, _option("Run nothing; a table of what is on record.", "--summary")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory; runs/reproduce-CLAIM if left out.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; one per core if left out.")
-    ] = None,
+    out: Annotated[Path | None, _option("Directory; runs/reproduce-CLAIM if left out.")] = None,
+    workers: Workers = None,
     trace: Trace = False,
 ) -> None:
     """Run a claim of the paper with controls, and print a verdict; resumes when repeated."""
@@ -342,8 +331,9 @@ def reproduce_command(
 
 
 def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers: int) -> None:
-    from poprisk_lab.display import PhaseDisplay, criteria_table
-    from poprisk_lab.page.claims import headline, notices, write_claim
+    from poprisk_lab.display import PhaseDisplay, data_table
+    from poprisk_lab.page.claims import criteria_table, headline, notices, render_claim
+    from poprisk_lab.store import replace_text
     from poprisk_lab.studies.command import run_claim
 
     _say(f"{claim.title}: {claim.statement}", style="bold")
@@ -359,23 +349,24 @@ def _reproduce(claim: Claim, directory: ClaimDirectory, *, quick: bool, workers:
     for notice in notices(found):
         _say(notice, style="yellow")
     if found.report is not None:
-        console.print(criteria_table(found.report.criteria))
+        console.print(data_table(criteria_table(found.report.criteria)))
         _say(f"\nVerdict: {headline(found)}", style="bold")
     page = directory.path / "report.html"
     with _writing(page):
-        write_claim(found, page)
+        replace_text(page, render_claim(found))
     _say(f"Report: {page}\n")
 
 
 def _summarize(found: list[Judged], folder: Path) -> None:
     from poprisk_lab.display import summary_table
-    from poprisk_lab.page.claims import write_summary
+    from poprisk_lab.page.claims import render_summary
+    from poprisk_lab.store import replace_text
 
     console.print(summary_table(found))
     page = folder / "claims.html"
     with _writing(page):
         folder.mkdir(parents=True, exist_ok=True)
-        write_summary(found, page)
+        replace_text(page, render_summary(found))
     _say(f"Page: {page}")
 
 
@@ -397,16 +388,16 @@ def evidence_command(
     ],
     to: Annotated[
         str,
-        typer.Option(
-            help="card: a model card for the Hugging Face Hub; cyclonedx: a bill of materials, "
+        _option(
+            "card: a model card for the Hugging Face Hub; cyclonedx: a bill of materials, "
             "CycloneDX 1.7; croissant: the data set with its RAI fields."
         ),
     ] = "card",
     dataset: Annotated[
-        str, typer.Option(help="The data set on the Hub, OWNER/NAME, for scores in .eval_results.")
+        str, _option("The data set on the Hub, OWNER/NAME, for scores in .eval_results.")
     ] = "",
     out: Annotated[
-        Path | None, typer.Option(help="Directory to write in; that of the run if left out.")
+        Path | None, _option("Directory to write in; that of the run if left out.")
     ] = None,
     trace: Trace = False,
 ) -> None:
@@ -438,11 +429,11 @@ def evidence_command(
 def tasks(trace: Trace = False) -> None:
     """List the built-in tasks."""
     with _errors(trace=trace):
-        from rich.table import Table
+        from rich.table import Table as Lines
 
         from poprisk_lab.tasks import BUILT_IN
 
-        table = Table.grid(padding=(0, 2))
+        table = Lines.grid(padding=(0, 2))
         for name, function in BUILT_IN.items():
             table.add_row(f"[bold]{name}[/]", (function.__doc__ or "").splitlines()[0])
         console.print(table)
@@ -450,9 +441,9 @@ def tasks(trace: Trace = False) -> None:
 
 bench = typer.Typer(help="Measure side by side with torch, in one run.")
 app.add_typer(bench, name="bench")
-Threads = Annotated[int, typer.Option(help="Threads torch may use.")]
-Steps = Annotated[int, typer.Option(help="Timed steps per optimizer.")]
-Out = Annotated[Path | None, typer.Option(help="Also write the results as JSON.")]
+Threads = Annotated[int, _option("Threads torch may use.")]
+Steps = Annotated[int, _option("Timed steps per optimizer.")]
+Out = Annotated[Path | None, _option("Also write the results as JSON.")]
 
 
 @bench.callback(invoke_without_command=True)
@@ -479,7 +470,7 @@ def bench_step(
         from poprisk_lab.bench.step import bench_cold_start, bench_steps, bench_table
 
         results, cold = bench_steps(threads=threads, steps=steps), bench_cold_start()
-        console.print(bench_table(results, threads=threads))
+        _show_measured("one optimizer step", bench_table(results), threads, texts=2)
         compiling, cached = cold.compiling, cold.from_cache
         _say(f"first fused step: {compiling:.1f} s compiling, {cached:.2f} s from cache")
         more = {"cold_start_seconds": cold._asdict()}
@@ -489,8 +480,8 @@ def bench_step(
 @bench.command("kernel")
 def bench_kernel(
     threads: Threads = 1,
-    repeats: Annotated[int, typer.Option(help="Timed repetitions of each kernel.")] = 3,
-    growth: Annotated[bool, typer.Option(help="Also growth with each size.")] = False,
+    repeats: Annotated[int, _option("Timed repetitions of each kernel.")] = 3,
+    growth: Annotated[bool, _option("Also growth with each size.")] = False,
     out: Out = None,
     trace: Trace = False,
 ) -> None:
@@ -501,8 +492,17 @@ def bench_kernel(
         from poprisk_lab.bench.kernel import bench_kernels, kernel_table
 
         results = bench_kernels(threads=threads, repeats=repeats, growth=growth)
-        console.print(kernel_table(results, threads=threads))
+        what = "tangent kernels (all outputs) and second moments"
+        _show_measured(what, kernel_table(results), threads, texts=3)
         _write(out, results, threads=threads, repeats=repeats)
+
+
+def _show_measured(what: str, table: Table, threads: int, *, texts: int) -> None:
+    from poprisk_lab.display import data_table
+
+    title = f"{what} on the CPU, threads: {threads}"
+    console.print(data_table(table, title=title, texts=texts))
+    _say(table.about)
 
 
 def _write(out: Path | None, results: Sequence[Any], **settings: Any) -> None:
@@ -523,19 +523,26 @@ def main() -> None:
 
 
 def _conclude(directory: Store) -> None:
+    from poprisk_lab.arms import OURS
     from poprisk_lab.display import data_table, verdict_table
     from poprisk_lab.evidence.gather import compare_evidence, write_evidence
-    from poprisk_lab.page import write_report
+    from poprisk_lab.page import render
     from poprisk_lab.page.notes import notices
     from poprisk_lab.page.table import leads_table
     from poprisk_lab.results import read_run
     from poprisk_lab.selection import twin_report
+    from poprisk_lab.store import replace_text
     from poprisk_lab.verdict import judge
+    from poprisk_lab.wording import scale_of
 
     data = read_run(directory)
     verdict = judge(data)
     if verdict.rows:
-        console.print(verdict_table(verdict, data))
+        scale = scale_of(data.config)
+        title = f"{scale.name} on the test set"
+        ours = [row.label for row in verdict.rows if row.family == OURS]
+        rows = verdict_table(verdict, scale)
+        console.print(data_table(rows, title=title, texts=1, bold=ours))
         console.print(data_table(leads_table(verdict, data.config)))
     for notice in [*notices(data), *verdict.warnings]:
         _say(notice, style="yellow")
@@ -548,7 +555,7 @@ def _conclude(directory: Store) -> None:
     path = directory.path / "report.html"
     # Last: the verdict is printed though the disk be full.
     with _writing(path, advice=f"; `poprisk report {directory.path}` writes it once there is room"):
-        write_report(data, verdict, path)
+        replace_text(path, render(data, verdict))
         write_evidence(directory.path, compare_evidence(data, verdict))
     _say(f"\nReport: {path}")
 

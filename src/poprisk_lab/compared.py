@@ -23,15 +23,15 @@ from poprisk.protocols import ProgressCallback
 from poprisk.randomness import RandomState
 from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.comparison import Comparison, begin, run_directory, train
-from poprisk_lab.display import ProgressDisplay, table_cells
+from poprisk_lab.display import ProgressDisplay, verdict_table
 from poprisk_lab.evidence.gather import Evidence, compare_evidence, write_evidence
-from poprisk_lab.page import quantities, write_report
+from poprisk_lab.page import quantities, render
 from poprisk_lab.page.draw import painted
 from poprisk_lab.page.figures import PanelQuantity, epoch_plot
 from poprisk_lab.page.series import arm_series
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import warm_up_workers
-from poprisk_lab.store import Row
+from poprisk_lab.store import Row, replace_text
 from poprisk_lab.tasks import Source
 from poprisk_lab.verdict import Verdict, judge
 from poprisk_lab.wording import scale_of
@@ -124,17 +124,15 @@ class Compared:
 
     def write_report(self, path: Path | str) -> None:
         """Write the page that ``poprisk compare`` writes, one HTML file."""
-        write_report(self.data, self.verdict, Path(path))
+        replace_text(Path(path), render(self.data, self.verdict))
 
     def __repr__(self) -> str:
         return described("Compared", self.data.config["task"]["name"], self.verdict.headline)
 
     def _repr_html_(self) -> str:
-        scale = scale_of(self.data.config)
-        head = ["", "final", "best epoch", "noise fitted", "gain over best AdamW"]
+        head, rows, _ = verdict_table(self.verdict, scale_of(self.data.config))
         told = "".join(f"<br>{escape(warning)}" for warning in self.verdict.warnings)
-        table = html_table(head, [table_cells(row, scale) for row in self.verdict.rows])
-        return f"<p><b>{escape(self.verdict.headline)}</b>{told}</p>{table}"
+        return f"<p><b>{escape(self.verdict.headline)}</b>{told}</p>{html_table(head, rows)}"
 
 
 def compare(

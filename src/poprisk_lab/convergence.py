@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 SHARE, LEAST = 0.1, 5
@@ -53,7 +54,7 @@ def still_improving(
     epochs = last[0][-1]["epoch"] - last[0][0]["epoch"]
     sign = 1.0 if higher_is_better else -1.0
     metric = [[sign * row["test_metric"] for row in curve] for curve in last]
-    size = 1.0 if percent else abs(_mean([y[-1] for y in metric]))
+    size = 1.0 if percent else abs(fmean([y[-1] for y in metric]))
     gain = _clear_rise(metric)
     if gain is not None and gain >= (POINTS if percent else RELATIVE * size):
         return Improvement(False, gain, epochs)
@@ -61,7 +62,7 @@ def still_improving(
         return None
     losses = [[-row["test_loss"] for row in curve] for curve in last]
     gain = _clear_rise(losses)
-    level = abs(_mean([y[-1] for y in losses]))
+    level = abs(fmean([y[-1] for y in losses]))
     if gain is None or gain < RELATIVE * level or level == 0:
         return None
     return Improvement(True, gain / level, epochs)
@@ -84,7 +85,7 @@ def _clear_rise(curves: Sequence[Sequence[float]]) -> float | None:
         rises.append(line.slope * (len(y) - 1))
         errors.append((line.stderr * (len(y) - 1)) ** 2)
     dof = sum(len(y) - 2 for y in curves)
-    seeds, mean = len(rises), _mean(rises)
+    seeds, mean = len(rises), fmean(rises)
     if dof == 0 and seeds < 2:
         return None
     about_lines = math.sqrt(sum(errors)) / seeds
@@ -93,7 +94,3 @@ def _clear_rise(curves: Sequence[Sequence[float]]) -> float | None:
         among = sum((rise - mean) ** 2 for rise in rises) / (seeds - 1)
         bound = max(bound, 2 * math.sqrt(among / seeds))
     return mean if abs(mean) > bound else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -247,13 +247,13 @@ class ArmRun:
     def _state(self) -> dict[str, Any]:
         state = {
             "model": self.model.state_dict(),
-            "optimizer": _without_functions(self.optimizer.state_dict()),
+            "optimizer": without_functions(self.optimizer.state_dict()),
             "progress": {k: v for k, v in vars(self.progress).items() if k != "trace"},
             "trace": torch.tensor(self.progress.trace, dtype=torch.float64),  # too long for JSON
         }
         if self.twin is not None:
             twin = self.twin.state_dict()
-            state["twin"] = twin | {"optimizers": [*map(_without_functions, twin["optimizers"])]}
+            state["twin"] = twin | {"optimizers": [*map(without_functions, twin["optimizers"])]}
         return state
 
 
@@ -269,7 +269,7 @@ def gate_row(optimizer: Optimizer) -> Row | None:
     return {name: stats._asdict() for name, stats in optimizer.gate_stats().items()}
 
 
-def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
+def without_functions(state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state without settings that are functions; loading keeps the present ones."""
     if "param_groups" not in state:
         return state

@@ -207,6 +207,11 @@ def thinned(count: int, points: int) -> list[int]:
     return sorted({round(i * (count - 1) / (points - 1)) for i in range(points)})
 
 
-def rounded(values: Iterable[float]) -> list[float]:
-    """To five significant digits, for records and plots."""
-    return [float(f"{v:.5g}") for v in values]
+def rounded(values: Iterable[float], digits: int = 5) -> list[float]:
+    """To significant digits, for records and plots."""
+    return [short(v, digits) for v in values]
+
+
+def short(value: float, digits: int = 5) -> float:
+    """A number to so many significant digits."""
+    return float(f"{value:.{digits}g}")

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from poprisk.intervals import Interval, t_interval
 from poprisk.printing import short_repr
-from poprisk_lab.arms import FAMILIES
+from poprisk_lab.arms import DEFAULT_ADAMW, FAMILIES
 from poprisk_lab.convergence import Improvement, still_improving
 from poprisk_lab.results import RunData
 from poprisk_lab.wording import Rivals, Row, headline, scale_of, warnings
 
 __all__ = ["Row", "Verdict", "judge"]
 
-DEFAULT_ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
 OUR_RATE = 1e-3
 RIVALS = ("early-stopping", "rms-matched", "shuffled")
+FINAL, BEST, NOISE = "final_metric", "best_metric", "final_memorized"
+"""Of an end row."""
 
 T = TypeVar("T")
 
@@ -49,10 +50,10 @@ def judge(data: RunData) -> Verdict:
     """Summarize a run directory; works on what has finished so far."""
     scale = scale_of(data.config)
     runs = [_single(arm, data) for arm in data.config["arms"] if arm["family"] != "early-stopping"]
-    runs = [r for r in [*runs, _early_stopping(data)] if r.final]
+    runs = [r for r in [*runs, _early_stopping(data)] if r.ends]
     grid = [r for r in runs if r.family == "adamw"]
-    best = _best(grid, lambda r: _mean(r.final.values()), scale.higher_is_better)
-    hindsight = _best(grid, lambda r: _mean(r.best.values()), scale.higher_is_better)
+    best = _best(grid, lambda r: r.mean(FINAL).mean, scale.higher_is_better)
+    hindsight = _best(grid, lambda r: r.mean(BEST).mean, scale.higher_is_better)
     rows = {r.name: _row(r, best, _improving(r, data)) for r in runs}
     key = {r.name for r in (best, hindsight) if r}
     key |= {r.name for r in runs if r.family != "adamw" or r.settings == DEFAULT_ADAMW}
@@ -71,8 +72,8 @@ def judge(data: RunData) -> Verdict:
     rivals = [r for r in (best, default, *beside.values()) if r is not None]
     leads = {r.label: lead for r in rivals if (lead := _lead(ours, r)) is not None}
     if hindsight is not None and ours is not None:
-        at_best = hindsight._replace(final=hindsight.best)
-        leads[f"{hindsight.label}, best epoch in hindsight"] = _paired(ours, at_best)
+        at_best = _paired(ours, hindsight, theirs=BEST)
+        leads[f"{hindsight.label}, best epoch in hindsight"] = at_best
     mine = rows.get("poprisk")
     return Verdict(
         headline(mine, field, scale),
@@ -97,7 +98,7 @@ def _improving(runs: _Runs, data: RunData) -> Improvement | None:
     """How an arm still improves at its end, by its finished runs."""
     if runs.family == "early-stopping":
         return None
-    rows = [r for r in data.epochs if r["arm"] in runs.arms and r["seed"] in runs.final]
+    rows = [r for r in data.epochs if r["arm"] in runs.arms and r["seed"] in runs.ends]
     scale = scale_of(data.config)
     return still_improving(rows, higher_is_better=scale.higher_is_better, percent=scale.percent)
 
@@ -108,32 +109,28 @@ def _place(row: Row) -> tuple[int, bool]:
 
 
 class _Runs(NamedTuple):
-    """Results of one arm, or of arms pooled, by seed."""
+    """Results of one arm, or of arms pooled: what was measured at the end, by seed."""
 
     name: str
     label: str
     family: str
     settings: dict[str, Any]
     arms: tuple[str, ...]
-    final: dict[int, float]
-    best: dict[int, float]
-    memorized: dict[int, float]
+    ends: dict[int, dict[str, Any]]
+
+    def by_seed(self, key: str) -> dict[int, float]:
+        """A figure of each seed that has it."""
+        return {s: end[key] for s, end in self.ends.items() if end[key] is not None}
+
+    def mean(self, key: str) -> Interval:
+        """Mean of the figure with its interval."""
+        return t_interval(self.by_seed(key).values())
 
 
 def _single(arm: dict[str, Any], data: RunData) -> _Runs:
-    ends = {
-        s: data.ends[arm["name"], s] for s in data.config["seeds"] if (arm["name"], s) in data.ends
-    }
-    return _Runs(
-        arm["name"],
-        arm["label"],
-        arm["family"],
-        arm["settings"],
-        (arm["name"],),
-        {s: e["final_metric"] for s, e in ends.items()},
-        {s: e["best_metric"] for s, e in ends.items()},
-        {s: e["final_memorized"] for s, e in ends.items() if e["final_memorized"] is not None},
-    )
+    name, seeds = arm["name"], data.config["seeds"]
+    ends = {s: data.ends[name, s] for s in seeds if (name, s) in data.ends}
+    return _Runs(name, arm["label"], arm["family"], arm["settings"], (name,), ends)
 
 
 def _edge(best: _Runs | None, grid: list[_Runs]) -> str:
@@ -173,16 +170,12 @@ def _early_stopping(data: RunData) -> _Runs:
     """Settings and epoch chosen seed by seed on the held-out fifth."""
     arms = [a["name"] for a in data.config["arms"] if a["family"] == "early-stopping"]
     chosen = early_stopping_choices(data)
-    return _Runs(
-        "early-stopping",
-        "AdamW, early stopping on a held-out fifth",
-        "early-stopping",
-        {},
-        tuple(arms),
-        {s: e["stopped_metric"] for s, e in chosen.items()},
-        {s: e["best_metric"] for s, e in chosen.items()},
-        {s: m for s, e in chosen.items() if (m := e.get("stopped_memorized")) is not None},
-    )
+    ends = {
+        seed: {FINAL: e["stopped_metric"], BEST: e[BEST], NOISE: e.get("stopped_memorized")}
+        for seed, e in chosen.items()
+    }
+    label = "AdamW, early stopping on a held-out fifth"
+    return _Runs("early-stopping", label, "early-stopping", {}, tuple(arms), ends)
 
 
 def _best(items: Iterable[T], value: Callable[[T], float], higher: bool) -> T | None:
@@ -190,33 +183,26 @@ def _best(items: Iterable[T], value: Callable[[T], float], higher: bool) -> T | 
     return (max if higher else min)(finite, key=value, default=None)
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else math.nan
-
-
 def _lead(ours: _Runs | None, other: _Runs) -> Interval | None:
     """Our final metric minus another's; None if one of the two is missing."""
     return None if ours is None or other.name == ours.name else _paired(ours, other)
 
 
-def _paired(a: _Runs, b: _Runs) -> Interval:
-    """Final metric of one minus the other's, over the seeds that both have finished."""
-    return t_interval([a.final[s] - b.final[s] for s in a.final if s in b.final])
+def _paired(ours: _Runs, other: _Runs, *, theirs: str = FINAL) -> Interval:
+    """Our final metric minus a figure of another's, over the seeds that both have finished."""
+    a, b = ours.by_seed(FINAL), other.by_seed(theirs)
+    return t_interval([a[s] - b[s] for s in a if s in b])
 
 
 def _row(runs: _Runs, best: _Runs | None, improving: Improvement | None) -> Row:
-    difference = None
-    if best is not None and runs.name != best.name:
-        difference = _paired(runs, best)
     return Row(
-        runs.label,
-        runs.family,
-        runs.arms,
-        len(runs.final),
-        t_interval(list(runs.final.values())),
-        t_interval(list(runs.best.values())),
-        t_interval(list(runs.memorized.values())) if runs.memorized else None,
-        difference,
-        improving,
+        label=runs.label,
+        family=runs.family,
+        arms=runs.arms,
+        seeds=len(runs.ends),
+        final=runs.mean(FINAL),
+        best=runs.mean(BEST),
+        memorized=runs.mean(NOISE) if runs.by_seed(NOISE) else None,
+        difference=None if best is None or runs.name == best.name else _paired(runs, best),
+        improving=improving,
     )

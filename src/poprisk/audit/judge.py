@@ -15,6 +15,7 @@ from torch import Tensor
 from poprisk._validate import check_number
 from poprisk.audit.items import Items
 from poprisk.audit.looks import Look
+from poprisk.audit.noise import error_pattern
 from poprisk.audit.planted import Planted
 from poprisk.audit.rate import Rate, share_of
 from poprisk.audit.result import AuditResult
@@ -270,11 +271,15 @@ class _Classes:
         """Of planted labels, weighed by how often the noise matrix makes such an error.
 
         They are planted at random; what is wrong by a pattern is found more often where it follows
-        it, and less where it does not. Where the label that was replaced was wrong, the planted one
-        may be right: the share of these that the audit itself expects is taken off the cases.
+        it, and less where it does not. An error starts from the true label, which is taken to be
+        what the audit suggests in place of the one that was given. Where that one was wrong, the
+        planted one may be right: the share of these that the audit itself expects is taken off the
+        cases.
         """
         index, labels = planted.index.numpy(), planted.labels.numpy()
-        original = planted.original.numpy()
+        original, corrected = planted.original.numpy(), self.suggested[index]
+        # What predictions repeat is suggested too: no ground to leave it out.
+        sources = np.where(corrected == labels, original, corrected)
         wrong = planted.changed.numpy() & self.seen[index]
         found, weights = np.zeros(len(index), np.bool_), np.ones(len(index))
         right = np.zeros(len(index))
@@ -282,8 +287,7 @@ class _Classes:
             rows = np.flatnonzero(wrong & (self.group[index] == g))
             found[rows] = model.catches(self.p[index[rows]], labels[rows])
             if model.matrix is not None:
-                spread = model.matrix / (1 - model.matrix.diagonal())[:, None]
-                weights[rows] = spread[original[rows], labels[rows]]
+                weights[rows] = error_pattern(model.matrix)[sources[rows], labels[rows]]
             right[rows] = self._true_of_given(g, original[rows], labels[rows])
         raw, weights = share_of(found[wrong], weights[wrong]), weights[wrong]
         if not raw.valid:

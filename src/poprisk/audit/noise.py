@@ -78,6 +78,18 @@ def _spread(off: Floats, even: Floats) -> Floats:
     return (1 - EVEN) * shrunk + EVEN * even
 
 
+def error_pattern(matrix: Floats) -> Floats:
+    """How the errors of each class are shared out among the others, (c, c).
+
+    Without the even spread that :func:`noise_matrix` mixes in. The diagonal has no meaning.
+
+    Args:
+        matrix: from it, (c, c).
+    """
+    spread = matrix / (1 - matrix.diagonal())[:, None]
+    return np.maximum(spread - EVEN / (len(matrix) - 1), 0.0) / (1 - EVEN)
+
+
 def unmix(probabilities: Floats, matrix: Floats) -> Floats:
     r"""Probabilities :math:`\pi_i` of true classes whose noisy mixture is the predicted one.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from poprisk_lab.store import write_json
 
 WARM_UP = 5
 """Rounds that are not counted."""
@@ -73,4 +74,4 @@ def write_results(
     """Write named tuples and the environment they were measured in as JSON."""
     content = {"environment": environment(**settings), "results": [r._asdict() for r in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, **(more or {})}, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {**content, **(more or {})})

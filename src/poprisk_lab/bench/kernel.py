@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from poprisk_lab.bench.models import BenchCase
 from poprisk_lab.bench.peers import KERNELS, MOMENTS
+from poprisk_lab.plots import Table
 
 WARM_UP = 4
-OURS = "poprisk"
+OURS, PLAIN = "poprisk", "forward + backward"
+FAILURES = (ImportError, TypeError, ValueError, RuntimeError, MemoryError)
+"""Of other libraries on networks that they do not take, or whose kernel does not fit."""
 
 KERNEL_CASES: Sequence[tuple[BenchCase, Sequence[str]]] = (
     (BenchCase("mlp", 100, 1024), ("poprisk", "torch.func", "nngeometry")),
@@ -98,7 +98,7 @@ def moment_seconds(case: BenchCase, repeats: int) -> dict[str, list[float] | str
             for _ in range(WARM_UP):
                 steps[name]()
             results[name] = []
-        except (ImportError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        except FAILURES as error:
             results[name] = _reason(error)
             steps.pop(name, None)
     for _ in range(repeats):
@@ -111,24 +111,22 @@ def moment_seconds(case: BenchCase, repeats: int) -> dict[str, list[float] | str
     return results
 
 
-def kernel_table(results: Sequence[Measurement], *, threads: int) -> Table:
+def kernel_table(results: Sequence[Measurement]) -> Table:
     """The results, a line each."""
-    table = Table(
-        title=f"tangent kernels (all outputs) and second moments on the CPU, threads: {threads}",
-        title_justify="left",
-        caption="seconds of processor time; ratio: to poprisk (kernel), to forward + backward "
-        "(moments); memory on top of the model",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    for name in ("", "network", "method", "seconds", "ratio", "peak MiB"):
-        table.add_column(name, justify="left" if name in ("", "network", "method") else "right")
-    for r in results:
-        seconds = f"{r.seconds:.3f}" if r.seconds is not None else r.failure
-        ratio = f"{r.ratio:.2f}" if r.ratio is not None else ""
-        peak = f"{r.peak_mib:.0f}" if r.peak_mib is not None else ""
-        table.add_row(r.what, r.case, r.method, seconds, ratio, peak)
-    return table
+
+    def cell(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    return Table(
+        ["", "network", "method", "seconds", "ratio", "peak MiB"],
+        [
+            [r.what, r.case, r.method, r.failure or cell(r.seconds, 3), cell(r.ratio, 2),
+             cell(r.peak_mib, 0)]
+            for r in results
+        ],
+        "seconds of processor time; ratio: to poprisk (kernel), to forward + backward (moments); "
+        "memory on top of the model",
+    )  # fmt: skip
 
 
 def _kernel_rows(
@@ -137,42 +135,36 @@ def _kernel_rows(
     rows: list[Measurement] = []
     ours: float | None = None
     for method in methods:
-        found = _in_a_process([*map(str, case), method, str(repeats), str(threads)])
-        if isinstance(found, str):
-            rows.append(Measurement("kernel", case.label(), method, None, None, None, found))
-            continue
-        seconds = statistics.median(found["seconds"])
+        spawned = get_context("spawn")  # a fresh process, whose memory is all this method's
+        with ProcessPoolExecutor(1, spawned, _prepare, (threads,)) as pool:
+            try:
+                times, peak = pool.submit(kernel_seconds, case, method, repeats).result()
+            except FAILURES as error:
+                reason = _reason(error)
+                rows.append(Measurement("kernel", case.label(), method, None, None, None, reason))
+                continue
+        seconds = statistics.median(times)
         ours = seconds if method == OURS else ours
         ratio = None if ours is None else seconds / ours
-        rows.append(Measurement("kernel", case.label(), method, seconds, ratio, found["peak_mib"]))
+        rows.append(Measurement("kernel", case.label(), method, seconds, ratio, peak))
     return rows
 
 
-def _in_a_process(arguments: Sequence[str]) -> dict[str, Any] | str:
-    done = subprocess.run(
-        [sys.executable, "-m", "poprisk_lab.bench.kernel", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": arguments[-1]},
-    )
-    if done.returncode:
-        return done.stderr.strip().splitlines()[-1][:100] if done.stderr.strip() else "was killed"
-    return json.loads(done.stdout.splitlines()[-1])
+def _prepare(threads: int) -> None:
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # of the other libraries
 
 
 def _moment_rows(case: BenchCase, threads: int, repeats: int) -> list[Measurement]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the other libraries
+            _prepare(threads)
             found = moment_seconds(case, repeats)
     finally:
         torch.set_num_threads(before)
-    base = found["forward + backward"]
+    base, rows = found[PLAIN], list[Measurement]()
     assert isinstance(base, list)
-    rows = []
     for name, times in found.items():
         if isinstance(times, str):
             rows.append(Measurement("moments", case.label(), name, None, None, None, times))
@@ -197,19 +189,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"{error.name} is not installed"
     return str(error).splitlines()[0][:100]
-
-
-def _main(arguments: Sequence[str]) -> None:
-    *case, method, repeats, threads = arguments
-    torch.set_num_threads(int(threads))
-    warnings.simplefilter("ignore")
-    sizes = [int(value) for value in case[1:]]
-    try:
-        seconds, peak = kernel_seconds(BenchCase(case[0], *sizes), method, int(repeats))
-    except ImportError as error:
-        sys.exit(_reason(error))
-    print(json.dumps({"seconds": seconds, "peak_mib": peak}))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from poprisk_lab.tasks.nets import mlp
+
 
 class BenchCase(NamedTuple):
     """One network with inputs of one size.
@@ -30,7 +32,7 @@ class BenchCase(NamedTuple):
         """A model in eval mode and its inputs."""
         torch.manual_seed(0)
         if self.kind == "mlp":
-            return mlp(self.width, self.depth), torch.randn(self.examples, 784)
+            return mlp(784, *[self.width] * self.depth, 10), torch.randn(self.examples, 784)
         if self.kind == "cnn":
             return ResidualCNN(self.width, self.depth).eval(), torch.randn(self.examples, 3, 32, 32)
         model = SmallTransformer(self.width, self.depth, self.length).eval()
@@ -40,14 +42,6 @@ class BenchCase(NamedTuple):
         """The case in a few words."""
         length = f", {self.length} positions" if self.kind == "transformer" else ""
         return f"{self.kind}, width {self.width}, depth {self.depth}{length}, n={self.examples}"
-
-
-def mlp(width: int, depth: int) -> nn.Sequential:
-    """784 inputs, ``depth`` hidden layers, 10 outputs."""
-    layers: list[nn.Module] = []
-    for i in range(depth):
-        layers += [nn.Linear(784 if i == 0 else width, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
 @final

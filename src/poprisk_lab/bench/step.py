@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk_lab.bench import take_turns
 from poprisk_lab.bench.published import PublishedUpdate
+from poprisk_lab.plots import Table
 
 PARAMETER_SETS: dict[str, Sequence[tuple[int, ...]]] = {
     "1 × 1M": [(1_000_000,)],
@@ -169,30 +168,15 @@ def bench_cold_start() -> ColdStart:
     return ColdStart(*(float(run.stdout) for run in runs))
 
 
-def bench_table(results: list[StepTime], *, threads: int) -> Table:
+def bench_table(results: list[StepTime]) -> Table:
     """The results as a table: a line per parameter set and optimizer."""
-    table = Table(
-        title=f"one optimizer step on the CPU, threads: {threads}",
-        title_justify="left",
-        caption=f"each is timed in turn with {BASELINE}; ratio: median over these rounds; "
-        "state: bytes over bytes of parameters",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("parameters")
-    table.add_column("optimizer")
-    for name in ("ms", f"{BASELINE} ms", "ratio", "quartiles", "state"):
-        table.add_column(name, justify="right")
-    last = ""
-    for r in results:
-        table.add_row(
-            r.parameters if r.parameters != last else "",
-            r.optimizer,
-            f"{r.milliseconds:.2f}",
-            f"{r.baseline_milliseconds:.2f}",
-            f"{r.ratio:.2f}",
-            f"{r.ratio_low:.2f} to {r.ratio_high:.2f}",
-            f"{r.state:.2f}",
-        )
-        last = r.parameters
-    return table
+    return Table(
+        ["parameters", "optimizer", "ms", f"{BASELINE} ms", "ratio", "quartiles", "state"],
+        [
+            [r.parameters, r.optimizer, f"{r.milliseconds:.2f}", f"{r.baseline_milliseconds:.2f}",
+             f"{r.ratio:.2f}", f"{r.ratio_low:.2f} to {r.ratio_high:.2f}", f"{r.state:.2f}"]
+            for r in results
+        ],
+        f"each is timed in turn with {BASELINE}; ratio: median over these rounds; state: bytes "
+        "over bytes of parameters",
+    )  # fmt: skip

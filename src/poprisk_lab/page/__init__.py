@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from poprisk.intervals import MIN_SEEDS
@@ -17,10 +16,9 @@ from poprisk_lab.page.table import leads_table, run_table, verdict_table
 from poprisk_lab.plots import Table
 from poprisk_lab.results import RunData
 from poprisk_lab.selection import twin_report
-from poprisk_lab.store import replace_text
 from poprisk_lab.verdict import Verdict
 
-__all__ = ["quantities", "write_report"]
+__all__ = ["quantities", "render"]
 
 
 class GateSection(NamedTuple):
@@ -31,20 +29,6 @@ class GateSection(NamedTuple):
     group: Group | None
     starved: Table
     uncounted: int
-
-
-def write_report(data: RunData, verdict: Verdict, path: Path) -> None:
-    """Write the page, atomically: a reader sees the old one or the new one.
-
-    Args:
-        data: what the run directory holds.
-        verdict: what follows from it.
-        path: the HTML file.
-
-    Raises:
-        OSError: if it cannot be written; an existing file is left as it was.
-    """
-    replace_text(path, render(data, verdict))
 
 
 def render(data: RunData, verdict: Verdict) -> str:

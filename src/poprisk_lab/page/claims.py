@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from poprisk.intervals import MIN_SEEDS
 from poprisk_lab.page import draw
-from poprisk_lab.page.formats import plain, plural
+from poprisk_lab.page.formats import QUICK, plain, plural
 from poprisk_lab.page.page import template
 from poprisk_lab.plots import Plot, Table, written
-from poprisk_lab.store import replace_text
 from poprisk_lab.studies.claim import TrialResult
 from poprisk_lab.studies.criteria import Criterion, fewest_seeds
 from poprisk_lab.studies.record import Judged
 
-MARKS = {
-    "reproduced": "good",
-    "partly reproduced": "",
-    "not reproduced": "bad",
-    "as claimed": "good",
-    "does not hold": "bad",
-}
 VALUES_SHOWN = 12
 """Values of one setting that are listed; more are counted."""
-
-
-class CriterionRow(NamedTuple):
-    """A criterion as the page writes it."""
-
-    name: str
-    bound: str
-    claimed: str
-    estimate: str
-    outcome: str
-    mark: str
-
-
-class SummaryRow(NamedTuple):
-    """A claim in the summary: its main figure here and in the paper, and how many criteria hold."""
-
-    name: str
-    title: str
-    figure: str
-    paper: str
-    ours: str
-    holds: str
-    verdict: str
-    mark: str
-
-
-def write_claim(judged: Judged, path: Path) -> None:
-    """Write the page of a claim, atomically.
-
-    Raises:
-        OSError: if it cannot be written; an existing file is left as it was.
-    """
-    replace_text(path, render_claim(judged))
 
 
 def render_claim(judged: Judged) -> str:
@@ -67,7 +25,6 @@ def render_claim(judged: Judged) -> str:
     return template("claim.html.j2").render(
         claim=claim,
         verdict=judged.verdict,
-        mark=MARKS.get(judged.verdict, ""),
         headline=headline(judged),
         report=report,
         criteria=criteria_table(report.criteria) if report else None,
@@ -119,28 +76,22 @@ def notices(judged: Judged) -> list[str]:
     return [*found, *(judged.report.notes if judged.report else ())]
 
 
-def criterion_line(criterion: Criterion) -> CriterionRow:
-    """The cells of a criterion."""
-    unit, percent = (100.0, "%") if criterion.percent else (1.0, "")
-    claimed = "" if criterion.claimed is None else f"{unit * criterion.claimed:.3g}{percent}"
-    return CriterionRow(
-        criterion.name + ("" if criterion.primary else " (control)"),
-        f"{'≤' if criterion.at_most else '≥'} {unit * criterion.threshold:.3g}{percent}",
-        claimed,
-        written(criterion.estimate, percent=criterion.percent),
-        criterion.outcome,
-        MARKS.get(criterion.outcome, ""),
-    )
-
-
 def criteria_table(criteria: Sequence[Criterion]) -> Table:
     """What a verdict rests on."""
+
+    def bound(c: Criterion, value: float | None) -> str:
+        return "—" if value is None else f"{100 * value:.3g}%" if c.percent else f"{value:.3g}"
+
     spread = "the seeds" if fewest_seeds(criteria) is not None else "95% interval"
-    lines = [criterion_line(c) for c in criteria]
     return Table(
         ["Criterion", "Needed", "Paper", f"Found, with {spread}", "Outcome"],
-        [[c.name, c.bound, c.claimed or "—", c.estimate, c.outcome] for c in lines],
-    )
+        [
+            [c.name + ("" if c.primary else " (control)"),
+             f"{'≤' if c.at_most else '≥'} {bound(c, c.threshold)}",
+             bound(c, c.claimed), written(c.estimate, percent=c.percent), c.outcome]
+            for c in criteria
+        ],
+    )  # fmt: skip
 
 
 def settings_used(done: Iterable[TrialResult]) -> dict[str, str]:
@@ -155,31 +106,25 @@ def settings_used(done: Iterable[TrialResult]) -> dict[str, str]:
     }
 
 
-def summary_rows(claims: Sequence[Judged]) -> list[SummaryRow]:
-    """A row for each claim."""
-    rows = []
+def summary_table(claims: Sequence[Judged]) -> Table:
+    """A row for each claim: how many criteria hold, its main figure here and in the paper."""
+    rows = list[list[str]]()
     for judged in claims:
         main = main_figure(judged)
         primary = [c for c in judged.report.criteria if c.primary] if judged.report else []
-        rows.append(
-            SummaryRow(
-                judged.claim.name,
-                judged.claim.title,
-                main.name if main else "",
-                judged.claim.paper or "none given",
-                written(main.estimate, percent=main.percent) if main else "",
-                f"{sum(c.holds for c in primary)} of {len(primary)}" if primary else "",
-                judged.verdict + (" (quick form)" if judged.progress.quick else ""),
-                MARKS.get(judged.verdict, ""),
-            )
-        )
-    return rows
+        rows.append([
+            judged.claim.name,
+            judged.claim.title,
+            judged.verdict + QUICK * judged.progress.quick,
+            f"{sum(c.holds for c in primary)} of {len(primary)}" if primary else "",
+            main.name if main else "",
+            written(main.estimate, percent=main.percent) if main else "",
+            judged.claim.paper or "none given",
+        ])  # fmt: skip
+    head = ["Claim", "Title", "Verdict", "Criteria that hold", "Main figure", "Here", "Paper"]
+    return Table(head, rows)
 
 
-def write_summary(claims: Sequence[Judged], path: Path) -> None:
-    """Write the page of all claims, atomically.
-
-    Raises:
-        OSError: if it cannot be written; an existing file is left as it was.
-    """
-    replace_text(path, template("claims.html.j2").render(rows=summary_rows(claims)))
+def render_summary(claims: Sequence[Judged]) -> str:
+    """Return the page of all claims as text."""
+    return template("claims.html.j2").render(table=summary_table(claims))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from poprisk_lab.explain import words
 from poprisk_lab.page import draw
 from poprisk_lab.page.page import template
 from poprisk_lab.plots import Line, Plot, points
-from poprisk_lab.store import replace_text
 
 PARTS = {
     "learned_signal": ("signal learned", "early-stopping"),
@@ -25,15 +23,6 @@ CAUSES = {
     "affine": ("weight decay", "other"),
 }
 MOVEMENT = "root mean square movement"
-
-
-def write_explanation(found: dict[str, Any], environment: dict[str, Any], path: Path) -> None:
-    """Write the page, atomically.
-
-    Raises:
-        OSError: if it cannot be written; an existing file is left as it was.
-    """
-    replace_text(path, render(found, environment))
 
 
 def render(found: dict[str, Any], environment: dict[str, Any]) -> str:

@@ -11,37 +11,18 @@ from markupsafe import Markup
 
 from poprisk.intervals import t_interval
 from poprisk_lab.page import draw
-from poprisk_lab.page.draw import OURS
-from poprisk_lab.page.series import DASHES, Series
+from poprisk_lab.page.series import Series
 from poprisk_lab.plots import Line, Plot, interval_line, thinned
 
 POINTS = 300  # epochs drawn at most
 LOG_FROM = 30.0  # largest over smallest mean from which an axis is logarithmic
 
 
-class Panel(NamedTuple):
-    """One plot: its title and its figure as JSON."""
-
-    title: str
-    figure: Markup
-
-
-class Button(NamedTuple):
-    """A button of the legend: it shows and hides the traces of one series."""
-
-    label: str
-    colour: str
-    dashes: str
-    shown: bool
-    index: int
-    thick: bool
-
-
 class Group(NamedTuple):
-    """Plots side by side that share a legend."""
+    """Figures side by side, by their titles, that share a legend: a button for each series."""
 
-    panels: list[Panel]
-    buttons: list[Button]
+    figures: dict[str, Markup]
+    series: Sequence[Series]
 
 
 class PanelQuantity(NamedTuple):
@@ -64,17 +45,9 @@ class PanelQuantity(NamedTuple):
 
 def group(series: Sequence[Series], quantities: Iterable[PanelQuantity]) -> Group | None:
     """Draw the quantities as panels side by side; None if there is nothing to draw."""
-    panels = [panel for q in quantities if (panel := _panel(q, series)) is not None]
-    buttons = [
-        Button(s.label, s.colour, DASHES[s.dash], s.shown, i, s.colour == OURS)
-        for i, s in enumerate(series)
-    ]
-    return Group(panels, buttons) if panels else None
-
-
-def _panel(quantity: PanelQuantity, series: Sequence[Series]) -> Panel | None:
-    found = epoch_plot(quantity, series)
-    return found and Panel(quantity.title, draw.figure(found[0], shown=found[1], legend=False))
+    found = [drawn for q in quantities if (drawn := epoch_plot(q, series)) is not None]
+    figures = {plot.title: draw.figure(plot, shown=shown, legend=False) for plot, shown in found}
+    return Group(figures, series) if figures else None
 
 
 def epoch_plot(quantity: PanelQuantity, series: Sequence[Series]) -> tuple[Plot, list[bool]] | None:

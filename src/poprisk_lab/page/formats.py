@@ -9,6 +9,15 @@ from typing import Any, NamedTuple
 
 MINUS = "\N{MINUS SIGN}"
 MISSING = "n/a"
+MARKS = {
+    "reproduced": "good",
+    "not reproduced": "bad",
+    "as claimed": "good",
+    "does not hold": "bad",
+}
+"""What outcomes mean, for colours: good or bad, else neither."""
+QUICK = " (quick form)"
+"""What follows the verdict of a quick form."""
 
 
 class Format(NamedTuple):
@@ -54,6 +63,11 @@ def format_for(values: Iterable[float], *, percent: bool) -> Format:
     smallest = max(min(sizes), median(sizes) / 100)
     decimals = 2 - math.floor(math.log10(smallest))
     return Format(percent=False, decimals=min(max(decimals, 0), 6))
+
+
+def mark(cell: Any) -> str:
+    """What the outcome in a cell means; empty for any other text."""
+    return MARKS.get(str(cell).removesuffix(QUICK), "")
 
 
 def plural(count: int, noun: str) -> str:

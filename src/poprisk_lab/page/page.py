@@ -7,9 +7,7 @@ from pathlib import Path
 import jinja2
 
 from poprisk_lab.page import formats
-
-MARKS = {"as claimed": "told good", "does not hold": "told bad"}
-"""Classes of cells with these words."""
+from poprisk_lab.page.series import colour_of
 
 
 def template(name: str) -> jinja2.Template:
@@ -22,9 +20,6 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     engine.filters["plain"] = formats.plain
-    engine.filters["mark"] = _mark
+    engine.filters["colour"] = colour_of
+    engine.filters["mark"] = formats.mark
     return engine.get_template(name)
-
-
-def _mark(cell: str) -> str:
-    return MARKS.get(cell, "")

@@ -38,6 +38,11 @@ class Series(NamedTuple):
     rows: list[EpochRow]
     stops: list[Stop]
 
+    @property
+    def dashes(self) -> str:
+        """Of the button, as SVG has them."""
+        return DASHES[self.dash]
+
 
 def arm_series(data: RunData, verdict: Verdict) -> list[Series]:
     """One series for each row of the verdict, then one for each arm in no row."""

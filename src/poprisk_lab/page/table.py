@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from poprisk.intervals import Interval
 from poprisk_lab.page.draw import OURS
 from poprisk_lab.page.formats import MISSING, Format, format_for, plural
-from poprisk_lab.page.series import colour_of
 from poprisk_lab.plots import Table
 from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Row, Verdict
@@ -34,51 +33,58 @@ class Forest(NamedTuple):
     high: float
 
 
-class VerdictRow(NamedTuple):
-    """A row of the verdict table.
-
-    Attributes:
-        label: as the user wrote it.
-        colour: name of its colour in the style sheet, as in the plots.
-        mark: ``ours``, ``reference`` or empty.
-        partial: how many seeds it has, if not all.
-        outcome: ``better``, ``worse`` or ``unclear``, against the best AdamW; empty if unknown.
-    """
-
-    label: str
-    colour: str
-    mark: str
-    partial: str
-    final: Cell
-    best: Cell
-    memorized: Cell | None
-    difference: Cell | None
-    outcome: str
-    forest: Forest | None
-
-
 class VerdictTable(NamedTuple):
-    """The verdict table.
+    """How the page writes the rows of a verdict.
 
     Attributes:
         key: the rows that matter.
         rest: the rest of the grid.
-        memorized: whether there is a column for memorization.
-        zero: where to draw no difference, in percent of the width.
         format: of the metric.
+        sign: 1 if a higher metric is better, else -1.
+        seeds: how many a complete row has.
+        shares: whether memorization is a share, between 0 and 1.
     """
 
-    key: list[VerdictRow]
-    rest: list[VerdictRow]
-    memorized: bool
-    zero: float
+    key: list[Row]
+    rest: list[Row]
     format: Format
+    sign: int
+    seeds: int
+    shares: bool
+
+    @property
+    def memorized(self) -> bool:
+        """Whether there is a column for memorization."""
+        return any(row.memorized for row in (*self.key, *self.rest))
+
+    @property
+    def zero(self) -> float:
+        """Where to draw no difference, in percent of the width."""
+        return _place(0.0, _span(self.key, self.sign))
+
+    def mark(self, row: Row) -> str:
+        """``ours``, ``reference`` or empty."""
+        is_reference = row.difference is None and row.family == "adamw"
+        return "ours" if row.family == OURS else "reference" if is_reference else ""
+
+    def cells(self, row: Row) -> dict[str, Any]:
+        """What stands in the columns of a row, by the name of its field; None for nothing."""
+        d, noise = row.difference, row.memorized
+        return {
+            "final": plus_minus(row.final, self.format),
+            "best": plus_minus(row.best, self.format),
+            "memorized": plus_minus(noise, SHARE, share=self.shares) if noise else None,
+            "difference": difference_cell(d, self.format) if d else None,
+            "partial": f"{row.seeds} of {plural(self.seeds, 'seed')}" * (row.seeds < self.seeds),
+            "outcome": _outcome(d, self.sign) if d else "",
+            "forest": _forest(d, self.sign, _span(self.key, self.sign)) if d else None,
+        }
 
 
 def verdict_table(
     verdict: Verdict, metric: dict[str, Any], *, seeds: int, shares: bool = True
 ) -> VerdictTable:
-    """Write a verdict's rows.
+    """The rows of a verdict, for the page.
 
     Args:
         verdict: to be written.
@@ -89,34 +95,7 @@ def verdict_table(
     rows = [*verdict.rows, *verdict.other]
     form = format_for((row.final.mean for row in rows), percent=metric["percent"])
     sign = 1 if metric["higher_is_better"] else -1
-    span = _span(verdict.rows, sign)
-    lines = [_line(row, form, sign, span, seeds, shares) for row in rows]
-    return VerdictTable(
-        key=lines[: len(verdict.rows)],
-        rest=lines[len(verdict.rows) :],
-        memorized=any(row.memorized for row in rows),
-        zero=_place(0.0, span),
-        format=form,
-    )
-
-
-def _line(
-    row: Row, form: Format, sign: int, span: tuple[float, float], seeds: int, shares: bool
-) -> VerdictRow:
-    d = row.difference
-    is_reference = d is None and row.family == "adamw"
-    return VerdictRow(
-        label=row.label,
-        colour=colour_of(row.family),
-        mark="ours" if row.family == OURS else "reference" if is_reference else "",
-        partial=f"{row.seeds} of {plural(seeds, 'seed')}" if row.seeds < seeds else "",
-        final=plus_minus(row.final, form),
-        best=plus_minus(row.best, form),
-        memorized=plus_minus(row.memorized, SHARE, share=shares) if row.memorized else None,
-        difference=difference_cell(d, form) if d else None,
-        outcome=_outcome(d, sign) if d else "",
-        forest=_forest(d, sign, span) if d else None,
-    )
+    return VerdictTable(verdict.rows, verdict.other, form, sign, seeds, shares)
 
 
 def plus_minus(value: Interval, form: Format, *, share: bool | None = None) -> Cell:

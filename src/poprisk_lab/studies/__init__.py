@@ -15,26 +15,14 @@ from poprisk_lab.studies import (
     memorization,
     pinn,
 )
-from poprisk_lab.studies.claim import Claim
+from poprisk_lab.studies.claim import Claim, claim_of
 from poprisk_lab.studies.grokking import multistep
 
 __all__ = ["CLAIMS", "Claim"]
 
-CLAIMS: dict[str, Claim] = {
-    claim.name: claim
-    for claim in (
-        grokking.CLAIM,
-        multistep.CLAIM,
-        pinn.CLAIM,
-        image.CLAIM,
-        benign_overfitting.CLAIM,
-        double_descent.CLAIM,
-        implicit_bias.CLAIM,
-        drift_diffusion.CLAIM,
-        coupling.CLAIM,
-        feature_learning.CLAIM,
-        memorization.CLAIM,
-        audit.CLAIM,
-    )
-}
+_MODULES = (
+    grokking, multistep, pinn, image, benign_overfitting, double_descent, implicit_bias,
+    drift_diffusion, coupling, feature_learning, memorization, audit,
+)  # fmt: skip
+CLAIMS: dict[str, Claim] = {claim.name: claim for claim in map(claim_of, _MODULES)}
 """The claims, by name, in the order of the summary."""

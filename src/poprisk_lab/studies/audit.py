@@ -13,7 +13,7 @@ from poprisk.intervals import Interval, t_interval
 from poprisk_lab.audit.nets import recipe_for
 from poprisk_lab.plots import Line, Plot, Table, points, written
 from poprisk_lab.results import TrialResult
-from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import at_least, at_most, controls, mean_over
 from poprisk_lab.studies.finding import RUNS, SETS, by_folds, by_own_predictions
 from poprisk_lab.tasks.mislabelled import SOURCES, mislabelled
@@ -217,28 +217,3 @@ def show(results: Results) -> Plots:
         Plot("Retrained without them", "data and noise", "test accuracy", marks("accuracy", after),
              f"AdamW, without what was found, or with it corrected. {order}"),
     ]  # fmt: skip
-
-
-CLAIM = Claim(
-    name="audit",
-    title="One run finds wrong labels",
-    statement="A run that hardly follows wrong labels finds them by its own predictions, at least "
-    "as well as cleanlab on predictions of 5 and 10 folds.",
-    source="Ours; Algorithm 1 is what trains",
-    published=["the paper does not look for wrong labels"],
-    ours=[
-        "digits as numbers and as pictures, breast cancer, wine, a table drawn by scikit-learn, "
-        "docstrings of the running Python's library, mnist1d if it is installed",
-        "labels wrong at random (5, 20, 40%), between pairs of classes (30%), and where a logistic "
-        "regression on a tenth of the data is likely to err (20%)",
-        "networks, batches and epochs by the rule of `poprisk audit`; 5% of the labels are planted",
-        "cleanlab's ranking by normalized margin, and the better of two of its sets in each place, "
-        "in hindsight; AdamW at 1e-3 or 3e-4, for as long, as was best on a fifth of each fold",
-        "the other runs are audited alike: AdamW, a slow one (3e-4, decay 1), a shuffled mask",
-        "five seeds on which nothing was chosen, paired; trainings are passes over the data",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

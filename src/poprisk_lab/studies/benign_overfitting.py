@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from poprisk.intervals import Interval, t_interval
-from poprisk_lab.plots import Line, Plot, Table, points, tabulate
+from poprisk_lab.plots import Line, Plot, Table, points, short, tabulate
 from poprisk_lab.results import Key, TrialResult
 from poprisk_lab.studies import criteria, descent, label_noise
-from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import at_least, at_most, controls, point
-from poprisk_lab.studies.descent import CleanSplit, Fit, predicted, short
+from poprisk_lab.studies.descent import CleanSplit, Fit, predicted
 from poprisk_lab.tasks.interpolation import inputs_of
 
 NOISE, FLIPPED, EXAMPLES, QUERIES = 0.5, 0.2, 30, 100
@@ -214,27 +214,3 @@ def _profile(results: Results, key: str, title: str) -> Plot:
         lines.append(Line(name, range(1, len(mean) + 1), mean, setting.colour))
     about = "Means over the data sets. A soft direction lies far below 1."
     return Plot(title, "direction", "over the largest", lines, about, log_y=True)
-
-
-CLAIM = Claim(
-    name="benign-overfitting",
-    title="Benign overfitting",
-    statement="A network that fits label noise to the end can still predict well: the test error "
-    "it adds is the harmful-noise term of the path operators, and benign noise lies in the "
-    "reservoir, where no query sees it.",
-    source="Fig. 1, Cor. H.4 (frozen kernel)",
-    ours=[
-        f"n = {EXAMPLES} training examples, {QUERIES} queries with clean targets, label noise of "
-        f"variance {NOISE**2}; wrong labels {FLIPPED:.0%} in the logistic setting.",
-        "Long tail: 2 strong directions and 400 to 600 weak ones that share the variance 2 (benign "
-        "by Bartlett et al. 2020). Isotropic: 33 inputs for the linear model, 5 for the network.",
-        "Full-batch gradient descent with momentum until the residual is 1e-5 (linear) or 1e-2 "
-        "(network) of that at the start; 150 steps in the logistic setting.",
-        "Excess test error: mean over noise drawn in pairs ±e, each trained from the same start, "
-        "minus the error of the network trained on clean labels.",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

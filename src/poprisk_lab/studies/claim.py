@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.claims import WORDS
 from poprisk_lab.plots import Picture, Plot, Table
 from poprisk_lab.results import Metrics, Results, TrialResult
 from poprisk_lab.studies.criteria import Criterion
@@ -41,12 +44,12 @@ class Claim:
 
     Args:
         name: as on the command line.
-        title: a few words.
+        title: a few words; this and what follows as ``claims.toml`` says.
         statement: what is claimed, one sentence.
         source: where in the paper.
         paper: the paper's figure, in words; empty if it gives none.
         published: settings as published.
-        ours: settings that are ours, because the paper's are not known or for the machine's sake.
+        ours: settings that are ours.
         trials: the trials of the quick form (True) or the full one.
         run: does one trial.
         judge: from finished trials to the report.
@@ -64,3 +67,25 @@ class Claim:
     run: Callable[[dict[str, Any], Workspace], Metrics]
     judge: Callable[[Results], Report]
     show: Callable[[Results], Plots]
+
+
+def claim_of(module: ModuleType) -> Claim:
+    """The claim whose trials, ``run``, ``judge`` and ``show`` a module of the studies has.
+
+    Its words are those of ``claims.toml``, names in braces those of the module.
+    """
+    name = re.sub(r"[._]", "-", module.__name__.removeprefix("poprisk_lab.studies."))
+
+    def filled(words: Any) -> Any:
+        if isinstance(words, list):
+            return [text.format_map(vars(module)) for text in words]
+        return words.format_map(vars(module))
+
+    return Claim(
+        name=name,
+        trials=module.trials,
+        run=module.run,
+        judge=module.judge,
+        show=module.show,
+        **{key: filled(words) for key, words in WORDS[name].items()},
+    )

@@ -16,7 +16,7 @@ from poprisk.path import Run
 from poprisk.path.coupling import Prediction, coupling_matrix, score
 from poprisk.path.operators import PathOperators, path_operators
 from poprisk_lab.plots import Picture, Plot, metric_line, points, rounded, tabulate
-from poprisk_lab.studies.claim import Claim, Metrics, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, controls, difference, geometric
 from poprisk_lab.studies.small_nets import Examples, NetRecipe, movement, ridge_fits, tangents
 
@@ -221,30 +221,3 @@ def show(results: Results) -> list[Plot | Picture]:
              "One point a run; both predictors are regularized in hindsight, by the movement that "
              "they predict. Below 1 is better than to predict no movement.", log_y=True),
     ]  # fmt: skip
-
-
-CLAIM = Claim(
-    name="coupling",
-    title="Test movement from training movement",
-    statement="The movement of the test outputs follows from that of the training outputs through "
-    "the operators of the path, while the kernel drifts by more than its own size.",
-    source="Thm 5.1, E.2, E.3",
-    paper="correlation 0.991, relative error 0.165; drift peaks near 4.8, ends near 2.4",
-    published=[
-        "A∘ = G W† Dᵀ (D W† Dᵀ)† against the kernel at the start",
-        "net, data and learning rate are not known to us",
-    ],
-    ours=[
-        f"{N} training and {M} test points of three inputs, one hidden layer of {UNITS} tanh units "
-        f"with small initial weights (×{SCALE}), 300 steps, float64",
-        "squared error and cross-entropy; SGD in full and mini batches, AdamW, PopRiskAdamW (α = "
-        "0.1: with so few examples the calibrated gate is nearly shut and the kernel stands still)",
-        "the frozen control takes the best ridge in hindsight, by the test movement",
-        f"other labels: as much noise again (regression), or {FLIPPED} of {N} labels flipped",
-        f"a record of every {STRIDE}th step; six seeds",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

@@ -14,8 +14,7 @@ from poprisk.ntk import entk
 from poprisk.path import record
 from poprisk.path.operators import PathOperators, path_operators
 from poprisk.protocols import PerExampleLoss
-
-DIGITS = 5
+from poprisk_lab.tasks.nets import mlp
 
 
 class CleanSplit(NamedTuple):
@@ -54,7 +53,7 @@ def linear(inputs: int, outputs: int = 1) -> nn.Module:
 def two_layer(inputs: int, width: int, scales: tuple[float, float], seed: int) -> nn.Module:
     """A tanh network whose two weight matrices are normal with these scales, float64."""
     generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    model = mlp(inputs, width, 1, activation=nn.Tanh).double()
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
@@ -206,13 +205,3 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
 def mean_square(values: Tensor) -> float:
     """Mean of the squares."""
     return float(values.square().mean())
-
-
-def short(value: float) -> float:
-    """A number with the digits that go on record."""
-    return float(f"{value:.{DIGITS}g}")
-
-
-def shorts(values: Tensor) -> list[float]:
-    """Numbers with the digits that go on record."""
-    return [short(v) for v in values.tolist()]

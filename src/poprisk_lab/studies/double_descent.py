@@ -19,12 +19,12 @@ from torch.optim import Adam, Optimizer
 from poprisk.intervals import Interval, t_interval
 from poprisk.path.coupling import noise_gain
 from poprisk.path.operators import PathOperators
-from poprisk_lab.plots import Line, Plot, interval_line, tabulate
+from poprisk_lab.plots import Line, Plot, interval_line, short, tabulate
 from poprisk_lab.results import Key
 from poprisk_lab.studies import criteria, descent
-from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls, ratio
-from poprisk_lab.studies.descent import CleanSplit, mean_square, predicted, short
+from poprisk_lab.studies.descent import CleanSplit, mean_square, predicted
 from poprisk_lab.tasks.interpolation import random_relu
 
 NOISE_STD, EXAMPLES, QUERIES, SNAPSHOTS = 0.5, 30, 100, 11
@@ -223,27 +223,3 @@ def _over_weights(
         lines.append(interval_line(name, x, bands, colour))
     axis = f"weights ({EXAMPLES} training examples)"
     return Plot(title, axis, y, lines, about, log_x=True, log_y=True)
-
-
-CLAIM = Claim(
-    name="double-descent",
-    title="Double descent",
-    statement="Over capacity the test error peaks at the interpolation threshold because label "
-    "noise gets through there: the noise gain of the path operators peaks with it.",
-    source="Fig. 1, Cor. H.4 (frozen kernel)",
-    ours=[
-        f"n = {EXAMPLES} training examples with label noise of variance {NOISE_STD**2}, {QUERIES} "
-        "queries with clean targets tanh(b·x).",
-        "Random ReLU features of 8 inputs (5 to 300) with a linear readout, gradient descent with "
-        "momentum 0.98; a two-layer tanh network of 4 inputs (width 1 to 48, six weights each and "
-        "one), Adam at 0.02.",
-        f"{STEPS[FEATURES]} and {STEPS[NETWORK]} full-batch steps: at the threshold the smallest "
-        "directions are not fitted to the end, and the peak is finite where that of the "
-        "minimum-norm solution is not.",
-        "The threshold is where weights are as many as examples: 30 features, width 5.",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

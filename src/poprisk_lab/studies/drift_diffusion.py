@@ -10,8 +10,9 @@ from torch import nn
 from poprisk.intervals import Interval
 from poprisk.path.drift import Recipe, movement, slope, sweep
 from poprisk_lab.plots import Plot, metric_line, rounded, tabulate
-from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_most, controls
+from poprisk_lab.tasks.nets import mlp
 
 BATCH, UNITS, INPUTS, QUERIES = 8, 24, 4, 40
 MARGIN = 0.1
@@ -78,7 +79,7 @@ def recipe(part: Regime, settings: dict[str, Any]) -> Recipe:
 
     def model() -> nn.Module:
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(INPUTS, UNITS), nn.Tanh(), nn.Linear(UNITS, 1))
+        return mlp(INPUTS, UNITS, 1, activation=nn.Tanh)
 
     query = torch.randn(QUERIES, INPUTS, generator=g)
     return Recipe(
@@ -180,28 +181,3 @@ def show(results: Results) -> Plots:
              "The summed noise of the same runs in the same unit: slope 1/2, and turning back with "
              "shuffled passes.", log_x=True, log_y=True),
     ]  # fmt: skip
-
-
-CLAIM = Claim(
-    name="drift-diffusion",
-    title="Drift and diffusion of minibatch gradients",
-    statement="Along the run the signal adds up like T, the noise of minibatches like √(T/b), and "
-    "the label noise that is fitted shrinks like 1/√n.",
-    source="§4, Thm 4.1",
-    paper="powers 1, 1/2, -1/2, -1/2",
-    published=["the powers; the paper's own measurement, if there is one, is not known to us"],
-    ours=[
-        f"regression of one of {INPUTS} inputs with noise 0.5, 256 examples, {UNITS} tanh units, "
-        "plain SGD, 64 steps",
-        "T and b at learning rate 1e-4, batches of 8 (and 4, 16, 32), drawn independently; n = 32 "
-        "to 256 at rate 0.01 and 8 steps",
-        "eight replicates of the batches for each of eight draws of data and weights; intervals "
-        "over the latter",
-        f"a power counts as the theory's if its whole interval lies within {MARGIN:g} of it",
-        "as controls, what the laws leave out: larger rates, shuffled passes",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

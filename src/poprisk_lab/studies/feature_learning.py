@@ -15,7 +15,7 @@ from poprisk.intervals import Interval, t_interval
 from poprisk.path import trace_cells
 from poprisk_lab.plots import Picture, Plot, metric_line, rounded, seeds_line, tabulate
 from poprisk_lab.results import across
-from poprisk_lab.studies.claim import Claim, Metrics, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import at_least, at_most, controls, ratio
 from poprisk_lab.studies.descent import mean_square
 from poprisk_lab.studies.small_nets import (
@@ -223,28 +223,3 @@ def _errors(label: str, runs: Results) -> Plot:
     return Plot(f"Test error: {label}", "step", "mean squared error", lines,
                 "Mean over seeds with 95% intervals. The lines of the kernels have their best "
                 "ridge by the test set.")  # fmt: skip
-
-
-CLAIM = Claim(
-    name="feature-learning",
-    title="Generalization while the kernel changes",
-    statement="A net generalizes where the kernel it starts with does not, its kernel changing by "
-    "more than its own size, and the operators of the path account for its test outputs.",
-    source="§3 and Thm 5.1",
-    paper="",
-    published=["the theory is not to assume a frozen kernel; its experiment is not known to us"],
-    ours=[
-        f"{N} training examples with label noise {NOISE}, {M} clean test points, one hidden layer "
-        f"of {UNITS} tanh units in PyTorch's initialization, 1,000 steps, batches of {BATCH}",
-        "x₁x₂ and √2 sin 2x₁ and x₁x₂ + max(x₃, 0) of 16 to 20 Gaussian inputs; AdamW, SGD and "
-        "PopRiskAdamW on its defaults",
-        "the digits, odd against even, as a control: there the kernel at the start is good",
-        "the net as it ends, kernel regression with the best ridge by the test set; six seeds",
-        f"clearly better is {CLEARLY:g} times the error or less; a drift of 1 is the kernel's size",
-        "operators matrix-free, all outputs moved once per pass over the data",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

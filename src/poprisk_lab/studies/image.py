@@ -13,7 +13,7 @@ from poprisk_lab.controls import UpdateTrace
 from poprisk_lab.pictures import decode, encode, side_by_side
 from poprisk_lab.plots import Line, Picture, Plot, rounded, seeds_line, tabulate
 from poprisk_lab.studies import optimizers
-from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls, difference
 from poprisk_lab.studies.descent import predicted
 from poprisk_lab.studies.optimizers import Contestant, most, of_arm
@@ -68,9 +68,8 @@ def _train(
     x, y = task.train
     torch.manual_seed(seed)
     model = task.model()
-    given: dict[str, Any] = {key: settings[key] for key in ("lr", "weight_decay")}
-    given |= {"batch_size": task.batch_size, "dataset_size": len(x)}
-    optimizer = optimizers.make_optimizer(arm, model, **given, trace=trace)
+    sizes: dict[str, Any] = {"batch_size": task.batch_size, "dataset_size": len(x)}
+    optimizer = optimizers.make_optimizer(arm, model, settings, **sizes, trace=trace)
     generator = torch.Generator().manual_seed(seed)
     quality = []
     for epoch in range(1, settings["epochs"] + 1):
@@ -215,34 +214,3 @@ def _picture(one: Rivalry) -> Picture:
         "From left to right: noisy, as trained on; " + "; ".join(c.label for c in ends) + "; "
         f"clean. Seed {seed}.",
     )
-
-
-CLAIM = Claim(
-    name="image",
-    title="A noisy picture, fitted without stopping",
-    statement="Trained on a noisy picture, the gated network fits the picture and not the noise, "
-    "without early stopping.",
-    source="Litman and Guo, arXiv:2605.01172, experiments on implicit neural representations",
-    paper="",
-    published=[
-        "Implicit neural representation of a noisy picture, Algorithm 1 against AdamW.",
-        "Not known: picture, noise, networks, learning rates, batch size, length of training.",
-    ],
-    ours=[
-        "skimage.data.camera, averaged down to 64 × 64, normal noise of standard deviation 0.1 "
-        "(20 dB).",
-        "SIREN (ω₀ = 30) and a ReLU network on 64 random Fourier features, both 3 × 128.",
-        "Batches of 512 of the 4,096 pixels, 150 epochs, 5 seeds of noise, network and batches.",
-        "Algorithm 1 with mask soft (as printed) or snr (default of the authors' package), "
-        "softness 1; mask and learning rate (3e-4, 1e-3) chosen by the final PSNR.",
-        "AdamW over learning rates 1e-5 to 1e-3 with weight decay 0.01, and 1e-5 to 1e-4 with 1, "
-        "chosen by the same, which favours AdamW: it has more points to choose from.",
-        "AdamW's rate of 1e-5 was added after the rest had run, because its best end lay at the "
-        "edge of the grid; no bound was changed.",
-        "No stop needed: at most 0.5 dB from the best moment to the end.",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

@@ -15,12 +15,12 @@ from torch.optim import Adam, Optimizer
 
 from poprisk.path.channel import Spectrum
 from poprisk.path.operators import PathOperators
-from poprisk_lab.plots import Line, Plot, points, tabulate
+from poprisk_lab.plots import Line, Plot, points, rounded, short, tabulate
 from poprisk_lab.studies import descent
-from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import at_least, at_most, controls
-from poprisk_lab.studies.descent import CleanSplit, interpolant_distances, short, shorts
-from poprisk_lab.studies.directions import WEAKEST, learning_order, output_gradients
+from poprisk_lab.studies.descent import CleanSplit, interpolant_distances
+from poprisk_lab.studies.directions import learning_order, output_gradients
 
 LINEAR, NETWORK = MODELS = ("linear", "network")
 METHODS = ("gradient descent", "momentum", "minibatches", "another start", "Adam")
@@ -95,8 +95,8 @@ def _order(kind: str, seed: int, steps: int) -> Metrics:
         "half_times": halves.tolist(),
         "never": int((halves == len(gradients)).sum()),
         "moments": moments.tolist(),
-        "decay": [shorts(along[moments, i] / along[0, i]) for i in SHOWN],
-        "eigenvalues": shorts(whole.spectrum.eigenvalues),
+        "decay": [rounded((along[moments, i] / along[0, i]).tolist()) for i in SHOWN],
+        "eigenvalues": rounded(whole.spectrum.eigenvalues.tolist()),
         "drift": short(max(value for _, value in whole.kernel_drift())),
         "residual": short(descent.residual(model, data.x, y) / float(y.norm())),
         "closure": short(max(whole.closure)),
@@ -226,25 +226,3 @@ def _distances(norms: Results) -> Plot:
     methods = ", ".join(f"{i} {method}" for i, method in enumerate(METHODS, 1))
     text = f"{methods}. A point for each data set. From 0 both interpolants are the same one."
     return Plot("Where a linear model ends", "method", "relative distance", lines, text, log_y=True)
-
-
-CLAIM = Claim(
-    name="implicit-bias",
-    title="Implicit bias",
-    statement="Directions are learned in the order of the eigenvalues of W, also while the kernel "
-    "changes; a linear model ends at the interpolant of least norm.",
-    source="Fig. 1, §3",
-    ours=[
-        f"Order: n = {EXAMPLES}, targets with noise of variance {NOISE_STD**2:g}, {STEPS} steps of "
-        "full-batch gradient descent without momentum; a linear model of 60 inputs with variances "
-        "1, 1/2, 1/3, ..., and a tanh network of 8 inputs and width 24 from a small start.",
-        f"Only directions that hold at least {WEAKEST:.0%} of the mean squared output gradient at "
-        "the start count; in the others there is next to nothing to be learned.",
-        f"Interpolants: n = {NORM_EXAMPLES}, {NORM_INPUTS} inputs, trained until the residual is "
-        f"1e-13 of that at the start (Adam at 0.02: 1e-6, or {ADAM_STEPS} steps).",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from poprisk.path import split_gradient
 from poprisk.path.channel import Channel, Spectrum
 from poprisk.path.operators import PathOperators
+from poprisk_lab.plots import rounded, short
 from poprisk_lab.studies.claim import Metrics
 from poprisk_lab.studies.descent import (
     CleanSplit,
@@ -17,8 +18,6 @@ from poprisk_lab.studies.descent import (
     linear,
     mean_square,
     predicted,
-    short,
-    shorts,
 )
 
 TOLERANCES = (1e-1, 1e-2, 1e-4, 1e-6)
@@ -99,8 +98,8 @@ def by_path(ops: PathOperators, clean: Tensor) -> Metrics:
         "terms": {k: short(v) for k, v in cells.error.terms.items()},
         "reservoir": {f"{t:g}": outside(ops.channel(t), noise) for t in TOLERANCES},
         "unseen": {f"{t:g}": outside(gains.channel(t), noise) for t in TOLERANCES},
-        "dissipation": shorts(eigenvalues / eigenvalues[0]),
-        "gains": shorts(gains.eigenvalues / gains.eigenvalues[0]),
+        "dissipation": rounded((eigenvalues / eigenvalues[0]).tolist()),
+        "gains": rounded((gains.eigenvalues / gains.eigenvalues[0]).tolist()),
     }
 
 

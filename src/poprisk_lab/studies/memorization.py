@@ -9,14 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from poprisk.intervals import Interval
-from poprisk_lab.arms import default_arms
+from poprisk_lab.arms import DEFAULT_ADAMW, default_arms
 from poprisk_lab.fit import ArmRun
 from poprisk_lab.plots import Line, Plot, Table, metric_line, rounded, seeds_line, tabulate, thinned
 from poprisk_lab.results import TrialResult, across
-from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls, difference
 from poprisk_lab.tasks import load_task
-from poprisk_lab.verdict import DEFAULT_ADAMW
 
 OURS, MATCHED, SHUFFLED, PAPER = "poprisk", "rms-matched", "shuffled", "paper-soft"
 BEST = "best"
@@ -219,31 +218,3 @@ def _along(levels: Levels, key: str, noise: float) -> list[Line]:
         for arm, colour in COLOURS.items()
         if (runs := levels.runs.where(arm=arm, noise=noise))
     ]
-
-
-CLAIM = Claim(
-    name="memorization",
-    title="Wrong labels are not memorized",
-    statement="Trained on wrong labels, a net with the gate learns what generalizes and does not "
-    "memorize the rest, without a validation set.",
-    source="Algorithm 1 and Thm 6.5",
-    paper="",
-    published=[
-        "Algorithm 1 with the soft, hard and snr masks, ρ = 0.99, α = b/(n-b)",
-        "the paper's own experiment with wrong labels is not known to us",
-    ],
-    ours=[
-        "scikit-learn's 8×8 digits, 1,000 for training, 797 clean ones for testing; 0, 20, 40 and "
-        "60% of the training labels replaced by another class at random",
-        "a 64-256-256-10 ReLU net, 80 epochs, batches of 64, learning rate 1e-3, decay 0.01; final "
-        "accuracy, nothing is stopped early",
-        "PopRiskAdamW on its defaults (soft mask, z = 1.5, λ = 0.1), the same at every noise level",
-        "AdamW over learning rates 3e-5 to 3e-3 and decays 0.01 and 1, the best picked by the test "
-        "set, which favours AdamW",
-        "six seeds (data split, wrong labels, initial weights, order), paired",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

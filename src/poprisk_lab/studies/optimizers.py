@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from poprisk.intervals import Interval
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.controls import UpdateTrace
-from poprisk_lab.plots import Line, rounded
+from poprisk_lab.plots import Line, rounded, short
 from poprisk_lab.studies.claim import Metrics, Results, TrialResult
 from poprisk_lab.studies.criteria import Steps, restricted_mean, speed_up
 
@@ -41,9 +41,8 @@ Train = Callable[[str, UpdateTrace | None, Step], list[Metrics]]
 def make_optimizer(
     arm: str,
     model: nn.Module,
+    settings: dict[str, Any],
     *,
-    lr: float,
-    weight_decay: float,
     batch_size: int,
     dataset_size: int | None,
     trace: UpdateTrace | None = None,
@@ -53,14 +52,13 @@ def make_optimizer(
     Args:
         arm: its name.
         model: whose parameters it trains.
-        lr: learning rate.
-        weight_decay: decoupled, as in AdamW.
+        settings: of the trial, with ``lr`` and ``weight_decay`` (decoupled, as in AdamW).
         batch_size: for the gate.
         dataset_size: for the gate; None for a stream.
         trace: update sizes, for the arm ``matched``.
     """
     chosen = ARMS[arm]
-    given = {**chosen.settings, "lr": lr, "weight_decay": weight_decay}
+    given = {**chosen.settings, **{key: settings[key] for key in ("lr", "weight_decay")}}
     sizes: dict[str, Any] = {"batch_size": batch_size, "dataset_size": dataset_size}
     return build_optimizer(dataclasses.replace(chosen, settings=given), model, **sizes, trace=trace)
 
@@ -185,8 +183,8 @@ def error_metrics(settings: dict[str, Any], errors: Sequence[float], *, goal: fl
     return {
         "steps": next((every * i for i, e in enumerate(errors, 1) if e <= goal), None),
         "limit": settings["steps"],
-        "final": rounded([errors[-1]])[0],
-        "best": rounded([min(errors)])[0],
+        "final": short(errors[-1]),
+        "best": short(min(errors)),
         "at": [every * (i + 1) for i in kept],
         "errors": rounded([errors[i] for i in kept]),
     }

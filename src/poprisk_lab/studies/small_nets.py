@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.path import Run, record
+from poprisk_lab.tasks.nets import mlp
 
 Examples = tuple[Tensor, Tensor]
 """Inputs and targets."""
@@ -45,9 +46,7 @@ class NetRecipe(NamedTuple):
         """Train and keep what happened; the seed decides initial weights and batches."""
         (x, _), n = train, len(train[0])
         torch.manual_seed(seed)
-        net = nn.Sequential(
-            nn.Linear(x.shape[1], self.units), nn.Tanh(), nn.Linear(self.units, self.outputs)
-        ).double()
+        net = mlp(x.shape[1], self.units, self.outputs, activation=nn.Tanh).double()
         with torch.no_grad():
             for p in net.parameters():
                 p.mul_(self.scale)

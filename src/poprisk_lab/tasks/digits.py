@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from poprisk._validate import check_number, check_positive
+from poprisk.losses import cross_entropy
 from poprisk.task import Task
+from poprisk_lab.tasks.nets import mlp
 
 CLASSES = 10
 TRAINING = 1_000
@@ -25,7 +26,10 @@ def flip_labels(labels: Tensor, rate: float, generator: torch.Generator) -> Tens
     return noisy
 
 
-def _split(seed: int, noise: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+def split_digits(
+    seed: int, noise: float
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """Training set with wrong labels, test set without, and the right labels of the first."""
     from sklearn.datasets import load_digits
 
     check_number("noise", noise, low=0.0, high=1.0)
@@ -39,17 +43,6 @@ def _split(seed: int, noise: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
     return (x[train], noisy), (x[test], y[test]), y[train]
 
 
-def mlp(hidden: int) -> nn.Module:
-    """Two hidden layers: 64-hidden-hidden-10."""
-    return nn.Sequential(
-        nn.Linear(64, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, CLASSES),
-    )
-
-
 def cnn(channels: int = 32, widths: Sequence[int] = (128, CLASSES)) -> nn.Module:
     """Two 3×3 convolutions on flat pictures of 8×8, then fully connected layers.
 
@@ -57,32 +50,25 @@ def cnn(channels: int = 32, widths: Sequence[int] = (128, CLASSES)) -> nn.Module
         channels: of the first convolution; the second has twice as many, at half the size.
         widths: of the fully connected layers, the outputs last.
     """
-    layers: list[nn.Module] = [
+    return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, channels, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-    ]  # made in this order, in which they draw their weights
-    for before, after in itertools.pairwise((32 * channels, *widths)):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def per_example_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of logits (b, c) against classes (b,), not averaged."""
-    return F.cross_entropy(outputs, targets, reduction="none")
+        *mlp(32 * channels, *widths),
+    )  # made in this order, in which they draw their weights
 
 
 def _task(
     name: str, model: Callable[[], nn.Module], seed: int, noise: float, epochs: int, about: str
 ) -> Task:
-    train, test, clean = _split(seed, noise)
+    train, test, clean = split_digits(seed, noise)
     return Task(
         name=name,
         model=model,
-        loss=per_example_cross_entropy,
+        loss=cross_entropy,
         train=train,
         test=test,
         clean=clean,
@@ -95,7 +81,8 @@ def digits(seed: int = 0, *, noise: float = 0.4, hidden: int = 256) -> Task:
     """8×8 digits, 1,000 for training with 40% symmetric label noise, 797 clean ones for testing."""
     check_positive("hidden", hidden)
     about = "MLP, {noise:.0%} of the training labels wrong"
-    return _task("digits", lambda: mlp(hidden), seed, noise, 80, about)
+    model = partial(mlp, 64, hidden, hidden, CLASSES)
+    return _task("digits", model, seed, noise, 80, about)
 
 
 def digits_cnn(seed: int = 0, *, noise: float = 0.4) -> Task:
@@ -106,4 +93,11 @@ def digits_cnn(seed: int = 0, *, noise: float = 0.4) -> Task:
 
 def digits_clean(seed: int = 0, *, hidden: int = 256) -> Task:
     """The digits with correct labels: here a gate can only cost accuracy."""
-    return _task("digits-clean", lambda: mlp(hidden), seed, 0.0, 80, "MLP, correct labels")
+    return _task(
+        "digits-clean",
+        lambda: mlp(64, hidden, hidden, CLASSES),
+        seed,
+        0.0,
+        80,
+        "MLP, correct labels",
+    )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from poprisk._validate import check_choice, check_number
 from poprisk.task import Task
+from poprisk_lab.tasks.nets import mlp
 from poprisk_lab.tasks.regression import squared_error
 
 PHOTOGRAPHS = ("camera", "astronaut", "chelsea", "coffee")
@@ -70,11 +71,7 @@ class FourierMLP(nn.Module):
         super().__init__()
         # Places lie in [-1, 1], those of [T] in [0, 1]: hence the half.
         self.register_buffer("frequencies", FREQUENCY_STD / 2 * torch.randn(features, 2))
-        sizes = [2 * features, *[width] * depth]
-        hidden = [
-            part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())
-        ]
-        self.layers = nn.Sequential(*hidden, nn.Linear(width, 1))
+        self.layers = mlp(2 * features, *[width] * depth, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Grey values (b, 1) at places ``x`` (b, 2) in [-1, 1]²."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,17 +68,11 @@ def _pictures() -> Arrays:
     return (16 * x).astype(np.uint8).reshape(-1, 1, 8, 8), y
 
 
-def _cancer() -> Arrays:
-    from sklearn.datasets import load_breast_cancer
+def _measured(name: str) -> Arrays:
+    """A table that scikit-learn ships."""
+    from sklearn import datasets
 
-    data: Any = load_breast_cancer()
-    return _standardized(data.data, data.target)
-
-
-def _wine() -> Arrays:
-    from sklearn.datasets import load_wine
-
-    data: Any = load_wine()
+    data: Any = getattr(datasets, f"load_{name}")()
     return _standardized(data.data, data.target)
 
 
@@ -136,8 +130,8 @@ class _Source(NamedTuple):
 SOURCES = {
     "digits": _Source(_digits, 1_000),
     "pictures": _Source(_pictures, 500),
-    "cancer": _Source(_cancer, 400),
-    "wine": _Source(_wine, 120),
+    "cancer": _Source(partial(_measured, "breast_cancer"), 400),
+    "wine": _Source(partial(_measured, "wine"), 120),
     "drawn": _Source(_drawn, 1_500),
     "docstrings": _Source(_docstrings, 800),
     "mnist1d": _Source(_signals, 2_000),

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poprisk._validate import check_choice, check_number, check_positive
+from poprisk.losses import cross_entropy
 from poprisk.task import Pair, Task
-from poprisk_lab.tasks.digits import per_example_cross_entropy
 
 
 class FeedForward(nn.Module):
@@ -152,7 +152,7 @@ def modular_division(seed: int = 0, *, p: int = 97, fraction: float = 0.25) -> T
     return Task(
         name="grokking",
         model=lambda: ModularTransformer(p),
-        loss=per_example_cross_entropy,
+        loss=cross_entropy,
         train=train,
         test=test,
         epochs=600,

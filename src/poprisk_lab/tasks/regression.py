@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from poprisk.task import Task
+from poprisk_lab.tasks.nets import mlp
 
 FEATURES = 200
 TRAINING = 100
@@ -68,9 +69,7 @@ def diabetes(seed: int = 0) -> Task:
     y = (y - y[:n].mean()) / y[:n].std()
     return Task(
         name="diabetes",
-        model=lambda: nn.Sequential(
-            nn.Linear(10, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1)
-        ),
+        model=lambda: mlp(10, 128, 128, 1),
         loss=squared_error,
         train=(x[:n], y[:n]),
         test=(x[n:], y[n:]),

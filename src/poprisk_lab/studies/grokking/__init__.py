@@ -10,10 +10,11 @@ from poprisk.intervals import Interval
 from poprisk_lab.plots import Line, Plot, Table, points
 from poprisk_lab.results import TrialResult
 from poprisk_lab.studies import criteria
-from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Workspace
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Workspace
 from poprisk_lab.studies.criteria import Criterion, Steps, at_least, controls
 from poprisk_lab.studies.grokking import channel, forces, runs
-from poprisk_lab.studies.grokking.arms import CHANGES, FORCES, LABELS, trials
+from poprisk_lab.studies.grokking.arms import CHANGES, FORCES, LABELS
+from poprisk_lab.studies.grokking.arms import trials as trials
 from poprisk_lab.studies.grokking.forces import COLUMNS
 
 PAPER = 29_450 / 5_950
@@ -203,32 +204,3 @@ def _channel_plot(d: TrialResult) -> Plot:
         f"The channel: the leading {d.settings['rank']} directions of the kernel at that moment; "
         f"a random target would have {d.metrics['chance']:.0%} of its energy there.",
     )  # fmt: skip
-
-
-CLAIM = Claim(
-    name="grokking",
-    title="Grokking",
-    statement="On a·b⁻¹ mod 97 with a quarter of the table, the gate generalizes in five times "
-    "fewer steps than AdamW, and the target moves from the reservoir into the channel as it does.",
-    source="[LG, §7]",
-    paper="29,450 → 5,950 steps (4.9×)",
-    published=[
-        "a·b⁻¹ mod 97, 25% of the table for training, a small Transformer; steps to 95% held-out",
-        "Algorithm 1 with its snr mask; learning rate, decay, batch size and network are not known "
-        "to us",
-    ],
-    ours=[
-        "one pre-norm block: width 128, 4 heads, 256 hidden units, initial weights N(0, 0.25/128)",
-        "full batch, learning rate 1e-3, decay 1, β = (0.9, 0.98), unless said; defaults of the "
-        "gate (soft, z = 1.5)",
-        "a run that never reaches 95% counts with the steps it had: the ratio is a lower bound",
-        "tuned: the fastest of each grid on seed 100, which is not among the seeds judged",
-        "five seeds an arm; tuned, 20 (Grokfast 10)",
-        "one setting at a time changed on seed 0, up to 6,500 steps; forces on seed 0",
-        "the channel on p = 31, half of the table, kernel averaged over classes by random signs",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

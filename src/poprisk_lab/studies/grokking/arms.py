@@ -8,17 +8,9 @@ from typing import Any, NamedTuple
 from poprisk_lab.studies.claim import Trial
 
 BASE: dict[str, Any] = {
-    "kind": "run",
-    "table": "division",
-    "p": 97,
-    "fraction": 0.25,
-    "width": 128,
-    "hidden": 256,
-    "batch": 0,
-    "beta2": 0.98,
-    "every": 50,
-    "after": 200,
-}
+    "kind": "run", "table": "division", "p": 97, "fraction": 0.25, "width": 128, "hidden": 256,
+    "batch": 0, "beta2": 0.98, "every": 50, "after": 200,
+}  # fmt: skip
 SAME = {"lr": 1e-3, "weight_decay": 1.0}
 FINE = {"every": 25, "limit": 3000}
 LETTER = {"mode": "paper", "softness": 1.0, "alpha": 1.0, "mask": "snr"}
@@ -27,13 +19,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "adamw-same": {"arm": "adamw", **SAME, "limit": 30_000},
     "adamw-tuned": {"arm": "adamw", "lr": 1e-2, "weight_decay": 2.0, **FINE},
     "ours-tuned": {"arm": "poprisk", "lr": 5e-3, "weight_decay": 3.0, "gate": {"z": 3.0}, **FINE},
-    "grokfast-tuned": {
-        "arm": "grokfast",
-        "lr": 5e-3,
-        "weight_decay": 3.0,
-        "gate": {"grokfast_lamb": 0.5},
-        **FINE,
-    },
+    "grokfast-tuned": {"arm": "grokfast", "lr": 5e-3, "weight_decay": 3.0,
+                       "gate": {"grokfast_lamb": 0.5}, **FINE},
     "letter-snr": {"arm": "paper", "gate": LETTER, **SAME, "limit": 7000},
     "rms-matched": {"arm": "rms-matched", "gate": {}, **SAME, "limit": 7000},
     "shuffled": {"arm": "shuffled", "gate": {}, **SAME, "limit": 7000},
@@ -41,77 +28,33 @@ ARMS: dict[str, dict[str, Any]] = {
     "orthograd": {"arm": "orthograd", "gate": {}, **SAME, "limit": 7000},
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
-}
-SEEDS = dict.fromkeys(ARMS, 5) | {
-    "adamw-tuned": 20,
-    "ours-tuned": 20,
-    "grokfast-tuned": 10,
-}
+}  # fmt: skip
+SEEDS = dict.fromkeys(ARMS, 5) | {"adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10}
 """Seeds of each arm; more where runs are short and close to each other."""
 CHANNEL_SEEDS = 6
 TUNING_SEED = 100
 GRID = [
-    (1e-2, 2.0),
-    (5e-3, 3.0),
-    (5e-3, 2.0),
-    (5e-3, 1.0),
-    (3e-3, 3.0),
-    (1e-2, 1.0),
-    (3e-3, 1.0),
-    (2e-3, 5.0),
-    (1e-3, 10.0),
-    (1e-2, 3.0),
-    (5e-3, 5.0),
-    (2e-2, 1.0),
-]
+    (1e-2, 2.0), (5e-3, 3.0), (5e-3, 2.0), (5e-3, 1.0), (3e-3, 3.0), (1e-2, 1.0), (3e-3, 1.0),
+    (2e-3, 5.0), (1e-3, 10.0), (1e-2, 3.0), (5e-3, 5.0), (2e-2, 1.0),
+]  # fmt: skip
 """Learning rate and decay of AdamW, tried on the tuning seed."""
 BETAS = (0.95, 0.999)
 """Values of β₂ beside 0.98, tried at the two best of the grid."""
 GATE_GRID = [
-    (5e-3, 2.0, 3.0),
-    (5e-3, 2.0, 1.5),
-    (3e-3, 3.0, 1.5),
-    (3e-3, 3.0, 3.0),
-    (1e-2, 1.0, 3.0),
-    (5e-3, 3.0, 1.5),
-    (5e-3, 3.0, 3.0),
-    (5e-3, 1.0, 1.5),
-    (3e-3, 3.0, 0.75),
-    (3e-3, 5.0, 1.5),
-    (1e-2, 2.0, 3.0),
-    (1e-2, 3.0, 3.0),
-    (5e-3, 5.0, 3.0),
-    (2e-2, 1.0, 3.0),
-]
+    (5e-3, 2.0, 3.0), (5e-3, 2.0, 1.5), (3e-3, 3.0, 1.5), (3e-3, 3.0, 3.0), (1e-2, 1.0, 3.0),
+    (5e-3, 3.0, 1.5), (5e-3, 3.0, 3.0), (5e-3, 1.0, 1.5), (3e-3, 3.0, 0.75), (3e-3, 5.0, 1.5),
+    (1e-2, 2.0, 3.0), (1e-2, 3.0, 3.0), (5e-3, 5.0, 3.0), (2e-2, 1.0, 3.0),
+]  # fmt: skip
 """Learning rate, decay and z of the gate, tried on the tuning seed."""
 GROKFAST_GRID = [
-    (1e-2, 2.0, 2.0),
-    (5e-3, 3.0, 2.0),
-    (5e-3, 2.0, 2.0),
-    (3e-3, 3.0, 2.0),
-    (1e-2, 1.0, 2.0),
-    (5e-3, 5.0, 2.0),
-    (3e-3, 5.0, 2.0),
-    (1e-2, 3.0, 2.0),
-    (5e-3, 3.0, 0.5),
-    (5e-3, 3.0, 5.0),
-]
+    (1e-2, 2.0, 2.0), (5e-3, 3.0, 2.0), (5e-3, 2.0, 2.0), (3e-3, 3.0, 2.0), (1e-2, 1.0, 2.0),
+    (5e-3, 5.0, 2.0), (3e-3, 5.0, 2.0), (1e-2, 3.0, 2.0), (5e-3, 3.0, 0.5), (5e-3, 3.0, 5.0),
+]  # fmt: skip
 """Learning rate, decay and amplification λ of Grokfast, tried on the tuning seed."""
 CHANNEL: dict[str, Any] = {
-    **BASE,
-    "kind": "channel",
-    "p": 31,
-    "fraction": 0.5,
-    "width": 64,
-    "hidden": 128,
-    "asked": 200,
-    "rank": 60,
-    "arm": "poprisk",
-    "lr": 5e-3,
-    "weight_decay": 2.0,
-    "gate": {"z": 3.0},
-    "limit": 800,
-}
+    **BASE, "kind": "channel", "p": 31, "fraction": 0.5, "width": 64, "hidden": 128, "asked": 200,
+    "rank": 60, "arm": "poprisk", "lr": 5e-3, "weight_decay": 2.0, "gate": {"z": 3.0}, "limit": 800,
+}  # fmt: skip
 QUICK = {"p": 19, "fraction": 0.6, "width": 32, "hidden": 64, "limit": 60, "every": 20, "after": 0}
 
 LABELS = {
@@ -151,11 +94,8 @@ def _gate(label: str, **gate: Any) -> Change:
 CHANGES = {
     "batch-128": Change("batches of 128", "ours", {"batch": 128}),
     "lr": Change("learning rate 3e-3", "ours", FASTER),
-    "exact": Change(
-        "learning rate 3e-3, variance over examples",
-        "ours",
-        {**FASTER, "gate": {"variance": "exact"}},
-    ),
+    "exact": Change("learning rate 3e-3, variance over examples", "ours",
+                    {**FASTER, "gate": {"variance": "exact"}}),
     "decay": Change("decay 3", "ours", {"weight_decay": 3.0}),
     "decay-gated": Change("decay gated as well", "ours", {"arm": "decay-gated"}),
     "beta1": _gate("β₁ 0.97", betas=[0.97, 0.98]),
@@ -180,7 +120,7 @@ CHANGES = {
     "adamw-floor-high": Change("training loss held at 0.1", "adamw-same", {"floor": 0.1}),
     "adamw-narrow": Change("half as wide", "adamw-same", NARROW),
     "adamw-deep": Change("two feed-forward layers", "adamw-same", {"layers": 2}),
-}
+}  # fmt: skip
 
 
 def settings_of(change: Change) -> dict[str, Any]:
@@ -188,12 +128,14 @@ def settings_of(change: Change) -> dict[str, Any]:
     return {**BASE, **ARMS[change.arm], "limit": LIMIT, "seed": CHANGED_SEED, **change.settings}
 
 
+SPARSE = {"kind": "forces", "every": 250, "limit": 6500}
+OFTEN = {"kind": "forces", "every": 50, "limit": 1500}
 FORCES: dict[str, dict[str, Any]] = {
-    "ours": {"kind": "forces", "every": 250, "limit": 6500},
-    "adamw-same": {"kind": "forces", "every": 250, "limit": 6500},
-    "ours-tuned": {"kind": "forces", "every": 50, "limit": 1500},
-    "adamw-tuned": {"kind": "forces", "every": 50, "limit": 1500},
-    "shuffled": {"kind": "forces", "every": 250, "limit": 6500, "edge": False},
+    "ours": SPARSE,
+    "adamw-same": SPARSE,
+    "ours-tuned": OFTEN,
+    "adamw-tuned": OFTEN,
+    "shuffled": {**SPARSE, "edge": False},
 }
 """Arms whose forces are measured, and when; a mask drawn anew at every step has no edge."""
 FEW = 2
@@ -208,8 +150,8 @@ def trials(quick: bool) -> list[Trial]:
         for name, arm in ARMS.items()
         for seed in range(FEW if quick else SEEDS[name])
     ]
-    grids = [[*_adamw_grid()], [*_gate_grid()], [*_grokfast_grid()], [*_changed()]]
-    for grid in grids:
+    changed = [(f"change-{name}", settings_of(change)) for name, change in CHANGES.items()]
+    for grid in ([*_adamw_grid()], [*_gate_grid()], [*_grokfast_grid()], changed):
         for name, settings in grid[:FEW] if quick else grid:
             seed = settings.get("seed", TUNING_SEED)
             found.append(_trial(name, {**BASE, **settings, **smaller}, seed))
@@ -239,11 +181,6 @@ def _grokfast_grid() -> Iterator[tuple[str, dict[str, Any]]]:
         given = {"arm": "grokfast", "gate": {"grokfast_lamb": strength}, **FINE}
         name = f"grokfast-grid-lr{lr:g}-wd{decay:g}-l{strength:g}"
         yield name, {**given, "lr": lr, "weight_decay": decay}
-
-
-def _changed() -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, change in CHANGES.items():
-        yield f"change-{name}", settings_of(change)
 
 
 def _trial(name: str, settings: dict[str, Any], seed: int) -> Trial:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from poprisk_lab.plots import rounded
 from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.grokking import runs
 
@@ -107,5 +108,5 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
         "kernel": kernel_first,
         "channel": runs.first(rows, 3, middle) if middle > rows[0][3] else None,
         "chance": settings["rank"] / n,
-        "curve": [[int(row[0]), *(float(f"{v:.4g}") for v in row[1:])] for row in rows],
+        "curve": [[int(row[0]), *rounded(row[1:], 4)] for row in rows],
     }

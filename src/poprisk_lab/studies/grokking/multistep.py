@@ -7,7 +7,7 @@ from typing import Any
 from poprisk.intervals import t_interval
 from poprisk_lab.plots import Line, Plot
 from poprisk_lab.results import TrialResult
-from poprisk_lab.studies.claim import Claim, Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import (
     Steps,
     at_least,
@@ -19,19 +19,9 @@ from poprisk_lab.studies.criteria import (
 from poprisk_lab.studies.grokking import runs
 
 BASE: dict[str, Any] = {
-    "table": "two-step",
-    "p": 13,
-    "fraction": 0.6,
-    "width": 128,
-    "hidden": 256,
-    "batch": 512,
-    "beta2": 0.98,
-    "every": 50,
-    "after": 0,
-    "limit": 3000,
-    "lr": 3e-3,
-    "weight_decay": 1.0,
-}
+    "table": "two-step", "p": 13, "fraction": 0.6, "width": 128, "hidden": 256, "batch": 512,
+    "beta2": 0.98, "every": 50, "after": 0, "limit": 3000, "lr": 3e-3, "weight_decay": 1.0,
+}  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {"arm": "poprisk", "gate": {}},
     "adamw": {"arm": "adamw"},
@@ -108,24 +98,3 @@ def show(results: Results) -> Plots:
             lines.append(Line(label if d.settings["seed"] == 0 else "", x, y, colour))
     about = "One line a seed; the same network, learning rate and decay for all."
     return [Plot("Held-out accuracy", "step", "accuracy", lines, about)]
-
-
-CLAIM = Claim(
-    name="grokking-multistep",
-    title="Grokking in two steps",
-    statement="Where an answer takes two steps, (a·b + c) mod p, the gate still learns it as well "
-    "as AdamW does.",
-    source="no claim of the paper: a public report says that gated training fails there",
-    published=[
-        "the report names no settings: a multi-step algorithmic task, the gate to the letter"
-    ],
-    ours=[
-        "p = 13, 60% of the 2,197 triples for training, the network of the claim on grokking",
-        "learning rate 3e-3, decay 1, batch 512, 3,000 steps, alike for all",
-        "as well: at most five points of best test accuracy below AdamW",
-    ],
-    trials=trials,
-    run=run,
-    judge=judge,
-    show=show,
-)

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.controls import UpdateTrace
+from poprisk_lab.fit import without_functions
+from poprisk_lab.plots import rounded
 from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.grokking.decay import GatedDecay
 from poprisk_lab.tasks.modular import ModularTransformer, split_table
@@ -189,19 +191,12 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
         workspace.save(
             lambda: {
                 "model": model.state_dict(),
-                "optimizer": _by_name(optimizer.state_dict()),
+                "optimizer": without_functions(optimizer.state_dict()),
                 "random": torch.get_rng_state(),
                 "state": state,
             }
         )
     return summarize(state, settings)
-
-
-def _by_name(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state without masks given as functions, which the next one has already."""
-    groups = optimizer.get("param_groups", [])
-    kept = [{k: v for k, v in g.items() if not callable(v)} for g in groups]
-    return {**optimizer, "param_groups": kept} if groups else optimizer
 
 
 def _enough(rows: list[list[float]], settings: dict[str, Any]) -> bool:
@@ -226,5 +221,5 @@ def summarize(state: dict[str, Any], settings: dict[str, Any]) -> Metrics:
         "best": round(max(row[3] for row in rows), 5),
         "jumps": int(state["jumps"]),
         "steps": int(state["step"]),
-        "curve": [[int(s), *(float(f"{v:.4g}") for v in rest)] for s, *rest in kept],
+        "curve": [[int(s), *rounded(rest, 4)] for s, *rest in kept],
     }

@@ -17,19 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW, fresh_batch_risk
+from poprisk.losses import binary_cross_entropy, cross_entropy, squared_error
 from poprisk_lab.checkpoint import Workspace
-from poprisk_lab.studies.risk.problems import (
-    NoisyData,
-    Transformer,
-    binary,
-    cross_entropy,
-    mlp,
-    repeats,
-    ridges,
-    squared,
-)
+from poprisk_lab.studies.risk.problems import NoisyData, Transformer, repeats, ridges
 from poprisk_lab.study import Metrics, Results, Settings, Study, Trial
 from poprisk_lab.tasks.digits import cnn
+from poprisk_lab.tasks.nets import mlp
 
 SEEDS = range(70, 85)
 BATCH, JUDGES = 32, 1024
@@ -59,8 +52,8 @@ def bars(seed: int, *, n: int) -> tuple[Tensor, Tensor]:
 
 LENGTH = BATCH * (max(CHECKS) + 1) + JUDGES
 STREAMS = {
-    "MLP": Stream(partial(ridges, n=LENGTH, dimensions=10), lambda: mlp(10, 64, 1), squared),
-    "CNN": Stream(partial(bars, n=LENGTH), partial(cnn, 8, (1,)), binary),
+    "MLP": Stream(partial(ridges, n=LENGTH, dimensions=10), lambda: mlp(10, 64, 1), squared_error),
+    "CNN": Stream(partial(bars, n=LENGTH), partial(cnn, 8, (1,)), binary_cross_entropy),
     "transformer": Stream(
         partial(repeats, n=LENGTH, numbers=False, noise=0.25),
         lambda: Transformer(4),

@@ -6,20 +6,19 @@ that of fresh inputs with labels as noisy as in training, the expectation over l
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from poprisk import PopRiskAdamW
-from poprisk_lab.tasks.digits import cnn, flip_labels
+from poprisk.losses import binary_cross_entropy, cross_entropy, squared_error
+from poprisk_lab.tasks.digits import cnn, split_digits
+from poprisk_lab.tasks.nets import mlp
 
 FRESH = 4_000
 QUICK_EPOCHS = 2
@@ -50,21 +49,6 @@ class TrainingProblem(NamedTuple):
     batch_size: int
 
 
-def squared(u: Tensor, y: Tensor) -> Tensor:
-    """Half the squared error, (b,)."""
-    return 0.5 * (u - y).square().sum(1)
-
-
-def cross_entropy(u: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of outputs (b, c) with labels (b,)."""
-    return F.cross_entropy(u, y, reduction="none")
-
-
-def binary(u: Tensor, y: Tensor) -> Tensor:
-    """Binary cross-entropy of logits (b, 1), (b,)."""
-    return F.binary_cross_entropy_with_logits(u, y, reduction="none").sum(1)
-
-
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -79,7 +63,7 @@ def _class_risk(clean: Tensor, noise: float, classes: int) -> Callable[[Tensor],
 
 
 def _number_risk(clean: Tensor, noise: float) -> Callable[[Tensor], float]:
-    return lambda u: squared(u, clean).mean().item() + 0.5 * noise**2
+    return lambda u: squared_error(u, clean).mean().item() + 0.5 * noise**2
 
 
 def ridges(seed: int, *, n: int, dimensions: int, directions: int = 3) -> NoisyData:
@@ -94,14 +78,8 @@ def ridges(seed: int, *, n: int, dimensions: int, directions: int = 3) -> NoisyD
 
 def digits(seed: int, *, noise: float) -> NoisyData:
     """1,000 handwritten digits with symmetric label noise; the rest are fresh."""
-    pixels, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
-    g = _generator(seed)
-    order = torch.randperm(len(y), generator=g)
-    train, fresh = order[:1000], order[1000:]
-    return NoisyData(
-        x[train], flip_labels(y[train], noise, g), x[fresh], _class_risk(y[fresh], noise, 10)
-    )
+    (x, y), (fresh, right), _ = split_digits(seed, noise)
+    return NoisyData(x, y, fresh, _class_risk(right, noise, 10))
 
 
 def parabola(seed: int, *, n: int = 1000, dimensions: int = 20, noise: float = 0.2) -> NoisyData:
@@ -114,7 +92,8 @@ def parabola(seed: int, *, n: int = 1000, dimensions: int = 20, noise: float = 0
     right = clean[n:]
 
     def risk(u: Tensor) -> float:
-        return ((1 - noise) * binary(u, right) + noise * binary(u, 1 - right)).mean().item()
+        kept, flipped = (binary_cross_entropy(u, y) for y in (right, 1 - right))
+        return ((1 - noise) * kept + noise * flipped).mean().item()
 
     return NoisyData(x[:n], y[:n], x[n:], risk)
 
@@ -132,15 +111,6 @@ def repeats(seed: int, *, n: int, numbers: bool, noise: float) -> NoisyData:
     other = (clean + torch.randint(1, 4, (len(x),), generator=g)) % 4
     y = torch.where(torch.rand(len(x), generator=g) < noise, other, clean)
     return NoisyData(x[:n], y[:n], x[n:], _class_risk(clean[n:], noise, 4))
-
-
-def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, dropout: float = 0.0) -> nn.Module:
-    """Fully connected layers of these widths."""
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), activation()]
-        layers += [nn.Dropout(dropout)] if dropout else []
-    return nn.Sequential(*layers[: -2 if dropout else -1])
 
 
 class Transformer(nn.Module):
@@ -180,16 +150,16 @@ def gate(lr: float, decay: float = 0.01, mask: str = "soft") -> MakeOptimizer:
 PROBLEMS: dict[str, TrainingProblem] = {
     "ridges, MLP, GD": TrainingProblem(
         partial(ridges, n=500, dimensions=8), lambda: mlp(8, 128, 1, activation=nn.Tanh),
-        squared, sgd(0.1), 3000, 500),
+        squared_error, sgd(0.1), 3000, 500),
     "ridges, deep MLP, SGD with momentum": TrainingProblem(
         partial(ridges, n=800, dimensions=8), lambda: mlp(8, 64, 64, 1),
-        squared, sgd(0.02, 0.9), 100, 50),
+        squared_error, sgd(0.02, 0.9), 100, 50),
     "ridges, MLP, AdamW": TrainingProblem(
         partial(ridges, n=600, dimensions=10), lambda: mlp(10, 128, 1),
-        squared, adamw(3e-3), 120, 40),
+        squared_error, adamw(3e-3), 120, 40),
     "ridges, deep MLP, PopRiskAdamW": TrainingProblem(
         partial(ridges, n=800, dimensions=10, directions=2), lambda: mlp(10, 64, 64, 1),
-        squared, gate(3e-3), 80, 40),
+        squared_error, gate(3e-3), 80, 40),
     "digits 40%, MLP, AdamW": TrainingProblem(
         partial(digits, noise=0.4), lambda: mlp(64, 128, 128, 10),
         cross_entropy, adamw(1e-3), 50, 64),
@@ -206,13 +176,13 @@ PROBLEMS: dict[str, TrainingProblem] = {
         partial(digits, noise=0.2), partial(cnn, 16, (64, 10)),
         cross_entropy, adamw(1e-3), 40, 64),
     "parabola 20%, MLP, SGD with momentum": TrainingProblem(
-        parabola, lambda: mlp(20, 64, 64, 1), binary, sgd(0.03, 0.9), 40, 50),
+        parabola, lambda: mlp(20, 64, 64, 1), binary_cross_entropy, sgd(0.03, 0.9), 40, 50),
     "repeats 25%, transformer, AdamW": TrainingProblem(
         partial(repeats, n=1000, numbers=False, noise=0.25), lambda: Transformer(4),
         cross_entropy, adamw(2e-3), 40, 64),
     "repeats, transformer regression, AdamW": TrainingProblem(
         partial(repeats, n=800, numbers=True, noise=0.8), lambda: Transformer(1),
-        squared, adamw(2e-3), 50, 50),
+        squared_error, adamw(2e-3), 50, 50),
 }  # fmt: skip
 
 
