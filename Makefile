@@ -7,8 +7,9 @@ VENV := .venv
 BIN  := $(VENV)/bin
 # Every install is held to the tested pins, and nothing is ever built from source but this project.
 PINS := constraints.txt
+# Python compiles the few modules that are imported when they are; pip would compile all, for half a minute.
 PIP   = PIP_CONSTRAINT=$(PINS) $(BIN)/python -m pip install \
-        --quiet --no-build-isolation --only-binary=:all:
+        --quiet --no-compile --no-build-isolation --only-binary=:all:
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,8 +33,7 @@ def feed(auditor: Auditor, epoch: int, batches: Iterable[Iterable[int]]) -> None
         auditor.update(index, outputs_at(epoch)[index], auditor.targets[index])
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+def main(rank: int, folder: Path) -> None:
     with joined(rank, folder):
         auditor = Auditor(given())
         for epoch in range(3):
@@ -50,7 +48,3 @@ def main() -> None:
             "looks": len(result.looks),
         }
         (folder / f"{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

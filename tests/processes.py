@@ -82,3 +82,14 @@ def run_code(code: str, folder: Path, warnings_are_errors: bool) -> None:
     os.chdir(folder)
     sys.path.insert(0, "")
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def run_command(arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> None:
+    """Run ``poprisk`` in a folder, loaded in this environment."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    from poprisk_lab.cli import main
+
+    sys.argv = ["poprisk", *arguments]
+    main()

@@ -90,8 +90,8 @@ def compare(wrap: Callable[[nn.Module], Any]) -> dict[str, float]:
         model = build()
         wrapped = wrap(model)
         opt = optimizer(model, **settings)
-        steps(wrapped, opt, range(16), mine())
-        expected = weights(single(16, **settings)[0])
+        steps(wrapped, opt, range(10), mine())
+        expected = weights(single(10, **settings)[0])
         apart[name] = float((weights(model) - expected).abs().max())
     return apart
 

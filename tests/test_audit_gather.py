@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,10 @@ import pytest
 import torch
 import torch.distributed
 
-from audit_ranks import WORLD, C, N, feed, given, outputs_at
+from audit_ranks import WORLD, C, N, feed, given, main, outputs_at
 from poprisk import Auditor
 from poprisk.audit.gather import merged, part_of
-
-HERE = Path(__file__).parent
+from processes import Call, at_once
 
 
 def test_parts_put_together_are_the_whole() -> None:
@@ -60,18 +56,8 @@ def test_an_example_that_both_have_seen_has_the_later_as_its_last() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_every_process_gets_the_result_of_one(tmp_path: Path) -> None:
-    paths = [str(HERE.parent / "src"), str(HERE), *sys.path]
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "audit_ranks.py"), str(rank), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * WORLD, errors
+    for process in at_once(*(Call(main, (rank, tmp_path)) for rank in range(WORLD))):
+        assert process.code == 0, process.stderr
     found: list[Any] = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(WORLD)]
     assert found[0] == found[1]
     alone = Auditor(given())

@@ -9,7 +9,7 @@ from poprisk.path.channel import Spectrum
 from poprisk.path.coupling import label_response
 from poprisk.path.operators import PathOperators, path_operators
 from reference import path as reference
-from runs import OPTIMIZERS, data, network, recorded
+from runs import data, network, recorded
 from samplers import randn
 
 
@@ -42,7 +42,7 @@ def test_the_channel_is_split_by_the_eigenvalues() -> None:
 
 
 def test_the_projection_is_the_reference_s() -> None:
-    ops = path_operators(recorded("AdamW", "cross_entropy"))
+    ops = path_operators(recorded("AdamW", "cross_entropy", steps=8))
     for tol in (1e-2, 1e-4):
         projection = reference.channel_projection(ops.W, tol)
         channel = ops.channel(tol)
@@ -55,7 +55,7 @@ def test_the_projection_is_the_reference_s() -> None:
 @pytest.mark.parametrize("loss", ["squared_error", "cross_entropy"])
 @pytest.mark.parametrize("optimizer", ["momentum", "AdamW", "PopRiskAdamW soft"])
 def test_the_four_cells_add_up(optimizer: str, loss: str) -> None:
-    ops = path_operators(recorded(optimizer, loss, steps=14))
+    ops = path_operators(recorded(optimizer, loss, steps=6))
     cells = ops.four_cells(data(loss)[2], tol=1e-3)
     first, *_, last = ops.integrals.snapshots
     moved = last.query_outputs - first.query_outputs
@@ -68,7 +68,7 @@ def test_the_four_cells_add_up(optimizer: str, loss: str) -> None:
 
 
 def test_the_cells_are_those_of_the_definition() -> None:
-    run, clean = recorded("SGD", steps=30), data()[2]
+    run, clean = recorded("SGD", steps=12), data()[2]
     ops = path_operators(run)
     cells = ops.four_cells(clean, tol=0.05)
     u0 = ops.integrals.snapshots[0].train_outputs
@@ -103,7 +103,7 @@ def test_noise_in_the_reservoir_is_benign() -> None:
         net,
         "squared_error",
         sgd,
-        [torch.arange(28)] * 30,
+        [torch.arange(28)] * 8,
         query,
         train=(x, torch.cat([clean + noise, clean - noise])),
     )
@@ -116,9 +116,9 @@ def test_noise_in_the_reservoir_is_benign() -> None:
 
 def test_cells_over_time_end_where_the_run_does() -> None:
     clean = data("cross_entropy")[2]
-    ops = path_operators(recorded("AdamW", "cross_entropy", steps=30), snapshots=4)
+    ops = path_operators(recorded("AdamW", "cross_entropy", steps=9), snapshots=4)
     moments = ops.cells_over_time(clean)
-    assert [m.step for m in moments] == [0, 10, 20, 30]
+    assert [m.step for m in moments] == [0, 3, 6, 9]
     assert float(moments[0].cells.total().norm()) == 0.0
     start = moments[0].outputs
     for m in moments[1:]:
@@ -144,14 +144,14 @@ def test_the_coupling_is_that_of_the_definition() -> None:
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "momentum"])
 def test_the_coupling_carries_the_affine_part_across(optimizer: str) -> None:
-    ops = path_operators(recorded(optimizer, "cross_entropy", steps=20))
+    ops = path_operators(recorded(optimizer, "cross_entropy", steps=8))
     assert float(ops.affine.query.norm()) > 1e-3
     assert ops.coupling().prediction.error < 1e-5
 
 
 def test_noise_gain_is_the_variance_of_noisy_labels() -> None:
     """Monte Carlo over label noise, for operators held fixed."""
-    run = recorded("SGD", steps=30, c=1)
+    run = recorded("SGD", steps=8, c=1)
     ops = path_operators(run)
     draws = 0.1 * randn(14, 4000, seed=4)
     variance = (ops.G @ (-draws / 14)).square().mean()
@@ -189,7 +189,7 @@ def test_class_labels_respond_as_one_hot_rows() -> None:
 
 
 def test_residuals_by_channel_and_reservoir() -> None:
-    ops = path_operators(recorded("SGD", steps=20), snapshots=3)
+    ops = path_operators(recorded("SGD", steps=6), snapshots=3)
     for (step, inside, outside), s in zip(
         ops.residual_shares(tol=0.05), ops.integrals.snapshots, strict=True
     ):
@@ -198,17 +198,11 @@ def test_residuals_by_channel_and_reservoir() -> None:
 
 
 def test_apply_is_the_operators_without_forming_them() -> None:
-    ops, probes = path_operators(recorded("AdamW", "cross_entropy")), randn(14, 2, 2)
+    ops, probes = path_operators(recorded("AdamW", "cross_entropy", steps=8)), randn(14, 2, 2)
     applied = ops.apply(probes)
     assert "integrals" not in vars(ops)
     close(applied.query.reshape(-1, 2), ops.G @ probes.flatten(0, 1), 1e-8)
     close(applied.gradient.reshape(-1, 2), ops.P @ probes.flatten(0, 1), 1e-8)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_dissipation_is_positive(optimizer: str) -> None:
-    eigenvalues = path_operators(recorded(optimizer, steps=10)).spectrum.eigenvalues
-    assert float(eigenvalues[-1]) > -1e-12 * float(eigenvalues[0])
 
 
 # --- refusals -------------------------------------------------------------------------------------

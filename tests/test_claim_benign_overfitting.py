@@ -91,22 +91,35 @@ def test_a_measured_excess_below_zero_is_far_from_any_prediction() -> None:
     assert worst_ratio([done], "a", "b").low > 1e6
 
 
+MOMENTUM, FRACTION = 0.7, 1.5
+"""With which a linear model on inputs of a long tail is fitted soonest."""
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "linear, long tail"
+    fit = SETTINGS[name].fit._replace(momentum=MOMENTUM, fraction=FRACTION)
+    monkeypatch.setitem(SETTINGS, name, SETTINGS[name]._replace(fit=fit))
+
+
 def test_the_gain_is_the_formula_of_the_singular_values() -> None:
-    setting = SETTINGS["linear, long tail"]._replace(tail=200)
-    data, model = make(setting, 0, classes=False)
+    data, model = make(SETTINGS["linear, long tail"], 0, classes=False)
     net = model()
-    ops = follow(net, descent(net, data.x, 1.0, 0.9), data, data.clean, limit=200)
+    sgd = descent(net, data.x, FRACTION, MOMENTUM)
+    ops = follow(net, sgd, data, data.clean, limit=60)
     U, s, Vh = torch.linalg.svd(data.x, full_matrices=False)
     by_hand = float(((data.query @ Vh.T).square().sum(0) / s**2).sum()) / len(data.query)
     assert ops.noise_gain().path == pytest.approx(by_hand, rel=1e-4)
     noise = torch.randn(data.clean.shape, dtype=torch.float64)
     other = model()
-    train(other, descent(other, data.x, 1.0, 0.9), (data.x, data.clean + noise), limit=200)
+    sgd = descent(other, data.x, FRACTION, MOMENTUM)
+    train(other, sgd, (data.x, data.clean + noise), limit=60)
     moved = predicted(other, data.query) - predicted(net, data.query)
     expected = data.query @ (Vh.T / s) @ (U.T @ noise)
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("soon")
 def test_redrawn_noise_is_what_training_on_it_anew_does() -> None:
     name = "linear, long tail"
     found = run({"setting": name, "pairs": 400, "below": 1e-3, "seed": 3}, Workspace())
@@ -114,15 +127,16 @@ def test_redrawn_noise_is_what_training_on_it_anew_does() -> None:
     assert found["draw"] == pytest.approx(found["harmful"], rel=1e-2)
 
 
+@pytest.mark.usefixtures("soon")
 def test_noise_in_pairs_cancels_what_is_odd_in_it() -> None:
     """The excess of a linear model is then the mean square of what one draw moves, exactly."""
-    given = {"setting": "linear, long tail", "pairs": 1, "below": 1e-3, "seed": 1}
+    given = {"setting": "linear, long tail", "pairs": 1, "below": 1e-5, "seed": 1}
     found = run(given, Workspace())
     assert found["excess"] == pytest.approx(found["draw"], rel=1e-3)
 
 
 def test_the_noise_of_a_network_comes_in_pairs_and_has_its_own_run() -> None:
-    given = {"setting": "network, long tail", "pairs": 1, "below": 0.1, "seed": 0}
+    given = {"setting": "network, long tail", "pairs": 1, "below": 0.3, "seed": 0}
     found = run(given, Workspace())
     assert 0.25 < found["draw"] / found["harmful"] < 4
     assert found["closure"] < 1e-4

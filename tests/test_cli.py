@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -24,6 +25,7 @@ from poprisk_lab.store import Store
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.command import ALL
 from poprisk_lab.tasks import BUILT_IN
+from processes import Call, at_once, run_command
 
 POPRISK = Path(sys.executable).with_name("poprisk")
 TINY = tiny.source("tiny")
@@ -364,9 +366,9 @@ def test_an_error_that_nobody_foresaw(
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The directory of a small comparison and what the command printed; not to be written to."""
     base = tmp_path_factory.mktemp("finished")
-    command = [POPRISK, "compare", TINY, *QUICK, "--out", "out"]
-    done = subprocess.run(command, cwd=base, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    with contextlib.chdir(base):
+        done = run("compare", TINY, *QUICK, "--out", "out")
+    assert (done.exit_code, done.stderr) == (0, ""), done.output
     return base / "out", done.stdout
 
 
@@ -767,16 +769,15 @@ def test_settings_are_numbers_where_they_can_be(text: str, value: object) -> Non
 COMMANDS = ["", "compare", "explain", "reproduce", "report", "tasks", "bench", "bench kernel"]
 
 
-def piped(*arguments: str, **environment: str) -> str:
-    """What the command prints to a pipe."""
-    done = subprocess.run(
-        [POPRISK, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={k: v for k, v in os.environ.items() if k != "COLUMNS"} | environment,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+def environment(**changes: str) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "COLUMNS"} | changes
+
+
+def piped(folder: Path, *arguments: str, **changes: str) -> str:
+    """What the command prints to a file, of whose width it knows nothing."""
+    call = Call(run_command, (arguments, folder, environment(**changes)))
+    (done,) = at_once(call)
+    assert (done.code, done.stderr) == (0, "")
     return done.stdout
 
 
@@ -803,7 +804,7 @@ def helps() -> tuple[dict[str, str], set[str]]:
         capture_output=True,
         text=True,
         check=False,
-        env={k: v for k, v in os.environ.items() if k != "COLUMNS"},
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     *texts, rest = done.stdout.split("---\n")
@@ -825,11 +826,14 @@ def test_the_claims_of_the_help_are_the_claims() -> None:
 
 def test_the_shell_completes_commands_and_claims() -> None:
     def completed(line: str) -> list[str]:
-        return piped(
+        asked = environment(
             _POPRISK_COMPLETE="complete_bash",
             COMP_WORDS=line,
             COMP_CWORD=str(len(line.split(" ")) - 1),
-        ).split()
+        )
+        done = subprocess.run([POPRISK], capture_output=True, text=True, check=True, env=asked)
+        assert done.stderr == ""
+        return done.stdout.split()
 
     assert completed("poprisk re") == ["reproduce", "report"]
     assert completed("poprisk reproduce gro") == ["grokking", "grokking-multistep"]
@@ -843,14 +847,14 @@ def test_help_fits_80_columns(command: str, helps: tuple[dict[str, str], set[str
 
 @pytest.mark.parametrize(("columns", "widest"), [({}, 80), ({"COLUMNS": "50"}, 50)])
 def test_a_pipe_is_80_columns_wide_or_as_wide_as_columns_says(
-    columns: dict[str, str], widest: int
+    here: Path, columns: dict[str, str], widest: int
 ) -> None:
-    widths = [len(line) for line in piped("tasks", **columns).splitlines()]
+    widths = [len(line) for line in piped(here, "tasks", **columns).splitlines()]
     assert widest - 20 < max(widths) <= widest
 
 
 def test_the_summary_of_all_claims_has_a_line_for_each(here: Path) -> None:
-    text = piped("reproduce", "all", "--summary", "--out", str(here))
+    text = piped(here, "reproduce", "all", "--summary", "--out", str(here))
     head, rule, *rows, _, page = text.strip().splitlines()
     assert head.split() == ["claim", "verdict", "found", "criterion"]
     assert set(rule.strip()) == {"─"}

@@ -29,6 +29,7 @@ from poprisk_lab.fit import ArmRun, Row
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import TrainingError, _interrupts_held, environment
 from poprisk_lab.store import RunDirectoryError, Store
+from processes import Call, at_once, run_code
 
 POPRISK = Path(sys.executable).with_name("poprisk")
 ARMS = {arm.name: arm for arm in default_arms(full=False)}
@@ -640,15 +641,15 @@ def forget() -> None:
     importlib.invalidate_caches()
 
 
-def test_the_sources_of_a_task_do_not_depend_on_what_else_was_imported() -> None:
+def test_the_sources_of_a_task_do_not_depend_on_what_else_was_imported(tmp_path: Path) -> None:
     """This process has imported all of pytest and other tests; another has not."""
     code = (
         "from pathlib import Path; from poprisk_lab.tasks import load_task; "
         "from poprisk_lab.tasks.sources import task_sources; "
         f"load_task({tiny.source('tiny')!r}, seed=0); print(task_sources(Path({str(tiny.FILE)!r})))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "{}\n"
+    (done,) = at_once(Call(run_code, (code, tmp_path, False)))
+    assert (done.code, done.stdout) == (0, "{}\n"), done.stderr
     assert comparison().config()["task"]["sources"] == {}
 
 

@@ -291,9 +291,17 @@ def test_there_are_no_others_when_all_directions_are_used(used: int) -> None:
         assert words.headline(found).startswith("Training used all 8 directions; none stayed")
 
 
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare operators of many steps, whose figures ``explained`` holds."""
+    monkeypatch.setattr("poprisk_lab.explain.plan.SIZES", ((16, 24),))
+    monkeypatch.setattr("poprisk_lab.explain.measure.REPLICATES", 3)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("little")
 def test_a_run_from_end_to_end(here: Path) -> None:
-    result = run("mine.py:line", "--seed", "1", "--seconds", "3")
+    result = run("mine.py:line", "--seed", "1", "--epochs", "3", "--seconds", "3")
     assert result.exit_code == 0, result.output
     assert re.search(r"label noise that got through .* test mean squared error", result.stdout)
     page = here / "runs" / "explain-mine.py-line" / "report.html"
@@ -304,6 +312,7 @@ def test_a_run_from_end_to_end(here: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("little")
 def test_without_clean_targets_it_says_so(here: Path) -> None:
     result = run("mine.py:unknown", "--seconds", "3")
     assert result.exit_code == 0, result.output

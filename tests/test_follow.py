@@ -18,7 +18,7 @@ def close(a: Tensor, b: Tensor, tol: float) -> None:
 
 @pytest.mark.parametrize("optimizer", ["momentum", "AdamW", "centred RMSprop", "gated SGD"])
 def test_following_vectors_is_applying_the_operators(optimizer: str) -> None:
-    run = recorded(optimizer, "cross_entropy", steps=20)
+    run = recorded(optimizer, "cross_entropy", steps=7)
     ops, probes = integrate(run), randn(14, 2, 3)
     applied = follow(run, probes).applied
     columns = probes.flatten(0, 1)
@@ -36,25 +36,25 @@ def test_following_vectors_is_applying_the_operators(optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("every", "points", "steps"),
     [
-        (1, 1, [0, 20]),
-        (1, 2, [0, 20]),
-        (1, 3, [0, 10, 20]),
-        (4, 5, [0, 8, 12, 16, 20]),
-        (8, 3, [0, 16, 20]),
+        (1, 1, [0, 10]),
+        (1, 2, [0, 10]),
+        (1, 3, [0, 5, 10]),
+        (2, 5, [0, 2, 6, 8, 10]),
+        (4, 3, [0, 8, 10]),
     ],
 )
 def test_moments_are_kept_at_the_first_update_from_where_they_are_asked(
     every: int, points: int, steps: list[int]
 ) -> None:
-    """Of 20 steps; all outputs are updated at every multiple of ``every`` and at the end."""
-    run, told = recorded("AdamW", steps=20), list[tuple[int, int | None]]()
+    """Of 10 steps; all outputs are updated at every multiple of ``every`` and at the end."""
+    run, told = recorded("AdamW", steps=10), list[tuple[int, int | None]]()
 
     def tell(done: int, total: int | None) -> None:
         told.append((done, total))
 
     found = follow(run, randn(14, 2, 1), every=every, points=points, progress=tell)
     assert [m.step for m in found.moments] == steps
-    assert told == [(k + 1, 20) for k in range(20)]
+    assert told == [(k + 1, 10) for k in range(10)]
     for m in found.moments:
         close(m.outputs, run.problem.J.outputs(run.weights[m.step], run.problem.query[0]), 1e-12)
 
@@ -68,7 +68,7 @@ def errors(found: Applied, exact: Applied) -> Tensor:
 @pytest.mark.parametrize("optimizer", ["momentum", "AdamW"])
 @pytest.mark.parametrize("settings", [{"segments": 2}, {"dtype": torch.float32}])
 def test_pieces_and_precision_change_little(optimizer: str, settings: dict[str, Any]) -> None:
-    run = recorded(optimizer, "cross_entropy", steps=20)
+    run = recorded(optimizer, "cross_entropy", steps=8)
     exact, _ = follow_all(run, randn(14, 2, 2))
     found, closure = follow_all(run, randn(14, 2, 2), **settings)
     assert {a.dtype for a in found} == {settings.get("dtype", torch.float64)}
@@ -111,7 +111,7 @@ def test_less_than_one_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("optimizer", ["momentum", "Nesterov", "AdamW", "PopRiskAdamW soft"])
 def test_decay_that_acts_on_what_was_moved_adds_up_too(optimizer: str) -> None:
-    run = recorded(optimizer, "squared_error", steps=20)
+    run = recorded(optimizer, "squared_error", steps=8)
     start = run.problem.J.outputs(run.weights[0], run.problem.train[0])
     probes = run.problem.output_gradient(start).unsqueeze(2) * torch.tensor([0.3, 0.7]).double()
     plain, decaying = (follow(run, probes, decaying=d) for d in (False, True))
@@ -123,7 +123,7 @@ def test_decay_that_acts_on_what_was_moved_adds_up_too(optimizer: str) -> None:
 @pytest.mark.parametrize("decaying", [False, True])
 def test_a_probe_of_nothing_moves_nothing(decaying: bool) -> None:
     """The weights that decay are those of the affine column alone."""
-    run = recorded("AdamW", "squared_error", steps=20)
+    run = recorded("AdamW", "squared_error", steps=4)
     found = follow(run, torch.zeros(14, 2, 2).double(), decaying=decaying)
     assert not any(bool(columns[..., :2].any()) for columns in found.applied)
     assert bool(found.applied.train[..., 2].any())
@@ -131,10 +131,10 @@ def test_a_probe_of_nothing_moves_nothing(decaying: bool) -> None:
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_the_cells_add_up_to_the_movement(optimizer: str) -> None:
-    run, clean = recorded(optimizer, "cross_entropy", steps=20), data("cross_entropy")[2]
+    run, clean = recorded(optimizer, "cross_entropy", steps=8), data("cross_entropy")[2]
     trace = trace_cells(run, clean, every=1, quadrature="gauss3", points=5)
     assert trace.closure.worst < 1e-8
-    assert [p.step for p in trace.parts] == [0, 5, 10, 15, 20]
+    assert [p.step for p in trace.parts] == [0, 2, 4, 6, 8]
     for p in trace.parts:
         close(trace.start + p.signal + p.noise + p.affine, p.outputs, 1e-8)
     last = trace.parts[-1]

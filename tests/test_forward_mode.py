@@ -148,7 +148,7 @@ def problem_of(name: str, dtype: torch.dtype = F64) -> Problem:
 def recorded(name: str, **settings: Any) -> Run:
     net, x, y = made(name), randn(N + M, 6, 4, seed=1), randn(N + M, 2, seed=2)
     sgd = torch.optim.SGD(net.parameters(), lr=0.05)
-    drawn = list(torch.arange(N).repeat(3).split(4))
+    drawn = list(torch.arange(N).repeat(2).split(4))
     query = (x[N:], y[N:])
     return record(net, "squared_error", sgd, drawn, query, train=(x[:N], y[:N]), **settings)
 

@@ -65,7 +65,7 @@ def test_gated_adamw_is_pop_risk_adamw(
     gate: dict[str, Any] = {"mask": mask, "reduction": reduction, "alpha": alpha, **SIZES}
     gate["mode"] = mode
     starts = [parameter(4), parameter(2, 3), parameter(3, dtype=torch.complex128)]
-    rows: list[list[Tensor | None]] = [[*row] for row in grad_rows(starts, 40)]
+    rows: list[list[Tensor | None]] = [[*row] for row in grad_rows(starts, 20)]
     rows[0][1] = rows[5][0] = None
     ours = trajectory(lambda ps: PopRiskAdamW(ps, **shared, **gate), starts, rows)
     wrapped = trajectory(

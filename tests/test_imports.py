@@ -11,6 +11,7 @@ import pytest
 
 import poprisk
 from poprisk import _moved
+from processes import Call, at_once, run_code
 
 SRC = Path(__file__).parents[1] / "src"
 
@@ -126,10 +127,14 @@ def test_importing_poprisk_imports_no_extra() -> None:
     assert set(EXTRAS) & set(done.stdout.split()) == set()
 
 
-def test_the_library_runs_the_command_of_the_laboratory() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "poprisk", "--help"], capture_output=True, text=True, check=True
+def test_the_library_runs_the_command_of_the_laboratory(tmp_path: Path) -> None:
+    """As ``python -m poprisk --help``."""
+    code = (
+        "import runpy, sys; sys.argv[1:] = ['--help']\n"
+        "runpy.run_module('poprisk', run_name='__main__')"
     )
+    (done,) = at_once(Call(run_code, (code, tmp_path, False)))
+    assert done.code == 0, done.stderr
     assert "compare" in done.stdout
 
 

@@ -29,7 +29,7 @@ def matrices(ops: Integrals) -> list[Tensor]:
 def test_weights_may_be_gone_through_in_pieces(
     optimizer: str, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = recorded(optimizer, steps=8, b=None, stride=stride)
+    run = recorded(optimizer, steps=3 * stride, b=None, stride=stride)
     whole = integrate(run)
     for entries in (1, 300):  # one weight at a time; ten of 38
         monkeypatch.setattr(integrals, "BLOCK", entries)

@@ -64,7 +64,7 @@ def test_equals_the_reference(
     mask: str, mode: str, reduction: str | None, variance: str, alpha: str
 ) -> None:
     assert_equals_reference(
-        [*noisy_grads(200, 3)],
+        [*noisy_grads(60, 3)],
         mask=mask,
         mode=mode,
         reduction=reduction,

@@ -70,7 +70,7 @@ def close(a: Tensor, b: Tensor, tol: float) -> None:
 )
 def test_equals_the_reference(optimizer: str, loss: str) -> None:
     """Of every optimizer, and of every kind of rule where the loss is not quadratic."""
-    run = recorded(optimizer, loss, steps=5)
+    run = recorded(optimizer, loss, steps=4)
     actual, expected = integrate(run), naive(run)
     for name in ("P", "Q", "W", "G", "D"):
         close(getattr(actual, name), getattr(expected, name), 1e-9)
@@ -82,17 +82,21 @@ def test_equals_the_reference(optimizer: str, loss: str) -> None:
 
 @each_optimizer
 def test_the_identities_close(optimizer: str) -> None:
-    closure = integrate(recorded(optimizer, steps=14)).closure
-    assert closure.worst < 1e-8
+    """And the dissipation is positive."""
+    ops = integrate(recorded(optimizer, steps=6))
+    assert ops.closure.worst < 1e-8
+    eigenvalues = torch.linalg.eigvalsh(ops.W)
+    assert float(eigenvalues[0]) > -1e-12 * float(eigenvalues[-1])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_identities_close_for_every_loss(loss: str) -> None:
     c = 1 if loss == "binary_cross_entropy" else 2
-    assert integrate(recorded("AdamW", loss, steps=14, c=c)).closure.worst < 1e-9
+    assert integrate(recorded("AdamW", loss, steps=6, c=c)).closure.worst < 1e-9
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_squared_error_closes_to_1e_9_over_100_full_batch_steps() -> None:
     assert integrate(recorded("SGD", steps=100, b=None)).closure.worst < 1e-9
 
@@ -113,7 +117,7 @@ def test_momentum_that_was_there_before_is_affine() -> None:
     sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     (net(x) - y).square().mean().backward()
     sgd.step()
-    run = record(net, "squared_error", sgd, batches(20), query, train=(x, y))
+    run = record(net, "squared_error", sgd, batches(8), query, train=(x, y))
     ops = integrate(run)
     assert float(run.momentum_in.norm()) > 0
     assert float(ops.affine.query.norm()) > 1e-3
@@ -127,7 +131,7 @@ def test_groups_with_their_own_settings_and_constants() -> None:
             [{"params": [w1, b1], "lr": 0.05}, {"params": [w2], "lr": 0.2, "momentum": 0.5}]
         )
 
-    run = recorded(build, steps=30)
+    run = recorded(build, steps=8)
     assert run.problem.size == 3 * 6 + 6 + 6 * 2
     assert integrate(run).closure.worst < 1e-9
 
@@ -137,12 +141,14 @@ def test_a_weight_that_is_never_used_moves_nothing() -> None:
     net = network()
     net.idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
     sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    run = record(net, "squared_error", sgd, batches(20), query, train=(x, y))
+    run = record(net, "squared_error", sgd, batches(6), query, train=(x, y))
     assert integrate(run).closure.worst < 1e-9
 
 
 def test_maximizing_is_descent_on_the_negative_loss() -> None:
-    run = recorded(lambda ps: torch.optim.SGD(ps, lr=0.01, maximize=True, weight_decay=0.1))
+    run = recorded(
+        lambda ps: torch.optim.SGD(ps, lr=0.01, maximize=True, weight_decay=0.1), steps=8
+    )
     ops = integrate(run)
     assert ops.accounting.measured < 0
     assert ops.closure.worst < 1e-9
@@ -151,7 +157,7 @@ def test_maximizing_is_descent_on_the_negative_loss() -> None:
 
 def test_an_unknown_optimizer_through_its_realized_steps() -> None:
     run = recorded(
-        lambda ps: torch.optim.NAdam(ps, lr=0.01), rule=realized_update(momentum=0.9), steps=40
+        lambda ps: torch.optim.NAdam(ps, lr=0.01), rule=realized_update(momentum=0.9), steps=12
     )
     assert integrate(run).closure.worst < 1e-8
     assert "read off its steps" in run.describe()[0]
@@ -163,13 +169,13 @@ def test_an_unknown_optimizer_through_its_realized_steps() -> None:
 
 def test_squared_error_propagates_what_training_transfers() -> None:
     r""":math:`D = n(I - P)` holds for any step size, minibatches included."""
-    ops = integrate(recorded("momentum", steps=30))
+    ops = integrate(recorded("momentum", steps=10))
     close(ops.D, N * (torch.eye(len(ops.P)) - ops.P), 1e-12)
 
 
 def test_the_gradient_propagates() -> None:
     r""":math:`g_K = P g_0`, and P acts after what was before it."""
-    run = recorded("SGD", "cross_entropy", steps=20)
+    run = recorded("SGD", "cross_entropy", steps=8)
     ops = integrate(run)
     close(ops.P @ ops.g0, ops.snapshots[-1].gradient, 1e-9)
     assert float((ops.P.T @ ops.g0 - ops.snapshots[-1].gradient).norm()) > 1e-3
@@ -179,7 +185,7 @@ def test_small_steps_reach_the_continuous_identities() -> None:
     r""":math:`W = \frac n2 (I - P^T P)` and :math:`\Phi_0 - \Phi_T = g^T W g` as η → 0."""
     errors = []
     for lr in (0.04, 0.01):
-        ops = integrate(recorded(lambda ps, lr=lr: torch.optim.SGD(ps, lr=lr), steps=24, b=None))
+        ops = integrate(recorded(lambda ps, lr=lr: torch.optim.SGD(ps, lr=lr), steps=10, b=None))
         expected = N / 2 * (torch.eye(len(ops.P)) - ops.P.T @ ops.P)
         drop = ops.accounting
         error = float((ops.W - expected).norm() / expected.norm())
@@ -190,7 +196,7 @@ def test_small_steps_reach_the_continuous_identities() -> None:
 
 @each_optimizer
 def test_the_loss_drop_is_accounted_for(optimizer: str) -> None:
-    accounting = integrate(recorded(optimizer, "cross_entropy", steps=14)).accounting
+    accounting = integrate(recorded(optimizer, "cross_entropy", steps=6)).accounting
     assert abs(accounting.measured) > 1e-3
     assert accounting.accounted == pytest.approx(accounting.measured, rel=1e-6)
 
@@ -205,7 +211,7 @@ def test_what_the_reservoir_holds_is_invisible(optimizer: str) -> None:
         net,
         "squared_error",
         OPTIMIZERS[optimizer](net.parameters()),
-        [torch.arange(len(x))] * 30,
+        [torch.arange(len(x))] * 10,
         query,
         train=(x, y),
     )
@@ -255,11 +261,11 @@ def test_a_large_closure_error_is_told() -> None:
 @pytest.mark.parametrize("optimizer", ["SGD", "momentum", "AdamW", "centred RMSprop"])
 @pytest.mark.filterwarnings("ignore:the path operators are off")
 def test_strides_approximate_the_exact_operators(optimizer: str) -> None:
-    exact = integrate(recorded(optimizer, steps=32, b=None))
+    exact = integrate(recorded(optimizer, steps=24, b=None))
     errors = []
     for stride in (2, 8):
-        run = recorded(optimizer, steps=32, b=None, stride=stride)
-        assert (len(run), run.steps) == (32 // stride, 32)
+        run = recorded(optimizer, steps=24, b=None, stride=stride)
+        assert (len(run), run.steps) == (24 // stride, 24)
         ops = integrate(run)
         errors.append(float((ops.G - exact.G).norm() / exact.G.norm()))
     assert errors[0] < errors[1] < 0.5

@@ -49,13 +49,23 @@ def test_a_record_names_what_it_found_as_before(name: str) -> None:
 
 FROZEN = read("trajectories")
 DIGESTS = {tuple(sorted(entry["machine"].items())): entry["weights"] for entry in FROZEN["digests"]}
-EACH = [(name, dtype) for name, case in trajectories.CASES.items() for dtype in case.dtypes]
+EACH = [
+    pytest.param(
+        name,
+        dtype,
+        id=f"{name}-{str(dtype)[6:]}",
+        # the same case in float64 is among the quick tests
+        marks=[pytest.mark.long] if dtype == torch.float32 else [],
+    )
+    for name, case in trajectories.CASES.items()
+    for dtype in case.dtypes
+]
 
 
 @pytest.mark.numerics
 @pytest.mark.filterwarnings("ignore:.* skipped a step:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:.* falls back to foreach:RuntimeWarning")
-@pytest.mark.parametrize(("name", "dtype"), EACH, ids=[f"{n}-{str(d)[6:]}" for n, d in EACH])
+@pytest.mark.parametrize(("name", "dtype"), EACH)
 def test_a_trajectory_is_as_before(name: str, dtype: torch.dtype) -> None:
     """Bit for bit on a machine that has frozen it, else as far as rounding goes."""
     digests = DIGESTS.get(tuple(sorted(trajectories.machine().items())))

@@ -222,10 +222,10 @@ def test_a_record_is_exact_and_leaves_no_trace(kind: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = RIGHT[kind]()
-    alone = trained_alone(copy.deepcopy(net), 8)
+    alone = trained_alone(copy.deepcopy(net), 4)
     torch.manual_seed(5)
     sgd = torch.optim.SGD(net.parameters(), lr=0.05)
-    run = record(net, "squared_error", sgd, batches(8), query, train=train)
+    run = record(net, "squared_error", sgd, batches(4), query, train=train)
     assert torch.equal(torch.rand(()), torch.rand((), generator=torch.Generator().manual_seed(5)))
     assert everything(net) == everything(alone)
     with warnings.catch_warnings():

@@ -84,7 +84,11 @@ def kill_points() -> list[float]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the interpreter")
-@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"fused": True}, pytest.param({"foreach": True}, marks=pytest.mark.long)],
+    ids=str,
+)
 def test_twenty_kills_and_twenty_identical_ends(tmp_path: Path, settings: dict[str, Any]) -> None:
     expected = train(tmp_path / "whole", **settings)
     for i, point in enumerate(kill_points()):

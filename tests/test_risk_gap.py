@@ -71,7 +71,7 @@ def trained(
 
 @pytest.mark.parametrize("probes", [1, 3])
 def test_nothing_adapts_in_a_linear_model(probes: int) -> None:
-    run, twin = trained(linear, squared, randn(N, 1, seed=1), probes=probes)
+    run, twin = trained(linear, squared, randn(N, 1, seed=1), steps=16, probes=probes)
     gap = adaptation_gap(run, twin)
     assert abs(gap.value) <= 3 * gap.standard_error < 1e-9
     assert gap.twin.dof == twin.estimate(*run.problem.train).dof > 0.02
@@ -80,14 +80,14 @@ def test_nothing_adapts_in_a_linear_model(probes: int) -> None:
 
 
 def test_the_path_share_is_the_trace_of_its_operator() -> None:
-    run, twin = trained(network, squared, randn(N, 1, seed=1), steps=12, probes=40, delta=1e-3)
+    run, twin = trained(network, squared, randn(N, 1, seed=1), steps=6, probes=40, delta=1e-3)
     gap = adaptation_gap(run, twin)
     exact = float(path_operators(run).D.trace()) / N**2
     assert abs(gap.path.dof - exact) < 3 * gap.path.dof_error < 0.5 * exact
 
 
 def test_classes_in_a_linear_model_adapt_only_by_their_curvature() -> None:
-    run, twin = trained(linear, cross_entropy, torch.arange(N) % 3, delta=1e-5)
+    run, twin = trained(linear, cross_entropy, torch.arange(N) % 3, steps=20, delta=1e-5)
     gap = adaptation_gap(run, twin)
     assert abs(gap.value) < 2 * gap.standard_error < 0.05 * gap.twin.dof
 
@@ -112,7 +112,7 @@ def test_features_that_learn_labels_adapt_to_them(loss: Loss, y: Tensor) -> None
 
 
 def test_dependent_examples_raise_the_error() -> None:
-    run, twin = trained(network, squared, randn(N, 1, seed=1))
+    run, twin = trained(network, squared, randn(N, 1, seed=1), steps=8)
     alone, grouped = (adaptation_gap(run, twin, groups=g) for g in (None, torch.arange(N) // 20))
     assert alone.value == grouped.value
     assert alone.standard_error != grouped.standard_error

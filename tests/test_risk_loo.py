@@ -59,7 +59,7 @@ def sgd(**settings: Any) -> Make:
     return lambda model: torch.optim.SGD(model.parameters(), **settings)
 
 
-def batches(steps: int = 24, size: int = 15) -> list[Tensor]:
+def batches(steps: int = 14, size: int = 15) -> list[Tensor]:
     order = torch.Generator().manual_seed(3)
     return [torch.randperm(N, generator=order)[:size] for _ in range(steps)]
 
@@ -213,8 +213,8 @@ def test_the_probe_measures_the_trace() -> None:
     model = nn.Linear(4, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     make = sgd(momentum=0.0, weight_decay=0.05)
-    run = train(model, "squared_error", y, make, drawn=[torch.arange(N)] * 16)
-    h = reference.descent_smoother(x, lr=0.02, decay=0.05, steps=16)
+    run = train(model, "squared_error", y, make, drawn=[torch.arange(N)] * 6)
+    h = reference.descent_smoother(x, lr=0.02, decay=0.05, steps=6)
     found, error = [loo_risk(run, subset=2, seed=s) for s in range(20)], reference.response_error(h)
     mean = sum(f.dof for f in found) / len(found)
     assert mean == pytest.approx(float(h.trace()) / N, abs=3 * error / len(found) ** 0.5)
