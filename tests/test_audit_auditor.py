@@ -614,6 +614,8 @@ def test_a_data_set_says_which_example_is_which() -> None:
     named = auditor.dataset(Pairs(named=True))
     assert len(named) == N  # pyrefly: ignore
     assert named[7]["index"] == 7
+    assert named[-1]["index"] == N - 1
+    assert [x["index"] for x in named] == list(range(N))  # a loop ends
     assert int(named[7]["labels"]) == int(auditor.targets[7])
     with pytest.raises(KeyError, match="no 'label' but x, labels; pass label="):
         _ = auditor.dataset(Pairs(named=True), label="label")[0]

@@ -115,6 +115,19 @@ def test_too_few_labels_or_too_large_a_network_say_nothing(
     assert shares.found() is None
 
 
+def test_what_a_checkpoint_held_goes_to_the_device_of_the_network() -> None:
+    auditor, x = planted("classes")
+    shares, _ = watched(auditor, x, 3)
+    shares.note()
+    state = shares.state_dict()
+    other, _ = watched(auditor, x, 3)
+    other.training.model.to("meta")  # any device that checkpoints are not read to
+    other.load_state_dict(state)
+    assert {w.device.type for w in other.weights} == {"meta"}
+    kept = [g for of in other.gradients for g in of if g is not None]
+    assert {g.device.type for g in kept} == {"meta"}
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_some_items_are_judged_as_among_all(classes: int) -> None:
     auditor, _ = planted("classes", classes)

@@ -65,6 +65,24 @@ def test_canaries_certify_a_model() -> None:
     assert audit(parrot, None, canaries, limit=1.1).valid
 
 
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1), (-1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planted_numbers_are_compared_with_their_own_predictions(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(2000, generator=g).to(dtype)
+    outputs = y + 0.5 * torch.randn(2000, generator=g)
+    canaries = Canaries(y.reshape(shape), fraction=0.05)
+    result = audit(outputs.reshape(shape), None, canaries, kind="regression")
+    found = audit(outputs, None, canaries.targets.flatten().float(), kind="regression")
+    assert result.recall is not None
+    assert 0.05 < result.recall.value < 0.3
+    # Where they are labels like others, they make the estimated noise a little larger.
+    mean = found.suspect[canaries.index.numpy()].mean()
+    assert result.recall.value == pytest.approx(mean, abs=0.06)
+
+
 def test_outputs_in_hand_are_those_of_the_model() -> None:
     x, y, _ = data()
     one, two = audit(linear(), x, y), audit(linear()(x).detach(), None, y)

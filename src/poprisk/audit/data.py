@@ -27,6 +27,8 @@ class Indexed(Dataset[Any]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):  # which ends a loop over the examples
+            raise IndexError(f"there is no example {int(index)} among {len(self)}.")
         index = int(index) % len(self)  # from the end, as of a list
         found, target = self.data[index], self.targets[index]
         if isinstance(found, Mapping):

@@ -440,7 +440,7 @@ class _Numbers:
     def recall(self, planted: Planted) -> Rate:
         index = planted.index.numpy()
         rows = self.seen[index]
-        margin = self.model.margin(self.p[index[rows]], planted.labels.numpy()[rows])
+        margin = self.model.margin(self.p[index[rows]], planted.labels.double().numpy()[rows])
         return share_of(margin < 0)
 
     def wrong_share(self) -> Rate:

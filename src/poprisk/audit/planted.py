@@ -34,8 +34,10 @@ class Planted:
 
     def __init__(self, canaries: Canaries, items: Items) -> None:
         self.index = canaries.index.cpu()
-        self.labels = canaries.targets.cpu()[self.index]
-        self.original = canaries.original.cpu()
+        # In the shape of the items' labels: numbers (m,) would be compared with each of (m, 1).
+        shape = (len(self.index), *items.labels.shape[1:])
+        self.labels = canaries.targets.cpu()[self.index].reshape(shape)
+        self.original = canaries.original.cpu().reshape(shape)
         self.classes = items.classes
         self._given = items.labels
         self.changed = (self.labels != self.original).reshape(len(self.index), -1).any(1)

@@ -179,6 +179,9 @@ class ModuleShares:
         """Go on from a state, bit for bit."""
         for name in STATE:
             setattr(self, name, state[name])
+        device = next(self.training.model.parameters()).device  # not that of a checkpoint
+        self.weights = [w.to(device) for w in self.weights]
+        self.gradients = [[None if g is None else g.to(device) for g in of] for of in self.gradients]
 
 
 STATE = ("shares", "first", "last", "weights", "gradients")
