@@ -429,6 +429,19 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_numbers_that_are_classes_are_refused_before_a_directory_is_made(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": np.arange(60.0) ** 2 % 7, "y": np.arange(60) % 2})
+    frame.loc[5, "y"] = np.nan
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    arguments = [tmp_path / "t.csv", "--label", "y", "--kind", "regression", "--epochs", 1, "--out"]
+    refused = call(*arguments, tmp_path / "run")
+    assert refused.exit_code == 2
+    assert "audit them as classes, or plant none by --plant 0" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    found = call(*arguments, tmp_path / "run", "--plant", 0)
+    assert found.exit_code == 0, found.output
+
+
 def test_the_config_says_what_was_used(audited: tuple[Path, str]) -> None:
     folder, _ = audited
     config = json.loads((folder / "run" / "config.json").read_text())

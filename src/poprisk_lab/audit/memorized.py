@@ -181,7 +181,9 @@ class ModuleShares:
             setattr(self, name, state[name])
         device = next(self.training.model.parameters()).device  # not that of a checkpoint
         self.weights = [w.to(device) for w in self.weights]
-        self.gradients = [[None if g is None else g.to(device) for g in of] for of in self.gradients]
+        self.gradients = [
+            [None if g is None else g.to(device) for g in of] for of in self.gradients
+        ]
 
 
 STATE = ("shares", "first", "last", "weights", "gradients")

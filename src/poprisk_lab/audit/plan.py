@@ -173,12 +173,17 @@ def plan_for(
     which ``task_name`` makes again where it is trained, it is the network, for as long as it says.
 
     Raises:
-        AuditInputError: if there are too few labels to plant any.
+        AuditInputError: if there are too few labels to plant any, or numbers that are classes.
     """
     n = int(examples.labelled.sum())
     if plant and not round(plant * n):
         raise AuditInputError(
             f"--plant {plant:g} of {n} labels makes none; give more, or 0 to plant none."
+        )
+    if plant and not examples.classes and len(examples.targets[examples.labelled].unique()) < 3:
+        raise AuditInputError(
+            "the labels hold fewer than three different numbers, which stand for classes and to "
+            "which no noise can be added: audit them as classes, or plant none by --plant 0."
         )
     recipe = recipe_for(n, tuple(examples.inputs.shape[1:]), epochs)
     if task is not None:
