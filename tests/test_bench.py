@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ def test_turns_are_taken_and_ratios_pair_up() -> None:
     )
     assert calls == ["own", "base"] * (bench.WARM_UP + 6)
     assert ratio.ratio_low <= ratio.ratio <= ratio.ratio_high
+
+
+def test_a_failure_without_a_text_is_told_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "MOMENTS", {"none": Mock(side_effect=MemoryError)})
+    assert kernel.moment_seconds(BenchCase("mlp", 3, 4), 1) == {"none": "MemoryError"}
 
 
 @pytest.mark.usefixtures("tiny")

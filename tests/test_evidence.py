@@ -242,6 +242,20 @@ def test_a_run_of_ones_own_says_what_it_measured() -> None:
     assert found["environment"]["code"] == code_fingerprint()
 
 
+def test_what_else_was_used_is_no_training_example() -> None:
+    data = {"x": torch.zeros(400, 5), "vocabulary": np.zeros(900), "labels": "v2"}
+    found = own(data=data, seeds=np.int64(4))
+    assert (found["data"]["examples"], found["seeds"]) == (400, [4])
+    assert found["data"]["fingerprints"]["labels"] == "v2"
+    json.dumps(found["seeds"])
+    tokens = torch.full((9, 4), -100)
+    tokens[:8] = torch.arange(32).reshape(8, 4) % 2  # none in the last row
+    result = audit(F.one_hot(tokens.clamp_min(0), 2) * 6.0, None, tokens, kind="tokens")
+    of_tokens = run_evidence("mine", result, data={"x": torch.zeros(9, 4)}, seeds=0)
+    assert of_tokens["data"]["examples"] == 9
+    assert of_tokens["data"]["labelled"] == 8
+
+
 def test_what_a_run_of_ones_own_did_not_measure_is_null_with_a_reason() -> None:
     found = run_evidence("mine", looked_on(plant=0), data={"x": "v1"}, seeds=3)
     assert found["seeds"] == [3]
@@ -333,6 +347,7 @@ def test_trained_weights_change_the_fingerprint_of_weights_only() -> None:
         ({"data": {"x": [1, 2]}}, r"data\['x'\] must be a tensor, an array, .*but got list"),
         ({"data": {"x": np.array(["a", None])}}, r"data\['x'\] must be a tensor"),
         ({"data": {"x": ""}}, "is an empty text"),
+        ({"data": {"x": __file__}}, r"data\['x'\], .*, is a file .*; pass pathlib.Path"),
         ({"data": torch.zeros(3)}, "data must be a dict"),
         ({"seeds": []}, "seeds must hold at least one"),
         ({"seeds": [0.5]}, "seeds must be an integer"),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from poprisk._validate import first_line
 from poprisk_lab.bench.models import BenchCase
 from poprisk_lab.bench.peers import KERNELS, MOMENTS
 from poprisk_lab.plots import Table
@@ -188,4 +189,4 @@ def _peak_mib() -> float | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"{error.name} is not installed"
-    return str(error).splitlines()[0][:100]
+    return first_line(error)[:100]

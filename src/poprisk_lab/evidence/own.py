@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,8 @@ def run_evidence(
         name: of the model or the run.
         result: of the audit that looked on.
         data: what was trained on, by name: tensors, arrays, and paths of files or folders are
-            hashed; a text is taken for a fingerprint, as a data set's version.
+            hashed; a text is taken for a fingerprint, as a data set's version. The labels that were
+            audited are hashed besides.
         seeds: that repeat the run.
         source: where the data come from.
         model: as trained; it is counted and hashed, not kept.
@@ -89,7 +91,7 @@ def run_evidence(
     if not data:
         raise ValueError("data must hold what was trained on, but is empty.")
     hashes = {key: fingerprint_of(f"data[{key!r}]", value) for key, value in data.items()}
-    numbers = [seeds] if isinstance(seeds, int) else [*seeds]
+    numbers = [seeds] if isinstance(seeds, (int, np.integer)) else [*seeds]
     if not numbers:
         raise ValueError("seeds must hold at least one, but is empty.")
     for seed in numbers:
@@ -97,20 +99,24 @@ def run_evidence(
     if risk is not None:
         check_type("risk", risk, Estimated, "an estimate, as TwinRisk.estimate() returns")
     skipped = getattr(optimizer, "skipped_steps", None)
-    examples = [len(v) for v in data.values() if isinstance(v, (Tensor, np.ndarray)) and v.ndim]
+    examples = [int(result.example.max()) + 1]
+    if result.kind == "tokens":  # the last rows may have no token that is labelled
+        examples += [
+            len(v) for v in data.values() if isinstance(v, (Tensor, np.ndarray)) and v.ndim
+        ]
     return {
         **head("run", name, environment(0)),
         "subject": None if optimizer is None else type(optimizer).__name__,
         "task": "classification" if result.kind == "classes" else result.kind,
         "data": {
             "source": source,
-            "examples": max([int(result.example.max()) + 1, *examples]),
+            "examples": max(examples),
             "labelled": len(np.unique(result.example[result.labelled])),
             "test_examples": 0 if score is None else score.test_examples,
-            "fingerprints": {**hashes, "labels": fingerprint_of("labels", result.labels)},
+            "fingerprints": {"labels": fingerprint_of("labels", result.labels), **hashes},
         },
         "model": {**_model(model), "sources": _sources(sources)},
-        "seeds": numbers,
+        "seeds": [int(seed) for seed in numbers],
         "settings": {"optimizer": _settings(optimizer), **_as_settings(settings or {})},
         "performance": _performance(score),
         "risk": _risk(risk),
@@ -129,7 +135,7 @@ def fingerprint_of(name: str, value: Any) -> str:
     """A hash of numbers, of a file, or of all files of a folder; a text stands for itself.
 
     Raises:
-        TypeError, ValueError: if it is none of these, or an empty text.
+        TypeError, ValueError: if it is none of these, an empty text or the name of a file.
         OSError: if a file cannot be read.
 
     Example:
@@ -139,6 +145,11 @@ def fingerprint_of(name: str, value: Any) -> str:
     if isinstance(value, str):
         if not value:
             raise ValueError(f"{name} must be a fingerprint, but is an empty text.")
+        if os.path.exists(value):
+            raise ValueError(
+                f"{name}, {value!r}, is a file or a folder here; pass pathlib.Path({value!r}) to "
+                "hash it, or another text as its fingerprint."
+            )
         return value
     digest = hashlib.sha256()
     if isinstance(value, Path):
