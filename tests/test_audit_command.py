@@ -235,6 +235,34 @@ def test_corrected_labels_are_written_as_the_others_are(
     assert new.read_bytes() == "".join(f"{line}\n" for line in lines).encode(encoding)
 
 
+def test_a_label_that_the_encoding_does_not_have_is_refused(tmp_path: Path) -> None:
+    source, marks, new = (tmp_path / f"{name}.csv" for name in "smn")
+    source.write_bytes("x;y\n1;schön\n2;übel\n".encode("cp1252"))
+    marks.write_text("row,name,given,label,mark\n1,row 1,schön,δ,fix\n", encoding="utf-8")
+    with pytest.raises(AuditInputError, match="is in cp1252, which has no 'δ'; save it in UTF-8"):
+        apply_marks(source, "y", marks, new)
+    assert not new.exists()
+
+
+def test_numbers_of_many_digits_are_known_again(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.normal(size=80).round(3)})
+    frame["price"] = (1e7 * (3 + frame["a"] + 0.05 * rng.normal(size=80))).round(2)
+    frame.loc[7, "price"] += 4e8
+    source = tmp_path / "t.csv"
+    frame.to_csv(source, index=False)
+    run, new = tmp_path / "run", tmp_path / "new.csv"
+    found = call(source, "--label", "price", "--epochs", 20, "--plant", 0, "--out", run)
+    assert found.exit_code == 0, found.output
+    applied = call(source, "--label", "price", "--apply", run / "suspects.csv", "--out", new)
+    assert applied.exit_code == 0, applied.output
+    changed = pd.read_csv(new)["price"] != frame["price"]
+    assert changed[7]
+    assert int(changed.sum()) == len(pd.read_csv(run / "suspects.csv"))
+    exact = repr(float(frame["price"][7]))
+    assert f"{exact}," in (run / "report.html").read_text()  # and so in what the page downloads
+
+
 def report(directory: Path) -> Any:
     return CliRunner().invoke(app, ["report", str(directory)], catch_exceptions=False)
 

@@ -78,42 +78,77 @@ def apply_marks(source: Path, label: str | None, marks: Path, to: Path) -> int:
     if label not in head:
         raise AuditInputError(f"{source} has no column {label!r}.")
     column, body = head.index(label), rows[1:]
-    written = Counter(row[column].strip() for row in body)
+    as_written = _Spelling(Counter(row[column].strip() for row in body))
     for row, given, right in zip(fixed["row"], fixed["given"], fixed["label"], strict=True):
         position = int(row) - 1 if row.isdecimal() else -1
         if not 0 <= position < len(body) or not _same(body[position][column], given):
             raise AuditInputError(
                 f"{marks} does not belong to {source}: it has {given!r} in row {row}."
             )
-        body[position][column] = _as_written(right, written)
+        body[position][column] = as_written(right)
     text = StringIO()
     end = "\r\n" if windows else "\n"
     csv.writer(text, delimiter=form.separator, lineterminator=end).writerows(rows)
     encoding = form.encoding
     if encoding == "utf-8-sig" and not marked:
         encoding = "utf-8"
-    replace_bytes(to, text.getvalue().encode(encoding))
+    try:
+        content = text.getvalue().encode(encoding)
+    except UnicodeEncodeError as error:
+        wrong = error.object[error.start]
+        raise AuditInputError(
+            f"{source} is in {encoding}, which has no {wrong!r}; save it in UTF-8, or choose "
+            "another label."
+        ) from error
+    replace_bytes(to, content)
     return len(fixed)
 
 
-def _as_written(label: str, written: Counter[str]) -> str:
-    """A label as the file has it: 01 or 1.0 for 1, and with its decimal comma."""
-    if label in written:
-        return label
-    same = [cell for cell in written if _same(cell, label)]
-    if same:
-        return max(same, key=written.__getitem__)
-    commas = sum(count for cell, count in written.items() if table.DECIMAL_COMMA.match(cell))
-    return label.replace(".", ",") if commas > sum(written.values()) / 2 else label
+class _Spelling:
+    """Labels as a file has them: 01 or 1.0 for 1, and with its decimal comma.
+
+    Args:
+        written: its cells, and how often each occurs.
+    """
+
+    def __init__(self, written: Counter[str]) -> None:
+        self.written = written
+        commas = sum(count for cell, count in written.items() if table.DECIMAL_COMMA.match(cell))
+        self.comma = commas > sum(written.values()) / 2
+        cells = [cell for cell, _ in written.most_common()]
+        self.of_number: dict[float, str] = {}
+        for cell, numbers in zip(cells, _readings(cells), strict=True):
+            for number in numbers:
+                self.of_number.setdefault(number, cell)
+        self.missing = next((cell for cell in cells if cell.lower() in MISSING), "none")
+
+    def __call__(self, label: str) -> str:
+        if label in self.written:
+            return label
+        if label == "none":
+            return self.missing
+        number = _number(label)
+        if number is not None and number in self.of_number:
+            return self.of_number[number]
+        return label.replace(".", ",") if self.comma else label
+
+
+def _readings(cells: list[str]) -> list[tuple[float, float]]:
+    """Each cell as a number, with a decimal comma and with a point; NaN if it is none."""
+    found = pd.Series(cells, dtype=object)
+    ways = (numbers_in(found, decimal).astype(float).tolist() for decimal in ",.")
+    return list(zip(*ways, strict=True))
+
+
+def _number(label: str) -> float | None:
+    try:
+        return float(label)
+    except ValueError:
+        return None
 
 
 def _same(cell: str, given: str) -> bool:
     cell = cell.strip()
     if cell == given or (given == "none" and cell.lower() in MISSING):
         return True
-    try:
-        number = float(given)
-    except ValueError:
-        return False
-    found = pd.Series([cell], dtype=object)
-    return any(float(numbers_in(found, decimal).iloc[0]) == number for decimal in ",.")
+    return _number(given) in _readings([cell])[0]

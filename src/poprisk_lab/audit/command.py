@@ -153,7 +153,7 @@ def write_table(
                 [
                     i + 1,
                     examples.name(i),
-                    _text(columns["given"][i]),
+                    _text(columns["given"][i], exact=True),  # by which --apply knows the row
                     _text(columns["suggested"][i]),
                     int(result.suspect[i]),
                     "" if np.isnan(result.quality[i]) else f"{result.quality[i]:.4f}",
@@ -187,8 +187,9 @@ def worst_table(examples: AuditExamples, result: AuditResult) -> Table:
     )
 
 
-def _text(label: Any) -> str:
-    """A label as people write it; empty where there is none."""
+def _text(label: Any, *, exact: bool = False) -> str:
+    """A label as people write it, numbers with six digits or all; empty where there is none."""
     if isinstance(label, float):
-        return "" if np.isnan(label) else f"{label:.6g}"
+        written = repr(float(label)).removesuffix(".0") if exact else f"{label:.6g}"
+        return "" if np.isnan(label) else written
     return "" if label is None else str(label)

@@ -102,7 +102,8 @@ def _suspect(
     *,
     picture: bool,
 ) -> list[Any]:
-    given, suggested = _label(result.labels[item]), _label(result.suggested[item])
+    # The given one with all digits, by which --apply knows the row.
+    given, suggested = _label(result.labels[item]), _label(result.suggested[item], digits=5)
     show = examples.show(item)
     image = show.pop("image", None)
     cells = {name: _cut(value) for name, value in show.items()}
@@ -116,9 +117,9 @@ def _suspect(
     return [item, name, given, suggested, told, thumbnail, [*cells.values()], words.lower()]
 
 
-def _label(value: Any) -> float | int:
+def _label(value: Any, digits: int = 17) -> float | int:
     flat = np.asarray(value).reshape(-1)[0]
-    return int(flat) if np.issubdtype(flat.dtype, np.integer) else float(f"{flat:.5g}")
+    return int(flat) if np.issubdtype(flat.dtype, np.integer) else float(f"{flat:.{digits}g}")
 
 
 def _cut(value: str | None) -> str | None:
