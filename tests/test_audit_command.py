@@ -248,7 +248,7 @@ def test_numbers_of_many_digits_are_known_again(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"a": rng.normal(size=80).round(3)})
     frame["price"] = (1e7 * (3 + frame["a"] + 0.05 * rng.normal(size=80))).round(2)
-    frame.loc[7, "price"] += 4e8
+    frame.loc[7, "price"] = 4e8 + 0.25
     source = tmp_path / "t.csv"
     frame.to_csv(source, index=False)
     run, new = tmp_path / "run", tmp_path / "new.csv"
