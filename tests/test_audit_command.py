@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from poprisk import Canaries, audit
 from poprisk.losses import IGNORED
 from poprisk_lab.audit import read, study
 from poprisk_lab.audit.apply import apply_marks
@@ -27,6 +29,7 @@ from poprisk_lab.audit.examples import AuditExamples, AuditInputError
 from poprisk_lab.audit.nets import build, recipe_for
 from poprisk_lab.audit.plan import plan_for
 from poprisk_lab.audit.training import TargetScale, Tell, Training, batches
+from poprisk_lab.audit.words import notices
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.cli import app
 
@@ -400,6 +403,15 @@ def test_an_unsure_audit_names_the_command_to_try_next(
     assert "runs/audit-chance-of-5-folds" in after.output
     assert "know little of the data. Train longer." in after.output
     assert "folds" not in after.output.partition("know little")[2].partition("\n")[0]
+
+
+def test_a_share_that_is_not_believed_is_not_left_out_without_a_word() -> None:
+    y = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    result = audit(0.9 * y, None, Canaries(y, fraction=0.1), kind="regression")
+    assert notices(replace(result, valid=True, reason="")) == []
+    doubted = result.wrong_share._replace(valid=False, reason="a long tail")
+    told = notices(replace(result, valid=True, reason="", wrong_share=doubted))
+    assert told == ["How many labels are wrong is not known: a long tail."]
 
 
 def test_fresh_starts_over(audited: tuple[Path, str], tmp_path: Path) -> None:

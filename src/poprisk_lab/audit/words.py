@@ -43,7 +43,8 @@ def notices(result: AuditResult, folds: str = "") -> list[str]:
         folds: the command that trains on parts of the data; empty if there is none.
     """
     if result.valid:
-        return []
+        share = result.wrong_share
+        return [] if share.valid else [f"How many labels are wrong is not known: {share.reason}."]
     if result.cost:  # it was done
         reason = re.sub(r"(, or|;) consider audit\(\.\.\., folds=5\)", "", result.reason)
     else:
