@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from poprisk import Canaries, audit
+from poprisk import Auditor, Canaries, audit
 from poprisk.losses import IGNORED
 from poprisk_lab.audit import read, study
 from poprisk_lab.audit.apply import apply_marks
@@ -30,7 +30,7 @@ from poprisk_lab.audit.nets import build, recipe_for
 from poprisk_lab.audit.plan import plan_for
 from poprisk_lab.audit.training import TargetScale, Tell, Training, batches
 from poprisk_lab.audit.words import notices
-from poprisk_lab.checkpoint import Workspace, load_checkpoint
+from poprisk_lab.checkpoint import CheckpointError, Workspace, load_checkpoint, save_checkpoint
 from poprisk_lab.cli import app
 
 N = 240
@@ -412,6 +412,25 @@ def test_a_share_that_is_not_believed_is_not_left_out_without_a_word() -> None:
     doubted = result.wrong_share._replace(valid=False, reason="a long tail")
     told = notices(replace(result, valid=True, reason="", wrong_share=doubted))
     assert told == ["How many labels are wrong is not known: a long tail."]
+
+
+@pytest.mark.parametrize("folds", [0, 3])
+def test_what_another_version_left_is_refused_in_one_line(
+    audited: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folds: int
+) -> None:
+    examples = read.read_examples(str(audited[0] / "t.csv"), label="kind of thing")
+    plan = plan_for(examples, tmp_path, epochs=3, folds=folds)
+    state = tmp_path / "half.safetensors"
+    save_checkpoint(state, {"epoch": 1})
+    fit = study.fit_fold if folds else study.fit
+    with pytest.raises(CheckpointError, match=r"half.safetensors is damaged: 'model'. .*delete"):
+        list(fit(plan, examples.inputs, examples.targets, {"fold": 0}, Workspace(state)))
+    if not folds:
+        monkeypatch.setattr(study, "make_auditor", lambda _, y: Auditor(y, limit=0.1))
+        found = report(audited[0] / "run")
+        assert found.exit_code == 2
+        assert "is of another version (state_dict is of an auditor with limit=0.2" in found.stderr
+        assert found.stderr.endswith("poprisk audit command with --fresh.\n")
 
 
 def test_fresh_starts_over(audited: tuple[Path, str], tmp_path: Path) -> None:

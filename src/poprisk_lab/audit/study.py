@@ -66,7 +66,7 @@ def read_audit(plan: AuditPlan, targets: Tensor, store: Store) -> Judgement:
     """Judge the labels by trainings that have ended, as :func:`run_audit`.
 
     Raises:
-        RunDirectoryError: if one has not.
+        RunDirectoryError: if one has not, or another version judged by other settings.
     """
     names = [trial.name for trial in plan.trials]
     rows, products = store.rows(names), [store.product(name) for name in names]
@@ -82,7 +82,13 @@ def read_audit(plan: AuditPlan, targets: Tensor, store: Store) -> Judgement:
         result = _judged_folds(plan, targets, kept)
     else:
         auditor = make_auditor(plan, targets)
-        auditor.load_state_dict(kept[0]["auditor"])
+        try:
+            auditor.load_state_dict(kept[0]["auditor"])
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"{store.path} is of another version ({str(error).rstrip('.')}); repeat its "
+                "poprisk audit command with --fresh."
+            ) from error
         result = auditor.result()
         classes = by_class(auditor, result)
         modules = (end_of(rows[FIT]) or {}).get("modules")
@@ -131,10 +137,13 @@ def fit(
     modules = ModuleShares(training, auditor)
     first = 0
     if (state := workspace.load()) is not None:
-        training.load_state_dict(state)
-        auditor.load_state_dict(state["auditor"])
-        modules.load_state_dict(state["modules"])
-        first = state["epoch"]
+        try:
+            training.load_state_dict(state)
+            auditor.load_state_dict(state["auditor"])
+            modules.load_state_dict(state["modules"])
+            first = state["epoch"]
+        except Exception as error:
+            raise workspace.damaged(error) from error
 
     def tell(index: Tensor, outputs: Tensor) -> None:
         auditor.update(index, training.scale.restored(outputs), auditor.targets[index])
@@ -180,8 +189,11 @@ def fit_fold(
     training = Training(plan, inputs, targets, trained, inside)
     average, first = torch.zeros(len(outside), plan.outputs), 0
     if (state := workspace.load()) is not None:
-        training.load_state_dict(state)
-        average, first = state["average"], state["epoch"]
+        try:
+            training.load_state_dict(state)
+            average, first = state["average"], state["epoch"]
+        except Exception as error:
+            raise workspace.damaged(error) from error
     for epoch in range(first, plan.recipe.epochs):
         loss = training.epoch(epoch)
         parts = list[Tensor]()
