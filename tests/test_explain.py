@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,9 @@ def test_there_are_no_others_when_all_directions_are_used(used: int) -> None:
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare operators of many steps, whose figures ``explained`` holds."""
     monkeypatch.setattr("poprisk_lab.explain.plan.SIZES", ((16, 24),))
-    monkeypatch.setattr("poprisk_lab.explain.measure.REPLICATES", 3)
+    # By its module: the package has a function of that name.
+    monkeypatch.setattr(sys.modules["poprisk_lab.explain.measure"], "REPLICATES", 3)
+    monkeypatch.setattr("poprisk_lab.runner.cores", lambda: 0)  # in this process
 
 
 @pytest.mark.slow

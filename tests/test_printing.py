@@ -20,6 +20,7 @@ from poprisk import task as tasks
 from poprisk.optim import stats
 from poprisk.path import drift
 from poprisk.printing import WIDTH, brief, described, short_repr
+from poprisk_lab.studies.drift_laws import DriftLaws
 from samplers import randn
 
 LINES, CHARACTERS = 5, 600
@@ -115,7 +116,7 @@ def results() -> Iterator[Any]:
     yield from (task(), task().scored_by, power(1.0, 0.9, 1.1))
     yield drift.Movement([1, 2], *[randn(2, 400)] * 3)
     one, half = power(1.0, 0.9, 1.1), power(0.5, 0.4, 0.6)
-    yield drift.DriftLaws(one, half, None, None, 8)
+    yield DriftLaws(one, half, None, None, 8)
 
 
 def run_probe(run: path.Run) -> Tensor:
@@ -219,6 +220,6 @@ def test_numbers_texts_and_shapes_in_brief() -> None:
     assert brief(None) == "None"
     assert brief(object()) == "<object>"
     assert len(described("Name", *["word"] * 999)) == WIDTH
-    deep = drift.DriftLaws(power(1.0, 0.5, 1.5), power(1, 1, 1), None, None, 3)
+    deep = DriftLaws(power(1.0, 0.5, 1.5), power(1, 1, 1), None, None, 3)
     assert repr(deep).startswith("DriftLaws(drift=Exponent(value=1.0, low=0.5, high=1.5, ")
     assert brief([deep]) == "[1 × DriftLaws]"

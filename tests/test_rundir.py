@@ -609,11 +609,12 @@ def test_json_is_replaced_whole_or_not_at_all(
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1, None, "é"]}
     assert list(tmp_path.iterdir()) == [path]
 
-    def torn(self: Path, text: str, **_: Any) -> None:
-        self.write_bytes(text.encode()[:3])
+    def torn(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:3])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", torn)
+    monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {"b": 2})
     assert json.loads(path.read_bytes()) == {"a": [1, None, "é"]}
