@@ -27,7 +27,7 @@ from poprisk_lab.audit import read, study
 from poprisk_lab.audit.apply import apply_marks
 from poprisk_lab.audit.examples import AuditExamples, AuditInputError
 from poprisk_lab.audit.nets import build, recipe_for
-from poprisk_lab.audit.plan import plan_for
+from poprisk_lab.audit.plan import AuditPlan, plan_for
 from poprisk_lab.audit.training import TargetScale, Tell, Training, batches
 from poprisk_lab.audit.words import notices
 from poprisk_lab.checkpoint import CheckpointError, Workspace, load_checkpoint, save_checkpoint
@@ -426,7 +426,11 @@ def test_what_another_version_left_is_refused_in_one_line(
     with pytest.raises(CheckpointError, match=r"half.safetensors is damaged: 'model'. .*delete"):
         list(fit(plan, examples.inputs, examples.targets, {"fold": 0}, Workspace(state)))
     if not folds:
-        monkeypatch.setattr(study, "make_auditor", lambda _, y: Auditor(y, limit=0.1))
+
+        def earlier(_: AuditPlan, targets: Tensor) -> Auditor:
+            return Auditor(targets, limit=0.1)
+
+        monkeypatch.setattr(study, "make_auditor", earlier)
         found = report(audited[0] / "run")
         assert found.exit_code == 2
         assert "is of another version (state_dict is of an auditor with limit=0.2" in found.stderr
