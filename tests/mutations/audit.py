@@ -22,6 +22,11 @@ PAIRS = "test_audit_auditor.py::test_pairs_whose_first_is_said_to_be_better"
 NEWEST = "test_audit_gather.py::test_an_example_that_both_have_seen_has_the_later_as_its_last"
 TOGETHER = "test_audit_gather.py::test_parts_put_together_are_the_whole"
 FOLDS = "test_audit_trained.py::test_folds_predict_what_they_were_not_trained_on"
+PLANTED = (
+    "test_audit_trained.py::test_planted_numbers_are_compared_with_their_own_predictions"
+    "[dtype0-shape0]"
+)
+DIGITS = "test_audit_command.py::test_numbers_of_many_digits_are_known_again"
 UNLABELLED = "test_audit_trained.py::test_what_has_no_label_is_in_no_training_set_but_is_predicted"
 NEXT = "test_audit_result.py::test_what_to_train_on_next"
 OWN = "test_audit_command.py::test_predictions_of_a_fold_do_not_depend_on_its_labels"
@@ -216,5 +221,17 @@ MUTATIONS = {
         "found.index, found._given = place[self.index[mine]], self._given[rows]",
         "found.index, found._given = self.index[mine] % len(rows), self._given[rows]",
         SOME,
+    ),
+    "planted numbers are compared with all predictions": Mutation(
+        "poprisk/audit/planted.py",
+        "self.labels = canaries.targets.cpu()[self.index].reshape(shape)",
+        "self.labels = canaries.targets.cpu()[self.index]",
+        PLANTED,
+    ),
+    "given numbers are written with six digits": Mutation(
+        "poprisk_lab/audit/command.py",
+        '_text(columns["given"][i], exact=True)',
+        '_text(columns["given"][i])',
+        DIGITS,
     ),
 }
