@@ -20,6 +20,8 @@ LEAST = 1e-6
 """Probability below which predictions are not told apart."""
 DOUBT = 0.25
 """How far from disagreements to what the noise matrix expects the number of suspects lies."""
+TIE = 1e-9
+"""Difference of margins that rounding may make."""
 LIMIT = 3.0
 """Residual, in standard deviations of the noise, from which a number is suspect."""
 BEYOND = 2 * NormalDist().cdf(-LIMIT)
@@ -178,11 +180,12 @@ def _counts(model: NoiseModel, probabilities: Any, labels: Integers) -> Floats:
 def _between(ordered: Floats, suspects: float) -> int:
     """The nearest number of suspects that does not separate equal margins."""
     count = round(suspects)
-    if count in (0, len(ordered)) or ordered[count - 1] < ordered[count]:
+    if count in (0, len(ordered)):
         return count
-    equal = ordered[count]
-    left = int(np.searchsorted(ordered, equal, "left"))
-    right = int(np.searchsorted(ordered, equal, "right"))
+    left = int(np.searchsorted(ordered, ordered[count] - TIE, "left"))
+    right = int(np.searchsorted(ordered, ordered[count] + TIE, "right"))
+    if left == count:
+        return count
     return left if suspects - left < right - suspects else right
 
 
