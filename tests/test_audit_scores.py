@@ -102,7 +102,8 @@ def test_predictions_that_are_right_leave_no_suspect(structure: bool) -> None:
 
 @pytest.mark.parametrize(("suspects", "found"), [(1, 2), (0.6, 0), (2.0, 2), (2.4, 2), (9.0, 10)])
 def test_equal_margins_are_suspect_together(suspects: float, found: int) -> None:
-    ordered = np.array([-1.0] * 2 + [3.0] * 8)
+    rounding = 1e-15 * np.arange(10)
+    ordered = np.array([-1.0] * 2 + [3.0] * 8) + rounding
     assert _between(ordered, suspects) == found
 
 
@@ -154,11 +155,19 @@ def test_a_pattern_is_found_where_labels_follow_one() -> None:
     assert model.matrix is not None
     off = model.matrix - np.diag(model.matrix.diagonal())
     assert (off.argmax(1) == (np.arange(4) + 1) % 4).all()
+    assert (off.max(1) > 0.6 * off.sum(1)).all()
     found = {}
     for structure in (True, False):
         suspect = fit_noise(p, y, structure=structure).margin(p, y)[0] < 0
         found[structure] = np.mean(suspect == (y != true))
     assert found[True] > found[False]
+
+
+def test_rates_that_differ_by_chance_are_one_rate_and_others_are_kept() -> None:
+    alike = noise_matrix(np.array([[90.0, 10], [13, 87]]))
+    np.testing.assert_allclose(alike.diagonal(), alike[0, 0])
+    one_way = noise_matrix(np.array([[700.0, 300], [5, 995]])).diagonal()
+    np.testing.assert_allclose(one_way, [0.7, 0.995], atol=0.005)
 
 
 def test_errors_at_random_have_no_pattern() -> None:

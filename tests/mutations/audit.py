@@ -38,17 +38,23 @@ MATRIX = "test_audit_result.py::test_the_matrix_counts_what_was_put_right"
 MUTATIONS = {
     "patterns shrunk where chance does not explain them": Mutation(
         "poprisk/audit/noise.py",
-        "shrunk = chance * even + (1 - chance) * off / total",
-        "shrunk = (1 - chance) * even + chance * off / total",
+        "alike * even[erring] + (1 - alike)",
+        "(1 - alike) * even[erring] + alike",
         PATTERN,
     ),
     "no even spread mixed in": Mutation(
         "poprisk/audit/noise.py",
-        "return (1 - EVEN) * shrunk + EVEN * even",
-        "return shrunk",
+        "spread = (1 - EVEN) * spread + EVEN * even",
+        "pass",
         NAIVE,
     ),
-    "rates of classes not drawn together": Mutation(
+    "rates of classes that differ drawn together": Mutation(
+        "poprisk/audit/noise.py",
+        "common * pooled + (1 - common)",
+        "(1 - common) * pooled + common",
+        NAIVE,
+    ),
+    "a rate of a few errors not drawn to that of all": Mutation(
         "poprisk/audit/noise.py",
         "(wrong + PRIOR) / (all_of + PRIOR / pooled)",
         "(wrong + 1e-9) / (all_of + 1e-6)",
@@ -80,8 +86,8 @@ MUTATIONS = {
     ),
     "a number is judged by its best output": Mutation(
         "poprisk/audit/scores.py",
-        "return LIMIT - r.max(1)",
-        "return LIMIT - r.min(1)",
+        "self.residuals(predictions, targets).max(1)",
+        "self.residuals(predictions, targets).min(1)",
         RESIDUALS,
     ),
     "all looks weigh the same": Mutation(

@@ -32,27 +32,32 @@ def noise_matrix(rows: Sequence[Row], labels: Sequence[int]) -> list[list[float]
     for p, y in zip(rows, labels, strict=True):
         if max(p) >= least:
             counts[list(p).index(max(p))][y] += 1
-    wrong = sum(counts[j][y] for j in range(c) for y in range(c) if j != y)
-    pooled = (wrong + 0.5) / (sum(map(sum, counts)) + 1)
+    n = [sum(row) for row in counts]
+    off = [n[j] - counts[j][j] for j in range(c)]
+    pooled = (sum(off) + 0.5) / (sum(n) + 1)
+    of_rates = sum(
+        (off[j] - pooled * n[j]) ** 2 / (pooled * (1 - pooled) * n[j]) for j in range(c) if n[j]
+    )
+    common = min(1.0, (c - 1) / of_rates) if of_rates > 0 else 1.0
+    of_spreads = sum(
+        (counts[j][y] - off[j] / (c - 1)) ** 2 / (off[j] / (c - 1))
+        for j in range(c)
+        for y in range(c)
+        if y != j and off[j]
+    )
+    freedom = (c - 2) * sum(o > 0 for o in off)
+    alike = min(1.0, freedom / of_spreads) if of_spreads > 0 else 1.0
     matrix = []
     for j in range(c):
-        off = sum(counts[j]) - counts[j][j]
-        rate = (off + 1) / (sum(counts[j]) + 1 / pooled)
-        statistic = sum(
-            (counts[j][y] - off / (c - 1)) ** 2 / (off / (c - 1))
-            for y in range(c)
-            if y != j and off
-        )
-        chance = min(1.0, (c - 2) / statistic) if statistic > 0 else 1.0
+        rate = common * pooled + (1 - common) * (off[j] + 1) / (n[j] + 1 / pooled)
         row = []
         for y in range(c):
             if y == j:
                 row.append(1 - rate)
                 continue
             even = 1 / (c - 1)
-            seen = counts[j][y] / off if off else even
-            shrunk = chance * even + (1 - chance) * seen
-            row.append(rate * (0.8 * shrunk + 0.2 * even))
+            seen = counts[j][y] / off[j] if off[j] else even
+            row.append(rate * (0.8 * (alike * even + (1 - alike) * seen) + 0.2 * even))
         matrix.append(row)
     return matrix
 
@@ -78,7 +83,7 @@ def log_posterior_margin(pi: Row, matrix: Sequence[Row], y: int) -> float:
 def noise_aware(rows: Sequence[Row], labels: Sequence[int]) -> tuple[list[float], list[bool]]:
     """Posterior margins, and which are suspect: the least ones.
 
-    As many as the mean of how many disagree and how many wrong ones the matrix expects.
+    As many as three quarters of those that disagree and a quarter of what the matrix expects.
     """
     q = [clipped(p) for p in rows]
     matrix = noise_matrix(rows, labels)
@@ -89,7 +94,7 @@ def noise_aware(rows: Sequence[Row], labels: Sequence[int]) -> tuple[list[float]
     disagree = sum(p.index(max(p)) != y for p, y in zip(pi, labels, strict=True))
     expected = sum(p[j] * (1 - matrix[j][j]) for p in pi for j in range(len(p)))
     ranked = sorted(range(len(margins)), key=lambda i: margins[i])
-    worst = ranked[: round((disagree + expected) / 2)]
+    worst = ranked[: round(0.75 * disagree + 0.25 * expected)]
     return margins, [i in worst for i in range(len(margins))]
 
 

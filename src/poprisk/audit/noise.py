@@ -40,10 +40,13 @@ def confusion_counts(
 def noise_matrix(counts: Floats, *, symmetric: bool = False) -> Floats:
     r"""Estimate :math:`T` from counts of predicted against given labels, (c, c).
 
-    With :math:`O_j` the counts of class j off the diagonal, its error rate is drawn towards that of
-    all classes. How its errors spread is drawn towards an even spread E by as much as chance
-    explains, :math:`w_j = \min(1, (c-2)/X_j)` with :math:`X_j = \sum_y (N_{jy}-E_j)^2/E_j`
-    (empirical Bayes); :data:`EVEN` of an even spread is mixed in, so that no entry is 0. Ours.
+    The error rates of the classes are drawn towards that of all, :math:`\bar r`, and the spread of
+    their errors towards an even one, as much as chance explains how they differ: by
+    :math:`\min(1, \nu/X)`, with X the :math:`\chi^2` statistic of all rates,
+    :math:`\sum_j (o_j-\bar r n_j)^2/(\bar r(1-\bar r)n_j)`, or of all spreads,
+    :math:`\sum_{jy}(N_{jy}-e_j)^2/e_j` with :math:`e_j=o_j/(c-1)`, and :math:`\nu` its degrees of
+    freedom (empirical Bayes; :math:`o_j` of :math:`n_j` counts of class j lie off the diagonal).
+    :data:`EVEN` of an even spread is mixed in, so that no entry is 0. Ours.
 
     Args:
         counts: from :func:`confusion_counts`.
@@ -59,23 +62,25 @@ def noise_matrix(counts: Floats, *, symmetric: bool = False) -> Floats:
     off = counts * (1 - np.eye(c))
     wrong, all_of = off.sum(1), counts.sum(1)
     pooled = (wrong.sum() + 0.5) / (all_of.sum() + 1)
-    rate = np.full(c, pooled) if symmetric else (wrong + PRIOR) / (all_of + PRIOR / pooled)
     even = (1 - np.eye(c)) / (c - 1)
-    spread = even if symmetric else np.stack([_spread(off[j], even[j]) for j in range(c)])
+    if symmetric:
+        return np.diag(np.full(c, 1 - pooled)) + pooled * even
+    common = _chance(wrong, pooled * all_of, pooled * (1 - pooled) * all_of, c - 1)
+    rate = common * pooled + (1 - common) * (wrong + PRIOR) / (all_of + PRIOR / pooled)
+    erring = wrong > 0
+    expected = wrong[:, None] * even
+    alike = _chance(off, expected, expected, int(erring.sum()) * (c - 2))
+    spread = even.copy()
+    spread[erring] = alike * even[erring] + (1 - alike) * off[erring] / wrong[erring, None]
+    spread = (1 - EVEN) * spread + EVEN * even
     return np.diag(1 - rate) + rate[:, None] * spread
 
 
-def _spread(off: Floats, even: Floats) -> Floats:
-    """How the errors of one class are shared out among the others, (c,); sums to one."""
-    total, c = off.sum(), len(off)
-    if total == 0 or c == 2:
-        return even
-    expected = total / (c - 1)
-    other = even > 0
-    statistic = float(((off[other] - expected) ** 2).sum()) / expected
-    chance = 1.0 if statistic <= c - 2 else (c - 2) / statistic
-    shrunk = chance * even + (1 - chance) * off / total
-    return (1 - EVEN) * shrunk + EVEN * even
+def _chance(counts: Floats, expected: Floats, variance: Floats, freedom: int) -> float:
+    """How much of the differences between counts and expectations chance explains, 0 to 1."""
+    some = variance > 0
+    statistic = float(((counts - expected)[some] ** 2 / variance[some]).sum())
+    return 1.0 if statistic <= freedom else freedom / statistic
 
 
 def error_pattern(matrix: Floats) -> Floats:

@@ -18,6 +18,10 @@ NUMBERS = 1 << 22
 """Probabilities that are, at most."""
 LEAST = 1e-6
 """Probability below which predictions are not told apart."""
+DOUBT = 0.25
+"""How far from disagreements to what the noise matrix expects the number of suspects lies."""
+TIE = 1e-9
+"""Difference of margins that rounding may make."""
 LIMIT = 3.0
 """Residual, in standard deviations of the noise, from which a number is suspect."""
 BEYOND = 2 * NormalDist().cdf(-LIMIT)
@@ -63,9 +67,9 @@ class NoiseModel(NamedTuple):
     The ranking is by the posterior margin. A run's own predictions are less sure than they are
     right, so that posterior odds of one are the wrong place to cut. Disagreements
     :math:`\arg\max\pi_i\ne y_i` count the run's own errors among the wrong labels; the matrix,
-    which comes from the surer predictions, expects too few. As many labels are suspect as lie in
-    the middle between the two. Without a matrix the ranking is by the normalized margin, and
-    suspect is what disagrees.
+    which comes from the surer predictions, expects too few. As many labels are suspect as lie
+    between the two, :data:`DOUBT` of the way. Without a matrix the ranking is by the normalized
+    margin, and suspect is what disagrees.
 
     Attributes:
         matrix: :math:`T`, (c, c), or None.
@@ -157,7 +161,7 @@ def fit_noise(
     margin = model.margin(probabilities, labels)[0]
     expected = float((1 - matrix.diagonal()) @ sums / max(sums.sum(), 1e-300))
     ordered = np.sort(margin)
-    suspects = _between(ordered, len(margin) * (_share(disagree) + expected) / 2)
+    suspects = _between(ordered, len(margin) * ((1 - DOUBT) * _share(disagree) + DOUBT * expected))
     return model._replace(
         threshold=_cut(ordered, suspects),
         unsuspected=float(ordered[suspects]) if suspects < len(ordered) else np.inf,
@@ -176,11 +180,12 @@ def _counts(model: NoiseModel, probabilities: Any, labels: Integers) -> Floats:
 def _between(ordered: Floats, suspects: float) -> int:
     """The nearest number of suspects that does not separate equal margins."""
     count = round(suspects)
-    if count in (0, len(ordered)) or ordered[count - 1] < ordered[count]:
+    if count in (0, len(ordered)):
         return count
-    equal = ordered[count]
-    left = int(np.searchsorted(ordered, equal, "left"))
-    right = int(np.searchsorted(ordered, equal, "right"))
+    left = int(np.searchsorted(ordered, ordered[count] - TIE, "left"))
+    right = int(np.searchsorted(ordered, ordered[count] + TIE, "right"))
+    if left == count:
+        return count
     return left if suspects - left < right - suspects else right
 
 
