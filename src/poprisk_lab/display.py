@@ -52,14 +52,18 @@ class PhaseDisplay:
         self.phases: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        self.progress.start()
+        if self.progress.tasks:
+            self.progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        if self.progress.live.is_started:
+            self.progress.stop()
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
         """Take how much of a phase is done."""
+        if not self.progress.live.is_started:  # not before: rich may end with an empty line
+            self.progress.start()
         if phase not in self.phases:
             self.phases[phase] = self.progress.add_task(escape(phase), total=total)
             if not self.console.is_terminal:

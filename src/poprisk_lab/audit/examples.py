@@ -113,7 +113,7 @@ def read_targets(
     if len(names) < 2:
         raise AuditInputError(f"all labels are {names[0]!r}; an audit needs two classes.")
     numbered = text.where(known).map({name: i for i, name in enumerate(names)})
-    targets = numbered.fillna(IGNORED).to_numpy(np.int64, copy=True)
+    targets = numbered.where(known, IGNORED).to_numpy(np.int64, copy=True)
     counts = np.bincount(targets[targets >= 0], minlength=len(names))
     if 2 * len(names) > known.sum():
         raise AuditInputError(

@@ -40,6 +40,12 @@ def figure(plot: Plot, *, shown: Sequence[bool] = (), legend: bool = True) -> Ma
     return Markup(made.to_json())  # plotly escapes < and > in it
 
 
+def _faint(colour: str, opacity: float) -> str:
+    """A colour #rrggbb with an opacity, as every version of plotly takes it."""
+    red, green, blue = bytes.fromhex(colour[1:])
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
 def painted(plot: Plot, *, shown: Sequence[bool] = ()) -> go.Figure:
     """A plot as a figure to show outside of a page, in the page's light colours.
 
@@ -50,7 +56,7 @@ def painted(plot: Plot, *, shown: Sequence[bool] = ()) -> go.Figure:
         colour = _colours()[trace.meta["colour"]]
         trace.update(line={"color": colour}, marker={"color": colour})
         if trace.fill or trace.stackgroup:
-            trace.update(fillcolor=colour + ("29" if trace.fill else "73"))  # as the page's script
+            trace.update(fillcolor=_faint(colour, 0.16 if trace.fill else 0.45))  # as the script
         trace.update(legendgroup=trace.meta["series"], visible=trace.visible or "legendonly")
 
     made = traced(plot, shown=shown)
