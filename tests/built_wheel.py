@@ -24,7 +24,7 @@ DATA = {
     "poprisk_lab/py.typed",
     "poprisk_lab/page/audit.js",
     "poprisk_lab/page/page.css",
-    "poprisk_lab/page/plotly-basic.min.js.gz",
+    "poprisk_lab/page/plotly-basic.min.js.xz",
 }
 """What must be there beside modules and templates."""
 

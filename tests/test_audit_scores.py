@@ -102,8 +102,8 @@ def test_predictions_that_are_right_leave_no_suspect(structure: bool) -> None:
 
 @pytest.mark.parametrize(("suspects", "found"), [(1, 2), (0.6, 0), (2.0, 2), (2.4, 2), (9.0, 10)])
 def test_equal_margins_are_suspect_together(suspects: float, found: int) -> None:
-    rounding = 1e-15 * np.arange(10)
-    ordered = np.array([-1.0] * 2 + [3.0] * 8) + rounding
+    rounding = 1e-15 * np.arange(10, dtype=np.float64)
+    ordered = np.concatenate([np.full(2, -1.0), np.full(8, 3.0)]) + rounding
     assert _between(ordered, suspects) == found
 
 
