@@ -249,6 +249,28 @@ def test_flipped_pairs_are_found_and_a_resumed_run_finds_the_same(tmp_path: Path
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_conservative_dpo_is_two_losses_of_trl(rate: float, tmp_path: Path) -> None:
+    """As the page says; ``label_smoothing`` alone changes nothing."""
+    model = policy()
+    for p in model.parameters():  # away from the reference
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+
+    def loss(**more: Any) -> float:
+        trainer = dpo(tmp_path, pairs(), model=copy.deepcopy(model), beta=5.0, **more)
+        trainer.ref_model.load_state_dict(policy().state_dict())
+        batch = trainer.data_collator(list(trainer.train_dataset.select(range(8))))
+        return trainer.compute_loss(trainer.model, batch).item()
+
+    kept, flipped = loss(), loss(loss_type=["robust"], label_smoothing=rate)
+    assert loss(label_smoothing=rate) == kept
+    flipped = ((1 - rate) * kept - (1 - 2 * rate) * flipped) / rate  # -log σ of minus the margin
+    both = {"loss_type": ["sigmoid", "robust"], "loss_weights": [2 * (1 - rate), 2 * rate - 1]}
+    found = loss(label_smoothing=rate, **both)
+    assert abs(flipped - kept) > 0.1
+    assert found == pytest.approx((1 - rate) * kept + rate * flipped, rel=1e-4)
+
+
 def test_an_alarm_is_told_once(tmp_path: Path) -> None:
     trainer = dpo(tmp_path, pairs(), learning_rate=3e-2)
     callback = watch_preferences(trainer, every=2, fall=0.0, drift=1e-3)
