@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import transformers
 import trl
 
 import words
+from gloo import WORLD, joined
 from poprisk import Auditor, PopRiskAdamW
 from poprisk.integrations.transformers_audit import audited_dataset
 from poprisk.integrations.trl import PreferenceCallback, set_optimizer, watch_preferences
+from processes import Call, at_once
 
 N, WORDS, FLIPPED = 64, 8, [3, 17, 40]
 LONG = [5, 30]
@@ -215,7 +218,7 @@ def test_an_optimizer_of_the_frozen_base_is_refused(tmp_path: Path) -> None:
 def audited(folder: Path, found: Auditor, **more: Any) -> tuple[Any, PreferenceCallback]:
     resume = more.pop("resume", None)
     sinks = more.pop("sinks", ())
-    data = audited_dataset(pairs(long=True), found)
+    data = audited_dataset(pairs(long=more.pop("long", True)), found)
     trainer = dpo(folder, data, num_train_epochs=4, **more)
     set_optimizer(trainer)
     callback = watch_preferences(trainer, found, every=5, sinks=sinks)
@@ -269,6 +272,50 @@ def test_conservative_dpo_is_two_losses_of_trl(rate: float, tmp_path: Path) -> N
     found = loss(label_smoothing=rate, **both)
     assert abs(flipped - kept) > 0.1
     assert found == pytest.approx((1 - rate) * kept + rate * flipped, rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+    for process in at_once(*(Call(shared, (rank, tmp_path)) for rank in range(WORLD))):
+        assert process.code == 0, process.stderr
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    whole = auditor()
+    trainer, callback = audited(tmp_path / "one", whole, long=False)
+    result = whole.result()
+    assert optimizer_of(trainer).param_groups[0]["batch_size"] == 8
+    for one in found:
+        assert one["batch_size"] == 8
+        assert one["looks"] == [N] * 4
+        np.testing.assert_allclose(one["margin"], result.margin, atol=1e-3)
+        for (step, row), (other, mine) in zip(one["rows"], callback.rows, strict=True):
+            assert step == other
+            assert row == pytest.approx(mine, abs=1e-3, nan_ok=True)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(lines) == len(callback.rows)  # written by one process
+
+
+def shared(rank: int, folder: Path) -> None:
+    """What each of two processes does, with half of every batch."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= where | {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {"WORLD_SIZE": str(WORLD), "ACCELERATE_USE_CPU": "true"}
+    with joined(rank, folder):
+        found = auditor()
+        trainer, callback = audited(
+            folder / "two",
+            found,
+            long=False,
+            per_device_train_batch_size=4,
+            sinks=[folder / "rows.jsonl"],
+        )
+        result = found.result()
+        whole = {
+            "batch_size": optimizer_of(trainer).param_groups[0]["batch_size"],
+            "looks": [look.items for look in result.looks],
+            "margin": result.margin.tolist(),
+            "rows": callback.rows,
+        }
+        (folder / f"{rank}.json").write_text(json.dumps(whole))
 
 
 def test_an_alarm_is_told_once(tmp_path: Path) -> None:
