@@ -77,8 +77,8 @@ def dpo(folder: Path, data: Any, *, model: Any = None, **more: Any) -> Any:
     )
 
 
-def auditor(**more: Any) -> Auditor:
-    return Auditor(torch.ones(N, dtype=torch.long), kind="preferences", **{"plant": 0.2, **more})
+def auditor() -> Auditor:
+    return Auditor(torch.ones(N, dtype=torch.long), kind="preferences", plant=0.2)
 
 
 def optimizer_of(trainer: Any) -> PopRiskAdamW:
@@ -362,8 +362,10 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_changed(tmp_path: 
     trainer = dpo(tmp_path, audited_dataset(pairs(), found))
     plain = trainer.data_collator
     watch_preferences(trainer, found)
-    trainer.data_collator = lambda rows: plain(
-        [{k: v for k, v in r.items() if k != "index"} for r in rows]
-    )
+
+    def without(rows: list[dict[str, Any]]) -> Any:
+        return plain([{k: v for k, v in row.items() if k != "index"} for row in rows])
+
+    trainer.data_collator = without
     with pytest.raises(ValueError, match="a training batch has no 'index'"):
         trainer.train()
