@@ -31,7 +31,7 @@ LONG = [5, 30]
 """Pairs whose prompt is so long that TRL drops them."""
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
 
 
@@ -68,7 +68,7 @@ def policy() -> Any:
 
 
 def dpo(folder: Path, data: Any, *, model: Any = None, **more: Any) -> Any:
-    extra = {k: more.pop(k) for k in ("peft_config", "optimizers") if k in more}
+    extra = {k: more.pop(k) for k in ("peft_config", "optimizers", "eval_dataset") if k in more}
     model = model or policy()
     reference = None if "peft_config" in extra else copy.deepcopy(model)
     args = trl.DPOConfig(**settings(folder, **more))
@@ -158,16 +158,25 @@ def logged(trainer: Any, name: str) -> list[float]:
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
-@pytest.mark.parametrize("way", ["reference", "precomputed", "accumulated", "lora"])
+WAYS = ["reference", "precomputed", "accumulated", "evaluated", "bf16", "lora", "prompt"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_rewards_are_those_that_the_trainer_logs(way: str, tmp_path: Path) -> None:
     more: dict[str, Any] = {
         "reference": {},
         "precomputed": {"precompute_ref_log_probs": True},
         "accumulated": {"gradient_accumulation_steps": 2},
+        "evaluated": {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": pairs()},
+        "bf16": {"bf16": True, "gradient_checkpointing": True},
         "lora": {},
+        "prompt": {},
     }[way]
     if way == "lora":
         more["peft_config"] = lora()
+    if way == "prompt":
+        peft = pytest.importorskip("peft")
+        more["peft_config"] = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     trainer = dpo(tmp_path, pairs(), logging_steps=1, max_steps=4, **more)
     set_optimizer(trainer)
     callback = watch_preferences(trainer, every=1)
@@ -180,9 +189,11 @@ def test_rewards_are_those_that_the_trainer_logs(way: str, tmp_path: Path) -> No
         ("reward/accuracy", "rewards/accuracies"),
     ):
         found = [row[mine] for _, row in callback.rows]
-        assert found == pytest.approx(logged(trainer, name), abs=1e-6)
+        # TRL adds up a text's likelihoods in half precision, we do not.
+        assert found == pytest.approx(logged(trainer, name), abs=0.02 if way == "bf16" else 1e-6)
     drifts = [row["reward/drift"] for _, row in callback.rows]
-    assert drifts[0] == pytest.approx(0.0, abs=1e-6)
+    if way != "prompt":  # tokens put before make another policy than the reference at once
+        assert drifts[0] == pytest.approx(0.0, abs=1e-6)
     for (_, row), drift in zip(callback.rows[1:], drifts[1:], strict=True):
         assert drift > 0
         sides = abs(row["reward/chosen"]), abs(row["reward/rejected"])
@@ -316,6 +327,34 @@ def shared(rank: int, folder: Path) -> None:
             "rows": callback.rows,
         }
         (folder / f"{rank}.json").write_text(json.dumps(whole))
+
+
+def test_conversations_are_swapped_and_watched(tmp_path: Path) -> None:
+    def said(row: dict[str, Any]) -> dict[str, Any]:
+        asked = {"role": "user", "content": "w1"}
+        return {
+            side: [asked, {"role": "assistant", "content": row[side]}]
+            for side in ("chosen", "rejected")
+        }
+
+    plain = pairs().map(said, remove_columns=["prompt"])
+    found = auditor()
+    data = audited_dataset(plain, found)
+    for before, after, target in zip(plain, data, found.targets.tolist(), strict=True):
+        sides = ("chosen", "rejected") if target else ("rejected", "chosen")
+        assert [after[side] for side in sides] == [before["chosen"], before["rejected"]]
+    tokenizer = words.tokenizer(WORDS)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    args = trl.DPOConfig(**settings(tmp_path, num_train_epochs=3))
+    model = policy()
+    trainer = trl.DPOTrainer(
+        model, copy.deepcopy(model), args, train_dataset=data, processing_class=tokenizer
+    )
+    set_optimizer(trainer)
+    watch_preferences(trainer, found)
+    trainer.train()
+    assert [look.items for look in found.result().looks] == [N] * 3
+    assert set(FLIPPED) <= set(np.argsort(found.result().rank)[:8])
 
 
 def test_an_alarm_is_told_once(tmp_path: Path) -> None:
