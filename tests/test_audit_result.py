@@ -75,6 +75,17 @@ def test_a_csv_file_begins_with_the_worst_labels(result: AuditResult, tmp_path: 
     np.testing.assert_allclose(read["margin"], result.margin)
 
 
+def test_an_example_that_never_came_has_no_probabilities() -> None:
+    labels = torch.arange(40) % 2
+    auditor = Auditor(labels, plant=0.1)
+    came = torch.arange(39)
+    auditor.update(came, 3 * F.one_hot(labels[came], 2).float(), auditor.targets[came])
+    found = auditor.result()
+    assert np.isnan(found.pred_probs[39]).all()
+    np.testing.assert_allclose(found.pred_probs[:39].sum(1), 1.0)
+    assert np.isnan(found.columns()["confidence"][39])
+
+
 def test_parquet(result: AuditResult, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     result.to_parquet(tmp_path / "labels.parquet", classes=NAMES)

@@ -98,6 +98,20 @@ def test_the_trace_is_the_rms_of_what_the_step_adds() -> None:
     assert trace.rms == [pytest.approx(row, rel=1e-12) for row in expected]
 
 
+def test_steps_that_another_takes_are_traced_as_well() -> None:
+    starts = [parameter(6), parameter(2, 3)]
+    rows = grad_rows(starts, 8)
+    expected = traced(starts, rows, **DECAY)
+    opt, trace = PopRiskAdamW(copies(starts), **DECAY), UpdateTrace()
+    handles = trace.follow(opt)
+    take_steps(opt, rows)
+    assert trace.rms == expected.rms
+    for handle in handles:
+        handle.remove()
+    take_steps(opt, rows[:1])
+    assert len(trace.rms) == len(rows)
+
+
 def test_the_trace_leaves_weight_decay_out() -> None:
     starts = [parameter(6), parameter(2, 3)]
     rows = grad_rows(starts, 8)

@@ -410,6 +410,31 @@ def test_a_loss_without_a_scale_is_refused() -> None:
         step(twin)
 
 
+@pytest.mark.parametrize("side", [0.0, 1.0])
+def test_labels_that_are_all_the_same_have_a_scale(side: float) -> None:
+    """As in DPO, where the first answer is the better one: all output gradients start alike."""
+
+    def pairs(u: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(u, y, reduction="none").mean(1)
+
+    def model() -> nn.Module:
+        found = nn.Linear(4, 1)
+        nn.init.zeros_(found.weight)
+        nn.init.zeros_(found.bias)
+        return found
+
+    x, y = data()[0], torch.full((N, 1), side)
+    twin = TwinRisk(model, OPTIMIZERS["SGD"], pairs, dataset_size=N)
+    for _ in range(5):
+        for run in twin.runs(torch.arange(N)):
+            run.optimizer.zero_grad()
+            run.loss(run.model(x), y).mean().backward()
+            run.optimizer.step()
+    found = twin.estimate(x, y)
+    assert math.isfinite(found.value)
+    assert found.value >= float(pairs(twin.model(x), y).mean().detach())
+
+
 def test_outputs_of_changing_shape_are_refused() -> None:
     twin = TwinRisk(network, OPTIMIZERS["SGD"], lambda u, y: u.square().sum(1), dataset_size=N)
     step(twin)

@@ -25,7 +25,7 @@ from poprisk import PopRiskAdamW
 from poprisk.integrations.transformers import TrainerRiskCallback, poprisk_optimizer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "trl.md").read_text(encoding="utf-8")
-REWARDS, DIRECTLY = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
+DIRECTLY, REWARDS = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
 N, WORDS, FLIPPED = 48, 16, 0.25
 pytestmark = [  # TRL's own settings have names that transformers is about to drop
     pytest.mark.slow,
@@ -115,18 +115,31 @@ def rewards(model: Any, tokens: Any) -> Tensor:
     return model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).logits
 
 
-def test_preferences_are_optimized_directly(tmp_path: Path) -> None:
-    args = trl.DPOConfig(**settings(tmp_path, 3))
+def test_preferences_are_optimized_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = trl.DPOConfig(**settings(tmp_path, 15))
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config())
     before = [p.detach().clone() for p in model.parameters()]
     names: dict[str, Any] = {}
     exec(DIRECTLY, names)
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preferences()))
     reference = copy.deepcopy(model)
-    trainer = names["train_by_preferences"](model, reference, tokenizer(), preferences(), args)
-    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(0.69, abs=0.1)
+    trainer, result, columns = names["train_by_preferences"](model, reference, tokenizer(), args)
+    assert trainer.state.log_history[-1]["train_loss"] < 0.69
     assert set(gated(trainer).gate_stats(trainer.model)) >= {"lm_head", "model.embed_tokens"}
     assert any(not torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+    good = [int(row["chosen"].split()[0][1:]) >= WORDS // 2 for row in preferences()]
+    ranks = columns["label_rank"][:]
+    flipped = [rank for rank, right in zip(ranks, good, strict=True) if not right]
+    assert len(flipped) > 5
+    assert sum(rank < len(flipped) for rank in flipped) >= 0.8 * len(flipped)
+    assert result.recall is not None
+    worst = Path("pairs.csv").read_text().splitlines()[1].split(",")[0]
+    assert ranks[int(worst)] == 0
+    assert json.loads(Path("run.jsonl").read_text().splitlines()[-1])["step"] == 15
 
 
 def next_words(logits: Tensor, labels: Tensor) -> Tensor:

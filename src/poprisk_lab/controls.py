@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from poprisk.optim.gate import MASKS_, Mask, TensorList
 from poprisk.optim.wrapper import rewrite_step
@@ -62,16 +63,42 @@ class UpdateTrace:
 
     def record_step(self, optimizer: Optimizer) -> None:
         """Let ``optimizer`` take its step and record the RMS of what it did."""
-        params = [p for g in optimizer.param_groups for p in g["params"]]
-        kept = [
-            1 - float(g["lr"]) * float(g["weight_decay"])
-            for g in optimizer.param_groups
-            for _ in g["params"]
-        ]
-        starts: TensorList = [p.detach() * k for p, k in zip(params, kept, strict=True)]
+        starts = _decayed(optimizer)
         optimizer.step()
+        self._record(optimizer, starts)
+
+    def follow(self, optimizer: Optimizer) -> list[RemovableHandle]:
+        """Record every step that another, a Trainer say, lets ``optimizer`` take from now on.
+
+        Returns:
+            Handles whose ``remove()`` ends it.
+        """
+        starts: TensorList = []
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            starts[:] = _decayed(optimizer)
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._record(optimizer, starts)
+
+        return [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
+
+    def _record(self, optimizer: Optimizer, starts: TensorList) -> None:
+        params = [p for g in optimizer.param_groups for p in g["params"]]
         moved = torch.stack([rms(p.detach() - s) for p, s in zip(params, starts, strict=True)])
         self.rms.append(moved.tolist())
+
+
+def _decayed(optimizer: Optimizer) -> TensorList:
+    """What decoupled weight decay alone would make of the parameters."""
+    return [
+        p.detach() * (1 - float(g["lr"]) * float(g["weight_decay"]))
+        for g in optimizer.param_groups
+        for p in g["params"]
+    ]
 
 
 def rms(t: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class AuditResult:
 
     @property
     def pred_probs(self) -> NDArray[np.float64]:
-        """Probabilities (N, c) whose rows sum to one, as cleanlab takes them.
+        """Probabilities (N, c) whose rows sum to one, as cleanlab takes them; NaN for none.
 
         Raises:
             ValueError: if targets are numbers, which have none.
@@ -126,7 +126,8 @@ class AuditResult:
         if self.kind == "regression":
             raise ValueError("targets are numbers, which have no probabilities; use .predictions.")
         p = self.predictions.astype(np.float64)
-        return p / p.sum(1, keepdims=True)
+        total = p.sum(1, keepdims=True)
+        return p / np.where(total > 0, total, np.nan)
 
     def suspects(self) -> NDArray[np.int64]:
         """Items whose labels are suspect, the worst first, (s,)."""

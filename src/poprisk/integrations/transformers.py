@@ -9,10 +9,8 @@ Example::
         callbacks=[TrainerRiskCallback(loss, sinks=["run.jsonl"])],
     )
 
-TRL's ``SFTTrainer`` and ``RewardTrainer`` take the same arguments, ``DPOTrainer`` an optimizer::
-
-    make, settings = poprisk_optimizer(args, len(data))
-    DPOTrainer(model, ..., optimizers=(make(model, **settings), None))
+TRL's ``SFTTrainer`` and ``RewardTrainer`` take the same arguments; for its others, and with
+adapters, see :func:`poprisk.integrations.trl.set_optimizer`.
 """
 
 from __future__ import annotations
@@ -39,7 +37,9 @@ def poprisk_optimizer(
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with :class:`PopRiskAdamW`.
 
     Learning rate, betas and eps come from the arguments, weight decay from the Trainer's groups,
-    the effective batch from batch size × accumulation × processes.
+    the effective batch from batch size × accumulation × processes. The last step of an epoch may
+    have fewer examples, which is not told to the gate: its variance is an average over steps;
+    ``dataloader_drop_last=True`` leaves that step out.
 
     Args:
         args: of the Trainer.

@@ -1,5 +1,7 @@
 """Find wrong labels or preferences in ``transformers.Trainer``, and TRL's ``RewardTrainer``.
 
+For ``DPOTrainer`` see :func:`poprisk.integrations.trl.watch_preferences`.
+
 Example::
 
     auditor = Auditor(torch.tensor(data["labels"]))
@@ -121,10 +123,11 @@ class TrainerAuditCallback(TrainerCallback):
         if self.auditor.items.kind == "preferences" and _writes(model):
             raise ValueError(
                 f"{type(model).__name__} writes texts, as models of DPOTrainer do, but an auditor "
-                "of preferences takes one reward for each side, as those of RewardTrainer give."
+                "of preferences takes one reward for each side, as those of RewardTrainer give; "
+                "for DPOTrainer use poprisk.integrations.trl.watch_preferences()."
             )
         if state.global_step:
-            self._resume(self._file(args, state))
+            resume_audit(self.auditor, args, state)
         self._hooks = [
             model.register_forward_pre_hook(self._take_index, with_kwargs=True),
             model.register_forward_hook(self._note, with_kwargs=True),
@@ -140,9 +143,7 @@ class TrainerAuditCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save what was found so far beside the checkpoint."""
-        file = self._file(args, state)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self.auditor.state_dict(), file)
+        save_audit(self.auditor, args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -151,20 +152,6 @@ class TrainerAuditCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-    def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
-        rank = torch.distributed.get_rank() if processes() > 1 else 0
-        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / f"auditor-{rank}.pt"
-
-    def _resume(self, file: Path) -> None:
-        if file.exists():
-            self.auditor.load_state_dict(torch.load(file, weights_only=True))
-        else:
-            warnings.warn(
-                f"the audit begins anew: there is no {file} of the run that is resumed.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
     def _take_index(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -188,11 +175,36 @@ class TrainerAuditCallback(TrainerCallback):
         index = self._index.cpu()
         if self.auditor.items.kind == "preferences":
             targets = self.auditor.targets[index]
-            self.auditor.update(index, _of_first(outputs.logits, targets), targets)
+            self.auditor.update(index, of_first(outputs.logits, targets), targets)
         elif self._targets is None:
             raise ValueError(f"the model is called without an input named {self.labels!r}.")
         else:
             self.auditor.update(index, outputs.logits, self._targets)
+
+
+def save_audit(auditor: Auditor, args: TrainingArguments, state: TrainerState) -> None:
+    """Save what was found so far beside the Trainer's checkpoint, one file a process."""
+    file = _file(args, state)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(auditor.state_dict(), file)
+
+
+def resume_audit(auditor: Auditor, args: TrainingArguments, state: TrainerState) -> None:
+    """Take up what was found before the checkpoint; warn if it holds none."""
+    file = _file(args, state)
+    if file.exists():
+        auditor.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        warnings.warn(
+            f"the audit begins anew: there is no {file} of the run that is resumed.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _file(args: TrainingArguments, state: TrainerState) -> Path:
+    rank = torch.distributed.get_rank() if processes() > 1 else 0
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / f"auditor-{rank}.pt"
 
 
 def _writes(model: nn.Module) -> bool:
@@ -201,7 +213,7 @@ def _writes(model: nn.Module) -> bool:
     return find is not None and find() is not None
 
 
-def _of_first(rewards: Tensor, targets: Tensor) -> Tensor:
+def of_first(rewards: Tensor, targets: Tensor) -> Tensor:
     """Reward of the first side minus the second's; the batch holds chosen ones, then rejected."""
     if rewards.numel() != 2 * len(targets):
         raise ValueError(
