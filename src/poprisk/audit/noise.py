@@ -45,7 +45,7 @@ def noise_matrix(counts: Floats, *, symmetric: bool = False) -> Floats:
     :math:`\min(1, \nu/X)`, with X the :math:`\chi^2` statistic of all rates,
     :math:`\sum_j (o_j-\bar r n_j)^2/(\bar r(1-\bar r)n_j)`, or of all spreads,
     :math:`\sum_{jy}(N_{jy}-e_j)^2/e_j` with :math:`e_j=o_j/(c-1)`, and :math:`\nu` its degrees of
-    dof (empirical Bayes; :math:`o_j` of :math:`n_j` counts of class j lie off the diagonal).
+    freedom (empirical Bayes; :math:`o_j` of :math:`n_j` counts of class j lie off the diagonal).
     :data:`EVEN` of an even spread is mixed in, so that no entry is 0. Ours.
 
     Args:
