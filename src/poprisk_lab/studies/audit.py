@@ -35,7 +35,7 @@ LABELS = {
     "folds-10": "10 folds, our score",
 }
 NOISES = (("random", 0.05), ("random", 0.2), ("random", 0.4), ("pairs", 0.3), ("weak", 0.2))
-SEEDS = range(200, 205)  # nothing was chosen on them
+SEEDS = range(210, 215)  # nothing was chosen on them; 200 and 201 were chosen on
 TRAININGS = (*RUNS, "folds-5", "folds-10")
 LOSS, NO_WORSE, SHARE, COST = 0.01, 0.03, 0.03, 1.1
 EVERY = "mean over data and noise"
