@@ -465,7 +465,9 @@ def test_fresh_starts_over(audited: tuple[Path, str], tmp_path: Path) -> None:
     [
         (["missing.csv", "--label", "y"], "there is no file or folder missing.csv"),
         (["{t}"], "--label must name the column of labels"),
-        (["{t}", "--label", "kind"], "has no column 'kind'"),
+        (["{t}", "--label", "kind"], "has no column 'kind'; do you mean 'kind of thing'? It has"),
+        (["{t}", "--label", "kind of thing", "--text", "a"], "holds numbers, and no texts"),
+        (["{t}", "--label", "b", "--text", "b"], "--text and --label both name 'b'"),
         (["{t}", "--label", "a", "--kind", "ordinal"], "--kind must be classes or regression"),
         (["{t}", "--label", "a", "--epochs", "0"], "--epochs must be at least 1"),
         (["{t}", "--label", "a", "--plant", "0.7"], "--plant must lie from 0 to 0.5"),
