@@ -427,7 +427,12 @@ def test_a_column_that_holds_no_texts_is_refused_as_text(tmp_path: Path) -> None
     frame["ward"] = ["east", "west", "north"] * (2 * ROWS // 3)
     frame["none"] = ""
     frame.to_csv(tmp_path / "t.csv", index=False, sep=";")
-    holds = {"comma": "numbers", "gaps": "numbers", "ward": "3 different words", "none": "no two different values"}
+    holds = {
+        "comma": "numbers",
+        "gaps": "numbers",
+        "ward": "3 different words",
+        "none": "no two different values",
+    }
     for name, what in holds.items():
         with pytest.raises(AuditInputError, match=f"--text {name}: .* holds {what}, and no texts"):
             read_examples(str(tmp_path / "t.csv"), label="y", text=name)

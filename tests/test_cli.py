@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import poprisk_lab.cli
 import tiny
+from poprisk_lab.checkpoint import CHECKPOINT_SECONDS
 from poprisk_lab.cli import app
 from poprisk_lab.comparison import run_directory
 from poprisk_lab.plots import Table
@@ -696,7 +697,8 @@ def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("poprisk_lab.comparison.train", interrupted)
     result = run("compare", TINY, *QUICK)
     assert result.exit_code == 130
-    assert result.stderr == "poprisk: stopped; repeat the command to go on where it was.\n"
+    assert result.stderr.startswith("poprisk: stopped; repeat the command to go on: ")
+    assert f"one every {CHECKPOINT_SECONDS:g} seconds.\n" in result.stderr
 
 
 # --- names and lists ------------------------------------------------------------------------------
