@@ -82,6 +82,11 @@ def test_wrong_labels_are_found_and_written(audited: tuple[Path, str]) -> None:
     evidence = json.loads((folder / "run" / "evidence.json").read_text())
     assert re.search(r"planted labels found \d+% \[\d+%, \d+%\] of (\d+) that are wrong", printed)
     assert f"] of {evidence['planted']['count']} that are wrong" in printed
+    model = load_checkpoint(folder / "run" / "checkpoints" / "trace-fit.safetensors")["model"]
+    assert evidence["model"]["parameters"] == sum(value.numel() for value in model.values())
+    assert evidence["model"]["reason"].startswith("no fingerprint: ")
+    assert "The labels are taken as classes." in evidence["data"]["reading"]
+    assert "The labels are taken as classes." not in evidence["limits"]
     tenths = [f"[{done:3}/60] epochs" for done in range(6, 61, 6)]
     assert [line for line in printed.splitlines() if line.endswith("] epochs")] == tenths
     assert "`note` is left out: it has one value." in printed

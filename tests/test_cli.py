@@ -689,6 +689,16 @@ def test_weights_that_differ_from_call_to_call(here: Path) -> None:
     assert "starts from other weights each time it is made with the same seed (loss " in line
 
 
+def test_the_usage_names_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(Path(poprisk_lab.cli.__file__)), "audit", "--nosuch"])
+    with pytest.raises(SystemExit) as error:
+        poprisk_lab.cli.main()
+    assert error.value.code == 2
+    assert "Usage: poprisk audit" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("here")
 def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
