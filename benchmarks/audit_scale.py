@@ -115,7 +115,8 @@ def measured(
     command = [sys.executable, __file__, "--child", *source, "--out", str(run), "--device", "cpu"]
     done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, check=True)
     with (run / "labels.csv").open(encoding="utf-8") as file:
-        rank = [int(row["rank"]) for row in csv.DictReader(file)]
+        ranks = {int(row["index"]): int(row["rank"]) for row in csv.DictReader(file)}
+    rank = [ranks[i] for i in range(len(ranks))]
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     return {
         "rows": rows,

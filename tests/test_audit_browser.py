@@ -192,7 +192,7 @@ def test_marks_by_mouse_and_keyboard_are_downloaded(tmp_path: Path) -> None:
         "46 of 50 suspects.",
     ]
     lines = text.splitlines()
-    assert lines[0] == "row,name,given,label,mark"
+    assert lines[0] == "index,name,given,label,mark"
     assert [line.rsplit(",", 1)[1] for line in lines[1:]] == ["fix", "keep", "unsure", "fix"]
     assert '"dog, big"' in text
 

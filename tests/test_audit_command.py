@@ -68,17 +68,27 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_wrong_labels_are_found_and_written(audited: tuple[Path, str]) -> None:
     folder, printed = audited
     suspects = pd.read_csv(folder / "run" / "suspects.csv")
-    found = set(suspects["row"] - 1)
+    found = set(suspects["index"])
     assert len(found & set(WRONG)) >= 0.9 * len(WRONG)
     assert len(found - set(WRONG)) <= 2
-    right = suspects[(suspects["row"] - 1).isin(WRONG)]
-    truth = [f"class {'xyz'[(row - 1) % 3]}" for row in right["row"]]
+    right = suspects[(suspects["index"]).isin(WRONG)]
+    truth = [f"class {'xyz'[i % 3]}" for i in right["index"]]
     assert (right["suggested"] == truth).mean() >= 0.9
     labels = pd.read_csv(folder / "run" / "labels.csv")
-    assert labels["row"].tolist() == list(range(1, N + 1))
+    assert sorted(labels["index"]) == labels["rank"].tolist() == list(range(N))
     assert labels["suspect"].sum() == len(suspects)
+    assert suspects.equals(labels[: len(suspects)])
     assert f"{len(suspects)} of {N} labels" in printed
-    assert "planted labels found" in printed
+    evidence = json.loads((folder / "run" / "evidence.json").read_text())
+    assert re.search(r"planted labels found \d+% \[\d+%, \d+%\] of (\d+) that are wrong", printed)
+    assert f"] of {evidence['planted']['count']} that are wrong" in printed
+    model = load_checkpoint(folder / "run" / "checkpoints" / "trace-fit.safetensors")["model"]
+    assert evidence["model"]["parameters"] == sum(value.numel() for value in model.values())
+    assert evidence["model"]["reason"].startswith("no fingerprint: ")
+    assert "The labels are taken as classes." in evidence["data"]["reading"]
+    assert "The labels are taken as classes." not in evidence["limits"]
+    tenths = [f"[{done:3}/60] epochs" for done in range(6, 61, 6)]
+    assert [line for line in printed.splitlines() if line.endswith("] epochs")] == tenths
     assert "`note` is left out: it has one value." in printed
 
 
@@ -121,10 +131,10 @@ def test_marks_go_back_into_the_file(audited: tuple[Path, str], tmp_path: Path) 
     folder, _ = audited
     marks = tmp_path / "marked.csv"
     marks.write_text(
-        "row,name,given,label,mark\n"
-        "1,row 1,class y,class x,fix\n"
-        "13,row 13,class y,class y,keep\n"
-        "25,row 25,class y,class y,unsure\n"
+        "index,name,given,label,mark\n"
+        "0,row 1,class y,class x,fix\n"
+        "12,row 13,class y,class y,keep\n"
+        "24,row 25,class y,class y,unsure\n"
     )
     arguments = [folder / "t.csv", "--label", "kind of thing", "--apply", marks, "--out"]
     found = call(*arguments, tmp_path / "new.csv")
@@ -139,6 +149,50 @@ def test_marks_go_back_into_the_file(audited: tuple[Path, str], tmp_path: Path) 
     assert again.exit_code == 2
 
 
+def test_marks_of_an_earlier_version_count_rows_from_one(tmp_path: Path) -> None:
+    source, marks = tmp_path / "s.csv", tmp_path / "m.csv"
+    source.write_text("x,y\n1,a\n2,b\n")
+    marks.write_text("index,name,given,label,mark\n1,row 2,b,a,fix\n")
+    assert apply_marks(source, "y", marks, tmp_path / "new.csv") == 1
+    marks.write_text("row,name,given,label,mark\n2,row 2,b,a,fix\n")
+    assert apply_marks(source, "y", marks, tmp_path / "old.csv") == 1
+    assert (tmp_path / "old.csv").read_text() == "x,y\n1,a\n2,a\n"
+    assert (tmp_path / "new.csv").read_text() == "x,y\n1,a\n2,a\n"
+    marks.write_text("row,name,given,label,mark\nx,row 2,b,a,fix\n")
+    with pytest.raises(AuditInputError, match="does not belong"):
+        apply_marks(source, "y", marks, tmp_path / "none.csv")
+
+
+def test_marks_are_read_before_the_new_table_is_looked_for(
+    audited: tuple[Path, str], tmp_path: Path
+) -> None:
+    (tmp_path / "new.csv").write_text("mine")
+    arguments = [audited[0] / "t.csv", "--label", "kind of thing", "--apply"]
+    found = call(*arguments, tmp_path / "nosuch.csv", "--out", tmp_path / "new.csv")
+    assert found.exit_code == 2
+    assert "there is no file" in found.stderr
+    assert "nosuch.csv" in found.stderr
+    found = call(*arguments, audited[0] / "run" / "suspects.csv", "--out", tmp_path / "new.csv")
+    assert "new.csv exists; choose another file with --out" in found.stderr
+    assert (tmp_path / "new.csv").read_text() == "mine"
+
+
+def test_nothing_of_an_earlier_run_is_left_once_it_starts_over(
+    audited: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(audited[0] / "run", tmp_path / "run")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("poprisk_lab.audit.study.run_trials", stopped)
+    arguments = [audited[0] / "t.csv", "--label", "kind of thing", "--out", tmp_path / "run"]
+    found = call(*arguments, "--fresh")
+    assert found.exit_code == 130
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"config.json", "environment.json", "trials", "checkpoints"}
+
+
 def test_all_suggestions_are_taken_from_the_list_of_suspects(
     audited: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -148,7 +202,7 @@ def test_all_suggestions_are_taken_from_the_list_of_suspects(
     found = apply_marks(source, "kind of thing", folder / "run" / "suspects.csv", new)
     assert found == len(suspects)
     given, fixed = (pd.read_csv(path)["kind of thing"] for path in (source, new))
-    rows = suspects["row"] - 1
+    rows = suspects["index"]
     assert fixed[rows].tolist() == suspects["suggested"].tolist()
     others = ~given.index.isin(rows)
     assert fixed[others].equals(given[others])
@@ -324,7 +378,7 @@ def test_out_of_folds_labels_are_judged_by_what_never_saw_them(tmp_path: Path) -
     assert found.exit_code == 0, found.output
     assert "3 times, on 2/3 of the labels each" in found.output
     assert "3 trainings" in found.output
-    suspects = set(pd.read_csv(tmp_path / "run" / "suspects.csv")["row"] - 1)
+    suspects = set(pd.read_csv(tmp_path / "run" / "suspects.csv")["index"])
     assert len(suspects & set(WRONG)) >= 0.9 * len(WRONG)
     assert len(suspects - set(WRONG)) <= 2
     products = (tmp_path / "run" / "checkpoints").glob("trace-fold-*.safetensors")
@@ -405,6 +459,14 @@ def test_an_unsure_audit_names_the_command_to_try_next(
     assert "folds" not in after.output.partition("know little")[2].partition("\n")[0]
 
 
+def test_a_reason_of_the_library_names_the_option_of_the_command() -> None:
+    result = audit(9 * torch.eye(4)[torch.arange(100) % 4], None, torch.arange(100) % 4)
+    assert notices(result) == [
+        "No labels were planted, so that nothing shows whether labels were memorized; "
+        "`--plant 0.05` plants some."
+    ]
+
+
 def test_a_share_that_is_not_believed_is_not_left_out_without_a_word() -> None:
     y = torch.randn(400, generator=torch.Generator().manual_seed(0))
     result = audit(0.9 * y, None, Canaries(y, fraction=0.1), kind="regression")
@@ -465,7 +527,9 @@ def test_fresh_starts_over(audited: tuple[Path, str], tmp_path: Path) -> None:
     [
         (["missing.csv", "--label", "y"], "there is no file or folder missing.csv"),
         (["{t}"], "--label must name the column of labels"),
-        (["{t}", "--label", "kind"], "has no column 'kind'"),
+        (["{t}", "--label", "kind"], "has no column 'kind'; do you mean 'kind of thing'? It has"),
+        (["{t}", "--label", "kind of thing", "--text", "a"], "holds numbers, and no texts"),
+        (["{t}", "--label", "b", "--text", "b"], "--text and --label both name 'b'"),
         (["{t}", "--label", "a", "--kind", "ordinal"], "--kind must be classes or regression"),
         (["{t}", "--label", "a", "--epochs", "0"], "--epochs must be at least 1"),
         (["{t}", "--label", "a", "--plant", "0.7"], "--plant must lie from 0 to 0.5"),

@@ -298,7 +298,7 @@ def test_texts(tmp_path: Path) -> None:
     assert found.classes == ("a", "b")
     assert len(found.inputs) == ROWS
     assert found.show(0) == {"body": words["a"]}
-    with pytest.raises(AuditInputError, match="there is no column 'text'"):
+    with pytest.raises(AuditInputError, match="has no column 'text'"):
         read_examples(str(tmp_path / "t.csv"), label="topic", text="text")
 
 
@@ -399,7 +399,17 @@ def test_what_cannot_be_audited_is_refused_in_a_line(
     [
         ({"label": None}, "--label must name the column of labels.*'outcome'"),
         ({"label": "Outcome"}, "do you mean 'outcome'"),
-        ({"label": "patient_id"}, "60 classes for 60 labels"),
+        ({"label": "patient_id"}, "--label patient_id: .* looks like an id, and no label"),
+        ({"label": "patient_id", "kind": "classes"}, "60 classes for 60 labels"),
+        ({"label": "visit"}, "--label visit: .* looks like dates"),
+        ({"label": "outcom"}, "do you mean 'outcome'.* It has 'outcome', 'patient_id'"),
+        ({"text": "outcome"}, "--text and --label both name 'outcome'"),
+        ({"text": "weight"}, "--text weight: .* holds numbers, and no texts"),
+        ({"text": "age"}, "holds numbers"),
+        ({"text": "smokes"}, "holds numbers"),
+        ({"text": "visit"}, "holds dates"),
+        ({"text": "country"}, "holds no two different values"),
+        ({"text": "patient"}, "do you mean 'patient_id'"),
         ({"kind": "regression"}, "the labels should be numbers, but one is 'rare thing'"),
     ],
 )
@@ -408,6 +418,77 @@ def test_what_is_asked_must_be_there(
 ) -> None:
     with pytest.raises(AuditInputError, match=message):
         table(tmp_path, **settings)
+
+
+def test_a_column_that_holds_no_texts_is_refused_as_text(tmp_path: Path) -> None:
+    """Of 17.99 the words would be 17 and 99, which tell enough to look like a good audit."""
+    frame = pd.DataFrame({"y": list("ab") * ROWS, "comma": ["1.234,5", "12,5"] * ROWS})
+    frame["gaps"] = np.where(np.arange(2 * ROWS) % 3 == 0, "", frame.index.astype(str))
+    frame["ward"] = ["east", "west", "north"] * (2 * ROWS // 3)
+    frame["none"] = ""
+    frame.to_csv(tmp_path / "t.csv", index=False, sep=";")
+    holds = {
+        "comma": "numbers",
+        "gaps": "numbers",
+        "ward": "3 different words",
+        "none": "no two different values",
+    }
+    for name, what in holds.items():
+        with pytest.raises(AuditInputError, match=f"--text {name}: .* holds {what}, and no texts"):
+            read_examples(str(tmp_path / "t.csv"), label="y", text=name)
+
+
+def test_a_counter_is_no_label_unless_it_is_meant(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"x": np.arange(ROWS) ** 2 % 7, "z": np.arange(ROWS) % 5})
+    frame["number"] = np.arange(ROWS)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(AuditInputError, match=r"--label number: .* looks like an id"):
+        read_examples(str(tmp_path / "t.csv"), label="number")
+    meant = read_examples(str(tmp_path / "t.csv"), label="number", kind="regression")
+    assert meant.targets.tolist() == list(range(ROWS))
+    np.save(tmp_path / "x.npy", np.ones((ROWS, 2)))
+    with pytest.raises(AuditInputError, match="looks like an id"):
+        read_examples(str(tmp_path / "x.npy"), labels=tmp_path / "t.csv", label="number")
+
+
+def test_a_column_that_says_the_same_as_the_label_is_not_learned_from(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, ROWS)
+    frame = pd.DataFrame({"x": rng.normal(size=ROWS), "y": np.array(["a", "b", "c"])[y]})
+    frame["code"] = 7 - y.astype(float)
+    frame.loc[3:9, "code"] = np.nan
+    frame["name"] = np.array(["s", "t", "u"])[y]
+    frame["nearly"] = np.where(np.arange(ROWS) == 5, (y + 1) % 3, y)
+    frame["coarse"] = y == 0
+    frame["price"] = frame["again"] = frame["x"] * 2
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    notes = "\n".join(read_examples(str(tmp_path / "t.csv"), label="y").notes)
+    left = {name for name in frame if f"`{name}` is left out: it says the same" in notes}
+    assert left == {"code", "name"}
+    notes = "\n".join(read_examples(str(tmp_path / "t.csv"), label="price").notes)
+    left = {name for name in frame if f"`{name}` is left out: it says the same" in notes}
+    assert left == {"again"}
+
+
+def test_a_long_list_of_columns_begins_with_those_that_may_be_meant(tmp_path: Path) -> None:
+    names = [f"f{i}" for i in range(30)] + ["diagnosis"]
+    rows = pd.DataFrame(np.arange(31.0)[None] + np.arange(ROWS)[:, None], columns=names)
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    for wanted in ("Diagnose", "diag", "DIAGNOSIS"):
+        with pytest.raises(AuditInputError) as error:
+            read_examples(str(tmp_path / "t.csv"), label=wanted)
+        assert "do you mean 'diagnosis'? It has 'diagnosis', 'f0', 'f1'" in str(error.value)
+        assert str(error.value).endswith("'f18' and 11 more up to 'f29'.")
+    for wanted in (None, "target"):
+        with pytest.raises(AuditInputError, match="'f19' and 11 more up to 'diagnosis'"):
+            read_examples(str(tmp_path / "t.csv"), label=wanted)
+
+
+def test_labels_of_several_columns_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((ROWS, 2)))
+    np.save(tmp_path / "y.npy", np.eye(2)[np.arange(ROWS) % 2])
+    with pytest.raises(AuditInputError, match=r"has shape \(60, 2\); of one-hot rows"):
+        read_examples(str(tmp_path / "x.npy"), labels=tmp_path / "y.npy")
 
 
 def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:

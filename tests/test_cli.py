@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import poprisk_lab.cli
 import tiny
+from poprisk_lab.checkpoint import CHECKPOINT_SECONDS
 from poprisk_lab.cli import app
 from poprisk_lab.comparison import run_directory
 from poprisk_lab.plots import Table
@@ -688,6 +689,16 @@ def test_weights_that_differ_from_call_to_call(here: Path) -> None:
     assert "starts from other weights each time it is made with the same seed (loss " in line
 
 
+def test_the_usage_names_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(Path(poprisk_lab.cli.__file__)), "audit", "--nosuch"])
+    with pytest.raises(SystemExit) as error:
+        poprisk_lab.cli.main()
+    assert error.value.code == 2
+    assert "Usage: poprisk audit" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("here")
 def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
@@ -696,7 +707,8 @@ def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("poprisk_lab.comparison.train", interrupted)
     result = run("compare", TINY, *QUICK)
     assert result.exit_code == 130
-    assert result.stderr == "poprisk: stopped; repeat the command to go on where it was.\n"
+    assert result.stderr.startswith("poprisk: stopped; repeat the command to go on: ")
+    assert f"one every {CHECKPOINT_SECONDS:g} seconds.\n" in result.stderr
 
 
 # --- names and lists ------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ import pytest
 
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab.display import verdict_table
-from poprisk_lab.page import render
+from poprisk_lab.page import draw, render
 from poprisk_lab.page.figures import POINTS, epoch_line
-from poprisk_lab.page.formats import Format, format_for, listed, plain, plural
+from poprisk_lab.page.formats import Format, format_for, listed, plain, plural, signs
+from poprisk_lab.page.page import template
 from poprisk_lab.page.series import FAMILIES, SHADES
-from poprisk_lab.plots import Line, thinned
+from poprisk_lab.plots import Line, Plot, Table, thinned
 from poprisk_lab.results import RunData
 from poprisk_lab.store import replace_text
 from poprisk_lab.verdict import Verdict, judge
@@ -715,3 +716,27 @@ def test_words() -> None:
     assert plain({"lr": 1e-3, "decay": None, "on": True, "betas": [0.9, 0.5]}) == (
         "lr 0.001, decay —, on yes, betas 0.9, 0.5"
     )
+
+
+def test_a_long_title_beside_a_plot_is_broken() -> None:
+    plot = Plot("t", "a long title below a plot", "movement of the training outputs", [], "")
+    layout = json.loads(draw.figure(plot))["layout"]
+    assert layout["yaxis"]["title"]["text"] == "movement of the<br>training outputs"
+    assert layout["xaxis"]["title"]["text"] == plot.x
+
+
+def test_negative_numbers_of_tables_have_a_minus_sign() -> None:
+    assert signs("-1.5 [-2%, -.1e-3]") == "−1.5 [−2%, −.1e−3]"
+    assert signs("5 ± -1") == "5 ± −1"
+    for text in ("grokking-2", "2020-01-02", "a - b", "-", "lr 1-2", "x-e-5"):
+        assert signs(text) == text
+
+
+def test_the_cells_of_a_table_of_two_columns_need_no_names_on_a_phone() -> None:
+    def cells(table: Table) -> str:
+        parts: Any = template("parts.html.j2").make_module()
+        return str(parts.data_table(table, "t"))
+
+    assert "data-label" not in cells(Table(["figure", "value"], [["a", "-1"]]))
+    assert '<td class="">−1</td>' in cells(Table(["figure", "value"], [["a", "-1"]]))
+    assert cells(Table(["", "b", "c"], [["a", "1", "2"]])).count("data-label") == 2

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from poprisk_lab.audit.plan import AUDIT
 from poprisk_lab.checkpoint import save_checkpoint
-from poprisk_lab.comparison import run_directory
+from poprisk_lab.comparison import COMPARISON, run_directory
+from poprisk_lab.explain import EXPLANATION
 from poprisk_lab.results import RunData, read_run
-from poprisk_lab.store import FORMAT, Record, RunDirectoryError, Store, write_json
+from poprisk_lab.store import FORMAT, Kind, Record, RunDirectoryError, Store, write_json
 
 CONFIG: dict[str, Any] = {
     "format": FORMAT,
@@ -373,6 +375,27 @@ def test_a_configuration_without_what_it_must_have_is_refused(run: Store, name: 
 def test_a_missing_file_is_named(run: Store, name: str, creating: bool) -> None:
     shutil.rmtree(run.trials) if name == "trials" else (run.path / name).unlink()
     assert name in refused(run, run.path, creating=creating)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (AUDIT, "report.html suspects.csv labels.csv evidence.json"),
+        (COMPARISON, "report.html evidence.json"),
+        (EXPLANATION, "report.html explanation.json"),
+    ],
+)
+def test_starting_over_leaves_no_results_of_the_trials_before(
+    tmp_path: Path, kind: Kind, names: str
+) -> None:
+    store = Store(tmp_path / "run", kind)
+    config: dict[str, Any] = {"format": FORMAT, **dict.fromkeys(kind.keys, "as it was")}
+    store.create(config, {})
+    for name in [*names.split(), "mine.txt"]:
+        (store.path / name).write_text("of the trials before")
+    store.create(config, {}, fresh=True)
+    kept = {"config.json", "environment.json", "trials", "checkpoints", "mine.txt"}
+    assert {path.name for path in store.path.iterdir()} == kept
 
 
 def test_missing_checkpoints_are_made_room_for(run: Store) -> None:

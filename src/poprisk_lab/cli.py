@@ -41,6 +41,10 @@ DEFAULT_SEEDS = 3
 MOST_FOLDS = 20
 CLAIM_NAMES = [*WORDS, "all"]
 """What `poprisk reproduce` takes."""
+INTERRUPTED = (
+    "stopped; repeat the command to go on: what has ended is kept, and a training that was under "
+    "way as it was at its last checkpoint, one every 20 seconds."
+)
 
 
 def _option(help: str, *names: str) -> Any:
@@ -257,7 +261,7 @@ def audit_command(
         _say(f"record in {directory} (stop at any time, repeat the command to go on)")
         before = {trial.name: k * plan.recipe.epochs for k, trial in enumerate(plan.trials)}
         total = len(before) * plan.recipe.epochs
-        with PhaseDisplay(console) as display:
+        with PhaseDisplay(console, lines=True) as display:
             judged = run_audit(
                 examples,
                 plan,
@@ -353,7 +357,7 @@ def explain_command(
 
         store = Store(directory, EXPLANATION)
         plan = ExplainPlan(task, settings, seed, optimizer, lr, epochs, seconds)
-        with PhaseDisplay(console) as display:
+        with PhaseDisplay(console, lines=True) as display:
             found = explain(plan, store, workers=workers or cores(), say=display, fresh=fresh)
         for notice in [*found["notices"], *warnings(found)]:
             _say(notice, style="yellow")
@@ -589,7 +593,7 @@ def main() -> None:
         # A Greek letter that the terminal cannot show must not end a run: Windows' is cp1252.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    app()
+    app(prog_name="poprisk")
 
 
 def _conclude(directory: Store) -> None:
@@ -671,7 +675,7 @@ def _errors(*, trace: bool, resumable: bool = False) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _fail(
-            "stopped; repeat the command to go on where it was." if resumable else "stopped.",
+            INTERRUPTED if resumable else "stopped.",
             code=130,
         )
     except ValueError as error:  # as TaskError, RunDirectoryError and NotAnalysable are

@@ -351,6 +351,7 @@ COMPARISON = Kind(
     differences,
     with_more_seeds,
     "choose another directory (--out) or start over (--fresh)",
+    results=frozenset({"report.html", "evidence.json"}),
 )
 """The run directories of comparisons."""
 

@@ -37,10 +37,16 @@ STYLES = {"good": "green", "bad": "red"}
 
 
 class PhaseDisplay:
-    """Live progress of one phase after another; one line a phase without a terminal."""
+    """Live progress of one phase after another; without a terminal one line a phase.
 
-    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
-        self.console = console
+    Args:
+        console: where to show it.
+        columns: more of them for each phase.
+        lines: whether a phase has a line for each tenth of it, too, without a terminal.
+    """
+
+    def __init__(self, console: Console, *columns: ProgressColumn, lines: bool = False) -> None:
+        self.console, self.lines = console, lines
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,6 +56,7 @@ class PhaseDisplay:
             disable=not console.is_terminal,
         )
         self.phases: dict[str, TaskID] = {}
+        self.tenths: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         if self.progress.tasks:
@@ -69,6 +76,10 @@ class PhaseDisplay:
             if not self.console.is_terminal:
                 self.say(phase)
         self.progress.update(self.phases[phase], completed=done)
+        tenth = 10 * done // total if total else 0
+        if self.lines and not self.console.is_terminal and tenth > self.tenths.get(phase, 0):
+            self.tenths[phase] = tenth
+            self.say(f"[{done:3}/{total}] {phase}")
 
     def say(self, text: str) -> None:
         """Print a line, for logs."""

@@ -54,6 +54,7 @@ class Kind(NamedTuple):
         extend: the configuration to keep when the first goes on as the second.
         anew: how to begin from the start, where a directory holds something else.
         files: that versions before wrote without a record; they keep no directory from being used.
+        results: files in which a command tells what the trials found; they go when the trials do.
     """
 
     keys: frozenset[str]
@@ -62,6 +63,7 @@ class Kind(NamedTuple):
     extend: Callable[[Config, Config], Config] = lambda found, wanted: found
     anew: str = "choose another directory with --out"
     files: frozenset[str] = frozenset()
+    results: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -138,7 +140,9 @@ class Store:
         with _writing(f"the run directory {self.path}", "choose another with --out"):
             if self.exists() and fresh:
                 self.config()  # of this kind
-                for file in [*self.trials.glob("*"), *self.checkpoints.glob("*"), self._old]:
+                told = [self.path / name for name in self.kind.results]
+                kept = [*self.trials.glob("*"), *self.checkpoints.glob("*"), self._old]
+                for file in [*told, *kept]:
                     file.unlink(missing_ok=True)
             elif self.exists():
                 found = self._check_same(config)

@@ -15,9 +15,9 @@ from poprisk_lab.audit.examples import MISSING, AuditInputError, numbers_in
 from poprisk_lab.store import replace_bytes
 
 MARKS = {"fix", "keep", "unsure"}
-HEAD = ["row", "name", "given", "label", "mark"]
-SUSPECTS = "row name given suggested suspect quality rank confidence".split()
-"""Columns of ``suspects.csv`` and ``labels.csv``."""
+HEAD = ["index", "name", "given", "label", "mark"]
+SUSPECTS = "index name given suggested suspect quality rank confidence".split()
+"""Columns of ``suspects.csv`` and ``labels.csv``; index and rank begin with 0."""
 
 
 def read_marks(path: Path) -> pd.DataFrame:
@@ -33,6 +33,9 @@ def read_marks(path: Path) -> pd.DataFrame:
     except (ValueError, csv.Error) as error:
         reason = " ".join(str(error).split())
         raise AuditInputError(f"{path} cannot be read: {reason}.") from error
+    if found.columns[:1].tolist() == ["row"]:  # as versions before wrote it: from 1
+        places = pd.to_numeric(found["row"], errors="coerce").fillna(0).astype(int) - 1
+        found = found.rename(columns={"row": "index"}).assign(index=places.astype(str))
     if list(found.columns) == SUSPECTS:
         return found.assign(label=found["suggested"], mark="fix")[HEAD]
     if list(found.columns) != HEAD or not set(found["mark"]) <= MARKS:
@@ -63,9 +66,9 @@ def apply_marks(source: Path, label: str | None, marks: Path, to: Path) -> int:
         raise AuditInputError(f"--apply corrects a CSV file, but {source} is none.")
     if label is None:
         raise AuditInputError("--label must name the column of labels.")
+    fixed = read_marks(marks)
     if to.exists():
         raise AuditInputError(f"{to} exists; choose another file with --out.")
-    fixed = read_marks(marks)
     fixed = fixed[fixed["mark"] == "fix"]
     form = table.format_of(source)
     with source.open("rb") as file:
@@ -79,11 +82,11 @@ def apply_marks(source: Path, label: str | None, marks: Path, to: Path) -> int:
         raise AuditInputError(f"{source} has no column {label!r}.")
     column, body = head.index(label), rows[1:]
     as_written = _Spelling(Counter(row[column].strip() for row in body))
-    for row, given, right in zip(fixed["row"], fixed["given"], fixed["label"], strict=True):
-        position = int(row) - 1 if row.isdecimal() else -1
+    for index, given, right in zip(fixed["index"], fixed["given"], fixed["label"], strict=True):
+        position = int(index) if index.isdecimal() else -1
         if not 0 <= position < len(body) or not _same(body[position][column], given):
             raise AuditInputError(
-                f"{marks} does not belong to {source}: it has {given!r} in row {row}."
+                f"{marks} does not belong to {source}: it has {given!r} at index {index}."
             )
         body[position][column] = as_written(right)
     text = StringIO()

@@ -130,13 +130,14 @@ def reopen(directory: Path) -> Finished:
 
 
 def write_tables(directory: Path, examples: AuditExamples, result: AuditResult) -> None:
-    """Write the suspects, the worst first, and all labels in the order of the data.
+    """Write the suspects, and all labels, as :meth:`poprisk.AuditResult.to_csv`: the worst first.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    write_table(directory / "suspects.csv", examples, result, result.suspects())
-    write_table(directory / "labels.csv", examples, result, range(len(result)))
+    write_table(directory / "suspects.csv", examples, result, result.suspects().tolist())
+    order = np.lexsort((result.rank, result.rank < 0))  # those without a label last
+    write_table(directory / "labels.csv", examples, result, order.tolist())
 
 
 def write_table(
@@ -151,13 +152,13 @@ def write_table(
         for i in items:
             rows.writerow(
                 [
-                    i + 1,
+                    i,
                     examples.name(i),
                     _text(columns["given"][i], exact=True),  # by which --apply knows the row
                     _text(columns["suggested"][i]),
                     int(result.suspect[i]),
                     "" if np.isnan(result.quality[i]) else f"{result.quality[i]:.4f}",
-                    "" if result.rank[i] < 0 else result.rank[i] + 1,
+                    "" if result.rank[i] < 0 else result.rank[i],
                     "" if confidence is None else f"{confidence[i]:.4f}",
                 ]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ FEWEST = 20
 """Labelled examples below which nothing is learned that could be told from chance."""
 MANY_VALUES = 20
 """Numbers with more values than that are no classes."""
+MOST_NAMES = 20
+"""Names that a message lists."""
+NEAR = 0.6
+"""Similarity of two names from which one may be meant by the other."""
 
 
 class AuditInputError(ValueError):
@@ -54,6 +59,32 @@ class AuditExamples:
         if self.targets.is_floating_point():
             return ~self.targets.isnan()
         return self.targets != IGNORED
+
+
+def near_names(names: Sequence[str], wanted: str) -> list[str]:
+    """Those of the names that may be meant, the most similar first."""
+    low = wanted.lower()
+    similar = {name: difflib.SequenceMatcher(None, low, name.lower()).ratio() for name in names}
+    inside = {
+        name for name in names if low and name and (low in name.lower() or name.lower() in low)
+    }
+    found = [name for name in names if similar[name] >= NEAR or name in inside]
+    return sorted(found, key=lambda name: -similar[name])
+
+
+def listed(names: Sequence[str], wanted: str = "") -> str:
+    """Names to choose from: first those near to what was asked for, and how many are left out.
+
+    Example:
+        >>> listed(["age", "weight", "diagnosis"], "diagnose")
+        "'diagnosis', 'age', 'weight'"
+    """
+    near = near_names(names, wanted) if wanted else []
+    order = [*near, *(name for name in names if name not in near)]
+    shown, left = order[:MOST_NAMES], order[MOST_NAMES:]
+    # The last column is often that of the labels.
+    more = f" and {len(left)} more up to {left[-1]!r}" if left else ""
+    return ", ".join(map(repr, shown)) + more
 
 
 def numbers_in(texts: pd.Series[Any], decimal: str = ".") -> pd.Series[Any]:

@@ -49,6 +49,7 @@ AUDIT = Kind(
     _differences,
     extend=_read_as_now,
     anew="choose another directory (--out) or start over (--fresh)",
+    results=frozenset({"report.html", "suspects.csv", "labels.csv", "evidence.json"}),
 )
 """The run directories of audits."""
 

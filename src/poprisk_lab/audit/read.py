@@ -13,7 +13,7 @@ from torch import Tensor
 
 from poprisk.task import Task
 from poprisk_lab.audit import images, table
-from poprisk_lab.audit.examples import AuditExamples, AuditInputError, read_targets
+from poprisk_lab.audit.examples import AuditExamples, AuditInputError, listed, read_targets
 from poprisk_lab.tasks import load_task
 
 TABLES = (*table.CSV, *table.JSON_LINES, table.PARQUET)
@@ -70,19 +70,20 @@ def read_examples(
         )
     if label is None:
         raise AuditInputError(
-            f"--label must name the column of labels; {source} has "
-            f"{', '.join(map(repr, frame.columns))}."
+            f"--label must name the column of labels; {source} has {listed(list(frame.columns))}."
         )
     given = table.label_texts(path, label, frame)
-    if text is not None and text not in frame:
+    table.check_label(path, label, frame[label], kind)
+    if text == label:
         raise AuditInputError(
-            f"there is no column {text!r}; there are {', '.join(map(repr, frame.columns[:20]))}."
+            f"--text and --label both name {label!r}: labels would be learned from themselves; "
+            "name the column of texts by --text."
         )
+    words = None if text is None else table.check_texts(path, text, frame)
     targets, classes = read_targets(given, kind, notes, frame.attrs.get("decimal", "."))
-    if text is None:
-        inputs = _encoded(frame.drop(columns=label), seed, notes)
+    if words is None:
+        inputs = _encoded(frame.drop(columns=label), targets, seed, notes)
     else:
-        words = frame[text].astype(object).where(frame[text].notna(), "").astype(str)
         inputs = encode_texts(words.tolist(), seed, notes)
     shown = _shown_rows(frame if text is None else frame[[text]])
     return AuditExamples(inputs, targets, classes, _row, shown, notes)
@@ -114,7 +115,8 @@ def _shown_rows(frame: pd.DataFrame) -> Callable[[int], dict[str, Any]]:
     return show
 
 
-def _encoded(frame: pd.DataFrame, seed: int, notes: list[str]) -> Tensor:
+def _encoded(frame: pd.DataFrame, targets: Tensor, seed: int, notes: list[str]) -> Tensor:
+    frame = table.drop_copies(frame, targets, notes)
     typed, columns = table.type_columns(frame, notes)
     inputs = table.encode_columns(typed, columns, seed)
     notes.append(
@@ -182,7 +184,8 @@ def _features(
     if not bool(inputs.isfinite().all()):
         bad = int((~inputs.isfinite().all(1)).nonzero()[0])
         raise AuditInputError(f"{path} holds NaN or Inf, first in row {bad}.")
-    targets, classes = read_targets(_labels_of(labels, label, len(array), notes), kind, notes)
+    found = _labels_of(labels, label, kind, len(array), notes)
+    targets, classes = read_targets(found, kind, notes)
     inputs = (inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-6)
     return AuditExamples(inputs, targets, classes, _row, lambda i: {}, notes)
 
@@ -199,21 +202,30 @@ def _array(path: Path) -> np.ndarray:
         raise AuditInputError(f"{path} cannot be read as an array: {reason}.") from error
 
 
-def _labels_of(path: Path, label: str | None, n: int, notes: list[str]) -> list[str]:
+def _labels_of(
+    path: Path, label: str | None, kind: str | None, n: int, notes: list[str]
+) -> list[str]:
     """Labels from a ``.npy`` file, or a column of a table, which may have no header."""
     if path.suffix.lower() == ".npy":
         values = _array(path)
         if values.ndim == 0:
             raise AuditInputError(f"{path} must hold a label for each example, but holds one.")
-        found = [str(v) for v in values.reshape(len(values), -1)[:, 0]]
+        if values.size != len(values):
+            raise AuditInputError(
+                f"{path} must hold one label for each example, but has shape {values.shape}; of "
+                "one-hot rows save array.argmax(1)."
+            )
+        found = [str(v) for v in values.reshape(-1)]
     else:
         frame = table.read_table(path, notes)
         if label is None and len(frame.columns) > 1:
             raise AuditInputError(
                 f"--label must say which column of {path} holds the labels: "
-                f"{', '.join(map(repr, frame.columns[:20]))}."
+                f"{listed(list(frame.columns))}."
             )
-        found = table.label_texts(path, label or frame.columns[0], frame)
+        label = label or str(frame.columns[0])
+        found = table.label_texts(path, label, frame)
+        table.check_label(path, label, frame[label], kind)
         if len(found) == n - 1:
             notes.append(f"{path} has no header: its first line is a label.")
             found = [str(frame.columns[0]), *found]

@@ -169,6 +169,7 @@ def fit(
         "event": "end",
         "planted": 0 if auditor.planted is None else int(auditor.planted.changed.sum()),
         "skipped_steps": training.optimizer.skipped_steps,
+        "parameters": training.parameters,
         "modules": modules.found(),
     }
 
@@ -212,7 +213,12 @@ def fit_fold(
         )
     workspace.keep({"rows": outside, "average": average})
     planted = 0 if canaries is None else int((canaries.targets != targets)[canaries.index].sum())
-    yield {"event": "end", "planted": planted, "skipped_steps": training.optimizer.skipped_steps}
+    yield {
+        "event": "end",
+        "planted": planted,
+        "skipped_steps": training.optimizer.skipped_steps,
+        "parameters": training.parameters,
+    }
 
 
 def _canaries(plan: AuditPlan, targets: Tensor) -> Canaries | None:

@@ -28,7 +28,14 @@ from sklearn.preprocessing import (
 )
 from torch import Tensor
 
-from poprisk_lab.audit.examples import AuditInputError, numbers_in
+from poprisk.losses import IGNORED
+from poprisk_lab.audit.examples import (
+    MISSING,
+    AuditInputError,
+    listed,
+    near_names,
+    numbers_in,
+)
 
 CSV = (".csv", ".tsv", ".txt")
 PARQUET = ".parquet"
@@ -221,18 +228,116 @@ def label_texts(path: Path, label: str, frame: pd.DataFrame) -> list[str]:
         AuditInputError: if there is none of that name.
     """
     if label not in frame:
-        near = [c for c in frame.columns if c.lower() == label.lower()]
-        hint = f"; do you mean {near[0]!r}?" if near else "."
-        there = ", ".join(map(repr, frame.columns[:20]))
-        if all(numbers_in(pd.Series(frame.columns[:1], dtype=object)).notna()):
-            hint = "; the first line must name the columns."
-        raise AuditInputError(f"{path} has no column {label!r}{hint} It has {there}.")
+        raise AuditInputError(no_column(path, label, list(frame.columns)))
     column = frame[label]
     if path.suffix.lower() in CSV:
         place = frame.columns.get_loc(label)
         read = _read(path, format_of(path), usecols=[place], dtype=str, na_filter=False)
         column = read.iloc[:, 0]
     return column.astype(object).where(column.notna(), "").astype(str).tolist()
+
+
+def no_column(path: Path, name: str, there: list[str]) -> str:
+    """The refusal of a column that a file does not have."""
+    near = near_names(there, name)
+    hint = f"; do you mean {near[0]!r}?" if near else "."
+    if all(numbers_in(pd.Series(there[:1], dtype=object)).notna()):
+        hint = "; the first line must name the columns."
+    return f"{path} has no column {name!r}{hint} It has {listed(there, name)}."
+
+
+def check_label(path: Path, label: str, column: pd.Series[Any], kind: str | None) -> None:
+    """Refuse labels that only count the rows, or say when they were made.
+
+    Args:
+        path: of the file.
+        label: name of the column.
+        column: as it was read.
+        kind: as it was asked for: who names it means it.
+
+    Raises:
+        AuditInputError: if nothing can be learned of them.
+    """
+    if kind is not None or column.nunique() < 2:
+        return
+    if found := "an id" if _is_id(label, column) else "dates" if _holds_dates(column) else "":
+        raise AuditInputError(
+            f"--label {label}: that column of {path} looks like {found}, and no label; name "
+            "another column, or say what it is by --kind."
+        )
+
+
+def check_texts(path: Path, text: str, frame: pd.DataFrame) -> pd.Series[Any]:
+    """The column of texts as it stands; refused where it holds something else.
+
+    Of numbers the digits would be counted as words, and all other columns left out.
+
+    Raises:
+        AuditInputError: if there is none of that name, or it holds no texts.
+    """
+    if text not in frame:
+        raise AuditInputError(no_column(path, text, list(frame.columns)))
+    column = frame[text]
+    words = column.astype(object).where(column.notna(), "").astype(str).str.strip()
+    known = words[~words.str.lower().isin(MISSING)]
+    as_number = numbers_in(known, frame.attrs.get("decimal", "."))
+    few_words = not known.empty and known.str.split().str.len().median() <= 1
+    holds = ""
+    if known.nunique() < 2:
+        holds = "no two different values"
+    elif pd.api.types.is_numeric_dtype(column) or as_number.notna().mean() >= NEARLY_ALL:
+        holds = "numbers"
+    elif _holds_dates(column):
+        holds = "dates"
+    elif few_words and known.nunique() <= MOST_CATEGORIES:
+        holds = f"{known.nunique()} different words"
+    if holds:
+        raise AuditInputError(
+            f"--text {text}: that column of {path} holds {holds}, and no texts; name another one, "
+            "or leave --text out, and all columns are learned from."
+        )
+    return words
+
+
+def _holds_dates(column: pd.Series[Any]) -> bool:
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return True
+    if pd.api.types.is_numeric_dtype(column):
+        return False
+    known = column.dropna().astype(str)
+    return len(known) > 0 and bool(known.str.match(DATE).mean() >= NEARLY_ALL)
+
+
+def drop_copies(frame: pd.DataFrame, targets: Tensor, notes: list[str]) -> pd.DataFrame:
+    """A table without columns that say the same as its labels, of which nothing else is learned.
+
+    Such a column, the label as a number for one, gives every label back, right or wrong, and what
+    is planted is found all the same.
+
+    Args:
+        frame: without the column of labels.
+        targets: classes (n,) int64, ``IGNORED`` where there is none; or numbers, float64 with NaN.
+        notes: what is left out is added.
+    """
+    y = pd.Series(targets.numpy(), index=frame.index)
+    labelled = y.notna() if targets.is_floating_point() else y != IGNORED
+    same = _equal if targets.is_floating_point() else _one_to_one
+    copies = list[str]()
+    for name in map(str, frame.columns):
+        known = frame[name].notna() & labelled
+        if 2 * known.sum() >= labelled.sum() and same(frame[name][known], y[known]):
+            copies.append(name)
+            notes.append(f"`{name}` is left out: it says the same as the label, row by row.")
+    return frame.drop(columns=copies)
+
+
+def _equal(column: pd.Series[Any], y: pd.Series[Any]) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and bool((column.astype(float) == y).all())
+
+
+def _one_to_one(column: pd.Series[Any], y: pd.Series[Any]) -> bool:
+    k = y.nunique()
+    return column.nunique() == k and len(pd.DataFrame({"x": column, "y": y}).drop_duplicates()) == k
 
 
 def type_columns(frame: pd.DataFrame, notes: list[str]) -> tuple[pd.DataFrame, Columns]:
@@ -283,7 +388,7 @@ def _type_text(
                 f"{wrong.iloc[0]!r}); they are taken as missing."
             )
         numbers[name] = _finite(name, as_number.astype(float), notes)
-    elif known.str.match(DATE).mean() >= NEARLY_ALL:
+    elif _holds_dates(known):
         day_first = bool((known.str.extract(r"^\s*(\d{1,2})[-/.]")[0].astype(float) > 12).any())
         dates = pd.to_datetime(column, errors="coerce", format="mixed", dayfirst=day_first)
         notes.append(f"`{name}` holds dates: they are taken as day, month and weekday.")

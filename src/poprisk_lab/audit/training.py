@@ -50,6 +50,11 @@ class Training:
             dataset_size=len(rows),
         )
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters())
+
     def epoch(self, number: int, tell: Tell = lambda index, outputs: None) -> float:
         """Train for one epoch, telling of every batch; the mean loss."""
         self.model.train()

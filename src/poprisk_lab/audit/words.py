@@ -27,7 +27,10 @@ def details(examples: AuditExamples, result: AuditResult) -> list[str]:
         found.append(f"estimated share of wrong labels {share.value:.1%} [{low:.1%}, {high:.1%}]")
     if result.recall is not None and result.recall.valid:
         low, high = result.recall.interval
-        found.append(f"planted labels found {result.recall.value:.0%} [{low:.0%}, {high:.0%}]")
+        found.append(
+            f"planted labels found {result.recall.value:.0%} [{low:.0%}, {high:.0%}] of "
+            f"{result.planted:,} that are wrong"
+        )
     if result.memorization is not None and result.memorization.valid:
         found.append(f"memorized {max(0.0, result.memorization.value):.0%}")
     trainings = round(1 + result.cost)
@@ -49,4 +52,5 @@ def notices(result: AuditResult, folds: str = "") -> list[str]:
         reason = re.sub(r"(, or|;) consider audit\(\.\.\., folds=5\)", "", result.reason)
     else:
         reason = result.reason.replace("audit(..., folds=5)", f"`{folds}`" if folds else "folds")
+    reason = re.sub(r"\bplant=([\d.]+\d)", r"`--plant \1` plants some", reason)
     return [f"{reason[0].upper()}{reason[1:]}."]

@@ -145,11 +145,17 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
             "labelled": data["labelled"],
             "test_examples": 0,
             "fingerprints": {"inputs": data["inputs"], "targets": data["targets"]},
+            "reading": list(examples.notes),
         },
         "model": {
-            "parameters": None,
+            "parameters": ends[0].get("parameters"),
             "fingerprint": None,
             "sources": {},
+            "reason": (
+                "no fingerprint: the settings, the data and the seed make the network again"
+                if "parameters" in ends[0]
+                else "a record of an earlier version has none"
+            ),
         },
         "seeds": [asked["seed"]],
         "settings": {
@@ -175,7 +181,6 @@ def audit_evidence(store: Store, examples: AuditExamples, result: AuditResult) -
         },
         "limits": [
             *audit_notices(result),
-            *examples.notes,
             *([f"{left} example{'s' * (left != 1)} could not be read."] if left else []),
         ],
     }

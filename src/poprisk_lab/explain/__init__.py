@@ -33,12 +33,14 @@ def _differences(found: Config, wanted: Config) -> list[str]:
     )
 
 
+RESULTS = frozenset({"explanation.json", "report.html"})
 EXPLANATION = Kind(
     frozenset({"explain", "data"}),
     _is_row,
     _differences,
     anew="choose another directory (--out) or start over (--fresh)",
-    files=frozenset({"explanation.json", "report.html"}),
+    files=RESULTS,
+    results=RESULTS,
 )
 """The run directories of explanations."""
 

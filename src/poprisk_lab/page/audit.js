@@ -117,12 +117,12 @@
   }
 
   function download() {
-    const lines = [["row", "name", "given", "label", "mark"].join(",")];
+    const lines = [["index", "name", "given", "label", "mark"].join(",")];
     for (const s of suspects) {
       const now = marks.get(s[at.row]);
       if (now === undefined) continue;
       const right = now.mark === "fix" ? now.label : s[at.given];
-      lines.push([s[at.row] + 1, s[at.name], label(s[at.given]), label(right), now.mark].map(cell).join(","));
+      lines.push([s[at.row], s[at.name], label(s[at.given]), label(right), now.mark].map(cell).join(","));
     }
     const blob = new Blob([lines.join("\n") + "\n"], {type: "text/csv"});
     const link = element("a", {href: URL.createObjectURL(blob), download: "marked.csv"});

@@ -167,7 +167,7 @@ def class_table(
         if n:
             cells = [name, f"{n:,}", f"{bad:,}", f"{bad / n:.1%}", f"{p[mine, i].mean():.0%}"]
             if memorized:
-                cells.append(_rate(memorized[i]) if i in memorized else "too few planted")
+                cells.append(_memorized(memorized[i]) if i in memorized else "too few planted")
             rows.append((bad / n, cells))
     rows.sort(key=lambda row: -row[0])
     head = ["class", "labels", "suspect", "share", "mean confidence in it"]
@@ -181,7 +181,7 @@ def class_table(
         head.append("memorized")
         about += (
             " Memorized: how far predictions repeat the labels planted in place of this class, "
-            "beyond chance, with two standard errors."
+            "beyond chance, with the interval of two standard errors."
         )
     return Table(head, [row for _, row in rows], about)
 
@@ -195,7 +195,7 @@ def module_table(modules: Mapping[str, Any] | None) -> Table:
         [
             f"{share['name'] or 'the network'}: {share['kind']}",
             " × ".join(map(str, share["shape"])),
-            _rate(Rate(share["value"], share["standard_error"])),
+            f"{share['value']:.1%} ± {2 * share['standard_error']:.1%}",
         ]
         for share in shares
     ]
@@ -210,8 +210,10 @@ def module_table(modules: Mapping[str, Any] | None) -> Table:
     )
 
 
-def _rate(rate: Rate) -> str:
-    return f"{rate.value:.1%} ± {2 * rate.standard_error:.1%}"
+def _memorized(rate: Rate) -> str:
+    """With its interval, which may begin below 0 by chance and does not go past all of them."""
+    half = 2 * rate.standard_error
+    return f"{rate.value:.0%} [{rate.value - half:.0%}, {min(1.0, rate.value + half):.0%}]"
 
 
 def plots(epochs: Sequence[Row]) -> list[Plot]:

@@ -11,6 +11,7 @@ import html
 import lzma
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from markupsafe import Markup
 from poprisk_lab.plots import Line, Plot
 
 OURS = "poprisk"
+Y_TITLE = 20
+"""Letters of a line of a title beside a plot, whose height cuts off longer ones."""
 PLOTLY = "plotly-basic.min.js.xz"
 NAME = "<extra></extra><b>%{fullData.name}</b><br>"  # not the name itself: it may hold %{
 
@@ -163,7 +166,7 @@ def _layout(plot: Plot, *, legend: bool) -> go.Layout:
         legend={"orientation": "h", "y": -0.3},
         xaxis=_axis(plot.x, [v for line in plot.lines for v in line.x], log=plot.log_x),
         yaxis={
-            **_axis(plot.y, y, log=plot.log_y),
+            **_axis("\n".join(textwrap.wrap(plot.y, Y_TITLE)), y, log=plot.log_y),
             "tickformat": ".0%" if plot.percent else "",
         },
     )
@@ -174,7 +177,7 @@ def _axis(title: str, values: Iterable[float], *, log: bool) -> dict[str, Any]:
     positive = [v for v in values if v > 0 and math.isfinite(v)]
     decades = log and bool(positive) and max(positive) > 100 * min(positive)
     return {
-        "title": {"text": html.escape(title, quote=False), "standoff": 6},
+        "title": {"text": html.escape(title, quote=False).replace("\n", "<br>"), "standoff": 6},
         "type": "log" if log else "linear",
         "dtick": 1 if decades else None,
         "exponentformat": "e",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from statistics import median
 from typing import Any, NamedTuple
@@ -63,6 +64,16 @@ def format_for(values: Iterable[float], *, percent: bool) -> Format:
     smallest = max(min(sizes), median(sizes) / 100)
     decimals = 2 - math.floor(math.log10(smallest))
     return Format(percent=False, decimals=min(max(decimals, 0), 6))
+
+
+def signs(cell: Any) -> str:
+    """A cell whose negative numbers have a minus sign in place of a hyphen.
+
+    Example:
+        >>> signs("-1.5 [-2, 1e-3]") == "\N{MINUS SIGN}1.5 [\N{MINUS SIGN}2, 1e\N{MINUS SIGN}3]"
+        True
+    """
+    return re.sub(r"(?<![^\s\[(±])-(?=[\d.])|(?<=\de)-(?=\d)", MINUS, str(cell))
 
 
 def mark(cell: Any) -> str:

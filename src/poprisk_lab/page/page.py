@@ -22,4 +22,5 @@ def template(name: str) -> jinja2.Template:
     engine.filters["plain"] = formats.plain
     engine.filters["colour"] = colour_of
     engine.filters["mark"] = formats.mark
+    engine.filters["signs"] = formats.signs
     return engine.get_template(name)
