@@ -21,7 +21,8 @@ import trl
 
 import words
 from gloo import WORLD, joined
-from poprisk import Auditor, PopRiskAdamW
+from poprisk import Auditor, PopRiskAdamW, gated
+from poprisk.integrations.transformers import TrainerRiskCallback
 from poprisk.integrations.transformers_audit import audited_dataset
 from poprisk.integrations.trl import PreferenceCallback, set_optimizer, watch_preferences
 from processes import Call, at_once
@@ -217,11 +218,43 @@ def test_adapters_are_trained_and_nothing_else(tmp_path: Path) -> None:
         assert torch.equal(before[name], p) != ("lora" in name)
 
 
-def test_an_optimizer_of_the_frozen_base_is_refused(tmp_path: Path) -> None:
+def of_the_base(gate: str, model: Any) -> Any:
+    """An optimizer that is made before the adapters are."""
+    if gate == "gated":
+        return gated(torch.optim.SGD(model.parameters(), lr=0.1))
+    return PopRiskAdamW(model)
+
+
+@pytest.mark.parametrize("gate", ["gated", "PopRiskAdamW"])
+def test_an_optimizer_of_the_frozen_base_is_told_of_at_its_first_step(
+    gate: str, tmp_path: Path
+) -> None:
     model = policy()
-    optimizer = PopRiskAdamW(model)
+    optimizer = of_the_base(gate, model)
+    trainer = dpo(
+        tmp_path,
+        pairs(),
+        model=model,
+        optimizers=(optimizer, None),
+        peft_config=lora(),
+        max_steps=1,
+    )
+    with pytest.warns(RuntimeWarning, match="holds frozen parameters only: nothing is being"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("gate", ["gated", "PopRiskAdamW"])
+@pytest.mark.parametrize("watcher", ["preferences", "risk"])
+def test_an_optimizer_of_the_frozen_base_is_refused(
+    gate: str, watcher: str, tmp_path: Path
+) -> None:
+    model = policy()
+    optimizer = of_the_base(gate, model)
     trainer = dpo(tmp_path, pairs(), model=model, optimizers=(optimizer, None), peft_config=lora())
-    watch_preferences(trainer)
+    if watcher == "preferences":
+        watch_preferences(trainer)
+    else:
+        trainer.add_callback(TrainerRiskCallback(lambda outputs, targets: targets))
     with pytest.raises(ValueError, match="holds none of the parameters that are trained"):
         trainer.train()
 
@@ -378,7 +411,8 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_changed(tmp_path: 
     collator = trainer.data_collator
     for wrong, error, said in (
         (lambda: watch_preferences(rewarding(tmp_path)), TypeError, "must be a DPOTrainer of TRL"),
-        (lambda: watch_preferences(trainer, found), ValueError, "has no column 'index'"),
+        (lambda: watch_preferences(trainer, found), ValueError, "no columns 'index' and 'swapped'"),
+        (lambda: watch_preferences(desirable(tmp_path)), TypeError, "got KTOTrainer: only pairs"),
         (lambda: watch_preferences(trainer, pairs()), TypeError, "auditor must be"),
         (lambda: watch_preferences(trainer, every=0), ValueError, "every must be"),
         (lambda: watch_preferences(trainer, drift=0.0), ValueError, "drift must lie"),
@@ -395,6 +429,13 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_changed(tmp_path: 
     few = Auditor(torch.ones(10, dtype=torch.long), kind="preferences", plant=0)
     with pytest.raises(ValueError, match=f"a pair at position {N - 1}, but the auditor 10 targets"):
         watch_preferences(dpo(tmp_path, audited_dataset(pairs(), found)), few)
+    other = Auditor(found.targets * 0 + 1, kind="preferences", plant=0.2, seed=1)
+    apart = int((other.targets != found.targets).sum())
+    trainer = dpo(tmp_path, audited_dataset(pairs(), found))
+    collator = trainer.data_collator
+    with pytest.raises(ValueError, match=f"^{apart} pairs .* swapped in planting by another"):
+        watch_preferences(trainer, other)
+    assert trainer.data_collator is collator
     weighed = dpo(tmp_path, pairs(), ld_alpha=0.5)
     with pytest.raises(ValueError, match=r"ld_alpha=0\.5 weighs tokens"):
         watch_preferences(weighed)
