@@ -347,6 +347,26 @@ def test_flipped_pairs_are_found_and_a_resumed_run_finds_the_same(tmp_path: Path
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
+def test_the_share_of_flipped_pairs_is_found_in_one_epoch(rate: float, tmp_path: Path) -> None:
+    n, g = 1000, torch.Generator().manual_seed(0)
+    good, bad = (words.sentences(n, low, low + 5, g) for low in (3, 0))  # two words mean nothing
+    flipped = torch.rand(n, generator=g) < rate
+    sides = [(b, a) if wrong else (a, b) for a, b, wrong in zip(good, bad, flipped, strict=True)]
+    data = datasets.Dataset.from_list(
+        [{"prompt": "w1 ", "chosen": a, "rejected": b} for a, b in sides]
+    )
+    found = Auditor(torch.ones(n, dtype=torch.long), kind="preferences")
+    trainer = dpo(tmp_path, audited_dataset(data, found), lr_scheduler_type="constant", beta=0.5)
+    set_optimizer(trainer)
+    watch_preferences(trainer, found)
+    trainer.train()
+    share = found.result().flip_rate
+    assert share is not None
+    assert share.value == pytest.approx(float(flipped.double().mean()), abs=0.06)
+    assert share.valid or rate == 0.4
+
+
 def test_a_resumed_run_of_adapters_is_the_same(tmp_path: Path) -> None:
     """Weights, moments and the audit, from the middle of the second epoch."""
     whole, resumed = auditor(), auditor()
