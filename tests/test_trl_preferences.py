@@ -23,7 +23,7 @@ import words
 from gloo import WORLD, joined
 from poprisk import Auditor, PopRiskAdamW, gated
 from poprisk.integrations.transformers import TrainerRiskCallback
-from poprisk.integrations.transformers_audit import audited_dataset
+from poprisk.integrations.transformers_audit import TrainerAuditCallback, audited_dataset
 from poprisk.integrations.trl import PreferenceCallback, set_optimizer, watch_preferences
 from processes import Call, at_once
 
@@ -345,6 +345,16 @@ def test_flipped_pairs_are_found_and_a_resumed_run_finds_the_same(tmp_path: Path
     np.testing.assert_array_equal(resumed.result().margin, result.margin)
     for a, b in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_labels_of_single_answers_are_not_audited(tmp_path: Path) -> None:
+    trainer = desirable(tmp_path, remove_unused_columns=False)
+    labels = Auditor(torch.arange(N) % 2, kind="binary")
+    trainer.add_callback(TrainerAuditCallback(labels))
+    with pytest.raises(ValueError, match="labels of whole answers, as KTOTrainer's, are not aud"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not labels.predictions.seen.any()
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
