@@ -111,10 +111,13 @@ class AuditCells:
                 found.append({s: v - other[s] for s, v in one.items() if s in other and valid[s]})
         return mean_over(found)
 
-    def sized(self, method: str, key: str) -> Interval:
-        """Mean absolute value of a figure."""
-        found = [self.values(method, key, cell) for cell in self.cells]
-        return mean_over({s: abs(v) for s, v in by_seed.items()} for by_seed in found)
+    def sized(self, method: str, key: str, *, sure: bool = False) -> Interval:
+        """Mean absolute value of a figure; only where the method is ``sure``."""
+        found = []
+        for cell in self.cells:
+            values, valid = (self.values(method, k, cell) for k in (key, "valid"))
+            found.append({s: abs(v) for s, v in values.items() if valid[s] or not sure})
+        return mean_over(found)
 
     def worst(self) -> tuple[str, Interval]:
         """The data where our F1 is least beside cleanlab's on 5 folds, where ours is not unsure."""
@@ -154,6 +157,8 @@ def judge(results: Results) -> Report:
         for noise, rate in dict.fromkeys((c["noise"], c["rate"]) for c in cells.cells)
     ]  # fmt: skip
     beside += [
+        at_most("the same distance of the share where ours does not say that it is unsure",
+                cells.sized(OURS, "share_error", sure=True), SHARE, percent=True),
         at_most("recall of planted labels: mean distance from that of wrong ones",
                 cells.sized(OURS, "recall_error"), 0.1, percent=True),
         *(gain(f"test accuracy of a retrained AdamW, ours {how}: gained on {name}",
