@@ -1,0 +1,299 @@
+"""Preferences with a known reward: a tiny language model, its own answers, ranked by a rule.
+
+Tokenizer and model are trained on the spot on what the running Python says about itself, and pairs
+of answers are sampled from the model: nothing is downloaded. It needs transformers and tokenizers.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from poprisk._validate import check_choice, check_number, check_positive
+from poprisk_lab.checkpoint import Workspace
+from poprisk_lab.results import Metrics
+
+VOCABULARY, END = 512, "<eos>"
+PROMPT, ANSWER = 8, 16
+"""Tokens of a prompt, and of an answer before its end."""
+CONTEXT, SEQUENCES, PEAK = 32, 64, 3e-3
+"""Tokens of a sequence in pre-training, sequences a step, and its largest learning rate."""
+BLOCK = 1024
+"""Prompts that are answered at once."""
+SHORTEST = 40
+"""Characters that a text has at least."""
+
+
+class Reward(NamedTuple):
+    """A rule that says how good an answer is.
+
+    Attributes:
+        name: in words.
+        of: an answer's reward.
+        gap: by how much the answers of a pair differ at least.
+    """
+
+    name: str
+    of: Callable[[str], float]
+    gap: float
+
+
+def prose(text: str) -> float:
+    """Share of lower-case letters and spaces.
+
+    Example:
+        >>> prose("if x:")
+        0.8
+    """
+    return sum(c == " " or "a" <= c <= "z" for c in text) / max(1, len(text))
+
+
+def characters(text: str) -> float:
+    """Characters of the answer: all have as many tokens, so that long ones have long tokens."""
+    return float(len(text))
+
+
+def vowels(text: str) -> float:
+    """Share of vowels."""
+    return sum(c in "aeiou" for c in text) / max(1, len(text))
+
+
+def distinct(text: str) -> float:
+    """Distinct words a word."""
+    words = text.split()
+    return len(set(words)) / max(1, len(words))
+
+
+REWARDS = {
+    "prose": Reward("share of lower-case letters and spaces", prose, 0.12),
+    "characters": Reward("characters", characters, 6.0),
+    "vowels": Reward("share of vowels", vowels, 0.08),
+    "distinct": Reward("distinct words a word", distinct, 0.15),
+}
+
+
+def texts() -> Iterator[str]:
+    """What the running Python says about itself: its topics, and its modules' docstrings."""
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+        yield from (text for text in found if text and len(text) >= SHORTEST)
+
+
+def train_tokenizer(corpus: Sequence[str], size: int = VOCABULARY) -> str:
+    """A byte-level BPE of these texts, as JSON."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    found.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return found.to_str()
+
+
+def tokenizer_of(found: str) -> Any:
+    """The tokenizer of transformers that this JSON describes."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(found),
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def language_model(width: int, layers: int, weights: dict[str, Tensor] | None = None) -> Any:
+    """A Llama of that size, with weights drawn by torch's generator unless they are given."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=5 * width // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=2 * CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
+def pretrain(width: int, layers: int, steps: int, workspace: Workspace) -> Metrics:
+    """Train tokenizer and model, and keep both, with the tokens, as the workspace's product.
+
+    Args:
+        width: of the model.
+        layers: of the model.
+        steps: of training, with a warm-up and a cosine.
+        workspace: from whose state it goes on.
+    """
+    corpus = list(texts())
+    torch.manual_seed(0)
+    model = language_model(width, layers)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
+    state = workspace.load()
+    words = state["tokenizer"] if state else train_tokenizer(corpus)
+    rows = tokenizer_of(words)([text + END for text in corpus])["input_ids"]
+    tokens = torch.tensor([token for row in rows for token in row])
+    held, tokens = tokens[: len(tokens) // 50], tokens[len(tokens) // 50 :]
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for step in range(state["step"] if state else 0, steps):
+        warm, turn = min(1.0, (step + 1) / 50), math.pi * step / steps
+        optimizer.param_groups[0]["lr"] = PEAK * warm * (0.05 + 0.95 * (1 + math.cos(turn)) / 2)
+        model.zero_grad()
+        loss_on(model, tokens, torch.Generator().manual_seed(step)).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        workspace.save(partial(_state, step + 1, words, model.state_dict(), optimizer.state_dict()))
+    with torch.no_grad():
+        end = loss_on(model, held, torch.Generator().manual_seed(0))
+    workspace.keep({"tokenizer": words, "weights": model.state_dict(), "tokens": tokens})
+    weights = sum(p.numel() for p in model.parameters())
+    return {"loss": float(end), "weights": weights, "tokens": len(tokens)}
+
+
+def _state(step: int, words: str, model: Any, optimizer: Any) -> dict[str, Any]:
+    return {"step": step, "tokenizer": words, "model": dict(model), "optimizer": optimizer}
+
+
+def loss_on(model: Any, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean cross-entropy of the next token, on sequences drawn from a text."""
+    starts = torch.randint(len(tokens) - CONTEXT - 1, (SEQUENCES, 1), generator=generator)
+    rows = tokens[starts + torch.arange(CONTEXT + 1)]
+    return F.cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+
+
+class Pairs(NamedTuple):
+    """Pairs of answers, the better one first.
+
+    Attributes:
+        prompts: texts.
+        better: the answers with the larger reward.
+        worse: the others.
+        rewards: of both, (n, 2).
+    """
+
+    prompts: list[str]
+    better: list[str]
+    worse: list[str]
+    rewards: Tensor
+
+
+def draw_pairs(
+    model: Any, tokenizer: Any, tokens: Tensor, reward: str, count: int, *, seed: int
+) -> Pairs:
+    """Prompts out of a text, each with two answers of the model whose rewards differ clearly.
+
+    Only texts whose tokens are those that were sampled count, so that all have one length.
+
+    Args:
+        model: that answers.
+        tokenizer: its tokenizer.
+        tokens: the text (t,).
+        reward: one of :data:`REWARDS`.
+        count: how many pairs.
+        seed: of prompts and answers.
+
+    Raises:
+        TypeError, ValueError: for a bad argument.
+    """
+    check_choice("reward", reward, tuple(REWARDS))
+    check_positive("count", count)
+    rule = REWARDS[reward]
+    generator = torch.Generator().manual_seed(seed)
+    found = list[tuple[str, str, str, float, float]]()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(found) < count:
+            starts = torch.randint(len(tokens) - PROMPT, (BLOCK, 1), generator=generator)
+            prompts = tokens[starts + torch.arange(PROMPT)]
+            asked = tokenizer.batch_decode(prompts)
+            first, second = (_answers(model, tokenizer, prompts, asked) for _ in range(2))
+            for prompt, a, b in zip(asked, first, second, strict=True):
+                if a is None or b is None:
+                    continue
+                scores = rule.of(a), rule.of(b)
+                if abs(scores[0] - scores[1]) >= rule.gap:
+                    best = (a, b) if scores[0] > scores[1] else (b, a)
+                    found.append((prompt, *best, max(scores), min(scores)))
+    prompts_, better, worse, high, low = zip(*found[:count], strict=True)
+    rewards = torch.tensor([high, low]).T
+    return Pairs(list(prompts_), list(better), list(worse), rewards)
+
+
+def answer(model: Any, prompts: Tensor) -> Tensor:
+    """Sampled answers of :data:`ANSWER` tokens (n, ANSWER), by torch's generator.
+
+    Args:
+        model: that answers.
+        prompts: tokens (n, p).
+    """
+    with torch.no_grad():
+        rows = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=ANSWER,
+            suppress_tokens=[0],  # an end would make a shorter answer
+        )
+    return rows[:, prompts.shape[1] :]
+
+
+def _answers(model: Any, tokenizer: Any, prompts: Tensor, asked: Sequence[str]) -> list[str | None]:
+    """Texts of answers; None where the whole text has other tokens than those sampled."""
+    answers = answer(model, prompts)
+    said = tokenizer.batch_decode(answers)
+    whole = tokenizer([a + b for a, b in zip(asked, said, strict=True)])["input_ids"]
+    alone = tokenizer(list(asked))["input_ids"]
+    rows = torch.cat([prompts, answers], 1).tolist()
+    same = [w == r and p == r[:PROMPT] for w, p, r in zip(whole, alone, rows, strict=True)]
+    return [text if kept else None for text, kept in zip(said, same, strict=True)]
+
+
+def flipped(count: int, share: float, *, seed: int) -> Tensor:
+    """Which pairs are the wrong way round: ``round(share·count)`` of them, (count,) boolean.
+
+    For one seed those of a smaller share are among those of a larger one.
+
+    Example:
+        >>> int(flipped(10, 0.3, seed=0).sum())
+        3
+    """
+    check_number("share", share, low=0.0, high=1.0)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    found = torch.zeros(count, dtype=torch.bool)
+    found[order[: round(share * count)]] = True
+    return found
