@@ -26,8 +26,8 @@ from poprisk_lab.results import Metrics
 VOCABULARY, END = 512, "<eos>"
 PROMPT, ANSWER = 8, 16
 """Tokens of a prompt, and of an answer before its end."""
-CONTEXT, SEQUENCES, PEAK = 32, 64, 3e-3
-"""Tokens of a sequence in pre-training, sequences a step, and its largest learning rate."""
+CONTEXT, SEQUENCES, PEAK = PROMPT + ANSWER, 64, 3e-3
+"""Tokens of a sequence in pre-training before its end, sequences a step, and the largest rate."""
 BLOCK = 1024
 """Prompts that are answered at once."""
 SHORTEST = 40
@@ -163,7 +163,7 @@ def pretrain(width: int, layers: int, steps: int, workspace: Workspace) -> Metri
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
     state = workspace.load()
     words = state["tokenizer"] if state else train_tokenizer(corpus)
-    rows = tokenizer_of(words)([text + END for text in corpus])["input_ids"]
+    rows = tokenizer_of(words)([text + "\n\n" for text in corpus])["input_ids"]
     tokens = torch.tensor([token for row in rows for token in row])
     held, tokens = tokens[: len(tokens) // 50], tokens[len(tokens) // 50 :]
     if state:
@@ -189,9 +189,13 @@ def _state(step: int, words: str, model: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def loss_on(model: Any, tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean cross-entropy of the next token, on sequences drawn from a text."""
-    starts = torch.randint(len(tokens) - CONTEXT - 1, (SEQUENCES, 1), generator=generator)
-    rows = tokens[starts + torch.arange(CONTEXT + 1)]
+    """Mean cross-entropy of the next token, on sequences drawn from a text.
+
+    Each ends as a prompt with its answer does: an end that the model did not expect would be most
+    of an answer's likelihood.
+    """
+    starts = torch.randint(len(tokens) - CONTEXT, (SEQUENCES, 1), generator=generator)
+    rows = F.pad(tokens[starts + torch.arange(CONTEXT)], (0, 1))  # the token of the end is 0
     return F.cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
