@@ -405,7 +405,7 @@ def test_a_loss_of_margins_trains_as_trl_s_own(
 def test_runs_repeat_and_end_where_they_are_looked_at_last(shared: dict[str, Path]) -> None:
     found = tried(shared, matched=True, arm=GATE)
     assert tried(shared, matched=True, arm=GATE) == found
-    assert found["run"]["at"] == [1, 2, 3, 4, 5, 6, 7, 8]  # 24 pairs, 4 times, in 16s
+    assert found["run"]["at"] == [2, 3, 5, 6, 8]  # 24 pairs, 4 times, in 16s
     assert found["run"]["accuracies"][-1] == found["run"]["final"]
     assert found["matched"]["drifts"] != found["run"]["drifts"]
     assert found["run"]["drifts"][0] == pytest.approx(found["matched"]["drifts"][0], rel=0.5)

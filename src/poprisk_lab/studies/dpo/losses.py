@@ -7,6 +7,7 @@ DPO's loss of it is :math:`-\log \sigma(d)`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, final
 
@@ -33,8 +34,8 @@ def dr_dpo(margins: Tensor, *, temperature: float = 1.0) -> Tensor:
         temperature: β'; 1 in the paper.
     """
     losses = -F.logsigmoid(margins)
-    size = torch.tensor(float(len(margins)))
-    return -temperature * (torch.logsumexp(-losses / temperature, 0) - size.log())
+    kept = torch.logsumexp(-losses / temperature, 0) - math.log(len(margins))
+    return -temperature * kept
 
 
 @final
@@ -63,7 +64,7 @@ class RePo:
     def __call__(self, margins: Tensor) -> Tensor:
         """The loss of a batch, after which η has moved."""
         right, wrong = F.logsigmoid(margins), F.logsigmoid(-margins)
-        odds = torch.tensor(self.reliability).logit() + margins.detach()
+        odds = math.log(self.reliability / (1 - self.reliability)) + margins.detach()
         w = odds.sigmoid()  # for σ(d)/σ(-d) = exp d
         self.reliability += self.rate * (float(w.mean()) - self.reliability)
         return -(w * right + (1 - w) * wrong).mean()

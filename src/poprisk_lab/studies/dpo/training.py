@@ -24,7 +24,7 @@ from poprisk_lab.tasks.preferences import tokenizer_of
 BATCH, EPOCHS, CLIP = 16, 4, 1.0
 IPO_BETA = 1.0
 """IPO's own: its differences are means over tokens."""
-LOOKS = 8
+LOOKS = 5
 """Times that a run is looked at, the last time at its end."""
 LISTS = {"accuracy": "accuracies", "drift": "drifts", "chosen": "chosens"}
 """What is found at every look, and under which name as a list."""
