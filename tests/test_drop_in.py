@@ -384,6 +384,19 @@ def test_steps_without_any_gradient_are_noticed_once(make: Make) -> None:
         opt.step()
 
 
+@each
+def test_parameters_that_were_frozen_afterwards_are_noticed_at_once(make: Make) -> None:
+    """As by adapters, put on a model after its optimizer was made."""
+    w = parameter(3)
+    opt = make([w])
+    w.requires_grad_(False)
+    with pytest.warns(RuntimeWarning, match="holds frozen parameters only: nothing") as record:
+        opt.step()
+    assert record[0].filename == __file__
+    for _ in range(30):
+        opt.step()
+
+
 @pytest.mark.parametrize("variance", ["exact", "microbatch"])
 def test_a_batch_that_is_larger_than_was_said_is_refused(variance: str) -> None:
     model = net()

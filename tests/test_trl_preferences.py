@@ -21,7 +21,8 @@ import trl
 
 import words
 from gloo import WORLD, joined
-from poprisk import Auditor, PopRiskAdamW
+from poprisk import Auditor, PopRiskAdamW, gated
+from poprisk.integrations.transformers import TrainerRiskCallback
 from poprisk.integrations.transformers_audit import audited_dataset
 from poprisk.integrations.trl import PreferenceCallback, set_optimizer, watch_preferences
 from processes import Call, at_once
@@ -87,16 +88,18 @@ def optimizer_of(trainer: Any) -> PopRiskAdamW:
     return found
 
 
-def rewarding(folder: Path, **more: Any) -> Any:
+def rewarding(folder: Path, *, peft_config: Any = None, **more: Any) -> Any:
+    torch.manual_seed(0)
     return trl.RewardTrainer(
         transformers.LlamaForSequenceClassification(words.llama(WORDS)),
         trl.RewardConfig(**settings(folder, **more)),
         train_dataset=pairs(long=True),
         processing_class=words.tokenizer(WORDS),
+        peft_config=peft_config,
     )
 
 
-def desirable(folder: Path, **more: Any) -> Any:
+def desirable(folder: Path, *, peft_config: Any = None, **more: Any) -> Any:
     rows = pairs(long=True)
     data = datasets.Dataset.from_dict(
         {
@@ -109,10 +112,11 @@ def desirable(folder: Path, **more: Any) -> Any:
     args = trl.KTOConfig(**settings(folder, train_sampling_strategy="sequential", **more))
     return trl.KTOTrainer(
         model,
-        copy.deepcopy(model),
+        copy.deepcopy(model) if peft_config is None else None,
         args,
         train_dataset=data,
         processing_class=words.tokenizer(WORDS),
+        peft_config=peft_config,
     )
 
 
@@ -120,22 +124,70 @@ def direct(folder: Path, **more: Any) -> Any:
     return dpo(folder, pairs(long=True), **more)
 
 
-@pytest.mark.parametrize("make", [direct, desirable, rewarding])
-def test_the_optimizer_knows_what_is_trained_on(make: Any, tmp_path: Path) -> None:
-    trainer = make(tmp_path, max_steps=2, gradient_accumulation_steps=2, weight_decay=0.25)
+MAKES = {"dpo": direct, "kto": desirable, "reward": rewarding}
+SIDES = {"dpo": 2, "kto": 1, "reward": 2}
+"""Rows of a batch for each pair or answer."""
+
+
+class Seen(transformers.TrainerCallback):  # type: ignore[misc]
+    """What really goes into each step: examples, learning rates, and whether weights move."""
+
+    def __init__(self, trainer: Any, sides: int) -> None:
+        self.examples, self.rates, self.moved = [0], list[float](), set[str]()
+        self._trainer, self._sides = trainer, sides
+        self._loss, trainer.compute_loss = trainer.compute_loss, self._counted
+        self._before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.add_callback(self)
+
+    def _counted(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.examples[-1] += len(inputs["input_ids"]) // self._sides
+        return self._loss(model, inputs, *args, **kwargs)
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.examples.append(0)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        now = self._trainer.model.named_parameters()
+        self.moved = {name for name, p in now if not torch.equal(p, self._before[name])}
+
+
+@pytest.mark.parametrize("way", ["plain", "accumulated", "bf16", "checkpointed", "lora"])
+@pytest.mark.parametrize("kind", MAKES)
+def test_the_optimizer_knows_what_is_trained_on(kind: str, way: str, tmp_path: Path) -> None:
+    more: dict[str, Any] = {
+        "plain": {},
+        "accumulated": {"gradient_accumulation_steps": 4},
+        "bf16": {"bf16": True},
+        "checkpointed": {"gradient_checkpointing": True},
+        "lora": {},
+    }[way]
+    if way == "lora":
+        more["peft_config"] = lora("SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
+    trainer = MAKES[kind](tmp_path, max_steps=3, weight_decay=0.25, **more)
     set_optimizer(trainer, z=1.25)
     assert trainer.optimizer is None
-    before = copy.deepcopy(trainer.model.state_dict())
+    seen = Seen(trainer, SIDES[kind])
     trainer.train()
     optimizer = optimizer_of(trainer)
     groups = optimizer.param_groups
-    assert {(g["batch_size"], g["dataset_size"]) for g in groups} == {(16, N - len(LONG))}
+    size = 32 if way == "accumulated" else 8
+    assert seen.examples[0] == size
+    assert {(g["batch_size"], g["dataset_size"]) for g in groups} == {(size, N - len(LONG))}
     assert {g["weight_decay"] for g in groups} == {0.25, 0.0}  # as the Trainer groups them
     assert {(g["z"], g["betas"]) for g in groups} == {(1.25, (0.9, 0.999))}
-    held = {id(p) for g in groups for p in g["params"]}
-    assert held == {id(p) for p in trainer.model.parameters()}
-    after = trainer.model.state_dict()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert seen.rates == pytest.approx([3e-3, 2e-3, 1e-3])  # as the linear schedule has it
+    assert {g["initial_lr"] for g in groups} == {3e-3}
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    held = [p for g in groups for p in g["params"] if p.requires_grad]
+    assert {id(p) for p in held} == {id(p) for p in trained.values()}
+    assert {int(optimizer.state[p]["step"]) for p in held} == {3}
+    assert seen.moved
+    assert seen.moved <= set(trained)
+    assert (way == "lora") == (len(trained) < len(list(trainer.model.parameters())))
+    assert all(torch.isfinite(p).all() for p in held)
 
 
 def test_what_cannot_get_an_optimizer_is_told_so(tmp_path: Path) -> None:
@@ -201,9 +253,9 @@ def test_rewards_are_those_that_the_trainer_logs(way: str, tmp_path: Path) -> No
         assert math.isnan(row["pairs/suspect"])
 
 
-def lora() -> Any:
+def lora(task: str = "CAUSAL_LM") -> Any:
     peft = pytest.importorskip("peft")
-    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task)
 
 
 def test_adapters_are_trained_and_nothing_else(tmp_path: Path) -> None:
@@ -217,11 +269,43 @@ def test_adapters_are_trained_and_nothing_else(tmp_path: Path) -> None:
         assert torch.equal(before[name], p) != ("lora" in name)
 
 
-def test_an_optimizer_of_the_frozen_base_is_refused(tmp_path: Path) -> None:
+def of_the_base(gate: str, model: Any) -> Any:
+    """An optimizer that is made before the adapters are."""
+    if gate == "gated":
+        return gated(torch.optim.SGD(model.parameters(), lr=0.1))
+    return PopRiskAdamW(model)
+
+
+@pytest.mark.parametrize("gate", ["gated", "PopRiskAdamW"])
+def test_an_optimizer_of_the_frozen_base_is_told_of_at_its_first_step(
+    gate: str, tmp_path: Path
+) -> None:
     model = policy()
-    optimizer = PopRiskAdamW(model)
+    optimizer = of_the_base(gate, model)
+    trainer = dpo(
+        tmp_path,
+        pairs(),
+        model=model,
+        optimizers=(optimizer, None),
+        peft_config=lora(),
+        max_steps=1,
+    )
+    with pytest.warns(RuntimeWarning, match="holds frozen parameters only: nothing is being"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("gate", ["gated", "PopRiskAdamW"])
+@pytest.mark.parametrize("watcher", ["preferences", "risk"])
+def test_an_optimizer_of_the_frozen_base_is_refused(
+    gate: str, watcher: str, tmp_path: Path
+) -> None:
+    model = policy()
+    optimizer = of_the_base(gate, model)
     trainer = dpo(tmp_path, pairs(), model=model, optimizers=(optimizer, None), peft_config=lora())
-    watch_preferences(trainer)
+    if watcher == "preferences":
+        watch_preferences(trainer)
+    else:
+        trainer.add_callback(TrainerRiskCallback(lambda outputs, targets: targets))
     with pytest.raises(ValueError, match="holds none of the parameters that are trained"):
         trainer.train()
 
@@ -261,6 +345,29 @@ def test_flipped_pairs_are_found_and_a_resumed_run_finds_the_same(tmp_path: Path
     np.testing.assert_array_equal(resumed.result().margin, result.margin)
     for a, b in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_resumed_run_of_adapters_is_the_same(tmp_path: Path) -> None:
+    """Weights, moments and the audit, from the middle of the second epoch."""
+    whole, resumed = auditor(), auditor()
+    more = {"peft_config": lora(), "learning_rate": 3e-2}
+    trainer, callback = audited(
+        tmp_path, whole, save_strategy="steps", save_steps=11, save_total_limit=None, **more
+    )
+    last = str(tmp_path / "checkpoint-11")
+    again, later = audited(tmp_path, resumed, resume=last, **more)
+    assert trainer.state.global_step == again.state.global_step == 32
+    assert resumed.looks == whole.looks
+    np.testing.assert_array_equal(resumed.result().margin, whole.result().margin)
+    assert resumed.result().flip_rate == whole.result().flip_rate
+    assert later.rows[-1] == callback.rows[-1]
+    named = dict(again.model.named_parameters())
+    mine, other = optimizer_of(trainer).state, optimizer_of(again).state
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, named[name])
+        for key, value in mine.get(p, {}).items():
+            torch.testing.assert_close(other[named[name]][key], value, rtol=0, atol=0)
+    assert len(mine) == len(other) > 0
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
@@ -329,6 +436,43 @@ def shared(rank: int, folder: Path) -> None:
         (folder / f"{rank}.json").write_text(json.dumps(whole))
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    for process in at_once(*(Call(together, (rank, tmp_path)) for rank in range(WORLD))):
+        assert process.code == 0, process.stderr
+    mine, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    assert mine.keys() == other.keys() == MAKES.keys()
+    for kind, one in mine.items():
+        two = other[kind]
+        assert one["groups"] == two["groups"] == {(8, N - len(LONG))}
+        assert one["examples"][0] + two["examples"][0] == 8
+        assert one["moved"]
+        for a, b in zip(one["weights"], two["weights"], strict=True):
+            assert torch.equal(a, b)
+
+
+def together(rank: int, folder: Path) -> None:
+    """What each of two processes does, with half of every batch."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= where | {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {"WORLD_SIZE": str(WORLD), "ACCELERATE_USE_CPU": "true"}
+    found = {}
+    with joined(rank, folder):
+        for kind, make in MAKES.items():
+            trainer = make(folder / kind, max_steps=3, per_device_train_batch_size=4)
+            set_optimizer(trainer)
+            seen = Seen(trainer, SIDES[kind])
+            trainer.train()
+            groups = optimizer_of(trainer).param_groups
+            found[kind] = {
+                "groups": {(g["batch_size"], g["dataset_size"]) for g in groups},
+                "examples": seen.examples,
+                "moved": len(seen.moved),
+                "weights": [p.detach().clone() for p in trainer.model.parameters()],
+            }
+        torch.save(found, folder / f"{rank}.pt")
+
+
 def test_conversations_are_swapped_and_watched(tmp_path: Path) -> None:
     def said(row: dict[str, Any]) -> dict[str, Any]:
         asked = {"role": "user", "content": "w1"}
@@ -378,7 +522,8 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_changed(tmp_path: 
     collator = trainer.data_collator
     for wrong, error, said in (
         (lambda: watch_preferences(rewarding(tmp_path)), TypeError, "must be a DPOTrainer of TRL"),
-        (lambda: watch_preferences(trainer, found), ValueError, "has no column 'index'"),
+        (lambda: watch_preferences(trainer, found), ValueError, "no columns 'index' and 'swapped'"),
+        (lambda: watch_preferences(desirable(tmp_path)), TypeError, "got KTOTrainer: only pairs"),
         (lambda: watch_preferences(trainer, pairs()), TypeError, "auditor must be"),
         (lambda: watch_preferences(trainer, every=0), ValueError, "every must be"),
         (lambda: watch_preferences(trainer, drift=0.0), ValueError, "drift must lie"),
@@ -395,6 +540,13 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_changed(tmp_path: 
     few = Auditor(torch.ones(10, dtype=torch.long), kind="preferences", plant=0)
     with pytest.raises(ValueError, match=f"a pair at position {N - 1}, but the auditor 10 targets"):
         watch_preferences(dpo(tmp_path, audited_dataset(pairs(), found)), few)
+    other = Auditor(found.targets * 0 + 1, kind="preferences", plant=0.2, seed=1)
+    apart = int((other.targets != found.targets).sum())
+    trainer = dpo(tmp_path, audited_dataset(pairs(), found))
+    collator = trainer.data_collator
+    with pytest.raises(ValueError, match=f"^{apart} pairs .* swapped in planting by another"):
+        watch_preferences(trainer, other)
+    assert trainer.data_collator is collator
     weighed = dpo(tmp_path, pairs(), ld_alpha=0.5)
     with pytest.raises(ValueError, match=r"ld_alpha=0\.5 weighs tokens"):
         watch_preferences(weighed)

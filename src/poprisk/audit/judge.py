@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poprisk._validate import check_number
+from poprisk.audit.flips import flip_rate
 from poprisk.audit.items import Items
 from poprisk.audit.looks import Look
 from poprisk.audit.noise import error_pattern
@@ -51,6 +52,9 @@ BETWEEN = 0.0428
 """Share of normal noise between two and three standard deviations."""
 HEAVY = 1.5
 """Multiple of it from which the tail of the noise may be among the suspects."""
+
+SATURATED = 1 - 2**-11
+"""Agreement with a label that half precision does not tell from 1."""
 
 SHOWN = 3
 """Labels or classes that a reason names."""
@@ -166,7 +170,25 @@ def judge(
         reason=reason,
         cost=cost,
         planted=0 if planted is None else int(planted.changed.sum()),
+        flip_rate=_flips(items, audited, known, in_sample=in_sample),
     )
+
+
+def _flips(items: Items, audited: Audited, known: Mask, *, in_sample: bool) -> Rate | None:
+    """Share of flipped pairs, from what was predicted of them before they were trained on."""
+    if items.kind != "preferences":
+        return None
+    if not in_sample:
+        p = audited.predictions.double().numpy()[known]
+        agreement = normalized_margin(p, items.labels.numpy()[known])
+    elif 1 in audited.history_looks:
+        # In a first pass a pair is seen before it is trained on, planted or not.
+        agreement = audited.history[:, audited.history_looks.index(1)].double().numpy()[known]
+    else:
+        missing = "no first pass over the pairs, before they were trained on, was noted"
+        return Rate(math.nan, math.nan, False, missing)
+    # Of logits u it is tanh(u/2); half precision takes large ones to 1.
+    return flip_rate(2 * np.arctanh(np.clip(agreement, -SATURATED, SATURATED)))
 
 
 def look_at(

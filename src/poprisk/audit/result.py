@@ -64,6 +64,8 @@ class AuditResult:
         reason: why not.
         cost: trainings beyond the audited one, of which there is none with folds.
         planted: labels that training got wrong on purpose.
+        flip_rate: of preferences, the share of pairs that are the wrong way round, those that are
+            no suspect included (:mod:`poprisk.audit.flips`), which a robust loss takes; else None.
     """
 
     kind: str
@@ -89,6 +91,7 @@ class AuditResult:
     reason: str
     cost: float
     planted: int = 0
+    flip_rate: Rate | None = None
 
     def __repr__(self) -> str:
         return described(

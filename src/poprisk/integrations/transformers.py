@@ -56,6 +56,19 @@ def poprisk_optimizer(
     return PopRiskAdamW, found | settings
 
 
+def check_trains(model: nn.Module, optimizer: Any) -> None:
+    """Raise ValueError if an optimizer holds no parameter of the model that is trained."""
+    if optimizer is None:  # made later, as by DeepSpeed
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(p.requires_grad and id(p) in held for p in model.parameters()):
+        raise ValueError(
+            "the optimizer holds none of the parameters that are trained, as one made before "
+            "peft_config put adapters on does; leave out optimizers=, and give the trainer "
+            "optimizer_cls_and_kwargs=poprisk_optimizer(...), or call set_optimizer(trainer)."
+        )
+
+
 @final
 class TrainerRiskCallback(TrainerCallback):
     """A :class:`poprisk.RiskMonitor` on a Trainer; measures before the optimizer steps.
@@ -95,8 +108,13 @@ class TrainerRiskCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch what the model is called with, and whether its own loss is trained."""
+        """Watch what the model is called with, and whether its own loss is trained.
+
+        Raises:
+            ValueError: if the optimizer holds no parameter that is trained.
+        """
         model = kwargs["model"]
+        check_trains(model, kwargs.get("optimizer"))
         self._hook = model.register_forward_hook(self._note, with_kwargs=True)
 
     def on_pre_optimizer_step(

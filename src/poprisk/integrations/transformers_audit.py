@@ -32,9 +32,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from poprisk._validate import check_type
 from poprisk.audit import Auditor
 from poprisk.dtensor import processes
+from poprisk.integrations.transformers import check_trains
 
 INDEX = "index"
 """Name of the column, and of the model's input, that says which example is which."""
+
+SWAPPED = "swapped"
+"""Name of the column that says whether the sides of a pair were swapped in planting."""
 
 
 def audited_dataset(
@@ -45,6 +49,8 @@ def audited_dataset(
     sides: tuple[str, str] = ("chosen", "rejected"),
 ) -> Any:
     """A ``datasets.Dataset`` with the labels to train on and the position of each example.
+
+    Of pairs also with the column :data:`SWAPPED`, which tells whose planting it is.
 
     Args:
         dataset: the examples, in the order of the auditor's targets.
@@ -67,7 +73,7 @@ def audited_dataset(
             a, b = (second, first) if swapped[i] else (first, second)
             return {first: row[a], second: row[b]}
 
-        dataset = dataset.map(swap, with_indices=True)
+        dataset = dataset.map(swap, with_indices=True).add_column(SWAPPED, swapped.tolist())
     else:
         rows = auditor.targets.tolist()
         if auditor.items.kind == "tokens":  # rows keep the lengths that they had
@@ -77,13 +83,35 @@ def audited_dataset(
     return dataset.add_column(INDEX, list(range(len(dataset))))
 
 
+def check_swapped(dataset: Any, auditor: Auditor) -> None:
+    """Raise ValueError if a data set of pairs was not planted by this auditor."""
+    if not {INDEX, SWAPPED} <= set(getattr(dataset, "column_names", None) or ()):
+        raise ValueError(
+            f"the trainer's data set has no columns {INDEX!r} and {SWAPPED!r}: make it by "
+            "audited_dataset(pairs, auditor) before the trainer."
+        )
+    index = torch.tensor(dataset[INDEX][:])
+    if int(index.max()) >= len(auditor.targets):
+        raise ValueError(
+            f"the trainer's data set has a pair at position {int(index.max())}, but the auditor "
+            f"{len(auditor.targets)} targets."
+        )
+    other = torch.tensor(dataset[SWAPPED][:]) != (auditor.targets[index] == 0)
+    if bool(other.any()):
+        raise ValueError(
+            f"{int(other.sum())} pairs of the trainer's data set are swapped in planting by "
+            "another auditor, or not by this one: use the auditor that audited_dataset() had."
+        )
+
+
 def with_index(
     collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]],
 ) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
     """A collator that keeps the positions of the examples beside what it makes of the rest."""
 
     def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        rest = [{k: v for k, v in example.items() if k != INDEX} for example in examples]
+        ours = (INDEX, SWAPPED)
+        rest = [{k: v for k, v in example.items() if k not in ours} for example in examples]
         if not all(INDEX in example for example in examples):  # an evaluation set
             return collator(rest)
         return {**collator(rest), INDEX: torch.tensor([int(e[INDEX]) for e in examples])}
@@ -113,19 +141,33 @@ class TrainerAuditCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch the model; take up what was found before a checkpoint."""
+        """Watch the model; take up what was found before a checkpoint.
+
+        Raises:
+            ValueError: if something keeps the audit from what is trained.
+        """
         if args.remove_unused_columns:
             raise ValueError(
                 "the Trainer drops the column of positions; set remove_unused_columns=False in its "
                 "arguments, and remove the columns that the model does not take."
             )
         model: nn.Module = kwargs["model"]
-        if self.auditor.items.kind == "preferences" and _writes(model):
+        kind = self.auditor.items.kind
+        if kind == "preferences" and _writes(model):
             raise ValueError(
                 f"{type(model).__name__} writes texts, as models of DPOTrainer do, but an auditor "
                 "of preferences takes one reward for each side, as those of RewardTrainer give; "
                 "for DPOTrainer use poprisk.integrations.trl.watch_preferences()."
             )
+        if kind != "tokens" and _writes(model):
+            raise ValueError(
+                f"{type(model).__name__} writes texts, and an auditor of {kind} takes one output "
+                "for each example: labels of whole answers, as KTOTrainer's, are not audited. Give "
+                "DPOTrainer pairs, or train a classifier of answers."
+            )
+        check_trains(model, kwargs.get("optimizer"))
+        if self.auditor.items.kind == "preferences":
+            check_swapped(kwargs["train_dataloader"].dataset, self.auditor)
         if state.global_step:
             resume_audit(self.auditor, args, state)
         self._hooks = [
@@ -196,7 +238,8 @@ def resume_audit(auditor: Auditor, args: TrainingArguments, state: TrainerState)
         auditor.load_state_dict(torch.load(file, weights_only=True))
     else:
         warnings.warn(
-            f"the audit begins anew: there is no {file} of the run that is resumed.",
+            f"the audit begins anew: there is no {file} of the run that is resumed. Pairs were "
+            "trained on before, so that no flip_rate of this run is to be believed.",
             RuntimeWarning,
             stacklevel=4,
         )

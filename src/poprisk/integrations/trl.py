@@ -31,9 +31,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from poprisk._validate import check_number, check_positive, check_type
 from poprisk.audit import Auditor
 from poprisk.dtensor import processes
-from poprisk.integrations.transformers import poprisk_optimizer
+from poprisk.integrations.transformers import check_trains, poprisk_optimizer
 from poprisk.integrations.transformers_audit import (
     INDEX,
+    check_swapped,
     of_first,
     resume_audit,
     save_audit,
@@ -110,7 +111,11 @@ def watch_preferences(
         TypeError, ValueError: for a bad argument; nothing is changed then.
     """
     if not hasattr(trainer, "compute_ref_log_probs") or not hasattr(trainer, "ld_alpha"):
-        raise TypeError(f"trainer must be a DPOTrainer of TRL, but got {type(trainer).__name__}.")
+        raise TypeError(
+            f"trainer must be a DPOTrainer of TRL, but got {type(trainer).__name__}: only pairs "
+            "have a margin. KTOTrainer's labels of single answers are not audited; for RewardTrainer "
+            "use TrainerAuditCallback."
+        )
     if trainer.ld_alpha is not None:
         raise ValueError(
             f"ld_alpha={trainer.ld_alpha} weighs tokens by their place, which implicit rewards do "
@@ -132,17 +137,7 @@ def _check_audited(dataset: Any, auditor: Auditor) -> None:
     check_type("auditor", auditor, Auditor, "a poprisk.Auditor")
     if auditor.items.kind != "preferences":
         raise ValueError(f"auditor must be of preferences, but is of {auditor.items.kind}.")
-    if INDEX not in (getattr(dataset, "column_names", None) or ()):
-        raise ValueError(
-            f"the trainer's data set has no column {INDEX!r}: make it by audited_dataset(pairs, "
-            "auditor) before the trainer."
-        )
-    last = max(dataset[INDEX])
-    if last >= len(auditor.targets):
-        raise ValueError(
-            f"the trainer's data set has a pair at position {last}, but the auditor "
-            f"{len(auditor.targets)} targets."
-        )
+    check_swapped(dataset, auditor)
 
 
 @final
@@ -204,7 +199,7 @@ class PreferenceCallback(TrainerCallback):
         Raises:
             ValueError: if the optimizer holds no parameter that is trained.
         """
-        self._check_trains(kwargs["model"], kwargs["optimizer"])
+        check_trains(kwargs["model"], kwargs["optimizer"])
         if state.global_step and self.auditor is not None:
             resume_audit(self.auditor, args, state)
         models = [self._trainer.model, self._trainer.ref_model]
@@ -240,17 +235,6 @@ class PreferenceCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-    def _check_trains(self, model: nn.Module, optimizer: Any) -> None:
-        if optimizer is None:  # made later, as by DeepSpeed
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(p.requires_grad and id(p) in held for p in model.parameters()):
-            raise ValueError(
-                "the optimizer holds none of the parameters that are trained, as one made before "
-                "peft_config put adapters on does; leave out optimizers=, and call "
-                "set_optimizer(trainer)."
-            )
 
     def _note(self, model: nn.Module, args: Any, outputs: Any) -> None:
         """Keep likelihoods of tokens; the policy's have a gradient, the reference's do not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat, final, overload
 
 import torch
@@ -101,9 +101,10 @@ class PopRiskAdamW(Optimizer):
 
     A step whose gradients hold a NaN or Inf changes nothing; it is counted in
     :attr:`skipped_steps` and reported as a RuntimeWarning, once, and again after 100 in a row; so
-    are ten steps in a row that find no gradient at all. State is kept in float32 for
-    float16 and bfloat16 parameters. Complex parameters are gated per real component, as AdamW
-    treats them.
+    are ten steps in a row that find no gradient at all, and the first one where no parameter
+    requires any, as where adapters were put on a model after its optimizer was made. State is kept
+    in float32 for float16 and bfloat16 parameters. Complex parameters are gated per real component,
+    as AdamW treats them.
 
     Raises:
         TypeError, ValueError: for a bad argument, before anything is changed.
@@ -233,7 +234,7 @@ class PopRiskAdamW(Optimizer):
             self._notes.patience.skipped(self._count_skip())
             self._use_parts()
             return loss
-        self._notes.patience.took(grads)
+        self._notes.patience.took(grads, self.param_groups)
         given = self._given_variances()
         groups = [compiled(group) for group in self.param_groups]
         parts = [tensors for group in groups for tensors in self._tensor_groups(group)]
@@ -508,10 +509,20 @@ class Patience:
                 stacklevel=5,
             )
 
-    def took(self, grads: TensorList) -> None:
+    def took(self, grads: TensorList, groups: Sequence[Mapping[str, Any]]) -> None:
         """Note a step that was not left out."""
         self.skips = 0
         self.idle = 0 if grads else self.idle + 1
+        frozen = self.idle == 1 and not any(p.requires_grad for g in groups for p in g["params"])
+        if frozen and not self.told_idle:
+            self.told_idle = True
+            warnings.warn(
+                f"{self.name} holds frozen parameters only: nothing is being trained. If adapters "
+                "(LoRA) were put on the model after its optimizer was made, make the optimizer "
+                "from the model that has them.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
         if self.idle == self.IDLE and not self.told_idle:
             self.told_idle = True
             warnings.warn(

@@ -227,7 +227,7 @@ class GatedOptimizer(Optimizer):
             self.skipped_steps += 1
             self._patience.skipped(self.skipped_steps)
             return loss
-        self._patience.took(grads)
+        self._patience.took(grads, self.param_groups)
         parts = [
             b for g, d in zip(self.param_groups, decays, strict=True) for b in self._take(g, d)
         ]
