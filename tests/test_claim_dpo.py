@@ -7,13 +7,16 @@ import importlib.util
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import claimed
+from poprisk import Auditor
 from poprisk.intervals import t_interval
 from poprisk_lab import checkpoint
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
@@ -50,7 +53,7 @@ from poprisk_lab.studies.dpo.measures import (
     rewards,
 )
 from poprisk_lab.studies.dpo.methods import FAST, OURS, Cell, cells
-from poprisk_lab.studies.dpo.training import Way, rows_of
+from poprisk_lab.studies.dpo.training import Run, Way, rows_of
 from poprisk_lab.studies.record import Judged
 from poprisk_lab.studies.run import ClaimDirectory, ClaimProgress
 from poprisk_lab.tasks import preferences
@@ -289,7 +292,8 @@ def test_controls_are_not_chosen_and_noisy_pairs_choose() -> None:
 
 def test_gains_are_paired_and_drift_is_a_ratio() -> None:
     cell = cells(results())[MAIN, BETWEEN]
-    assert cell.gain(OURS, FAST) == t_interval([0.1 + 0.001 * (s % 3) for s in SEEDS])
+    expected = t_interval([0.1 + 0.001 * (s % 3) for s in SEEDS])
+    assert cell.gain(OURS, FAST)[:3] == pytest.approx(expected[:3])
     assert cell.times_less(OURS, FAST).mean == pytest.approx(4.0, rel=2e-3)
 
 
@@ -329,7 +333,7 @@ def test_all_outcomes_are_asked_by_name() -> None:
 
 HAS_TRL = all(importlib.util.find_spec(name) is not None for name in NEEDS)
 needs_trl = pytest.mark.skipif(not HAS_TRL, reason="needs TRL: pip install 'poprisk[hf]'")
-SIZE = {"width": 16, "layers": 1, "steps": 40}
+SIZE = {"width": 32, "layers": 1, "steps": 120}
 DRAWN = {"kind": "pairs", "reward": "characters", "seed": 1, "training": 24, "held_out": 8}
 CELL = {"reward": "characters", "rate": 0.25, "seed": 1}
 
@@ -362,11 +366,22 @@ def test_pairs_are_ranked_by_their_reward_and_have_one_length(shared: dict[str, 
 
 
 @needs_trl
+def test_a_model_that_cannot_write_is_refused(
+    shared: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(SIZE, shared["pretrained"])
+    words = preferences.tokenizer_of(model.tokenizer)
+    monkeypatch.setattr(preferences, "BLOCKS", 1)
+    with pytest.raises(ValueError, match=r"of 9999 pairs after 1,024 prompts; pre-train it longer"):
+        preferences.draw_pairs(model.fresh(), words, model.tokens, "prose", 9999, seed=0)
+
+
+@needs_trl
 def test_likelihoods_are_those_of_the_naive_way(shared: dict[str, Path]) -> None:
     model = load_model(SIZE, shared["pretrained"]).fresh().eval()
     ids = load_checkpoint(shared["pairs"])["ids"][0, :3]
     for row, found in zip(ids, likelihoods(model, ids), strict=True):
-        p = model(row[None]).logits[0].double().softmax(1)
+        p = model(row[None]).logits[0].detach().double().softmax(1)
         naive = sum(math.log(p[t - 1, row[t]]) for t in range(PROMPT, len(row)))
         assert float(found) == pytest.approx(naive, rel=1e-5)
     assert divergence(model, model, ids) == pytest.approx(0.0, abs=1e-6)
@@ -449,7 +464,41 @@ def test_the_recipe_is_told_nothing_and_goes_on_where_it_was_stopped(
         run({**settings, **CELL, **SIZE}, workspace)
     assert run({**settings, **CELL, **SIZE}, workspace) == whole
     assert [way.loss for way in ways] == ["dpo", "robust", "robust", "dpo"]
-    assert ways[1].rate == min(0.45, whole["audit"]["share"])
+    assert whole["audit"]["share"] is None  # with so few pairs
+    assert [way.rate for way in ways] == [0.0] * 4
+
+
+@needs_trl
+@pytest.mark.parametrize(("share", "rate"), [(0.2, 0.2), (0.5, 0.45), (None, 0.0)])
+def test_the_second_run_is_told_what_the_first_estimated(
+    share: float | None, rate: float, shared: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = list[Way]()
+
+    def train(model: Any, drawn: Any, way: Way, wrong: Any, **more: Any) -> Any:
+        ways.append(way)
+        return Run(None, {}, None)
+
+    def audit(found: Any, wrong: Tensor) -> Metrics:
+        return {"share": share}
+
+    def ended(*given: Any) -> Metrics:
+        return {}
+
+    def result(auditor: Auditor) -> Any:
+        return SimpleNamespace(suspect=np.zeros(24, bool))
+
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "_audited", audit)
+    monkeypatch.setattr(runs, "_ended", ended)
+    monkeypatch.setattr(Auditor, "result", result)
+    settings = {"kind": "recipe", "arm": GATE, "lr": 1e-2, "second": ADAMW, "second_lr": 1e-3}
+    run({**settings, **CELL, **SIZE}, Workspace(given=shared))
+    assert [(w.arm, w.loss, w.rate) for w in ways] == [
+        (GATE, "dpo", 0.0),
+        (ADAMW, "robust", rate),
+        (ADAMW, "dpo", 0.0),
+    ]
 
 
 @needs_trl
@@ -480,7 +529,7 @@ def test_pre_training_goes_on_where_it_was_stopped(
 
     def stopped(model: Any, tokens: Any, generator: Any) -> Tensor:
         taken.append(1)
-        if len(taken) == 30:
+        if len(taken) == 90:
             raise KeyboardInterrupt
         return honest(model, tokens, generator)
 

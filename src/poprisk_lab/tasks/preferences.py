@@ -7,6 +7,7 @@ of answers are sampled from the model: nothing is downloaded. It needs transform
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,8 @@ PROMPT, ANSWER = 8, 16
 """Tokens of a prompt, and of an answer before its end."""
 CONTEXT, SEQUENCES, PEAK = PROMPT + ANSWER, 64, 3e-3
 """Tokens of a sequence in pre-training before its end, sequences a step, and the largest rate."""
-BLOCK = 1024
-"""Prompts that are answered at once."""
+BLOCK, BLOCKS = 1024, 200
+"""Prompts that are answered at once, and how often at most."""
 SHORTEST = 40
 """Characters that a text has at least."""
 
@@ -63,22 +64,9 @@ def characters(text: str) -> float:
     return float(len(text))
 
 
-def vowels(text: str) -> float:
-    """Share of vowels."""
-    return sum(c in "aeiou" for c in text) / max(1, len(text))
-
-
-def distinct(text: str) -> float:
-    """Distinct words a word."""
-    words = text.split()
-    return len(set(words)) / max(1, len(words))
-
-
 REWARDS = {
     "prose": Reward("share of lower-case letters and spaces", prose, 0.12),
     "characters": Reward("characters", characters, 6.0),
-    "vowels": Reward("share of vowels", vowels, 0.08),
-    "distinct": Reward("distinct words a word", distinct, 0.15),
 }
 
 
@@ -231,7 +219,7 @@ def draw_pairs(
         seed: of prompts and answers.
 
     Raises:
-        TypeError, ValueError: for a bad argument.
+        TypeError, ValueError: for a bad argument, or a model whose answers are hardly ever a pair.
     """
     check_choice("reward", reward, tuple(REWARDS))
     check_positive("count", count)
@@ -240,7 +228,14 @@ def draw_pairs(
     found = list[tuple[str, str, str, float, float]]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        while len(found) < count:
+        for block in itertools.count():
+            if len(found) >= count:
+                break
+            if block == BLOCKS:
+                raise ValueError(
+                    f"the model gave {len(found)} of {count} pairs after {BLOCK * BLOCKS:,} "
+                    "prompts; pre-train it longer."
+                )
             starts = torch.randint(len(tokens) - PROMPT, (BLOCK, 1), generator=generator)
             prompts = tokens[starts + torch.arange(PROMPT)]
             asked = tokenizer.batch_decode(prompts)

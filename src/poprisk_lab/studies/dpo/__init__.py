@@ -89,7 +89,7 @@ def judge(results: Results) -> Report:
 def _hindsight(cell: Cell) -> Iterator[Criterion]:
     """The gate at one rate for all, then at its best, then chosen by noisy pairs, beside AdamW."""
     adamw, gate = cell.of((ADAMW,)), cell.of((GATE,))
-    best, at = cell.best(adamw), share_of(cell.rate)
+    best, at = cell.best(adamw), place_of(cell)
     rival = f"the best AdamW of {len(adamw)} learning rates, in hindsight"
     yield _more(f"accuracy gained on {rival}, {at}", cell.gain(OURS, best))
     yield _more(f"the same, the gate's rate chosen likewise, {at}",

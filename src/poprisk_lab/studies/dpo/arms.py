@@ -32,7 +32,7 @@ FOLDS = {"arm": ADAMW, "lr": SLOW, "folds": 5}
 FULL = {"width": 128, "layers": 4, "steps": 1200}
 QUICK = {"width": 32, "layers": 2, "steps": 150}
 PAIRS = {"training": 640, "held_out": 300, "noisy": 160}
-QUICK_PAIRS = {"training": 96, "held_out": 64, "noisy": 24}
+QUICK_PAIRS = {"training": 192, "held_out": 64, "noisy": 48}
 
 
 class Cell(NamedTuple):
@@ -85,7 +85,7 @@ def _trained(cell: Cell, *, quick: bool) -> Iterator[Settings]:
     """Name, settings and further packages of each trial in a cell."""
     whole = cell.rate in FLIPPED and cell.reward == MAIN
     if quick:
-        yield from _grid((SAME,), (SAME,))
+        yield from _grid((SLOW, SAME), (SAME,))
         yield _run(ADAMW, SAME, loss="robust")
         yield from (_run(ADAMW, SAME, loss=loss) for loss in PEERS)
         yield "folds", {"kind": "folds", **FOLDS, "folds": 2, "lr": SAME}, ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -130,8 +131,7 @@ def recipe(settings: dict[str, Any], workspace: Workspace) -> Metrics:
         workspace.save(lambda: done)
     second = Way(settings["second"], settings["second_lr"])
     if "robust" not in done:
-        told = min(MOST, max(0.0, done["audit"]["share"]))
-        way = second._replace(loss="robust", rate=told)
+        way = second._replace(loss="robust", rate=told(done["audit"]["share"]))
         done["robust"] = end(train(model, drawn, way, wrong, seed=seed))
         workspace.save(lambda: done)
     left = torch.ones(drawn.training, dtype=torch.bool)
@@ -141,17 +141,29 @@ def recipe(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     return {key: value for key, value in done.items() if key != "suspect"}
 
 
+def told(share: float | None) -> float:
+    """The rate that ``robust`` is told; 0, which is DPO's own loss, where none was estimated.
+
+    Example:
+        >>> told(0.2), told(0.5), told(None)
+        (0.2, 0.45, 0.0)
+    """
+    return 0.0 if share is None else min(MOST, share)
+
+
 def _audited(audit: AuditResult, wrong: Tensor) -> Metrics:
     """How well an audit found the flipped pairs, and what it says of itself."""
     said, true = torch.from_numpy(audit.suspect), int(wrong.sum())
-    hits = int((said & wrong).sum())
+    hits, rate = int((said & wrong).sum()), audit.flip_rate
+    if rate is None:
+        raise ValueError(f"an audit of preferences estimates a share, but this is of {audit.kind}.")
     return {
         **found_by(torch.from_numpy(-audit.margin), wrong),
         "precision": hits / int(said.sum()) if said.any() else None,
         "recall": hits / true if true else None,
-        "share": audit.wrong_share.value,
-        "standard_error": audit.wrong_share.standard_error,
-        "share_valid": audit.wrong_share.valid,
+        "share": rate.value if math.isfinite(rate.value) else None,
+        "standard_error": rate.standard_error if math.isfinite(rate.value) else None,
+        "share_valid": rate.valid,
         "valid": audit.valid,
         "suspects": int(said.sum()),
     }
