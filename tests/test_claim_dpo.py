@@ -25,7 +25,7 @@ from poprisk_lab.runner import TrainingError
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics, Results, Trial
 from poprisk_lab.studies.criteria import Criterion, verdict
-from poprisk_lab.studies.dpo import LOSS, WITHIN, judge, losses, run, runs, show
+from poprisk_lab.studies.dpo import LOSS, WITHIN, judge, losses, reference, run, runs, show
 from poprisk_lab.studies.dpo.arms import (
     ADAMW,
     BETWEEN,
@@ -52,8 +52,8 @@ from poprisk_lab.studies.dpo.measures import (
     margins_given,
     rewards,
 )
-from poprisk_lab.studies.dpo.methods import FAST, OURS, Cell, cells
-from poprisk_lab.studies.dpo.training import Run, Way, rows_of
+from poprisk_lab.studies.dpo.methods import FAST, OURS, Place, cells
+from poprisk_lab.studies.dpo.training import PolicyRun, Way, rows_of
 from poprisk_lab.studies.record import Judged
 from poprisk_lab.studies.run import ClaimDirectory, ClaimProgress
 from poprisk_lab.tasks import preferences
@@ -156,8 +156,8 @@ def test_what_is_shared_is_made_first_and_kept() -> None:
     assert all(found[name].keeps for t in found.values() for name in t.after)
     for trial in found.values():
         if "rate" in trial.settings:
-            reference, pairs = (found[name].settings for name in trial.after)
-            assert reference["kind"] == "pretrained"
+            first, pairs = (found[name].settings for name in trial.after)
+            assert first["kind"] == "pretrained"
             keys = ("reward", "seed", "width", "layers")
             assert all(pairs[key] == trial.settings[key] for key in keys)
 
@@ -276,7 +276,7 @@ def test_the_headline_is_the_best_adamw_in_hindsight() -> None:
 
 
 def test_controls_are_not_chosen_and_noisy_pairs_choose() -> None:
-    cell = Cell(results(), MAIN, 0.4)
+    cell = Place(results(), MAIN, 0.4)
     assert not any(m.follows or m.arm == SHUFFLED for m in cell.told_nothing())
     assert {m.loss for m in cell.told_nothing()} == {"dpo", *PEERS}
     assert all(not m.told for m in cell.told_nothing())
@@ -477,7 +477,7 @@ def test_the_second_run_is_told_what_the_first_estimated(
 
     def train(model: Any, drawn: Any, way: Way, wrong: Any, **more: Any) -> Any:
         ways.append(way)
-        return Run(None, {}, None)
+        return PolicyRun(None, {}, None)
 
     def audit(found: Any, wrong: Tensor) -> Metrics:
         return {"share": share}
@@ -525,7 +525,7 @@ def test_pre_training_goes_on_where_it_was_stopped(
     shared: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", -1.0)
-    taken, honest = list[int](), preferences.loss_on
+    taken, honest = list[int](), reference.loss_on
 
     def stopped(model: Any, tokens: Any, generator: Any) -> Tensor:
         taken.append(1)
@@ -533,7 +533,7 @@ def test_pre_training_goes_on_where_it_was_stopped(
             raise KeyboardInterrupt
         return honest(model, tokens, generator)
 
-    monkeypatch.setattr(preferences, "loss_on", stopped)
+    monkeypatch.setattr(reference, "loss_on", stopped)
     product = tmp_path / "product.safetensors"
     workspace = Workspace(tmp_path / "state.safetensors", product=product)
     with pytest.raises(KeyboardInterrupt):

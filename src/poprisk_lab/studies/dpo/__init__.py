@@ -29,8 +29,8 @@ from poprisk_lab.studies.dpo.methods import (
     OTHER_RECIPE,
     OURS,
     RECIPE,
-    Cell,
     Method,
+    Place,
     cells,
     place_of,
     share_of,
@@ -86,7 +86,7 @@ def judge(results: Results) -> Report:
     return Report(every, _table([*there.values()]), lacking, main=len(decided))
 
 
-def _hindsight(cell: Cell) -> Iterator[Criterion]:
+def _hindsight(cell: Place) -> Iterator[Criterion]:
     """The gate at one rate for all, then at its best, then chosen by noisy pairs, beside AdamW."""
     adamw, gate = cell.of((ADAMW,)), cell.of((GATE,))
     best, at = cell.best(adamw), place_of(cell)
@@ -100,7 +100,7 @@ def _hindsight(cell: Cell) -> Iterator[Criterion]:
                    cell.times_less(OURS, best), 1.0)  # fmt: skip
 
 
-def _same(cell: Cell) -> Iterator[Criterion]:
+def _same(cell: Place) -> Iterator[Criterion]:
     """The published figures elsewhere."""
     at = place_of(cell)
     yield _more(f"accuracy gained on AdamW at the same settings, {at}", cell.gain(OURS, FAST))
@@ -110,7 +110,7 @@ def _same(cell: Cell) -> Iterator[Criterion]:
         yield from list(_hindsight(cell))[:1]
 
 
-def _recipe(cell: Cell) -> Iterator[Criterion]:
+def _recipe(cell: Place) -> Iterator[Criterion]:
     """Told nothing, the recipe is as good as robust told the share, and above the others."""
     at = place_of(cell)
     told = cell.best(cell.of(losses=("robust",)))
@@ -123,7 +123,7 @@ def _recipe(cell: Cell) -> Iterator[Criterion]:
                 cell.gain(OTHER_RECIPE, others))  # fmt: skip
 
 
-def _finding(cell: Cell) -> Iterator[Criterion]:
+def _finding(cell: Place) -> Iterator[Criterion]:
     """The audit of the recipe's first run ranks flipped pairs."""
     at, found = place_of(cell), audited(cell, "auroc")
     adamw = cell.best(cell.of((ADAMW,)), "auroc")
@@ -136,7 +136,7 @@ def _finding(cell: Cell) -> Iterator[Criterion]:
                        difference(found, other), least, percent=True)  # fmt: skip
 
 
-def _masks(cell: Cell) -> Iterator[Criterion]:
+def _masks(cell: Place) -> Iterator[Criterion]:
     """Smaller steps and a shuffled mask do not do it."""
     for name, other in (
         ("AdamW at its update sizes", OURS._replace(follows=GATE)),
@@ -151,7 +151,7 @@ def _masks(cell: Cell) -> Iterator[Criterion]:
         yield _more(f"with LoRA: accuracy gained on AdamW, {place_of(cell)}", gained)
 
 
-def audited(cell: Cell, key: str) -> dict[int, Any]:
+def audited(cell: Place, key: str) -> dict[int, Any]:
     """A figure of the audit of the recipe's first run, by seed."""
     return cell.recipes.by_seed(("audit", key))
 
@@ -160,7 +160,7 @@ def _more(name: str, gained: Interval) -> Criterion:
     return at_least(name, gained, 0.0, percent=True)
 
 
-def _table(there: Sequence[Cell]) -> Table:
+def _table(there: Sequence[Place]) -> Table:
     """Every method in every place, and the audit and cross-fitting below."""
     found = {f"{place_of(c)}: {m.label}": some for c in there for m, some in c.runs.items()}
     table = tabulate("flipped pairs and method", found, COLUMNS, percent={"flipped pairs fitted"},

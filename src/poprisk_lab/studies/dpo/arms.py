@@ -35,7 +35,7 @@ PAIRS = {"training": 640, "held_out": 300, "noisy": 160}
 QUICK_PAIRS = {"training": 192, "held_out": 64, "noisy": 48}
 
 
-class Cell(NamedTuple):
+class Draw(NamedTuple):
     """A reward, a share of flipped pairs, and a seed."""
 
     reward: str
@@ -66,22 +66,22 @@ def trials(quick: bool) -> list[Trial]:
     return [reference, *pairs.values(), *rest]
 
 
-def _quick_cells() -> list[Cell]:
-    return [Cell(MAIN, 0.3, seed) for seed in (0, 1)]
+def _quick_cells() -> list[Draw]:
+    return [Draw(MAIN, 0.3, seed) for seed in (0, 1)]
 
 
-def _cells() -> list[Cell]:
+def _cells() -> list[Draw]:
     """Seeds first, so that what is there of an unfinished run covers everything."""
-    found = [Cell(MAIN, rate, seed) for seed in SEEDS for rate in (*FLIPPED, BETWEEN)]
-    found += [Cell(OTHER, rate, seed) for seed in SEEDS for rate in FLIPPED]
-    found += [Cell(MAIN, rate, seed) for seed in FEW_SEEDS for rate in FEW]
+    found = [Draw(MAIN, rate, seed) for seed in SEEDS for rate in (*FLIPPED, BETWEEN)]
+    found += [Draw(OTHER, rate, seed) for seed in SEEDS for rate in FLIPPED]
+    found += [Draw(MAIN, rate, seed) for seed in FEW_SEEDS for rate in FEW]
     return sorted(found, key=lambda cell: cell.seed)
 
 
 Settings = tuple[str, dict[str, Any], tuple[str, ...]]
 
 
-def _trained(cell: Cell, *, quick: bool) -> Iterator[Settings]:
+def _trained(cell: Draw, *, quick: bool) -> Iterator[Settings]:
     """Name, settings and further packages of each trial in a cell."""
     whole = cell.rate in FLIPPED and cell.reward == MAIN
     if quick:

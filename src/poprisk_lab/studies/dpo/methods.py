@@ -67,7 +67,7 @@ FAST, SLOWER, OURS = Method(ADAMW, lr=SAME), Method(ADAMW, lr=SLOW), Method(GATE
 """The recipe in both forms; AdamW and the gate at the same settings, and a slow AdamW."""
 
 
-class Cell:
+class Place:
     """What was found with one reward at one share of flipped pairs.
 
     Args:
@@ -135,10 +135,10 @@ class Cell:
         return ratio(self.values(b, key), self.values(a, key))
 
 
-def cells(results: Results) -> dict[tuple[str, float], Cell]:
+def cells(results: Results) -> dict[tuple[str, float], Place]:
     """What was found, by reward and share of flipped pairs, shares in their order."""
     keys = {(s["reward"], s["rate"]) for s, _ in results if "rate" in s}
-    return {key: Cell(results, *key) for key in sorted(keys, key=lambda k: (k[0] != MAIN, *k))}
+    return {key: Place(results, *key) for key in sorted(keys, key=lambda k: (k[0] != MAIN, *k))}
 
 
 def share_of(rate: float) -> str:
@@ -146,6 +146,6 @@ def share_of(rate: float) -> str:
     return f"{rate:.0%} flipped"
 
 
-def place_of(cell: Cell) -> str:
+def place_of(cell: Place) -> str:
     """In words: the share of flipped pairs, and the reward if it is not the main one."""
     return share_of(cell.rate) + (f", {cell.reward}" if cell.reward != MAIN else "")

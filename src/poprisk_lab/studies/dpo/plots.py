@@ -13,8 +13,8 @@ from poprisk_lab.studies.dpo.methods import (
     OURS,
     RECIPE,
     SLOWER,
-    Cell,
     Method,
+    Place,
     cells,
     place_of,
 )
@@ -53,7 +53,7 @@ def show(results: Results) -> Plots:
     ]  # fmt: skip
 
 
-def _frontier(cell: Cell, at: str) -> Plot:
+def _frontier(cell: Place, at: str) -> Plot:
     """Accuracy over KL: who stays near the reference."""
     groups: Mapping[str, tuple[list[Method], str]] = {
         "AdamW": (cell.of((ADAMW,)), "adamw"),
@@ -69,7 +69,7 @@ def _frontier(cell: Cell, at: str) -> Plot:
                 log_x=True)  # fmt: skip
 
 
-def _by_share(there: Mapping[tuple[str, float], Cell], title: str, key: str) -> Plot:
+def _by_share(there: Mapping[tuple[str, float], Place], title: str, key: str) -> Plot:
     here = [c for c in there.values() if c.reward == MAIN and (key == "final" or c.rate > 0)]
     lines = list[Line]()
     for name, method, colour, dash in (

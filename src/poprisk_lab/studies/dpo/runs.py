@@ -24,8 +24,9 @@ from poprisk_lab.studies.dpo.measures import (
     load_model,
     margins_given,
 )
-from poprisk_lab.studies.dpo.training import Run, Way, train
-from poprisk_lab.tasks.preferences import draw_pairs, flipped, pretrain, tokenizer_of
+from poprisk_lab.studies.dpo.reference import pretrain
+from poprisk_lab.studies.dpo.training import PolicyRun, Way, train
+from poprisk_lab.tasks.preferences import draw_pairs, flipped, tokenizer_of
 
 PRETRAINED = "pretrained"
 """The trial that all others come after."""
@@ -101,7 +102,7 @@ def one(settings: dict[str, Any], workspace: Workspace) -> Metrics:
 
 
 def _ended(
-    settings: dict[str, Any], model: Model, drawn: Drawn, wrong: Tensor, run: Run
+    settings: dict[str, Any], model: Model, drawn: Drawn, wrong: Tensor, run: PolicyRun
 ) -> Metrics:
     reward, rate, seed = (settings[key] for key in ("reward", "rate", "seed"))
     found = at_the_end(run.policy, model, drawn, reward, wrong, rate, seed=seed)

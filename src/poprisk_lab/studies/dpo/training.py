@@ -48,7 +48,7 @@ class Way(NamedTuple):
     adapters: bool = False
 
 
-class Run(NamedTuple):
+class PolicyRun(NamedTuple):
     """A finished run.
 
     Attributes:
@@ -74,7 +74,7 @@ def train(
     trace: UpdateTrace | None = None,
     matched: bool = False,
     look: bool = True,
-) -> Run:
+) -> PolicyRun:
     """Train by TRL, and look at held-out pairs on the way.
 
     Args:
@@ -105,7 +105,7 @@ def train(
             handle.remove()
     loss = trainer.pair_loss
     estimate = 1 - loss.reliability if isinstance(loss, losses.RePo) else None
-    return Run(policy.eval(), watch.found, estimate)
+    return PolicyRun(policy.eval(), watch.found, estimate)
 
 
 def _trainer(
