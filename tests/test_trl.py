@@ -6,6 +6,9 @@ import copy
 import json
 import math
 import re
+import runpy
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,14 @@ import transformers
 import trl
 
 import words
-from poprisk import PopRiskAdamW
+from poprisk import PopRiskAdamW, audit
+from poprisk.audit import AuditResult, Rate
 from poprisk.integrations.transformers import TrainerRiskCallback, poprisk_optimizer
+from poprisk.integrations.trl import robust_settings
 
+SCRIPT = Path(__file__).parents[1] / "docs" / "how-to" / "dpo_ultrafeedback.py"
 PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "trl.md").read_text(encoding="utf-8")
-DIRECTLY, REWARDS = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
+DIRECTLY, TWICE, REWARDS = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
 N, WORDS, FLIPPED = 48, 16, 0.25
 pytestmark = [  # TRL's own settings have names that transformers is about to drop
     pytest.mark.slow,
@@ -42,11 +48,11 @@ def config() -> Any:
     return words.llama(WORDS)
 
 
-def preferences() -> Any:
+def preferences(n: int = N) -> Any:
     """Pairs of answers, of which a quarter are the wrong way round."""
     g = torch.Generator().manual_seed(0)
-    good, bad = (words.sentences(N, k, k + WORDS // 2, g) for k in (WORDS // 2, 0))
-    flipped = (torch.rand(N, generator=g) < FLIPPED).tolist()
+    good, bad = (words.sentences(n, k, k + WORDS // 2, g) for k in (WORDS // 2, 0))
+    flipped = (torch.rand(n, generator=g) < FLIPPED).tolist()
     pairs = [(b, a) if wrong else (a, b) for a, b, wrong in zip(good, bad, flipped, strict=True)]
     rows = [{"prompt": "w0 ", "chosen": c, "rejected": r} for c, r in pairs]
     return datasets.Dataset.from_list(rows)
@@ -140,6 +146,105 @@ def test_preferences_are_optimized_directly(
     worst = Path("pairs.csv").read_text().splitlines()[1].split(",")[0]
     assert ranks[int(worst)] == 0
     assert json.loads(Path("run.jsonl").read_text().splitlines()[-1])["step"] == 15
+
+
+def test_a_second_run_is_told_what_the_first_one_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: dict[str, Any] = {}
+    exec(DIRECTLY, names)
+    exec(TWICE, names)
+    monkeypatch.chdir(tmp_path)
+    rows = list(preferences(400))
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config())
+
+    trainer, result = names["train_twice"](model, model(), tokenizer(), settings(tmp_path, 30))
+    assert result.flip_rate.valid
+    assert result.flip_rate.value == pytest.approx(FLIPPED, abs=0.08)
+    assert trainer.args.loss_type == ["robust"]
+    assert trainer.args.label_smoothing == result.flip_rate.value
+    assert len(trainer.train_dataset) == len(rows)
+    assert trainer.state.global_step == 30
+
+
+def answers(n: int, seed: int) -> list[dict[str, Any]]:
+    """Conversations as UltraFeedback has them, the better answer of words of the second half."""
+    g = torch.Generator().manual_seed(seed)
+    good, bad = (words.sentences(n, k, k + WORDS // 2, g) for k in (WORDS // 2, 0))
+    asked = {"role": "user", "content": "w0"}
+
+    def said(text: str) -> list[dict[str, str]]:
+        return [asked, {"role": "assistant", "content": text}]
+
+    return [{"chosen": said(a), "rejected": said(b)} for a, b in zip(good, bad, strict=True)]
+
+
+@pytest.mark.parametrize("method", ["twice", "adamw"])
+def test_the_recipe_for_a_real_model_runs_on_a_tiny_one(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words_of_chat = tokenizer()
+    words_of_chat.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+        "{% if not add_generation_prompt %}<eos>{% endif %}"
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config()).save_pretrained(tmp_path / "model")
+    words_of_chat.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for split, n in (("train", 400), ("test", 48)):
+        lines = [json.dumps(row) + "\n" for row in answers(n, n)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(lines))
+    command = (
+        f"{SCRIPT} --model {tmp_path}/model --data {tmp_path}/data --output {tmp_path}/out "
+        f"--method {method} --swap 0.3 --batch 4 --accumulate 2 --lr 1e-2 --beta 0.5 --length 14 "
+        "--bf16 --checkpointing"
+    )
+    monkeypatch.setattr("sys.argv", command.split())
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    found = json.loads((tmp_path / "out" / "found.json").read_text())
+    last = "second" if method == "twice" else "adamw"
+    assert found[last]["eval_rewards/accuracies"] > 0.8  # of pairs that were not swapped
+    args = torch.load(tmp_path / "out" / last / "training_args.bin", weights_only=False)
+    if method == "adamw":
+        assert found.keys() == {"adamw"}
+        assert args.label_smoothing == 0
+        return
+    assert args.loss_type == ["robust"]
+    assert args.label_smoothing == found["flipped"]
+    assert found["interval"][0] < 0.3 < found["interval"][1]
+    assert found["swapped among as many of the worst"] > 0.8
+    worst = (tmp_path / "out" / "pairs.csv").read_text().splitlines()[1:]
+    assert len(worst) == 400
+    for name in ("first", "second"):
+        rows = (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
+        assert json.loads(rows[-1])["step"] == 50
+
+
+def test_settings_of_a_robust_loss() -> None:
+    result = flips(Rate(0.2, 0.01))
+    assert robust_settings(result) == {"loss_type": ["robust"], "label_smoothing": 0.2}
+    with pytest.warns(RuntimeWarning, match=r"flipped pairs, 0\.25, is hardly known: so it is"):
+        assert robust_settings(flips(Rate(0.25, 0.1, False, "so it is")))["label_smoothing"] == 0.25
+    with pytest.raises(ValueError, match="the share of flipped pairs is not known: few"):
+        robust_settings(flips(Rate(math.nan, math.nan, False, "few")))
+    with pytest.raises(ValueError, match="must be of preferences, but is of classes"):
+        robust_settings(replace(result, kind="classes", flip_rate=None))
+    with pytest.raises(TypeError, match="what Auditor"):
+        robust_settings(result.flip_rate)  # pyrefly: ignore
+
+
+def flips(rate: Rate) -> AuditResult:
+    y = torch.ones(60, dtype=torch.long)
+    result = audit(torch.linspace(-1, 3, 60), None, y, kind="preferences")
+    return replace(result, flip_rate=rate)
 
 
 def next_words(logits: Tensor, labels: Tensor) -> Tensor:

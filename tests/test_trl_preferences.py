@@ -23,7 +23,7 @@ import words
 from gloo import WORLD, joined
 from poprisk import Auditor, PopRiskAdamW, gated
 from poprisk.integrations.transformers import TrainerRiskCallback
-from poprisk.integrations.transformers_audit import audited_dataset
+from poprisk.integrations.transformers_audit import TrainerAuditCallback, audited_dataset
 from poprisk.integrations.trl import PreferenceCallback, set_optimizer, watch_preferences
 from processes import Call, at_once
 
@@ -345,6 +345,36 @@ def test_flipped_pairs_are_found_and_a_resumed_run_finds_the_same(tmp_path: Path
     np.testing.assert_array_equal(resumed.result().margin, result.margin)
     for a, b in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_labels_of_single_answers_are_not_audited(tmp_path: Path) -> None:
+    trainer = desirable(tmp_path, remove_unused_columns=False)
+    labels = Auditor(torch.arange(N) % 2, kind="binary")
+    trainer.add_callback(TrainerAuditCallback(labels))
+    with pytest.raises(ValueError, match="labels of whole answers, as KTOTrainer's, are not aud"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not labels.predictions.seen.any()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
+def test_the_share_of_flipped_pairs_is_found_in_one_epoch(rate: float, tmp_path: Path) -> None:
+    n, g = 1000, torch.Generator().manual_seed(0)
+    good, bad = (words.sentences(n, low, low + 5, g) for low in (3, 0))  # two words mean nothing
+    flipped = torch.rand(n, generator=g) < rate
+    sides = [(b, a) if wrong else (a, b) for a, b, wrong in zip(good, bad, flipped, strict=True)]
+    data = datasets.Dataset.from_list(
+        [{"prompt": "w1 ", "chosen": a, "rejected": b} for a, b in sides]
+    )
+    found = Auditor(torch.ones(n, dtype=torch.long), kind="preferences")
+    trainer = dpo(tmp_path, audited_dataset(data, found), lr_scheduler_type="constant", beta=0.5)
+    set_optimizer(trainer)
+    watch_preferences(trainer, found)
+    trainer.train()
+    share = found.result().flip_rate
+    assert share is not None
+    assert share.value == pytest.approx(float(flipped.double().mean()), abs=0.06)
+    assert share.valid or rate == 0.4
 
 
 def test_a_resumed_run_of_adapters_is_the_same(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ to come near that limit, the share cannot be told from a lack of knowledge, and 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from poprisk.audit.noise import Floats
 from poprisk.audit.rate import Rate
@@ -34,7 +34,7 @@ FEWEST = 50
 """Pairs from which on there is an estimate."""
 
 
-def flip_rate(margins: ArrayLike) -> Rate:
+def flip_rate(margins: Any) -> Rate:
     """The share of flipped pairs: mean and standard deviation of its posterior.
 
     Args:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from poprisk._validate import check_number, check_positive, check_type
-from poprisk.audit import Auditor
+from poprisk.audit import Auditor, AuditResult
 from poprisk.dtensor import processes
 from poprisk.integrations.transformers import check_trains, poprisk_optimizer
 from poprisk.integrations.transformers_audit import (
@@ -113,8 +113,8 @@ def watch_preferences(
     if not hasattr(trainer, "compute_ref_log_probs") or not hasattr(trainer, "ld_alpha"):
         raise TypeError(
             f"trainer must be a DPOTrainer of TRL, but got {type(trainer).__name__}: only pairs "
-            "have a margin. KTOTrainer's labels of single answers are not audited; for RewardTrainer "
-            "use TrainerAuditCallback."
+            "have a margin. KTOTrainer's labels of single answers are not audited; for "
+            "RewardTrainer use TrainerAuditCallback."
         )
     if trainer.ld_alpha is not None:
         raise ValueError(
@@ -131,6 +131,38 @@ def watch_preferences(
     trainer.compute_loss = callback.around(trainer.compute_loss)
     trainer.add_callback(callback)
     return callback
+
+
+def robust_settings(result: AuditResult) -> dict[str, Any]:
+    """What ``DPOConfig`` takes for a second run on the same pairs, after an audited first one.
+
+    TRL's robust loss (Chowdhury et al., 2024), told the share of flipped pairs that the first run
+    estimates; its loss over flips of chance is an unbiased estimate of that over right pairs.
+
+    Args:
+        result: of an auditor of preferences. Where it cannot tell the share, that is a
+            RuntimeWarning, and its mean is taken, which then lies towards 1/4.
+
+    Raises:
+        ValueError: if it has no estimate.
+
+    Example::
+
+        second = DPOConfig(**settings, **robust_settings(auditor.result()))
+    """
+    check_type("result", result, AuditResult, "what Auditor.result() returned")
+    rate = result.flip_rate
+    if rate is None:
+        raise ValueError(f"result must be of preferences, but is of {result.kind}.")
+    if math.isnan(rate.value):
+        raise ValueError(f"the share of flipped pairs is not known: {rate.reason}.")
+    if not rate.valid:
+        warnings.warn(
+            f"the share of flipped pairs, {rate.value:.2f}, is hardly known: {rate.reason}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return {"loss_type": ["robust"], "label_smoothing": rate.value}
 
 
 def _check_audited(dataset: Any, auditor: Auditor) -> None:
