@@ -485,7 +485,7 @@ def test_the_second_run_is_told_what_the_first_estimated(
     def ended(*given: Any) -> Metrics:
         return {}
 
-    def result(auditor: Auditor) -> Any:
+    def result(auditor: Auditor, *, average: bool) -> Any:
         return SimpleNamespace(suspect=np.zeros(24, bool))
 
     monkeypatch.setattr(runs, "train", train)
