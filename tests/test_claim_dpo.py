@@ -427,6 +427,31 @@ def test_runs_repeat_and_end_where_they_are_looked_at_last(shared: dict[str, Pat
 
 
 @needs_trl
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+@pytest.mark.parametrize("arm", [ADAMW, GATE])
+def test_adapters_alone_are_trained(
+    arm: str, shared: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies, honest = list[Any](), runs.train
+
+    def train(*args: Any, **more: Any) -> PolicyRun:
+        run = honest(*args, **more)
+        policies.append(run.policy)
+        return run
+
+    monkeypatch.setattr(runs, "train", train)
+    found = tried(shared, arm=arm, adapters=True)["run"]
+    assert found["drift"] > 0
+    base = load_checkpoint(shared["pretrained"])["weights"]
+    weights = dict(policies[0].named_parameters())
+    kept = {k: v for k, v in weights.items() if "lora" not in k}
+    assert len(kept) < len(weights)
+    for name, value in kept.items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert torch.equal(value, base[plain])
+
+
+@needs_trl
 def test_robust_is_told_the_share(shared: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     told = list[tuple[str, float]]()
 
