@@ -263,7 +263,15 @@ def test_each_criterion_can_fail_and_is_told(
     assert all(good[name] == "as claimed" for name in good if part in name)
     told = [note for note in judge(results(**changed)).notes if part in note]
     assert told
+    assert all(note.startswith("Not so here: ") for note in told)
     assert not [note for note in judge(results()).notes if part in note]
+
+
+def test_two_seeds_settle_nothing() -> None:
+    few = Results(d for d in results(slow=0.9) if d.settings.get("seed", 500) < 502)
+    report = judge(few)
+    assert verdict(report.criteria) == "undecided"
+    assert report.notes == []
 
 
 def test_the_headline_is_the_best_adamw_in_hindsight() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from poprisk.intervals import Interval
 from poprisk_lab.plots import Columns, Table, tabulate
 from poprisk_lab.studies.claim import Metrics, Report, Results, Workspace
-from poprisk_lab.studies.criteria import Criterion, at_least, controls, difference
+from poprisk_lab.studies.criteria import CONTRARY, Criterion, at_least, controls, difference
 from poprisk_lab.studies.dpo import runs
 from poprisk_lab.studies.dpo.arms import (
     ADAMW,
@@ -81,7 +81,11 @@ def judge(results: Results) -> Report:
         *(c for cell in whole for c in (*_recipe(cell), *_finding(cell))),
     ]
     beside = [c for cell in there.values() if cell is not main for c in _same(cell)]
-    lacking = [f"Not so here: {c.name}." for c in asked if not c.holds]
+    lacking = [
+        f"{'Not so' if c.outcome == CONTRARY else 'Not settled'} here: {c.name}."
+        for c in asked
+        if not c.holds and c.estimate.known
+    ]
     every = [*decided, *controls(*asked, *beside, *(c for cell in whole for c in _masks(cell)))]
     return Report(every, _table([*there.values()]), lacking, main=len(decided))
 
@@ -144,7 +148,8 @@ def _masks(cell: Place) -> Iterator[Criterion]:
         ("Algorithm 1, soft mask", Method("soft", lr=SAME)),
         ("Algorithm 1, snr mask", Method("snr", lr=SAME)),
     ):
-        yield _more(f"accuracy gained on {name}, {place_of(cell)}", cell.gain(OURS, other))
+        if other in cell.runs:
+            yield _more(f"accuracy gained on {name}, {place_of(cell)}", cell.gain(OURS, other))
     lora = {arm: cell.of((arm,), adapters=True) for arm in (GATE, ADAMW)}
     if all(lora.values()):
         gained = cell.gain(lora[GATE][0], lora[ADAMW][0])
