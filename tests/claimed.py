@@ -22,7 +22,7 @@ def quick_form(claim: Claim, path: Path) -> str:
     progress = directory.read()
     assert (progress.left, progress.missing.get("sklearn", 0)) == ([], 0)
     found = judged(claim, progress)
-    seeds = {trial.settings.get("seed") for trial in claim.trials(True)}
+    seeds = {trial.settings["seed"] for trial in claim.trials(True) if "seed" in trial.settings}
     few = (UNDECIDED,) if len(seeds) < MIN_SEEDS else ()  # too few for an interval
     assert found.verdict in ("reproduced", "partly reproduced", "not reproduced", *few)
     return render_claim(found)

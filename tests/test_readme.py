@@ -31,6 +31,7 @@ CLAIM_WORDS = {
     "coupling": "coupling",
     "feature-learning": "feature learning",
     "memorization": "memorization",
+    "dpo": "preferences",
     "audit": "wrong labels",
 }
 

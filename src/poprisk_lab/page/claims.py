@@ -67,12 +67,19 @@ def notices(judged: Judged) -> list[str]:
             f"{plural(few, 'seed')}, so no intervals: the seeds stand in their place, "
             f"and there is no verdict, which takes at least {MIN_SEEDS}."
         )
-    for package, trials in progress.missing.items():
-        if trials:
-            found.append(
-                f"{plural(trials, 'trial')} left out: the package {package} is not installed "
-                f"(pip install '{package}')."
-            )
+    missing = {package: trials for package, trials in progress.missing.items() if trials}
+    if missing and judged.claim.install:
+        names = ", ".join(missing)
+        found.append(
+            f"{plural(max(missing.values()), 'trial')} left out: {names} not installed "
+            f"(pip install '{judged.claim.install}')."
+        )
+        return [*found, *(judged.report.notes if judged.report else ())]
+    for package, trials in missing.items():
+        found.append(
+            f"{plural(trials, 'trial')} left out: the package {package} is not installed "
+            f"(pip install '{package}')."
+        )
     return [*found, *(judged.report.notes if judged.report else ())]
 
 

@@ -7,6 +7,7 @@ from poprisk_lab.studies import (
     benign_overfitting,
     coupling,
     double_descent,
+    dpo,
     drift_diffusion,
     feature_learning,
     grokking,
@@ -22,7 +23,7 @@ __all__ = ["CLAIMS", "Claim"]
 
 _MODULES = (
     grokking, multistep, pinn, image, benign_overfitting, double_descent, implicit_bias,
-    drift_diffusion, coupling, feature_learning, memorization, audit,
+    drift_diffusion, coupling, feature_learning, memorization, dpo, audit,
 )  # fmt: skip
 CLAIMS: dict[str, Claim] = {claim.name: claim for claim in map(claim_of, _MODULES)}
 """The claims, by name, in the order of the summary."""

@@ -50,6 +50,7 @@ class Claim:
         paper: the paper's figure, in words; empty if it gives none.
         published: settings as published.
         ours: settings that are ours.
+        install: what pip is to install for it, if its trials need packages beside the laboratory's.
         trials: the trials of the quick form (True) or the full one.
         run: does one trial.
         judge: from finished trials to the report.
@@ -63,6 +64,7 @@ class Claim:
     paper: str = ""
     published: Sequence[str] = NOT_KNOWN
     ours: Sequence[str]
+    install: str = ""
     trials: Callable[[bool], list[Trial]]
     run: Callable[[dict[str, Any], Workspace], Metrics]
     judge: Callable[[Results], Report]

@@ -28,6 +28,7 @@ ARMS: dict[str, Arm] = {
         Arm("auto", "PopRiskAdamW, defaults", "poprisk", "poprisk"),
         Arm("stream", "PopRiskAdamW, defaults, data taken as a stream", "poprisk", "poprisk"),
         Arm("matched", "AdamW, RMS-matched", "rms-matched", "rms-matched"),
+        Arm("shuffled-auto", "PopRiskAdamW, mask shuffled", "shuffled", "shuffled"),
         Arm("shuffled-soft", "soft mask, shuffled", "shuffled", "shuffled", PAPER),
         Arm("shuffled-snr", "snr mask, shuffled", "shuffled", "shuffled", {**PAPER, "mask": "snr"}),
     )

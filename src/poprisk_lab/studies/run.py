@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -59,7 +59,7 @@ class ClaimDirectory:
         Raises:
             RunDirectoryError: if it cannot be written or holds something else.
         """
-        trials = [[t.name, t.settings, list(t.needs)] for t in self._claim.trials(quick)]
+        trials = [_as_json(trial) for trial in self._claim.trials(quick)]
         config = {
             "format": FORMAT,
             "poprisk": metadata.version("poprisk"),
@@ -76,18 +76,25 @@ class ClaimDirectory:
             RunDirectoryError: if it is missing or damaged.
         """
         config = self.store.config()
-        trials = [Trial(name, given, tuple(needs)) for name, given, needs in config["trials"]]
+        trials = [_trial(*row) for row in config["trials"]]
         rows, gone = self.store.rows(t.name for t in trials), missing_packages(trials)
         ends = {name: end for name, found in rows.items() if (end := end_of(found)) is not None}
         blocked = [t for t in trials if gone & set(t.needs) and t.name not in ends]
         return ClaimProgress(
             done=results_of(trials, rows),
-            left=[t for t in trials if t.name not in ends and t not in blocked],
+            left=self._left(trials, ends, blocked),
             missing={n: sum(n in t.needs for t in blocked) for n in sorted(gone)},
             quick=config["quick"],
             environment=self.store.environment(),
             seconds=sum(end["seconds"] for end in ends.values()),
         )
+
+    def _left(self, trials: list[Trial], ends: dict[str, Row], blocked: list[Trial]) -> list[Trial]:
+        """The trials still to do; one whose product is lost, while others still need it, too."""
+        begun = [t for t in trials if t.name not in ends and t not in blocked]
+        needed = {name for trial in begun for name in trial.after}
+        lost = {n for n in needed if n in ends and self.store.product(n) is None}
+        return [t for t in trials if t in begun or (t.keeps and t.name in lost)]
 
     def work(self, *, workers: int, on_trial: OnTrial) -> None:
         """Do the trials that are left; stopped at any moment, the next call goes on.
@@ -106,3 +113,19 @@ class ClaimDirectory:
                 on_trial(trial.name, count, total)
 
         run_trials(progress.left, self._claim.run, self.store, workers=workers, on_row=tell)
+
+
+def _as_json(trial: Trial) -> list[Any]:
+    """A trial as written to ``config.json``; without what it neither needs nor keeps."""
+    found = [trial.name, trial.settings, list(trial.needs)]
+    return [*found, list(trial.after), trial.keeps] if trial.after or trial.keeps else found
+
+
+def _trial(
+    name: str,
+    settings: dict[str, Any],
+    needs: list[str],
+    after: Sequence[str] = (),
+    keeps: bool = False,
+) -> Trial:
+    return Trial(name, settings, tuple(needs), tuple(after), keeps)
