@@ -64,7 +64,7 @@ def windows(path: Path) -> None:
 
 
 def dashes(path: Path) -> None:
-    frame().astype(object).fillna("?").to_csv(path, index=False)
+    frame().to_csv(path, index=False, na_rep="?")
 
 
 def unicode(path: Path) -> None:
