@@ -80,7 +80,7 @@ def page(found: Judged) -> str:
         "",
         f"**{headline(found)}**",
         "",
-        *(f"> {notice}" for notice in notices(found)),
+        *(f"> - {notice}" for notice in notices(found)),
         "",
         "| criterion | needed | paper | found, 95% interval | outcome |",
         "|---|---|---|---|---|",
