@@ -113,3 +113,22 @@ def test_outputs_of_pairs_that_were_trained_on_tell_no_share() -> None:
     assert "no first pass over the pairs" in found.flip_rate.reason
     classes = audit(torch.eye(2)[1 - y], None, 1 - y, classes=2, probabilities=True)
     assert classes.flip_rate is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_margins_of_the_wrong_sign_are_no_flips(share: float) -> None:
+    rng = np.random.default_rng(0)
+    right = rng.normal(size=640) + 2
+    margins = right * np.where(rng.random(640) < share, -1, 1)
+    assert flip_rate(margins).valid
+    rate = flip_rate(-margins)  # as in a first pass that lowers the better answers
+    assert not rate.valid
+    assert "signs" in rate.reason
+
+
+def test_a_curve_that_matches_to_a_hundredth_is_believed_of_any_number_of_pairs() -> None:
+    rng = np.random.default_rng(1)
+    margins = (rng.laplace(size=100_000) + 1.5) * np.where(rng.random(100_000) < 0.2, -1, 1)
+    rate = flip_rate(margins)
+    assert rate.valid
+    assert abs(rate.value - 0.2) < 0.05

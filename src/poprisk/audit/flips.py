@@ -10,6 +10,8 @@ its size, then tells the share :math:`\varepsilon` of flipped pairs,
 whose limit for large margins is :math:`1-\varepsilon`; exact for normal margins [ours; in
 psychophysics, a psychometric curve with a rate of lapses]. Where margins are not large enough
 to come near that limit, the share cannot be told from a lack of knowledge, and the result says so.
+It also says so where the curve is no match: margins of a run that first lowers the likelier answer
+have the wrong sign for a while.
 """
 
 from __future__ import annotations
@@ -30,6 +32,12 @@ BINS = 256
 """Groups of margins of about one size, which are looked at together."""
 MOST_SPREAD = 0.075
 """Standard error from which the share is not told: half of what it is without any pair."""
+GROUPS = 8
+"""Groups of margins by size, in which the curve is held against how often they are positive."""
+MISFIT = 16.8
+"""Chi square of the groups from which the curve is no match: 1 in 100 by chance, of 8 - 2."""
+OFF = 0.03
+"""Distance, root mean square over the groups, up to which it is a match whatever their size."""
 FEWEST = 50
 """Pairs from which on there is an estimate."""
 
@@ -66,9 +74,27 @@ def flip_rate(margins: Any) -> Rate:
         f"margins of {len(m)} pairs leave a standard error of {spread:.2f}: the run does not know "
         "even the clearest pairs well enough; take more pairs, or train longer"
         if spread > MOST_SPREAD
-        else ""
+        else _misfit(m, size, p.reshape(-1, p.shape[-1])[fit.argmax()])
     )
     return Rate(mean, spread, not vague, vague)
+
+
+def _misfit(m: Floats, size: Floats, p: Floats) -> str:
+    """Why the likeliest curve, p at margins of a size, is no match; empty if it is one."""
+    size = size * np.median(np.abs(m))
+    chi, distance = 0.0, 0.0
+    for group in np.array_split(m[np.argsort(np.abs(m), kind="stable")], GROUPS):
+        told = float(np.interp(np.abs(group), size, p).mean())
+        off = float((group > 0).mean()) - told
+        chi += off**2 * len(group) / max(told * (1 - told), 1 / len(group))
+        distance += off**2 / GROUPS
+    if chi <= MISFIT or math.sqrt(distance) <= OFF:
+        return ""
+    return (
+        f"margins do not have the signs that flips give them: {math.sqrt(distance):.2f} away on "
+        "average, of groups of one size. A first pass may have lowered the better answers first; "
+        "leave out the suspects instead, or give flip_rate margins of pairs held out"
+    )
 
 
 def _binned(m: Floats) -> tuple[Floats, Floats, Floats]:
