@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 import claimed
 from poprisk import Auditor
@@ -42,7 +43,7 @@ from poprisk_lab.studies.dpo.arms import (
     SLOW,
     trials,
 )
-from poprisk_lab.studies.dpo.losses import RePo, dpo, dr_dpo
+from poprisk_lab.studies.dpo.losses import RePo, dr_dpo
 from poprisk_lab.studies.dpo.measures import (
     Drawn,
     divergence,
@@ -63,6 +64,10 @@ CLAIM = CLAIMS["dpo"]
 
 
 # --- losses ---------------------------------------------------------------------------------------
+
+
+def dpo(margins: Tensor) -> Tensor:
+    return -logsigmoid(margins).mean()
 
 
 def margins() -> Tensor:

@@ -674,10 +674,7 @@ def _errors(*, trace: bool, resumable: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _fail(
-            INTERRUPTED if resumable else "stopped.",
-            code=130,
-        )
+        _fail(INTERRUPTED if resumable else "stopped.", code=130)
     except ValueError as error:  # as TaskError, RunDirectoryError and NotAnalysable are
         _fail(str(error), error=error if trace else None)
     except Exception as error:

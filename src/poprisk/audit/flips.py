@@ -74,25 +74,23 @@ def flip_rate(margins: Any) -> Rate:
         f"margins of {len(m)} pairs leave a standard error of {spread:.2f}: the run does not know "
         "even the clearest pairs well enough; take more pairs, or train longer"
         if spread > MOST_SPREAD
-        else _misfit(m, size, p.reshape(-1, p.shape[-1])[fit.argmax()])
+        else _misfit(won, lost, p.reshape(-1, p.shape[-1])[fit.argmax()])
     )
     return Rate(mean, spread, not vague, vague)
 
 
-def _misfit(m: Floats, size: Floats, p: Floats) -> str:
-    """Why the likeliest curve, p at margins of a size, is no match; empty if it is one."""
-    size = size * np.median(np.abs(m))
-    chi, distance = 0.0, 0.0
-    for group in np.array_split(m[np.argsort(np.abs(m), kind="stable")], GROUPS):
-        told = float(np.interp(np.abs(group), size, p).mean())
-        off = float((group > 0).mean()) - told
-        chi += off**2 * len(group) / max(told * (1 - told), 1 / len(group))
-        distance += off**2 / GROUPS
-    if chi <= MISFIT or math.sqrt(distance) <= OFF:
+def _misfit(won: Floats, lost: Floats, p: Floats) -> str:
+    """Why the likeliest curve, p in each bin, is no match; empty if it is one."""
+    bins = np.array_split(np.stack([won, won + lost, p * (won + lost)]), GROUPS, axis=1)
+    positive, n, expected = np.stack([some.sum(1) for some in bins], 1)
+    off, told = (positive - expected) / n, expected / n
+    chi = float((off**2 * n / np.maximum(told * (1 - told), 1 / n)).sum())
+    distance = math.sqrt(float((off**2).mean()))
+    if chi <= MISFIT or distance <= OFF:
         return ""
     return (
-        f"margins do not have the signs that flips give them: {math.sqrt(distance):.2f} away on "
-        "average, of groups of one size. A first pass may have lowered the better answers first; "
+        f"margins do not have the signs that flips give them: {distance:.2f} away on average, of "
+        "groups of one size. A first pass may have lowered the better answers first; "
         "leave out the suspects instead, or give flip_rate margins of pairs held out"
     )
 

@@ -234,7 +234,12 @@ def label_texts(path: Path, label: str, frame: pd.DataFrame) -> list[str]:
         place = frame.columns.get_loc(label)
         read = _read(path, format_of(path), usecols=[place], dtype=str, na_filter=False)
         column = read.iloc[:, 0]
-    return column.astype(object).where(column.notna(), "").astype(str).tolist()
+    return _texts(column).tolist()
+
+
+def _texts(column: pd.Series[Any]) -> pd.Series[Any]:
+    """A column as texts, empty where a value is missing."""
+    return column.astype(object).where(column.notna(), "").astype(str)
 
 
 def no_column(path: Path, name: str, there: list[str]) -> str:
@@ -278,7 +283,7 @@ def check_texts(path: Path, text: str, frame: pd.DataFrame) -> pd.Series[Any]:
     if text not in frame:
         raise AuditInputError(no_column(path, text, list(frame.columns)))
     column = frame[text]
-    words = column.astype(object).where(column.notna(), "").astype(str).str.strip()
+    words = _texts(column).str.strip()
     known = words[~words.str.lower().isin(MISSING)]
     as_number = numbers_in(known, frame.attrs.get("decimal", "."))
     few_words = not known.empty and known.str.split().str.len().median() <= 1
@@ -379,7 +384,7 @@ def _type_text(
     notes: list[str],
 ) -> None:
     known = column.dropna().astype(str)
-    text = column.where(column.notna(), "").astype(str).str.strip()
+    text = _texts(column).str.strip()
     as_number = numbers_in(text, frame.attrs.get("decimal", "."))
     if (wrong := known[as_number[known.index].isna()]).size <= (1 - NEARLY_ALL) * len(known):
         if wrong.size:

@@ -74,11 +74,11 @@ def notices(judged: Judged) -> list[str]:
             f"{plural(max(missing.values()), 'trial')} left out: {names} not installed "
             f"(pip install '{judged.claim.install}')."
         )
-        return [*found, *(judged.report.notes if judged.report else ())]
-    for package, trials in missing.items():
-        found.append(
+    else:
+        found.extend(
             f"{plural(trials, 'trial')} left out: the package {package} is not installed "
             f"(pip install '{package}')."
+            for package, trials in missing.items()
         )
     return [*found, *(judged.report.notes if judged.report else ())]
 

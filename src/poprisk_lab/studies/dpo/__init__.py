@@ -13,7 +13,6 @@ from poprisk_lab.studies.dpo import runs
 from poprisk_lab.studies.dpo.arms import (
     ADAMW,
     BETWEEN,
-    FIRST,
     FULL,
     GATE,
     MAIN,
@@ -22,6 +21,7 @@ from poprisk_lab.studies.dpo.arms import (
     SEEDS,
     SHUFFLED,
 )
+from poprisk_lab.studies.dpo.arms import SLOW as SLOW
 from poprisk_lab.studies.dpo.arms import trials as trials
 from poprisk_lab.studies.dpo.methods import (
     AUDITED,
@@ -37,7 +37,7 @@ from poprisk_lab.studies.dpo.methods import (
 )
 from poprisk_lab.studies.dpo.plots import show as show
 
-SIZES, TRAINED, REPEATS, SLOW = PAIRS, FULL, len(SEEDS), FIRST["second_lr"]
+SIZES, TRAINED, REPEATS = PAIRS, FULL, len(SEEDS)
 PAPER_GAIN, PAPER_DRIFT = 0.641 - 0.566, 3.05
 WITHIN, LOSS = 0.02, 0.01
 """What the recipe may lose to knowing the share, and the audit to cross-fitting in AUROC."""

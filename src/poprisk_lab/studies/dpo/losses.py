@@ -19,11 +19,6 @@ PairLoss = Callable[[Tensor], Tensor]
 """The loss of a batch from its margins (b,)."""
 
 
-def dpo(margins: Tensor) -> Tensor:
-    """Mean of DPO's loss: what TRL calls ``sigmoid``."""
-    return -F.logsigmoid(margins).mean()
-
-
 def dr_dpo(margins: Tensor, *, temperature: float = 1.0) -> Tensor:
     r"""Dr. DPO (Wu et al., arXiv:2407.07880): pairs of large loss count less.
 
