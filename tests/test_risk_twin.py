@@ -22,6 +22,7 @@ import poprisk
 from asserts import assert_bitwise
 from poprisk import PopRiskAdamW, TwinRisk
 from poprisk.randomness import RandomState
+from poprisk.risk.twin import Probe
 from reference import risk as reference
 from samplers import randn
 
@@ -138,6 +139,27 @@ def test_the_twin_learns_tilted_labels() -> None:
     torch.testing.assert_close(tilted, start - scale * z.float())
     torch.testing.assert_close(z.sum(1), torch.zeros(20, dtype=torch.float64))
     assert float(z.square().mean()) == pytest.approx(1, rel=0.35)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3,), (7,), (2, 5), (3, 5)])
+def test_every_example_is_pushed_alike_where_a_shift_does_not_count(shape: tuple[int, ...]) -> None:
+    """Signs that are all equal would push nothing, of two classes every other example."""
+    n, c = 20_000, shape[0]
+    z = Probe(n, 0).perturbation(torch.arange(n), torch.Size(shape), shift_invariant=True)
+    z = z.reshape(n, c, -1).movedim(1, 2).reshape(-1, c)
+    assert bool((z.abs().amax(1) > 0).all())
+    centred = (torch.eye(c) - 1 / c) * c / (c - 1)
+    torch.testing.assert_close(z.T @ z / len(z), centred.double(), atol=0.05, rtol=0)
+
+
+def test_signs_of_outputs_that_shifts_change_are_independent() -> None:
+    """Also if the same probe was asked for others before."""
+    probe, index = Probe(20_000, 0), torch.arange(20_000)
+    before = probe.perturbation(index, torch.Size([2]), shift_invariant=False)
+    probe.perturbation(index, torch.Size([2]), shift_invariant=True)
+    z = probe.perturbation(index, torch.Size([2]), shift_invariant=False)
+    assert torch.equal(z, before)
+    torch.testing.assert_close(z.T @ z / len(z), torch.eye(2).double(), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.05])

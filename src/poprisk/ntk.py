@@ -210,7 +210,7 @@ class Kernel:
         if probes is None:
             return Estimate.of(float(self.diagonal().double().sum()), 0.0)
         checks.check_range("probes", probes, 2)
-        generator = generator_of(seed)
+        generator = generator_of(seed, "probes")
         signs = torch.randint(0, 2, (self.shape[0], probes), generator=generator) * 2 - 1
         return trace_estimate(self.matmul, self._like(signs))
 
@@ -234,7 +234,7 @@ class Kernel:
         examples.check_symmetric(self.symmetric, "eigsh")
         checks.check_range("k", k, 1, self.shape[0])
         shape = self.shape[0], min(k + 2, self.shape[0])
-        start = torch.randn(shape, generator=generator_of(seed))
+        start = torch.randn(shape, generator=generator_of(seed, "start"))
         limit = 20 * k + 40 if max_products is None else max_products
         return top_eigenpairs(
             self.matmul, self._like(start), k, tolerance=tolerance, max_products=limit

@@ -18,6 +18,7 @@ from poprisk.audit.planted import Labels, planted_labels
 from poprisk.audit.result import AuditResult
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
 from poprisk.losses import IGNORED
+from poprisk.randomness import generator_of
 from poprisk.risk.inputs import check_index
 from poprisk.risk.twin import TwinRisk
 
@@ -238,7 +239,7 @@ def _out_of_fold(
 def fold_of(items: Items, folds: int, seed: int) -> Tensor:
     """Which fold an example is in, (n,): as many of each class as goes."""
     n = len(items.targets)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=generator_of(seed, "folds"))
     if items.classes is not None:
         first = torch.full((n,), -1, dtype=torch.long)
         single = items.position == 0

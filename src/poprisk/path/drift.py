@@ -255,7 +255,7 @@ def fitted_noise(run: Run, *, draws: int = DRAWS, seed: int | torch.Generator = 
         seed: of the noise; or a generator, which goes on from where it is.
     """
     checks.check_positive("draws", draws)
-    generator = generator_of(seed)
+    generator = generator_of(seed, "noise")
     began = time.perf_counter()
     problem = run.problem.to(torch.float64)
     u = problem.J.values(run.weights[0].double(), problem.train[0])
@@ -273,7 +273,7 @@ def fitted_noise(run: Run, *, draws: int = DRAWS, seed: int | torch.Generator = 
 @renamed_arguments(generator="seed")
 def draw_batches(n: int, batch_size: int, steps: int, seed: int, *, replace: bool) -> list[Tensor]:
     """Index batches (b,): i.i.d. with replacement, or shuffled passes over n examples."""
-    generator = generator_of(seed)
+    generator = generator_of(seed, "batches")
     if replace:
         return [torch.randint(n, (batch_size,), generator=generator) for _ in range(steps)]
     found: list[Tensor] = []

@@ -114,7 +114,7 @@ class Canaries:
                 f"fraction={fraction} of {len(known)} labels makes {count} canaries; choose one "
                 "that makes at least one and leaves some labels as they are."
             )
-        generator = generator_of(seed)
+        generator = generator_of(seed, "canaries")
         order = torch.randperm(len(known), generator=generator)[:count]
         self.index = known[order.sort().values.to(known.device)]
         # In 64 bits: torch indexes and compares few of the narrower kinds.

@@ -117,7 +117,7 @@ def loo_risk(
     checks.check_choice("form", form, FORMS)
     check_answers(run)
     n = run.problem.n
-    generator = generator_of(seed)
+    generator = generator_of(seed, "leave one out")
     index = inputs.check_subset(subset, n, groups, generator)
     ids = None if groups is None else inputs.check_groups(groups, n)
     deleted = torch.eye(n, dtype=torch.bool)[index]

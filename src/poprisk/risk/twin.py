@@ -24,7 +24,7 @@ from poprisk.dtensor import processes
 from poprisk.evaluation import Forward, call, evaluating, outputs_of
 from poprisk.printing import described, short_repr
 from poprisk.protocols import PerExampleLoss
-from poprisk.randomness import RandomState
+from poprisk.randomness import RandomState, generator_of
 from poprisk.risk.estimate import RiskEstimate, TwinOutputs, estimate_risk
 from poprisk.risk.inputs import (
     InputRecorder,
@@ -51,6 +51,12 @@ OTHER_TARGETS = 0.05
 """Share of examples with other targets than in training from which an estimate is flagged."""
 CONSTANT = 1e-6
 """Spread of the output gradients, as a share of their size, that rounding may make up."""
+SIGNS = "twin"
+"""The stream of random numbers that twins are pushed along."""
+OLD_STATE = (
+    "the state that was loaded is of an earlier version: its twins were pushed at other signs, or "
+    "under settings that it does not say"
+)
 
 
 class Probe:
@@ -64,18 +70,34 @@ class Probe:
     def __init__(self, dataset_size: int, seed: int) -> None:
         self.dataset_size, self.seed = dataset_size, seed
         self.signs = torch.empty(0, dtype=torch.int8)
+        self.tied = True
 
     def perturbation(self, index: Tensor, shape: torch.Size, *, shift_invariant: bool) -> Tensor:
-        """The signs (b, *shape) of the examples at ``index``, of mean square one."""
-        if self.signs.shape != (self.dataset_size, *shape):
-            generator = torch.Generator().manual_seed(self.seed)
+        """The signs (b, *shape) of the examples at ``index``, of mean square one.
+
+        Signs that are all equal are a shift, which pushes nothing: one of them is turned.
+        """
+        if self.signs.shape != (self.dataset_size, *shape) or self.tied == shift_invariant:
+            generator = generator_of(self.seed, SIGNS)
             size = (self.dataset_size, *shape)
             self.signs = 2 * torch.randint(2, size, generator=generator, dtype=torch.int8) - 1
+            self.tied = not shift_invariant
+            if shift_invariant:
+                _break_ties(self.signs, generator)
         z = self.signs[index.to(self.signs.device)].double()
         if not shift_invariant:
             return z
         c = z.shape[1]
-        return (z - z.mean(1, keepdim=True)) * math.sqrt(c / (c - 1))
+        square = (c - 1) / c * (1 + 2.0 ** (3 - c) / c)  # without ties less their mean, on average
+        return (z - z.mean(1, keepdim=True)) / math.sqrt(square)
+
+
+def _break_ties(signs: Tensor, generator: torch.Generator) -> None:
+    """Turn one of the signs (n, c, ...) of an example that are all equal."""
+    n, c, *rest = signs.shape
+    tied = (signs == signs[:, :1]).all(1, keepdim=True)
+    turned = torch.randint(c, (n, 1, *rest), generator=generator)
+    signs.scatter_(1, turned, torch.where(tied, -1, 1).to(signs) * signs.gather(1, turned))
 
 
 class Tally:
@@ -407,8 +429,8 @@ class TwinRisk:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, under the settings it was saved with.
 
-        A state of an earlier version does not say what these were: it is taken for this twin's, and
-        the estimates are flagged.
+        The twins of an earlier version were pushed at other signs, or its state does not say under
+        which settings: it is taken for this twin's, and the estimates are flagged.
 
         Raises:
             TypeError, ValueError: if it is no such state, or one of other settings (``delta``,
@@ -425,8 +447,8 @@ class TwinRisk:
         except Exception:
             self._load(before)  # an optimizer's own check may refuse late
             raise
-        if "settings" not in state_dict and not self.doubt:
-            self.doubt = "the state that was loaded does not say which settings it was made under"
+        if "signs" not in state_dict.get("settings", {}) and not self.doubt:
+            self.doubt = OLD_STATE
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         for run, model, optimizer in zip(
@@ -446,6 +468,7 @@ class TwinRisk:
             "probes": len(self.probes),
             "dataset_size": self.dataset_size,
             "optimizer": type(self.optimizer).__name__,
+            "signs": SIGNS,
         }
 
     def outputs(self, batches: Iterable[tuple[Any, Tensor, Tensor]]) -> Answers:

@@ -118,7 +118,7 @@ def sweep(
 
 def _noise_by_size(recipe: Recipe, sizes: Sequence[int], seed: int) -> list[float]:
     """Label noise fitted with each number of examples, a draw of the data."""
-    generator = generator_of(seed)
+    generator = generator_of(seed, "order and noise")
     order = torch.randperm(len(recipe.train[0]), generator=generator)
     x, y = (t[order] for t in recipe.train)
     runs = (recipe._replace(train=(x, y)).run(n, n, seed) for n in sizes)

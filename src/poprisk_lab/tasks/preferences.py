@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from poprisk._validate import check_choice, check_number, check_positive
+from poprisk.randomness import generator_of
 
 VOCABULARY, END = 512, "<eos>"
 PROMPT, ANSWER = 8, 16
@@ -233,7 +234,7 @@ def flipped(count: int, share: float, *, seed: int) -> Tensor:
         3
     """
     check_number("share", share, low=0.0, high=1.0)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=generator_of(seed, "flips"))
     found = torch.zeros(count, dtype=torch.bool)
     found[order[: round(share * count)]] = True
     return found

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from poprisk import Auditor
 from poprisk.audit import AuditResult
+from poprisk.randomness import generator_of
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.controls import UpdateTrace
 from poprisk_lab.results import Metrics
@@ -179,7 +180,7 @@ def folds(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     model, drawn, wrong = given(settings, workspace)
     seed, count = settings["seed"], settings["folds"]
     way = Way(settings["arm"], settings["lr"])
-    order = torch.randperm(drawn.training, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(drawn.training, generator=generator_of(seed, "folds"))
     done: Metrics = workspace.load() or {"margins": []}
     parts = order.chunk(count)
     for part in parts[len(done["margins"]) :]:
