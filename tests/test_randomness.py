@@ -89,7 +89,9 @@ def test_a_seed_has_a_stream_for_every_purpose() -> None:
         return torch.randint(2**62, (3,), generator=generator_of(seed, stream)).tolist()
 
     assert numbers(1, "a") == numbers(1, "a")
-    assert len({tuple(numbers(s, name)) for s in (-1, 0, 1, 11) for name in ("a", "b", "a 1")}) == 12
+    assert (
+        len({tuple(numbers(s, name)) for s in (-1, 0, 1, 11) for name in ("a", "b", "a 1")}) == 12
+    )
 
 
 def test_a_generator_of_torch_goes_on() -> None:

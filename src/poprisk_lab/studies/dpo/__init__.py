@@ -40,7 +40,8 @@ from poprisk_lab.studies.dpo.plots import show as show
 SIZES, TRAINED, REPEATS = PAIRS, FULL, len(SEEDS)
 PAPER_GAIN, PAPER_DRIFT = 0.641 - 0.566, 3.05
 WITHIN, LOSS = 0.02, 0.01
-"""What the recipe may lose to knowing the share, and the audit to cross-fitting in AUROC."""
+"""Accuracy that the recipe may lose to knowing the share, and a stop to hindsight; AUROC that the
+audit may lose to cross-fitting."""
 COLUMNS = {
     "accuracy": "final",
     "at its best moment": "best",
@@ -62,6 +63,7 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
         "run": runs.one,
         "recipe": runs.recipe,
         "folds": runs.folds,
+        "stopping": runs.stopping,
     }
     return kinds[settings["kind"]](settings, workspace)
 
@@ -78,7 +80,7 @@ def judge(results: Results) -> Report:
     whole = [cell for cell in there.values() if cell.folds]
     asked = [
         *_hindsight(main),
-        *(c for cell in whole for c in (*_recipe(cell), *_finding(cell))),
+        *(c for cell in whole for c in (*_recipe(cell), *_finding(cell), *_stopping(cell))),
     ]
     beside = [c for cell in there.values() if cell is not main for c in _same(cell)]
     lacking = [
@@ -138,6 +140,16 @@ def _finding(cell: Place) -> Iterator[Criterion]:
     ):
         yield at_least(f"audit: AUROC of flipped pairs gained on {name}, {at}",
                        difference(found, other), least, percent=True)  # fmt: skip
+
+
+def _stopping(cell: Place) -> Iterator[Criterion]:
+    """A twin, which sees no clean pair, says where AdamW is to stop."""
+    at, stopped = place_of(cell), cell.stopped.by_seed
+    yield _more(f"twin: accuracy gained by stopping AdamW where it says, {at}",
+                difference(stopped("accuracy"), stopped("end")))  # fmt: skip
+    yield at_least(f"twin: accuracy beside AdamW's best moment in hindsight, {at}",
+                   difference(stopped("accuracy"), stopped("best")), -WITHIN,
+                   percent=True)  # fmt: skip
 
 
 def _masks(cell: Place) -> Iterator[Criterion]:

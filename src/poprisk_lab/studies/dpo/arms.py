@@ -16,7 +16,7 @@ FLIPPED = (0.2, 0.4)
 BETWEEN = 0.3
 """The share of the paper, at which AdamW and the gate are compared."""
 FEW = (0.0, 0.1)
-SEEDS, FEW_SEEDS = range(500, 505), range(500, 503)
+SEEDS, FEW_SEEDS = range(510, 515), range(510, 513)
 """Nothing was chosen on them; seeds below 10 were chosen on."""
 ADAMW, GATE, SHUFFLED = "adamw", "auto", "shuffled-auto"
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -26,8 +26,10 @@ SAME = 3e-4
 SLOW = 1e-4
 PEERS = ("ipo", "hinge", "dr-dpo", "re-po")
 LORA = 1e-3
-FIRST = {"arm": GATE, "lr": SAME, "second": ADAMW, "second_lr": SLOW}
-"""The recipe: its first run, and how the second is trained."""
+FIRST = {"arm": GATE, "lr": SAME}
+"""How both runs of the recipe are trained."""
+STOPPED = {"arm": ADAMW, "lr": SAME}
+"""The run that a twin is to stop: it fits the flipped pairs after its best moment."""
 FOLDS = {"arm": ADAMW, "lr": SLOW, "folds": 5}
 FULL = {"width": 128, "layers": 4, "steps": 1200}
 QUICK = {"width": 32, "layers": 2, "steps": 150}
@@ -89,7 +91,8 @@ def _trained(cell: Draw, *, quick: bool) -> Iterator[Settings]:
         yield _run(ADAMW, SAME, loss="robust")
         yield from (_run(ADAMW, SAME, loss=loss) for loss in PEERS)
         yield "folds", {"kind": "folds", **FOLDS, "folds": 2, "lr": SAME}, ()
-        yield "recipe", {"kind": "recipe", **FIRST, "second_lr": SAME}, ()
+        yield "recipe", {"kind": "recipe", **FIRST}, ()
+        yield "stopping", {"kind": "stopping", **STOPPED}, ()
         return
     if not whole:
         rates = RATES if cell.rate == BETWEEN else (SLOW, SAME)
@@ -107,6 +110,7 @@ def _trained(cell: Draw, *, quick: bool) -> Iterator[Settings]:
     yield from (_run(arm, LORA, adapters=True) for arm in (ADAMW, GATE))
     yield "folds", {"kind": "folds", **FOLDS}, ()
     yield "recipe", {"kind": "recipe", **FIRST}, ()
+    yield "stopping", {"kind": "stopping", **STOPPED}, ()
 
 
 def _grid(

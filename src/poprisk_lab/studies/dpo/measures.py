@@ -78,11 +78,12 @@ def likelihoods(model: Any, ids: Tensor) -> Tensor:
         ids: tokens (n, t), of which the first :data:`PROMPT` are the prompt's.
     """
     with torch.no_grad():
-        found = [_likelihoods(model, rows) for rows in ids.split(CHUNK)]
+        found = [pair_likelihoods(model, rows) for rows in ids.split(CHUNK)]
     return torch.cat(found)
 
 
-def _likelihoods(model: Any, rows: Tensor) -> Tensor:
+def pair_likelihoods(model: Any, rows: Tensor) -> Tensor:
+    """The same in one pass, with a gradient."""
     logits = model(rows[:, :-1], use_cache=False).logits[:, PROMPT - 1 :]
     said = rows[:, PROMPT:, None]
     return (logits.gather(2, said)[..., 0] - logits.logsumexp(2)).sum(1)

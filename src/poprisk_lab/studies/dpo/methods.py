@@ -92,6 +92,7 @@ class Place:
         self.reward, self.rate = reward, rate
         self.runs = {method: Results(some) for method, some in found.items()}
         self.recipes, self.folds = here.where(kind="recipe"), here.where(kind="folds")
+        self.stopped = here.where(kind="stopping")
 
     def values(self, method: Method, key: str) -> dict[int, Any]:
         """A figure by seed."""

@@ -26,6 +26,7 @@ from poprisk_lab.studies.dpo.measures import (
     margins_given,
 )
 from poprisk_lab.studies.dpo.reference import pretrain
+from poprisk_lab.studies.dpo.stopping import stop_by_twin
 from poprisk_lab.studies.dpo.training import PolicyRun, Way, train
 from poprisk_lab.tasks.preferences import draw_pairs, flipped, tokenizer_of
 
@@ -33,8 +34,6 @@ PRETRAINED = "pretrained"
 """The trial that all others come after."""
 PLANT = 0.05
 """Share of the pairs that the first run of the recipe swaps on purpose."""
-ANY = 1e9
-"""Memorization that lets every look of the audit count: its last one is taken."""
 VERSIONS = ("transformers", "trl", "tokenizers")
 """Packages whose versions are put on record."""
 MOST = 0.45
@@ -119,31 +118,28 @@ def recipe(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """A gated run that is audited, a second one told its rate, and one without its suspects."""
     model, drawn, wrong = given(settings, workspace)
     seed, end = settings["seed"], partial(_ended, settings, model, drawn, wrong)
+    way = Way(settings["arm"], settings["lr"])
     done: Metrics = workspace.load() or {}
     if "first" not in done:
         auditor = Auditor(
             torch.ones(drawn.training, dtype=torch.long),
             kind="preferences",
             plant=PLANT,
-            limit=ANY,
             seed=seed,
         )
-        way = Way(settings["arm"], settings["lr"])
         run = train(model, drawn, way, wrong, seed=seed, auditor=auditor)
-        # In the first pass the better answers, which are likelier, lose most: noise comes first.
-        audit = auditor.result(average=False)
+        audit = auditor.result()
         done |= {"first": end(run), "audit": _audited(audit, wrong)}
         done["suspect"] = [int(i) for i in audit.suspect.nonzero()[0]]
         workspace.save(lambda: done)
-    second = Way(settings["second"], settings["second_lr"])
     if "robust" not in done:
-        way = second._replace(loss="robust", rate=told(done["audit"]["share"]))
-        done["robust"] = end(train(model, drawn, way, wrong, seed=seed))
+        second = way._replace(loss="robust", rate=told(done["audit"]["share"]))
+        done["robust"] = end(train(model, drawn, second, wrong, seed=seed))
         workspace.save(lambda: done)
     left = torch.ones(drawn.training, dtype=torch.bool)
     left[done["suspect"]] = False
     keep = left.nonzero()[:, 0]
-    done["without"] = end(train(model, drawn, second, wrong, seed=seed, keep=keep))
+    done["without"] = end(train(model, drawn, way, wrong, seed=seed, keep=keep))
     return {key: value for key, value in done.items() if key != "suspect"}
 
 
@@ -192,3 +188,10 @@ def folds(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     margins = torch.empty(drawn.training)
     margins[torch.cat(parts)] = torch.tensor([m for some in done["margins"] for m in some])
     return found_by(-margins, wrong)
+
+
+def stopping(settings: dict[str, Any], workspace: Workspace) -> Metrics:
+    """A run beside its twin, which says where to stop."""
+    model, drawn, wrong = given(settings, workspace)
+    lr, seed = settings["lr"], settings["seed"]
+    return stop_by_twin(model, drawn, wrong, settings["rate"], lr=lr, seed=seed)
