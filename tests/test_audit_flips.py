@@ -121,7 +121,7 @@ def test_margins_of_the_wrong_sign_are_no_flips(share: float) -> None:
     right = rng.normal(size=640) + 2
     margins = right * np.where(rng.random(640) < share, -1, 1)
     assert flip_rate(margins).valid
-    rate = flip_rate(-margins)  # as in a first pass that lowers the better answers
+    rate = flip_rate(-margins)  # as of a run that saw the flipped ones first
     assert not rate.valid
     assert "signs" in rate.reason
 

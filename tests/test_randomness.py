@@ -18,6 +18,7 @@ from poprisk.randomness import generator_of
 from poprisk_lab.tasks.preferences import flipped
 
 SOURCE = Path(__file__).parents[1] / "src" / "poprisk"
+STARTS = ("manual_seed", "default_rng", "RandomState")
 N, SHARE, SEEDS = 640, 0.2, range(4)
 
 
@@ -102,9 +103,9 @@ def test_a_generator_of_torch_goes_on() -> None:
 def seeds_of(file: Path) -> Iterator[ast.expr]:
     """What the generators of a file start from."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in ("manual_seed", "default_rng", "RandomState"):
-                yield from node.args
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(node, ast.Call) and isinstance(called, ast.Attribute):
+            yield from node.args if called.attr in STARTS else ()
 
 
 def test_a_seed_of_the_user_goes_to_no_generator_directly() -> None:

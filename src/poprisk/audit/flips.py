@@ -10,8 +10,8 @@ its size, then tells the share :math:`\varepsilon` of flipped pairs,
 whose limit for large margins is :math:`1-\varepsilon`; exact for normal margins [ours; in
 psychophysics, a psychometric curve with a rate of lapses]. Where margins are not large enough
 to come near that limit, the share cannot be told from a lack of knowledge, and the result says so.
-It also says so where the curve is no match: margins of a run that first lowers the likelier answer
-have the wrong sign for a while.
+It also says so where the curve is no match: what a run learns from pairs that are sorted, the
+flipped ones first, gives the others margins of the wrong sign.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def _misfit(won: Floats, lost: Floats, p: Floats) -> str:
         return ""
     return (
         f"margins do not have the signs that flips give them: {distance:.2f} away on average, of "
-        "groups of one size. A first pass may have lowered the better answers first; "
-        "leave out the suspects instead, or give flip_rate margins of pairs held out"
+        "groups of one size. Did the pairs come in an order of chance, or the flipped ones first? "
+        "Leave out the suspects instead, or give flip_rate margins of pairs held out"
     )
 
 
