@@ -15,6 +15,7 @@ from poprisk_lab.studies import (
     implicit_bias,
     memorization,
     pinn,
+    stopping,
 )
 from poprisk_lab.studies.claim import Claim, claim_of
 from poprisk_lab.studies.grokking import multistep
@@ -23,7 +24,7 @@ __all__ = ["CLAIMS", "Claim"]
 
 _MODULES = (
     grokking, multistep, pinn, image, benign_overfitting, double_descent, implicit_bias,
-    drift_diffusion, coupling, feature_learning, memorization, dpo, audit,
+    drift_diffusion, coupling, feature_learning, memorization, dpo, audit, stopping,
 )  # fmt: skip
 CLAIMS: dict[str, Claim] = {claim.name: claim for claim in map(claim_of, _MODULES)}
 """The claims, by name, in the order of the summary."""
