@@ -33,6 +33,7 @@ CLAIM_WORDS = {
     "memorization": "memorization",
     "dpo": "preferences",
     "audit": "wrong labels",
+    "stopping": "population risk",
 }
 
 

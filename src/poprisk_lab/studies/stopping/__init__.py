@@ -31,6 +31,8 @@ REGRET, COVERED, WIDTH, LEVEL, OFF, ON = 0.02, 0.88, 0.5, 0.08, 0.95, 0.9
 """Bounds: of the regret, the share of intervals that hold the best moment, their width, the error
 of believed estimates, and the shares of flags that are off and on where they should be."""
 TWIN = "the twin"
+RIVALS = (*WATCHERS, FIFTH, REFITTED, FOLDED)
+"""All that is compared with the twin, but the end of the run."""
 REPEATS, EARLIER, NEW = len(SEEDS), len(OLD), len(PROBLEMS)
 
 
@@ -82,9 +84,9 @@ def judge(results: Results) -> Report:
     """Little regret, an interval that holds the best moment, level, flags; then the rivals."""
     new = Results(d for d in results if d.settings["problem"] in PROBLEMS)
     least, most = partial(at_least, percent=True), partial(at_most, percent=True)
-    cost = {name: results.mean(("rivals", name, "cost")).mean for name in (END, *rivals())}
-    equal = [name for name in rivals() if cost[name] <= results.mean("cost").mean]
-    dearer = [name for name in rivals() if name not in equal]
+    cost = {name: results.mean(("rivals", name, "cost")).mean for name in (END, *RIVALS)}
+    equal = [name for name in RIVALS if cost[name] <= results.mean("cost").mean]
+    dearer = [name for name in RIVALS if name not in equal]
 
     def stopping(some: Results, where: str) -> list[Criterion]:
         covered = over_problems(some, lambda d: d.metrics["covered"]).clipped(0.0, 1.0)
@@ -115,14 +117,9 @@ def judge(results: Results) -> Report:
     others = [
         *(beside(results, name) for name in (END, *dearer)),
         *stopping(new, only),
-        *(beside(new, name, only) for name in rivals()),
+        *(beside(new, name, only) for name in RIVALS),
     ]
     return Report([*decided, *controls(*others)], _table(results), [_worst(results)])
-
-
-def rivals() -> list[str]:
-    """All that is compared with the twin, but the end of the run."""
-    return [*WATCHERS, FIFTH, REFITTED, FOLDED]
 
 
 def _worst(results: Results) -> str:
@@ -135,7 +132,7 @@ def _worst(results: Results) -> str:
 def _table(results: Results) -> Table:
     """By problem: regrets of the twin and of rivals, what the interval and the level are worth."""
     shares: dict[str, Figure] = {
-        **{f"regret: {name}": regret_of(name) for name in (TWIN, *rivals(), END)},
+        **{f"regret: {name}": regret_of(name) for name in (TWIN, *RIVALS, END)},
         "interval holds the best": lambda d: d.metrics["covered"],
         "width": lambda d: d.metrics["width"],
         "level error": lambda d: d.metrics["level"],
@@ -177,7 +174,7 @@ def show(results: Results) -> Plots:
 
 
 def _others(drawn: Collection[str]) -> list[str]:
-    return [name for name in rivals() if name not in drawn]
+    return [name for name in RIVALS if name not in drawn]
 
 
 def _regret(name: str, results: Results) -> Interval:
