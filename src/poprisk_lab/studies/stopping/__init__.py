@@ -1,0 +1,1 @@
+"""The claim that the twin tells when to stop."""
