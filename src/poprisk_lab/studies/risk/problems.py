@@ -89,7 +89,7 @@ def class_costs(clean: Tensor, noise: float, classes: int) -> Callable[[Tensor],
 
 
 def binary_costs(right: Tensor, noise: float | Tensor) -> Callable[[Tensor], Tensor]:
-    """Expected logistic losses (m,) of labels (m, 1) that are flipped so often, one share or (m,)."""
+    """Expected logistic losses (m,) of labels (m, 1) flipped with this probability, one or (m,)."""
 
     def costs(u: Tensor) -> Tensor:
         kept, flipped = (binary_cross_entropy(u, y) for y in (right, 1 - right))

@@ -106,7 +106,7 @@ def heavy_tails(seed: int, *, n: int, noise: float) -> NoisyData:
         n + TAILED_FRESH, 8, generator=generator_of(seed, "inputs"), dtype=torch.float64
     )
     x = torch.from_numpy(stdtrit(TAIL, places.numpy())).float()
-    clean = waves(x, seed, 2)
+    clean = waves(x / 2, seed, 2)
     y = clean + noise * torch.randn(clean.shape, generator=generator_of(seed, "noise"))
     return NoisyData(x[:n], y[:n], x[n:], absolute_costs(clean[n:], noise))
 

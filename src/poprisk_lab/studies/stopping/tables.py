@@ -5,24 +5,35 @@ It has the error of those rows, a few hundred (:meth:`NoisyData.risk_error`).
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from poprisk.losses import binary_cross_entropy, squared_error
+from poprisk.losses import squared_error
 from poprisk.randomness import generator_of
-from poprisk_lab.studies.risk.problems import NoisyData
+from poprisk_lab.studies.risk.problems import NoisyData, binary_costs
 
 
-def cancer(seed: int, *, n: int) -> NoisyData:
-    """Which of 569 tumours are benign, from 30 measurements (scikit-learn's copy)."""
+def cancer(seed: int, *, n: int, noise: float) -> NoisyData:
+    """Which of 569 tumours are benign, from 30 measurements (scikit-learn's copy).
+
+    The measured classes are told apart almost without error: labels are flipped.
+
+    Args:
+        seed: of rows and flips.
+        n: training examples; the others are fresh.
+        noise: share of the labels that are flipped, in expectation.
+    """
     from sklearn.datasets import load_breast_cancer
 
     x, y = (torch.as_tensor(a).float() for a in load_breast_cancer(return_X_y=True))
     train, rest = _split(len(y), n, seed)
     x, y = _standardized(x, train), y.unsqueeze(1)
-    fresh = y[rest]
-    return NoisyData(x[train], y[train], x[rest], lambda u: binary_cross_entropy(u, fresh))
+    turn = torch.rand(n, 1, generator=generator_of(seed, "flips")) < noise
+    given = torch.where(turn, 1 - y[train], y[train])
+    return NoisyData(x[train], given, x[rest], binary_costs(y[rest], noise))
 
 
 def diabetes(seed: int, *, n: int) -> NoisyData:
@@ -34,7 +45,7 @@ def diabetes(seed: int, *, n: int) -> NoisyData:
     train, rest = _split(len(y), n, seed)
     x, y = _standardized(x, train), _standardized(y.unsqueeze(1), train)
     fresh = y[rest]
-    return NoisyData(x[train], y[train], x[rest], lambda u: squared_error(u, fresh))
+    return NoisyData(x[train], y[train], x[rest], partial(squared_error, targets=fresh))
 
 
 def countries(seed: int, *, training: int) -> NoisyData:
@@ -65,7 +76,7 @@ def countries(seed: int, *, training: int) -> NoisyData:
     fresh = y[~train]
     ids, fresh_ids = (group[rows].unique(return_inverse=True)[1] for rows in (train, ~train))
     return NoisyData(
-        x[train], y[train], x[~train], lambda u: squared_error(u, fresh), ids, fresh_ids
+        x[train], y[train], x[~train], partial(squared_error, targets=fresh), ids, fresh_ids
     )
 
 

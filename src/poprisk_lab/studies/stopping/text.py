@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -94,11 +94,12 @@ def files() -> dict[str, list[str]]:
     return dict(zip(KINDS, map(list, zip(*found, strict=True)), strict=True))
 
 
-def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _documented(tree: ast.Module) -> Iterator[Documented]:
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-            node
-        ):
+        if isinstance(node, Documented) and ast.get_docstring(node):
             yield node
 
 
@@ -125,12 +126,11 @@ def next_character(seed: int, *, n: int) -> NoisyData:
         Windows(half, CONTEXT + 1).draw(count, generator_of(seed, stream))
         for half, count, stream in ((train, n, "windows"), (other, FRESH, "fresh"))
     )
-    right = fresh[:, -1]
     return NoisyData(
         x[:, :-1],
         x[:, -1],
         fresh[:, :-1],
-        lambda u: cross_entropy(u, right),
+        partial(cross_entropy, targets=fresh[:, -1]),
         _renumbered(group),
         _renumbered(fresh_group),
     )
