@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from poprisk import PopRiskAdamW
 from poprisk.losses import binary_cross_entropy, cross_entropy, squared_error
+from poprisk.risk.estimate import grouped_error
 from poprisk_lab.tasks.digits import cnn, split_digits
 from poprisk_lab.tasks.nets import mlp
 
@@ -26,12 +27,33 @@ QUICK_EPOCHS = 2
 
 
 class NoisyData(NamedTuple):
-    """Training set, and the true risk as a function of outputs on ``fresh`` inputs."""
+    """A training set, and what outputs on fresh inputs cost.
+
+    Attributes:
+        x: inputs (n, ...).
+        y: targets (n, ...).
+        fresh: inputs (m, ...) that nothing is trained on.
+        costs: from outputs on them to each one's loss (m,): its expectation over label noise where
+            the noise is known, the loss of the target that came with it in measured data.
+        groups: ids of dependent training examples, (n,); None: all independent.
+        fresh_groups: the same of the fresh inputs, (m,); no group is in both.
+    """
 
     x: Tensor
     y: Tensor
     fresh: Tensor
-    risk: Callable[[Tensor], float]
+    costs: Callable[[Tensor], Tensor]
+    groups: Tensor | None = None
+    fresh_groups: Tensor | None = None
+
+    def risk(self, outputs: Tensor) -> float:
+        """The true risk of outputs on ``fresh``."""
+        return self.costs(outputs).mean().item()
+
+    def risk_error(self, outputs: Tensor) -> float:
+        """Its standard error: how far the mean over other fresh inputs would lie from it."""
+        costs = self.costs(outputs).double()
+        return grouped_error(costs - costs.mean(), self.fresh_groups) / len(costs)
 
 
 MakeOptimizer = Callable[[nn.Module, int, int], Optimizer]
@@ -47,23 +69,38 @@ class TrainingProblem(NamedTuple):
     optimizer: MakeOptimizer
     epochs: int
     batch_size: int
+    needs: tuple[str, ...] = ()
+    """Packages that the data come from."""
 
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _class_risk(clean: Tensor, noise: float, classes: int) -> Callable[[Tensor], float]:
-    def risk(u: Tensor) -> float:
+def class_costs(clean: Tensor, noise: float, classes: int) -> Callable[[Tensor], Tensor]:
+    """Expected cross-entropies (m,) where a share of the labels is another class, all alike."""
+
+    def costs(u: Tensor) -> Tensor:
         cost = -u.log_softmax(1)
         own = cost.gather(1, clean.unsqueeze(1)).squeeze(1)
-        return ((1 - noise) * own + noise / (classes - 1) * (cost.sum(1) - own)).mean().item()
+        return (1 - noise) * own + noise / (classes - 1) * (cost.sum(1) - own)
 
-    return risk
+    return costs
 
 
-def _number_risk(clean: Tensor, noise: float) -> Callable[[Tensor], float]:
-    return lambda u: squared_error(u, clean).mean().item() + 0.5 * noise**2
+def binary_costs(right: Tensor, noise: float | Tensor) -> Callable[[Tensor], Tensor]:
+    """Expected logistic losses (m,) of labels (m, 1) flipped with this probability, one or (m,)."""
+
+    def costs(u: Tensor) -> Tensor:
+        kept, flipped = (binary_cross_entropy(u, y) for y in (right, 1 - right))
+        return (1 - noise) * kept + noise * flipped
+
+    return costs
+
+
+def number_costs(clean: Tensor, noise: float | Tensor) -> Callable[[Tensor], Tensor]:
+    """Expected squared errors (m,) at noise of this standard deviation, one for all or (m,)."""
+    return lambda u: squared_error(u, clean) + 0.5 * noise**2
 
 
 def ridges(seed: int, *, n: int, dimensions: int, directions: int = 3) -> NoisyData:
@@ -73,13 +110,13 @@ def ridges(seed: int, *, n: int, dimensions: int, directions: int = 3) -> NoisyD
     x = torch.randn(n + FRESH, dimensions, generator=g)
     clean = 0.8 * torch.sin(2 * x @ w).sum(1, keepdim=True)
     y = clean + 0.7 * torch.randn(len(x), 1, generator=g)
-    return NoisyData(x[:n], y[:n], x[n:], _number_risk(clean[n:], 0.7))
+    return NoisyData(x[:n], y[:n], x[n:], number_costs(clean[n:], 0.7))
 
 
 def digits(seed: int, *, noise: float) -> NoisyData:
     """1,000 handwritten digits with symmetric label noise; the rest are fresh."""
     (x, y), (fresh, right), _ = split_digits(seed, noise)
-    return NoisyData(x, y, fresh, _class_risk(right, noise, 10))
+    return NoisyData(x, y, fresh, class_costs(right, noise, 10))
 
 
 def parabola(seed: int, *, n: int = 1000, dimensions: int = 20, noise: float = 0.2) -> NoisyData:
@@ -89,13 +126,7 @@ def parabola(seed: int, *, n: int = 1000, dimensions: int = 20, noise: float = 0
     p = x @ (torch.randn(dimensions, 2, generator=g) / math.sqrt(dimensions))
     clean = (2 * p[:, :1] + p[:, 1:].square() > 1).float()
     y = torch.where(torch.rand(len(x), 1, generator=g) < noise, 1 - clean, clean)
-    right = clean[n:]
-
-    def risk(u: Tensor) -> float:
-        kept, flipped = (binary_cross_entropy(u, y) for y in (right, 1 - right))
-        return ((1 - noise) * kept + noise * flipped).mean().item()
-
-    return NoisyData(x[:n], y[:n], x[n:], risk)
+    return NoisyData(x[:n], y[:n], x[n:], binary_costs(clean[n:], noise))
 
 
 def repeats(seed: int, *, n: int, numbers: bool, noise: float) -> NoisyData:
@@ -106,11 +137,11 @@ def repeats(seed: int, *, n: int, numbers: bool, noise: float) -> NoisyData:
     if numbers:
         clean = count.unsqueeze(1) - 1.2
         y = clean + noise * torch.randn(len(x), 1, generator=g)
-        return NoisyData(x[:n], y[:n], x[n:], _number_risk(clean[n:], noise))
+        return NoisyData(x[:n], y[:n], x[n:], number_costs(clean[n:], noise))
     clean = count.clamp(max=3)
     other = (clean + torch.randint(1, 4, (len(x),), generator=g)) % 4
     y = torch.where(torch.rand(len(x), generator=g) < noise, other, clean)
-    return NoisyData(x[:n], y[:n], x[n:], _class_risk(clean[n:], noise, 4))
+    return NoisyData(x[:n], y[:n], x[n:], class_costs(clean[n:], noise, 4))
 
 
 class Transformer(nn.Module):
