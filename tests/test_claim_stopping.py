@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics, Results
 from poprisk_lab.studies.criteria import verdict
-from poprisk_lab.studies.risk.problems import NoisyData, TrainingProblem, sgd
+from poprisk_lab.studies.risk.problems import NoisyData, TrainingProblem, number_costs, sgd
 from poprisk_lab.studies.stopping import (
     COVERED,
     EARLIER,
@@ -75,7 +76,7 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tens
     torch.manual_seed(4)
     model = mlp(3, 7, 2).to(dtype)
     with torch.no_grad():
-        model[0].bias[2] = -100.0  # a unit that is off
+        model.get_parameter("0.bias")[2] = -100.0  # a unit that is off
     return model, torch.randn(26, 3, dtype=dtype), torch.randint(2, (26,))
 
 
@@ -83,9 +84,9 @@ def naive(
     model: nn.Module, x: Tensor, y: Tensor
 ) -> tuple[float, int, dict[str, float], dict[str, Tensor]]:
     """The statistic, its number of parameters, and mean sizes, from one gradient after another."""
-    names = [name for name, _ in model.named_parameters()]
+    names, parameters = zip(*model.named_parameters(), strict=True)
     rows = [
-        torch.autograd.grad(cross_entropy(model(x[i : i + 1]), y[i : i + 1])[0], model.parameters())
+        torch.autograd.grad(cross_entropy(model(x[i : i + 1]), y[i : i + 1])[0], parameters)
         for i in range(len(y))
     ]
     b, statistic, count, sizes, means = len(y), 0.0, 0, dict[str, float](), dict[str, Tensor]()
@@ -318,7 +319,7 @@ def line(seed: int, n: int = 60, groups: Tensor | None = None) -> NoisyData:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n + 200, 3, generator=g)
     y = x[:, :1] + torch.randn(n + 200, 1, generator=g)
-    return NoisyData(x[:n], y[:n], x[n:], lambda u: squared_error(u, x[n:, :1]) + 0.5, groups)
+    return NoisyData(x[:n], y[:n], x[n:], number_costs(x[n:, :1], 1.0), groups)
 
 
 def tiny(**changed: Any) -> TrainingProblem:
@@ -356,7 +357,7 @@ def test_what_is_held_out_is_not_trained_on() -> None:
 
 def test_groups_reach_the_estimates_and_the_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = torch.arange(60) // 6
-    monkeypatch.setitem(PROBLEMS, "tiny", tiny(data=lambda seed: line(seed, groups=groups)))
+    monkeypatch.setitem(PROBLEMS, "tiny", tiny(data=partial(line, groups=groups)))
     monkeypatch.setitem(PROBLEMS, "apart", tiny())
     outs, honest = list[Tensor](), runs.held_out
 
@@ -393,7 +394,7 @@ def test_a_trial_goes_on_where_it_was_stopped(
     workspace = Workspace(tmp_path / "state.safetensors")
     with pytest.raises(KeyboardInterrupt):
         one(settings, workspace)
-    monkeypatch.setattr(runs, "with_twin", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(runs, "with_twin", None)  # which is not called again
     again = one(settings, workspace)
     assert len(done) == FOLDS + 1
     assert again["cost"] != 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from poprisk.intervals import Interval, t_interval
 from poprisk.risk.choose import Z
-from poprisk_lab.plots import Line, Plot, Table, points, tabulate
+from poprisk_lab.plots import Columns, Line, Plot, Table, points, tabulate
 from poprisk_lab.results import TrialResult
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Workspace
 from poprisk_lab.studies.criteria import Criterion, at_least, at_most, controls
@@ -66,8 +66,11 @@ def over_problems(results: Results, figure: Figure) -> Interval:
 
 def right_flags(results: Results, key: str) -> Interval:
     """Share of flags that are as they should be, by problem over all of its runs."""
-    counts = [map(sum, zip(*some.all(key), strict=True)) for some in results.by("problem").values()]
-    return t_interval(right / both for right, both in counts if both).clipped(0.0, 1.0)
+    found = list[float]()
+    for some in results.by("problem").values():
+        right, count = (sum(column) for column in zip(*some.all(key), strict=True))
+        found += [right / count] if count else []
+    return t_interval(found).clipped(0.0, 1.0)
 
 
 def regret_of(name: str) -> Figure:
@@ -138,7 +141,7 @@ def _table(results: Results) -> Table:
         "level error": lambda d: d.metrics["level"],
         "believed": lambda d: fmean(d.metrics["valid"]),
     }
-    columns = {**shares, "cost of the twin": lambda d: d.metrics["cost"]}
+    columns: Columns = {**shares, "cost of the twin": "cost"}
     groups = {f"{name}{'' if name in OLD else ' (new)'}": some
               for name, some in results.by("problem").items()}  # fmt: skip
     return tabulate("problem", groups, columns, percent=shares,

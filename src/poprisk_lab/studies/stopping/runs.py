@@ -84,7 +84,8 @@ def with_twin(problem: TrainingProblem, data: NoisyData, seed: int) -> Metrics:
     )
     mixed = torch.randperm(n, generator=generator_of(seed, "batches of looks"))
     x, y = data.x[mixed], data.y[mixed]
-    at, estimates, risks, looks = look_epochs(problem.epochs), list[RiskEstimate](), [], []
+    at, estimates = look_epochs(problem.epochs), list[RiskEstimate]()
+    risks, looks = list[float](), list[Metrics]()
     for epoch, batches in epochs_of(problem, n, seed):
         for index in batches:
             for run in twin.runs(index):
