@@ -207,7 +207,7 @@ def test_grades_stops_when_every_matrix_has_been_small_once() -> None:
     looks = [look(epoch, sizes=sizes) for epoch, sizes in rows]
     assert grades(looks, 0.5) == 4
     assert grades(looks[:4], 0.5) is None
-    early = [look(1, sizes={"a": 1.0}), look(2, sizes={"a": 0.0}), look(8, sizes={"a": 0.9})]
+    early = [look(1, sizes={"a": 1.0}), look(2, sizes={"a": 0.0}), look(8, sizes={"a": 0.95})]
     assert (early[1].share < GRACE, grades(early, 0.5)) == (True, None)
     assert grades([look(9, sizes={})], 0.5) is None
 
