@@ -55,8 +55,8 @@ PROBLEMS: dict[str, TrainingProblem] = {
         partial(cancer, n=250, noise=0.2), lambda: mlp(30, 64, 64, 1),
         binary_cross_entropy, adamw(1e-3), 60, 25, ("sklearn",)),
     "heavy tails, MLP, AdamW": TrainingProblem(
-        partial(heavy_tails, n=400, noise=0.4), lambda: mlp(8, 64, 64, 1),
-        absolute_error, adamw(1e-3), 60, 20),
+        partial(heavy_tails, n=400, noise=0.6), lambda: mlp(8, 64, 64, 1),
+        absolute_error, adamw(2e-3), 60, 20),
     "uneven noise, tanh MLP, AdamW": TrainingProblem(
         partial(uneven_noise, n=600), lambda: mlp(8, 96, 96, 1, activation=nn.Tanh),
         squared_error, adamw(3e-3), 60, 30),

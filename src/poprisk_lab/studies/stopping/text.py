@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +26,10 @@ from poprisk_lab.tasks.preferences import texts
 LETTERS = " abcdefghijklmnopqrstuvwxyz0.,:;'\"()[]{}_-=#*/<>@"
 """Characters told apart: of digits one, of all others one more."""
 SYMBOLS = len(LETTERS) + 1
+SYMBOL_OF = torch.tensor(
+    [LETTERS.find("0" if chr(i).isdigit() else chr(i)) % SYMBOLS for i in range(128)]
+)
+"""The symbol of each character of ASCII."""
 CONTEXT, WINDOW = 16, 24
 """Characters that the next one is told from, and of a window whose kind is told."""
 PACKAGES = (
@@ -69,9 +74,8 @@ def encode(text: str) -> Tensor:
         >>> encode("A  42").tolist()
         [1, 0, 27, 27]
     """
-    number = {c: i for i, c in enumerate(LETTERS)}
-    kept = " ".join(text.lower().split())
-    return torch.tensor([number.get("0" if c.isdigit() else c, len(LETTERS)) for c in kept])
+    kept = " ".join(text.lower().split()).encode("ascii", "replace")
+    return SYMBOL_OF[torch.from_numpy(np.frombuffer(kept, np.uint8).astype(np.int64))]
 
 
 @cache  # parsing takes seconds
