@@ -67,11 +67,11 @@ def attribute(
         >>> from poprisk.attribution import replay
         >>> net = torch.nn.Linear(1, 1, bias=False).double()
         >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-        >>> x = torch.tensor([[1.0], [2.0]]).double()
-        >>> run = replay(net, "squared_error", sgd, [torch.arange(2)] * 9, train=(x, x + 1))
-        >>> found = attribute(run, (x[:1], x[:1]))
+        >>> x = torch.linspace(-1, 1, 40).double()[:, None]
+        >>> run = replay(net, "squared_error", sgd, [torch.arange(40)] * 90, train=(x, 2 * x + 1))
+        >>> found = attribute(run, (x[:1], 2 * x[:1]))
         >>> found.influence.shape, found.valid
-        (torch.Size([2]), True)
+        (torch.Size([40]), True)
     """
     began = time.perf_counter()
     if not isinstance(run, (Run, Replay)):
