@@ -69,7 +69,7 @@ def attribute(
         >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> x = torch.linspace(-1, 1, 40).double()[:, None]
         >>> run = replay(net, "squared_error", sgd, [torch.arange(40)] * 90, train=(x, 2 * x + 1))
-        >>> found = attribute(run, (x[:1], 2 * x[:1]))
+        >>> found = attribute(run, x[:1], measure=lambda u, y: u[0, 0])
         >>> found.influence.shape, found.valid
         (torch.Size([40]), True)
     """
