@@ -103,7 +103,7 @@ class TakenStep(NamedTuple):
             entries = {WEIGHTS: w, GRADIENT: moved, **state}
             for name, value in entries.items():
                 if isinstance(value, Tensor) and is_per_weight(value, w):
-                    found[name, i] = value.detach().clone().requires_grad_()
+                    found[name, i] = value.detach().requires_grad_()
         return found
 
     def _take(self, before: Mapping[Entry, Tensor]) -> dict[Entry, Tensor]:
@@ -151,7 +151,7 @@ def held_rule(
     weights: Sequence[Tensor],
     momentum: Sequence[Tensor | None],
 ) -> StepRule:
-    """The rule of the step just taken, spread over all weights.
+    """The rule of the step just taken: numbers where they are the same, or (P,).
 
     Args:
         optimizer: after the step.
@@ -170,8 +170,10 @@ def held_rule(
         context = StepContext(groups[p], state, m is None, p.detach() - w, p.grad, w, start)
         rules.append(description.rule(p, context))
 
-    def spread(name: str) -> Tensor:
-        values = (getattr(rule, name) for rule in rules)
+    def spread(name: str) -> Tensor | float:
+        values = [getattr(rule, name) for rule in rules]
+        if all(not isinstance(v, Tensor) and v == values[0] for v in values):
+            return values[0]
         return flat([v + torch.zeros_like(w) for v, w in zip(values, weights, strict=True)])
 
     return StepRule(**{name: spread(name) for name in StepRule._fields[:-1]})  # pyrefly: ignore
