@@ -38,11 +38,11 @@ AT_ONCE = 500
 ROUNDING = 1e-6
 """Share of the squared gradients below which a variance is that of rounding."""
 FREEZE, GRACE = 0.9, 0.3
-"""GradES: share of a matrix's largest gradient below which it is frozen, and share of the run before
-which nothing is. The first is ours; the other is the default of the authors' package."""
+"""GradES: share of a matrix's largest gradient below which it is frozen, and share of the run
+before which nothing is. The first is ours; the other is the default of the authors' package."""
 SLOPE = 0.0005
-"""Relative decrease of the training loss per epoch that is too little. Like FREEZE the best of a grid
-on seed 0 of the first seven earlier problems, by the true risk: a help that a user has not."""
+"""Relative decrease of the training loss per epoch that is too little. Like FREEZE the best of a
+grid on seed 0 of seven earlier problems, by the true risk: a help that a user has not."""
 
 
 class Look(NamedTuple):
