@@ -153,7 +153,7 @@ DRAWN = {
     "unequal classes 10%, MLP, PopRiskAdamW": 12_000,
     "uneven flips, MLP, AdamW": 20_000,
 }
-"""Those whose noise is known, with many training examples."""
+"""How many training examples tell the true risk of those whose noise is known."""
 MEASURED = {
     "diabetes, deep MLP, SGD with momentum",
     "countries, MLP, AdamW",
