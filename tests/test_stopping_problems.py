@@ -61,6 +61,7 @@ def outputs_of(problem: TrainingProblem, x: Tensor) -> Tensor:
 # --- all of them ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_they_are_new_and_many_of_all_sizes() -> None:
     assert problems.OLD is OLD
     assert not PROBLEMS.keys() & OLD.keys()
@@ -81,6 +82,7 @@ def test_losses_and_optimizers_vary() -> None:
     assert len({p.batch_size for p in PROBLEMS.values()}) >= 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_problem_is_its_seed_s(name: str) -> None:
@@ -111,6 +113,7 @@ def test_a_problem_is_its_seed_s(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_twin_takes_two_steps(name: str) -> None:
@@ -150,7 +153,7 @@ DRAWN = {
     "unequal classes 10%, MLP, PopRiskAdamW": 12_000,
     "uneven flips, MLP, AdamW": 20_000,
 }
-"""Those whose noise is known, with many training examples."""
+"""How many training examples tell the true risk of those whose noise is known."""
 MEASURED = {
     "diabetes, deep MLP, SGD with momentum",
     "countries, MLP, AdamW",
@@ -163,13 +166,14 @@ def test_noise_is_known_or_not() -> None:
     assert {*DRAWN} | MEASURED | {TUMOURS} == {*PROBLEMS}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize("name", DRAWN)
 def test_true_risk_is_the_mean_over_noisy_labels_that_nothing_was_trained_on(name: str) -> None:
     problem = problem_of(name)
     make: Any = problem.data
     data = make(1, n=DRAWN[name])
-    trained = min(2_000, DRAWN[name] // 2)
+    trained = DRAWN[name] // 2
     torch.manual_seed(1)
     model = problem.model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -410,6 +414,7 @@ def test_a_reader_sees_no_later_symbols() -> None:
     assert not torch.allclose(before[:, 5], after[:, 5])
 
 
+@pytest.mark.slow
 def test_pre_training_learns_and_leaves_random_numbers_alone() -> None:
     before = RandomState.now()
     start, found = (text.pretrained.__wrapped__(steps) for steps in (0, 30))
