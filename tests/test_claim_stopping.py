@@ -41,8 +41,8 @@ from poprisk_lab.studies.stopping.rivals import (
     FREEZE,
     GRACE,
     SLOPE,
-    WATCHERS,
-    Look,
+    RULES,
+    RivalLook,
     evidence_of_everything,
     evidence_of_minibatches,
     grades,
@@ -104,7 +104,7 @@ def naive(
     return statistic, count, sizes, means
 
 
-def looked(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Look:
+def looked(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> RivalLook:
     return look_at(
         model, cross_entropy, x, y, batch_size=batch_size, epoch=2, share=0.5, train_loss=0.7
     )
@@ -120,7 +120,7 @@ def test_a_look_is_the_naive_statistics_of_a_pass(
     assert found[:3] == (2, 0.5, 0.7)
     whole, parameters, _, _ = naive(model, x, y)
     assert parameters == 3 * 6 + 6 + 2 * 6 + 2  # without the unit that is off
-    assert found.freedom == parameters
+    assert found.coordinates == parameters
     assert found.signal == pytest.approx(whole)
     parts = [
         naive(model, x[s], y[s]) for s in (slice(0, 6), slice(6, 13), slice(13, 19), slice(19, 26))
@@ -142,8 +142,8 @@ def test_the_statistic_has_no_unit_and_knows_noise_from_signal() -> None:
             model, lambda u, t: scale * (u - u.detach()).mul(t).squeeze(1), x, y,
             batch_size=400, epoch=1, share=1.0, train_loss=1.0,
         )  # fmt: skip
-        assert found.freedom == 51
-        return found.signal / found.freedom
+        assert found.coordinates == 51
+        return found.signal / found.coordinates
 
     assert statistic(noise) == pytest.approx(1.0, abs=0.4)
     assert statistic(slope) > 5
@@ -167,8 +167,8 @@ def test_a_look_leaves_the_run_alone() -> None:
 # --- the rules ------------------------------------------------------------------------------------
 
 
-def look(epoch: int = 1, **changed: Any) -> Look:
-    plain = Look(epoch, epoch / 10, 1.0, -1.0, 100.0, 10, {"w": 1.0})
+def look(epoch: int = 1, **changed: Any) -> RivalLook:
+    plain = RivalLook(epoch, epoch / 10, 1.0, -1.0, 100.0, 10, {"w": 1.0})
     return plain._replace(**changed)
 
 
@@ -182,7 +182,7 @@ def test_evidence_stops_where_its_criterion_is_first_above_zero() -> None:
 
 def test_gradstop_compares_the_credibility_with_its_draw() -> None:
     """Of two parameters χ² has the tail exp(-T/2)."""
-    looks = [look(signal=t, freedom=2) for t in (20.0, 6.0, 2.0, 0.2)]
+    looks = [look(signal=t, coordinates=2) for t in (20.0, 6.0, 2.0, 0.2)]
     for i, t in enumerate((20.0, 6.0, 2.0, 0.2)):
         s = math.exp(-t / 2)
         assert gradstop(looks, s * 0.999) == i
@@ -190,7 +190,7 @@ def test_gradstop_compares_the_credibility_with_its_draw() -> None:
 
 
 def test_gradstop_counts_parameters() -> None:
-    few, many = look(signal=100.0, freedom=10), look(signal=100.0, freedom=100)
+    few, many = look(signal=100.0, coordinates=10), look(signal=100.0, coordinates=100)
     assert gradstop([few, many], 0.3) == 1
 
 
@@ -224,18 +224,18 @@ def test_slope_stops_where_the_loss_falls_too_little_an_epoch() -> None:
     assert at((1, 1.0), (2, 1.1)) == 1
 
 
-@pytest.mark.parametrize("name", WATCHERS)
+@pytest.mark.parametrize("name", RULES)
 def test_a_rule_does_not_look_ahead(name: str) -> None:
     g = torch.Generator().manual_seed(0)
     for _ in range(20):
         v = torch.rand(12, 5, generator=g).tolist()
         looks = [
-            Look(i + 1, (i + 1) / 12, a, b - 0.9, 20 * c, 10, {"u": d, "w": e})
+            RivalLook(i + 1, (i + 1) / 12, a, b - 0.9, 20 * c, 10, {"u": d, "w": e})
             for i, (a, b, c, d, e) in enumerate(v)
         ]
-        at = WATCHERS[name].rule(looks, 0.5)
+        at = RULES[name].rule(looks, 0.5)
         for k in range(1, 13):
-            early = WATCHERS[name].rule(looks[:k], 0.5)
+            early = RULES[name].rule(looks[:k], 0.5)
             assert early == (at if at is not None and at < k else None)
 
 
@@ -288,7 +288,7 @@ def test_choices_take_the_model_that_is_kept_and_count_its_cost() -> None:
     assert found["GradStop"] == (3, 5.0, 1.5)  # four looks in eight epochs
 
 
-def test_a_watcher_that_speaks_stops_there() -> None:
+def test_a_rule_that_speaks_stops_there() -> None:
     run = made_up_run()
     run["looks"][1]["signal"] = 1.0
     found = choices(run, made_up_folds())

@@ -19,7 +19,7 @@ from poprisk_lab.studies.stopping.rivals import FOLDS as FOLDS
 from poprisk_lab.studies.stopping.rivals import FREEZE as FREEZE
 from poprisk_lab.studies.stopping.rivals import GRACE as GRACE
 from poprisk_lab.studies.stopping.rivals import SLOPE as SLOPE
-from poprisk_lab.studies.stopping.rivals import WATCHERS
+from poprisk_lab.studies.stopping.rivals import RULES
 from poprisk_lab.studies.stopping.runs import BAD, END, FIFTH, FOLDED, GOOD, REFITTED, one
 from poprisk_lab.studies.stopping.runs import LOOKS as LOOKS
 from poprisk_lab.study import Trial
@@ -31,7 +31,7 @@ REGRET, COVERED, WIDTH, LEVEL, OFF, ON = 0.02, 0.88, 0.5, 0.08, 0.95, 0.9
 """Bounds: of the regret, the share of intervals that hold the best moment, their width, the error
 of believed estimates, and the shares of flags that are off and on where they should be."""
 TWIN = "the twin"
-RIVALS = (*WATCHERS, FIFTH, REFITTED, FOLDED)
+RIVALS = (*RULES, FIFTH, REFITTED, FOLDED)
 """All that is compared with the twin, but the end of the run."""
 REPEATS, EARLIER, NEW = len(SEEDS), len(OLD), len(PROBLEMS)
 

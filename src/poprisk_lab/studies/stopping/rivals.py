@@ -45,7 +45,7 @@ SLOPE = 0.0005
 grid on seed 0 of seven earlier problems, by the true risk: a help that a user has not."""
 
 
-class Look(NamedTuple):
+class RivalLook(NamedTuple):
     """What rules see of a run at one moment.
 
     Attributes:
@@ -54,7 +54,7 @@ class Look(NamedTuple):
         loss: mean training loss, in evaluation mode.
         evidence: :math:`1 - T_b/D` of a minibatch, mean over those of a pass.
         signal: :math:`T_n` of the whole training set.
-        freedom: its D.
+        coordinates: its D.
         sizes: mean size of an element of each matrix's minibatch gradient, mean over a pass.
     """
 
@@ -63,7 +63,7 @@ class Look(NamedTuple):
     loss: float
     evidence: float
     signal: float
-    freedom: int
+    coordinates: int
     sizes: dict[str, float]
 
 
@@ -77,7 +77,7 @@ def look_at(
     epoch: int,
     share: float,
     train_loss: float,
-) -> Look:
+) -> RivalLook:
     """What a pass over the training set shows; model and random numbers are as they were after it.
 
     Args:
@@ -99,16 +99,16 @@ def look_at(
             factors = capture(loss(model(x[rows]), y[rows]), named)
             for batch in batches:
                 found, b = factors.part(batch).moments(), batch.stop - batch.start
-                signal, freedom = signal_of(found, b)
-                evidence.append(1 - signal / freedom if freedom else 0.0)
+                signal, coordinates = signal_of(found, b)
+                evidence.append(1 - signal / coordinates if coordinates else 0.0)
                 for name in sizes:
                     sizes[name] += float(found.sums[name].abs().mean()) / b
                 total = found if total is None else total.plus(found)
     assert total is not None
-    signal, freedom = signal_of(total, len(y))
+    signal, coordinates = signal_of(total, len(y))
     mean = sum(evidence) / len(evidence)
     means = {name: size / len(evidence) for name, size in sizes.items()}
-    return Look(epoch, share, train_loss, mean, signal, freedom, means)
+    return RivalLook(epoch, share, train_loss, mean, signal, coordinates, means)
 
 
 def _captured(examples: int, batch_size: int) -> Iterator[tuple[slice, list[slice]]]:
@@ -129,24 +129,24 @@ def signal_of(moments: Moments, examples: int) -> tuple[float, int]:
     Parameters whose gradient is the same for all examples, up to rounding, do not count: units that
     are off, symbols that do not occur. (A published implementation adds 1e-5 to all variances.)
     """
-    signal, freedom, b = 0.0, 0, examples
+    signal, coordinates, b = 0.0, 0, examples
     for name, variance in moments.mean_var(b).items():
         counted = b * (b - 1) * variance > ROUNDING * moments.squares[name]
         mean = moments.sums[name][counted].double() / b
         signal += float((mean.square() / variance[counted].double()).sum())
-        freedom += int(counted.sum())
-    return signal, freedom
+        coordinates += int(counted.sum())
+    return signal, coordinates
 
 
-Rule = Callable[[Sequence[Look], float], int | None]
+Rule = Callable[[Sequence[RivalLook], float], int | None]
 """From all looks, and a number drawn from 0 to 1, to the position of the first that it stops at."""
 
 
-def _first(looks: Sequence[Look], stops: Callable[[Look], bool]) -> int | None:
+def _first(looks: Sequence[RivalLook], stops: Callable[[RivalLook], bool]) -> int | None:
     return next((i for i, look in enumerate(looks) if stops(look)), None)
 
 
-def evidence_of_minibatches(looks: Sequence[Look], draw: float) -> int | None:
+def evidence_of_minibatches(looks: Sequence[RivalLook], draw: float) -> int | None:
     r"""Stop where minibatch gradients are what noise alone would give.
 
     .. math:: 1 - \frac{b}{D}\sum_k\frac{\mu_k^2}{\hat\Sigma_k} > 0
@@ -158,12 +158,12 @@ def evidence_of_minibatches(looks: Sequence[Look], draw: float) -> int | None:
     return _first(looks, lambda look: look.evidence > 0)
 
 
-def evidence_of_everything(looks: Sequence[Look], draw: float) -> int | None:
+def evidence_of_everything(looks: Sequence[RivalLook], draw: float) -> int | None:
     """The same criterion of the whole training set's gradient, as for gradient descent: b = n."""
-    return _first(looks, lambda look: look.signal < look.freedom)
+    return _first(looks, lambda look: look.signal < look.coordinates)
 
 
-def gradstop(looks: Sequence[Look], draw: float) -> int | None:
+def gradstop(looks: Sequence[RivalLook], draw: float) -> int | None:
     r"""Stop where the weights are as credible as a sample of their posterior would be.
 
     .. math:: s(\theta) = P\bigl(p(\theta'|D) \le p(\theta|D)\bigr)
@@ -179,10 +179,10 @@ def gradstop(looks: Sequence[Look], draw: float) -> int | None:
     """
     from scipy.stats import chi2
 
-    return _first(looks, lambda look: float(chi2.sf(look.signal, look.freedom)) >= draw)
+    return _first(looks, lambda look: float(chi2.sf(look.signal, look.coordinates)) >= draw)
 
 
-def grades(looks: Sequence[Look], draw: float) -> int | None:
+def grades(looks: Sequence[RivalLook], draw: float) -> int | None:
     r"""Stop where every weight matrix would be frozen.
 
     .. math:: \|\nabla_W\|_1 < \tau_W \quad\text{at some look from } \alpha T \text{ on}
@@ -203,7 +203,7 @@ def grades(looks: Sequence[Look], draw: float) -> int | None:
     return None
 
 
-def slope_of_the_loss(looks: Sequence[Look], draw: float) -> int | None:
+def slope_of_the_loss(looks: Sequence[RivalLook], draw: float) -> int | None:
     r"""Stop where the training loss falls by less than a share in an epoch.
 
     .. math:: \frac{L_{k-1}-L_k}{L_{k-1}\,(t_k-t_{k-1})} < s
@@ -217,7 +217,7 @@ def slope_of_the_loss(looks: Sequence[Look], draw: float) -> int | None:
     return None
 
 
-class Watcher(NamedTuple):
+class StoppingRule(NamedTuple):
     """A rule without further training.
 
     Attributes:
@@ -229,12 +229,12 @@ class Watcher(NamedTuple):
     passes: bool = True
 
 
-WATCHERS: dict[str, Watcher] = {
-    "evidence of minibatches": Watcher(evidence_of_minibatches),
-    "evidence of all examples": Watcher(evidence_of_everything),
-    "GradStop": Watcher(gradstop),
-    "GradES": Watcher(grades, passes=False),
-    "slope of the training loss": Watcher(slope_of_the_loss, passes=False),
+RULES: dict[str, StoppingRule] = {
+    "evidence of minibatches": StoppingRule(evidence_of_minibatches),
+    "evidence of all examples": StoppingRule(evidence_of_everything),
+    "GradStop": StoppingRule(gradstop),
+    "GradES": StoppingRule(grades, passes=False),
+    "slope of the training loss": StoppingRule(slope_of_the_loss, passes=False),
 }
 
 

@@ -17,7 +17,7 @@ from poprisk_lab.results import Metrics
 from poprisk_lab.studies.risk.problems import NoisyData, TrainingProblem
 from poprisk_lab.studies.risk.stopping import true_risk
 from poprisk_lab.studies.stopping.problems import OLD, PROBLEMS
-from poprisk_lab.studies.stopping.rivals import FOLDS, WATCHERS, Look, look_at, parts_of
+from poprisk_lab.studies.stopping.rivals import FOLDS, RULES, RivalLook, look_at, parts_of
 
 LOOKS = 40
 BAD, GOOD = 0.25, 0.15
@@ -177,13 +177,13 @@ def choices(run: Metrics, folds: Sequence[Metrics]) -> dict[str, Choice]:
     nobody needs, a refitted model is trained up to its length. A refit on all examples, from the
     same weights in the same order, is the run itself up to there.
     """
-    risks, looks = run["risks"], [Look(**look) for look in run["looks"]]
+    risks, looks = run["risks"], [RivalLook(**look) for look in run["looks"]]
     last = len(risks) - 1
     found = {END: Choice(last, risks[last], 1.0)}
-    for name, watcher in WATCHERS.items():
-        at = watcher.rule(looks, run["draw"])
+    for name, rule in RULES.items():
+        at = rule.rule(looks, run["draw"])
         at = last if at is None else at
-        extra = len(looks) / looks[-1].epoch if watcher.passes else 0.0
+        extra = len(looks) / looks[-1].epoch if rule.passes else 0.0
         found[name] = Choice(at, risks[at], 1 + extra)
     cost = [1 - fold["examples"] / fold["all"] for fold in folds]
     at = least(folds[0]["losses"])
@@ -196,7 +196,7 @@ def choices(run: Metrics, folds: Sequence[Metrics]) -> dict[str, Choice]:
 
 def figures(run: Metrics, folds: Sequence[Metrics]) -> Metrics:
     """What a trial puts on record: the curve, the choices, and how good both are."""
-    risks, looks = run["risks"], [Look(**look) for look in run["looks"]]
+    risks, looks = run["risks"], [RivalLook(**look) for look in run["looks"]]
     index, low, high = run["stop"]
     best = least(risks)
 
