@@ -122,5 +122,6 @@ def _plain(estimate: RiskEstimate) -> dict[str, Any]:
 
 
 def _estimate(values: Mapping[str, Any]) -> RiskEstimate:
-    parts = tuple(DegreesOfFreedom(*part) for part in values["parts"])
-    return RiskEstimate(**{**values, "parts": parts})
+    found: dict[str, Any] = dict(values)
+    found["parts"] = tuple(DegreesOfFreedom(*part) for part in values["parts"])
+    return RiskEstimate(**found)

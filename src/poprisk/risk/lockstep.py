@@ -236,7 +236,7 @@ class Lockstep:
         ]
 
     def __repr__(self) -> str:
-        return described("Lockstep", self.twin)
+        return described("Lockstep", repr(self.twin))
 
     def remove(self) -> None:
         """Follow no more."""
@@ -329,10 +329,10 @@ class Lockstep:
             return
         if not self._passes:
             self._begin_step()
-        autocast = _Autocast.now(self._autocast.device)
+        self._autocast = _Autocast.now(self._autocast.device)
         index, targets = self._announced or (None, None)
         self._announced = None
-        self._open = _Pass(args, dict(kwargs), autocast, RandomState.now(), index, targets)
+        self._open = _Pass(args, dict(kwargs), self._autocast, RandomState.now(), index, targets)
 
     def _begin_step(self) -> None:
         """Before the first pass of a step: keep what a check of the step begins from."""
@@ -405,7 +405,10 @@ class Lockstep:
         self._passes.clear()
         if not passes:
             self._checked = None
-            self._object("the optimizer stepped though nothing was back-propagated to the model")
+            self._object(
+                "its optimizer stepped, but nothing was back-propagated through what the model "
+                "returned (is a part of it called instead?)"
+            )
             return
         own.seconds += time.perf_counter() - self._began
         with torch.enable_grad(), RandomState.kept():
