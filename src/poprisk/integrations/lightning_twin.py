@@ -224,8 +224,7 @@ def _clipping(trainer: Trainer) -> Clip | None:
     value: Any = trainer.gradient_clip_val
     if not value:
         return None
-    by_value = str(trainer.gradient_clip_algorithm or "norm").endswith("value")
-    clip: Any = clip_grad_value_ if by_value else clip_grad_norm_
+    clip: Any = clip_grad_value_ if trainer.gradient_clip_algorithm == "value" else clip_grad_norm_
 
     def clipping(model: nn.Module, optimizer: Optimizer) -> None:
         clip([p for group in optimizer.param_groups for p in group["params"]], float(value))
