@@ -447,6 +447,8 @@ def test_it_is_told_of_every_batch() -> None:
     with pytest.raises(ValueError, match="one row for each of the 3 examples"):
         model(x)
     found.remove()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
     F.cross_entropy(model(x), y).backward()
     opt.step()
 

@@ -239,7 +239,8 @@ class Lockstep:
         return described("Lockstep", repr(self.twin))
 
     def remove(self) -> None:
-        """Follow no more."""
+        """Follow no more, and leave no hook on the model."""
+        self.twin.replicas[0].leave()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
