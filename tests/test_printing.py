@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import poprisk
-from poprisk import linalg, ntk, path, per_sample, risk
+from poprisk import attribution, linalg, ntk, path, per_sample, risk
 from poprisk import task as tasks
 from poprisk.optim import stats
 from poprisk.path import drift
@@ -24,7 +24,7 @@ from poprisk_lab.studies.drift_laws import DriftLaws
 from samplers import randn
 
 LINES, CHARACTERS = 5, 600
-PACKAGES = (linalg, ntk, path, per_sample, risk, stats, tasks)
+PACKAGES = (attribution, linalg, ntk, path, per_sample, risk, stats, tasks)
 N, M = 24, 16
 
 
@@ -50,6 +50,14 @@ def recorded() -> tuple[path.Run, Tensor, path.Recorder]:
     run = path.record(model, squared, adamw, drawn, (x[N:], y[N:]), train=(x[:N], y[:N]))
     recorder = path.Recorder(model, squared, adamw, train=(x[:N], y[:N]))
     return run, clean[:N], recorder
+
+
+def replayed() -> poprisk.Replay:
+    x, y = randn(N + M, 3), randn(N + M, 2, seed=1)
+    model = net()
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.01)
+    drawn, query = list(torch.arange(N).split(6)), (x[N:], y[N:])
+    return poprisk.replay(model, squared, adamw, drawn, query, train=(x[:N], y[:N]))
 
 
 def power(value: float, low: float, high: float) -> drift.Exponent:
@@ -79,6 +87,9 @@ def monitored() -> poprisk.RiskMonitor:
 def results() -> Iterator[Any]:
     """What a user may print, of a realistic size."""
     run, clean, recorder = recorded()
+    repeatable = replayed()
+    yield from (repeatable, poprisk.attribute(repeatable), repeatable.saved[0])
+    yield poprisk.attribute(repeatable, measure=lambda u, y: u[:, 0])
     ops = poprisk.path_operators(run)
     yield from (run, recorder, ops, run.problem, run.weights, run.intervals[0])
     yield run.rule(0, torch.float64)
@@ -162,6 +173,7 @@ def result_classes() -> Iterator[type]:
 INTERNAL = {  # never returned to a user: parts of how something is computed
     *("Site", "OneHot", "Outer", "Dense", "Outline", "Plan", "Layout", "Use", "Graph"),
     *("Footprint", "Description", "ResponsePart", "Convection"),
+    *("Adjoint", "Pulled", "BackwardStep", "TakenStep"),
 }
 
 

@@ -20,6 +20,7 @@ from poprisk import _renamed, path
 from poprisk._renamed import RENAMINGS, renamed_arguments, renamed_attributes, renamed_names
 from poprisk.path import drift
 from poprisk.path.integrals import integrate
+from poprisk.randomness import generator_of
 from samplers import randn
 
 N = 6
@@ -93,22 +94,18 @@ def fresh(**given: Any) -> Any:
     return poprisk.fresh_batch_risk(model, squared, X, Y, sgd(model), fresh=True, **given)[:2]
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 PAIRS = torch.arange(N) // 2
 GIVEN: dict[tuple[str, str], tuple[Callable[..., Any], Any, Any]] = {
     ("ntk.entk", "x"): (kernel, X, X),
     ("ntk.entk", "y"): (functools.partial(kernel, X), X[:2], X[:2]),
-    ("ntk.Kernel.trace", "generator"): (trace, generator(3), 3),
-    ("ntk.Kernel.eigsh", "generator"): (eigenpairs, generator(3), 3),
+    ("ntk.Kernel.trace", "generator"): (trace, generator_of(3, "probes"), 3),
+    ("ntk.Kernel.eigsh", "generator"): (eigenpairs, generator_of(3, "start"), 3),
     ("path.recorder.Recorder.__init__", "budget"): (recorder, 10_000, 10_000),
     ("path.recorder.record", "budget"): (recorded_within, 20_000, 20_000),
     ("path.integrals.integrate", "budget"): (propagator, 1e9, 1e9),
     ("path.operators.path_operators", "budget"): (operators_within, 1e9, 1e9),
-    ("path.drift.fitted_noise", "generator"): (noise, generator(5), 5),
-    ("path.drift.draw_batches", "generator"): (drawn, generator(5), 5),
+    ("path.drift.fitted_noise", "generator"): (noise, generator_of(5, "noise"), 5),
+    ("path.drift.draw_batches", "generator"): (drawn, generator_of(5, "batches"), 5),
     ("risk.loo.loo_risk", "group_ids"): (left_out, PAIRS, PAIRS),
     ("risk.fresh.fresh_batch_risk", "groups"): (fresh, 3, 3),
 }

@@ -5,6 +5,7 @@ The public names, in the order of the theory. See the README for a first run and
 """
 
 from poprisk import _moved
+from poprisk.attribution import Attribution, Replay, attribute, replay
 from poprisk.audit import Auditor, AuditResult, audit
 from poprisk.monitor import RiskMonitor
 from poprisk.ntk import Kernel, entk
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptationGap",
+    "Attribution",
     "AuditResult",
     "Auditor",
     "Canaries",
@@ -55,6 +57,7 @@ __all__ = [
     "PopRiskAdamW",
     "ProgressCallback",
     "Recorder",
+    "Replay",
     "RiskCurve",
     "RiskEstimate",
     "RiskMonitor",
@@ -64,6 +67,7 @@ __all__ = [
     "Task",
     "TwinRisk",
     "adaptation_gap",
+    "attribute",
     "audit",
     "entk",
     "fresh_batch_risk",
@@ -73,6 +77,7 @@ __all__ = [
     "observe_ranks",
     "path_operators",
     "record",
+    "replay",
     "select",
     "stopping_point",
     "trace_cells",

@@ -76,6 +76,14 @@ class Problem:
         """P, the number of weights."""
         return sum(p.numel() for p in self.parameters)
 
+    def check_data(self) -> None:
+        """Raise NotAnalysable if the data was written to since the run was recorded."""
+        if self.digest is not None and digest_of(*self.train, *self.query) != self.digest:
+            raise NotAnalysable(
+                "the training or query data was changed in place since the run was recorded; pass "
+                "a copy to record(), and record again."
+            )
+
     @torch.inference_mode(False)  # or its weights could be written to only in there
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem in another precision, on the CPU.
@@ -83,12 +91,8 @@ class Problem:
         Raises:
             NotAnalysable: if the data was written to since, or the model cannot be converted.
         """
+        self.check_data()
         x, y = self.query
-        if self.digest is not None and digest_of(*self.train, x, y) != self.digest:
-            raise NotAnalysable(
-                "the training or query data was changed in place since the run was recorded; pass "
-                "a copy to record(), and record again."
-            )
 
         def cast_to(t: Tensor) -> Tensor:
             return t.to("cpu", dtype) if t.is_floating_point() else t.cpu()
