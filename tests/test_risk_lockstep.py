@@ -173,14 +173,14 @@ class Own(nn.Module):
 
     def __init__(self, *, smoothing: float = 0.0, half: bool = False) -> None:
         super().__init__()
-        self.net, self.smoothing, self.half = net(), smoothing, half
+        self.net, self.smoothing, self.other = net(), smoothing, half
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
         u = self.net(x)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(u, labels, label_smoothing=self.smoothing)
-        logits = u.double() if self.half else u  # not what the loss was made of
+        logits = u.double() if self.other else u  # not what the loss was made of
         return {"loss": loss, "logits": logits, "hidden": (u.sum(1),)}
 
 

@@ -252,7 +252,11 @@ def _clipping(max_norm: float | None) -> Any:
     """What the Trainer does to gradients."""
     if not max_norm or max_norm < 0:
         return None
-    return lambda model, _: clip_grad_norm_(model.parameters(), max_norm)
+
+    def clip(model: nn.Module, _: Any) -> None:
+        clip_grad_norm_(model.parameters(), max_norm)
+
+    return clip
 
 
 @contextmanager
