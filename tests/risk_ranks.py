@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gloo import WORLD, joined
-from poprisk import Canaries, Recorder, TwinRisk, fresh_batch_risk, loo_risk
+from poprisk import Canaries, Lockstep, Recorder, TwinRisk, fresh_batch_risk, loo_risk
 
 N, BATCH = 64, 16
 
@@ -138,3 +138,15 @@ def main(rank: int, folder: Path) -> None:
     with joined(rank, folder):
         results = {"ddp": data_parallel(), "refused": refused(), "local": local()}
         (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+def follow(rank: int, folder: Path) -> None:
+    """What one process hears that lets a twin follow a model under DDP."""
+    with joined(rank, folder):
+        model = DistributedDataParallel(build())
+        try:
+            Lockstep(model, sgd(model), squared, dataset_size=N)
+            message = "accepted"
+        except ValueError as error:
+            message = f"{error}"
+        (folder / f"followed {rank}.json").write_text(json.dumps(message), encoding="utf-8")

@@ -34,6 +34,9 @@ _PLAIN = (*_UNCHANGING, Tensor, np.ndarray, torch.Generator)
 _TRAINING = (torch.optim.Optimizer, DataLoader, Dataset)
 """What a layer has no use for; whoever refers to it is no part of the model."""
 
+_TYPES = (type, types.GenericAlias, types.UnionType)
+"""Types as they stand in annotations, which a function that is wrapped as an object carries."""
+
 _WALKED = (nn.Module, types.MethodType, functools.partial, *_CONTAINERS)
 """What may refer to state, besides objects that have some."""
 
@@ -83,7 +86,7 @@ def holders_in(parts: Iterable[Any]) -> list[Holder]:
 
 def _has_state(item: Any) -> bool:
     """Whether an object is of a class that somebody wrote for a model."""
-    if isinstance(item, (*_PLAIN, *_WALKED, *_TRAINING, type, Enum, types.FunctionType)):
+    if isinstance(item, (*_PLAIN, *_WALKED, *_TRAINING, *_TYPES, Enum, types.FunctionType)):
         return False
     return type(item).__module__.partition(".")[0] not in _LIBRARIES
 

@@ -153,13 +153,13 @@ class TrainerAuditCallback(TrainerCallback):
             )
         model: nn.Module = kwargs["model"]
         kind = self.auditor.items.kind
-        if kind == "preferences" and _writes(model):
+        if kind == "preferences" and writes_texts(model):
             raise ValueError(
                 f"{type(model).__name__} writes texts, as models of DPOTrainer do, but an auditor "
                 "of preferences takes one reward for each side, as those of RewardTrainer give; "
                 "for DPOTrainer use poprisk.integrations.trl.watch_preferences()."
             )
-        if kind != "tokens" and _writes(model):
+        if kind != "tokens" and writes_texts(model):
             raise ValueError(
                 f"{type(model).__name__} writes texts, and an auditor of {kind} takes one output "
                 "for each example: labels of whole answers, as KTOTrainer's, are not audited. Give "
@@ -250,7 +250,7 @@ def _file(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / f"auditor-{rank}.pt"
 
 
-def _writes(model: nn.Module) -> bool:
+def writes_texts(model: nn.Module) -> bool:
     """Whether a model gives probabilities of words."""
     find = getattr(model, "get_output_embeddings", None)
     return find is not None and find() is not None

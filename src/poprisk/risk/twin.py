@@ -176,11 +176,15 @@ class Replica:
         self.scored = 0
         self.inputs = InputRecorder()
         self._owner = owner
-        model.register_forward_pre_hook(self.inputs, with_kwargs=True)
+        self._watching = model.register_forward_pre_hook(self.inputs, with_kwargs=True)
 
     def __repr__(self) -> str:
         kind = f"twin {self.position}" if self.position else "the model"
         return described("Replica", kind, type(self.model).__name__, type(self.optimizer).__name__)
+
+    def leave(self) -> None:
+        """Leave no hook on the model."""
+        self._watching.remove()
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of each example, (b,); for a twin with its labels perturbed.

@@ -1,0 +1,282 @@
+"""Population risk of a run of ``transformers.Trainer``, and when to stop it, without other data.
+
+Example::
+
+    data = data.add_column("index", range(len(data)))
+    args = TrainingArguments(remove_unused_columns=False, ...)
+    callback = TrainerTwinCallback(torch.nn.CrossEntropyLoss(reduction="none"), stop=True)
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
+    trainer.train()
+    print(callback.curve.point)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from poprisk._validate import check_callable, check_positive
+from poprisk.integrations.transformers import check_trains
+from poprisk.integrations.transformers_audit import INDEX, writes_texts
+from poprisk.monitor.sinks import as_sinks
+from poprisk.monitor.steps import innermost
+from poprisk.protocols import PerExampleLoss
+from poprisk.risk.curve import PATIENCE, RiskCurve
+from poprisk.risk.lockstep import Lockstep, logits_of
+
+
+@final
+class TrainerTwinCallback(TrainerCallback):
+    """A twin in lockstep with a Trainer's model: a curve of its risk, from its training data.
+
+    The Trainer trains as it would alone, the twin after each of its steps (see
+    :class:`poprisk.Lockstep`), which is another training of the same length for each probe, and an
+    estimate passes over the whole training set. Estimates are entries of the Trainer's
+    ``state.log_history`` (``twin/risk``, ``twin/standard_error``, ``twin/valid``). The twin's state
+    is saved with the Trainer's checkpoints, and a resumed run goes on with the same curve.
+
+    For heads with one label an example (sequence or image classification, regression), on one
+    process, in single precision or ``bf16``; what cannot be followed is refused when training
+    begins. Put it behind a ``TrainerAuditCallback``, if there is one.
+
+    Args:
+        loss: one value an example, from logits (b, ...) and labels (b, ...): what the Trainer's
+            loss is the mean of.
+        every: optimizer steps between estimates; an epoch if left out.
+        stop: whether to end training once the best moment is past: the last ``patience`` estimates
+            are each worse than the best by more than two standard errors of the difference, or
+            comparable no more.
+        patience: of ``stop``.
+        keep_best: whether to give the model the weights of :func:`poprisk.stopping_point` when
+            training ends.
+        labels: under which name the model's inputs hold the labels.
+        delta: as for :class:`poprisk.TwinRisk`.
+        probes: likewise.
+        seed: likewise.
+        sinks: where estimates go too, as for :class:`poprisk.RiskMonitor`.
+
+    Attributes:
+        curve: the estimates so far.
+    """
+
+    def __init__(
+        self,
+        loss: PerExampleLoss,
+        *,
+        every: int | None = None,
+        stop: bool = False,
+        patience: int = PATIENCE,
+        keep_best: bool = False,
+        labels: str = "labels",
+        delta: float = 0.3,
+        probes: int = 1,
+        seed: int = 0,
+        sinks: Any = (),
+    ) -> None:
+        check_callable("loss", loss)
+        if every is not None:
+            check_positive("every", every)
+        self.loss, self.every, self.stop, self.labels = loss, every, stop, labels
+        self.curve = RiskCurve(patience=patience, keep_best=keep_best)
+        self.sinks = as_sinks(sinks)
+        self._settings = {"delta": delta, "probes": probes, "seed": seed}
+        self._lockstep: Lockstep | None = None
+        self._loader: DataLoader[Any] | None = None
+        self._hooks: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the twin, or take up that of a checkpoint.
+
+        Raises:
+            ValueError: if it cannot follow this training.
+        """
+        model: nn.Module = kwargs["model"]
+        optimizer: Any = innermost(kwargs["optimizer"])
+        self._check(args, model)
+        check_trains(model, optimizer)
+        loader = kwargs["train_dataloader"]
+        self._loader = DataLoader(
+            loader.dataset, batch_size=args.eval_batch_size, collate_fn=loader.collate_fn
+        )
+        self._hooks = [model.register_forward_pre_hook(_without_index, with_kwargs=True)]
+        with _unwatched(model):
+            self._lockstep = Lockstep(
+                model,
+                optimizer,
+                self.loss,
+                dataset_size=loader.dataset,
+                forward=_logits,
+                clip=_clipping(args.max_grad_norm),
+                **self._settings,
+            )
+        self._hooks.append(
+            model.register_forward_pre_hook(self._tell, with_kwargs=True, prepend=True)
+        )
+        if state.global_step:
+            self._resume(_file(args, state))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Estimate, if it is time, before a checkpoint of this step is saved."""
+        if self.every is None:
+            if not float(state.epoch or 0.5).is_integer():
+                return
+        elif state.global_step % self.every:
+            return
+        assert self._lockstep is not None
+        estimate = self._lockstep.twin.estimate_batches(self._batches(args.device))
+        self.curve.add(state.global_step, estimate, kwargs["model"])
+        row = self.curve.row()
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, **row})
+        for sink in self.sinks:
+            sink(state.global_step, row)
+        if self.stop and self.curve.past:
+            control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save twin and curve beside the checkpoint."""
+        assert self._lockstep is not None
+        file = _file(args, state)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = {"lockstep": self._lockstep.state_dict(), "curve": self.curve.state_dict()}
+        torch.save(found, file)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Follow no more, and go back to the best weights if they are to be kept."""
+        if self._lockstep is not None:
+            self._lockstep.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self.curve.keep_best:
+            self.curve.restore_best(kwargs["model"])
+
+    def _check(self, args: TrainingArguments, model: nn.Module) -> None:
+        """Raise ValueError for settings of a Trainer that a twin cannot follow."""
+        if args.remove_unused_columns:
+            raise ValueError(
+                "the Trainer drops the column of positions; set remove_unused_columns=False in its "
+                "arguments, and remove the columns that the model does not take."
+            )
+        if type(args).__module__.partition(".")[0] == "trl" or writes_texts(model):
+            raise ValueError(
+                f"a twin does not follow {type(model).__name__} with {type(args).__name__}: it "
+                "perturbs one label an example, and texts and pairs (SFTTrainer, DPOTrainer, "
+                "RewardTrainer ...) have none; for pairs use TwinRisk on margins."
+            )
+        refused = {
+            "fp16": args.fp16,
+            "torch_compile": args.torch_compile,
+            "fsdp": bool(args.fsdp),
+            "deepspeed": bool(args.deepspeed),
+            "several GPUs in one process": args.n_gpu > 1,
+        }
+        for name, given in refused.items():
+            if given:
+                raise ValueError(
+                    f"a twin does not follow training with {name}; train in single precision or "
+                    "bf16, uncompiled, on one device."
+                )
+        if self.curve.keep_best and args.load_best_model_at_end:
+            raise ValueError(
+                "keep_best and the Trainer's load_best_model_at_end both choose the weights at the "
+                "end; leave one out."
+            )
+
+    def _resume(self, file: Path) -> None:
+        if not file.exists():
+            raise ValueError(
+                f"there is no {file} of the run that is resumed: a twin that begins now would not "
+                "show what was learned before; start anew, or leave the callback out."
+            )
+        assert self._lockstep is not None
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        self._lockstep.load_state_dict(found["lockstep"])
+        self.curve.load_state_dict(found["curve"])
+
+    def _tell(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Say which examples a training batch is of."""
+        if self._lockstep is None or not model.training or not torch.is_grad_enabled():
+            return
+        index, targets = kwargs.get(INDEX), kwargs.get(self.labels)
+        if index is None:
+            raise ValueError(
+                f"a training batch has no {INDEX!r}: give the data set a column of that name with "
+                "the positions 0, 1, ... of its examples, and where the collator drops it set "
+                "trainer.data_collator = with_index(trainer.data_collator)."
+            )
+        if targets is None:
+            raise ValueError(
+                f"the model is called without an input named {self.labels!r}: pass labels=, and "
+                "leave out what keeps labels from the model (label_smoothing_factor, "
+                "compute_loss_func), which a twin does not follow."
+            )
+        self._lockstep.batch(index.cpu(), targets)
+
+    def _batches(self, device: torch.device) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """The training set, without its labels in the inputs."""
+        assert self._loader is not None
+        for batch in self._loader:
+            x = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            index, targets = x.pop(INDEX), x.pop(self.labels)
+            yield x, targets, index
+
+
+def _without_index(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Keep the positions from the model, which does not know them."""
+    return args, {k: v for k, v in kwargs.items() if k != INDEX}
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    return logits_of(model(**batch))
+
+
+def _clipping(max_norm: float | None) -> Any:
+    """What the Trainer does to gradients."""
+    if not max_norm or max_norm < 0:
+        return None
+
+    def clip(model: nn.Module, _: Any) -> None:
+        clip_grad_norm_(model.parameters(), max_norm)
+
+    return clip
+
+
+@contextmanager
+def _unwatched(model: nn.Module) -> Iterator[None]:
+    """Without the hooks of other callbacks, which are no part of the model and not copied."""
+    before = [m._forward_pre_hooks for m in model.modules()]
+    after = [m._forward_hooks for m in model.modules()]
+    kept = [dict(each) for each in (*before, *after)]
+    for each in (*before, *after):
+        for key, hook in list(each.items()):
+            if isinstance(getattr(hook, "__self__", None), TrainerCallback):
+                del each[key]
+    try:
+        yield
+    finally:
+        for i, (each, old) in enumerate(zip((*before, *after), kept, strict=True)):
+            new = {key: hook for key, hook in each.items() if key not in old}
+            each.clear()
+            each.update({**new, **old} if i < len(before) else {**old, **new})
+
+
+def _file(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "twin.pt"
