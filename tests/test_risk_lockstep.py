@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
 from poprisk import Lockstep, PopRiskAdamW, TwinRisk, gated
 from poprisk.risk import lockstep as lockstep_module
@@ -146,10 +148,11 @@ def test_an_estimate_is_that_of_a_twin_in_a_loop_of_its_own(probes: int) -> None
     torch.manual_seed(2)
     rates = [min(1.0, (t + 1) / 5) * 0.1 for t in range(13)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "poprisk.risk.twin._gradient_scale",
-            lambda *_: (lockstep.twin._scale, lockstep.twin._sample),
-        )
+
+        def scale(*_: Any) -> Any:
+            return lockstep.twin._scale, lockstep.twin._sample
+
+        patch.setattr("poprisk.risk.twin._gradient_scale", scale)
         for rate, batch in zip(rates, steps(13), strict=True):
             for run in twin.runs(batch):
                 run.optimizer.param_groups[0]["lr"] = rate
@@ -283,16 +286,34 @@ OTHER_LOSS = "is not the mean of `loss` over the batch"
 OTHER_GRADIENTS = "the gradients of a copy that is trained without a perturbation"
 
 
+def negative(u: Tensor, y: Tensor) -> Tensor:
+    return -F.cross_entropy(u, y)
+
+
+def clipped_more(model: nn.Module, _: Optimizer) -> None:
+    clip_grad_norm_(model.parameters(), 0.2)
+
+
+def tripled(model: nn.Module) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.mul_(3)
+
+
+def doubled(grad: Tensor) -> Tensor:
+    return 2 * grad
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": lambda u, y: F.cross_entropy(u, y, label_smoothing=0.1)}, OTHER_LOSS),
+        ({"objective": partial(F.cross_entropy, label_smoothing=0.1)}, OTHER_LOSS),
         ({"objective": weights_of_classes}, OTHER_LOSS),
-        ({"objective": lambda u, y: -F.cross_entropy(u, y)}, OTHER_LOSS),
+        ({"objective": negative}, OTHER_LOSS),
         ({"model": MODEL, "objective": penalized(MODEL)}, OTHER_GRADIENTS),
         ({"clip": None}, OTHER_GRADIENTS),
-        ({"clip": lambda model, _: clip_grad_norm_(model.parameters(), 0.2)}, OTHER_GRADIENTS),
-        ({"clipping": lambda m: [p.grad.mul_(3) for p in m.parameters()]}, OTHER_GRADIENTS),
+        ({"clip": clipped_more}, OTHER_GRADIENTS),
+        ({"clipping": tripled}, OTHER_GRADIENTS),
         ({"after_step": decayed}, "something else than the optimizer changes the model's weights"),
     ],
     ids=["smoothed", "weighted", "negative", "penalty", "clipped", "other", "scaled", "decayed"],
@@ -306,7 +327,7 @@ def test_a_hook_on_gradients_is_noticed() -> None:
     model = net()
 
     def hooked(m: nn.Module, lockstep: Lockstep) -> None:
-        next(m.parameters()).register_hook(lambda grad: 2 * grad)
+        next(m.parameters()).register_hook(doubled)
 
     with pytest.raises(ValueError, match="hooks on gradients"):
         trained(model=model, each=hooked, count=3)
@@ -481,8 +502,24 @@ def compiled() -> Any:
 
 def hooked() -> nn.Module:
     model = net()
-    next(model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    next(model.parameters()).register_post_accumulate_grad_hook(ignored)
     return model
+
+
+def ignored(p: Tensor) -> None:
+    pass
+
+
+def lbfgs(model: nn.Module) -> Optimizer:
+    return torch.optim.LBFGS(model.parameters())
+
+
+def of_another(model: nn.Module) -> Optimizer:
+    return OPTIMIZERS["SGD"](net())
+
+
+def told_of_gradients(model: nn.Module) -> Optimizer:
+    return PopRiskAdamW(model, variance="microbatch")
 
 
 @pytest.mark.parametrize(
@@ -490,11 +527,11 @@ def hooked() -> nn.Module:
     [
         (compiled, OPTIMIZERS["SGD"], "a twin follows no compiled model"),
         (hooked, OPTIMIZERS["SGD"], "has a post-accumulate-grad hook"),
-        (net, lambda m: torch.optim.LBFGS(m.parameters()), "LBFGS calls the model several times"),
-        (net, lambda m: OPTIMIZERS["SGD"](net()), "must hold parameters of the model"),
+        (net, lbfgs, "LBFGS calls the model several times"),
+        (net, of_another, "must hold parameters of the model"),
         (
             net,
-            lambda m: PopRiskAdamW(m, variance="microbatch"),
+            told_of_gradients,
             r"PopRiskAdamW\(variance='microbatch'\) is told of gradients by the loop",
         ),
     ],

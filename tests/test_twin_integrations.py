@@ -41,7 +41,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float]], None]:
 
     def tell(values: Sequence[float]) -> None:
         left = iter(values)
-        monkeypatch.setattr(TwinRisk, "estimate_batches", lambda *_: estimate(next(left)))
+
+        def told(*_: Any) -> RiskEstimate:
+            return estimate(next(left))
+
+        monkeypatch.setattr(TwinRisk, "estimate_batches", told)
 
     return tell
 
@@ -165,7 +169,11 @@ def test_in_the_trainer_a_twin_without_a_push_is_the_model(tmp_path: Path, bf16:
 def test_the_trainer_goes_on_with_the_same_curve(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     rows: list[Any] = []
-    sinks = {"sinks": [lambda step, row: rows.append((step, row))], "keep_best": True}
+
+    def sink(step: int, row: Any) -> None:
+        rows.append((step, row))
+
+    sinks = {"sinks": [sink], "keep_best": True}
     whole, trainer = train(tmp_path / "a", save_strategy="epoch", twin=sinks)
     history = [row for row in trainer.state.log_history if "twin/risk" in row]
     assert [row["step"] for row in history] == [step for step, _ in rows] == [6, 12, 18]
@@ -228,15 +236,20 @@ def test_a_regression_beside_an_audit(tmp_path: Path) -> None:
     assert {look.items for look in auditor.looks} == {N}
 
 
+def penalized(u: Tensor, y: Tensor) -> Tensor:
+    return 2 * LOSS(u, y) + u.square().sum(1)
+
+
 def test_what_a_twin_cannot_follow_in_the_trainer(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    for settings, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"remove_unused_columns": True}, "set remove_unused_columns=False"),
         ({"data": sentences().remove_columns("index")}, "a training batch has no 'index'"),
         ({"label_smoothing_factor": 0.1}, "leave out what keeps labels from the model"),
         ({"torch_compile": True}, "does not follow training with torch_compile"),
-        ({"loss": lambda u, y: 2 * LOSS(u, y) + u.square().sum(1)}, "is not the mean of `loss`"),
-    ):
+        ({"loss": penalized}, "is not the mean of `loss`"),
+    ]
+    for settings, message in cases:
         model = bert()
         before = weights(model)
         with pytest.raises(ValueError, match=message):
@@ -417,10 +430,11 @@ def test_lightning_stops_behind_the_best_moment_and_keeps_it(tmp_path: Path, tol
 
 
 def test_what_a_twin_cannot_follow_in_lightning(tmp_path: Path) -> None:
-    for settings, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"call": "part"}, "is a part of it called instead"),
         ({"manual": True}, "automatic optimization with one optimizer"),
         ({"columns": 2}, "a batch must hold inputs, targets and positions"),
-    ):
+    ]
+    for settings, message in cases:
         with pytest.raises(ValueError, match=message):
             trained(tmp_path, **settings)

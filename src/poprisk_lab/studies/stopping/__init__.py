@@ -18,8 +18,8 @@ from poprisk_lab.studies.stopping.problems import OLD, PROBLEMS
 from poprisk_lab.studies.stopping.rivals import FOLDS as FOLDS
 from poprisk_lab.studies.stopping.rivals import FREEZE as FREEZE
 from poprisk_lab.studies.stopping.rivals import GRACE as GRACE
-from poprisk_lab.studies.stopping.rivals import SLOPE as SLOPE
 from poprisk_lab.studies.stopping.rivals import RULES
+from poprisk_lab.studies.stopping.rivals import SLOPE as SLOPE
 from poprisk_lab.studies.stopping.runs import BAD, END, FIFTH, FOLDED, GOOD, REFITTED, one
 from poprisk_lab.studies.stopping.runs import LOOKS as LOOKS
 from poprisk_lab.study import Trial
