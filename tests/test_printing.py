@@ -106,6 +106,9 @@ def results() -> Iterator[Any]:
     yield found
     twin, estimate = twins()
     yield from (twin, estimate, twin.replicas[0])
+    model = net()
+    yield poprisk.Lockstep(model, sgd(model), squared, dataset_size=N)
+    yield poprisk.RiskCurve()
     yield twin.outputs([(randn(N, 3), randn(N, 2), torch.arange(N))])
     stop = poprisk.stopping_point([estimate] * 40)
     yield from (stop, poprisk.select({f"arm {i}": [estimate] * 9 for i in range(40)}))
