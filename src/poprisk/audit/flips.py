@@ -37,13 +37,14 @@ GROUPS = 8
 MISFIT = 16.8
 """Chi square of the groups from which the curve is no match: 1 in 100 by chance, of 8 - 2."""
 OFF = 0.03
-"""Distance, root mean square over the groups, up to which it is a match whatever their size."""
+"""Distance, root mean square over the groups, up to which it is a match whatever their size; part of
+the error, for the curve is no more exact than that."""
 FEWEST = 50
 """Pairs from which on there is an estimate."""
 
 
 def flip_rate(margins: Any) -> Rate:
-    """The share of flipped pairs: mean and standard deviation of its posterior.
+    """The share of flipped pairs: mean of its posterior, and its spread with the curve's own error.
 
     Args:
         margins: scores of the sides said to be better minus the others', (n,), of pairs before
@@ -76,7 +77,7 @@ def flip_rate(margins: Any) -> Rate:
         if spread > MOST_SPREAD
         else _misfit(won, lost, p.reshape(-1, p.shape[-1])[fit.argmax()])
     )
-    return Rate(mean, spread, not vague, vague)
+    return Rate(mean, math.hypot(spread, OFF), not vague, vague)
 
 
 def _misfit(won: Floats, lost: Floats, p: Floats) -> str:
