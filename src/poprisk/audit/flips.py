@@ -37,8 +37,10 @@ GROUPS = 8
 MISFIT = 16.8
 """Chi square of the groups from which the curve is no match: 1 in 100 by chance, of 8 - 2."""
 OFF = 0.03
-"""Distance, root mean square over the groups, up to which it is a match whatever their size; part of
-the error, for the curve is no more exact than that."""
+"""Distance, root mean square over the groups, up to which it is a match whatever their size.
+
+It is part of the error: in margins of real runs the curve is no more exact than that.
+"""
 FEWEST = 50
 """Pairs from which on there is an estimate."""
 
