@@ -74,7 +74,7 @@ def test_nothing_adapts_in_a_linear_model(probes: int) -> None:
     run, twin = trained(linear, squared, randn(N, 1, seed=1), steps=16, probes=probes)
     gap = adaptation_gap(run, twin)
     assert abs(gap.value) <= 3 * gap.standard_error < 1e-9
-    assert gap.twin.dof == twin.estimate(*run.problem.train).dof > 0.02
+    assert gap.twin.dof == twin.estimate(*run.problem.train).dof > 0.01
     assert gap.path.dof == pytest.approx(gap.twin.dof, rel=1e-9)
     assert gap.closure.worst < 1e-9
 
@@ -103,7 +103,7 @@ def signal_and_noise() -> Tensor:
 )
 def test_features_that_learn_labels_adapt_to_them(loss: Loss, y: Tensor) -> None:
     run, twin = trained(
-        network, loss, y, lr=0.6, momentum=0.0, steps=60, size=N, probes=6, delta=0.3
+        network, loss, y, lr=0.6, momentum=0.0, steps=60, size=N, probes=16, delta=0.3
     )
     gap = adaptation_gap(run, twin)
     assert gap.value > 2 * gap.standard_error > 0
