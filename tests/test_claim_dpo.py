@@ -452,7 +452,7 @@ def test_runs_repeat_and_end_where_they_are_looked_at_last(shared: dict[str, Pat
     assert found["run"]["at"] == [2, 3, 5, 6, 8]  # 24 pairs, 4 times, in 16s
     assert found["run"]["accuracies"][-1] == found["run"]["final"]
     assert found["matched"]["drifts"] != found["run"]["drifts"]
-    assert found["run"]["drifts"][0] == pytest.approx(found["matched"]["drifts"][0], rel=0.5)
+    assert 0.2 < found["run"]["drifts"][0] / found["matched"]["drifts"][0] < 5
 
 
 @needs_trl
@@ -590,7 +590,7 @@ def test_a_twin_follows_the_margins_of_pairs_as_given(shared: dict[str, Path]) -
 def test_the_twin_s_run_learns_and_its_estimates_are_of_the_noisy_risk(
     shared: dict[str, Path],
 ) -> None:
-    settings = {"kind": "stopping", "arm": ADAMW, "lr": 1e-2}
+    settings = {"kind": "stopping", "arm": ADAMW, "lr": 1e-3}
     monkey = pytest.MonkeyPatch()
     monkey.setattr(stopping, "EVERY", 2)
     found = run({**settings, **CELL, **SIZE}, Workspace(given=shared))
@@ -598,9 +598,11 @@ def test_the_twin_s_run_learns_and_its_estimates_are_of_the_noisy_risk(
     assert found["at"] == [2, 4, 6, 8]
     assert found["accuracy"] == found["accuracies"][found["stop"]]
     assert found["end"] == found["accuracies"][-1]
-    assert found["regret"] == pytest.approx(found["risks"][found["stop"]] / min(found["risks"]) - 1)
+    assert found["regret"] == pytest.approx(
+        found["risks"][found["stop"]] / min(found["risks"]) - 1, abs=1e-4
+    )
     assert len(found["estimates"]) == len(found["errors"]) == 4
-    assert found["estimates"][0] == pytest.approx(found["risks"][0], abs=0.2)
+    assert found["estimates"][0] == pytest.approx(found["risks"][0], abs=0.1)
 
 
 @needs_trl

@@ -357,6 +357,7 @@ def test_labels_of_single_answers_are_not_audited(tmp_path: Path) -> None:
     assert not labels.predictions.seen.any()
 
 
+@pytest.mark.filterwarnings("ignore:at step .* drifts from its reference:RuntimeWarning")
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
 def test_the_share_of_flipped_pairs_is_found_in_one_epoch(rate: float, tmp_path: Path) -> None:
     n, g = 1000, torch.Generator().manual_seed(0)
