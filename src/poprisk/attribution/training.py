@@ -24,7 +24,7 @@ from poprisk.optim.step import describe
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.problem import Problem
 from poprisk.path.surroundings import Surroundings
-from poprisk.path.trial import check_model, tried_problem
+from poprisk.path.trial import trained_parameters, tried_problem
 from poprisk.printing import described, short_html, short_repr
 from poprisk.protocols import PerExampleLoss, ProgressCallback
 
@@ -149,14 +149,14 @@ class Replay:
         params, description = self._params, describe(self.optimizer) if response == "held" else None
         for k in range(start.step, end.step):
             weights = [p.detach().clone() for p in params]
-            state = _state_of(self.optimizer, params)
             if description is None:
+                state = _state_of(self.optimizer, params)
                 self._step(k)
                 grads = [None if p.grad is None else p.grad.clone() for p in params]
                 taken = TakenStep(type(self.optimizer), self._groups(k), weights, state, grads)
                 pull: Pull = taken.pull
             else:
-                momentum = [_own(description.momentum(p)) for p in params]
+                momentum = [copied(description.momentum(p)) for p in params]
                 self._step(k)
                 rule = held_rule(self.optimizer, description, params, weights, momentum)
                 pull = partial(pull_rule, rule)
@@ -241,7 +241,7 @@ def replay(
     checks.check_tensors("train", found.train)
     x, y = query if isinstance(query, (tuple, list)) else (query, None)
     points = (found.train[0], None) if x is None else (x, y)
-    names = _trained(model, optimizer)
+    names = tuple(trained_parameters(model, optimizer))
     with torch.inference_mode(False), torch.enable_grad():
         problem, free = tried_problem(model, resolve_loss(loss), names, found.train, points)
         surroundings = Surroundings(model, problem.model, names, free)
@@ -255,18 +255,6 @@ def replay(
             "statistics, a counter?): outputs depend on it, and it cannot be gone back through."
         )
     return Replay(problem, private, twin, drawn, settings, kept, seconds)
-
-
-def _trained(model: nn.Module, optimizer: Optimizer) -> tuple[str, ...]:
-    trained = {p for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
-    own = {n: p for n, p in model.named_parameters() if p in trained}
-    if foreign := len(trained) - len(own):
-        raise NotAnalysable(
-            f"the optimizer trains {foreign} tensors that are no parameters of the model; pass "
-            "the module that holds all of them."
-        )
-    check_model(model, own)
-    return tuple(own)
 
 
 def _pair(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
@@ -319,10 +307,6 @@ def _train(
     if not all(bool(w.isfinite().all()) for w in kept[-1].weights):
         raise NotAnalysable("the weights are NaN or infinite at the end; lower the learning rate.")
     return kept, settings, seconds
-
-
-def _own(momentum: Tensor | None) -> Tensor | None:
-    return None if momentum is None else momentum.detach().clone()
 
 
 def _settings(group: Mapping[str, Any]) -> Settings:

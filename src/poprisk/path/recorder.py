@@ -25,7 +25,7 @@ from poprisk.path.checks import check_indices, named
 from poprisk.path.run import Run, StepInterval
 from poprisk.path.store import Storage
 from poprisk.path.surroundings import Surroundings
-from poprisk.path.trial import check_model, check_unhooked, same_outputs, tried_problem
+from poprisk.path.trial import check_unhooked, same_outputs, trained_parameters, tried_problem
 from poprisk.printing import described
 from poprisk.protocols import PerExampleLoss, ProgressCallback
 
@@ -93,15 +93,8 @@ class Recorder:
         self.model, self.optimizer = model, optimizer
         self.rule, self.momentum_of = describe(optimizer, rule)
         self.exact = rule is None
-        trained = self._trained()
-        own = {n: p for n, p in model.named_parameters() if p in trained}
-        if foreign := len(trained) - len(own):
-            raise NotAnalysable(
-                f"the optimizer trains {foreign} tensors that are no parameters of the model; pass "
-                "the module that holds all of them."
-            )
+        own = trained_parameters(model, optimizer)
         self.names, self.params = tuple(own), list(own.values())
-        check_model(model, own)
         points = (train[0], None) if query is None else query
         x, y = points if isinstance(points, (tuple, list)) else (points, None)
         with torch.inference_mode(False), torch.enable_grad():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from poprisk import losses
@@ -28,6 +29,23 @@ from poprisk.protocols import PerExampleLoss
 EXAMPLES = 8
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Relative difference of outputs that rounding may make, by their dtype."""
+
+
+def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters of the model that the optimizer trains, by name.
+
+    Raises:
+        NotAnalysable: if it trains others, or :func:`check_model` refuses them.
+    """
+    trained = {p for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+    own = {n: p for n, p in model.named_parameters() if p in trained}
+    if foreign := len(trained) - len(own):
+        raise NotAnalysable(
+            f"the optimizer trains {foreign} tensors that are no parameters of the model; pass "
+            "the module that holds all of them."
+        )
+    check_model(model, own)
+    return own
 
 
 def check_model(model: nn.Module, trained: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from poprisk import RiskEstimate, TwinRisk, stopping_point
 from poprisk.randomness import generator_of
 from poprisk_lab.plots import short
 from poprisk_lab.results import Metrics
-from poprisk_lab.studies.dpo.measures import BETA, Drawn, Model, measured, pair_likelihoods, rewards
+from poprisk_lab.studies.dpo.measures import BETA, Drawn, Model, pair_likelihoods, rewards
 from poprisk_lab.studies.dpo.training import BATCH, CLIP, EPOCHS
 
 EVERY = 20
@@ -112,6 +112,6 @@ def _true(policy: Any, drawn: Drawn, rate: float) -> Metrics:
     better, worse = rewards(policy, drawn, part)
     d = (better - worse)[:, None]
     right, flipped = (float(preference_loss(d, torch.full_like(d, s)).mean()) for s in (1.0, -1.0))
-    accuracy = measured(policy, drawn)["accuracy"]
     policy.train()
+    accuracy = float((better > worse).double().mean())
     return {"accuracy": accuracy, "risk": short((1 - rate) * right + rate * flipped)}
