@@ -20,19 +20,18 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from poprisk._validate import check_callable, check_positive
 from poprisk.evaluation import Forward
-from poprisk.monitor.sinks import as_sinks
+from poprisk.integrations.twins import TwinFollower
 from poprisk.monitor.steps import innermost
 from poprisk.protocols import PerExampleLoss
-from poprisk.risk.curve import PATIENCE, RiskCurve
+from poprisk.risk.curve import PATIENCE
 from poprisk.risk.lockstep import Clip, Lockstep
 
 Split = Callable[[Any], tuple[Any, Tensor, Tensor]]
 
 
 @final
-class LightningTwinCallback(Callback):
+class LightningTwinCallback(TwinFollower, Callback):
     """A twin in lockstep with a module: a curve of its risk, from its training data.
 
     The module is trained as it would be alone, the twin after each step of its optimizer (see
@@ -83,16 +82,19 @@ class LightningTwinCallback(Callback):
         seed: int = 0,
         sinks: Any = (),
     ) -> None:
-        check_callable("loss", loss)
-        if every is not None:
-            check_positive("every", every)
-        self.loss, self.every, self.stop, self.log = loss, every, stop, log
+        super().__init__(
+            loss,
+            every=every,
+            stop=stop,
+            patience=patience,
+            keep_best=keep_best,
+            sinks=sinks,
+            delta=delta,
+            probes=probes,
+            seed=seed,
+        )
+        self.log = log
         self.split, self.forward = split or _three, forward
-        self.curve = RiskCurve(patience=patience, keep_best=keep_best)
-        self.sinks = as_sinks(sinks)
-        self._settings = {"delta": delta, "probes": probes, "seed": seed}
-        self._lockstep: Lockstep | None = None
-        self._loader: DataLoader[Any] | None = None
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,36 +158,27 @@ class LightningTwinCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Estimate, if it is time, before validation and checkpoints of this step."""
-        assert self._lockstep is not None
         step = trainer.global_step
         if self.every is None:
             if not trainer.is_last_batch:
                 return
         elif step % self.every or (self.curve.steps and self.curve.steps[-1] == step) or not step:
             return  # a step of several batches ends with the last of them
-        estimate = self._lockstep.twin.estimate_batches(self._batches(pl_module))
-        self.curve.add(step, estimate, pl_module)
-        row = self.curve.row()
+        row = self._estimate(step, self._batches(pl_module), pl_module)
         if self.log:
             pl_module.log_dict(row)
-        for sink in self.sinks:
-            sink(step, row)
-        if self.stop and self.curve.past:
+        if self._send(step, row):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow no more, and go back to the best weights if they are to be kept."""
-        if self._lockstep is not None:
-            self._lockstep.remove()
-        if self.curve.keep_best:
-            self.curve.restore_best(pl_module)
+        self._finish(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Follow no more."""
-        if self._lockstep is not None:
-            self._lockstep.remove()
+        self._unfollow()
 
     def _batches(self, module: LightningModule) -> Iterator[tuple[Any, Tensor, Tensor]]:
         assert self._loader is not None

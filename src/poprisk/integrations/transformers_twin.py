@@ -23,18 +23,17 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from poprisk._validate import check_callable, check_positive
 from poprisk.integrations.transformers import check_trains
 from poprisk.integrations.transformers_audit import INDEX, writes_texts
-from poprisk.monitor.sinks import as_sinks
+from poprisk.integrations.twins import TwinFollower
 from poprisk.monitor.steps import innermost
 from poprisk.protocols import PerExampleLoss
-from poprisk.risk.curve import PATIENCE, RiskCurve
+from poprisk.risk.curve import PATIENCE
 from poprisk.risk.lockstep import Lockstep, logits_of
 
 
 @final
-class TrainerTwinCallback(TrainerCallback):
+class TrainerTwinCallback(TwinFollower, TrainerCallback):
     """A twin in lockstep with a Trainer's model: a curve of its risk, from its training data.
 
     The Trainer trains as it would alone, the twin after each of its steps (see
@@ -81,15 +80,18 @@ class TrainerTwinCallback(TrainerCallback):
         seed: int = 0,
         sinks: Any = (),
     ) -> None:
-        check_callable("loss", loss)
-        if every is not None:
-            check_positive("every", every)
-        self.loss, self.every, self.stop, self.labels = loss, every, stop, labels
-        self.curve = RiskCurve(patience=patience, keep_best=keep_best)
-        self.sinks = as_sinks(sinks)
-        self._settings = {"delta": delta, "probes": probes, "seed": seed}
-        self._lockstep: Lockstep | None = None
-        self._loader: DataLoader[Any] | None = None
+        super().__init__(
+            loss,
+            every=every,
+            stop=stop,
+            patience=patience,
+            keep_best=keep_best,
+            sinks=sinks,
+            delta=delta,
+            probes=probes,
+            seed=seed,
+        )
+        self.labels = labels
         self._hooks: list[Any] = []
 
     def on_train_begin(
@@ -134,14 +136,9 @@ class TrainerTwinCallback(TrainerCallback):
                 return
         elif state.global_step % self.every:
             return
-        assert self._lockstep is not None
-        estimate = self._lockstep.twin.estimate_batches(self._batches(args.device))
-        self.curve.add(state.global_step, estimate, kwargs["model"])
-        row = self.curve.row()
+        row = self._estimate(state.global_step, self._batches(args.device), kwargs["model"])
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, **row})
-        for sink in self.sinks:
-            sink(state.global_step, row)
-        if self.stop and self.curve.past:
+        if self._send(state.global_step, row):
             control.should_training_stop = True
 
     def on_save(
@@ -158,13 +155,10 @@ class TrainerTwinCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Follow no more, and go back to the best weights if they are to be kept."""
-        if self._lockstep is not None:
-            self._lockstep.remove()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self.curve.keep_best:
-            self.curve.restore_best(kwargs["model"])
+        self._finish(kwargs["model"])
 
     def _check(self, args: TrainingArguments, model: nn.Module) -> None:
         """Raise ValueError for settings of a Trainer that a twin cannot follow."""

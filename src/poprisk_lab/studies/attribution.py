@@ -10,7 +10,6 @@ et al. 2023, arXiv:2303.14186), the mean over queries.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -27,10 +26,8 @@ from poprisk.intervals import t_interval
 from poprisk.losses import cross_entropy, squared_error
 from poprisk.randomness import generator_of
 from poprisk_lab.plots import short
-from poprisk_lab.store import write_json
-from poprisk_lab.studies.record import FOLDER
+from poprisk_lab.studies.record import do_study
 from poprisk_lab.studies.risk.problems import NoisyData, Transformer, digits, repeats, ridges
-from poprisk_lab.studies.run import ClaimDirectory
 from poprisk_lab.study import Metrics, Results, Settings, Study, Trial, Workspace
 from poprisk_lab.tasks.nets import mlp
 
@@ -174,15 +171,11 @@ def _subsets(n: int, count: int, seed: int) -> list[Tensor]:
 
 def _score(influence: Tensor, subsets: list[Tensor], values: Tensor) -> float:
     """Spearman's correlation over subsets, the mean over queries."""
+    from scipy.stats import spearmanr
+
     predicted = torch.stack(subsets) @ influence.double().T
-    return float(np.mean([
-        _spearman(p, v) for p, v in zip(predicted.T.numpy(), values.T.double().numpy(), strict=True)
-    ]))  # fmt: skip
-
-
-def _spearman(a: Any, b: Any) -> float:
-    x, y = (np.argsort(np.argsort(v)) for v in (a, b))
-    return float(np.corrcoef(x, y)[0, 1])
+    pairs = zip(predicted.T.numpy(), values.T.double().numpy(), strict=True)
+    return float(np.mean([spearmanr(p, v).statistic for p, v in pairs]))
 
 
 def _left_out(done: Replay, influence: Tensor, value: float, k: int) -> dict[str, float]:
@@ -229,21 +222,9 @@ def _interval(values: list[float]) -> dict[str, Any]:
 STUDY = Study("attribution", trials, run, report)
 
 
-def main(*, quick: bool, workers: int, runs: Path = Path("runs")) -> None:
-    """Do what is left, print the report, and put a full one on record."""
-    directory = ClaimDirectory(runs / (STUDY.name + "-quick" * quick), STUDY)
-    directory.create(quick=quick, workers=workers)
-    directory.work(workers=workers, on_trial=lambda *told: print(*told, flush=True))
-    progress = directory.read()
-    content = {"environment": progress.environment, **report(progress.done)}
-    print(json.dumps(content, indent=1))
-    if not quick:
-        write_json(FOLDER / f"{STUDY.name}.json", content)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    main(**vars(parser.parse_args()))
+    do_study(STUDY, **vars(parser.parse_args()))

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from poprisk_lab.store import replace_text
+from poprisk_lab.store import replace_text, write_json
 from poprisk_lab.studies.claim import Claim, Report, Results, TrialResult
 from poprisk_lab.studies.criteria import verdict
-from poprisk_lab.studies.run import ClaimProgress
+from poprisk_lab.studies.run import ClaimDirectory, ClaimProgress
+from poprisk_lab.study import Study
 
 FOLDER = Path(__file__).parents[3] / "records"
 
@@ -82,3 +83,15 @@ def save_record(claim: Claim, progress: ClaimProgress, folder: Path = FOLDER) ->
     trials = ",\n".join(rows)  # a line a trial
     text = json.dumps(head, indent=1)[:-2] + f',\n "trials": [\n{trials}\n]\n}}\n'
     replace_text(folder / f"{claim.name}.json", text)
+
+
+def do_study(study: Study, *, quick: bool, workers: int, runs: Path) -> None:
+    """Do what is left of a study, print its report, and put a full one on record."""
+    directory = ClaimDirectory(runs / (study.name + "-quick" * quick), study)
+    directory.create(quick=quick, workers=workers)
+    directory.work(workers=workers, on_trial=lambda *told: print(*told, flush=True))
+    progress = directory.read()
+    content = {"environment": progress.environment, **study.report(progress.done)}
+    print(json.dumps(content, indent=1))
+    if not quick:
+        write_json(FOLDER / f"{study.name}.json", content)

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
-from poprisk_lab.store import write_json
-from poprisk_lab.studies.record import FOLDER
+from poprisk_lab.studies.record import do_study
 from poprisk_lab.studies.risk import STUDIES
-from poprisk_lab.studies.run import ClaimDirectory
 
 
 def main(name: str, *, quick: bool, workers: int, runs: Path = Path("runs")) -> None:
     """Do what is left of a study, print its report, and put a full one on record."""
-    study = STUDIES[name]
-    directory = ClaimDirectory(runs / (study.name + "-quick" * quick), study)
-    directory.create(quick=quick, workers=workers)
-    directory.work(workers=workers, on_trial=lambda *told: print(*told, flush=True))
-    progress = directory.read()
-    content = {"environment": progress.environment, **study.report(progress.done)}
-    print(json.dumps(content, indent=1))
-    if not quick:
-        write_json(FOLDER / f"{study.name}.json", content)
+    do_study(STUDIES[name], quick=quick, workers=workers, runs=runs)
 
 
 if __name__ == "__main__":

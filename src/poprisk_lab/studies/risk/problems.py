@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poprisk import PopRiskAdamW
+from poprisk import PopRiskAdamW, TwinRisk
 from poprisk.losses import binary_cross_entropy, cross_entropy, squared_error
 from poprisk.risk.estimate import grouped_error
 from poprisk_lab.tasks.digits import cnn, split_digits
@@ -71,6 +71,16 @@ class TrainingProblem(NamedTuple):
     batch_size: int
     needs: tuple[str, ...] = ()
     """Packages that the data come from."""
+
+    def twin(self, n: int, seed: int) -> TwinRisk:
+        """A twin of it with n examples; weights are drawn by torch's generator."""
+        return TwinRisk(
+            self.model,
+            lambda m: self.optimizer(m, n, self.batch_size),
+            self.loss,
+            dataset_size=n,
+            seed=seed,
+        )
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from poprisk import RiskEstimate, TwinRisk, stopping_point
+from poprisk import RiskEstimate, stopping_point
 from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.studies.risk.problems import (
     PROBLEMS,
@@ -51,15 +51,9 @@ def with_twin(
     problem: TrainingProblem, data: NoisyData, seed: int
 ) -> tuple[list[RiskEstimate], list[float]]:
     """Estimates along a run, and the true risks at the same times."""
-    n, b = len(data.y), problem.batch_size
+    n = len(data.y)
     torch.manual_seed(seed)
-    twin = TwinRisk(
-        problem.model,
-        lambda m: problem.optimizer(m, n, b),
-        problem.loss,
-        dataset_size=n,
-        seed=seed,
-    )
+    twin = problem.twin(n, seed)
     estimates, risks = [twin.estimate(data.x, data.y)], [true_risk(twin.model, data)]
     for evaluate, batches in epochs(problem, n, seed):
         if evaluate:

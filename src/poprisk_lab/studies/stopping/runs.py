@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from poprisk import RiskEstimate, TwinRisk, stopping_point
+from poprisk import RiskEstimate, stopping_point
 from poprisk.randomness import generator_of
 from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.plots import rounded, short
@@ -73,15 +73,9 @@ def start(seed: int) -> None:
 
 def with_twin(problem: TrainingProblem, data: NoisyData, seed: int) -> Metrics:
     """Train with a twin; at each look its estimate, the true risk, and what the rules see."""
-    n, b = len(data.y), problem.batch_size
+    n = len(data.y)
     start(seed)
-    twin = TwinRisk(
-        problem.model,
-        lambda m: problem.optimizer(m, n, b),
-        problem.loss,
-        dataset_size=n,
-        seed=seed,
-    )
+    twin = problem.twin(n, seed)
     mixed = torch.randperm(n, generator=generator_of(seed, "batches of looks"))
     x, y = data.x[mixed], data.y[mixed]
     at, estimates = look_epochs(problem.epochs), list[RiskEstimate]()
@@ -100,7 +94,7 @@ def with_twin(problem: TrainingProblem, data: NoisyData, seed: int) -> Metrics:
                 problem.loss,
                 x,
                 y,
-                batch_size=b,
+                batch_size=problem.batch_size,
                 epoch=epoch,
                 share=epoch / problem.epochs,
                 train_loss=estimates[-1].train_loss,
