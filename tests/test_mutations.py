@@ -37,7 +37,6 @@ def outcome(root: Path, mutation: Mutation) -> int | None:
     copy_packages(root)
     file = root / mutation.file
     text = file.read_text(encoding="utf-8")
-    assert text.count(mutation.old) == 1, f"{mutation} does not fit {text}"
     file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     return exit_code(root, [mutation.test])
 
@@ -48,6 +47,17 @@ def outcomes(part: str, root: Path) -> dict[str, int | None]:
         name: outcome(root / str(number), mutation)
         for number, (name, mutation) in enumerate(mutations_of(part).items())
     }
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_mutation_fits_the_code(part: str) -> None:
+    root = Path(__file__).parent
+    for name, mutation in mutations_of(part).items():
+        text = (root.parent / "src" / mutation.file).read_text(encoding="utf-8")
+        assert text.count(mutation.old) == 1, f"{name!r} does not fit {mutation.file}"
+        file, _, test = mutation.test.partition("::")
+        tests = (root / file).read_text(encoding="utf-8")
+        assert not test or f"def {test.partition('[')[0]}(" in tests, f"{name!r} has no test"
 
 
 @pytest.mark.slow

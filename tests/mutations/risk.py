@@ -37,7 +37,7 @@ MUTATIONS = {
     ),
     "signs not centred over classes": Mutation(
         "poprisk/risk/twin.py",
-        "return (z - z.mean(1, keepdim=True)) * math.sqrt(c / (c - 1))",
+        "return (z - z.mean(1, keepdim=True)) / math.sqrt(square)",
         "return z",
         TILT,
     ),
