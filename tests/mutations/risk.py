@@ -64,7 +64,7 @@ MUTATIONS = {
     ),
     "half of the off-diagonal noise forgotten": Mutation(
         "poprisk/risk/estimate.py",
-        "error = math.sqrt(2) * grouped_error",
+        "error = PAIRED * grouped_error",
         "error = grouped_error",
         ERROR,
     ),

@@ -113,7 +113,7 @@ def measure(
         own = [sum(f) / t for f, t in zip(follows, totals, strict=True)]
         dof = sum(own) / k
         errors = [
-            math.sqrt(2)
+            math.sqrt(1.6)
             * error_of_sum([follows[j][i] - own[j] * size[j][i] for i in range(n)], groups)
             / totals[j]
             for j in range(k)
@@ -128,7 +128,7 @@ def measure(
     # d(h / (1 - φ)) = dh / (1 - φ) + h dφ / (1 - φ)²
     answers = [
         [
-            math.sqrt(2)
+            math.sqrt(1.6)
             / everything
             * (
                 (moved[j][i] - h * size[j][i]) / (1 - dof)
@@ -139,7 +139,7 @@ def measure(
         for j in range(k)
     ]
     spread = [
-        [math.sqrt(2) * (turned[j][i] - dof * size[j][i]) / everything for i in range(n)]
+        [math.sqrt(1.6) * (turned[j][i] - dof * size[j][i]) / everything for i in range(n)]
         for j in range(k)
     ]
     gain_error = math.sqrt(sum(error_of_sum(row, groups) ** 2 for row in answers))
