@@ -39,7 +39,7 @@ class Clock:
 
 def test_a_run_knows_the_time_of_its_own_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of forward, backward and step; not what comes between the step and the recorder's."""
-    clock = Clock("path.recorder", monkeypatch=monkeypatch)
+    clock = Clock("path.watch", monkeypatch=monkeypatch)
     train, query, _ = data()
     net = network()
     sgd = torch.optim.SGD(net.parameters(), lr=0.05)
@@ -59,7 +59,7 @@ def test_a_run_knows_the_time_of_its_own_training(monkeypatch: pytest.MonkeyPatc
 
 def test_recording_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock takes a second, of which only three a step lie in the training."""
-    clock = Clock("path.recorder", monkeypatch=monkeypatch, tick=1.0)
+    clock = Clock("path.watch", monkeypatch=monkeypatch, tick=1.0)
     run = recorded(steps=5)
     assert run.seconds == 5 * 2
     assert clock.now > run.seconds

@@ -96,7 +96,7 @@ MUTATIONS = {
         ADAMW,
     ),
     "sampling without n/b": Mutation(
-        "poprisk/path/recorder.py",
+        "poprisk/path/watch.py",
         "counts.double() * (self.problem.n / len(batch))",
         "counts.double()",
         "test_path.py::test_the_identities_close[SGD]",
