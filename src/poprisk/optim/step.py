@@ -16,7 +16,7 @@ method ``step_rule(param)``; for any other there is :func:`realized_update`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,11 @@ class StepRule(NamedTuple):
         """The rule of some of the weights."""
         return StepRule(*(v[rows] if isinstance(v, Tensor) else v for v in self))  # pyrefly: ignore
 
+    @property
+    def decays(self) -> bool:
+        """Whether the weights themselves enter the step."""
+        return any(bool(torch.as_tensor(v).any()) for v in (self.coupled, self.decay))
+
     def usual(self) -> tuple[float, float] | None:
         """Numbers a and c of one step that reads the momentum itself; None for any other rule."""
         others = (self.from_momentum, self.from_gradient, self.sign, self.steps)
@@ -87,6 +92,20 @@ class StepRule(NamedTuple):
         carried = a * (1 - a**s) / (1 - a)
         entered = self.gain * (s - carried) / (1 - a)
         return self.from_momentum * carried, self.from_momentum * entered + self.from_gradient * s
+
+
+def joined(rules: Sequence[StepRule], weights: Sequence[Tensor]) -> StepRule:
+    """The rule of all weights in a row: numbers where all tensors have the same, else (P, 1)."""
+
+    def field(name: str) -> Diagonal:
+        values = [getattr(rule, name) for rule in rules]
+        if all(not isinstance(v, Tensor) and v == values[0] for v in values):
+            return values[0]
+        pairs = zip(values, weights, strict=True)
+        spread = [(v + torch.zeros_like(w)).flatten() for v, w in pairs]
+        return torch.cat(spread).detach().unsqueeze(1)
+
+    return StepRule(**{name: field(name) for name in StepRule._fields[:-1]})  # pyrefly: ignore
 
 
 class StepContext(NamedTuple):
