@@ -10,6 +10,7 @@ from poprisk.optim.step import StepContext, StepRule, realized_update
 from poprisk.path.closure import Closure
 from poprisk.path.follow import Applied, Followed, follow
 from poprisk.path.integrals import Integrals, integrate, phi_functions
+from poprisk.path.online import CellTracer
 from poprisk.path.recorder import Recorder, record
 from poprisk.path.run import Run
 from poprisk.path.trace import CellTrace, QueryParts, split_gradient, trace_cells
@@ -17,6 +18,7 @@ from poprisk.path.trace import CellTrace, QueryParts, split_gradient, trace_cell
 __all__ = [
     "Applied",
     "CellTrace",
+    "CellTracer",
     "Closure",
     "Followed",
     "Integrals",

@@ -26,14 +26,16 @@ def check_memory(needed: float, max_memory: float, what: str, instead: str) -> N
         )
 
 
-def check_indices(indices: Tensor, examples: int) -> None:
+def check_indices(indices: Any, examples: int) -> None:
     """Raise ValueError unless ``indices`` is a batch of the training set."""
-    integers = not indices.is_floating_point() and indices.dtype != torch.bool
-    if indices.ndim != 1 or len(indices) == 0 or not integers:
-        raise ValueError(
-            f"a batch must be a 1-d tensor of example indices, but got shape "
-            f"{tuple(indices.shape)} of {indices.dtype}."
-        )
+    found = type(indices).__name__
+    if isinstance(indices, Tensor):
+        found = f"shape {tuple(indices.shape)} of {indices.dtype}"
+        integers = not indices.is_floating_point() and indices.dtype != torch.bool
+        if indices.ndim == 1 and len(indices) and integers:
+            found = ""
+    if found:
+        raise ValueError(f"a batch must be a 1-d tensor of example indices, but got {found}.")
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= examples:
         raise ValueError(

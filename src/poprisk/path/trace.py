@@ -7,13 +7,15 @@ working form is ours.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from poprisk.path.closure import Closure
 from poprisk.path.follow import follow
+from poprisk.path.march import Followed
+from poprisk.path.problem import Problem
 from poprisk.path.run import Run
 from poprisk.printing import short_html, short_repr
 from poprisk.protocols import ProgressCallback
@@ -68,6 +70,17 @@ class CellTrace(NamedTuple):
         return u.reshape(len(u), *self.output_shape)
 
 
+def check_clean(clean: Any, targets: Tensor) -> None:
+    """Raise ValueError unless clean targets are like the training targets."""
+    fits = isinstance(clean, Tensor) and clean.shape == targets.shape
+    if not fits or clean.is_floating_point() != targets.is_floating_point():
+        form = f"{tuple(clean.shape)} of {clean.dtype}" if isinstance(clean, Tensor) else clean
+        raise ValueError(
+            f"clean targets must be like the training targets, {tuple(targets.shape)} of "
+            f"{targets.dtype}, but got {form}."
+        )
+
+
 def split_gradient(run: Run, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     r""":math:`g_{signal}` and :math:`g_{noise}` at weights ``w``, each (n, c).
 
@@ -78,18 +91,17 @@ def split_gradient(run: Run, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """
     with torch.inference_mode(False):
         problem = run.problem.to(w.dtype)
-        targets = problem.train[1]
-        fits = isinstance(clean, Tensor) and clean.shape == targets.shape
-        if not fits or clean.is_floating_point() != targets.is_floating_point():
-            form = f"{tuple(clean.shape)} of {clean.dtype}" if isinstance(clean, Tensor) else clean
-            raise ValueError(
-                f"clean targets must be like the training targets, {tuple(targets.shape)} of "
-                f"{targets.dtype}, but got {form}."
-            )
-        y = clean.to(w.dtype) if clean.is_floating_point() else clean
-        u = problem.J.values(w, problem.train[0])
-        signal = problem.output_gradient(u, y.clone())
-        return signal, problem.output_gradient(u) - signal
+        check_clean(clean, problem.train[1])
+        return split_at(problem, clean, w)
+
+
+def split_at(problem: Problem, clean: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a problem, on the device and in the precision of its weights."""
+    targets = problem.train[1]
+    y = clean.to(targets.device, w.dtype if clean.is_floating_point() else clean.dtype)
+    u = problem.J.values(w, problem.train[0])
+    signal = problem.output_gradient(u, y.clone())
+    return signal, problem.output_gradient(u) - signal
 
 
 @torch.inference_mode(False)  # what it makes on the way is differentiated
@@ -135,14 +147,19 @@ def trace_cells(
         dtype=dtype,
         progress=progress,
     )
-    parts: list[QueryParts] = []
-    for moment in followed.moments:
-        signal, noise, affine = (-moment.query).unbind(-1)
-        parts.append(QueryParts(moment.step, signal, noise, affine, moment.outputs))
-    closure = followed.closure()
-    closure.warn(
+    trace = trace_of(followed, run.problem.output_shape)
+    trace.closure.warn(
         'Pass every=1, quadrature="gauss3" to be exact, and record every step (stride=1); '
         "gradients that were clipped or masked do that too.",
         stacklevel=2,
     )
-    return CellTrace(parts[0].outputs, parts, closure, run.problem.output_shape)
+    return trace
+
+
+def trace_of(followed: Followed, output_shape: tuple[int, ...]) -> CellTrace:
+    """The cells of what was followed: signal, noise and the affine part, in three columns."""
+    parts: list[QueryParts] = []
+    for moment in followed.moments:
+        signal, noise, affine = (-moment.query).unbind(-1)
+        parts.append(QueryParts(moment.step, signal, noise, affine, moment.outputs))
+    return CellTrace(parts[0].outputs, parts, followed.closure(), output_shape)

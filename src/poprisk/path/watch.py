@@ -44,6 +44,10 @@ class TakenStep(NamedTuple):
 class StepReader:
     r"""Reads what each step of an optimizer did, and refuses what cannot be followed.
 
+    Attributes:
+        seconds: that the training took, between :meth:`resume` and a step, and in the step.
+        spent: seconds that reading the steps took.
+
     Args:
         owner: name of the class that is used, for messages.
         model: what is trained; each row of its output belongs to one example.
@@ -79,7 +83,7 @@ class StepReader:
             self.problem, free = tried_problem(model, resolve_loss(loss), self.names, train, (x, y))
         self.surroundings = Surroundings(model, self.problem.model, self.names, free)
         self.count, self.rule_error = 0, 0.0
-        self.seconds = self._since = 0.0
+        self.seconds = self.spent = self._since = 0.0
         self._taken: tuple[list[StepRule], list[Tensor]] | None = None
 
     def begin(self) -> None:
@@ -94,7 +98,7 @@ class StepReader:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
-        self._since = self._now()
+        self._since = self.now()
 
     def end(self) -> None:
         """Leave no hook on the optimizer."""
@@ -141,9 +145,9 @@ class StepReader:
 
     def resume(self) -> None:
         """From now on time is the training's again."""
-        self._since = self._now()
+        self._since = self.now()
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """The clock, when what was begun on a device is done: the training's time is its own."""
         if self.params[0].is_cuda:
             torch.cuda.synchronize(self.params[0].device)
@@ -194,7 +198,8 @@ class StepReader:
         return torch.zeros_like(p) if found is None else found.detach().clone().to(p.dtype)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.seconds += self._now() - self._since
+        began = self.now()
+        self.seconds += began - self._since
         self._check_alternating(self._taken is None)
         self._check_untouched()
         self._check_surroundings(thorough=_is_due(self.count + 1))
@@ -217,12 +222,13 @@ class StepReader:
         closure = (args[1] if len(args) > 1 else None) or kwargs.get("closure")
         if closure is None and not hasattr(optimizer, "skipped_steps"):
             self._check_finite([p.grad for p in self.params if p.grad is not None])
-        self._since = self._now()
+        self._since = self.now()
+        self.spent += self._since - began
 
     def _after_step(self, *_: Any) -> None:
         # What comes between here and step(), a twin's turn, say, is not of this training.
-        self.seconds += self._now() - self._since
-        self._since = self._now()
+        self.seconds += self.now() - self._since
+        self._since = self.now()
         if getattr(self.optimizer, "skipped_steps", 0) > self.skipped:
             return
         # Read now, and not before the step: a closure has put them there meanwhile.
@@ -243,6 +249,7 @@ class StepReader:
                 "another state loaded? Pass rule=poprisk.path.realized_update(momentum=...)."
             )
         self._taken = rules, grads
+        self.spent += self.now() - self._since
 
     def _apply_rule(self, i: int, p: Tensor, grad: Tensor) -> tuple[StepRule, float, float]:
         """The rule of tensor ``i``; squared error and size of the step it implies."""
