@@ -1,7 +1,7 @@
 """What the path operators are worth and what they cost: python benchmarks/path.py PART OUT.json.
 
-PART: closure, cells, regression, drift, cost, cost-whole, or matrix-free. Results are merged
-into OUT.
+PART: closure, cells, regression, drift, cost, cost-whole, matrix-free, or online. Results are
+merged into OUT.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 import poprisk
-from poprisk import PopRiskAdamW, path_operators, record, trace_cells
+from poprisk import CellTracer, PopRiskAdamW, path_operators, record, trace_cells
 from poprisk.path.drift import Recipe, interval, movement, slope, sweep
 from poprisk_lab.tasks import load_task
 
 SEEDS = (0, 1, 2)
+N = 1024
 
 
 def toy(n: int, m: int, c: int, *, classes: bool, seed: int) -> tuple[Any, Any]:
@@ -268,14 +272,16 @@ def _cost(n: int, hidden: int, b: int | None, *, steps: int) -> dict[str, Any]:
 class Transformer(nn.Module):
     """About a million weights."""
 
-    def __init__(self, vocabulary: int = 64, width: int = 128, layers: int = 5) -> None:
+    def __init__(
+        self, vocabulary: int = 64, width: int = 128, layers: int = 5, classes: int = 4
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         layer = nn.TransformerEncoderLayer(
             width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
         )
         self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 4)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.body(self.embed(tokens)).mean(1))
@@ -321,6 +327,75 @@ def matrix_free() -> list[dict[str, Any]]:
     return rows
 
 
+def online() -> list[dict[str, Any]]:
+    """Cells in lockstep with training: time over that of the training alone, and memory."""
+    cases = [("noise", 1), ("noise", 2), ("all", 1)]
+    sizes = [(48, 4, 4, cases), (144, 4, 4, cases), (256, 6, 2, cases[:1])]
+    rows = []
+    for width, layers, epochs, some in sizes:
+        for kind in ("SGD", "AdamW"):
+            for parts, passes in some:
+                settings = (width, layers, epochs, kind, parts, passes)
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+                    rows.append(fresh.submit(_online, *settings).result())
+                print(rows[-1], flush=True)
+    return rows
+
+
+def _online(
+    width: int, layers: int, epochs: int, kind: str, parts: str, passes: int
+) -> dict[str, Any]:
+    """Passes over 1,024 texts of 16 tokens, a fifth of them with a wrong label, in batches of 64.
+
+    In a process of its own, for the sake of its peak of memory.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokens, clean = torch.randint(64, (N + 64, 16)), torch.randint(10, (N,))
+    noisy = clean.clone()
+    noisy[: N // 5] = (noisy[: N // 5] + 1) % 10
+    batches = [b for _ in range(epochs) for b in torch.randperm(N).split(64)]
+    spent, peak, weights = dict[bool, float](), dict[bool, int](), dict[bool, list[Tensor]]()
+    kept: CellTracer | None = None
+    for followed in (False, True, False):  # the last time is warm
+        torch.manual_seed(1)
+        net = Transformer(width=width, layers=layers, classes=10)
+        build = getattr(torch.optim, kind)
+        optimizer = build(net.parameters(), lr=3e-4 if kind == "AdamW" else 0.05)
+        tracer = CellTracer(
+            net, "cross_entropy", optimizer, train=(tokens[:N], noisy), clean_targets=clean,
+            query=tokens[N:], parts=parts, every=N // 64 * passes,
+        )  # fmt: skip
+        start = time.process_time()
+        with tracer if followed else nullcontext():
+            for batch in batches:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(tokens[batch]), noisy[batch]).backward()
+                optimizer.step()
+                if followed:
+                    tracer.step(batch)
+        spent[followed] = time.process_time() - start
+        if followed:
+            kept = tracer
+        # The largest so far: of the training alone, and then of both.
+        peak.setdefault(followed, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        weights[followed] = [p.detach() for p in net.parameters()]
+    assert kept is not None
+    assert all(map(torch.equal, weights[False], weights[True]))
+    return {
+        "optimizer": kind,
+        "P": kept._problem.size,
+        "parts": parts,
+        "passes": passes,
+        "training_processor_seconds": spent[False],
+        "trainings": spent[True] / spent[False] - 1,
+        "peak_bytes_alone": peak[False],
+        "peak_bytes": peak[True],
+        "copies_of_the_weights": (peak[True] - peak[False]) / (4 * kept._problem.size),
+        "closure": kept.trace().closure._asdict(),
+    }
+
+
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "closure": closure,
     "cells": cells,
@@ -329,6 +404,7 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "cost": cost,
     "cost-whole": cost_whole,
     "matrix-free": matrix_free,
+    "online": online,
 }
 
 

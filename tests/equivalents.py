@@ -33,6 +33,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "remainder is negative",
         "if due or k + 1 == len(run): -> if due or k + 1 >= len(run):": "no step comes after the "
         "last",
+    },
+    "poprisk/path/march.py": {
         "w = self.w if rule.steps == 1 else (self.w + end) / 2 -> w = self.w if rule.steps <= 1 "
         "else (self.w + end) / 2": "an interval has one step at least",
     },

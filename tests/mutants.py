@@ -50,6 +50,7 @@ PINNED: dict[str, list[str]] = {
         "test_optimizer_state.py",
     ],
     "poprisk/path/follow.py": ["test_follow.py", "test_channel.py", "test_path.py"],
+    "poprisk/path/march.py": ["test_follow.py", "test_online.py", "test_path.py"],
     "poprisk/path/integrals.py": ["test_integrals.py", "test_path.py", "test_channel.py"],
     "poprisk/path/quadrature.py": ["test_quadrature.py", "test_path.py"],
     "poprisk/optim/step.py": [

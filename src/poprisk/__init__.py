@@ -14,7 +14,7 @@ from poprisk.optim.rank_variance import observe_ranks
 from poprisk.optim.stats import GateStats
 from poprisk.optim.variance import grad_mean_var
 from poprisk.optim.wrapper import GatedOptimizer, gated
-from poprisk.path import NotAnalysable, Recorder, Run, record, trace_cells
+from poprisk.path import CellTracer, NotAnalysable, Recorder, Run, record, trace_cells
 from poprisk.path.operators import PathOperators, path_operators
 from poprisk.protocols import Estimated, ProgressCallback
 from poprisk.risk import (
@@ -44,6 +44,7 @@ __all__ = [
     "AuditResult",
     "Auditor",
     "Canaries",
+    "CellTracer",
     "Estimated",
     "FreshBatchRisk",
     "GateStats",

@@ -102,10 +102,40 @@ MUTATIONS = {
         "test_path.py::test_the_identities_close[SGD]",
     ),
     "matrix-free without sampling": Mutation(
-        "poprisk/path/follow.py",
-        "pull(interval.sampling.to(self.dtype)[:, None, None] * X)",
+        "poprisk/path/march.py",
+        "pull(sampling.to(w)[:, None, None] * X)",
         "pull(X)",
         FOLLOW,
+    ),
+    "decay that begins later left out": Mutation(
+        "poprisk/path/march.py",
+        "self.affine, self.moved = True, wider(self.moved)",
+        "self.moved = wider(self.moved)",
+        "test_online.py::test_decay_that_begins_later_and_rates_that_change[AdamW]",
+    ),
+    "the settings of the first parameter for all": Mutation(
+        "poprisk/optim/step.py",
+        "if all(not isinstance(v, Tensor) and v == values[0] for v in values):",
+        "if not isinstance(values[0], Tensor):",
+        "test_online.py::test_parameters_have_settings_of_their_own",
+    ),
+    "outputs of the next steps moved from an older place": Mutation(
+        "poprisk/path/march.py",
+        "self.origin, self.fresh = self.w, True",
+        "self.fresh = True",
+        "test_follow.py::test_the_cells_add_up_to_the_movement[SGD]",
+    ),
+    "chords walked backwards": Mutation(
+        "poprisk/path/online.py",
+        "march.moved[:, 0] = march.origin - w",
+        "march.moved[:, 0] = w - march.origin",
+        "test_online.py::test_the_noise_alone_says_how_far_its_chords_are_off",
+    ),
+    "a momentum from before left out": Mutation(
+        "poprisk/path/online.py",
+        "carried = momentum if bool(momentum.any()) else None",
+        "carried = None",
+        "test_online.py::test_momentum_from_before_is_affine",
     ),
     "reservoir and channel exchanged": Mutation(
         "poprisk/path/four_cells.py",

@@ -27,8 +27,8 @@ from poprisk.path.recursion import Recursion
 from poprisk.printing import short_repr
 
 HESSIAN_NODES = 3
-AT_ONCE = 1024
-"""Examples whose outputs are computed at once."""
+AT_ONCE = (64, 1024)
+"""Examples that are moved at once, at least and at most; in between, two batches of them."""
 PART = 2**17
 """Weights that take a step at once."""
 
@@ -133,11 +133,11 @@ class March:
         if decaying:  # the weights as the sum of what each column made of them
             self.recursion.moved = torch.zeros_like(self.recursion.momentum)
             self.recursion.moved[:, -1] = weights
+        self.fresh, self.steps, self._at_once = True, 0, AT_ONCE[0]
         self.u, self.v = self._outputs()
         self.u0 = self.u
         self.D, self.G = torch.zeros_like(self.X), weights.new_zeros(*self.v.shape, r)
         self.moved = torch.zeros_like(self.recursion.momentum)
-        self.fresh, self.steps = True, 0
         self.moments: list[QueryTransfer] = []
         self.keep()
 
@@ -153,7 +153,7 @@ class March:
 
     def _outputs(self) -> tuple[Tensor, Tensor]:
         parts = [
-            torch.cat([self.problem.J.values(self.w, part) for part in x.split(AT_ONCE)])
+            torch.cat([self.problem.J.values(self.w, part) for part in x.split(self._at_once)])
             for x in (self.problem.train[0], self.problem.query[0])
         ]
         return parts[0], parts[1]
@@ -181,6 +181,7 @@ class March:
             step = self.recursion.step
             self.moved[part] += step(rule.part(part), gradient[part], weights=some, rows=part)[1]
         self.w, self.fresh, self.steps = end, False, self.steps + rule.steps
+        self._at_once = min(max(self._at_once, 2 * len(rows)), AT_ONCE[1])
 
     def _at(self, rows: Tensor, w: Tensor, u: Tensor) -> Tensor:
         """Columns of the batch at ``w``: what they were at the last refresh, moved since."""
@@ -189,9 +190,9 @@ class March:
 
     def refresh(self) -> None:
         """Move all outputs along the chord since the last time."""
-        before, chord, problem = self.u, (self.origin, self.w), self.problem
+        before, problem = self.u, self.problem
         moved, seen = (
-            averaged(lambda a, x=x: problem.J.jvp(torch.lerp(*chord, a), x, self.moved), self.nodes)
+            torch.cat([self._along_chord(part) for part in x.split(self._at_once)])
             for x in (problem.train[0], problem.query[0])
         )
         self.u, self.v = self._outputs()
@@ -199,6 +200,14 @@ class March:
         self.D, self.G = self.D + moved, self.G + seen
         self.origin, self.fresh = self.w, True
         self.moved.zero_()
+
+    def _along_chord(self, x: Tensor) -> Tensor:
+        """What the columns moved the outputs of some inputs since the last refresh, (b, c, r)."""
+
+        def product(a: float) -> Tensor:
+            return self.problem.J.jvp(torch.lerp(self.origin, self.w, a), x, self.moved)
+
+        return averaged(product, self.nodes)
 
     def _with_affine(self, columns: Tensor) -> Tensor:
         return columns if self.affine else torch.cat([columns, 0 * columns[..., :1]], -1)

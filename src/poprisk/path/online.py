@@ -30,8 +30,8 @@ from poprisk.protocols import PerExampleLoss
 
 MAX_MEMORY = 4 * 2**30
 PARTS = ("all", "noise")
-CHECKED = 64
-"""Training examples whose movement along the chords is checked where not all parts are followed."""
+CHECKED = 32
+"""Examples of each set whose movement along the chords is checked where not all is followed."""
 COPIES = {"all": 22, "noise": 15}
 """Copies of the weights that are held at the peak, the training's own not counted."""
 OUTPUTS = {"all": 22, "noise": 10}
@@ -108,7 +108,14 @@ class CellTracer:
         checks.check_tensors("train", train)
         check_clean(clean_targets, train[1])
         self._reader = StepReader(
-            "CellTracer", model, loss, optimizer, train=train, query=query, rule=rule
+            "CellTracer",
+            model,
+            loss,
+            optimizer,
+            train=train,
+            query=query,
+            rule=rule,
+            thorough=False,
         )
         self._parts, self._every, self._points = parts, every, points
         self._clean, self._problem = clean_targets, _beside(self._reader.problem)
@@ -146,8 +153,7 @@ class CellTracer:
                 probes = torch.stack([signal, noise], -1)
                 carried = momentum if bool(momentum.any()) else None
                 self._march = March(self._problem, w, probes, self._nodes, momentum=carried)
-        self._reader.resume()
-        self._seconds += self._reader.now() - began
+        self._seconds += self._reader.resume() - began
         return self
 
     def __exit__(
@@ -180,8 +186,7 @@ class CellTracer:
             if taken is not None:
                 self._advance(taken)
         finally:
-            self._reader.resume()
-            self._seconds += self._reader.now() - began
+            self._seconds += self._reader.resume() - began
 
     @property
     def cost(self) -> float:
@@ -246,9 +251,9 @@ class _Chords:
     """How far the chords between updates predict the movement of outputs, for some examples."""
 
     def __init__(self, problem: Problem, w: Tensor, nodes: Nodes) -> None:
-        rows = torch.arange(min(CHECKED, problem.n)) * problem.n // min(CHECKED, problem.n)
-        x, y = problem.train
-        some = replace(problem, train=(x[rows], y[rows]))
+        (x, y), (points, _) = problem.train, problem.query
+        rows, others = _spread(problem.n), _spread(problem.m)
+        some = replace(problem, train=(x[rows], y[rows]), query=(points[others], None))
         g = some.output_gradient(some.J.values(w, some.train[0]))
         self._march = March(some, w, g.unsqueeze(-1), nodes)
 
@@ -264,6 +269,12 @@ class _Chords:
     def closure(self) -> Closure:
         """So far."""
         return self._march.result().closure()
+
+
+def _spread(examples: int) -> Tensor:
+    """Positions of some examples, all over the set."""
+    count = min(CHECKED, examples)
+    return torch.arange(count) * examples // count
 
 
 def _beside(problem: Problem) -> Problem:

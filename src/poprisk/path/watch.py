@@ -56,6 +56,7 @@ class StepReader:
         train: inputs and targets of the training set.
         query: inputs, or inputs and targets; None: the training inputs.
         rule: for an optimizer without one.
+        thorough: compare each step with its rule, and not only the first ones and some after.
 
     Raises:
         NotAnalysable: if the run cannot be analysed; the message says what would work.
@@ -71,6 +72,7 @@ class StepReader:
         train: tuple[Tensor, Tensor],
         query: Tensor | tuple[Tensor, Tensor] | None,
         rule: Rule | None,
+        thorough: bool = True,
     ) -> None:
         checks.check_tensors("train", train)
         self.owner, self.model, self.optimizer = owner, model, optimizer
@@ -82,7 +84,7 @@ class StepReader:
         with torch.inference_mode(False), torch.enable_grad():
             self.problem, free = tried_problem(model, resolve_loss(loss), self.names, train, (x, y))
         self.surroundings = Surroundings(model, self.problem.model, self.names, free)
-        self.count, self.rule_error = 0, 0.0
+        self.count, self.rule_error, self.thorough = 0, 0.0, thorough
         self.seconds = self.spent = self._since = 0.0
         self._taken: tuple[list[StepRule], list[Tensor]] | None = None
 
@@ -136,16 +138,17 @@ class StepReader:
         rules, grads = self._taken
         self._taken = None
         self.count += 1
-        if self.count <= OFTEN or _is_due(self.count):
+        if self._is_due(self.count):
             self._check_gradient(batch, grads)
         self.before = self.after
         examples, counts = batch.cpu().unique(return_counts=True)
         sampling = counts.double() * (self.problem.n / len(batch))
         return TakenStep(rules, examples, sampling)
 
-    def resume(self) -> None:
-        """From now on time is the training's again."""
+    def resume(self) -> float:
+        """From now on, which is returned, time is the training's again."""
         self._since = self.now()
+        return self._since
 
     def now(self) -> float:
         """The clock, when what was begun on a device is done: the training's time is its own."""
@@ -202,7 +205,7 @@ class StepReader:
         self.seconds += began - self._since
         self._check_alternating(self._taken is None)
         self._check_untouched()
-        self._check_surroundings(thorough=_is_due(self.count + 1))
+        self._check_surroundings(thorough=_is_power(self.count + 1))
         check_unhooked(dict(zip(self.names, self.params, strict=True)))
         groups = {p: g for g in optimizer.param_groups for p in g["params"]}
         trained, now = set(self.params), set(self._trained())
@@ -235,11 +238,14 @@ class StepReader:
         grads = [torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in self.params]
         self.after = [p.detach().clone() for p in self.params]
         self._check_finite(self.after)
+        due = self.thorough or self._is_due(self.count + 1)
         rules, worst, size = list[StepRule](), 0.0, 0.0
         for i, p in enumerate(self.params):
-            rule, error, norm = self._apply_rule(i, p, grads[i])
+            rule, r = self._apply_rule(i, p, grads[i])
             rules.append(rule)
-            worst, size = worst + error, size + norm
+            if due and r is not None:
+                error, norm = self._compare(i, rule, r)
+                worst, size = worst + error, size + norm
         relative = (worst / size) ** 0.5 if size > 0 else 0.0
         self.rule_error = max(self.rule_error, relative)
         if not relative <= RULE_TOLERANCE[self.params[0].dtype]:
@@ -251,10 +257,10 @@ class StepReader:
         self._taken = rules, grads
         self.spent += self.now() - self._since
 
-    def _apply_rule(self, i: int, p: Tensor, grad: Tensor) -> tuple[StepRule, float, float]:
-        """The rule of tensor ``i``; squared error and size of the step it implies."""
+    def _apply_rule(self, i: int, p: Tensor, grad: Tensor) -> tuple[StepRule, Tensor | None]:
+        """The rule of tensor ``i``, and its r; none for one that was left out of the step."""
         if p.grad is None:
-            return StepRule(precondition=0.0, carry=1.0, gain=0.0), 0.0, 0.0
+            return StepRule(precondition=0.0, carry=1.0, gain=0.0), None
         w, update = self.before[i], self.after[i] - self.before[i]
         state = self.optimizer.state.get(p, {})
         context = StepContext(
@@ -264,11 +270,20 @@ class StepReader:
         self.started[i] = True
         g = rule.sign * grad + rule.coupled * w
         self.momentum[i], r = rule.take(self.momentum[i], g)
+        return rule, r
+
+    def _compare(self, i: int, rule: StepRule, r: Tensor) -> tuple[float, float]:
+        """Squared error and size of the step of tensor ``i`` that a rule implies."""
+        w, update = self.before[i], self.after[i] - self.before[i]
         implied = -rule.correction * rule.precondition * r - rule.decay * w
         # what rounding of the weights themselves can do to their difference is no error
         slack = 2 * torch.finfo(w.dtype).eps * w.abs()
         difference = ((implied - update).abs() - slack).clamp_min(0)
-        return rule, float(difference.square().sum()), float(update.square().sum())
+        return float(difference.square().sum()), float(update.square().sum())
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a step is compared with what is said of it."""
+        return step <= OFTEN or _is_power(step)
 
     def _check_gradient(self, batch: Tensor, grads: list[Tensor]) -> None:
         problem, w, grad = self.problem, flat(self.before), flat(grads)
@@ -291,7 +306,7 @@ class StepReader:
             )
 
 
-def _is_due(step: int) -> bool:
+def _is_power(step: int) -> bool:
     """Whether what is costly to look at is to be looked at: at steps 1, 2, 4, 8, ..."""
     return step & (step - 1) == 0
 
