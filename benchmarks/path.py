@@ -365,18 +365,17 @@ def _online(
         tracer = CellTracer(
             net, "cross_entropy", optimizer, train=(tokens[:N], noisy), clean_targets=clean,
             query=tokens[N:], parts=parts, every=N // 64 * passes,
-        )  # fmt: skip
+        ) if followed else None  # fmt: skip
         start = time.process_time()
-        with tracer if followed else nullcontext():
+        with tracer or nullcontext():
             for batch in batches:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(net(tokens[batch]), noisy[batch]).backward()
                 optimizer.step()
-                if followed:
+                if tracer is not None:
                     tracer.step(batch)
         spent[followed] = time.process_time() - start
-        if followed:
-            kept = tracer
+        kept = tracer or kept
         # The largest so far: of the training alone, and then of both.
         peak.setdefault(followed, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         weights[followed] = [p.detach() for p in net.parameters()]
