@@ -100,6 +100,8 @@ def results() -> Iterator[Any]:
     yield ops.cells_over_time(clean)[0]
     trace = poprisk.trace_cells(run, clean)
     yield from (trace, trace.parts[-1])
+    model, train = net(), (randn(N, 3), randn(N, 2, seed=1))
+    yield poprisk.CellTracer(model, squared, sgd(model), train=train, clean_targets=clean)
     followed = path.follow(run, run_probe(run))
     yield from (followed, followed.applied, followed.moments[0])
     found = poprisk.loo_risk(run, subset=4)

@@ -24,7 +24,7 @@ from poprisk.path.march import March
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, composite
 from poprisk.path.trace import CellTrace, QueryParts, check_clean, split_at, trace_of
-from poprisk.path.watch import StepReader, TakenStep
+from poprisk.path.watch import StepReader, StepRead
 from poprisk.printing import described
 from poprisk.protocols import PerExampleLoss
 
@@ -218,7 +218,7 @@ class CellTracer:
         )
         return found
 
-    def _advance(self, taken: TakenStep) -> None:
+    def _advance(self, taken: StepRead) -> None:
         """Take the step with every part, and update all outputs if they are due."""
         march = self._march
         assert march is not None  # the reader reads nothing outside of the block

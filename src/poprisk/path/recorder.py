@@ -19,7 +19,7 @@ from poprisk.optim.step import Rule, StepRule
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.run import Run, StepInterval
 from poprisk.path.store import Storage
-from poprisk.path.watch import StepReader, TakenStep
+from poprisk.path.watch import StepReader, StepRead
 from poprisk.printing import described
 from poprisk.protocols import PerExampleLoss, ProgressCallback
 
@@ -88,7 +88,7 @@ class Recorder:
         self.preconditions = storage.table("preconditions")
         self.gains = storage.table("gains")
         self.stride, self.intervals = stride, list[StepInterval]()
-        self.pending: list[TakenStep] = []
+        self.pending: list[StepRead] = []
 
     def __repr__(self) -> str:
         reader = self._reader
@@ -152,7 +152,7 @@ class Recorder:
             self._reader.resume()
 
     def _close_interval(self) -> None:
-        steps, self.pending = self.pending, list[TakenStep]()
+        steps, self.pending = self.pending, list[StepRead]()
         tables = {"precondition": self.preconditions, "gain": self.gains}
         fields: dict[str, Any] = {"steps": len(steps)}
         for name in StepRule._fields[:-1]:

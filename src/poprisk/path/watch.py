@@ -26,7 +26,7 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 RULE_TOLERANCE = {torch.float32: 2e-2, torch.float64: 1e-6}
 
 
-class TakenStep(NamedTuple):
+class StepRead(NamedTuple):
     """A step of the optimizer.
 
     Attributes:
@@ -122,7 +122,7 @@ class StepReader:
                 "keep it fixed while recording."
             )
 
-    def take(self, batch: Tensor) -> TakenStep | None:
+    def take(self, batch: Tensor) -> StepRead | None:
         """The step just taken, on the examples (b,) of a batch; None if it was left out.
 
         Raises:
@@ -143,7 +143,7 @@ class StepReader:
         self.before = self.after
         examples, counts = batch.cpu().unique(return_counts=True)
         sampling = counts.double() * (self.problem.n / len(batch))
-        return TakenStep(rules, examples, sampling)
+        return StepRead(rules, examples, sampling)
 
     def resume(self) -> float:
         """From now on, which is returned, time is the training's again."""
