@@ -120,6 +120,8 @@ def test_by_default_all_outputs_are_moved_once_a_pass() -> None:
     expected = trace_cells(run, data("cross_entropy")[2])
     same(tracer.trace(), expected)
     assert [p.step for p in expected.parts] == [0, 3, 6, 8]  # 14 examples, 5 a batch
+    tracer, _ = trained("AdamW", parts="noise")
+    assert [p.step for p in tracer.trace().parts] == [0, 6, 8]
 
 
 def test_momentum_from_before_is_affine() -> None:

@@ -66,6 +66,19 @@ def test_accumulated_gradients_are_one_batch() -> None:
     assert integrate(recorder.run).closure.worst < 1e-9
 
 
+def test_gradients_may_be_gone_when_the_batch_is_told() -> None:
+    train, query, _ = data()
+    net = network()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with Recorder(net, "squared_error", sgd, train=train, query=query) as recorder:
+        for batch in batches(4):
+            half_mse(net(train[0][batch]), train[1][batch]).backward()
+            sgd.step()
+            sgd.zero_grad()
+            recorder.step(batch)
+    assert integrate(recorder.run).closure.worst < 1e-9
+
+
 def test_a_skipped_step_is_left_out() -> None:
     train, _, _ = data()
     net = network()

@@ -94,7 +94,7 @@ class LightningTwinCallback(TwinFollower, Callback):
             seed=seed,
         )
         self.log = log
-        self.split, self.forward = split or _three, forward
+        self.split, self.forward = split or three, forward
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,15 +186,26 @@ class LightningTwinCallback(TwinFollower, Callback):
             yield self.split(module.transfer_batch_to_device(batch, module.device, 0))
 
 
-def _check(trainer: Trainer, module: LightningModule) -> None:
-    """Raise ValueError for settings that a twin cannot follow."""
+def check_one_optimizer(trainer: Trainer, module: LightningModule, instead: str) -> None:
+    """Raise ValueError unless one optimizer steps once a batch.
+
+    Args:
+        trainer: that trains.
+        module: what it trains.
+        instead: class to use in a loop of one's own.
+    """
     if not module.automatic_optimization or len(trainer.optimizers) != 1:
         raise ValueError(
-            f"a twin follows automatic optimization with one optimizer, but "
+            f"automatic optimization with one optimizer is followed, but "
             f"{type(module).__name__} has {len(trainer.optimizers)}"
-            f"{'' if module.automatic_optimization else ' and steps by itself'}; train a TwinRisk "
+            f"{'' if module.automatic_optimization else ' and steps by itself'}; train a {instead} "
             "in a loop of your own."
         )
+
+
+def _check(trainer: Trainer, module: LightningModule) -> None:
+    """Raise ValueError for settings that a twin cannot follow."""
+    check_one_optimizer(trainer, module, "TwinRisk")
     if str(trainer.precision) not in ("32-true", "64-true", "bf16-mixed", "bf16-true"):
         raise ValueError(
             f"a twin does not follow training with precision={trainer.precision!r}, whose "
@@ -202,7 +213,8 @@ def _check(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
-def _three(batch: Any) -> tuple[Any, Tensor, Tensor]:
+def three(batch: Any) -> tuple[Any, Tensor, Tensor]:
+    """A batch that is inputs, targets and positions."""
     if isinstance(batch, Mapping) or len(batch) != 3:
         raise ValueError(
             "a batch must hold inputs, targets and positions of its examples in the training set, "

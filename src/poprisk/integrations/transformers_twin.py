@@ -110,8 +110,8 @@ class TrainerTwinCallback(TwinFollower, TrainerCallback):
         self._loader = DataLoader(
             loader.dataset, batch_size=args.eval_batch_size, collate_fn=loader.collate_fn
         )
-        self._hooks = [model.register_forward_pre_hook(_without_index, with_kwargs=True)]
-        with _unwatched(model):
+        self._hooks = [model.register_forward_pre_hook(without_index, with_kwargs=True)]
+        with unwatched(model):
             self._lockstep = Lockstep(
                 model,
                 optimizer,
@@ -231,7 +231,7 @@ class TrainerTwinCallback(TwinFollower, TrainerCallback):
             yield x, targets, index
 
 
-def _without_index(
+def without_index(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keep the positions from the model, which does not know them."""
@@ -254,7 +254,7 @@ def _clipping(max_norm: float | None) -> Any:
 
 
 @contextmanager
-def _unwatched(model: nn.Module) -> Iterator[None]:
+def unwatched(model: nn.Module) -> Iterator[None]:
     """Without the hooks of other callbacks, which are no part of the model and not copied."""
     before = [m._forward_pre_hooks for m in model.modules()]
     after = [m._forward_hooks for m in model.modules()]

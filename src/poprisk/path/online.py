@@ -24,12 +24,13 @@ from poprisk.path.march import March
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, composite
 from poprisk.path.trace import CellTrace, QueryParts, check_clean, split_at, trace_of
-from poprisk.path.watch import StepReader, StepRead
+from poprisk.path.watch import StepRead, StepReader
 from poprisk.printing import described
 from poprisk.protocols import PerExampleLoss
 
 MAX_MEMORY = 4 * 2**30
-PARTS = ("all", "noise")
+PASSES = {"all": 1, "noise": 2}
+"""Passes over the data between updates of all outputs, by what is followed."""
 CHECKED = 32
 """Examples of each set whose movement along the chords is checked where not all is followed."""
 COPIES = {"all": 22, "noise": 15}
@@ -59,7 +60,8 @@ class CellTracer:
             left out.
         parts: ``"all"``; or ``"noise"``, which follows nothing else and is the cheaper: what is
             left of the movement, weight decay's part included, then counts as signal.
-        every: steps between updates of all outputs; None: one pass over the data. 1 is exact.
+        every: steps between updates of all outputs; None: one pass over the data, two where only
+            the noise is followed. 1 is exact.
         quadrature: of the chords in between; ``"gauss3"`` is exact.
         points: moments that are kept at least, if there are so many updates; at most twice as many.
         max_memory: bytes that may be taken beside the training.
@@ -99,7 +101,7 @@ class CellTracer:
         max_memory: float = MAX_MEMORY,
         rule: Rule | None = None,
     ) -> None:
-        checks.check_choice("parts", parts, PARTS)
+        checks.check_choice("parts", parts, PASSES)
         if every is not None:
             checks.check_positive("every", every)
         checks.check_positive("points", points)
@@ -223,7 +225,8 @@ class CellTracer:
         march = self._march
         assert march is not None  # the reader reads nothing outside of the block
         if self._every is None:
-            self._every = max(1, round(self._problem.n / len(taken.examples)))
+            seen = PASSES[self._parts] * self._problem.n
+            self._every = max(1, round(seen / len(taken.examples)))
         with torch.inference_mode(False), torch.enable_grad():
             rule = joined(taken.rules, self._reader.params)
             if rule.decays and self._parts == "all" and not march.affine:

@@ -19,7 +19,7 @@ from poprisk.optim.step import Rule, StepRule
 from poprisk.path.batches import Batch, Examples
 from poprisk.path.run import Run, StepInterval
 from poprisk.path.store import Storage
-from poprisk.path.watch import StepReader, StepRead
+from poprisk.path.watch import StepRead, StepReader
 from poprisk.printing import described
 from poprisk.protocols import PerExampleLoss, ProgressCallback
 

@@ -86,7 +86,7 @@ class StepReader:
         self.surroundings = Surroundings(model, self.problem.model, self.names, free)
         self.count, self.rule_error, self.thorough = 0, 0.0, thorough
         self.seconds = self.spent = self._since = 0.0
-        self._taken: tuple[list[StepRule], list[Tensor]] | None = None
+        self._taken: tuple[list[StepRule], list[Tensor | None]] | None = None
 
     def begin(self) -> None:
         """Read the optimizer's steps from now on."""
@@ -235,7 +235,7 @@ class StepReader:
         if getattr(self.optimizer, "skipped_steps", 0) > self.skipped:
             return
         # Read now, and not before the step: a closure has put them there meanwhile.
-        grads = [torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in self.params]
+        grads = [None if p.grad is None else _dense(p.grad) for p in self.params]
         self.after = [p.detach().clone() for p in self.params]
         self._check_finite(self.after)
         due = self.thorough or self._is_due(self.count + 1)
@@ -257,9 +257,9 @@ class StepReader:
         self._taken = rules, grads
         self.spent += self.now() - self._since
 
-    def _apply_rule(self, i: int, p: Tensor, grad: Tensor) -> tuple[StepRule, Tensor | None]:
+    def _apply_rule(self, i: int, p: Tensor, grad: Tensor | None) -> tuple[StepRule, Tensor | None]:
         """The rule of tensor ``i``, and its r; none for one that was left out of the step."""
-        if p.grad is None:
+        if grad is None:
             return StepRule(precondition=0.0, carry=1.0, gain=0.0), None
         w, update = self.before[i], self.after[i] - self.before[i]
         state = self.optimizer.state.get(p, {})
@@ -285,8 +285,10 @@ class StepReader:
         """Whether a step is compared with what is said of it."""
         return step <= OFTEN or _is_power(step)
 
-    def _check_gradient(self, batch: Tensor, grads: list[Tensor]) -> None:
-        problem, w, grad = self.problem, flat(self.before), flat(grads)
+    def _check_gradient(self, batch: Tensor, grads: list[Tensor | None]) -> None:
+        problem, w = self.problem, flat(self.before)
+        pairs = [*zip(self.params, grads, strict=True)]
+        grad = flat([torch.zeros_like(p) if g is None else g for p, g in pairs])
         rows = batch.to(problem.train[0].device)
         x, y = (t[rows].to(w.device) for t in problem.train)
         with torch.inference_mode(False), evaluating(problem.model, eval_mode=False):
@@ -294,7 +296,7 @@ class StepReader:
             g = gradient(problem.loss, problem.shaped(u), y).reshape_as(u) / len(x)
             expected = pull(g.unsqueeze(-1)).squeeze(-1)
         # A parameter without a gradient was left out of the step, and its rule says so.
-        seen = torch.cat([torch.full_like(p, p.grad is not None).flatten() for p in self.params])
+        seen = flat([torch.full_like(p, g is not None) for p, g in pairs])
         expected = expected * seen
         error = float((grad - expected).norm() / expected.norm().clamp_min(1e-30))
         if not error <= GRADIENT_TOLERANCE[w.dtype]:
