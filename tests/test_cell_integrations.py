@@ -191,7 +191,8 @@ def fitted(folder: Path, callbacks: list[Any], manual: bool = False, **more: Any
             return self.net(x)
 
         def training_step(self, batch: Any, index: int) -> Tensor:
-            return F.cross_entropy(self(batch[0]), batch[1])
+            me: Any = self
+            return F.cross_entropy(me(batch[0]), batch[1])
 
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
@@ -272,7 +273,11 @@ def test_what_cannot_be_traced_in_lightning(
 
 
 def test_an_error_in_lightning_leaves_no_hook(tmp_path: Path) -> None:
-    callback = lightning_cells(split=lambda batch: (batch[0], batch[1], batch[2] + 1))
+    def wrong(batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, y, index = batch
+        return x, y, (index + 1) % N
+
+    callback = lightning_cells(split=wrong)
     with pytest.raises(ValueError, match="gradient of step 1 is not"):
         fitted(tmp_path, [callback])
     assert not callback._tracer._reader.optimizer._optimizer_step_post_hooks

@@ -75,7 +75,7 @@ class CellFollower:
     def _stepped(self) -> None:
         """A step of the optimizer, on all examples that were told since the last one."""
         assert self._tracer is not None
-        told, self._told = self._told, []
+        told, self._told = self._told, list[Tensor]()
         self._tracer.step(torch.cat(told))
 
     def _finish(self, error: BaseException | None = None) -> None:
