@@ -33,7 +33,7 @@ PASSES = {"all": 1, "noise": 2}
 """Passes over the data between updates of all outputs, by what is followed."""
 CHECKED = 32
 """Examples of each set whose movement along the chords is checked where not all is followed."""
-COPIES = {"all": 22, "noise": 15}
+COPIES = {"all": 30, "noise": 22}
 """Copies of the weights that are held at the peak, the training's own not counted."""
 OUTPUTS = {"all": 22, "noise": 10}
 """Copies of all outputs, likewise."""
@@ -73,6 +73,7 @@ class CellTracer:
 
     Example:
         >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(net.weight)
         >>> sgd = torch.optim.SGD(net.parameters(), lr=0.5)
         >>> x, noisy, clean = torch.ones(2, 1), torch.tensor([[1.0], [3.0]]), torch.ones(2, 1)
         >>> with CellTracer(
