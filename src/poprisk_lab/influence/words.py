@@ -144,24 +144,19 @@ def agreement(query: dict[str, Any]) -> str:
     return "n/a" if found is None else f"{found:.2f}"
 
 
-def agreement(query: dict[str, Any]) -> str:
-    """The change that came over that by influence."""
-    found = query["agreement"]
-    return "n/a" if found is None else f"{found:.2f}"
-
-
 def facts(query: dict[str, Any]) -> list[str]:
     """An answer in a few words each."""
     without = query["without"]
-    found = [f"{query['quantity']} {number(query['value'])}"]
+    found = [f"{query['quantity']}: {number(query['value'])}"]
     if without is not None:
         measured, predicted = number(without["measured"]), number(without["predicted"])
+        k = len(without["examples"])
         found.append(
-            f"trained without the {len(without['examples'])} that raised it most "
-            f"{measured} (by influence {predicted})"
+            f"trained again without the {k} that raised it most: {measured} (by influence "
+            f"{predicted})"
         )
         if without["says"] is not None:
-            found.append(f"then predicted {without['says']}")
+            found.append(f"predicted then: {without['says']}")
     said = "valid" if query["valid"] else "not valid"
     return [*found, f"{said}, agreement {agreement(query)}"]
 
