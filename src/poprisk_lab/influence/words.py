@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from poprisk.attribution.influence import AGREES, CHECKED
+from poprisk_lab.influence.measure import TOP
 from poprisk_lab.plots import Table
 
 TERMINAL_ROWS = 5
@@ -108,19 +110,17 @@ def sides(query: dict[str, Any]) -> tuple[str, str]:
 
 
 def summary(found: dict[str, Any]) -> Table:
-    """A row for each query: its value, what it is without ten examples, whether to believe it."""
+    """A row for each query: its value, what it is without some examples, whether to believe it."""
     known = found["labels"]["wrong"] is not None
-    head = ["measured", "value", "without ten", "by influence"]
+    head = ["measured", "value", f"without {TOP}", "by influence"]
+    wrong = f"Wrong labels: among these {TOP}. " if known else ""
     return Table(
         [*head, *["wrong labels"] * known, "valid", "cost"],
         [_summary_row(query, known=known) for query in found["queries"]],
-        "Without ten: trained again without the ten examples that raised it most, and what it is "
-        "then by their influence. "
-        + "Wrong labels: among these ten. "
-        * known
-        + "Valid: trained again without the hundredth of the examples that influenced it most, it "
-        "changed as by influence, within a quarter (in brackets: by so much of that). Cost: in "
-        "trainings.",
+        f"Without {TOP}: trained again without the examples that raised it most, and what it is "
+        f"then by their influence. {wrong}Valid: trained again without the {CHECKED:.0%} of the "
+        f"examples that influenced it most, it changed as by influence, within {AGREES:.0%} (in "
+        "brackets: by so much of that). Cost: in trainings.",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from poprisk.attribution.influence import AGREES, CHECKED
 from poprisk.task import Task
 from poprisk_lab.influence import words
 from poprisk_lab.influence.examples import Show, shown_by
@@ -32,6 +33,8 @@ def render(found: dict[str, Any], task: Task, environment: dict[str, Any]) -> st
         sections=[section(found, query, train, test) for query in found["queries"]],
         raw=json.dumps({k: found[k] for k in ("task", "plan", "training")}, indent=2),
         environment=environment,
+        checked=f"{CHECKED:.0%}",
+        agrees=f"{AGREES:.0%}",
         plotly=draw.plotly_script(),
     )
 
