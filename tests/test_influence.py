@@ -251,7 +251,7 @@ def test_numbers_have_an_error_and_no_wrong_labels(home: Path, tmp_path: Path) -
     sign = float(off.sign())
     one = attribute(run, task.test[0][3:4], measure=lambda u, _: sign * u[0, 0])
     torch.testing.assert_close(torch.tensor(query["influence"]), one.influence)
-    assert query["quantity"] == "absolute error"
+    assert query["quantity"] == ("output minus target" if sign > 0 else "target minus output")
     assert found["labels"]["wrong"] is None
     assert (query["classes"], query["depths"]) == ([], [])
     assert "wrong labels" not in words.summary(found).head
@@ -337,8 +337,8 @@ def test_the_headline_counts_the_wrong_labels(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("says", "measured", "told"),
     [
-        (0, -0.5, "test example 3 is taken for 0 instead of 1."),
-        (1, 0.2, "is still taken for 1, by a margin of 0.2 instead of 0.9."),
+        (0, -0.5, "test example 3 is predicted 0, not 1."),
+        (1, 0.2, "is still predicted 1, by a margin of 0.2 instead of 0.9."),
     ],
 )
 def test_the_headline_of_a_prediction(

@@ -95,7 +95,7 @@ def predicted_classes(outputs: Tensor) -> Tensor:
     return (flat[:, 0] > 0).long() if flat.shape[1] == 1 else flat.argmax(1)
 
 
-class Prediction(NamedTuple):
+class PredictedClass(NamedTuple):
     """What the network says of one test example of a task with classes.
 
     Attributes:
@@ -109,12 +109,14 @@ class Prediction(NamedTuple):
     rival: int
 
 
-def prediction_of(outputs: Tensor, label: int) -> Prediction:
+def prediction_of(outputs: Tensor, label: int) -> PredictedClass:
     """Read off the outputs (c,) of one example."""
     scores = _scores(outputs)
     first, second = scores.topk(2).indices.tolist()
     known = 0 <= label < len(scores)
-    return Prediction(first, label if known else -1, label if known and label != first else second)
+    return PredictedClass(
+        first, label if known else -1, label if known and label != first else second
+    )
 
 
 def _scores(outputs: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class Asked(NamedTuple):
     x: Tensor
     y: Tensor
     quantity: str
-    prediction: Prediction | None = None
+    prediction: PredictedClass | None = None
     output: float | None = None
     target: float | None = None
     sign: float = 1.0
@@ -150,7 +152,7 @@ class Asked(NamedTuple):
         return self.prediction is not None or self.output is not None
 
     def measure(self, outputs: Tensor, _: Tensor | None) -> Tensor:
-        """The margin of a prediction over its rival, or the absolute error of an output."""
+        """The margin of a prediction over its rival, or how far an output is off, to its side."""
         if self.prediction is not None:
             scores = _scores(outputs[0])
             return scores[self.prediction.predicted] - scores[self.prediction.rival]
@@ -190,7 +192,7 @@ def ask(query: Query, task: Task, run: Replay) -> Asked:
         return Asked(x, y, f"margin of {found.predicted} over {found.rival}", found)
     if u.numel() == y.numel() == 1:
         output, target = float(u), float(y)
-        return Asked(
-            x, y, "absolute error", None, output, target, 1.0 if output >= target else -1.0
-        )
+        above = output >= target
+        what = "output minus target" if above else "target minus output"
+        return Asked(x, y, what, None, output, target, 1.0 if above else -1.0)
     return Asked(x, y, "loss")

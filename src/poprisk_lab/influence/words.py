@@ -54,9 +54,9 @@ def _of_prediction(query: dict[str, Any]) -> str:
         )
     says, predicted = without["says"], prediction["predicted"]
     if says != predicted:
-        return f"Trained without {count}, {what} is taken for {says} instead of {predicted}."
+        return f"Trained without {count}, {what} is predicted {says}, not {predicted}."
     return (
-        f"Trained without {count}, {what} is still taken for {predicted}, by a margin of "
+        f"Trained without {count}, {what} is still predicted {predicted}, by a margin of "
         f"{number(without['measured'])} instead of {number(query['value'])}."
     )
 
@@ -144,7 +144,7 @@ def agreement(query: dict[str, Any]) -> str:
     return "n/a" if found is None else f"{found:.2f}"
 
 
-def facts(query: dict[str, Any]) -> list[str]:
+def outline(query: dict[str, Any]) -> list[str]:
     """An answer in a few words each."""
     without = query["without"]
     found = [f"{query['quantity']}: {number(query['value'])}"]

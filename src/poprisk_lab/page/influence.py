@@ -26,7 +26,7 @@ def render(found: dict[str, Any], task: Task, environment: dict[str, Any]) -> st
     train, test = shown_by(task)
     return template("influence.html.j2").render(
         task=found["task"],
-        facts=facts(found),
+        training=about_training(found),
         headline=words.headline(found),
         notices=[*words.warnings(found), *found["notices"]],
         summary=words.summary(found),
@@ -39,7 +39,7 @@ def render(found: dict[str, Any], task: Task, environment: dict[str, Any]) -> st
     )
 
 
-def facts(found: dict[str, Any]) -> list[str]:
+def about_training(found: dict[str, Any]) -> list[str]:
     """The training in a few words each."""
     training, metric = found["training"], found["task"]["metric"]
     value = training["metric"]
@@ -71,7 +71,7 @@ def section(
         "query": query,
         "shown": test(query["which"]) if of_one else None,
         "lists": lists,
-        "facts": words.facts(query),
+        "outline": words.outline(query),
         "of_one": of_one,
         "classes": words.classes(query),
         "depths": words.depths(query, found["labels"]),
