@@ -113,10 +113,8 @@ def prediction_of(outputs: Tensor, label: int) -> PredictedClass:
     """Read off the outputs (c,) of one example."""
     scores = _scores(outputs)
     first, second = scores.topk(2).indices.tolist()
-    known = 0 <= label < len(scores)
-    return PredictedClass(
-        first, label if known else -1, label if known and label != first else second
-    )
+    label = label if 0 <= label < len(scores) else -1
+    return PredictedClass(first, label, second if label in (first, -1) else label)
 
 
 def _scores(outputs: Tensor) -> Tensor:
