@@ -423,6 +423,18 @@ def test_the_page_shows_the_examples_of_each_answer(found: dict[str, Any], home:
     assert all(re.search('alt="[^"]', tag) for tag in re.findall("<img[^>]*>", outside))
 
 
+def test_the_page_has_each_side_under_its_name(found: dict[str, Any], home: Path) -> None:
+    page = render(found, load_task(plan_at(home).source, seed=0), {})
+    parts = re.split('<section aria-labelledby="query-', page)[1:]
+    for query, part in zip(found["queries"], parts, strict=True):
+        order = [word.capitalize() for word in words.sides(query)]
+        lists = part.partition("<h3>")[2].split("<h3>")[:2]
+        for side, key, text in zip(order, ("raising", "lowering"), lists, strict=True):
+            assert text.startswith(side)
+            shown = re.findall("caption.>training example ([0-9]+)<", text)
+            assert [int(i) for i in shown] == [e["example"] for e in query[key]]
+
+
 def test_pictures_are_shown_of_digits() -> None:
     task = load_task("digits", seed=0)
     train, test = shown_by(task)
