@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import html
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -555,6 +557,21 @@ def test_a_run_from_end_to_end(here: Path) -> None:
     again = run("mine.py:noisy", *asked)
     assert "going back" not in again.stdout
     assert (folder / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_a_full_disk_loses_no_word_of_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("poprisk_lab.store.write_json", full)
+    monkeypatch.setattr(Store, "create", lambda self, *_, **__: self._make_folders())
+    result = run("mine.py:noisy", "--query", "test")
+    assert result.exit_code == 2
+    assert re.search(r"(most harmful training|answers|number|not to be believed)", result.stdout)
+    assert result.stderr == (
+        "poprisk: cannot write runs/explain-mine.py-noisy-query: No space left on device; choose "
+        "another with --out.\n"
+    )
 
 
 def refused(*arguments: str) -> str:

@@ -335,25 +335,31 @@ def explain_command(
     query: Annotated[
         list[str] | None,
         _option(
-            "Which training examples did this: a position in the test set; wrong, the first wrong "
-            "predictions; test, the whole test loss; class=LABEL. May be repeated.",
+            "Which training examples did this: a position in the test set, from 0; wrong, the "
+            "first wrong predictions; test, the whole test loss; class=LABEL. May be repeated.",
             "--query",
         ),
     ] = None,
     optimizer: Annotated[str, _option("SGD, Adam, AdamW, RMSprop or PopRiskAdamW.")] = "AdamW",
     lr: Annotated[float, _option("Learning rate.")] = 1e-3,
     epochs: Annotated[
-        int | None, _option("Passes over the data; the task's, at most 40, if left out.")
+        int | None,
+        _option(
+            "Passes over the data; if left out the task's, at most 40, with --query at most 160 "
+            "steps."
+        ),
     ] = None,
     seed: Annotated[int, _option("Of data, initial weights and batches.")] = 0,
     seconds: Annotated[float, _option("That the dense operators may take.")] = 60.0,
     setting: Setting = None,
-    out: Annotated[Path | None, _option("Directory; runs/explain-TASK if left out.")] = None,
+    out: Annotated[
+        Path | None, _option("Directory; runs/explain-TASK or explain-TASK-query if left out.")
+    ] = None,
     workers: Workers = None,
     fresh: Fresh = False,
     trace: Trace = False,
 ) -> None:
-    """Say what a run of TASK learned, trapped and let through; resumes when repeated."""
+    """Say what a run of TASK learned and trapped, or which examples did it; resumes if repeated."""
     _check_positive(epochs=epochs, workers=workers)
     if not seconds > 0:
         _fail(f"--seconds must be positive, but got {seconds:g}.")
