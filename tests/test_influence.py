@@ -560,11 +560,12 @@ def test_a_run_from_end_to_end(here: Path) -> None:
 
 
 def test_a_full_disk_loses_no_word_of_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full_at_the_end(path: Path, value: Any) -> None:
+        if path.name == "explanation.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.write_text(json.dumps(value), encoding="utf-8")
 
-    monkeypatch.setattr("poprisk_lab.store.write_json", full)
-    monkeypatch.setattr(Store, "create", lambda self, *_, **__: self._make_folders())
+    monkeypatch.setattr("poprisk_lab.store.write_json", full_at_the_end)
     result = run("mine.py:noisy", "--query", "test")
     assert result.exit_code == 2
     assert re.search(r"(most harmful training|answers|number|not to be believed)", result.stdout)
