@@ -431,6 +431,32 @@ def test_weights_that_something_else_moves() -> None:
         net.load_state_dict(kept)
 
 
+def test_data_that_is_written_to() -> None:
+    (x, y), _, _ = data()
+    tracer, net, opt = start(train=(x, y))
+    tracer.__enter__()
+    step(net, opt, torch.arange(5))
+    tracer.step(torch.arange(5))
+    y[9] += 1
+    with pytest.raises(NotAnalysable, match=r"data was changed in place since .*; pass a copy"):
+        tracer.__exit__(None, None, None)
+
+
+def test_in_inference_mode() -> None:
+    """As a callback may be called."""
+    ends = list[CellTrace]()
+    for inference in (False, True):
+        tracer, net, opt = start(every=2)
+        with tracer:
+            for batch in batches(4):
+                step(net, opt, batch)
+                with torch.inference_mode(inference):
+                    tracer.step(batch)
+        with torch.inference_mode(inference):
+            ends.append(tracer.trace())
+    same(ends[0], ends[1])
+
+
 def test_one_training_each() -> None:
     tracer, _, _ = start()
     with pytest.raises(ValueError, match="nothing was followed: train inside of `with tracer:`"):

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from poprisk.attribution.adjoint import Adjoint, Pulled
-from poprisk.jacobian import flat
-from poprisk.optim.step import Description, StepContext, StepRule
+from poprisk.optim.step import Description, StepContext, StepRule, joined
 
 FOLLOWED: Mapping[type[Optimizer], dict[str, Any]] = {
     torch.optim.Adam: {"foreach": False, "fused": False, "capturable": False},
@@ -169,11 +168,4 @@ def held_rule(
         state, start = optimizer.state.get(p, {}), torch.zeros_like(w) if m is None else m
         context = StepContext(groups[p], state, m is None, p.detach() - w, p.grad, w, start)
         rules.append(description.rule(p, context))
-
-    def spread(name: str) -> Tensor | float:
-        values = [getattr(rule, name) for rule in rules]
-        if all(not isinstance(v, Tensor) and v == values[0] for v in values):
-            return values[0]
-        return flat([v + torch.zeros_like(w) for v, w in zip(values, weights, strict=True)])
-
-    return StepRule(**{name: spread(name) for name in StepRule._fields[:-1]})  # pyrefly: ignore
+    return joined(rules, weights)

@@ -65,6 +65,11 @@ class StepRule(NamedTuple):
         """The rule of some of the weights."""
         return StepRule(*(v[rows] if isinstance(v, Tensor) else v for v in self))  # pyrefly: ignore
 
+    def column(self) -> StepRule:
+        """The rule for several columns of momenta: (P, 1) in place of (P,)."""
+        fields = (v.unsqueeze(1) if isinstance(v, Tensor) else v for v in self)
+        return StepRule(*fields)  # pyrefly: ignore
+
     @property
     def decays(self) -> bool:
         """Whether the weights themselves enter the step."""
@@ -95,7 +100,7 @@ class StepRule(NamedTuple):
 
 
 def joined(rules: Sequence[StepRule], weights: Sequence[Tensor]) -> StepRule:
-    """The rule of all weights in a row: numbers where all tensors have the same, else (P, 1)."""
+    """The rule of all weights in a row: numbers where all tensors have the same, else (P,)."""
 
     def field(name: str) -> Diagonal:
         values = [getattr(rule, name) for rule in rules]
@@ -103,7 +108,7 @@ def joined(rules: Sequence[StepRule], weights: Sequence[Tensor]) -> StepRule:
             return values[0]
         pairs = zip(values, weights, strict=True)
         spread = [(v + torch.zeros_like(w)).flatten() for v, w in pairs]
-        return torch.cat(spread).detach().unsqueeze(1)
+        return torch.cat(spread).detach()
 
     return StepRule(**{name: field(name) for name in StepRule._fields[:-1]})  # pyrefly: ignore
 

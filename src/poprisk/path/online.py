@@ -20,7 +20,7 @@ from poprisk.jacobian import flat
 from poprisk.optim.step import Rule, joined
 from poprisk.path.checks import check_memory
 from poprisk.path.closure import Closure
-from poprisk.path.march import March
+from poprisk.path.march import Followed, March
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, composite
 from poprisk.path.trace import CellTrace, QueryParts, check_clean, split_at, trace_of
@@ -169,6 +169,7 @@ class CellTracer:
         if error is not None:
             return
         self._reader.check_told()
+        self._reader.problem.check_data()
         if self._march is not None and not self._march.fresh:
             began = self._reader.now()
             self._update(self._march)
@@ -205,15 +206,12 @@ class CellTracer:
         """
         if self._march is None:
             raise ValueError("nothing was followed: train inside of `with tracer:`.")
-        followed, shape = self._march.result(), self._problem.output_shape
-        if self._chords is None:
-            found = trace_of(followed, shape)
-        else:
-            start, parts = followed.moments[0].outputs, list[QueryParts]()
-            for step, moved, outputs in followed.moments:
-                noise, nothing = (-moved).unbind(-1)
-                parts.append(QueryParts(step, outputs - start - noise, noise, nothing, outputs))
-            found = CellTrace(start, parts, self._chords.closure(), shape)
+        with torch.inference_mode(False), torch.enable_grad():
+            followed, shape = self._march.result(), self._problem.output_shape
+            if self._chords is None:
+                found = trace_of(followed, shape)
+            else:
+                found = _rest_as_signal(followed, shape, self._chords.closure())
         found.closure.warn(
             'Pass every=1, quadrature="gauss3" to be exact; gradients that were clipped or masked '
             "do that too.",
@@ -229,7 +227,7 @@ class CellTracer:
             seen = PASSES[self._parts] * self._problem.n
             self._every = max(1, round(seen / len(taken.examples)))
         with torch.inference_mode(False), torch.enable_grad():
-            rule = joined(taken.rules, self._reader.params)
+            rule = joined(taken.rules, self._reader.params).column()
             if rule.decays and self._parts == "all" and not march.affine:
                 march.open_affine()
             march.advance(rule, taken.examples, taken.sampling, flat(self._reader.before))
@@ -249,6 +247,17 @@ class CellTracer:
         if len(march.moments) > 2 * self._points and self._updates % self._gap == 0:
             march.moments[:] = march.moments[::2]
             self._gap *= 2
+
+
+def _rest_as_signal(
+    followed: Followed, output_shape: tuple[int, ...], closure: Closure
+) -> CellTrace:
+    """The cells where only the noise was followed."""
+    start, parts = followed.moments[0].outputs, list[QueryParts]()
+    for step, moved, outputs in followed.moments:
+        noise, nothing = (-moved).unbind(-1)
+        parts.append(QueryParts(step, outputs - start - noise, noise, nothing, outputs))
+    return CellTrace(start, parts, closure, output_shape)
 
 
 class _Chords:

@@ -81,7 +81,7 @@ class Problem:
         if self.digest is not None and digest_of(*self.train, *self.query) != self.digest:
             raise NotAnalysable(
                 "the training or query data was changed in place since the run was recorded; pass "
-                "a copy to record(), and record again."
+                "a copy of it, and train again."
             )
 
     @torch.inference_mode(False)  # or its weights could be written to only in there

@@ -122,6 +122,7 @@ class StepReader:
                 "keep it fixed while recording."
             )
 
+    @torch.inference_mode(False)  # what it makes is differentiated
     def take(self, batch: Tensor) -> StepRead | None:
         """The step just taken, on the examples (b,) of a batch; None if it was left out.
 
