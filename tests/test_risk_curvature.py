@@ -240,7 +240,7 @@ def test_a_loss_that_can_be_negative_is_limited_by_its_spread() -> None:
 
 
 def test_examples_that_nothing_holds_do_not_raise_the_gain() -> None:
-    """Sure logits go far without a gradient: what says the gain are the examples that still pull."""
+    """Sure logits go far without a gradient; the gain is that of examples that still pull."""
     n, gain, far, delta = 400, 0.3, 8.0, 0.3
     y = torch.arange(n) % 2
     sure = torch.arange(n) % 4 < 2
