@@ -79,36 +79,39 @@ def top_eigenpairs(
         max_products: columns that may be multiplied in all.
         max_columns: columns of the basis, at least 3 s or n; None: no limit.
     """
-    n = len(start)
-    most = n if max_columns is None else max_columns
-    basis = torch.linalg.qr(start).Q
-    images = product(basis)
-    block, spent = basis, basis.shape[1]
+    n, width = start.shape
+    most = min(n, max_products + width, n if max_columns is None else max_columns)
+    # Rows of one piece of memory: to concatenate would take half as much again, and fragment it.
+    basis, images = start.new_empty(2, max(most, width), n)
+    block = torch.linalg.qr(start).Q
+    size = spent = 0
     while True:
-        found = _ritz(basis, images, k)
-        limit = tolerance * float(found.values[0].abs())
-        full = basis.shape[1] >= n or spent >= max_products
-        if full or (basis.shape[1] >= k and bool((found.residuals <= limit).all())):
-            return found
-        block = _orthogonal_part(images[:, -block.shape[1] :], basis)[:, : n - basis.shape[1]]
         width = block.shape[1]
-        if width == 0:
+        basis[size : size + width] = block.T
+        images[size : size + width] = product(block).T
+        size, spent = size + width, spent + width
+        found = _ritz(basis[:size].T, images[:size].T, k)
+        limit = tolerance * float(found.values[0].abs())
+        full = size >= n or spent >= max_products
+        if full or (size >= k and bool((found.residuals <= limit).all())):
             return found
-        if basis.shape[1] + width > most:
-            basis, images = _restarted(basis, images, max(k, (most - width) // 2))
-        basis = torch.cat([basis, block], dim=1)
-        images = torch.cat([images, product(block)], dim=1)
-        spent += width
+        block = _orthogonal_part(images[size - width : size].T, basis[:size].T)[:, : n - size]
+        if block.shape[1] == 0:
+            return found
+        if size + block.shape[1] > most:
+            size = _restart(basis, images, size, max(k, (most - block.shape[1]) // 2))
 
 
-def _restarted(basis: Tensor, images: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Another basis, of the best approximations within the span of ``basis``, and its images.
+def _restart(basis: Tensor, images: Tensor, size: int, kept: int) -> int:
+    """Replace a basis by the best approximations within its span, in place; how many are kept.
 
     What all of them lack lies along the block that comes next, so that the method goes on as if
     nothing had been left out.
     """
-    vectors = _rotation(basis, images)[1][:, :kept]
-    return basis @ vectors, images @ vectors
+    turn = _rotation(basis[:size].T, images[:size].T)[1][:, :kept].T
+    for rows in (basis, images):
+        rows[:kept] = turn @ rows[:size]
+    return kept
 
 
 def _rotation(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

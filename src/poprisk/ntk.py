@@ -247,7 +247,7 @@ class Kernel:
         centered: bool = False,
         probes: int = 24,
         steps: int = 24,
-        tolerance: float = 1e-6,
+        tolerance: float = 1e-5,
         max_products: int | None = None,
         progress: ProgressCallback | None = None,
         seed: int = 0,
@@ -286,6 +286,7 @@ class Kernel:
         checks.check_range("probes", probes, 2)
         checks.check_positive("steps", steps)
         _check_semidefinite(self._weights)
+        self._check_vectors_fit(10 * probes + k + 1)
         y = None if targets is None else self._targets(targets, centered)
         spent = 0
 
@@ -327,10 +328,11 @@ class Kernel:
     ) -> Eigenpairs:
         """The k largest eigenpairs of a product with vectors of this kernel's."""
         n, width = self.shape[0], min(k + 2, self.shape[0])
-        # Basis and images, one of them twice while it grows, and the vectors of the result.
-        column = 4 * n * self._zeros(1).element_size()
-        columns = self._max_memory // 2 // column
-        examples.check_basis_fits(k, n, 2 * column * min(n, 3 * width), max_memory=self._max_memory)
+        # Half of the memory for vectors: basis and images, what a restart makes of one, and blocks.
+        blocks = 10 * width
+        self._check_vectors_fit(blocks + 5 * min(n, 3 * width) // 2)
+        column = n * self._zeros(1).element_size()
+        columns = (self._max_memory // (2 * column) - blocks) * 2 // 5
         start = torch.randn((n, width), generator=generator_of(seed, "start"))
         limit = 20 * k + 40 if max_products is None else max_products
         return top_eigenpairs(
@@ -341,6 +343,11 @@ class Kernel:
             max_products=limit,
             max_columns=columns,
         )
+
+    def _check_vectors_fit(self, count: int) -> None:
+        """Raise ValueError unless so many vectors take half of the memory, or less."""
+        needed = 2 * count * self.shape[0] * self._zeros(1).element_size()
+        examples.check_vectors_fit(self.shape[0], needed, self._max_memory)
 
     def _targets(self, targets: Tensor, centered: bool) -> Tensor:
         """One number for each row, (n·c,).

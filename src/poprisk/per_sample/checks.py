@@ -239,13 +239,13 @@ def check_block_fits(block: int, needed: int, max_memory: int) -> None:
         )
 
 
-def check_basis_fits(k: int, rows: int, needed: int, *, max_memory: int) -> None:
-    """Raise ValueError if vectors that eigenpairs are looked for with do not fit."""
+def check_vectors_fit(rows: int, needed: int, max_memory: int) -> None:
+    """Raise ValueError if vectors that a spectrum is looked for with do not fit."""
     if needed > max_memory:
         raise ValueError(
-            f"max_memory={max_memory} ({max_memory / MIB:.1f} MiB) is too small for {k} "
-            f"eigenvectors of {rows} rows, which need {needed / MIB:.1f} MiB; raise it, or ask for "
-            "a smaller k."
+            f"max_memory={max_memory} ({max_memory / MIB:.1f} MiB) is too small for vectors of "
+            f"{rows} rows, which need {needed / MIB:.1f} MiB; raise it, or ask for fewer "
+            "eigenpairs (k) or probes."
         )
 
 
