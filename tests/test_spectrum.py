@@ -18,7 +18,7 @@ from asserts import assert_bitwise
 from poprisk import Kernel, entk
 from poprisk.linalg import Eigenpairs, Estimate, top_eigenpairs
 from poprisk.per_sample import nodes
-from poprisk.spectrum import KernelSpectrum, lanczos, moments, quadrature, target_energy
+from poprisk.spectrum import KernelSpectrum, lanczos, quadrature, target_energy, traces
 from reference import spectrum as reference
 from samplers import randn
 
@@ -280,6 +280,15 @@ def test_a_seed_decides_and_nothing_else_changes() -> None:
     assert torch.equal(torch.get_rng_state(), numbers)
 
 
+def test_in_inference_mode_the_spectrum_is_the_same() -> None:
+    case = case_of("MLP")
+    expected = case.spectrum()
+    with torch.inference_mode():
+        found = case.spectrum()
+    assert_bitwise(list(found.eigenpairs), list(expected.eigenpairs))
+    assert found[1:] == expected[1:]
+
+
 def test_progress_is_told_of_every_product() -> None:
     told: list[tuple[int, int | None]] = []
 
@@ -357,6 +366,8 @@ def test_peak_memory_stays_within_the_budget() -> None:
 
 LINEAR = nn.Linear(3, 2).double()
 X = randn(9, 3)
+TANH = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+DEAD = zoo.Function(lambda m, x: (m.layer(x) - 1e3).relu(), layer=nn.Linear(3, 2).double())
 NEGATIVE = [torch.ones(2, 3).double(), torch.tensor([1.0, -0.5]).double()]
 
 
@@ -384,6 +395,21 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         ValueError,
         "the kernel is zero",
         lambda: spectrum_of(kernel=entk(LINEAR, X[:1]), centered=True),
+    ),
+    "examples all the same": (
+        ValueError,
+        "nothing is left once it is centred",
+        lambda: spectrum_of(kernel=entk(TANH, X[:1].expand(9, 3).clone()), centered=True),
+    ),
+    "dead network": (
+        ValueError,
+        "no output depends on a weight here",
+        lambda: spectrum_of(kernel=entk(DEAD, X)),
+    ),
+    "nearly constant targets": (
+        ValueError,
+        "targets are zero, .* once they are centred.$",
+        lambda: spectrum_of(targets=torch.full((9, 2), 0.1).double(), centered=True),
     ),
     "class labels": (
         ValueError,
@@ -464,7 +490,7 @@ def test_a_refusal_comes_before_the_work() -> None:
     assert told == []
 
 
-def test_moments_of_rough_pairs_are_unbiased_by_construction() -> None:
+def test_traces_of_rough_pairs_are_unbiased_by_construction() -> None:
     """With all signs as probes, so without chance: traces of the part outside of any V."""
     matrix = semidefinite(4, 4)
     V = torch.linalg.qr(randn(4, 2)).Q
@@ -473,7 +499,7 @@ def test_moments_of_rough_pairs_are_unbiased_by_construction() -> None:
     V, values = V @ turn.flip(1), values.flip(0)
     residuals = torch.linalg.vector_norm(matrix @ V - V * values, dim=0)
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4).T
-    found = moments(lambda v: matrix @ v, Eigenpairs(values, V, residuals), signs, steps=9)
+    found = traces(lambda v: matrix @ v, Eigenpairs(values, V, residuals), signs, steps=9)
     trace, square, entropy = found.values
     unit = found.unit
     assert unit * trace == pytest.approx(float(matrix.trace()))

@@ -39,7 +39,7 @@ from poprisk.per_sample.plan import Plan, learn_plan
 from poprisk.printing import described
 from poprisk.protocols import ProgressCallback
 from poprisk.randomness import generator_of
-from poprisk.spectrum import KernelSpectrum, moments, target_energy
+from poprisk.spectrum import KernelSpectrum, target_energy, traces
 
 __all__ = ["Eigenpairs", "Estimate", "Kernel", "KernelSpectrum", "entk"]
 
@@ -227,11 +227,17 @@ class Kernel:
     ) -> Eigenpairs:
         """The k largest eigenvalues of a symmetric K with their vectors and residuals.
 
+        Vectors take at most half of ``max_memory``; where it is short, more products are needed.
+
         Args:
             k: number of eigenpairs.
             tolerance: largest residual, relative to the largest eigenvalue.
             max_products: products with K that may be spent; None: 20 k + 40.
             seed: of the start.
+
+        Raises:
+            TypeError, ValueError: for the kernel of two sets, a k that is too large, or vectors
+                that do not fit into max_memory.
         """
         examples.check_symmetric(self.symmetric, "eigsh")
         checks.check_range("k", k, 1, self.shape[0])
@@ -302,9 +308,11 @@ class Kernel:
         pairs = self._leading(
             product, min(k + 1, n), tolerance=tolerance, max_products=max_products, seed=seed
         )
-        _check_positive_kernel(pairs.values)
+        # Centring leaves rounding of what it takes off.
+        taken = float(self.matmul(self._zeros(n) + 1).norm()) / n**0.5 if centered else 0.0
+        _check_positive_kernel(pairs.values, taken)
         signs = torch.randint(0, 2, (n, probes), generator=generator_of(seed, "probes")) * 2 - 1
-        found = moments(product, pairs, self._like(signs), steps=steps)
+        found = traces(product, pairs, self._like(signs), steps=steps)
         form = None if y is None else float(y @ product(y.unsqueeze(1)).squeeze(1) / (y @ y))
         return KernelSpectrum(
             Eigenpairs(pairs.values[:k], pairs.vectors[:, :k], pairs.residuals[:k]),
@@ -357,11 +365,7 @@ class Kernel:
         """
         checks.check_type("targets", targets, Tensor, "a tensor")
         n, rows = self._left.examples, self._rows
-        if (
-            len(targets.shape) == 0
-            or len(targets) not in (n, n * rows)
-            or targets.numel() != n * rows
-        ):
+        if targets.ndim == 0 or len(targets) not in (n, n * rows) or targets.numel() != n * rows:
             raise ValueError(
                 f"targets must hold one number for each output of each example, ({n}, {rows}) or "
                 f"({n * rows},), but have shape {tuple(targets.shape)}; classes as one-hot."
@@ -369,8 +373,8 @@ class Kernel:
         examples.check_same_kind("targets", targets, self._zeros(1))
         examples.check_numbers("targets", targets)
         y = targets.detach().reshape(-1, 1)
-        y = (self._centred(y) if centered else y).squeeze(1)
-        if not bool(y.any()):
+        whole, y = float(y.norm()), (self._centred(y) if centered else y).squeeze(1)
+        if float(y.norm()) <= _rounding(y) * whole:
             raise ValueError(
                 "targets are zero, so that nothing can be aligned with them"
                 + (" once they are centred." if centered else ".")
@@ -615,9 +619,14 @@ def _check_semidefinite(weights: Mapping[str, Tensor] | None) -> None:
             )
 
 
-def _check_positive_kernel(eigenvalues: Tensor) -> None:
-    """Raise ValueError if the largest eigenvalue is zero."""
-    if float(eigenvalues[0]) <= 0:
+def _rounding(like: Tensor) -> float:
+    """Relative size up to which a difference may be rounding alone."""
+    return 100 * torch.finfo(like.dtype).eps
+
+
+def _check_positive_kernel(eigenvalues: Tensor, taken: float) -> None:
+    """Raise ValueError if the largest eigenvalue is zero, or rounding of what was taken off."""
+    if float(eigenvalues[0]) <= _rounding(eigenvalues) * taken:
         raise ValueError(
             "the kernel is zero, and has no spectrum to speak of: no output depends on a weight "
             "here, or nothing is left once it is centred."

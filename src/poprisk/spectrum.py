@@ -62,7 +62,7 @@ class KernelSpectrum(NamedTuple):
     _repr_html_ = short_html
 
 
-class Moments(NamedTuple):
+class Traces(NamedTuple):
     """Traces of functions of K in units of its largest eigenvalue, from probes.
 
     Attributes:
@@ -117,9 +117,9 @@ class Moments(NamedTuple):
         return Estimate.of(value, value * norm.standard_error / norm.value)
 
 
-def moments(
+def traces(
     product: Callable[[Tensor], Tensor], leading: Eigenpairs, signs: Tensor, *, steps: int
-) -> Moments:
+) -> Traces:
     r"""The traces of K, K² and :math:`-K\log K`.
 
     Args:
@@ -130,19 +130,19 @@ def moments(
     """
     unit = float(leading.values[0])
     low, high = _known(
-        leading.values.double().cpu() / unit, leading.residuals.double().cpu() / unit
+        *(part.cpu().double() / unit for part in (leading.values, leading.residuals))
     )
     known, bound = (low + high) / 2, float(high[2] - low[2]) / 2
     V = leading.vectors
-    found = Moments(known, torch.zeros(signs.shape[1], 3, dtype=known.dtype), bound, unit)
+    found = Traces(known, torch.zeros(signs.shape[1], 3, dtype=known.dtype), bound, unit)
     if V.shape[1] == len(V):
         return found
     rest = torch.addmm(signs, V, V.T @ signs, alpha=-1)
-    size = rest.double().square().sum(dim=0, keepdim=True).T.cpu()
+    size = torch.linalg.vector_norm(rest, dim=0).cpu().double().square().unsqueeze(1)
     for alpha, beta in itertools.islice(lanczos(product, rest), steps):
         low, high = (size * part for part in quadrature(alpha / unit, beta / unit))
         off = float((high - low)[:, 2].mean()) / 2
-        found = Moments(known, (low + high) / 2, bound + off, unit)
+        found = Traces(known, (low + high) / 2, bound + off, unit)
         enough = max(SHARE_OF_ERROR * found.error(0.0, 0.0, 1.0), RELATIVE * found.values[0])
         if off <= enough:
             break
@@ -182,8 +182,8 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor) -> Iterator[tupl
         alpha = (q * image).sum(dim=0)
         image.addcmul_(q, alpha, value=-1)
         beta = torch.linalg.vector_norm(image, dim=0)
-        diagonals.append(alpha.double().cpu())
-        others.append(beta.double().cpu())
+        diagonals.append(alpha.cpu().double())
+        others.append(beta.cpu().double())
         yield torch.stack(diagonals, dim=1), torch.stack(others, dim=1)
         before, q = q, _divided(image, beta)
 
@@ -248,11 +248,11 @@ def target_energy(targets: Tensor, pairs: Eigenpairs, k: int) -> Estimate:
         pairs: the k + 1 leading pairs, or all n.
         k: how many count.
     """
-    size = targets.double().square().sum()
-    share = float((pairs.vectors[:, :k].T @ targets).double().square().sum() / size)
+    part = torch.linalg.vector_norm(pairs.vectors[:, :k].T @ targets)
+    share = min(1.0, float(part / torch.linalg.vector_norm(targets)) ** 2)
     if k == len(targets):
         return Estimate.of(share, 0.0)
-    values, residuals = pairs.values.double(), pairs.residuals.double()
+    values, residuals = pairs.values.cpu().double(), pairs.residuals.cpu().double()
     gaps = values[:k] - values[k] - residuals[k]
     bound = float((residuals[:k] / gaps).norm()) if bool((gaps > 0).all()) else 1.0
     if bound < 1:
