@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import zoo
 from asserts import assert_bitwise
-from poprisk import Kernel, entk
+from poprisk import Kernel, entk, ntk, spectrum
 from poprisk.linalg import Eigenpairs, Estimate, top_eigenpairs
 from poprisk.per_sample import nodes
 from poprisk.spectrum import KernelSpectrum, lanczos, quadrature, target_energy, traces
@@ -278,6 +279,13 @@ def test_a_seed_decides_and_nothing_else_changes() -> None:
     assert first[1:] == again[1:]
     assert first.trace != other.trace
     assert torch.equal(torch.get_rng_state(), numbers)
+
+
+def test_the_examples_in_docstrings_are_exact() -> None:
+    for module in (ntk, spectrum):
+        failed, attempted = doctest.testmod(module, extraglobs={"torch": torch})
+        assert failed == 0
+        assert attempted > 0
 
 
 def test_in_inference_mode_the_spectrum_is_the_same() -> None:
