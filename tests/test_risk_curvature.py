@@ -232,7 +232,7 @@ def test_a_loss_that_can_be_negative_is_limited_by_its_spread() -> None:
     verdicts = []
     for shift in (0.0, -0.5, -5.0):
         loss: Loss = lambda u, y, shift=shift: ((u - y).square() / 2 + shift).sum(1)  # noqa: E731
-        deep = estimate_risk(loss, 0.45 * y, y, [TwinOutputs(0.45 * (y + 0.3 * z), 0.3 * z)])
+        deep = estimate_risk(loss, 0.6 * y, y, [TwinOutputs(0.6 * (y + 0.3 * z), 0.3 * z)])
         fine = estimate_risk(loss, 0.1 * y, y, [TwinOutputs(0.1 * (y + 0.3 * z), 0.3 * z)])
         verdicts.append((deep.comparable, "deep interpolation" in deep.reason, fine.valid))
         assert math.isfinite(deep.value)
