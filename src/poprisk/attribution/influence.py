@@ -15,7 +15,7 @@ from poprisk import losses
 from poprisk._validate import NotAnalysable
 from poprisk.attribution.adjoint import FORMS, Adjoint, BackwardStep, pull_rule, second_order
 from poprisk.attribution.result import Attribution
-from poprisk.attribution.training import RESPONSES, Replay
+from poprisk.attribution.training import MAX_MEMORY, RESPONSES, Replay
 from poprisk.optim.step import StepRule
 from poprisk.path import Run
 from poprisk.path.problem import Problem
@@ -41,6 +41,7 @@ def attribute(
     form: str = "hessian",
     response: str | None = None,
     check: float = CHECKED,
+    max_memory: float = MAX_MEMORY,
 ) -> Attribution:
     r"""Which training examples did this: the derivative of a query by the weight of each one.
 
@@ -58,6 +59,8 @@ def attribute(
             PopRiskAdamW and of a recorded run. Left out: followed where it can be.
         check: a replay is trained once more without this share of the examples, those of largest
             influence, to see whether the derivative holds that far; 0: not.
+        max_memory: bytes that graphs of gradients may take, so that no gradient of a replay is
+            computed twice, beside its :math:`2\sqrt K` states of model and optimizer.
 
     Raises:
         TypeError, ValueError: for a bad argument, or a query without targets for its loss.
@@ -80,6 +83,7 @@ def attribute(
         )
     checks.check_choice("form", form, FORMS)
     checks.check_number("check", check, low=0.0, high=0.5)
+    checks.check_number("max_memory", max_memory, low=0.0)
     kind = _response(run, response)
     problem, w = run.problem, _final(run)
     problem.check_data()
@@ -88,7 +92,7 @@ def attribute(
     influence = torch.zeros(len(slopes), problem.n, dtype=slopes.dtype, device=slopes.device)
     adjoint = Adjoint(slopes, {})
     with torch.enable_grad():
-        for step in _backwards(run, kind):
+        for step in _backwards(run, kind, max_memory):
             pulled = step.pull(adjoint)
             curved, inner = second_order(problem, step, pulled.gradient, form)
             share = step.share.to(inner)
@@ -190,9 +194,9 @@ def _final(run: Run | Replay) -> Tensor:
     return run.weights[len(run)] if isinstance(run, Run) else run.final
 
 
-def _backwards(run: Run | Replay, response: str) -> Iterator[BackwardStep]:
+def _backwards(run: Run | Replay, response: str, max_memory: float) -> Iterator[BackwardStep]:
     if isinstance(run, Replay):
-        yield from run.backwards(response)
+        yield from run.backwards(response, max_memory)
         return
     check_answers(run)
     for k in reversed(range(len(run))):
@@ -202,7 +206,8 @@ def _backwards(run: Run | Replay, response: str) -> Iterator[BackwardStep]:
             *(v.squeeze(1) if isinstance(v, Tensor) else v for v in fields), steps=steps
         )
         share = interval.sampling / run.problem.n
-        yield BackwardStep(w, interval.examples, share, partial(pull_rule, rule))
+        weights = [*run.problem.J.named(w).values()]
+        yield BackwardStep(weights, interval.examples, share, partial(pull_rule, rule))
 
 
 def _objection(run: Run | Replay, response: str, influence: Tensor) -> str:
