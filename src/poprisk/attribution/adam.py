@@ -14,7 +14,7 @@ With :math:`\hat g = \sigma g + \lambda w`, :math:`m' = \beta_1 m + (1-\beta_1)\
 before it :math:`\lambda_w = (1-\delta)\lambda_{w'} + \lambda\,\lambda_{\hat g}`,
 :math:`\lambda_m = \beta_1\mu`, :math:`\lambda_v = \beta_2\nu`. With AMSGrad, d reads the largest
 :math:`v'` so far, which answers in its place where it is larger. Where :math:`v'` is 0, all
-gradients so far were, and it has no say.
+gradients so far were, and its term is.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ Settings = dict[str, Any]
 
 
 class AdamPart(NamedTuple):
-    """Neighbouring parameters that took a step alike; tensors (p,).
+    """Neighbouring parameters that took a step alike; the moments are flat, (p,).
 
     Attributes:
         place: among all weights.
         settings: of their group.
         decoupled: whether weight decay is no part of the gradient.
         step: how many they have taken, this one included.
-        gradient: that the step used, what decays and the sign included.
+        weights: before it, of each parameter.
+        grads: of each.
         momentum: after the step.
         second: moments after the step.
         largest: of them so far, with AMSGrad.
@@ -57,7 +58,8 @@ class AdamPart(NamedTuple):
     settings: Settings
     decoupled: bool
     step: float
-    gradient: Tensor
+    weights: Sequence[Tensor]
+    grads: Sequence[Tensor]
     momentum: Tensor
     second: Tensor
     largest: Tensor | None
@@ -67,11 +69,13 @@ class AdamPart(NamedTuple):
         w, m, v = self._rows(after, WEIGHTS), self._rows(after, MOMENTUM), self._rows(after, SECOND)
         lr, eps, decay = (float(self.settings[k]) for k in ("lr", "eps", "weight_decay"))
         beta1, beta2 = map(float, self.settings["betas"])
+        # In place where that is free: new memory costs as much as the arithmetic.
         root = (self.second if self.largest is None else self.largest).sqrt()
+        root.clamp_min_(torch.finfo(root.dtype).tiny ** 0.5)  # of 0: m' is 0, and so is the term
         c = (1 - beta2**self.step) ** 0.5
-        d = (root / c).add_(eps)
-        a = (w / d).mul_(-lr / (1 - beta1**self.step))
-        bent = (self.momentum / d).div_(root).mul_(-0.5 / c).masked_fill_(root == 0, 0.0)
+        inverse = (root / c).add_(eps).reciprocal_()
+        a = (w * inverse).mul_(-lr / (1 - beta1**self.step))
+        bent = inverse.mul_(self.momentum).div_(root).mul_(-0.5 / c)
         mu, state = m + a, dict[str, Tensor]()
         if self.largest is None:
             nu = torch.addcmul(v, a, bent)
@@ -79,10 +83,19 @@ class AdamPart(NamedTuple):
             top = torch.addcmul(self._rows(after, LARGEST), a, bent)
             own = self.second == self.largest
             nu, state[LARGEST] = v + top * own, top * ~own
-        g = torch.addcmul(mu * (1 - beta1), self.gradient, nu, value=2 * (1 - beta2))
+        g = torch.mul(self.gradient(), nu, out=a).mul_(2 * (1 - beta2)).add_(mu, alpha=1 - beta1)
         before = w * (1 - lr * decay) if self.decoupled else w + decay * g
         state |= {MOMENTUM: mu.mul_(beta1), SECOND: nu.mul_(beta2)}
         return Pulled(-g if self.settings["maximize"] else g, Adjoint(before, state))
+
+    def gradient(self) -> Tensor:
+        r""":math:`\hat g`, what decays and the sign included."""
+        g = flat(self.grads)
+        if self.settings["maximize"]:
+            g.neg_()
+        if (decay := float(self.settings["weight_decay"])) and not self.decoupled:
+            g.add_(flat(self.weights), alpha=decay)
+        return g
 
     def _rows(self, of: Adjoint, name: str) -> Tensor:
         return _rows(of, name, self.place)
@@ -124,7 +137,7 @@ def adam_step(
     grads: Sequence[Tensor | None],
     state: Sequence[dict[str, Any]],
 ) -> AdamStep:
-    """A step that was taken; what it takes of gradients and state is copied.
+    """A step that was taken; what it takes of the state, which goes on changing, is copied.
 
     Args:
         kind: Adam or AdamW.
@@ -147,16 +160,11 @@ def adam_step(
             parts.append(PartLeftOut(place))
             continue
         settings = groups[j][0]
-        decay = settings["weight_decay"]
         decoupled = kind is torch.optim.AdamW or settings.get("decoupled_weight_decay", False)
-        gradient = flat([g for i in rows if (g := grads[i]) is not None])
-        if settings["maximize"]:
-            gradient.neg_()
-        if decay and not decoupled:
-            gradient.add_(flat([weights[i] for i in rows]), alpha=float(decay))
+        own, slopes = [weights[i] for i in rows], [g for i in rows if (g := grads[i]) is not None]
         m, v = (flat([state[i][name] for i in rows]) for name in (MOMENTUM, SECOND))
         top = flat([state[i][LARGEST] for i in rows]) if settings["amsgrad"] else None
-        parts.append(AdamPart(place, settings, decoupled, step, gradient, m, v, top))
+        parts.append(AdamPart(place, settings, decoupled, step, own, slopes, m, v, top))
     return AdamStep(parts)
 
 

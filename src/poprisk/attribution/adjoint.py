@@ -25,7 +25,7 @@ from torch import Tensor
 
 from poprisk import losses
 from poprisk.jacobian import flat
-from poprisk.optim.step import StepRule
+from poprisk.optim.step import Diagonal, StepRule
 from poprisk.path.problem import Problem
 
 FORMS = ("hessian", "gauss-newton")
@@ -100,11 +100,23 @@ def pull_rule(rule: StepRule, after: Adjoint) -> Pulled:
         after: with the momentum in its state.
     """
     w = after.weights
-    r = -rule.correction * rule.precondition * w
-    m = after.of_state("momentum") + rule.from_momentum * r
-    g = rule.gain * m + rule.from_gradient * r
-    before = (1 - rule.decay) * w + rule.coupled * g
-    return Pulled(rule.sign * g, Adjoint(before, {"momentum": rule.carry * m}))
+    r = _times(-rule.correction * rule.precondition, w)
+    m = _plus(after.of_state("momentum"), rule.from_momentum, r)
+    g = _plus(_times(rule.gain, m), rule.from_gradient, r)
+    before = _plus(_times(1 - rule.decay, w), rule.coupled, g)
+    return Pulled(_times(rule.sign, g), Adjoint(before, {"momentum": _times(rule.carry, m)}))
+
+
+def _times(c: Diagonal, t: Tensor) -> Tensor:
+    """No pass over memory for a factor of 1."""
+    return t if not isinstance(c, Tensor) and c == 1 else c * t
+
+
+def _plus(base: Tensor, c: Diagonal, t: Tensor) -> Tensor:
+    r""":math:`b + c \odot t`, in one pass over memory at most."""
+    if isinstance(c, Tensor):
+        return torch.addcmul(base, c, t)
+    return torch.add(base, t, alpha=c) if c else base
 
 
 def batch_gradient(
@@ -149,8 +161,8 @@ def second_order(
     if graph is None:
         graph = batch_gradient(problem, step.weights, step.examples, step.share)
     curved, inner = list[Tensor](), list[Tensor]()
-    for v in vectors:
-        h, dot = _along(graph, v)
+    for j, v in enumerate(vectors, 1):
+        h, dot = _along(graph, v, keep=j < len(vectors))
         curved.append(h)
         inner.append(dot)
     if form == "gauss-newton":
@@ -160,8 +172,14 @@ def second_order(
     return torch.stack(curved), torch.stack(inner)
 
 
-def _along(graph: BatchGradient, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives of the gradient's product with a vector (P,): in w, (P,), and in s, (b,)."""
+def _along(graph: BatchGradient, v: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """Derivatives of the gradient's product with a vector (P,): in w, (P,), and in s, (b,).
+
+    Args:
+        graph: of the gradient.
+        v: the vector.
+        keep: the graph, for another one.
+    """
     pieces = v.split([w.numel() for w in graph.weights])
     pairs = [
         (g, piece.view_as(g))
@@ -173,7 +191,7 @@ def _along(graph: BatchGradient, v: Tensor) -> tuple[Tensor, Tensor]:
         found: Sequence[Tensor | None] = [None] * len(leaves)
     else:
         slopes, along = zip(*pairs, strict=True)
-        found = torch.autograd.grad(slopes, leaves, along, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(slopes, leaves, along, retain_graph=keep, allow_unused=True)
     *h, dot = [torch.zeros_like(t) if d is None else d for d, t in zip(found, leaves, strict=True)]
     return torch.cat([part.reshape(-1) for part in h]), dot
 

@@ -26,6 +26,7 @@ from poprisk.attribution.adjoint import (
     pull_rule,
 )
 from poprisk.attribution.steps import FOLLOWED, Settings, State, TakenStep, copied, held_rule
+from poprisk.forward_mode import plain_kernels
 from poprisk.jacobian import flat
 from poprisk.losses import resolve_loss
 from poprisk.optim.step import describe
@@ -282,8 +283,9 @@ def take_step(
     """One step on the mean loss of a batch, whose losses may be weighed."""
     x, y = problem.train
     optimizer.zero_grad()
-    found = problem.loss(model(x[batch]), y[batch])
-    (found if weights is None else found * weights[batch].to(found)).mean().backward()
+    with plain_kernels(model):  # those of fused attention cannot be differentiated twice
+        found = problem.loss(model(x[batch]), y[batch])
+        (found if weights is None else found * weights[batch].to(found)).mean().backward()
     optimizer.step()
 
 
