@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.optim import Optimizer
 
 from poprisk import NotAnalysable, PopRiskAdamW, gated, record
 from poprisk.attribution import Attribution, Replay, attribute, replay
+from poprisk.attribution.adam import adam_step
+from poprisk.attribution.adjoint import Adjoint
+from poprisk.attribution.steps import TakenStep, copied
 from poprisk.path.recursion import Recursion
 from samplers import randn
 
@@ -254,6 +257,146 @@ def test_an_example_twice_in_a_batch_counts_twice() -> None:
     assert not torch.isclose(twice[0], once[0], rtol=1e-3)
 
 
+# --- what it costs --------------------------------------------------------------------------------
+
+ADAMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decayed": {"weight_decay": 0.1},
+    "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "maximized": {"maximize": True, "weight_decay": 0.1},
+    "largest": {"amsgrad": True, "betas": (0.8, 0.7)},
+}
+
+
+@pytest.fixture
+def counted_in_float64() -> Iterator[None]:
+    """Autograd goes through bias corrections in the precision of the counter of steps."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("counted_in_float64")
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("name", ADAMS)
+def test_a_step_of_adam_in_closed_form_is_the_one_by_autograd(
+    kind: type[Optimizer], name: str
+) -> None:
+    """Two groups, the parameters of one between those of the other; one gets no gradient."""
+    if kind is torch.optim.AdamW and name == "decoupled":
+        pytest.skip("it is that by itself")
+    shapes = [(3, 2), (3,), (2, 3), (2,), (4,)]
+    params = [nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    own = [{"params": params[1:2], "lr": 0.02, "eps": 1e-2}, {"params": [params[0], *params[2:]]}]
+    optimizer: Any = kind(own, lr=0.05, eps=1e-3, **ADAMS[name])  # pyrefly: ignore
+    groups = [
+        ({k: v for k, v in group.items() if k != "params"}, places)
+        for group, places in zip(optimizer.param_groups, ([1], [0, 2, 3, 4]), strict=True)
+    ]
+    for k in range(4):
+        before = [p.detach().clone() for p in params]
+        start = [{n: copied(v) for n, v in optimizer.state[p].items()} for p in params]
+        for i, p in enumerate(params):
+            p.grad = randn(*p.shape, seed=10 * k + i) / (1 + k)
+        params[3].grad = params[3].grad if k < 2 else None
+        grads = [p.grad for p in params]
+        optimizer.step()
+        kept = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if name == "largest" else 2]
+        size = sum(p.numel() for p in params)
+        after = Adjoint(randn(2, size), {n: randn(2, size, seed=j) for j, n in enumerate(kept)})
+        by_autograd = TakenStep(kind, groups, before, start, grads).pull(after)
+        state = [optimizer.state[p] for p in params]
+        found = adam_step(kind, groups, before, grads, state).pull(after)
+        close: Any = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
+        close(found.gradient, by_autograd.gradient)
+        close(found.before.weights, by_autograd.before.weights)
+        for n in kept if k else ():  # before the first step there is no state
+            close(found.before.of_state(n), by_autograd.before.of_state(n))
+
+
+def graphs(run: Replay, max_memory: float = math.inf) -> list[bool]:
+    """Of which steps, the last one first, the graph of the gradient was kept."""
+    response = "held" if run.linear else "followed"
+    return [step.graph is not None for step in run.backwards(response, max_memory)]
+
+
+@pytest.mark.parametrize("name", ["momentum", "AdamW", "RMSprop"])
+def test_a_gradient_is_kept_for_the_way_back_as_memory_allows(name: str) -> None:
+    run = trained(OPTIMIZERS[name], snapshots=3)
+    whole = attribute(run, check=0).influence
+    assert graphs(run) == [True] * STEPS
+    assert graphs(run, 0) == [False] * STEPS
+    torch.testing.assert_close(attribute(run, check=0, max_memory=0).influence, whole)
+    activations = 7 * 8 * 8  # bytes, of one batch
+    sizes = [activations, 10**3, 4 * 10**3, 10**4, 10**6]
+    counts = [sum(graphs(run, size)) for size in sizes]
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert 0 < counts[2] < STEPS == counts[-1]
+    torch.testing.assert_close(attribute(run, check=0, max_memory=sizes[2]).influence, whole)
+
+
+class Rounding(torch.autograd.Function):
+    """The identity, whose gradient is rounded otherwise where it can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore
+        return grad * (1 + 1e-15) if torch.is_grad_enabled() else grad.clone()
+
+
+class Rounded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Any = Rounding.apply(self.net(x))
+        return found
+
+
+@pytest.mark.parametrize("name", ["momentum", "AdamW"])
+def test_kernels_that_round_otherwise_with_a_graph_are_gone_through_without(name: str) -> None:
+    run = trained(OPTIMIZERS[name], model=Rounded())
+    assert graphs(run) == [False] * STEPS
+    plain = attribute(trained(OPTIMIZERS[name]), check=0).influence
+    torch.testing.assert_close(attribute(run, check=0).influence, plain, rtol=1e-9, atol=1e-13)
+
+
+def test_attention_is_trained_by_a_kernel_that_can_be_differentiated_twice() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        net = nn.Sequential(nn.Unflatten(1, (2, 4)), block, nn.Flatten(), nn.Linear(8, 1))
+    train, query = (randn(N, 8).float(), randn(N, 1).float()), randn(M, 8).float()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    run = replay(net, "squared_error", sgd, batches(), query, train=train)
+    assert graphs(run) == [True] * STEPS
+
+
+def test_no_more_gradients_are_taken_than_steps() -> None:
+    """Forward passes of a batch: one in training, and one on the way back."""
+    calls = list[int]()
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return self.net(x)
+
+    run = trained(OPTIMIZERS["AdamW"], model=Counted())
+    for memory, passes in ((2.0**30, STEPS), (0.0, 2 * STEPS)):
+        calls.clear()
+        attribute(run, check=0, max_memory=memory)
+        assert calls.count(7) == passes
+
+
 # --- what is made of it ---------------------------------------------------------------------------
 
 
@@ -374,6 +517,7 @@ def test_data_that_was_written_to_is_refused() -> None:
         ({"form": "newton"}, "form"),
         ({"response": "ignored"}, "response"),
         ({"check": 0.9}, "check"),
+        ({"max_memory": -1}, "max_memory"),
         ({"query": (randn(2, 4), randn(3, 1))}, "query"),
     ],
 )
