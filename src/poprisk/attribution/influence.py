@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -20,11 +20,17 @@ from poprisk.optim.step import StepRule
 from poprisk.path import Run
 from poprisk.path.problem import Problem
 from poprisk.path.run import check_answers
+from poprisk.randomness import generator_of
 
 CHECKED = 0.01
 """Share of the examples that are left out, to see whether the run follows; one at least."""
 AGREES = 0.25
 """Relative difference between measured and predicted changes up to which it does."""
+AGREES_AT_RANDOM = 0.4
+"""The same where examples are left out at random: of the spread of such changes over draws. If
+the difference is independent of the prediction, the two correlate by 0.93."""
+REMOVALS = ("largest", "random")
+NOTHING = "no example has any influence on the query"
 UNTRIED = "check=0: whether leaving examples out does what the derivative says was not tried"
 ONCE = "a recorded run cannot be trained again without examples; use replay()"
 
@@ -41,6 +47,8 @@ def attribute(
     form: str = "hessian",
     response: str | None = None,
     check: float = CHECKED,
+    left_out: str = "largest",
+    seed: int = 0,
     max_memory: float = MAX_MEMORY,
 ) -> Attribution:
     r"""Which training examples did this: the derivative of a query by the weight of each one.
@@ -57,8 +65,13 @@ def attribute(
         response: ``"followed"``: second moments answer to the gradient too, exact for torch's
             optimizers; ``"held"``: the preconditioner stays what it was, as must that of
             PopRiskAdamW and of a recorded run. Left out: followed where it can be.
-        check: a replay is trained once more without this share of the examples, those of largest
-            influence, to see whether the derivative holds that far; 0: not.
+        check: a replay is trained once more without this share of the examples, to see whether the
+            derivative holds that far; 0: not.
+        left_out: in the check: ``"largest"``, those of largest influence one way; ``"random"``, two
+            trainings without a random share each, the rest weighed up for it. A random half
+            moves the query little by its influence, and much by how examples act together: what is
+            valid for the first need not be for the second.
+        seed: of the random share.
         max_memory: bytes that graphs of gradients may take, so that no gradient of a replay is
             computed twice, beside its :math:`2\sqrt K` states of model and optimizer.
 
@@ -83,6 +96,8 @@ def attribute(
         )
     checks.check_choice("form", form, FORMS)
     checks.check_number("check", check, low=0.0, high=0.5)
+    checks.check_choice("left_out", left_out, REMOVALS)
+    generator_of(seed, "left out")  # refuses a bad one before the work
     checks.check_number("max_memory", max_memory, low=0.0)
     kind = _response(run, response)
     problem, w = run.problem, _final(run)
@@ -100,7 +115,10 @@ def attribute(
             adjoint = pulled.before._replace(weights=pulled.before.weights + curved)
     reason, agreement = _objection(run, kind, influence), math.nan
     if isinstance(run, Replay) and check and influence.isfinite().all():
-        differs, agreement = _checked(run, asked, value, influence, check)
+        given = run, asked, value, influence, check
+        differs, agreement = (
+            _without_largest(*given) if left_out == "largest" else _without_random(*given, seed)
+        )
         reason = reason or differs
     elif not reason:
         reason = UNTRIED if isinstance(run, Replay) else ONCE
@@ -221,28 +239,77 @@ def _objection(run: Run | Replay, response: str, influence: Tensor) -> str:
 
 
 def _checked(
+    run: Replay, asked: _Query, value: Tensor, influence: Tensor, removals: Sequence[Tensor]
+) -> tuple[float, float, float]:
+    """Train again with other weights of the losses, and compare.
+
+    Args:
+        run: the training.
+        asked: the queries.
+        value: of them, (q,).
+        influence: (q, n).
+        removals: weights of the losses, (n,) each.
+
+    Returns:
+        Root mean squares of the differences between measured and predicted changes, and of the
+        predicted ones; how far the measured ones go along these.
+    """
+    moved, predicted = list[Tensor](), list[Tensor]()
+    with torch.enable_grad():
+        for weights in removals:
+            moved.append(asked(run.trained(weights).requires_grad_()).detach() - value)
+            predicted.append(influence @ (weights - 1).to(influence))
+    a, b = torch.cat(moved).double(), torch.cat(predicted).double()
+    size = float(b.square().mean().sqrt())
+    ratio = float(a @ b / b.square().sum()) if size else math.nan
+    return float((a - b).square().mean().sqrt()), size, ratio
+
+
+def _without_largest(
     run: Replay, asked: _Query, value: Tensor, influence: Tensor, share: float
 ) -> tuple[str, float]:
-    """Train again without the examples that moved the query most one way, and compare."""
+    """Leave out the examples that moved the query most one way."""
     total = influence.sum(0)
     if float(total.clamp(min=0).sum()) < float(total.clamp(max=0).abs().sum()):
         total = -total
     left_out = total.topk(max(1, round(share * len(total)))).indices
     weights = torch.ones(len(total), dtype=torch.float64)
     weights[left_out.cpu()] = 0.0
-    predicted = -influence[:, left_out].sum(1)
-    size = float(predicted.norm())
-    if size == 0:
-        return "no example has any influence on the query", math.nan
-    with torch.enable_grad():
-        moved = asked(run.trained(weights).requires_grad_()).detach() - value
-    ratio = float(moved @ predicted) / size**2
-    off = float((moved - predicted).norm()) / size
-    if off <= AGREES:
+    if not bool(influence[:, left_out].any()):
+        return NOTHING, math.nan
+    off, size, ratio = _checked(run, asked, value, influence, [weights])
+    if off <= AGREES * size:
         return "", ratio
     examples = f"the {len(left_out)} examples" if len(left_out) > 1 else "the example"
     return (
         f"trained without {examples} of largest influence, the query did not move as the "
-        f"derivative says (by {ratio:.2f} of it, {off:.0%} off): training is not smooth enough",
+        f"derivative says (by {ratio:.2f} of it, {off / size:.0%} off): training is not smooth "
+        "enough",
+        ratio,
+    )
+
+
+def _without_random(
+    run: Replay, asked: _Query, value: Tensor, influence: Tensor, share: float, seed: int
+) -> tuple[str, float]:
+    """Leave out examples at random, twice, none of them both times; the rest counts for them."""
+    n = influence.shape[1]
+    count = max(1, round(share * n))
+    order = torch.randperm(n, generator=generator_of(seed, "left out"))
+    removals = []
+    for left_out in (order[:count], order[-count:]):
+        weights = torch.full((n,), n / (n - count), dtype=torch.float64)
+        weights[left_out] = 0.0
+        removals.append(weights)
+    # Of one draw the change may be 0 by chance: this is its standard deviation over all.
+    spread = influence.double().var(1).mean() * count * n / (n - count)
+    if not (size := float(spread.sqrt())):
+        return NOTHING, math.nan
+    off, _, ratio = _checked(run, asked, value, influence, removals)
+    if off <= AGREES_AT_RANDOM * size:
+        return "", ratio
+    return (
+        f"trained without {count} examples at random, the query was {off / size:.0%} of what the "
+        "derivative says of such a draw away from it: training is not linear that far",
         ratio,
     )
