@@ -446,6 +446,67 @@ def test_a_run_that_is_not_smooth_is_flagged() -> None:
     assert "not smooth enough" in found.reason or "blew up" in found.reason
 
 
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5])
+def test_random_shares_are_disjoint_and_weigh_one_on_average(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step on a linear model is linear in the weights of the losses: any share agrees."""
+    net, (train, _) = nn.Linear(4, 1).double(), data()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    run = replay(net, "squared_error", sgd, [torch.arange(N)], train[0], train=train)
+    tried, plain = list[Tensor](), Replay.trained
+    monkeypatch.setattr(
+        Replay, "trained", lambda self, weights: (tried.append(weights), plain(self, weights))[1]
+    )
+    for seed in (0, 1):
+        found = attribute(
+            run, measure=lambda u, _: u[:, 0], check=share, left_out="random", seed=seed
+        )
+        assert found.valid, found.reason
+        assert found.agreement == pytest.approx(1, abs=1e-9)
+    count = max(1, round(share * N))
+    assert len(tried) == 4
+    for weights in tried:
+        assert int((weights == 0).sum()) == count
+        assert float(weights.mean()) == pytest.approx(1)
+        assert len(set(weights.tolist())) == 2
+    assert not bool(((tried[0] == 0) & (tried[1] == 0)).any())
+    assert not torch.equal(tried[0], tried[2])
+
+
+def test_what_holds_without_a_few_need_not_hold_for_a_random_half() -> None:
+    """A query that bends: by a fifth of its change without the largest, more without a half."""
+    net, train = nn.Linear(4, 1).double(), (randn(96, 4), randn(96, 1, seed=1))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    steps = [torch.arange(96)]
+    run = replay(net, "squared_error", sgd, steps, randn(1, 4, seed=5), train=train)
+    straight = attribute(run, measure=lambda u, _: u[0, 0], check=0)
+    at, bend = straight.value, 0.2 / float(straight.influence.abs().max())
+
+    def bent(u: Tensor, _: Tensor | None) -> Tensor:
+        return (u[0, 0] - at) + bend * (u[0, 0] - at) ** 2
+
+    few = attribute(run, measure=bent)
+    assert few.valid, few.reason
+    for seed in range(5):
+        half = attribute(run, measure=bent, check=0.5, left_out="random", seed=seed)
+        assert not half.valid
+    assert "48 examples at random" in half.reason
+
+
+def test_shares_at_random_of_examples_that_are_all_alike_tell_nothing() -> None:
+    x, y = torch.ones(8, 1, dtype=torch.float64), torch.ones(8, 1, dtype=torch.float64)
+    net = nn.Linear(1, 1).double()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    run = replay(net, "squared_error", sgd, [torch.arange(8)], x, train=(x, y))
+    found = attribute(run, measure=lambda u, _: u[0, 0], check=0.5, left_out="random")
+    assert not found.valid
+    assert "same influence" in found.reason
+    none = attribute(run, measure=lambda u, _: 0 * u[0, 0], check=0.5, left_out="random")
+    assert "no example has any influence" in none.reason
+    assert none.reason == attribute(run, measure=lambda u, _: 0 * u[0, 0]).reason
+
+
 def test_no_check_is_said() -> None:
     found = attribute(trained(OPTIMIZERS["SGD"]), check=0)
     assert not found.valid
@@ -518,6 +579,8 @@ def test_data_that_was_written_to_is_refused() -> None:
         ({"response": "ignored"}, "response"),
         ({"check": 0.9}, "check"),
         ({"max_memory": -1}, "max_memory"),
+        ({"left_out": "all"}, "left_out"),
+        ({"seed": 0.5}, "seed"),
         ({"query": (randn(2, 4), randn(3, 1))}, "query"),
     ],
 )

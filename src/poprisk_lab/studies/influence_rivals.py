@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from poprisk.attribution import Replay
@@ -120,14 +119,17 @@ def trak(done: Replay, loss: Loss) -> Tensor:
         numbers = model(query[0]).shape[1] == 1
     task = Number() if numbers else ImageClassificationModelOutput()
     with tempfile.TemporaryDirectory() as folder, plain_kernels(model):
-        tracer = TRAKer(
-            model, task, len(train[0]), save_dir=str(Path(folder) / "trak"), device="cpu",
-            proj_dim=PROJECTED, use_half_precision=False, logging_level=logging.ERROR,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "save_dir": str(Path(folder) / "trak"), "device": "cpu", "proj_dim": PROJECTED,
+            "use_half_precision": False, "logging_level": logging.ERROR,
+        }  # fmt: skip
         weights = model.state_dict()
+        tracer = TRAKer(model, task, len(train[0]), **settings)
         tracer.load_checkpoint(weights, model_id=0)
         tracer.featurize(train, num_samples=len(train[0]))
         tracer.finalize_features()
+        # Another one reads the features: the projection of this one is gone by now.
+        tracer = TRAKer(model, task, len(train[0]), **settings)
         tracer.start_scoring_checkpoint("study", weights, model_id=0, num_targets=len(query[0]))
         tracer.score(query, num_samples=len(query[0]))
         scores = torch.as_tensor(tracer.finalize_scores("study")).T.clone()
