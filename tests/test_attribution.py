@@ -340,7 +340,7 @@ class Rounding(torch.autograd.Function):
     """The identity, whose gradient is rounded otherwise where it can be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyrefly: ignore
         return x.clone()
 
     @staticmethod
@@ -455,9 +455,12 @@ def test_random_shares_are_disjoint_and_weigh_one_on_average(
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     run = replay(net, "squared_error", sgd, [torch.arange(N)], train[0], train=train)
     tried, plain = list[Tensor](), Replay.trained
-    monkeypatch.setattr(
-        Replay, "trained", lambda self, weights: (tried.append(weights), plain(self, weights))[1]
-    )
+
+    def noted(self: Replay, weights: Tensor) -> Tensor:
+        tried.append(weights)
+        return plain(self, weights)
+
+    monkeypatch.setattr(Replay, "trained", noted)
     for seed in (0, 1):
         found = attribute(
             run, measure=lambda u, _: u[:, 0], check=share, left_out="random", seed=seed

@@ -325,7 +325,7 @@ def _without_random(
         return "", ratio
     return (
         f"trained without {count} examples at random, the query is so far from what the "
-        f"derivative says that the two would correlate by {correlation:.2f} over draws: training is "
-        "not linear that far",
+        f"derivative says that over draws the two would correlate by {correlation:.2f}: training "
+        "is not linear that far",
         ratio,
     )
