@@ -19,6 +19,7 @@ PARTS = (
     "kernel",
     "path",
     "risk",
+    "lockstep",
     "audit",
     "fields",
     "interpolation",
