@@ -28,15 +28,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from poprisk.attribution.adjoint import Adjoint, Pulled
+from poprisk.attribution.steps import WEIGHTS, Settings
 from poprisk.jacobian import flat
 
-WEIGHTS = "weights"
 MOMENTUM, SECOND, LARGEST = "exp_avg", "exp_avg_sq", "max_exp_avg_sq"
 """What Adam keeps of each weight, by the names that torch gives it."""
 KINDS = (torch.optim.Adam, torch.optim.AdamW)
-
-Settings = dict[str, Any]
-"""Of a parameter group, without its parameters."""
 
 
 class AdamPart(NamedTuple):
