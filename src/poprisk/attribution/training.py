@@ -246,7 +246,9 @@ class Replay:
             make = partial(batch_gradient, self.problem, weights, batch, share)
             graph = graphs.kept_of(make, len(batch))
             if description is not None:
-                momentum = [copied(description.momentum(p)) for p in params]
+                momentum = [description.momentum(p) for p in params]
+                if not self.linear:  # goes on changing
+                    momentum = [copied(m) for m in momentum]
                 self._step(k, graph=graph)
                 rule = held_rule(self.optimizer, description, params, weights, momentum)
                 pull: Pull = partial(pull_rule, rule)
