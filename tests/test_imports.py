@@ -23,7 +23,7 @@ CHAINS: Mapping[str, Sequence[str]] = {
     ).split(),
     "poprisk_lab": (
         "claims tasks controls arms checkpoint fit store results study runner comparison "
-        "convergence pictures plots wording verdict selection explain audit studies page "
+        "convergence pictures plots wording verdict selection explain influence audit studies page "
         "evidence display compared bench cli"
     ).split(),
 }

@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import toyclaim
+from poprisk_lab.comparison import describe_task
+from poprisk_lab.influence import described, label_counts, parse_query
 from poprisk_lab.page import render
 from poprisk_lab.page.claims import render_claim, summary_table
 from poprisk_lab.page.explanation import render as render_explanation
+from poprisk_lab.page.influence import render as render_influence
 from poprisk_lab.page.page import template
 from poprisk_lab.studies.claim import Results, TrialResult, Workspace
 from poprisk_lab.studies.record import judged
 from poprisk_lab.studies.run import ClaimProgress
+from poprisk_lab.tasks import load_task
 from test_explain import made_up
 from test_report import REGRESSION, synthetic
 
@@ -123,12 +128,43 @@ def summary_page() -> str:
     return template("claims.html.j2").render(table=table)
 
 
+def influence_page() -> str:
+    """Answers that are not to be believed, with pictures and with long reasons."""
+    task, names = load_task("digits", seed=0, hidden=8), ("test", "3")
+    rng = torch.Generator().manual_seed(0)
+    query = {
+        "quantity": "mean test loss",
+        "examples": 797,
+        "prediction": None,
+        "output": None,
+        "target": None,
+        "value": 0.5,
+        "valid": False,
+        "reason": LONG,
+        "agreement": 0.3,
+        "trainings": 9.0,
+        "influence": torch.randn(1000, generator=rng).tolist(),
+        "without": {"examples": [1], "predicted": 0.1, "measured": 0.2, "says": 3},
+    }
+    found = {
+        "task": describe_task("digits", task),
+        "plan": {"optimizer": "AdamW", "lr": 1e-3},
+        "training": {"weights": 9, "epochs": 3, "steps": 48, "metric": 0.9},
+        "labels": label_counts(task),
+        "queries": [described(task, parse_query(name), query)
+                    for name in names],
+        "notices": [LONG],
+    }  # fmt: skip
+    return render_influence(found, task, {})
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "compare": lambda: render(*synthetic()),
     "compare, two seeds": lambda: render(*synthetic(seeds=2)),
     "claim": claim_page,
     "claims": summary_page,
     "explain": lambda: render_explanation(made_up(), {}),
+    "explain, queries": influence_page,
 }
 HIDDEN = """
     const sees = e => { const r = e.getBoundingClientRect(); return r.width && r.right <= 390; };
@@ -163,6 +199,18 @@ def test_a_phone_need_not_scroll_sideways(name: str, on_phones: Opened) -> None:
     frame = re.search(f'<iframe src="{name}.html"[^>]*>', on_phones.dom)
     assert frame is not None
     assert 'data-wide="0" data-width="390" data-hidden="0"' in frame[0]
+
+
+def test_answers_have_their_pictures(tmp_path: Path) -> None:
+    script = """
+        const seen = [...document.querySelectorAll("main img")];
+        const good = seen.filter(i => i.complete && i.naturalWidth === 8 && i.alt).length;
+        document.body.dataset.pictures = `${good} of ${seen.length}`;
+    """
+    page = open_page(with_script(influence_page(), script), tmp_path)
+    assert page.console == []
+    assert 'data-pictures="41 of 41"' in page.dom  # ten a side, and the one that is asked of
+    assert page.drawn() == 1
 
 
 def test_a_script_error_and_a_fetch_would_be_seen_and_the_fetch_is_refused(tmp_path: Path) -> None:

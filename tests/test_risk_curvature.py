@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from poprisk import RiskEstimate, TwinRisk
 from poprisk.risk.estimate import TwinOutputs, estimate_risk
-from poprisk.risk.local_losses import BENT
+from poprisk.risk.local_losses import BENT, bend_of, is_bent, local_loss_of
 from samplers import randn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -232,8 +232,31 @@ def test_a_loss_that_can_be_negative_is_limited_by_its_spread() -> None:
     verdicts = []
     for shift in (0.0, -0.5, -5.0):
         loss: Loss = lambda u, y, shift=shift: ((u - y).square() / 2 + shift).sum(1)  # noqa: E731
-        deep = estimate_risk(loss, 0.45 * y, y, [TwinOutputs(0.45 * (y + 0.3 * z), 0.3 * z)])
+        deep = estimate_risk(loss, 0.6 * y, y, [TwinOutputs(0.6 * (y + 0.3 * z), 0.3 * z)])
         fine = estimate_risk(loss, 0.1 * y, y, [TwinOutputs(0.1 * (y + 0.3 * z), 0.3 * z)])
         verdicts.append((deep.comparable, "deep interpolation" in deep.reason, fine.valid))
         assert math.isfinite(deep.value)
     assert verdicts == [(False, True, True)] * 3
+
+
+def test_examples_that_nothing_holds_do_not_raise_the_gain() -> None:
+    """Sure logits go far without a gradient; the gain is that of examples that still pull."""
+    n, gain, far, delta = 400, 0.3, 8.0, 0.3
+    y = torch.arange(n) % 2
+    sure = torch.arange(n) % 4 < 2
+    u = torch.where(sure, 6.0, 0.5) * (2.0 * y.double() - 1) + 0.5 * randn(n, 1)[:, 0]
+    z = 2.0 * torch.randint(2, (n,), generator=torch.Generator().manual_seed(2)).double() - 1
+    logistic: Loss = lambda u, y: F.binary_cross_entropy_with_logits(  # noqa: E731
+        u[:, 0], y.double(), reduction="none"
+    )
+    p = u.sigmoid()
+    held = gain / (1 + gain * p * (1 - p))
+    moved = torch.where(sure, far, held) * delta * z
+    push = (delta * z).unsqueeze(1)
+    twin = TwinOutputs((u + moved).unsqueeze(1), push)
+    u = u.unsqueeze(1)
+    found = estimate_risk(logistic, u, y, [twin])
+    assert is_bent([bend_of(logistic, local_loss_of(logistic, u, y), u, y, moved.unsqueeze(1))])
+    g = p - y
+    gains = ((found.outputs - u)[:, 0] / g)[~sure]
+    assert gain < float(gains.mean()) < 1.5 * gain  # the response of all is 15 times as large

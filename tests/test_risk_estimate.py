@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from poprisk.risk.estimate import (
-    PAIRED,
     TwinOutputs,
     estimate_risk,
-    grouped_error,
     measure_dof,
     measure_parts,
 )
+from poprisk.risk.grouped import PAIRED, grouped_error, intraclass
 from poprisk.risk.local_losses import local_loss_of
 from reference import risk as reference
 from samplers import randn
@@ -107,18 +106,57 @@ def test_probes_average_and_their_error_falls() -> None:
     assert four.dof_error == pytest.approx(math.sqrt(sum(f.dof_error**2 for f in single)) / 4)
 
 
-def test_groups_of_equal_examples_raise_the_error() -> None:
-    n = 50
-    h, y = smoother(n, 0.3), randn(n, 1, seed=1)
-    twice, z = torch.cat([h @ y, h @ y]), signs(n, 0)
-    moved = torch.cat([0.3 * h @ z] * 2)
-    twins = [TwinOutputs(twice + moved, torch.cat([0.6 * z] * 2))]
-    targets, groups = torch.cat([y, y]), torch.arange(n).repeat(2)
-    once = estimate_risk(squared, h @ y, y, [twin_of(h, y, z)])
-    grouped = estimate_risk(squared, twice, targets, twins, groups=groups)
-    ungrouped = estimate_risk(squared, twice, targets, twins)
-    assert grouped.standard_error == pytest.approx(once.standard_error, rel=1e-6)
-    assert ungrouped.standard_error == pytest.approx(once.standard_error / math.sqrt(2), rel=0.03)
+def circulant(row: Sequence[float]) -> Tensor:
+    return torch.stack([torch.tensor(row).double().roll(k) for k in range(len(row))])
+
+
+@pytest.mark.parametrize("shared", [0.15, 0.0])
+def test_groups_alike_are_left_out_exactly(shared: float) -> None:
+    """Any group's own block of the smoother is the same: what it has in common, and apart."""
+    size = 2
+    apart = torch.kron(circulant([0.2, 0.05, 0.0, 0.05]), torch.eye(size).double())
+    h = apart + shared * torch.kron(
+        circulant([1.0, 0.2, 0.1, 0.2]), torch.ones(size, size).double()
+    )
+    n = len(h)
+    y, groups = randn(n, 1), torch.arange(n) // size
+    every = [torch.tensor(z).double().unsqueeze(1) for z in itertools.product((-1, 1), repeat=n)]
+    found = estimate_risk(squared, h @ y, y, [twin_of(h, y, z) for z in every], groups=groups)
+    assert found.intraclass == pytest.approx(shared / (0.2 + shared), abs=1e-6)
+    r = torch.cat(
+        [
+            torch.linalg.solve(torch.eye(size).double() - h[g][:, g], (y - h @ y)[g])
+            for g in torch.arange(n).split(size)
+        ]
+    )
+    torch.testing.assert_close(found.outputs, y - r, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_examples_are_as_one_of_twice_the_weight() -> None:
+    n = 4
+    h, y = circulant([0.4, 0.1, 0.05, 0.1]), randn(n, 1)
+    twice, labels = torch.kron(torch.ones(2, 2).double() / 2, h), y.repeat(2, 1)
+    every = [
+        torch.tensor(z).double().unsqueeze(1) for z in itertools.product((-1, 1), repeat=2 * n)
+    ]
+    twins = [twin_of(twice, labels, z) for z in every]
+    found = estimate_risk(squared, twice @ labels, labels, twins, groups=torch.arange(n).repeat(2))
+    assert found.intraclass == pytest.approx(1.0)
+    expected = reference.exact_leave_one_out(h, y).repeat(2, 1)
+    torch.testing.assert_close(found.outputs, expected, rtol=1e-5, atol=1e-6)
+    alone = estimate_risk(squared, twice @ labels, labels, twins)
+    assert alone.value < found.value
+
+
+def test_the_error_of_the_intraclass_correlation_is_its_spread_over_signs() -> None:
+    n, size = 240, 6
+    groups = torch.arange(n) // size
+    h = smoother(n, 0.3) + 0.1 * torch.kron(torch.eye(n // size), torch.ones(size, size)).double()
+    found = [intraclass([(z, h @ z)], groups) for z in (signs(n, s) for s in range(80))]
+    spread = float(torch.tensor([f.correlation for f in found]).std())
+    stated = sum(f.error for f in found) / len(found) * math.sqrt(2) / PAIRED
+    assert 0.7 < spread / stated < 1.3
+    assert min(f.correlation for f in found) > 0  # none is cut off
 
 
 def test_an_untouched_model_has_its_training_loss() -> None:
@@ -147,25 +185,35 @@ def test_a_loss_that_holds_single_precision_is_taken_as_it_is() -> None:
     assert found.value == pytest.approx(plain.value, rel=1e-4)
 
 
-def follower(n: int, share: float) -> tuple[Tensor, Tensor, TwinOutputs]:
-    """Outputs that follow ``share`` of their own label and nothing else."""
-    y = randn(n, 1)
+def follower(n: int, share: float, carried: float = 0.0) -> tuple[Tensor, Tensor, TwinOutputs]:
+    """Outputs that follow ``share`` of their own label, and are carried away across the push."""
+    y, z = randn(n, 1), signs(n, 1)
     h = share * torch.eye(n, dtype=torch.float64)
-    return h @ y, y, twin_of(h, y, signs(n, 1))
+    outputs, push = twin_of(h, y, z)
+    across = z * (1 - 2.0 * (torch.arange(n) % 2)).unsqueeze(1).double()
+    return h @ y, y, TwinOutputs(outputs + 0.3 * carried * across, push)
 
 
 @pytest.mark.parametrize(
-    ("share", "comparable", "reason"),
+    ("share", "carried", "comparable", "reason"),
     [
-        (0.0, True, ""),
-        (0.34, True, ""),
-        (0.38, True, "deep interpolation: the estimate is 2.6 times the training loss"),
-        (0.45, False, "deep interpolation: the estimate is 3.3 times the training loss"),
-        (0.6, False, "deep interpolation: 60% of the"),
+        (0.0, 0.0, True, ""),
+        (0.34, 0.0, True, ""),
+        (0.49, 0.0, True, ""),
+        (0.52, 0.0, True, "deep interpolation: the estimate is 4.3 times the training loss"),
+        (0.57, 0.0, False, "deep interpolation: the estimate is 5.4 times the training loss"),
+        (0.65, 0.0, False, "deep interpolation: 65% of the"),
+        (0.34, 0.7, True, ""),
+        (0.38, 0.7, True, "deep interpolation: the estimate is 2.6 times the training loss"),
+        (0.45, 0.7, False, "deep interpolation: the estimate is 3.3 times the training loss"),
+        (0.6, 0.7, False, "deep interpolation: 60% of the"),
     ],
 )
-def test_deep_interpolation_is_flagged(share: float, comparable: bool, reason: str) -> None:
-    u, y, twin = follower(200, share)
+def test_deep_interpolation_is_flagged(
+    share: float, carried: float, comparable: bool, reason: str
+) -> None:
+    """Sooner where training carries away what the push did not do."""
+    u, y, twin = follower(2000, share, carried)
     found = estimate_risk(squared, u, y, [twin])
     assert (found.valid, found.comparable) == (not reason, comparable)
     assert reason in found.reason
@@ -180,7 +228,7 @@ def test_a_loss_below_zero_is_judged_by_its_spread(share: float, valid: bool, be
     def moved(u: Tensor, y: Tensor) -> Tensor:
         return squared(u, y) - below
 
-    u, y, twin = follower(200, share)
+    u, y, twin = follower(2000, share, carried=0.7)
     plain, found = (estimate_risk(loss, u, y, [twin]) for loss in (squared, moved))
     assert found.value == pytest.approx(plain.value - below)
     assert found.standard_error == pytest.approx(plain.standard_error)
@@ -203,7 +251,7 @@ def test_the_error_of_a_sum_is_that_of_its_groups() -> None:
 
 
 def test_influence_is_the_share_of_each_answer_in_the_error() -> None:
-    """Its summed squares are what the response adds to the squared standard error."""
+    """The error of its sum is what the response adds to the standard error."""
     n = 200
     h, y = smoother(n, 1.0), randn(n, 1, seed=1)
     found = estimate_risk(squared, h @ y, y, [twin_of(h, y, signs(n, s)) for s in range(2)])
@@ -211,7 +259,7 @@ def test_influence_is_the_share_of_each_answer_in_the_error() -> None:
     mine = found.losses - found.value
     sampling = float(mine.square().sum().sqrt()) * math.sqrt(n / (n - 1)) / n
     rest = math.sqrt(found.standard_error**2 - sampling**2)
-    assert float(found.influence.norm()) == pytest.approx(rest, rel=1e-6)
+    assert math.hypot(*(grouped_error(row, None) for row in found.influence)) == pytest.approx(rest)
     assert rest > 0.01 * found.standard_error
 
 

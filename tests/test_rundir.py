@@ -382,7 +382,7 @@ def test_a_missing_file_is_named(run: Store, name: str, creating: bool) -> None:
     [
         (AUDIT, "report.html suspects.csv labels.csv evidence.json"),
         (COMPARISON, "report.html evidence.json"),
-        (EXPLANATION, "report.html explanation.json"),
+        (EXPLANATION, "report.html explanation.json influence.csv"),
     ],
 )
 def test_starting_over_leaves_no_results_of_the_trials_before(

@@ -310,9 +310,7 @@ def _typed(context: typer.Context, **changes: Any) -> str:
     words = ["poprisk", context.info_name or ""]
     for parameter in context.command.params:
         name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        given = source is not None and source.name == "COMMANDLINE"
-        value = changes.get(name, context.params[name] if given else None)
+        value = changes.get(name, context.params[name] if _is_given(context, name) else None)
         if value is None or name in ("fresh", "trace"):
             continue
         if parameter.param_type_name == "argument":
@@ -324,28 +322,57 @@ def _typed(context: typer.Context, **changes: Any) -> str:
     return shlex.join(words)
 
 
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 @app.command("explain")
 def explain_command(
+    context: typer.Context,
     task: TaskSource,
+    query: Annotated[
+        list[str] | None,
+        _option(
+            "Which training examples did this: a position in the test set, from 0; wrong, the "
+            "first wrong predictions; test, the whole test loss; class=LABEL. May be repeated.",
+            "--query",
+        ),
+    ] = None,
     optimizer: Annotated[str, _option("SGD, Adam, AdamW, RMSprop or PopRiskAdamW.")] = "AdamW",
     lr: Annotated[float, _option("Learning rate.")] = 1e-3,
     epochs: Annotated[
-        int | None, _option("Passes over the data; the task's, at most 40, if left out.")
+        int | None,
+        _option(
+            "Passes over the data; if left out the task's, at most 40, with --query at most 160 "
+            "steps."
+        ),
     ] = None,
     seed: Annotated[int, _option("Of data, initial weights and batches.")] = 0,
     seconds: Annotated[float, _option("That the dense operators may take.")] = 60.0,
     setting: Setting = None,
-    out: Annotated[Path | None, _option("Directory; runs/explain-TASK if left out.")] = None,
+    out: Annotated[
+        Path | None, _option("Directory; runs/explain-TASK or explain-TASK-query if left out.")
+    ] = None,
     workers: Workers = None,
     fresh: Fresh = False,
     trace: Trace = False,
 ) -> None:
-    """Say what a run of TASK learned, trapped and let through; resumes when repeated."""
+    """Say what a run of TASK learned and trapped, or which examples did it; resumes if repeated."""
     _check_positive(epochs=epochs, workers=workers)
     if not seconds > 0:
         _fail(f"--seconds must be positive, but got {seconds:g}.")
     settings = dict(_parse_setting(text) for text in setting or [])
-    directory = out or Path("runs") / f"explain-{_slug(task.removesuffix('.py'))}"
+    name = f"explain-{_slug(task.removesuffix('.py'))}"
+    if query:
+        if _is_given(context, "seconds"):
+            _fail("--seconds is for the dense operators, which --query has none of; leave it out.")
+        plan = task, settings, seed, optimizer, lr, epochs
+        directory = out or Path("runs") / f"{name}-query"
+        _explain_queries(plan, query, directory, workers=workers, fresh=fresh, trace=trace)
+        return
+    directory = out or Path("runs") / name
     page = directory / "report.html"
     with _errors(trace=trace, resumable=True):
         from poprisk_lab.display import PhaseDisplay, data_table
@@ -368,6 +395,49 @@ def explain_command(
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / "explanation.json", found)
             replace_text(page, render(found, store.environment()))
+    _say(f"\nReport: {page}")
+
+
+def _explain_queries(
+    plan: tuple[Any, ...],
+    texts: Sequence[str],
+    directory: Path,
+    *,
+    workers: int | None,
+    fresh: bool,
+    trace: bool,
+) -> None:
+    """Say which training examples did what is asked, print it, and write its page and tables."""
+    with _errors(trace=trace, resumable=True):
+        from poprisk_lab.display import PhaseDisplay, data_table
+        from poprisk_lab.explain import ExplainPlan
+        from poprisk_lab.influence import EXPLANATION, answer, parse_query, words, write_influence
+        from poprisk_lab.page.influence import render
+        from poprisk_lab.runner import cores
+        from poprisk_lab.store import Store, replace_text, write_json
+
+        queries = [parse_query(text) for text in texts]
+        store, made = Store(directory, EXPLANATION), ExplainPlan(*plan)
+        with PhaseDisplay(console, lines=True) as display:
+            found = answer(
+                made, queries, store, workers=workers or cores(), say=display, fresh=fresh
+            )
+        for notice in [*words.warnings(found), *found["notices"]]:
+            _say(notice, style="yellow")
+        for asked in found["queries"]:
+            title = f"{words.title(asked)} ({asked['quantity']} {words.number(asked['value'])})"
+            console.print(data_table(words.influential(asked), title=title))
+        summary = words.summary(found)
+        console.print(data_table(summary))
+        _say(summary.about)
+        _say(f"\n{words.headline(found)}", style="bold")
+        # Last: what was found is printed though the disk be full.
+        page = directory / "report.html"
+        with _writing(directory, advice="; choose another with --out"):
+            task = made.task()
+            write_influence(directory / "influence.csv", task, found)
+            write_json(directory / "explanation.json", words.without_arrays(found))
+            replace_text(page, render(found, task, store.environment()))
     _say(f"\nReport: {page}")
 
 

@@ -5,6 +5,8 @@ from mutations import Mutation
 EXPECTATION = "test_risk_estimate.py::test_h_is_the_trace_in_expectation_over_all_signs"
 RIDGE = "test_risk_estimate.py::test_the_ridge_path_gives_generalized_cross_validation"
 ERROR = "test_risk_estimate.py::test_the_error_of_h_is_its_spread_over_signs"
+TOGETHER = "test_risk_estimate.py::test_groups_alike_are_left_out_exactly"
+HELD = "test_risk_curvature.py::test_examples_that_nothing_holds_do_not_raise_the_gain"
 FREEDOM = "test_risk_links.py::test_freedom_is_the_trace"
 LEFT_OUT = "test_risk_links.py::test_an_example_pulled_back_quadratically_is_left_out_exactly"
 TILT = "test_risk_twin.py::test_the_twin_learns_tilted_labels"
@@ -61,6 +63,30 @@ MUTATIONS = {
         "follows = (local_loss.curvature(t) * moved).sum(1)",
         "follows = (t * moved).sum(1)",
         EXPECTATION,
+    ),
+    "a group left out one by one": Mutation(
+        "poprisk/risk/grouped.py",
+        "return within * (moves - common) + between.unsqueeze(1) * common",
+        "return moves",
+        TOGETHER,
+    ),
+    "an example counted among the others of its group": Mutation(
+        "poprisk/risk/grouped.py",
+        "total = sum(float(((sizes - 1) * row)",
+        "total = sum(float((sizes * row)",
+        TOGETHER,
+    ),
+    "examples that nothing holds weigh in the gain": Mutation(
+        "poprisk/risk/estimate.py",
+        "_agree(dof.dof, turned.dof.dof) and gains[1] <= turned.gains[1]",
+        "False",
+        HELD,
+    ),
+    "training that carries away believed as long": Mutation(
+        "poprisk/risk/estimate.py",
+        "if found.expansion <= MAX_EXPANSION:",
+        "if True:",
+        "test_risk_estimate.py::test_deep_interpolation_is_flagged",
     ),
     "half of the off-diagonal noise forgotten": Mutation(
         "poprisk/risk/estimate.py",

@@ -9,13 +9,15 @@ Hessian of example i's loss at its outputs and :math:`|t|^2` summed over all exa
 gives the gain A, and :math:`u_i + A\nabla\ell_i(u_i)` the outputs without example i. Where losses
 bend over what moved, the gradients' own change stands for :math:`B\Delta`:
 :math:`\varphi=\sum t\cdot\Delta g/|t|^2` and :math:`A=h/(1-\varphi)` with
-:math:`h=\sum t\cdot\Delta/|t|^2`. THEORY §6.
+:math:`h=\sum t\cdot\Delta/|t|^2`. THEORY §6. Without a whole group of m examples, what its moves
+have in common has the gain of :math:`\varphi(1+(m-1)\kappa)`, what they differ by that of
+:math:`\varphi(1-\kappa)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -202,27 +204,97 @@ def estimate(
                 part_dofs.append(middle)
             for i in rows:
                 gains[i] = gain
-    outputs = list[Tensor]()
-    losses, upper, under = list[float](), list[float](), list[float]()
-    for i in range(n):
-        g = gradient(loss, u[i], y[i])
-        left = [u[i] + a * g for a in gains[i]]
-        under_i, mine_i, upper_i = (float(loss(v[None], y[i][None]).sum()) for v in left)
-        outputs.append(left[1])
-        losses.append(mine_i)
-        upper.append(upper_i)
-        under.append(under_i)
+
+    def scored(k: int, correlation: float | None) -> tuple[list[Tensor], list[float]]:
+        """Left-out outputs by the low, middle or high gain, and their losses."""
+        moves = [gains[i][k] * gradient(loss, u[i], y[i]) for i in range(n)]
+        if correlation is not None:
+            moves = without_groups(moves, independent, correlation, ratio)
+        left = [u[i] + moves[i] for i in range(n)]
+        return left, [float(loss(v[None], y[i][None]).sum()) for i, v in enumerate(left)]
+
+    def ratio(times: float) -> float:
+        if bent:
+            return times * (1 - whole.dof) / max(1 - times * whole.dof, 0.05)
+        hessians = [hessian(loss, u[i], y[i]) for i in range(n)]
+        return gain_of(hessians, min(times * whole.dof, 0.95), dimensions) / whole.gain.middle
+
+    correlation = correlation_error = None
+    if groups is not None:
+        correlation, correlation_error, apart = common(loss, u, y, twins, groups, bent=bent)
+    outputs, losses = scored(1, correlation)
     value = sum(losses) / n
     sampling = error_of_sum([v - value for v in losses], independent) / n
-    response = 0.5 * (sum(upper) - sum(under)) / n
-    answers = torch.tensor(whole.answers, dtype=torch.float64)
+    response = 0.5 * (sum(scored(2, correlation)[1]) - sum(scored(0, correlation)[1])) / n
+    rows = [(response, whole.answers)]
+    if correlation is not None and correlation_error is not None:
+        ends = (
+            min(correlation + correlation_error, 1.0),
+            max(correlation - correlation_error, 0.0),
+        )
+        more, less = (sum(scored(1, end)[1]) / n for end in ends)
+        rows.append((0.5 * (more - less), apart))
+    influence = list[Tensor]()
+    for slope, answers in rows:
+        size = math.hypot(*(error_of_sum(row, independent) for row in answers))
+        influence.append(slope * torch.tensor(answers, dtype=torch.float64) / size)
     return Estimate(
         value,
-        math.hypot(sampling, response),
+        math.hypot(sampling, *(slope for slope, _ in rows)),
         whole.dof,
         whole.error,
         torch.stack(outputs),
         torch.tensor(losses, dtype=torch.float64),
-        response * answers / answers.norm(),
+        torch.cat(influence),
         part_dofs,
     )
+
+
+def common(
+    loss: Loss, u: Tensor, y: Tensor, twins: Sequence[Twin], groups: Sequence[int], *, bent: bool
+) -> tuple[float, float, list[list[float]]]:
+    """Intraclass correlation of the response, its error, and each example's part in that."""
+    members = {g: [i for i in range(len(u)) if groups[i] == g] for g in sorted(set(groups))}
+    size = along = together = reach = 0.0
+    kept = list[dict[int, tuple[float, float]]]()
+    for outputs, push in twins:
+        moved = outputs - u
+        if not bent:
+            moved = torch.stack([hessian(loss, u[i], y[i]) @ moved[i] for i in range(len(u))])
+        size += float((push * push).sum())
+        along += float((push * moved).sum())
+        kept.append({})
+        for g, rows in members.items():
+            t, d = push[rows].sum(0), moved[rows].sum(0)
+            kept[-1][g] = float(t @ d), float(t @ t)
+    phi = along / size
+    for sums in kept:
+        for g, (answer, square) in sums.items():
+            together += answer - phi * square
+            reach += phi * (len(members[g]) - 1) * square
+    k = together / reach
+    apart = [
+        {g: a - phi * (1 + (len(members[g]) - 1) * k) * t for g, (a, t) in sums.items()}
+        for sums in kept
+    ]
+    count = len(members)
+    squares = sum(v * v for sums in apart for v in sums.values())
+    error = math.sqrt(1.6 * squares * count / (count - 1)) / reach
+    spread = [[sums[g] / len(members[g]) for g in groups] for sums in apart]
+    return min(max(k, 0.0), 1.0), error, spread
+
+
+def without_groups(
+    moves: Sequence[Tensor],
+    groups: Sequence[int],
+    correlation: float,
+    ratio: Callable[[float], float],
+) -> list[Tensor]:
+    """Moves without the whole group from those without one example."""
+    found = list[Tensor]()
+    for i, move in enumerate(moves):
+        rows = [j for j in range(len(moves)) if groups[j] == groups[i]]
+        mean = sum((moves[j] for j in rows), torch.zeros_like(move)) / len(rows)
+        within, between = ratio(1 - correlation), ratio(1 + (len(rows) - 1) * correlation)
+        found.append(within * (move - mean) + between * mean)
+    return found

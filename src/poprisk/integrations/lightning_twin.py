@@ -48,7 +48,7 @@ class LightningTwinCallback(TwinFollower, Callback):
             ``training_step`` returns the mean of.
         every: optimizer steps between estimates; an epoch if left out.
         stop: whether to end training once the best moment is past: the last ``patience`` estimates
-            are each worse than the best by more than two standard errors of the difference, or
+            are each worse than the best by more than 1.5 standard errors of the difference, or
             comparable no more.
         patience: of ``stop``.
         keep_best: whether to give the module the weights of :func:`poprisk.stopping_point` when

@@ -51,7 +51,7 @@ class TrainerTwinCallback(TwinFollower, TrainerCallback):
             loss is the mean of.
         every: optimizer steps between estimates; an epoch if left out.
         stop: whether to end training once the best moment is past: the last ``patience`` estimates
-            are each worse than the best by more than two standard errors of the difference, or
+            are each worse than the best by more than 1.5 standard errors of the difference, or
             comparable no more.
         patience: of ``stop``.
         keep_best: whether to give the model the weights of :func:`poprisk.stopping_point` when

@@ -23,7 +23,7 @@ class RiskCurve:
 
     Args:
         patience: estimates in a row for which the best moment is past once each of them is worse
-            than the best by more than two standard errors of the difference, or comparable no more.
+            than the best by more than 1.5 standard errors of the difference, or comparable no more.
         keep_best: whether to keep the model's weights (and buffers) of the best moment, in the
             host's memory.
 

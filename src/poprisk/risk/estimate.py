@@ -9,8 +9,9 @@ them into leave-one-out outputs; the estimate is the mean of their losses.
 
 That takes a loss for quadratic over what the twin moved. Where it is not (absolute error,
 quantiles, hinge: no curvature but at kinks, which a second derivative does not see) the response of
-the gradients stands for :math:`B_iH_i`. From :math:`A^{-1}du + d\nabla\ell = dt` follows without
-any second derivative
+the gradients stands for :math:`B_iH_i`, unless both give the same φ and the curvature the smaller
+A: it weighs the examples that still pull, and not those of a cross-entropy that move far because
+nothing holds them. From :math:`A^{-1}du + d\nabla\ell = dt` follows without any second derivative
 
 .. math:: A = \frac{h}{1-\varphi},\qquad
           h = \frac{\sum_i z_i\cdot(u_i'-u_i)}{\delta\sum_i|z_i|^2},\quad
@@ -35,7 +36,17 @@ from torch import Tensor
 from poprisk._renamed import renamed_attributes
 from poprisk.printing import described, short_html, short_repr
 from poprisk.protocols import PerExampleLoss
+from poprisk.risk.grouped import (
+    PAIRED,
+    TINY,
+    Intraclass,
+    grouped_error,
+    intraclass,
+    left_out_together,
+    sizes_of,
+)
 from poprisk.risk.local_losses import (
+    BENT,
     LARGEST_GAIN,
     Bend,
     LocalLoss,
@@ -49,29 +60,34 @@ from poprisk.risk.local_losses import (
 
 MAX_UNCERTAINTY = 0.2
 """Largest share of the estimate by which one standard error of the response may raise it."""
-MAX_DOF = 0.5
-"""Largest share of the outputs' freedom that may be used up."""
-MAX_CORRECTION = 2.4
-"""Largest ratio of the estimate to the training loss for which its level is believed."""
-MAX_COMPARABLE = 3.0
-"""Largest such ratio for which it still orders the estimates of a run."""
+
+
+class _Limits(NamedTuple):
+    """Up to where an estimate is believed.
+
+    Attributes:
+        correction: ratio of the estimate to the training loss.
+        dof: share of the outputs' freedom that is used up.
+    """
+
+    correction: float
+    dof: float
+
+
+LEVEL, ORDER = _Limits(2.4, 0.5), _Limits(3.0, 0.5)
+"""Up to where the level of an estimate is believed, and the order of those of a run."""
+CALM_LEVEL, CALM_ORDER = _Limits(4.0, 0.6), _Limits(5.0, 0.6)
+"""Likewise where training carries no differences away."""
+MAX_EXPANSION = 1.1
+"""Largest :attr:`Response.expansion` of such a training."""
 FEW_EXAMPLES = 0.2
 """Largest standard error of the mean loss, as a share of the estimate."""
 MOST_USED = 0.95
 """Largest share of the freedom for which a gain is computed; it is flagged far below."""
 SEPARABLE = 0.995
 """Share of fitted labels from which on a classification has no finite best fit."""
-TINY = 1e-300
-"""What nothing is divided by."""
 FAR = 50.0
 """Relative to an output's size: where a loss that falls without end has no slope left."""
-PAIRED = math.sqrt(1.6)
-r"""By what a response J scatters more over signs than over examples.
-
-Over signs :math:`\mathrm{Var}(z^\top Jz)=\sum_{i\ne j}(J_{ij}^2+J_{ij}J_{ji})`, of which one probe
-shows the first sum only. The second one is as large if J is symmetric (gradient descent on a linear
-model); on trained networks it was 0.6 of it (0.3 to 0.9 on eleven problems, 20 probes each).
-"""
 SPREAD = 1.15
 """Mean of a squared normal number over its mean absolute deviation from its median."""
 
@@ -94,15 +110,17 @@ class RiskEstimate:
         dof: effective degrees of freedom per output, φ; equal to h for squared error.
         dof_error: standard error of φ.
         accuracy: share of labels that leave-one-out outputs predict; None unless classes.
-        outputs: leave-one-out outputs, shape of the model's, float64.
+        outputs: leave-one-out outputs, with groups those without the whole group, shape of the
+            model's, float64.
         losses: their losses, (n,), float64; 0 for examples that have none.
         parts: degrees of freedom of each part of the examples; one unless parts were asked for.
         influence: how much the twins' answer at each example adds to the error of the value,
-            (probes, n), float64; the response's share of ``standard_error`` is the root of its
-            summed squares. Estimates along a run share most of it.
-        groups: ids of dependent examples that errors were computed with, (n,), or None.
+            (probes, n), with groups (2·probes, n), float64; the response's share of
+            ``standard_error`` is the error of its sums. Estimates along a run share most of it.
+        groups: ids of dependent examples that were left out together, (n,), or None.
         signs: which signs the twins were pushed by; estimates of other signs share no error.
         counted: which examples have a loss, (n,), boolean; None: all of them.
+        intraclass: correlation of the responses of a group, κ; 0 without groups.
 
     Means, errors and accuracy are over the examples that have a loss. Others (unlabelled by
     ``ignore_index``, masked, of weight zero: those whose loss is 0 whatever the outputs) count
@@ -127,6 +145,7 @@ class RiskEstimate:
     groups: Tensor | None = None
     signs: int = 0
     counted: Tensor | None = None
+    intraclass: float = 0.0
 
     def __repr__(self) -> str:
         shown = f"value={self.value:.4g}, standard_error={self.standard_error:.2g}"
@@ -178,7 +197,9 @@ def estimate_risk(
         outputs: of the model, (n, ...).
         targets: (n, ...).
         twins: one or more.
-        groups: ids of groups of dependent examples, 0..G-1, (n,); None: all independent.
+        groups: ids of groups of dependent examples, 0..G-1, (n,): left-out outputs are those
+            without the whole group, so that the estimate is for examples of new groups; None: all
+            are independent.
         parts: ids 0..K-1 of examples that share one response, (n,); None: all of them do.
         cost: passed on.
         doubt: a reason known beforehand why the estimate is not valid.
@@ -194,29 +215,49 @@ def estimate_risk(
         return _failed(u, losses, cost, "no example has a loss: all are masked or of weight zero")
     given, u, y = u, u[some], y[some]
     pushed = _rows(twins, some)
-    found = _respond(smooth, u, y, pushed, _of(groups, some))
+    own = _of(groups, some)
+    found = _respond(smooth, u, y, pushed, own)
     shared = [ResponsePart(slice(None), found.local_loss, found.dof, found.gains)]
     if parts is not None:
-        ids, own = _of(parts, some), _of(groups, some)
+        ids = _of(parts, some)
         shared = (
             _parts_by_gradients(smooth, u, y, pushed, ids, whole=found, groups=own)
             if found.by_gradients
             else measure_parts(smooth, u, y, pushed, ids, whole=found.dof, groups=own)
         )
-    left_out, higher, lower = (_left_out(u, shared, errors=e) for e in (0, 1, -1))
-    mine, upper, under = (_scored(smooth, v, y) for v in (left_out, higher, lower))
+    together = None if own is None else _together(found, pushed, u, own)
+    left_out = _left_out(u, shared, together)
+    mine, (upper, under) = (
+        _scored(smooth, left_out, y),
+        (
+            float(_scored(smooth, _left_out(u, shared, together, errors=e), y).mean())
+            for e in (1, -1)
+        ),
+    )
     value, fitted = float(mine.mean()), losses[some]
-    sampling = grouped_error(mine - value, _of(groups, some)) / len(mine)
-    slopes = 0.5 * (upper - under) / len(mine)
+    sampling = grouped_error(mine - value, own) / len(mine)
+    slope, influence = 0.5 * (upper - under), _of_unit_error(found.influence, own)
+    rows, raised = [slope * influence], upper - value
+    if together is not None:
+        more, less = (
+            float(_scored(smooth, _left_out(u, shared, t), y).mean()) for t in together.bounds()
+        )
+        rows += [0.5 * (more - less) * _of_unit_error(together.common.deviations, own)]
+        raised = math.hypot(raised, more - value)
+    response = math.hypot(*(grouped_error(row, own) for row in torch.cat(rows)))
     endless = _fitted_without_end(smooth, found.local_loss, u, y)
-    judged = _Judged(value, float(upper.mean()), fitted, found.dof.dof, sampling, endless)
-    reason = doubt or judged.objection(MAX_CORRECTION)
+    used = found.dof.dof if together is None else max(found.dof.dof, together.dof)
+    judged = _Judged(value, value + raised, fitted, used, sampling, endless)
+    level, order = LEVEL, ORDER
+    if found.expansion <= MAX_EXPANSION:
+        level, order = CALM_LEVEL, CALM_ORDER
+    reason = doubt or judged.objection(level) or judged.uncertain()
     return RiskEstimate(
         value=value,
-        standard_error=math.hypot(sampling, 0.5 * float(upper.mean() - under.mean())),
+        standard_error=math.hypot(sampling, response),
         valid=not reason,
         reason=reason,
-        comparable=not (doubt or judged.objection(MAX_COMPARABLE)),
+        comparable=not (doubt or judged.objection(order)),
         cost=cost,
         train_loss=float(fitted.mean()),
         response=found.dof.response,
@@ -226,8 +267,9 @@ def estimate_risk(
         outputs=given.index_copy(0, some, left_out),
         losses=torch.zeros_like(losses).index_copy(0, some, mine),
         parts=tuple(part.dof for part in shared),
-        influence=_spread_out(float(slopes.sum()) * found.influence, some, len(given)),
+        influence=_spread_out(torch.cat(rows), some, len(given)),
         groups=groups,
+        intraclass=0.0 if together is None else together.common.correlation,
         signs=_signature(twins),
         counted=torch.zeros(len(given), dtype=torch.bool).index_fill(0, some, True),
     )
@@ -239,14 +281,18 @@ def _signature(twins: Sequence[TwinOutputs]) -> int:
 
 
 class Response(NamedTuple):
-    """How examples answer that share one gain.
+    r"""How examples answer that share one gain.
 
     Attributes:
         local_loss: of their losses.
         dof: measured.
         gains: that explain it: less one standard error, as measured, and more by one.
-        influence: of each example's answer on the error, (probes, n), of unit length.
+        influence: of each example's answer on the error, (probes, n), in any unit.
         by_gradients: whether the gradients' response stood for the curvature's.
+        expansion: what moved, as the gradients see it, over what the pushes account for,
+            :math:`\sum\Delta u\cdot\Delta\nabla\ell/\sum t\cdot\Delta u`; at most 1 where
+            outputs minimize their losses beside anything convex (firmly nonexpansive), more where
+            training carries small differences away.
     """
 
     local_loss: LocalLoss
@@ -254,6 +300,15 @@ class Response(NamedTuple):
     gains: Gains
     influence: Tensor
     by_gradients: bool
+    expansion: float
+
+    def ratio(self, times: float) -> float:
+        """The gain of a response so many times as large, over that of this one."""
+        dof = self.dof.dof
+        if self.by_gradients:
+            return times * (1 - min(dof, MOST_USED)) / max(1 - times * dof, 1 - MOST_USED)
+        gain = self.gains[1]
+        return self.local_loss.gain(min(times * dof, MOST_USED)) / gain if gain else 1.0
 
 
 class ResponsePart(NamedTuple):
@@ -265,13 +320,69 @@ class ResponsePart(NamedTuple):
     gains: Gains
 
 
-def _left_out(u: Tensor, parts: Sequence[ResponsePart], *, errors: int = 0) -> Tensor:
-    """Leave-one-out outputs, every part's response raised by so many of its standard errors."""
+class _Together(NamedTuple):
+    """How examples of one group answer together.
+
+    Attributes:
+        response: of single examples.
+        common: what the responses of a group have in common.
+        groups: ids, (n,).
+    """
+
+    response: Response
+    common: Intraclass
+    groups: Tensor
+
+    @property
+    def dof(self) -> float:
+        """Degrees of freedom per output of what a group has in common, mean over the examples."""
+        sizes = sizes_of(self.groups).double()
+        return self.response.dof.dof * float((1 + (sizes - 1) * self.common.correlation).mean())
+
+    def bounds(self) -> list[_Together]:
+        """The same with a correlation higher by one standard error, and lower."""
+        k, error = self.common.correlation, self.common.error
+        ends = (min(k + error, 1.0), max(k - error, 0.0))
+        return [self._replace(common=self.common._replace(correlation=end)) for end in ends]
+
+    def moved(self, moves: Tensor) -> Tensor:
+        """How outputs (n, c) move without their group, from how they do without themselves."""
+        k, (sizes, which) = (
+            self.common.correlation,
+            sizes_of(self.groups).unique(return_inverse=True),
+        )
+        between = moves.new_tensor([self.response.ratio(1 + (m - 1) * k) for m in sizes.tolist()])
+        return left_out_together(moves, self.groups, self.response.ratio(1 - k), between[which])
+
+
+def _together(
+    found: Response, twins: Sequence[TwinOutputs], u: Tensor, groups: Tensor
+) -> _Together:
+    answers = list[tuple[Tensor, Tensor]]()
+    for twin in twins:
+        push = twin.perturbation.double().reshape(len(u), -1)
+        moved = (twin.outputs.double() - u).reshape_as(push)
+        answers.append((push, moved if found.by_gradients else found.local_loss.curvature(moved)))
+    return _Together(found, intraclass(answers, groups), groups)
+
+
+def _left_out(
+    u: Tensor, parts: Sequence[ResponsePart], together: _Together | None, *, errors: int = 0
+) -> Tensor:
+    """Left-out outputs, every part's response raised by so many of its standard errors."""
     flat = u.reshape(len(u), -1)
     found = flat.clone()
     for rows, local_loss, _, gains in parts:
         found[rows] = local_loss.leave_one_out(flat[rows], gains[1 + errors])
+    if together is not None:
+        found = flat + together.moved(found - flat)
     return found.reshape(u.shape)
+
+
+def _of_unit_error(deviations: Tensor, groups: Tensor | None) -> Tensor:
+    """Deviations (probes, n) in units of the standard error of their sum."""
+    error = math.hypot(*(grouped_error(row, groups) for row in deviations))
+    return deviations / max(error, TINY)
 
 
 def _rows(twins: Sequence[TwinOutputs], rows: Tensor) -> list[TwinOutputs]:
@@ -306,11 +417,23 @@ def _respond(
     dof = measure_dof(local_loss, outputs, twins, groups)
     gains = _curved_gains(local_loss, dof)
     deviations = [a.follows - dof.dof * a.size for a in answers]
-    bent = is_bent([a.bend for a in answers]) or gains[1] >= LARGEST_GAIN
-    if bent:
-        dof, gains, deviations = _by_gradients(answers, groups)
-    influence = torch.stack(deviations)
-    return Response(local_loss, dof, gains, influence / influence.norm().clamp_min(TINY), bent)
+    turned = _by_gradients(answers, groups)
+    bent = is_bent([a.bend for a in answers]) and not (
+        _agree(dof.dof, turned.dof.dof) and gains[1] <= turned.gains[1]
+    )
+    if bent or gains[1] >= LARGEST_GAIN:
+        bent, (dof, gains, deviations) = True, turned
+    spent, given = (
+        sum(float(row.sum()) for row in rows)
+        for rows in ([a.spent for a in answers], [a.moved for a in answers])
+    )
+    expansion = spent / given if given > 0 else math.inf
+    return Response(local_loss, dof, gains, torch.stack(deviations), bent, expansion)
+
+
+def _agree(curved: float, turned: float) -> bool:
+    """Whether the curvature's degrees of freedom are those of the gradients' own response."""
+    return turned > 0 and abs(curved - turned) <= BENT * turned
 
 
 def _curved_gains(local_loss: LocalLoss, dof: DegreesOfFreedom) -> Gains:
@@ -330,6 +453,7 @@ class _Answer(NamedTuple):
         moved: outputs along it.
         follows: the curvature's gradient change along it.
         turned: the gradients' change along it.
+        spent: the gradients' change along what moved.
         bend: how far the loss is from quadratic over what moved.
     """
 
@@ -337,6 +461,7 @@ class _Answer(NamedTuple):
     moved: Tensor
     follows: Tensor
     turned: Tensor
+    spent: Tensor
     bend: Bend
 
 
@@ -351,6 +476,7 @@ def _answer(
         (t * moved).sum(1),
         (local_loss.curvature(t) * moved).sum(1),
         (t * turned).sum(1),
+        (moved * turned).sum(1),
         bend_of(loss, local_loss, outputs, targets, moved),
     )
 
@@ -498,15 +624,6 @@ def _one_dof(
     )
 
 
-def grouped_error(deviations: Tensor, groups: Tensor | None) -> float:
-    """Standard error of the sum of deviations (n,) whose groups are independent."""
-    if groups is not None:
-        sums = torch.zeros(int(groups.max()) + 1, dtype=deviations.dtype, device=deviations.device)
-        deviations = sums.index_add(0, groups, deviations)
-    n = len(deviations)
-    return float(deviations.square().sum().sqrt()) * math.sqrt(n / max(n - 1, 1))
-
-
 def _label_scale(local_loss: LocalLoss) -> float:
     """How a perturbation enters a label: by a squared error's curvature; 1 for other losses."""
     diagonal = getattr(local_loss, "diagonal", None)
@@ -535,15 +652,13 @@ class _Judged(NamedTuple):
     sampling: float
     endless: float
 
-    def objection(self, limit: float) -> str:
-        """Why the estimate is not to be believed; empty if nothing speaks against it."""
+    def objection(self, limits: _Limits) -> str:
+        """Why the estimate is not to be believed, however certain; empty if nothing is known."""
         if not math.isfinite(self.value) or not math.isfinite(self.upper):
             return "the estimate is not finite"
         if len(self.fitted) < 2:
             return "a single example leaves no standard error"
-        return self._deep(limit) or self._uncertain()
-
-    def _deep(self, limit: float) -> str:
+        limit, most = limits
         train = float(self.fitted.mean())
         above, base = self.value - train, _base(self.fitted)
         if self.endless >= SEPARABLE:
@@ -551,7 +666,7 @@ class _Judged(NamedTuple):
                 f"separable: {self.endless:.1%} of the labels are fitted, so that the training "
                 "loss falls without end and an output no longer follows its own label"
             )
-        if self.dof > MAX_DOF:
+        if self.dof > most:
             return f"deep interpolation: {self.dof:.0%} of the outputs' freedom is used up"
         if not base > 0:
             return "deep interpolation: no training loss is left"
@@ -565,7 +680,8 @@ class _Judged(NamedTuple):
             "training losses above their mean"
         )
 
-    def _uncertain(self) -> str:
+    def uncertain(self) -> str:
+        """Which error is too large for its level to mean much; empty if none is."""
         size = max(abs(self.value), _base(self.fitted))
         if self.upper - self.value > MAX_UNCERTAINTY * size:
             return (

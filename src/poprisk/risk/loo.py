@@ -35,7 +35,8 @@ from poprisk.path.run import check_answers
 from poprisk.printing import short_html, short_repr
 from poprisk.randomness import generator_of
 from poprisk.risk import inputs
-from poprisk.risk.estimate import DegreesOfFreedom, TwinOutputs, grouped_error, measure_dof
+from poprisk.risk.estimate import DegreesOfFreedom, TwinOutputs, measure_dof
+from poprisk.risk.grouped import grouped_error
 from poprisk.risk.local_losses import NO_CURVATURE, bend_of, is_bent, local_loss_of
 
 FORMS = ("gauss-newton", "hessian")

@@ -382,7 +382,8 @@ class TwinRisk:
             x: inputs (n, ...), indexable by a slice.
             y: targets (n, ...).
             index: their positions in the training set; 0..n-1 if left out.
-            groups: ids of dependent examples (one patient, one document), (n,), for the error.
+            groups: ids of dependent examples (one patient, one document), (n,): the estimate is
+                for examples of new ones, and its error counts groups (:mod:`poprisk.risk.grouped`).
             parts: ids of examples whose response is measured apart, (n,), such as their classes.
             batch_size: examples per forward pass.
 

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from poprisk._validate import check_choice, check_positive
 from poprisk.printing import described
-from poprisk.task.data import BATCH, Pair, as_data, as_tensor
+from poprisk.task.data import BATCH, Pair, as_data, as_tensor, check_raw
 from poprisk.task.metrics import METRICS, Metric, accuracy
 from poprisk.task.trial import try_task
 
@@ -38,6 +38,9 @@ class Task:
         clean: training targets without label noise, where they are known: shape of the targets.
         description: one line for the report.
         drop_last: whether to leave out a last batch that is not full.
+        raw: what people are shown of the training and of the test examples, a pair: pictures
+            (n, h, w) or (n, h, w, 3), texts, or tables (a frame, or columns by name), a row an
+            example; left out, the inputs themselves, where they are pictures or short.
 
     When it is made, a fresh model is evaluated on both sets, scored, and trained on one batch of
     each size that occurs (:mod:`poprisk.task.trial`), so that nothing fails in the middle of a
@@ -58,6 +61,7 @@ class Task:
     clean: Any = None
     description: str = ""
     drop_last: bool = False
+    raw: Any = None
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train[1]):,} training and {len(self.test[1]):,} test examples"
@@ -75,6 +79,8 @@ class Task:
                 object.__setattr__(self, "batch_size", self.batch_size or found.batch_size or BATCH)
         if self.clean is not None:
             object.__setattr__(self, "clean", as_tensor("clean", self.clean))
+        if self.raw is not None:
+            check_raw(self.raw, (len(self.train[1]), len(self.test[1])))
         if isinstance(self.metric, str):
             check_choice("metric", self.metric, METRICS)
             object.__setattr__(self, "metric", METRICS[self.metric])

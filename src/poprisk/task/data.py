@@ -165,6 +165,28 @@ def select(inputs: Inputs, rows: Tensor) -> Inputs:
     return inputs.changed(index=inputs.index[rows])
 
 
+def check_raw(raw: Any, lengths: Sequence[int]) -> None:
+    """Raise unless ``raw`` is a pair of what is shown of so many training and test examples.
+
+    Raises:
+        TypeError, ValueError: if it is not.
+    """
+    if not isinstance(raw, (tuple, list)) or len(raw) != 2:
+        raise TypeError(
+            "raw must be a pair of what is shown of the training and of the test examples, but got "
+            f"{type(raw).__name__}."
+        )
+    for name, one, n in zip(("training", "test"), raw, lengths, strict=True):
+        parts = list(one.values()) if isinstance(one, Mapping) else [one]
+        if isinstance(one, str) or not all(hasattr(part, "__len__") for part in parts):
+            raise TypeError(
+                f"raw of the {name} examples must be pictures, texts or a table, one an example, "
+                f"but got {type(one).__name__}."
+            )
+        if wrong := [len(part) for part in parts if len(part) != n]:
+            raise ValueError(f"there are {n} {name} examples, but raw has {wrong[0]} of them.")
+
+
 def as_tensor(what: str, value: Any) -> Tensor:
     """A tensor as it is; an array, frame or series as :func:`as_data` takes it.
 

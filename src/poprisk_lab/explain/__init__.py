@@ -33,7 +33,7 @@ def _differences(found: Config, wanted: Config) -> list[str]:
     )
 
 
-RESULTS = frozenset({"explanation.json", "report.html"})
+RESULTS = frozenset({"explanation.json", "influence.csv", "report.html"})
 EXPLANATION = Kind(
     frozenset({"explain", "data"}),
     _is_row,

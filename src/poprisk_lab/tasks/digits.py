@@ -73,6 +73,7 @@ def _task(
         test=test,
         clean=clean,
         epochs=epochs,
+        raw=(train[0].unflatten(1, (8, 8)), test[0].unflatten(1, (8, 8))),
         description=f"handwritten digits, {about.format(noise=noise)}",
     )
 

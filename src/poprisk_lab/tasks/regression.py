@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,12 +61,14 @@ def diabetes(seed: int = 0) -> Task:
     """Disease progression of 442 patients from 10 measurements (real, noise unknown), MLP."""
     from sklearn.datasets import load_diabetes
 
-    measurements, progression = load_diabetes(return_X_y=True, scaled=False)
+    found: Any = load_diabetes(scaled=False)
+    measurements, progression = found.data, found.target
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(progression), generator=generator)
     x = torch.tensor(measurements, dtype=torch.float32)[order]
     y = torch.tensor(progression, dtype=torch.float32)[order].unsqueeze(1)
     n = 300
+    raw = [dict(zip(found.feature_names, part.T, strict=True)) for part in (x[:n], x[n:])]
     x = (x - x[:n].mean(0)) / x[:n].std(0)
     y = (y - y[:n].mean()) / y[:n].std()
     return Task(
@@ -76,5 +80,6 @@ def diabetes(seed: int = 0) -> Task:
         metric="mse",
         epochs=200,
         batch_size=32,
+        raw=raw,
         description="diabetes progression of 442 patients, MLP; targets in standard deviations",
     )

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from poprisk import PopRiskAdamW, TwinRisk
 from poprisk.losses import binary_cross_entropy, cross_entropy, squared_error
-from poprisk.risk.estimate import grouped_error
+from poprisk.risk.grouped import grouped_error
 from poprisk_lab.tasks.digits import cnn, split_digits
 from poprisk_lab.tasks.nets import mlp
 

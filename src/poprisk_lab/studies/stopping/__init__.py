@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from poprisk.intervals import Interval, t_interval
-from poprisk.risk.choose import Z
 from poprisk_lab.plots import Columns, Line, Plot, Table, points, tabulate
 from poprisk_lab.results import TrialResult
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Workspace
@@ -30,6 +29,8 @@ QUICK = ("ridges, MLP, AdamW", "digits 40%, MLP, AdamW")
 REGRET, COVERED, WIDTH, LEVEL, OFF, ON = 0.02, 0.88, 0.5, 0.08, 0.95, 0.9
 """Bounds: of the regret, the share of intervals that hold the best moment, their width, the error
 of believed estimates, and the shares of flags that are off and on where they should be."""
+BAND = 2.0
+"""Standard errors to each side of a drawn curve."""
 TWIN = "the twin"
 RIVALS = (*RULES, FIFTH, REFITTED, FOLDED)
 """All that is compared with the twin, but the end of the run."""
@@ -193,7 +194,7 @@ def _curve(trial: TrialResult) -> Plot:
     """The true risk of one run, its estimate with two standard errors, and where rules stop."""
     found = trial.metrics
     t, risks, value = found["epochs"], found["risks"], found["estimates"]
-    low, high = ([v + sign * Z * e for v, e in zip(value, found["errors"], strict=True)]
+    low, high = ([v + sign * BAND * e for v, e in zip(value, found["errors"], strict=True)]
                  for sign in (-1, 1))  # fmt: skip
     stops = {"best": (found["best"], "other"), TWIN: (found["stop"], "poprisk")}
     stops |= {name: (found["rivals"][name]["at"], colour)
