@@ -48,23 +48,23 @@ class GraphMemory:
     """Keeps the graphs of gradients within a segment as far as memory allows.
 
     Args:
-        budget: bytes.
+        max_memory: bytes.
 
     Attributes:
         kept: whether any was.
     """
 
-    def __init__(self, budget: float) -> None:
-        self.budget, self.kept, self.left = budget, False, budget
+    def __init__(self, max_memory: float) -> None:
+        self.max_memory, self.kept, self.left = max_memory, False, max_memory
         self.per_example: float | None = None
 
     def begin(self) -> None:
         """At the start of a segment."""
-        self.left = self.budget
+        self.left = self.max_memory
 
     def kept_of(self, make: Callable[[], BatchGradient], examples: int) -> BatchGradient | None:
         """The gradient of a batch with its graph; None if that does not fit any more."""
-        if self.budget <= 0:
+        if self.max_memory <= 0:
             return None
         if self.per_example is None:  # the first one is measured
             with measured_graph() as storages:
