@@ -18,8 +18,8 @@ SRC = Path(__file__).parents[1] / "src"
 CHAINS: Mapping[str, Sequence[str]] = {
     "poprisk": (
         "_renamed _moved _validate printing protocols intervals randomness dtensor holders "
-        "evaluation forward_mode per_sample jacobian linalg ntk optim losses path attribution risk "
-        "audit monitor integrations task"
+        "evaluation forward_mode per_sample jacobian linalg spectrum ntk optim losses path "
+        "attribution risk audit monitor integrations task"
     ).split(),
     "poprisk_lab": (
         "claims tasks controls arms checkpoint fit store results study runner comparison "

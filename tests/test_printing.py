@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import poprisk
-from poprisk import attribution, linalg, ntk, path, per_sample, risk
+from poprisk import attribution, linalg, ntk, path, per_sample, risk, spectrum
 from poprisk import task as tasks
 from poprisk.optim import stats
 from poprisk.path import drift
@@ -24,7 +24,7 @@ from poprisk_lab.studies.drift_laws import DriftLaws
 from samplers import randn
 
 LINES, CHARACTERS = 5, 600
-PACKAGES = (attribution, linalg, ntk, path, per_sample, risk, stats, tasks)
+PACKAGES = (attribution, linalg, ntk, path, per_sample, risk, spectrum, stats, tasks)
 N, M = 24, 16
 
 
@@ -125,7 +125,7 @@ def results() -> Iterator[Any]:
     yield from (auditor, result, result.second_round(), result.wrong_share, *result.looks)
     square = poprisk.entk(net(), randn(N, 3))
     yield from (square, poprisk.entk(net(), randn(N, 3), randn(M, 3)), square.eigsh(5))
-    yield square.trace()
+    yield from (square.trace(), square.spectrum(5, targets=randn(N, 2)))
     yield from (monitored(), poprisk.GateStats(0.5, 0.5, 0.5, False, 9))
     yield from (task(), task().scored_by, power(1.0, 0.9, 1.1))
     yield drift.Movement([1, 2], *[randn(2, 400)] * 3)

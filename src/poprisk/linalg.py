@@ -46,7 +46,8 @@ class Eigenpairs(NamedTuple):
     Attributes:
         values: (k,), in descending order.
         vectors: (n, k), orthonormal columns.
-        residuals: (k,), :math:`\|K v - \lambda v\|`: an eigenvalue of K lies that near.
+        residuals: (k,), :math:`\|K v - \lambda v\|`: an eigenvalue of K lies that near. That is a
+            bound, no standard error; it does not say that no larger eigenvalue was missed.
     """
 
     values: Tensor
@@ -63,8 +64,12 @@ def top_eigenpairs(
     *,
     tolerance: float,
     max_products: int,
+    max_columns: int | None = None,
 ) -> Eigenpairs:
     """Largest eigenpairs by a block Krylov method with full orthogonalization.
+
+    Where the basis would outgrow ``max_columns``, it is restarted from its best pairs (a thick
+    restart: Wu and Simon 2000), whose images are known without a product.
 
     Args:
         product: K times the columns of (n, s).
@@ -72,29 +77,53 @@ def top_eigenpairs(
         k: number of pairs.
         tolerance: largest residual, relative to the largest eigenvalue.
         max_products: columns that may be multiplied in all.
+        max_columns: columns of the basis, at least 3 s or n; None: no limit.
     """
-    n = len(start)
-    basis = torch.linalg.qr(start).Q
-    images = product(basis)
-    block = basis
+    n, width = start.shape
+    most = min(n, max_products + width, n if max_columns is None else max_columns)
+    # Rows of one piece of memory: to concatenate would take half as much again, and fragment it.
+    basis, images = start.new_empty(2, max(most, width), n)
+    block = torch.linalg.qr(start).Q
+    size = spent = 0
     while True:
-        found = _ritz(basis, images, k)
+        width = block.shape[1]
+        basis[size : size + width] = block.T
+        images[size : size + width] = product(block).T
+        size, spent = size + width, spent + width
+        found = _ritz(basis[:size].T, images[:size].T, k)
         limit = tolerance * float(found.values[0].abs())
-        full = basis.shape[1] >= min(n, max_products)
-        if full or (basis.shape[1] >= k and bool((found.residuals <= limit).all())):
+        full = size >= n or spent >= max_products
+        if full or (size >= k and bool((found.residuals <= limit).all())):
             return found
-        block = _orthogonal_part(images[:, -block.shape[1] :], basis)[:, : n - basis.shape[1]]
+        block = _orthogonal_part(images[size - width : size].T, basis[:size].T)[:, : n - size]
         if block.shape[1] == 0:
             return found
-        basis = torch.cat([basis, block], dim=1)
-        images = torch.cat([images, product(block)], dim=1)
+        if size + block.shape[1] > most:
+            size = _restart(basis, images, size, max(k, (most - block.shape[1]) // 2))
+
+
+def _restart(basis: Tensor, images: Tensor, size: int, kept: int) -> int:
+    """Replace a basis by the best approximations within its span, in place; how many are kept.
+
+    What all of them lack lies along the block that comes next, so that the method goes on as if
+    nothing had been left out.
+    """
+    turn = _rotation(basis[:size].T, images[:size].T)[1][:, :kept].T
+    for rows in (basis, images):
+        rows[:kept] = turn @ rows[:size]
+    return kept
+
+
+def _rotation(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of K within the span of ``basis``, descending, and vectors in its terms."""
+    projected = basis.T @ images
+    values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+    return values.flip(0), vectors.flip(1)
 
 
 def _ritz(basis: Tensor, images: Tensor, k: int) -> Eigenpairs:
     """The best approximations within the span of ``basis``."""
-    projected = basis.T @ images
-    values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
-    values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
+    values, vectors = (found[..., :k] for found in _rotation(basis, images))
     residuals = torch.linalg.vector_norm(images @ vectors - basis @ vectors * values, dim=0)
     return Eigenpairs(values, basis @ vectors, residuals)
 
@@ -117,5 +146,9 @@ def trace_estimate(product: Callable[[Tensor], Tensor], probes: Tensor) -> Estim
         probes: (n, s) of independent random signs, s ≥ 2.
     """
     samples = (probes * product(probes)).sum(dim=0).double()
-    spread = samples.std() / len(samples) ** 0.5
-    return Estimate.of(float(samples.mean()), float(spread))
+    return Estimate.of(float(samples.mean()), standard_error(samples))
+
+
+def standard_error(samples: Tensor) -> float:
+    """Of the mean of independent samples, (s,) with s ≥ 2."""
+    return float(samples.std() / len(samples) ** 0.5)

@@ -8,7 +8,7 @@ with the Jacobians of the outputs for two sets of examples and a diagonal precon
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, final
 
@@ -37,9 +37,11 @@ from poprisk.per_sample import Factors, capture, check_graph
 from poprisk.per_sample import checks as examples
 from poprisk.per_sample.plan import Plan, learn_plan
 from poprisk.printing import described
+from poprisk.protocols import ProgressCallback
 from poprisk.randomness import generator_of
+from poprisk.spectrum import KernelSpectrum, target_energy, traces
 
-__all__ = ["Eigenpairs", "Estimate", "Kernel", "entk"]
+__all__ = ["Eigenpairs", "Estimate", "Kernel", "KernelSpectrum", "entk"]
 
 MAX_MEMORY = 2 << 30
 LEARNT_FROM = 4
@@ -225,20 +227,164 @@ class Kernel:
     ) -> Eigenpairs:
         """The k largest eigenvalues of a symmetric K with their vectors and residuals.
 
+        Vectors take at most half of ``max_memory``; where it is short, more products are needed.
+
         Args:
             k: number of eigenpairs.
             tolerance: largest residual, relative to the largest eigenvalue.
             max_products: products with K that may be spent; None: 20 k + 40.
             seed: of the start.
+
+        Raises:
+            TypeError, ValueError: for the kernel of two sets, a k that is too large, or vectors
+                that do not fit into max_memory.
         """
         examples.check_symmetric(self.symmetric, "eigsh")
         checks.check_range("k", k, 1, self.shape[0])
-        shape = self.shape[0], min(k + 2, self.shape[0])
-        start = torch.randn(shape, generator=generator_of(seed, "start"))
+        return self._leading(
+            self.matmul, k, tolerance=tolerance, max_products=max_products, seed=seed
+        )
+
+    def spectrum(
+        self,
+        k: int,
+        *,
+        targets: Tensor | None = None,
+        centered: bool = False,
+        probes: int = 24,
+        steps: int = 24,
+        tolerance: float = 1e-5,
+        max_products: int | None = None,
+        progress: ProgressCallback | None = None,
+        seed: int = 0,
+    ) -> KernelSpectrum:
+        r"""Trace, norm, effective ranks, leading eigenvalues, alignment, each with its error.
+
+        By products alone, see :mod:`poprisk.spectrum`: the leading eigenpairs first, then random
+        probes of what they leave. Vectors take at most half of ``max_memory``.
+
+        Args:
+            k: number of leading eigenpairs; the more, the smaller the errors.
+            targets: y, one number for each output of each example, (n, c) or (n·c,), in the dtype
+                and on the device of the parameters; labels of classes as one-hot.
+            centered: of :math:`HKH` and Hy instead, with :math:`H = I - 11^\top/n` over the
+                examples of each output (Cortes, Mohri and Rostamizadeh 2012).
+            probes: random vectors, at least 2.
+            steps: products for each probe, at most; only the entropy's error needs more than one.
+            tolerance: largest residual, relative to the largest eigenvalue.
+            max_products: products that may be spent on the eigenpairs; None: 20 k + 60.
+            progress: told of the products so far.
+            seed: of the start and the probes.
+
+        Raises:
+            ValueError, TypeError: for the kernel of two sets, a preconditioner with negative
+                entries, a kernel that is zero, targets that do not fit or are zero, a k too large,
+                or vectors that do not fit into max_memory.
+
+        Example:
+            >>> kernel = entk(torch.nn.Linear(2, 1, bias=False), torch.tensor([[2.0, 0], [0, 1]]))
+            >>> round(kernel.spectrum(2).participation_ratio.value, 4)  # 5² / 17
+            1.4706
+        """
+        examples.check_symmetric(self.symmetric, "spectrum")
+        n = self.shape[0]
+        checks.check_range("k", k, 1, n)
+        checks.check_range("probes", probes, 2)
+        checks.check_positive("steps", steps)
+        _check_semidefinite(self._weights)
+        self._check_vectors_fit(10 * probes + k + 1)
+        y = None if targets is None else self._targets(targets, centered)
+        spent = 0
+
+        def product(columns: Tensor) -> Tensor:
+            nonlocal spent
+            image = self.matmul(self._centred(columns) if centered else columns)
+            spent += columns.shape[1]
+            if progress is not None:
+                progress(spent, None)
+            return self._centred(image) if centered else image
+
+        # One more than asked for: the gap to it bounds how far off the leading space is.
+        pairs = self._leading(
+            product, min(k + 1, n), tolerance=tolerance, max_products=max_products, seed=seed
+        )
+        # Centring leaves rounding of what it takes off.
+        taken = float(self.matmul(self._zeros(n) + 1).norm()) / n**0.5 if centered else 0.0
+        _check_positive_kernel(pairs.values, taken)
+        signs = torch.randint(0, 2, (n, probes), generator=generator_of(seed, "probes")) * 2 - 1
+        found = traces(product, pairs, self._like(signs), steps=steps)
+        form = None if y is None else float(y @ product(y.unsqueeze(1)).squeeze(1) / (y @ y))
+        return KernelSpectrum(
+            Eigenpairs(pairs.values[:k], pairs.vectors[:, :k], pairs.residuals[:k]),
+            found.trace(),
+            found.frobenius_norm(),
+            found.participation_ratio(),
+            found.effective_rank(),
+            None if form is None else found.alignment(form),
+            None if y is None else target_energy(y, pairs, k),
+            spent,
+        )
+
+    def _leading(
+        self,
+        product: Callable[[Tensor], Tensor],
+        k: int,
+        *,
+        tolerance: float,
+        max_products: int | None,
+        seed: int,
+    ) -> Eigenpairs:
+        """The k largest eigenpairs of a product with vectors of this kernel's."""
+        n, width = self.shape[0], min(k + 2, self.shape[0])
+        # Half of the memory for vectors: basis and images, what a restart makes of one, and blocks.
+        blocks = 10 * width
+        self._check_vectors_fit(blocks + 5 * min(n, 3 * width) // 2)
+        column = n * self._zeros(1).element_size()
+        columns = (self._max_memory // (2 * column) - blocks) * 2 // 5
+        start = torch.randn((n, width), generator=generator_of(seed, "start"))
         limit = 20 * k + 40 if max_products is None else max_products
         return top_eigenpairs(
-            self.matmul, self._like(start), k, tolerance=tolerance, max_products=limit
+            product,
+            self._like(start),
+            k,
+            tolerance=tolerance,
+            max_products=limit,
+            max_columns=columns,
         )
+
+    def _check_vectors_fit(self, count: int) -> None:
+        """Raise ValueError unless so many vectors take half of the memory, or less."""
+        needed = 2 * count * self.shape[0] * self._zeros(1).element_size()
+        examples.check_vectors_fit(self.shape[0], needed, self._max_memory)
+
+    def _targets(self, targets: Tensor, centered: bool) -> Tensor:
+        """One number for each row, (n·c,).
+
+        Raises:
+            TypeError, ValueError: if they are not that, or nothing is left of them.
+        """
+        checks.check_type("targets", targets, Tensor, "a tensor")
+        n, rows = self._left.examples, self._rows
+        if targets.ndim == 0 or len(targets) not in (n, n * rows) or targets.numel() != n * rows:
+            raise ValueError(
+                f"targets must hold one number for each output of each example, ({n}, {rows}) or "
+                f"({n * rows},), but have shape {tuple(targets.shape)}; classes as one-hot."
+            )
+        examples.check_same_kind("targets", targets, self._zeros(1))
+        examples.check_numbers("targets", targets)
+        y = targets.detach().reshape(-1, 1)
+        whole, y = float(y.norm()), (self._centred(y) if centered else y).squeeze(1)
+        if float(y.norm()) <= _rounding(y) * whole:
+            raise ValueError(
+                "targets are zero, so that nothing can be aligned with them"
+                + (" once they are centred." if centered else ".")
+            )
+        return y
+
+    def _centred(self, columns: Tensor) -> Tensor:
+        """Each output's mean over the examples taken off, (n·c, s)."""
+        parts = columns.unflatten(0, (self._left.examples, self._rows))
+        return (parts - parts.mean(dim=0)).flatten(0, 1)
 
     def _form(self) -> None:
         """Compute K block by block, unless that has been done; the lower triangle if symmetric."""
@@ -461,3 +607,27 @@ def _weights(
         examples.check_shape(what, weight, tuple(p.shape))
         examples.check_same_kind(what, weight, p.real if p.is_complex() else p)
     return {name: precondition[name].detach() for name in params}
+
+
+def _check_semidefinite(weights: Mapping[str, Tensor] | None) -> None:
+    """Raise ValueError if a preconditioner makes negative eigenvalues possible."""
+    for name, weight in (weights or {}).items():
+        if bool((weight < 0).any()):
+            raise ValueError(
+                f"spectrum needs a precondition without negative entries, but that of {name} has "
+                f"{float(weight.min()):.3g}; trace and eigsh take any."
+            )
+
+
+def _rounding(like: Tensor) -> float:
+    """Relative size up to which a difference may be rounding alone."""
+    return 100 * torch.finfo(like.dtype).eps
+
+
+def _check_positive_kernel(eigenvalues: Tensor, taken: float) -> None:
+    """Raise ValueError if the largest eigenvalue is zero, or rounding of what was taken off."""
+    if float(eigenvalues[0]) <= _rounding(eigenvalues) * taken:
+        raise ValueError(
+            "the kernel is zero, and has no spectrum to speak of: no output depends on a weight "
+            "here, or nothing is left once it is centred."
+        )

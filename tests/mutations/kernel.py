@@ -56,6 +56,42 @@ MUTATIONS = {
         "samples.std()",
         "test_kernel.py::test_traces",
     ),
+    "leading part counted twice": Mutation(
+        "poprisk/spectrum.py",
+        "rest = torch.addmm(signs, V, V.T @ signs, alpha=-1)",
+        "rest = signs.clone()",
+        "test_spectrum.py::test_every_figure_is_the_dense_one_within_its_error",
+    ),
+    "slope of the square forgotten": Mutation(
+        "poprisk/spectrum.py",
+        "ratio * self.error(2 / trace, -1 / square, 0.0)",
+        "ratio * self.error(1 / trace, 0.0, 0.0)",
+        "test_spectrum.py::test_two_errors_hold_about_95_of_100_estimates",
+    ),
+    "error of quadrature left out": Mutation(
+        "poprisk/spectrum.py",
+        "rank * (probes + self.bound / trace)",
+        "rank * probes",
+        "test_spectrum.py::test_one_step_of_quadrature_is_told_by_its_error",
+    ),
+    "node at zero forgotten": Mutation(
+        "poprisk/spectrum.py",
+        "radau = _entropy_mean(torch.cat([alpha, last.unsqueeze(1)], dim=1), beta)",
+        "radau = _entropy_mean(alpha, beta[:, :-1])",
+        "test_spectrum.py::test_quadrature_bounds_the_entropy_and_closes_in",
+    ),
+    "images left behind by a restart": Mutation(
+        "poprisk/linalg.py",
+        "    for rows in (basis, images):",
+        "    for rows in (basis,):",
+        "test_spectrum.py::test_a_restarted_basis_finds_the_same",
+    ),
+    "gap to the next eigenvalue taken as found": Mutation(
+        "poprisk/spectrum.py",
+        "gaps = values[:k] - values[k] - residuals[k]",
+        "gaps = values[:k]",
+        "test_spectrum.py::test_targets_in_a_leading_space_that_is_not_told_apart",
+    ),
     "divided by J instead of J-1": Mutation(
         "poprisk/optim/batch_variance.py", "/ (self.parts - 1)", "/ self.parts", SIZES
     ),

@@ -47,6 +47,14 @@ class Measured(NamedTuple):
     answers: list[list[float]]
 
 
+class Common(NamedTuple):
+    """Intraclass correlation of the response, its error, and each example's part in that."""
+
+    correlation: float
+    error: float
+    apart: list[list[float]]
+
+
 class Estimate(NamedTuple):
     value: float
     standard_error: float
@@ -219,21 +227,20 @@ def estimate(
         hessians = [hessian(loss, u[i], y[i]) for i in range(n)]
         return gain_of(hessians, min(times * whole.dof, 0.95), dimensions) / whole.gain.middle
 
-    correlation = correlation_error = None
-    if groups is not None:
-        correlation, correlation_error, apart = common(loss, u, y, twins, groups, bent=bent)
+    shared = None if groups is None else common(loss, u, y, twins, groups, bent=bent)
+    correlation = None if shared is None else shared.correlation
     outputs, losses = scored(1, correlation)
     value = sum(losses) / n
     sampling = error_of_sum([v - value for v in losses], independent) / n
     response = 0.5 * (sum(scored(2, correlation)[1]) - sum(scored(0, correlation)[1])) / n
     rows = [(response, whole.answers)]
-    if correlation is not None and correlation_error is not None:
+    if shared is not None:
         ends = (
-            min(correlation + correlation_error, 1.0),
-            max(correlation - correlation_error, 0.0),
+            min(shared.correlation + shared.error, 1.0),
+            max(shared.correlation - shared.error, 0.0),
         )
         more, less = (sum(scored(1, end)[1]) / n for end in ends)
-        rows.append((0.5 * (more - less), apart))
+        rows.append((0.5 * (more - less), shared.apart))
     influence = list[Tensor]()
     for slope, answers in rows:
         size = math.hypot(*(error_of_sum(row, independent) for row in answers))
@@ -252,8 +259,8 @@ def estimate(
 
 def common(
     loss: Loss, u: Tensor, y: Tensor, twins: Sequence[Twin], groups: Sequence[int], *, bent: bool
-) -> tuple[float, float, list[list[float]]]:
-    """Intraclass correlation of the response, its error, and each example's part in that."""
+) -> Common:
+    """What the responses of a group have in common."""
     members = {g: [i for i in range(len(u)) if groups[i] == g] for g in sorted(set(groups))}
     size = along = together = reach = 0.0
     kept = list[dict[int, tuple[float, float]]]()
@@ -281,7 +288,7 @@ def common(
     squares = sum(v * v for sums in apart for v in sums.values())
     error = math.sqrt(1.6 * squares * count / (count - 1)) / reach
     spread = [[sums[g] / len(members[g]) for g in groups] for sums in apart]
-    return min(max(k, 0.0), 1.0), error, spread
+    return Common(min(max(k, 0.0), 1.0), error, spread)
 
 
 def without_groups(

@@ -239,6 +239,16 @@ def check_block_fits(block: int, needed: int, max_memory: int) -> None:
         )
 
 
+def check_vectors_fit(rows: int, needed: int, max_memory: int) -> None:
+    """Raise ValueError if vectors that a spectrum is looked for with do not fit."""
+    if needed > max_memory:
+        raise ValueError(
+            f"max_memory={max_memory} ({max_memory / MIB:.1f} MiB) is too small for vectors of "
+            f"{rows} rows, which need {needed / MIB:.1f} MiB; raise it, or ask for fewer "
+            "eigenpairs (k) or probes."
+        )
+
+
 def check_count(name: str, found: int, needed: int) -> None:
     """Raise ValueError unless there is one tensor for each parameter."""
     if found != needed:
