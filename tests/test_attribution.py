@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.optim import Optimizer
 
 from poprisk import NotAnalysable, PopRiskAdamW, gated, record
 from poprisk.attribution import Attribution, Replay, attribute, replay
+from poprisk.attribution.adam import adam_step
+from poprisk.attribution.adjoint import Adjoint
+from poprisk.attribution.steps import TakenStep, copied
 from poprisk.path.recursion import Recursion
 from samplers import randn
 
@@ -254,6 +257,146 @@ def test_an_example_twice_in_a_batch_counts_twice() -> None:
     assert not torch.isclose(twice[0], once[0], rtol=1e-3)
 
 
+# --- what it costs --------------------------------------------------------------------------------
+
+ADAMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decayed": {"weight_decay": 0.1},
+    "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "maximized": {"maximize": True, "weight_decay": 0.1},
+    "largest": {"amsgrad": True, "betas": (0.8, 0.7)},
+}
+
+
+@pytest.fixture
+def counted_in_float64() -> Iterator[None]:
+    """Autograd goes through bias corrections in the precision of the counter of steps."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("counted_in_float64")
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("name", ADAMS)
+def test_a_step_of_adam_in_closed_form_is_the_one_by_autograd(
+    kind: type[Optimizer], name: str
+) -> None:
+    """Two groups, the parameters of one between those of the other; one gets no gradient."""
+    if kind is torch.optim.AdamW and name == "decoupled":
+        pytest.skip("it is that by itself")
+    shapes = [(3, 2), (3,), (2, 3), (2,), (4,)]
+    params = [nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    own = [{"params": params[1:2], "lr": 0.02, "eps": 1e-2}, {"params": [params[0], *params[2:]]}]
+    optimizer: Any = kind(own, lr=0.05, eps=1e-3, **ADAMS[name])  # pyrefly: ignore
+    groups = [
+        ({k: v for k, v in group.items() if k != "params"}, places)
+        for group, places in zip(optimizer.param_groups, ([1], [0, 2, 3, 4]), strict=True)
+    ]
+    for k in range(4):
+        before = [p.detach().clone() for p in params]
+        start = [{n: copied(v) for n, v in optimizer.state[p].items()} for p in params]
+        for i, p in enumerate(params):
+            p.grad = randn(*p.shape, seed=10 * k + i) / (1 + k)
+        params[3].grad = params[3].grad if k < 2 else None
+        grads = [p.grad for p in params]
+        optimizer.step()
+        kept = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if name == "largest" else 2]
+        size = sum(p.numel() for p in params)
+        after = Adjoint(randn(2, size), {n: randn(2, size, seed=j) for j, n in enumerate(kept)})
+        by_autograd = TakenStep(kind, groups, before, start, grads).pull(after)
+        state = [optimizer.state[p] for p in params]
+        found = adam_step(kind, groups, before, grads, state).pull(after)
+        close: Any = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
+        close(found.gradient, by_autograd.gradient)
+        close(found.before.weights, by_autograd.before.weights)
+        for n in kept if k else ():  # before the first step there is no state
+            close(found.before.of_state(n), by_autograd.before.of_state(n))
+
+
+def graphs(run: Replay, max_memory: float = math.inf) -> list[bool]:
+    """Of which steps, the last one first, the graph of the gradient was kept."""
+    response = "held" if run.linear else "followed"
+    return [step.graph is not None for step in run.backwards(response, max_memory)]
+
+
+@pytest.mark.parametrize("name", ["momentum", "AdamW", "RMSprop"])
+def test_a_gradient_is_kept_for_the_way_back_as_memory_allows(name: str) -> None:
+    run = trained(OPTIMIZERS[name], snapshots=3)
+    whole = attribute(run, check=0).influence
+    assert graphs(run) == [True] * STEPS
+    assert graphs(run, 0) == [False] * STEPS
+    torch.testing.assert_close(attribute(run, check=0, max_memory=0).influence, whole)
+    activations = 7 * 8 * 8  # bytes, of one batch
+    sizes = [activations, 10**3, 4 * 10**3, 10**4, 10**6]
+    counts = [sum(graphs(run, size)) for size in sizes]
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert 0 < counts[2] < STEPS == counts[-1]
+    torch.testing.assert_close(attribute(run, check=0, max_memory=sizes[2]).influence, whole)
+
+
+class Rounding(torch.autograd.Function):
+    """The identity, whose gradient is rounded otherwise where it can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyrefly: ignore
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore
+        return grad * (1 + 1e-15) if torch.is_grad_enabled() else grad.clone()
+
+
+class Rounded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Any = Rounding.apply(self.net(x))
+        return found
+
+
+@pytest.mark.parametrize("name", ["momentum", "AdamW"])
+def test_kernels_that_round_otherwise_with_a_graph_are_gone_through_without(name: str) -> None:
+    run = trained(OPTIMIZERS[name], model=Rounded())
+    assert graphs(run) == [False] * STEPS
+    plain = attribute(trained(OPTIMIZERS[name]), check=0).influence
+    torch.testing.assert_close(attribute(run, check=0).influence, plain, rtol=1e-9, atol=1e-13)
+
+
+def test_attention_is_trained_by_a_kernel_that_can_be_differentiated_twice() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        net = nn.Sequential(nn.Unflatten(1, (2, 4)), block, nn.Flatten(), nn.Linear(8, 1))
+    train, query = (randn(N, 8).float(), randn(N, 1).float()), randn(M, 8).float()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    run = replay(net, "squared_error", sgd, batches(), query, train=train)
+    assert graphs(run) == [True] * STEPS
+
+
+def test_no_more_gradients_are_taken_than_steps() -> None:
+    """Forward passes of a batch: one in training, and one on the way back."""
+    calls = list[int]()
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return self.net(x)
+
+    run = trained(OPTIMIZERS["AdamW"], model=Counted())
+    for memory, passes in ((2.0**30, STEPS), (0.0, 2 * STEPS)):
+        calls.clear()
+        attribute(run, check=0, max_memory=memory)
+        assert calls.count(7) == passes
+
+
 # --- what is made of it ---------------------------------------------------------------------------
 
 
@@ -301,6 +444,70 @@ def test_a_run_that_is_not_smooth_is_flagged() -> None:
     found = attribute(run)
     assert not found.valid
     assert "not smooth enough" in found.reason or "blew up" in found.reason
+
+
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5])
+def test_random_shares_are_disjoint_and_weigh_one_on_average(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step on a linear model is linear in the weights of the losses: any share agrees."""
+    net, (train, _) = nn.Linear(4, 1).double(), data()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    run = replay(net, "squared_error", sgd, [torch.arange(N)], train[0], train=train)
+    tried, plain = list[Tensor](), Replay.trained
+
+    def noted(self: Replay, weights: Tensor) -> Tensor:
+        tried.append(weights)
+        return plain(self, weights)
+
+    monkeypatch.setattr(Replay, "trained", noted)
+    for seed in (0, 1):
+        found = attribute(
+            run, measure=lambda u, _: u[:, 0], check=share, left_out="random", seed=seed
+        )
+        assert found.valid, found.reason
+        assert found.agreement == pytest.approx(1, abs=1e-9)
+    count = max(1, round(share * N))
+    assert len(tried) == 4
+    for weights in tried:
+        assert int((weights == 0).sum()) == count
+        assert float(weights.mean()) == pytest.approx(1)
+        assert len(set(weights.tolist())) == 2
+    assert not bool(((tried[0] == 0) & (tried[1] == 0)).any())
+    assert not torch.equal(tried[0], tried[2])
+
+
+def test_what_holds_without_a_few_need_not_hold_for_a_random_half() -> None:
+    """A query that bends: by a fifth of its change without the largest, more without a half."""
+    net, train = nn.Linear(4, 1).double(), (randn(96, 4), randn(96, 1, seed=1))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    steps = [torch.arange(96)]
+    run = replay(net, "squared_error", sgd, steps, randn(1, 4, seed=5), train=train)
+    straight = attribute(run, measure=lambda u, _: u[0, 0], check=0)
+    at, bend = straight.value, 0.2 / float(straight.influence.abs().max())
+
+    def bent(u: Tensor, _: Tensor | None) -> Tensor:
+        return (u[0, 0] - at) + bend * (u[0, 0] - at) ** 2
+
+    few = attribute(run, measure=bent)
+    assert few.valid, few.reason
+    for seed in range(5):
+        half = attribute(run, measure=bent, check=0.5, left_out="random", seed=seed)
+        assert not half.valid
+    assert "48 examples at random" in half.reason
+
+
+def test_shares_at_random_of_examples_that_are_all_alike_tell_nothing() -> None:
+    x, y = torch.ones(8, 1, dtype=torch.float64), torch.ones(8, 1, dtype=torch.float64)
+    net = nn.Linear(1, 1).double()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    run = replay(net, "squared_error", sgd, [torch.arange(8)], x, train=(x, y))
+    found = attribute(run, measure=lambda u, _: u[0, 0], check=0.5, left_out="random")
+    assert not found.valid
+    assert "same influence" in found.reason
+    none = attribute(run, measure=lambda u, _: 0 * u[0, 0], check=0.5, left_out="random")
+    assert "no example has any influence" in none.reason
+    assert none.reason == attribute(run, measure=lambda u, _: 0 * u[0, 0]).reason
 
 
 def test_no_check_is_said() -> None:
@@ -374,6 +581,9 @@ def test_data_that_was_written_to_is_refused() -> None:
         ({"form": "newton"}, "form"),
         ({"response": "ignored"}, "response"),
         ({"check": 0.9}, "check"),
+        ({"max_memory": -1}, "max_memory"),
+        ({"left_out": "all"}, "left_out"),
+        ({"seed": 0.5}, "seed"),
         ({"query": (randn(2, 4), randn(3, 1))}, "query"),
     ],
 )

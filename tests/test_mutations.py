@@ -18,6 +18,7 @@ PARTS = (
     "factors",
     "kernel",
     "path",
+    "attribution",
     "risk",
     "lockstep",
     "audit",

@@ -11,19 +11,21 @@ optimizer carries, after a step, and :math:`\lambda_g` what the step makes of it
 
 (reverse-mode differentiation of training; Maclaurin et al. 2015; Hara et al. 2019; Ilyas and
 Engstrom 2025, arXiv:2503.13751). Both come from one double backward pass, without the gradient of
-any single example: the sum's derivative in s is the inner products, that in w the curvature.
+any single example: the sum's derivative in s is the inner products, that in w the curvature. Where
+the gradient's graph was kept when the step was taken, nothing of it is computed twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from poprisk import losses
-from poprisk.optim.step import StepRule
+from poprisk.jacobian import flat
+from poprisk.optim.step import Diagonal, StepRule
 from poprisk.path.problem import Problem
 
 FORMS = ("hessian", "gauss-newton")
@@ -56,20 +58,36 @@ class Pulled(NamedTuple):
 Pull = Callable[[Adjoint], Pulled]
 
 
+class BatchGradient(NamedTuple):
+    """The gradient of a batch's loss, with the graph by which it is differentiated again.
+
+    Attributes:
+        weights: of each parameter, without a past.
+        share: of each example's loss in that of the batch, (b,), likewise.
+        gradient: of each parameter; None where the loss does not depend on it.
+    """
+
+    weights: Sequence[Tensor]
+    share: Tensor
+    gradient: Sequence[Tensor | None]
+
+
 class BackwardStep(NamedTuple):
     """A step that was taken.
 
     Attributes:
-        weights: before it, (P,).
+        weights: before it, of each parameter.
         examples: behind its gradient, (b,).
         share: of each of their losses in it, (b,).
         pull: the optimizer's part of it, backwards.
+        graph: of its gradient, where it was kept.
     """
 
-    weights: Tensor
+    weights: Sequence[Tensor]
     examples: Tensor
     share: Tensor
     pull: Pull
+    graph: BatchGradient | None = None
 
 
 def pull_rule(rule: StepRule, after: Adjoint) -> Pulled:
@@ -82,11 +100,46 @@ def pull_rule(rule: StepRule, after: Adjoint) -> Pulled:
         after: with the momentum in its state.
     """
     w = after.weights
-    r = -rule.correction * rule.precondition * w
-    m = after.of_state("momentum") + rule.from_momentum * r
-    g = rule.gain * m + rule.from_gradient * r
-    before = (1 - rule.decay) * w + rule.coupled * g
-    return Pulled(rule.sign * g, Adjoint(before, {"momentum": rule.carry * m}))
+    r = _times(-rule.correction * rule.precondition, w)
+    m = _plus(after.of_state("momentum"), rule.from_momentum, r)
+    g = _plus(_times(rule.gain, m), rule.from_gradient, r)
+    before = _plus(_times(1 - rule.decay, w), rule.coupled, g)
+    return Pulled(_times(rule.sign, g), Adjoint(before, {"momentum": _times(rule.carry, m)}))
+
+
+def _times(c: Diagonal, t: Tensor) -> Tensor:
+    """No pass over memory for a factor of 1."""
+    return t if not isinstance(c, Tensor) and c == 1 else c * t
+
+
+def _plus(base: Tensor, c: Diagonal, t: Tensor) -> Tensor:
+    r""":math:`b + c \odot t`, in one pass over memory at most."""
+    if isinstance(c, Tensor):
+        return torch.addcmul(base, c, t)
+    return torch.add(base, t, alpha=c) if c else base
+
+
+def batch_gradient(
+    problem: Problem, weights: Sequence[Tensor], examples: Tensor, share: Tensor
+) -> BatchGradient:
+    r""":math:`g = \sum_i s_i \nabla\ell_i(w)`, to be differentiated in w and s.
+
+    Args:
+        problem: what is trained.
+        weights: of each parameter.
+        examples: of the batch, (b,).
+        share: :math:`s_i`, (b,).
+    """
+    x, y = (t[examples.to(t.device)] for t in problem.train)
+    with torch.enable_grad():
+        leaves = [w.detach().requires_grad_() for w in weights]
+        s = share.to(leaves[0]).detach().requires_grad_()
+        u = problem.J.jacobian(x, dict(zip(problem.names, leaves, strict=True)))
+        total = (s * losses.values(problem.loss, problem.shaped(u), y)).sum()
+        if not total.requires_grad:
+            return BatchGradient(leaves, s, [None] * len(leaves))
+        found = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+    return BatchGradient(leaves, s, found)
 
 
 def second_order(
@@ -104,22 +157,43 @@ def second_order(
     Returns:
         (q, P), and (q, b).
     """
-    x, y = (t[step.examples.to(t.device)] for t in problem.train)
-    share = step.share.to(step.weights)
-    with torch.enable_grad():
-        w = step.weights.detach().requires_grad_()
-        s = share.clone().requires_grad_()
-        u = problem.J.outputs(w, x)
-        total = (s * losses.values(problem.loss, problem.shaped(u), y)).sum()
-        (g,) = _grad(total, [w], create_graph=True)
-        curved, inner = list[Tensor](), list[Tensor]()
-        for v in vectors:
-            h, dot = _grad((g * v).sum(), [w, s], retain_graph=True)
-            curved.append(h)
-            inner.append(dot)
+    graph = step.graph
+    if graph is None:
+        graph = batch_gradient(problem, step.weights, step.examples, step.share)
+    curved, inner = list[Tensor](), list[Tensor]()
+    for j, v in enumerate(vectors, 1):
+        h, dot = _along(graph, v, keep=j < len(vectors))
+        curved.append(h)
+        inner.append(dot)
     if form == "gauss-newton":
-        return _gauss_newton(problem, step.weights, x, y, share, vectors), torch.stack(inner)
+        x, y = (t[step.examples.to(t.device)] for t in problem.train)
+        bent = _gauss_newton(problem, flat(step.weights), x, y, graph.share.detach(), vectors)
+        return bent, torch.stack(inner)
     return torch.stack(curved), torch.stack(inner)
+
+
+def _along(graph: BatchGradient, v: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """Derivatives of the gradient's product with a vector (P,): in w, (P,), and in s, (b,).
+
+    Args:
+        graph: of the gradient.
+        v: the vector.
+        keep: the graph, for another one.
+    """
+    pieces = v.split([w.numel() for w in graph.weights])
+    pairs = [
+        (g, piece.view_as(g))
+        for g, piece in zip(graph.gradient, pieces, strict=True)
+        if g is not None and g.requires_grad
+    ]
+    leaves = [*graph.weights, graph.share]
+    if not pairs:  # a loss without slope
+        found: Sequence[Tensor | None] = [None] * len(leaves)
+    else:
+        slopes, along = zip(*pairs, strict=True)
+        found = torch.autograd.grad(slopes, leaves, along, retain_graph=keep, allow_unused=True)
+    *h, dot = [torch.zeros_like(t) if d is None else d for d, t in zip(found, leaves, strict=True)]
+    return torch.cat([part.reshape(-1) for part in h]), dot
 
 
 def _gauss_newton(
@@ -129,11 +203,3 @@ def _gauss_newton(
     moved = problem.J.jvp(w, x, vectors.T)
     bent = losses.hessian_product(problem.loss, problem.shaped(u), y, moved)
     return pull(share.view(-1, 1, 1) * bent).T
-
-
-def _grad(value: Tensor, at: Sequence[Tensor], **settings: Any) -> list[Tensor]:
-    """Gradients of a value; zero where it does not depend on one."""
-    if not value.requires_grad:
-        return [torch.zeros_like(t) for t in at]
-    found = torch.autograd.grad(value, list(at), allow_unused=True, **settings)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, at, strict=True)]

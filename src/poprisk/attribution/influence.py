@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,16 +15,26 @@ from poprisk import losses
 from poprisk._validate import NotAnalysable
 from poprisk.attribution.adjoint import FORMS, Adjoint, BackwardStep, pull_rule, second_order
 from poprisk.attribution.result import Attribution
-from poprisk.attribution.training import RESPONSES, Replay
+from poprisk.attribution.training import MAX_MEMORY, RESPONSES, Replay
 from poprisk.optim.step import StepRule
 from poprisk.path import Run
 from poprisk.path.problem import Problem
 from poprisk.path.run import check_answers
+from poprisk.randomness import generator_of
 
 CHECKED = 0.01
 """Share of the examples that are left out, to see whether the run follows; one at least."""
 AGREES = 0.25
 """Relative difference between measured and predicted changes up to which it does."""
+CORRELATES = 0.94
+r"""Correlation with their predictions, over random shares that are left out, from which changes of
+a query agree: :math:`1/\sqrt{1 + r^2}` if the difference, r standard deviations of the predicted
+change, is independent of it; the mean over queries."""
+DRAWS = 64
+"""Of which the most typical is tried: a small change tells little of what a usual one does."""
+REMOVALS = ("largest", "random")
+ALIKE = "all examples have the same influence on the query: shares at random tell nothing"
+NOTHING = "no example has any influence on the query"
 UNTRIED = "check=0: whether leaving examples out does what the derivative says was not tried"
 ONCE = "a recorded run cannot be trained again without examples; use replay()"
 
@@ -41,6 +51,9 @@ def attribute(
     form: str = "hessian",
     response: str | None = None,
     check: float = CHECKED,
+    left_out: str = "largest",
+    seed: int = 0,
+    max_memory: float = MAX_MEMORY,
 ) -> Attribution:
     r"""Which training examples did this: the derivative of a query by the weight of each one.
 
@@ -56,8 +69,15 @@ def attribute(
         response: ``"followed"``: second moments answer to the gradient too, exact for torch's
             optimizers; ``"held"``: the preconditioner stays what it was, as must that of
             PopRiskAdamW and of a recorded run. Left out: followed where it can be.
-        check: a replay is trained once more without this share of the examples, those of largest
-            influence, to see whether the derivative holds that far; 0: not.
+        check: a replay is trained once more without this share of the examples, to see whether the
+            derivative holds that far; 0: not.
+        left_out: in the check: ``"largest"``, those of largest influence one way; ``"random"``, two
+            trainings without a random share each, the rest weighed up for it. A random half
+            moves the query little by its influence, and much by how examples act together: what is
+            valid for the first need not be for the second.
+        seed: of the random share.
+        max_memory: bytes that graphs of gradients may take, so that no gradient of a replay is
+            computed twice, beside its :math:`2\sqrt K` states of model and optimizer.
 
     Raises:
         TypeError, ValueError: for a bad argument, or a query without targets for its loss.
@@ -80,6 +100,9 @@ def attribute(
         )
     checks.check_choice("form", form, FORMS)
     checks.check_number("check", check, low=0.0, high=0.5)
+    checks.check_choice("left_out", left_out, REMOVALS)
+    generator_of(seed, "left out")  # refuses a bad one before the work
+    checks.check_number("max_memory", max_memory, low=0.0)
     kind = _response(run, response)
     problem, w = run.problem, _final(run)
     problem.check_data()
@@ -88,7 +111,7 @@ def attribute(
     influence = torch.zeros(len(slopes), problem.n, dtype=slopes.dtype, device=slopes.device)
     adjoint = Adjoint(slopes, {})
     with torch.enable_grad():
-        for step in _backwards(run, kind):
+        for step in _backwards(run, kind, max_memory):
             pulled = step.pull(adjoint)
             curved, inner = second_order(problem, step, pulled.gradient, form)
             share = step.share.to(inner)
@@ -96,7 +119,10 @@ def attribute(
             adjoint = pulled.before._replace(weights=pulled.before.weights + curved)
     reason, agreement = _objection(run, kind, influence), math.nan
     if isinstance(run, Replay) and check and influence.isfinite().all():
-        differs, agreement = _checked(run, asked, value, influence, check)
+        given = run, asked, value, influence, check
+        differs, agreement = (
+            _without_largest(*given) if left_out == "largest" else _without_random(*given, seed)
+        )
         reason = reason or differs
     elif not reason:
         reason = UNTRIED if isinstance(run, Replay) else ONCE
@@ -190,9 +216,9 @@ def _final(run: Run | Replay) -> Tensor:
     return run.weights[len(run)] if isinstance(run, Run) else run.final
 
 
-def _backwards(run: Run | Replay, response: str) -> Iterator[BackwardStep]:
+def _backwards(run: Run | Replay, response: str, max_memory: float) -> Iterator[BackwardStep]:
     if isinstance(run, Replay):
-        yield from run.backwards(response)
+        yield from run.backwards(response, max_memory)
         return
     check_answers(run)
     for k in reversed(range(len(run))):
@@ -202,7 +228,8 @@ def _backwards(run: Run | Replay, response: str) -> Iterator[BackwardStep]:
             *(v.squeeze(1) if isinstance(v, Tensor) else v for v in fields), steps=steps
         )
         share = interval.sampling / run.problem.n
-        yield BackwardStep(w, interval.examples, share, partial(pull_rule, rule))
+        weights = [*run.problem.J.named(w).values()]
+        yield BackwardStep(weights, interval.examples, share, partial(pull_rule, rule))
 
 
 def _objection(run: Run | Replay, response: str, influence: Tensor) -> str:
@@ -215,29 +242,90 @@ def _objection(run: Run | Replay, response: str, influence: Tensor) -> str:
     return ""
 
 
-def _checked(
+def _changes(
+    run: Replay, asked: _Query, value: Tensor, influence: Tensor, removals: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """Train again with other weights of the losses, and compare.
+
+    Args:
+        run: the training.
+        asked: the queries.
+        value: of them, (q,).
+        influence: (q, n).
+        removals: weights of the losses, (n,) each.
+
+    Returns:
+        Measured and predicted changes, each (removals, q), and how far the former go along the
+        latter.
+    """
+    moved = list[Tensor]()
+    with torch.enable_grad():
+        for weights in removals:
+            moved.append(asked(run.trained(weights).requires_grad_()).detach() - value)
+    a, b = torch.stack(moved).double(), _predicted(influence, removals)
+    return a, b, float((a * b).sum() / b.square().sum())
+
+
+def _predicted(influence: Tensor, removals: Sequence[Tensor]) -> Tensor:
+    """Changes to first order, (removals, q)."""
+    return (torch.stack([*removals]).to(influence.device) - 1) @ influence.double().T
+
+
+def _without_largest(
     run: Replay, asked: _Query, value: Tensor, influence: Tensor, share: float
 ) -> tuple[str, float]:
-    """Train again without the examples that moved the query most one way, and compare."""
+    """Leave out the examples that moved the query most one way."""
     total = influence.sum(0)
     if float(total.clamp(min=0).sum()) < float(total.clamp(max=0).abs().sum()):
         total = -total
     left_out = total.topk(max(1, round(share * len(total)))).indices
     weights = torch.ones(len(total), dtype=torch.float64)
     weights[left_out.cpu()] = 0.0
-    predicted = -influence[:, left_out].sum(1)
-    size = float(predicted.norm())
-    if size == 0:
-        return "no example has any influence on the query", math.nan
-    with torch.enable_grad():
-        moved = asked(run.trained(weights).requires_grad_()).detach() - value
-    ratio = float(moved @ predicted) / size**2
-    off = float((moved - predicted).norm()) / size
+    if not bool(influence[:, left_out].any()):
+        return NOTHING, math.nan
+    moved, predicted, ratio = _changes(run, asked, value, influence, [weights])
+    off = float((moved - predicted).norm() / predicted.norm())
     if off <= AGREES:
         return "", ratio
     examples = f"the {len(left_out)} examples" if len(left_out) > 1 else "the example"
     return (
         f"trained without {examples} of largest influence, the query did not move as the "
         f"derivative says (by {ratio:.2f} of it, {off:.0%} off): training is not smooth enough",
+        ratio,
+    )
+
+
+def _without_random(
+    run: Replay, asked: _Query, value: Tensor, influence: Tensor, share: float, seed: int
+) -> tuple[str, float]:
+    """Leave out examples at random, twice, none of them both times; the rest counts for them."""
+    n = influence.shape[1]
+    count = max(1, round(share * n))
+    # Standard deviation of each query's change over all draws.
+    spread = (influence.double().var(1) * count * n / (n - count)).sqrt()
+    some = spread > 0
+    if not bool(some.any()):
+        return (ALIKE if bool(influence.any()) else NOTHING), math.nan
+    generator = generator_of(seed, "left out")
+
+    def drawn() -> list[Tensor]:
+        order, kept = torch.randperm(n, generator=generator), n / (n - count)
+        removals = [torch.full((n,), kept, dtype=torch.float64) for _ in range(2)]
+        removals[0][order[:count]] = removals[1][order[-count:]] = 0.0
+        return removals
+
+    def atypical(removals: Sequence[Tensor]) -> float:
+        return abs(float((_predicted(influence, removals) / spread)[:, some].square().mean()) - 1)
+
+    removals = min((drawn() for _ in range(DRAWS)), key=atypical)
+    moved, predicted, ratio = _changes(run, asked, value, influence, removals)
+    off = ((moved - predicted) / spread)[:, some].square().mean(0)
+    correlation = float((1 / (1 + off).sqrt()).mean())
+    if correlation >= CORRELATES:
+        return "", ratio
+    return (
+        f"trained without {count} examples at random, the query is so far from what the "
+        f"derivative says that over draws the two would correlate by {correlation:.2f}: training "
+        "is not linear that far",
         ratio,
     )

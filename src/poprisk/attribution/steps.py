@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from poprisk.attribution.adjoint import Adjoint, Pulled
-from poprisk.optim.step import Description, StepContext, StepRule, joined
+from poprisk.optim.step import Description, StepContext, StepRule, joined, sgd_rule
 
 FOLLOWED: Mapping[type[Optimizer], dict[str, Any]] = {
     torch.optim.Adam: {"foreach": False, "fused": False, "capturable": False},
@@ -157,13 +157,16 @@ def held_rule(
         description: of its rules.
         params: with the gradients that it used.
         weights: before the step.
-        momentum: before it; None where there was none.
+        momentum: before it; None where there was none. Of SGD only that is asked.
     """
     groups = {p: g for g in optimizer.param_groups for p in g["params"]}
     rules = list[StepRule]()
     for p, w, m in zip(params, weights, momentum, strict=True):
         if p.grad is None:
             rules.append(StepRule(precondition=0.0, carry=1.0, gain=0.0))
+            continue
+        if type(optimizer) is torch.optim.SGD:  # spares differences of all weights
+            rules.append(sgd_rule(groups[p], first=m is None))
             continue
         state, start = optimizer.state.get(p, {}), torch.zeros_like(w) if m is None else m
         context = StepContext(groups[p], state, m is None, p.detach() - w, p.grad, w, start)

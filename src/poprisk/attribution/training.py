@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,8 +17,16 @@ from torch.optim import Optimizer
 
 from poprisk import _validate as checks
 from poprisk._validate import NotAnalysable
-from poprisk.attribution.adjoint import BackwardStep, Pull, pull_rule
+from poprisk.attribution import adam
+from poprisk.attribution.adjoint import (
+    BackwardStep,
+    BatchGradient,
+    Pull,
+    batch_gradient,
+    pull_rule,
+)
 from poprisk.attribution.steps import FOLLOWED, Settings, State, TakenStep, copied, held_rule
+from poprisk.forward_mode import plain_kernels
 from poprisk.jacobian import flat
 from poprisk.losses import resolve_loss
 from poprisk.optim.step import describe
@@ -29,6 +38,63 @@ from poprisk.printing import described, short_html, short_repr
 from poprisk.protocols import PerExampleLoss, ProgressCallback
 
 RESPONSES = ("followed", "held")
+
+
+MAX_MEMORY = 2**30
+"""Bytes that the graphs of a segment's gradients may take."""
+
+
+class GraphMemory:
+    """Keeps the graphs of gradients within a segment as far as memory allows.
+
+    Args:
+        max_memory: bytes.
+
+    Attributes:
+        kept: whether any was.
+    """
+
+    def __init__(self, max_memory: float) -> None:
+        self.max_memory, self.kept, self.left = max_memory, False, max_memory
+        self.per_example: float | None = None
+
+    def begin(self) -> None:
+        """At the start of a segment."""
+        self.left = self.max_memory
+
+    def kept_of(self, make: Callable[[], BatchGradient], examples: int) -> BatchGradient | None:
+        """The gradient of a batch with its graph; None if that does not fit any more."""
+        if self.max_memory <= 0:
+            return None
+        if self.per_example is None:  # the first one is measured
+            with measured_graph() as storages:
+                graph = make()
+            own = {w.untyped_storage().data_ptr() for w in graph.weights}
+            size = sum(n for place, n in storages.items() if place not in own)
+            self.per_example = size / max(1, examples)
+        elif self.left < self.per_example * examples:
+            return None
+        else:
+            graph = make()
+        self.left -= self.per_example * examples
+        if self.left < 0:
+            return None
+        self.kept = True
+        return graph
+
+
+@contextlib.contextmanager
+def measured_graph() -> Iterator[dict[int, int]]:
+    """Where what autograd saves inside lies, and how many bytes there are at each place."""
+    found = dict[int, int]()
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield found
 
 
 class ReplayState(NamedTuple):
@@ -98,15 +164,32 @@ class Replay:
         """Whether the step is linear in its gradients, so that nothing is held."""
         return type(self.optimizer) is torch.optim.SGD
 
-    def backwards(self, response: str) -> Iterator[BackwardStep]:
+    def backwards(self, response: str, max_memory: float = MAX_MEMORY) -> Iterator[BackwardStep]:
         """The steps, the last one first; each segment between snapshots is trained anew.
+
+        Args:
+            response: of second moments to the gradient.
+            max_memory: bytes that the graphs of a segment's gradients may take.
 
         Raises:
             NotAnalysable: if a segment does not end where it did.
         """
+        graphs = GraphMemory(max_memory)
         for start, end in reversed([*zip(self.saved, self.saved[1:], strict=False)]):
-            steps = [*self._segment(start, end, response)]
-            yield from reversed(steps)
+            steps = [*self._segment(start, end, response, graphs)]
+            if graphs.kept and not self._ends(end):
+                # Some backward passes round otherwise where they can be differentiated again.
+                graphs = GraphMemory(0)
+                steps = [*self._segment(start, end, response, graphs)]
+            if not self._ends(end):
+                raise NotAnalysable(
+                    f"trained again from step {start.step}, the run is not at step {end.step} "
+                    "where it was: its kernels or data do not repeat (atomic additions on a GPU, "
+                    "a model that draws random numbers?). Try "
+                    "torch.use_deterministic_algorithms(True)."
+                )
+            while steps:  # each graph goes as soon as it was used
+                yield steps.pop()
 
     def trained(self, weights: Tensor) -> Tensor:
         """Flat weights at the end of the same training with other weights of the losses, (P,).
@@ -136,39 +219,52 @@ class Replay:
             if state:
                 self.optimizer.state[p] = {k: copied(v) for k, v in state.items()}
 
-    def _step(self, k: int, weights: Tensor | None = None) -> None:
-        """Take step k again."""
+    def _step(
+        self, k: int, weights: Tensor | None = None, graph: BatchGradient | None = None
+    ) -> None:
+        """Take step k again, by a gradient that is there already if a graph is given."""
         for group, settings in zip(self.optimizer.param_groups, self.settings[k], strict=True):
             group.update(settings)
-        take_step(self.problem, self.model, self.optimizer, self.batches[k], weights)
+        if graph is None:
+            take_step(self.problem, self.model, self.optimizer, self.batches[k], weights)
+            return
+        for p, g in zip(self._params, graph.gradient, strict=True):
+            p.grad = None if g is None else g.detach()
+        self.optimizer.step()
 
     def _segment(
-        self, start: ReplayState, end: ReplayState, response: str
+        self, start: ReplayState, end: ReplayState, response: str, graphs: GraphMemory
     ) -> Iterator[BackwardStep]:
         self._load(start)
+        graphs.begin()
         params, description = self._params, describe(self.optimizer) if response == "held" else None
+        kind = type(self.optimizer)
         for k in range(start.step, end.step):
-            weights = [p.detach().clone() for p in params]
-            if description is None:
-                state = _state_of(self.optimizer, params)
-                self._step(k)
-                grads = [None if p.grad is None else p.grad.clone() for p in params]
-                taken = TakenStep(type(self.optimizer), self._groups(k), weights, state, grads)
-                pull: Pull = taken.pull
-            else:
-                momentum = [copied(description.momentum(p)) for p in params]
-                self._step(k)
-                rule = held_rule(self.optimizer, description, params, weights, momentum)
-                pull = partial(pull_rule, rule)
             batch = self.batches[k]
             share = torch.full((len(batch),), 1 / len(batch), dtype=torch.float64)
-            yield BackwardStep(flat(weights), batch, share, pull)
-        if not all(map(torch.equal, params, end.weights)):
-            raise NotAnalysable(
-                f"trained again from step {start.step}, the run is not at step {end.step} where "
-                "it was: its kernels or data do not repeat (atomic additions on a GPU, a model "
-                "that draws random numbers?). Try torch.use_deterministic_algorithms(True)."
-            )
+            weights = [p.detach().clone() for p in params]
+            make = partial(batch_gradient, self.problem, weights, batch, share)
+            graph = graphs.kept_of(make, len(batch))
+            if description is not None:
+                momentum = [description.momentum(p) for p in params]
+                if not self.linear:  # goes on changing
+                    momentum = [copied(m) for m in momentum]
+                self._step(k, graph=graph)
+                rule = held_rule(self.optimizer, description, params, weights, momentum)
+                pull: Pull = partial(pull_rule, rule)
+            elif kind in adam.KINDS:
+                self._step(k, graph=graph)
+                grads, state = [p.grad for p in params], [self.optimizer.state[p] for p in params]
+                pull = adam.adam_step(kind, self._groups(k), weights, grads, state).pull
+            else:
+                state = _state_of(self.optimizer, params)
+                self._step(k, graph=graph)
+                grads = [None if p.grad is None else p.grad.clone() for p in params]
+                pull = TakenStep(kind, self._groups(k), weights, state, grads).pull
+            yield BackwardStep(weights, batch, share, pull, graph)
+
+    def _ends(self, end: ReplayState) -> bool:
+        return all(map(torch.equal, self._params, end.weights))
 
     def _groups(self, k: int) -> list[tuple[Settings, list[int]]]:
         """Settings of each group at step k, and the positions of its parameters."""
@@ -189,8 +285,9 @@ def take_step(
     """One step on the mean loss of a batch, whose losses may be weighed."""
     x, y = problem.train
     optimizer.zero_grad()
-    found = problem.loss(model(x[batch]), y[batch])
-    (found if weights is None else found * weights[batch].to(found)).mean().backward()
+    with plain_kernels(model):  # those of fused attention cannot be differentiated twice
+        found = problem.loss(model(x[batch]), y[batch])
+        (found if weights is None else found * weights[batch].to(found)).mean().backward()
     optimizer.step()
 
 

@@ -142,12 +142,16 @@ Rule = Callable[[StepContext], StepRule]
 
 def sgd(context: StepContext) -> StepRule:
     """``torch.optim.SGD``: the first momentum is the gradient itself, without dampening."""
-    group = context.group
+    return sgd_rule(context.group, first=context.first)
+
+
+def sgd_rule(group: dict[str, Any], *, first: bool) -> StepRule:
+    """The same of a parameter group alone, for nothing else counts."""
     mu, nesterov = group["momentum"], group["nesterov"]
     return StepRule(
         precondition=float(group["lr"]),
-        carry=0.0 if context.first else mu,
-        gain=1.0 if context.first or mu == 0 else 1 - group["dampening"],
+        carry=0.0 if first else mu,
+        gain=1.0 if first or mu == 0 else 1 - group["dampening"],
         from_momentum=mu if nesterov else 1.0,
         from_gradient=1.0 if nesterov else 0.0,
         coupled=group["weight_decay"],

@@ -1,8 +1,9 @@
 """Linear datamodeling scores of the influence through a run, beside simpler estimates of it.
 
-A run is trained again on random halves of its examples, everything else the same. The score is
-Spearman's correlation, over the halves, of a query's value with what its influence predicts (Park
-et al. 2023, arXiv:2303.14186), the mean over queries.
+A run is trained again on random halves of its examples, everything else the same: a half's losses
+count twice, so that a step follows their mean. The score is Spearman's correlation, over the
+halves, of a query's value with what its influence predicts (Park et al. 2023, arXiv:2303.14186),
+the mean over queries. One training a half: it repeats, so that there is no noise to average.
 
 ``python -m poprisk_lab.studies.attribution`` runs it and puts it on record.
 """
@@ -25,7 +26,9 @@ from poprisk.attribution import Replay, attribute, replay
 from poprisk.intervals import t_interval
 from poprisk.losses import cross_entropy, squared_error
 from poprisk.randomness import generator_of
+from poprisk_lab.checkpoint import load_checkpoint
 from poprisk_lab.plots import short
+from poprisk_lab.studies.influence_rivals import RIVALS
 from poprisk_lab.studies.record import do_study
 from poprisk_lab.studies.risk.problems import NoisyData, Transformer, digits, repeats, ridges
 from poprisk_lab.study import Metrics, Results, Settings, Study, Trial, Workspace
@@ -56,8 +59,8 @@ def _sgd(lr: float) -> Callable[[nn.Module], Optimizer]:
     return lambda m: torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9)
 
 
-def _adamw(lr: float) -> Callable[[nn.Module], Optimizer]:
-    return lambda m: torch.optim.AdamW(m.parameters(), lr=lr, eps=1e-6)
+def _adamw(lr: float, eps: float = 1e-6) -> Callable[[nn.Module], Optimizer]:
+    return lambda m: torch.optim.AdamW(m.parameters(), lr=lr, eps=eps)
 
 
 SETTINGS: dict[str, AttributedTraining] = {
@@ -72,19 +75,29 @@ SETTINGS: dict[str, AttributedTraining] = {
     )
     for optimizer, make in zip(("SGD", "AdamW"), makes, strict=True)
 }  # fmt: skip
+SETTINGS["digits 20%, MLP, AdamW eps 1e-3"] = SETTINGS["digits 20%, MLP, AdamW"]._replace(
+    optimizer=_adamw(1e-3, 1e-3)
+)
+"""Smoother: pixels that are nearly always blank have second moments near 0, which the step divides
+by."""
 
 
 def trials(quick: bool) -> list[Trial]:
-    """Every setting on every seed; the quick form: one of them, a few subsets."""
+    """Every setting on every seed, then what other packages say; the quick form: few subsets."""
+    settings, seeds, subsets = list(SETTINGS), list(SEEDS), SUBSETS
     if quick:
-        settings = {"setting": "ridges, MLP, AdamW", "seed": 0, "subsets": QUICK_SUBSETS}
-        return [Trial("ridges", settings)]
-    return [
-        Trial(f"{name.replace(', ', '-').replace(' ', '-').replace('%', '')}-{seed}",
-              {"setting": name, "seed": seed, "subsets": SUBSETS})
-        for seed in SEEDS
-        for name in SETTINGS
-    ]  # fmt: skip
+        settings, seeds, subsets = ["ridges, MLP, AdamW"], [0], QUICK_SUBSETS
+    found = list[Trial]()
+    for seed in seeds:
+        for setting in settings:
+            name = f"{setting.replace(', ', '-').replace(' ', '-').replace('%', '')}-{seed}"
+            own = {"setting": setting, "seed": seed, "subsets": subsets}
+            found.append(Trial(name, own, keeps=True))
+            found += [
+                Trial(f"{name}-{package}", {**own, "rival": rival}, needs=(package,), after=(name,))
+                for rival, (package, _) in RIVALS.items()
+            ]
+    return found
 
 
 def trained(setting: AttributedTraining, seed: int) -> Replay:
@@ -102,27 +115,34 @@ def trained(setting: AttributedTraining, seed: int) -> Replay:
     return replay(model, setting.loss, optimizer, batches, query, train=(x, y))
 
 
-def run(settings: Settings, _: Workspace) -> Metrics:
-    """Scores of each estimate of influence on one run."""
+def run(settings: Settings, workspace: Workspace) -> Metrics:
+    """Scores of each estimate of influence on one run, or that of another package."""
     setting, seed = SETTINGS[settings["setting"]], settings["seed"]
     done = trained(setting, seed)
+    subsets = _subsets(setting.n, settings["subsets"], seed)
+    if "rival" in settings:
+        (kept,) = workspace.given.values()
+        torch.manual_seed(seed)
+        estimate = RIVALS[settings["rival"]][1](done, setting.loss)
+        score = _score(estimate, subsets, load_checkpoint(kept)["values"])
+        return {"scores": {settings["rival"]: short(score)}}
     measure = partial(_losses, setting.loss)
-    found = attribute(done, measure=measure)
+    found = attribute(done, measure=measure, check=1 - KEPT, left_out="random", seed=seed)
     estimates = {
         "followed": found.influence,
         "Gauss-Newton": attribute(done, measure=measure, form="gauss-newton", check=0).influence,
         "held": attribute(done, measure=measure, response="held", check=0).influence,
         "gradients at the end": _gradient_products(done, measure),
     }
-    subsets = _subsets(setting.n, settings["subsets"], seed)
     with torch.enable_grad():
         values = torch.stack([_value(done, measure, s) for s in subsets])
-    total = attribute(done)
+    workspace.keep({"values": values})
+    total, alone = attribute(done, check=LEFT_OUT[-1] / setting.n), attribute(done, check=0)
     return {
         "scores": {name: short(_score(i, subsets, values)) for name, i in estimates.items()},
         "agreement": short(found.agreement),
         "valid": found.valid,
-        "cost": short(total.cost),
+        "cost": short(alone.cost),
         "valid_of_mean": total.valid,
         "left_out": {str(k): _left_out(done, total.influence, float(total.value), k)
                      for k in LEFT_OUT},
@@ -159,12 +179,12 @@ def _gradient_products(done: Replay, measure: Any) -> Tensor:
 
 
 def _subsets(n: int, count: int, seed: int) -> list[Tensor]:
-    """Weights of the losses, ones for those kept, (n,) each."""
+    """Weights of the losses, the same for all that are kept, one on average, (n,) each."""
     generator = generator_of(seed, "subsets")
     found = []
     for _ in range(count):
         weights = torch.zeros(n, dtype=torch.float64)
-        weights[torch.randperm(n, generator=generator)[: round(KEPT * n)]] = 1.0
+        weights[torch.randperm(n, generator=generator)[: round(KEPT * n)]] = 1 / KEPT
         found.append(weights)
     return found
 
@@ -202,8 +222,14 @@ def report(done: Results) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _summary(rows: list[Metrics]) -> dict[str, Any]:
-    scores = {name: _interval([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}
+def _summary(found: list[Metrics]) -> dict[str, Any]:
+    """Of one setting: its trials, and those of other packages as far as there are any."""
+    by_name = dict[str, list[float]]()
+    for row in found:
+        for name, score in row["scores"].items():
+            by_name.setdefault(name, []).append(score)
+    scores = {name: _interval(values) for name, values in by_name.items()}
+    rows = [row for row in found if "valid" in row]
     return {
         "scores": scores,
         "agreement": [row["agreement"] for row in rows],
