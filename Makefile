@@ -64,7 +64,7 @@ test-extras:  ## Run the tests of the extras hf, lightning, cleanlab, pinn and e
 
 run-extras: $(VENV)/extras.stamp
 	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_trl_preferences.py \
-		tests/test_lightning.py tests/test_twin_integrations.py \
+		tests/test_lightning.py tests/test_twin_integrations.py tests/test_cell_integrations.py \
 		tests/test_claim_pinn.py tests/test_claim_dpo.py tests/test_audit_integrations.py tests/test_audit_result.py \
 		tests/test_claim_audit.py tests/test_evidence.py $(ARGS)
 	$(BIN)/pytest -m extras tests/test_pages.py $(ARGS)
