@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from poprisk import TwinRisk
+from poprisk import RiskCurve, TwinRisk
 from poprisk.risk.choose import StoppingPoint, difference_error, select, stopping_point
 from poprisk.risk.estimate import RiskEstimate
 from samplers import randn
@@ -206,3 +206,22 @@ def test_estimates_of_other_examples_are_refused() -> None:
     shorter = replace(other, losses=other.losses[:30])
     with pytest.raises(ValueError, match="same training examples, but they are of 30 to 400"):
         stopping_point([other, shorter])
+
+
+def test_estimates_with_and_without_groups_are_refused_together() -> None:
+    a, b = estimate(1.0), replace(estimate(1.1), groups=torch.arange(N) // 2)
+    with pytest.raises(ValueError, match="pass the same groups to all"):
+        stopping_point([a, b])
+    with pytest.raises(ValueError, match="pass the same groups to all"):
+        select({"a": a, "b": b})
+
+
+def test_a_curve_of_an_earlier_version_does_not_order_groups() -> None:
+    curve = RiskCurve()
+    curve.add(1, replace(estimate(1.0), groups=torch.arange(N) // 2), nn.Linear(1, 1))
+    state = curve.state_dict()
+    del state["estimates"][0]["intraclass"]
+    curve.load_state_dict(state)
+    (found,) = curve.estimates
+    assert (found.valid, found.comparable) == (False, False)
+    assert "earlier version" in found.reason

@@ -381,3 +381,54 @@ def test_a_doubt_is_passed_on() -> None:
     found = estimate_risk(squared, u, y, [twin], doubt="somebody saw a ghost")
     assert (found.valid, found.reason) == (False, "somebody saw a ghost")
     assert repr(found).endswith("valid=False, reason='somebody saw a ghost')")
+
+
+def test_groups_of_very_different_sizes_are_flagged() -> None:
+    """A large group's own offset is fitted, and its small share of it says nothing of others'."""
+    g = torch.Generator().manual_seed(0)
+    sizes = [max(1, 300 // k) for k in range(1, 100)]
+    ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    n, apart = len(ids), 0.3 * torch.eye(len(sizes), dtype=torch.float64)[ids]
+    x = torch.cat([torch.randn(n, 30, generator=g, dtype=torch.float64), apart], 1)
+    h = x @ torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).double(), x.T)
+    offsets = torch.randn(len(sizes), 1, generator=g, dtype=torch.float64)
+    y = offsets[ids] + torch.randn(n, 1, generator=g, dtype=torch.float64)
+    for seed in range(4):
+        found = estimate_risk(squared, h @ y, y, [twin_of(h, y, signs(n, seed))], groups=ids)
+        assert not found.valid
+
+
+def test_many_sizes_of_groups_are_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.repeat_interleave(torch.arange(40), torch.arange(1, 41))
+    n = len(ids)
+    h, y = smoother(n, 1.0), randn(n, 1, seed=1)
+    h = 0.2 * h + 0.01 * (ids[:, None] == ids)
+    twin = twin_of(h, y, signs(n, 0))
+    found = estimate_risk(squared, h @ y, y, [twin], groups=ids)
+    monkeypatch.setattr("poprisk.risk.estimate.MANY_SIZES", 1000)
+    expected = estimate_risk(squared, h @ y, y, [twin], groups=ids)
+    assert expected.intraclass > 0.01
+    torch.testing.assert_close(found.outputs, expected.outputs, rtol=5e-3, atol=5e-3)
+
+
+def test_one_group_that_counts_gives_no_valid_estimate() -> None:
+    def some(u: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(u, y, reduction="none", ignore_index=-100)
+
+    n = 200
+    u, y = randn(n, 3), torch.arange(n) % 3
+    y[100:] = -100
+    twin = TwinOutputs(u + 0.1 * randn(n, 3, seed=1), 0.1 * randn(n, 3, seed=2))
+    found = estimate_risk(some, u, y, [twin], groups=(torch.arange(n) >= 100).long())
+    assert (found.valid, found.comparable) == (False, False)
+    assert found.reason == "a single example or group leaves no standard error"
+
+
+@pytest.mark.parametrize("share", [-0.3, 0.2, 0.97])
+def test_groups_of_one_are_none(share: float) -> None:
+    u, y, twin = follower(60, share)
+    alone = estimate_risk(squared, u, y, [twin])
+    found = estimate_risk(squared, u, y, [twin], groups=torch.arange(60))
+    assert found.value == pytest.approx(alone.value, rel=1e-9)
+    assert found.standard_error == pytest.approx(alone.standard_error, rel=1e-6)
+    assert found.valid == alone.valid

@@ -173,6 +173,11 @@ def _check_estimates(estimates: Any) -> None:
         )
     if not found:
         raise ValueError(NO_ESTIMATE)
+    if len({e.groups is None for e in found}) > 1:
+        raise ValueError(
+            "estimates with groups are for examples of new groups, and those without for new ones "
+            "of the same; pass the same groups to all."
+        )
     lengths = [len(e.losses) for e in found]
     if len(set(lengths)) > 1:
         raise ValueError(

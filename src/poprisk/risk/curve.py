@@ -15,6 +15,7 @@ from poprisk.risk.estimate import DegreesOfFreedom, RiskEstimate
 
 PATIENCE = 3
 """Estimates in a row that are worse than the best one, after which that one is past."""
+OLD_GROUPS = "it is of an earlier version, which did not leave groups out together"
 
 
 @final
@@ -124,4 +125,6 @@ def _plain(estimate: RiskEstimate) -> dict[str, Any]:
 def _estimate(values: Mapping[str, Any]) -> RiskEstimate:
     found: dict[str, Any] = dict(values)
     found["parts"] = tuple(DegreesOfFreedom(*part) for part in values["parts"])
+    if values["groups"] is not None and "intraclass" not in values:
+        found |= {"valid": False, "comparable": False, "reason": OLD_GROUPS}
     return RiskEstimate(**found)

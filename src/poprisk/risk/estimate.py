@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -88,6 +88,8 @@ SEPARABLE = 0.995
 """Share of fitted labels from which on a classification has no finite best fit."""
 FAR = 50.0
 """Relative to an output's size: where a loss that falls without end has no slope left."""
+MANY_SIZES = 24
+"""Different sizes of groups up to which each has its gain found."""
 SPREAD = 1.15
 """Mean of a squared normal number over its mean absolute deviation from its median."""
 
@@ -225,7 +227,7 @@ def estimate_risk(
             if found.by_gradients
             else measure_parts(smooth, u, y, pushed, ids, whole=found.dof, groups=own)
         )
-    together = None if own is None else _together(found, pushed, u, own)
+    together, *bounds = [None] if own is None else _together(found, pushed, u, own)
     left_out = _left_out(u, shared, together)
     mine, (upper, under) = (
         _scored(smooth, left_out, y),
@@ -239,15 +241,14 @@ def estimate_risk(
     slope, influence = 0.5 * (upper - under), _of_unit_error(found.influence, own)
     rows, raised = [slope * influence], upper - value
     if together is not None:
-        more, less = (
-            float(_scored(smooth, _left_out(u, shared, t), y).mean()) for t in together.bounds()
-        )
+        more, less = (float(_scored(smooth, _left_out(u, shared, t), y).mean()) for t in bounds)
         rows += [0.5 * (more - less) * _of_unit_error(together.common.deviations, own)]
         raised = math.hypot(raised, more - value)
     response = math.hypot(*(grouped_error(row, own) for row in torch.cat(rows)))
     endless = _fitted_without_end(smooth, found.local_loss, u, y)
     used = found.dof.dof if together is None else max(found.dof.dof, together.dof)
-    judged = _Judged(value, value + raised, fitted, used, sampling, endless)
+    count = len(mine) if own is None else int(own.max()) + 1
+    judged = _Judged(value, value + raised, fitted, used, sampling, endless, count)
     level, order = LEVEL, ORDER
     if found.expansion <= MAX_EXPANSION:
         level, order = CALM_LEVEL, CALM_ORDER
@@ -305,6 +306,8 @@ class Response(NamedTuple):
     def ratio(self, times: float) -> float:
         """The gain of a response so many times as large, over that of this one."""
         dof = self.dof.dof
+        if times == 1:
+            return 1.0
         if self.by_gradients:
             return times * (1 - min(dof, MOST_USED)) / max(1 - times * dof, 1 - MOST_USED)
         gain = self.gains[1]
@@ -324,46 +327,60 @@ class _Together(NamedTuple):
     """How examples of one group answer together.
 
     Attributes:
-        response: of single examples.
         common: what the responses of a group have in common.
         groups: ids, (n,).
+        within: ratio of the gain of what a group's examples differ by to that of one alone.
+        between: likewise of what they have in common, (n,).
+        dof: degrees of freedom per output of what the largest group has in common.
     """
 
-    response: Response
     common: Intraclass
     groups: Tensor
-
-    @property
-    def dof(self) -> float:
-        """Degrees of freedom per output of what a group has in common, mean over the examples."""
-        sizes = sizes_of(self.groups).double()
-        return self.response.dof.dof * float((1 + (sizes - 1) * self.common.correlation).mean())
-
-    def bounds(self) -> list[_Together]:
-        """The same with a correlation higher by one standard error, and lower."""
-        k, error = self.common.correlation, self.common.error
-        ends = (min(k + error, 1.0), max(k - error, 0.0))
-        return [self._replace(common=self.common._replace(correlation=end)) for end in ends]
+    within: float
+    between: Tensor
+    dof: float
 
     def moved(self, moves: Tensor) -> Tensor:
         """How outputs (n, c) move without their group, from how they do without themselves."""
-        k, (sizes, which) = (
-            self.common.correlation,
-            sizes_of(self.groups).unique(return_inverse=True),
-        )
-        between = moves.new_tensor([self.response.ratio(1 + (m - 1) * k) for m in sizes.tolist()])
-        return left_out_together(moves, self.groups, self.response.ratio(1 - k), between[which])
+        return left_out_together(moves, self.groups, self.within, self.between.to(moves))
 
 
 def _together(
     found: Response, twins: Sequence[TwinOutputs], u: Tensor, groups: Tensor
-) -> _Together:
+) -> list[_Together]:
+    """As measured, with a correlation higher by one standard error, and lower."""
     answers = list[tuple[Tensor, Tensor]]()
     for twin in twins:
         push = twin.perturbation.double().reshape(len(u), -1)
         moved = (twin.outputs.double() - u).reshape_as(push)
         answers.append((push, moved if found.by_gradients else found.local_loss.curvature(moved)))
-    return _Together(found, intraclass(answers, groups), groups)
+    common = intraclass(answers, groups)
+    sizes, which = sizes_of(groups).unique(return_inverse=True)
+    k, error = common.correlation, common.error
+    return [
+        _Together(
+            common,
+            groups,
+            found.ratio(1 - end),
+            _by_size(lambda m, end=end: found.ratio(1 + (m - 1) * end), sizes)[which],
+            found.dof.dof * (1 + (int(sizes[-1]) - 1) * end),
+        )
+        for end in (k, min(k + error, 1.0), max(k - error, 0.0))
+    ]
+
+
+def _by_size(ratio: Callable[[float], float], sizes: Tensor) -> Tensor:
+    """Ratios of groups of ascending sizes; of many sizes, some, and lines in logarithms."""
+    if len(sizes) > MANY_SIZES:
+        some = sizes[torch.linspace(0, len(sizes) - 1, MANY_SIZES).long()]
+        known = _by_size(ratio, some).clamp_min(TINY).log()
+        x, at = sizes.double().log(), some.double().log()
+        right = torch.searchsorted(at, x).clamp(1, len(at) - 1)
+        share = (x - at[right - 1]) / (at[right] - at[right - 1])
+        return (known[right - 1] + share * (known[right] - known[right - 1])).exp()
+    return torch.tensor(
+        [ratio(m) for m in sizes.tolist()], dtype=torch.float64, device=sizes.device
+    )
 
 
 def _left_out(
@@ -643,6 +660,7 @@ class _Judged(NamedTuple):
         dof: share of the outputs' freedom that is used up.
         sampling: standard error of the mean loss.
         endless: share of examples that are fitted although their loss has no minimum.
+        count: of examples or groups that are independent.
     """
 
     value: float
@@ -651,13 +669,14 @@ class _Judged(NamedTuple):
     dof: float
     sampling: float
     endless: float
+    count: int
 
     def objection(self, limits: _Limits) -> str:
         """Why the estimate is not to be believed, however certain; empty if nothing is known."""
         if not math.isfinite(self.value) or not math.isfinite(self.upper):
             return "the estimate is not finite"
-        if len(self.fitted) < 2:
-            return "a single example leaves no standard error"
+        if self.count < 2:
+            return "a single example or group leaves no standard error"
         limit, most = limits
         train = float(self.fitted.mean())
         above, base = self.value - train, _base(self.fitted)
