@@ -229,12 +229,9 @@ def estimate_risk(
         )
     together, *bounds = [None] if own is None else _together(found, pushed, u, own)
     left_out = _left_out(u, shared, together)
-    mine, (upper, under) = (
-        _scored(smooth, left_out, y),
-        (
-            float(_scored(smooth, _left_out(u, shared, together, errors=e), y).mean())
-            for e in (1, -1)
-        ),
+    mine = _scored(smooth, left_out, y)
+    upper, under = (
+        float(_scored(smooth, _left_out(u, shared, together, errors=e), y).mean()) for e in (1, -1)
     )
     value, fitted = float(mine.mean()), losses[some]
     sampling = grouped_error(mine - value, own) / len(mine)
@@ -351,8 +348,7 @@ def _together(
     """As measured, with a correlation higher by one standard error, and lower."""
     answers = list[tuple[Tensor, Tensor]]()
     for twin in twins:
-        push = twin.perturbation.double().reshape(len(u), -1)
-        moved = (twin.outputs.double() - u).reshape_as(push)
+        push, moved = _pushed_and_moved(u, twin)
         answers.append((push, moved if found.by_gradients else found.local_loss.curvature(moved)))
     common = intraclass(answers, groups)
     sizes, which = sizes_of(groups).unique(return_inverse=True)
@@ -400,6 +396,12 @@ def _of_unit_error(deviations: Tensor, groups: Tensor | None) -> Tensor:
     """Deviations (probes, n) in units of the standard error of their sum."""
     error = math.hypot(*(grouped_error(row, groups) for row in deviations))
     return deviations / max(error, TINY)
+
+
+def _pushed_and_moved(outputs: Tensor, twin: TwinOutputs) -> tuple[Tensor, Tensor]:
+    """A twin's perturbation, and by how much its outputs differ, both (n, c), float64."""
+    push = twin.perturbation.double().reshape(len(outputs), -1)
+    return push, (twin.outputs.double() - outputs).reshape_as(push)
 
 
 def _rows(twins: Sequence[TwinOutputs], rows: Tensor) -> list[TwinOutputs]:
@@ -485,8 +487,7 @@ class _Answer(NamedTuple):
 def _answer(
     loss: PerExampleLoss, local_loss: LocalLoss, outputs: Tensor, targets: Tensor, twin: TwinOutputs
 ) -> _Answer:
-    t = twin.perturbation.double().reshape(len(outputs), -1)
-    moved = (twin.outputs.double() - outputs).reshape_as(t)
+    t, moved = _pushed_and_moved(outputs, twin)
     turned = gradient_of(loss, twin.outputs.double(), targets).double() - local_loss.gradient
     return _Answer(
         t.square().sum(1),
@@ -629,8 +630,7 @@ def measure_dof(
 def _one_dof(
     local_loss: LocalLoss, outputs: Tensor, twin: TwinOutputs, groups: Tensor | None
 ) -> DegreesOfFreedom:
-    t = twin.perturbation.double().reshape(len(outputs), -1)
-    moved = (twin.outputs.double() - outputs).reshape_as(t)
+    t, moved = _pushed_and_moved(outputs, twin)
     size = t.square().sum(1)
     total = float(size.sum())
     follows = (local_loss.curvature(t) * moved).sum(1)

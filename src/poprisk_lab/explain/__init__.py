@@ -9,9 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from poprisk.path import NotAnalysable
 from poprisk.task import Task
-from poprisk.task.data import DatasetInputs
 from poprisk_lab.comparison import describe_task, fingerprint
 from poprisk_lab.explain.measure import Say, measure
 from poprisk_lab.explain.plan import ExplainPlan
@@ -65,13 +63,7 @@ def explain(
         TaskError: if the task cannot be made.
         RunDirectoryError: if the directory cannot be used.
     """
-    task = plan.task()
-    if any(isinstance(x, DatasetInputs) for x, _ in (task.train, task.test)):
-        raise NotAnalysable(
-            f"task {task.name} reads its data batch by batch, but a run is followed on data in "
-            "memory; give a pair of tensors."
-        )
-    plan.check()
+    task = plan.checked_task("followed")
     data = fingerprint(plan.source, task)
     config = {"format": FORMAT, "explain": plan._asdict(), "data": data}
     store.create(config, environment(workers), fresh=fresh)

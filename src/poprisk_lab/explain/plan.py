@@ -14,6 +14,7 @@ from poprisk.evaluation import evaluating, outputs_of
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.path import NotAnalysable
 from poprisk.task import Task
+from poprisk.task.data import DatasetInputs
 from poprisk_lab.tasks import load_task
 
 SMALLER: dict[str, dict[str, Any]] = {
@@ -55,6 +56,24 @@ class ExplainPlan(NamedTuple):
     def task(self, **more: Any) -> Task:
         """The task, with more settings."""
         return load_task(self.source, seed=self.seed, **{**self.settings, **more})
+
+    def checked_task(self, done: str) -> Task:
+        """The task, if it and the plan can be explained.
+
+        Args:
+            done: what a run is, in words.
+
+        Raises:
+            NotAnalysable, ValueError: if not.
+        """
+        task = self.task()
+        if any(isinstance(x, DatasetInputs) for x, _ in (task.train, task.test)):
+            raise NotAnalysable(
+                f"task {task.name} reads its data batch by batch, but a run is {done} on data in "
+                "memory; give a pair of tensors."
+            )
+        self.check()
+        return task
 
     def check(self) -> None:
         """See that there are such an optimizer and such a learning rate.

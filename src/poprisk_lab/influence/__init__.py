@@ -18,7 +18,6 @@ from torch import Tensor
 
 from poprisk.path import NotAnalysable
 from poprisk.task import Task
-from poprisk.task.data import DatasetInputs
 from poprisk_lab.comparison import describe_task, fingerprint
 from poprisk_lab.explain import EXPLANATION
 from poprisk_lab.explain.measure import Say
@@ -74,13 +73,7 @@ def answer(
         TaskError: if the task cannot be made.
         RunDirectoryError: if the directory cannot be used.
     """
-    task = plan.task()
-    if any(isinstance(x, DatasetInputs) for x, _ in (task.train, task.test)):
-        raise NotAnalysable(
-            f"task {task.name} reads its data batch by batch, but a run is gone back through on "
-            "data in memory; give a pair of tensors."
-        )
-    plan.check()
+    task = plan.checked_task("gone back through")
     for query in queries:
         check_query(query, task)
     trained = {k: v for k, v in plan._asdict().items() if k != "seconds"}
