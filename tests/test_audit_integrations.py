@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import words
+from hub_models import distilbert
 from poprisk import Auditor, AuditResult, audit
 
 pytestmark = [
@@ -153,18 +154,7 @@ def test_lightning(tmp_path: Path) -> None:
 
 
 def bert() -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.DistilBertConfig(
-        vocab_size=20,
-        dim=16,
-        hidden_dim=32,
-        n_layers=1,
-        n_heads=2,
-        max_position_embeddings=8,
-        num_labels=C,
-    )
-    return transformers.DistilBertForSequenceClassification(config)
+    return distilbert(C)
 
 
 def train(folder: Path, auditor: Auditor, data: Any, *, epochs: int, **more: Any) -> Any:

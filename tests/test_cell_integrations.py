@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hub_models import distilbert
 from poprisk.path import CellTrace, CellTracer
 
 pytestmark = [
@@ -43,21 +44,7 @@ def same(found: CellTrace, expected: CellTrace, rtol: float) -> None:
 
 
 def bert(dropout: float = 0.0) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.DistilBertConfig(
-        vocab_size=20,
-        dim=16,
-        hidden_dim=32,
-        n_layers=1,
-        n_heads=2,
-        max_position_embeddings=8,
-        num_labels=C,
-        dropout=dropout,
-        attention_dropout=0.0,
-        seq_classif_dropout=0.0,
-    )
-    return transformers.DistilBertForSequenceClassification(config)
+    return distilbert(C, dropout=dropout, attention_dropout=0.0, seq_classif_dropout=0.0)
 
 
 def texts() -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hub_models import distilbert
 from poprisk import Auditor, RiskEstimate, TwinRisk
 from poprisk.risk.lockstep import Lockstep
 
@@ -75,18 +76,7 @@ def equal(a: RiskEstimate, b: RiskEstimate) -> bool:
 
 
 def bert(classes: int = C) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.DistilBertConfig(
-        vocab_size=20,
-        dim=16,
-        hidden_dim=32,
-        n_layers=1,
-        n_heads=2,
-        max_position_embeddings=8,
-        num_labels=classes,
-    )
-    return transformers.DistilBertForSequenceClassification(config)
+    return distilbert(classes)
 
 
 def sentences(targets: Sequence[Any] | None = None) -> Any:

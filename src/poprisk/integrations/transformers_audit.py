@@ -146,11 +146,7 @@ class TrainerAuditCallback(TrainerCallback):
         Raises:
             ValueError: if something keeps the audit from what is trained.
         """
-        if args.remove_unused_columns:
-            raise ValueError(
-                "the Trainer drops the column of positions; set remove_unused_columns=False in its "
-                "arguments, and remove the columns that the model does not take."
-            )
+        check_keeps_positions(args)
         model: nn.Module = kwargs["model"]
         kind = self.auditor.items.kind
         if kind == "preferences" and writes_texts(model):
@@ -265,3 +261,12 @@ def of_first(rewards: Tensor, targets: Tensor) -> Tensor:
         )
     chosen, rejected = rewards.detach().float().flatten().cpu().chunk(2)
     return torch.where(targets == 1, chosen - rejected, rejected - chosen)
+
+
+def check_keeps_positions(args: TrainingArguments) -> None:
+    """Raise ValueError for a Trainer that drops the column of positions."""
+    if args.remove_unused_columns:
+        raise ValueError(
+            "the Trainer drops the column of positions; set remove_unused_columns=False in its "
+            "arguments, and remove the columns that the model does not take."
+        )

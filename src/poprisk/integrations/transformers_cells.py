@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from poprisk.integrations.cells import CellFollower, Labelled, check_plain
 from poprisk.integrations.transformers import check_trains
-from poprisk.integrations.transformers_audit import INDEX
+from poprisk.integrations.transformers_audit import INDEX, check_keeps_positions
 from poprisk.integrations.transformers_twin import unwatched, without_index
 from poprisk.monitor.steps import innermost
 from poprisk.protocols import PerExampleLoss
@@ -77,11 +77,7 @@ class TrainerCellCallback(CellFollower, TrainerCallback):
         """
         model: nn.Module = kwargs["model"]
         optimizer: Any = innermost(kwargs["optimizer"])
-        if args.remove_unused_columns:
-            raise ValueError(
-                "the Trainer drops the column of positions; set remove_unused_columns=False in its "
-                "arguments, and remove the columns that the model does not take."
-            )
+        check_keeps_positions(args)
         check_plain(
             {
                 "fp16": args.fp16,

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from poprisk.integrations.transformers import check_trains
-from poprisk.integrations.transformers_audit import INDEX, writes_texts
+from poprisk.integrations.transformers_audit import INDEX, check_keeps_positions, writes_texts
 from poprisk.integrations.twins import TwinFollower
 from poprisk.monitor.steps import innermost
 from poprisk.protocols import PerExampleLoss
@@ -162,11 +162,7 @@ class TrainerTwinCallback(TwinFollower, TrainerCallback):
 
     def _check(self, args: TrainingArguments, model: nn.Module) -> None:
         """Raise ValueError for settings of a Trainer that a twin cannot follow."""
-        if args.remove_unused_columns:
-            raise ValueError(
-                "the Trainer drops the column of positions; set remove_unused_columns=False in its "
-                "arguments, and remove the columns that the model does not take."
-            )
+        check_keeps_positions(args)
         if type(args).__module__.partition(".")[0] == "trl" or writes_texts(model):
             raise ValueError(
                 f"a twin does not follow {type(model).__name__} with {type(args).__name__}: it "
