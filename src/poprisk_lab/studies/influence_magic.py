@@ -85,17 +85,23 @@ def functional_optimizer(done: Replay) -> Any:
     Raises:
         ValueError: for another optimizer, several groups, or a schedule.
     """
-    import torchopt
-
     kind, (group, *others) = type(done.optimizer), done.settings[0]
     if others or any(settings != done.settings[0] for settings in done.settings):
         raise ValueError("the run has several groups or a schedule; bergson's is of one rate.")
     names: Mapping[type, tuple[str, ...]] = {
-        torch.optim.SGD: ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+        torch.optim.SGD: ("lr", "momentum", "weight_decay", "nesterov"),
         torch.optim.AdamW: ("lr", "betas", "eps", "weight_decay"),
     }
-    if kind not in names or group["maximize"] or group.get("amsgrad"):
+    if kind not in names:
         raise ValueError(f"the run's optimizer is {kind.__name__}; bergson's are SGD and AdamW.")
+    # torchopt undampens what it calls first, but on the way back the first step comes last.
+    for name in ("maximize", "amsgrad", "dampening"):
+        if value := group.get(name):
+            raise ValueError(
+                f"the run's {kind.__name__} has {name}={value}, which bergson does not go back by."
+            )
+    import torchopt
+
     settings = {name: group[name] for name in names[kind]}
     if kind is torch.optim.SGD:
         return torchopt.sgd(**settings)
