@@ -88,6 +88,10 @@ def test_rare_updates_of_all_outputs_are_second_order(optimizer: str) -> None:
     assert bool((every_8 < 0.02).all())
 
 
+def _never(done: int, every: int) -> bool:
+    return False
+
+
 def test_the_start_is_followed_closely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam's first steps move most: outputs are all moved after 1, 2, 4, 8 steps, 12, and 24."""
     run, probes = recorded("AdamW", "cross_entropy", steps=24, b=None), randn(14, 2, 2)
@@ -95,7 +99,7 @@ def test_the_start_is_followed_closely(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = [m.step for m in follow(run, probes, every=12, points=30).moments]
     assert moments == [0, 12, 24]
     module = importlib.import_module("poprisk.path.follow")
-    monkeypatch.setattr(module, "is_early", lambda done, every: False)
+    monkeypatch.setattr(module, "is_early", _never)
     late = follow(run, probes, every=12).applied
     assert bool((errors(found, exact) < 0.7 * errors(late, exact)).all())
 
