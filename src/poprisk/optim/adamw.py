@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from poprisk._validate import check_positive, check_type
 from poprisk.dtensor import (
     all_agree,
+    everywhere,
     layout_of,
     locals_of,
 )
 from poprisk.optim.batch_variance import BatchParts
-from poprisk.optim.fused import gradients_are_finite
+from poprisk.optim.fused import check_capturable, gradients_are_finite, gradients_are_small
 from poprisk.optim.gate import Mask, TensorList
-from poprisk.optim.groups import TensorGroup, captured_update, update_group
+from poprisk.optim.groups import TensorGroup, captured_updates, update_group
 from poprisk.optim.rank_variance import Observation, rank_variances
 from poprisk.optim.replay import gate_row, last_step_rule
 from poprisk.optim.settings import (
@@ -185,6 +186,7 @@ class PopRiskAdamW(Optimizer):
         unnamed = self._agree_on_names(param_group)
         try:
             check_distinct(param_group["params"])
+            check_capturable({**self.defaults, **param_group})
             super().add_param_group(param_group)
         except BaseException:
             for group in unnamed:
@@ -407,13 +409,14 @@ class PopRiskAdamW(Optimizer):
 
     def _captured_step(self, grads: TensorList) -> None:
         """The same step without a number that changes from call to call, nor a choice by value."""
-        finite = all_small(locals_of(grads))
+        in_one_pass = self._any("fused") and not torch.compiler.is_compiling()
+        small = gradients_are_small if in_one_pass else all_small
+        finite = everywhere(small(locals_of(grads)), grads)
         for group in self.param_groups:
             group["skipped_steps"] = group["skipped_steps"] + (~finite).int()
             now = compiled(group)
-            for p in group["params"]:
-                if p.grad is not None and p.numel():
-                    captured_update(now, p, self.state[p], finite)
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            captured_updates(now, params, [self.state[p] for p in params], finite)
 
     def _prepare_captured(self) -> None:
         """Make all state at once: none may be made while a step is captured."""
