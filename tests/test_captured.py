@@ -19,7 +19,7 @@ from poprisk import PopRiskAdamW
 from poprisk.optim import fused
 from poprisk.optim.state import prepare_state
 from reference.optimizer import ReferenceOptimizer
-from samplers import copies, grad_rows, noisy_grads, parameter, take_steps
+from samplers import copies, grad_rows, noisy_grads, parameter, randn, take_steps
 
 CAPTURED: dict[str, Any] = {"capturable": True}
 PLAIN: dict[str, Any] = {}
@@ -80,6 +80,18 @@ def test_captured_steps_leave_out_what_has_no_gradient_or_no_entries() -> None:
     assert torch.equal(idle, before)
     assert [float(opt.state[p]["step"]) for p in (w, idle)] == [3.0, 0.0]
     assert opt.skipped_steps == 0
+
+
+def test_skipped_steps_are_counted_in_place() -> None:
+    """A CUDA graph would write each new count to the same place, and read the first one again."""
+    w = parameter(2)
+    opt = PopRiskAdamW([w], capturable=True)
+    bad = torch.full((2,), float("nan")).double()
+    take_steps(opt, [[bad]])
+    count = opt.param_groups[0]["skipped_steps"]
+    take_steps(opt, [[bad], [randn(2)]])
+    assert opt.param_groups[0]["skipped_steps"] is count
+    assert opt.skipped_steps == 2
 
 
 def train(wrap: Callable[[Any], Any], **how: Any) -> tuple[list[Tensor], int]:

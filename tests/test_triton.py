@@ -262,8 +262,17 @@ def test_gradients_are_widened_one_by_one_where_they_differ() -> None:
 
 
 @each_reduction
-def test_parameters_that_share_memory_move_one_after_the_other(reduction: str | None) -> None:
-    base = randn(50, dtype=torch.float32)
+def test_parameters_that_share_memory_move_one_after_the_other(
+    reduction: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, launched = randn(50, dtype=torch.float32), list[int]()
+    together = launch_triton._Listed
+
+    def noted(lists: update.TensorLists, numbers: Any) -> Any:
+        launched.append(len(lists.params))
+        return together(lists, numbers)
+
+    monkeypatch.setattr(launch_triton, "_Listed", noted)
     found = []
     for path in (PATHS["fused"], PATHS["loop"]):
         memory = base.clone()
@@ -273,10 +282,18 @@ def test_parameters_that_share_memory_move_one_after_the_other(reduction: str | 
         take_steps(opt, grad_rows(params, 4))
         found.append(params[0].detach())
     assert_close([found[0]], [found[1]], 1e-6)
+    assert launched == [1, 1] * 4  # in the interpreter all go one after the other anyway
 
 
-def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_beyond_32_bits() -> None:
+    """In a process of its own, which a wrong one ends."""
+    (done,) = at_once(Call(far_away))
+    assert done.code == 0, done.stderr
+
+
+def far_away() -> None:
     """The last block of a tensor of 5 billion weights, of which only that one is in memory."""
+    taken_over()
     before, n = 5_000_000, 5
     skipped = before * SIZE
     whole = copies([parameter(n, dtype=torch.float32)])
@@ -294,10 +311,14 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     def places(*_: Any) -> launch_triton.Places:
         return launch_triton.Places(place, torch.tensor([0, 1]))
 
-    monkeypatch.setattr(native, "addresses", earlier)
-    monkeypatch.setattr(native, "sizes", sizes)
-    monkeypatch.setattr(launch_triton, "places", places)
-    monkeypatch.setattr(adamw, "gradients_are_finite", update.all_finite)
+    changes: tuple[tuple[Any, str, Any], ...] = (
+        (native, "addresses", earlier),
+        (native, "sizes", sizes),
+        (launch_triton, "places", places),
+        (adamw, "gradients_are_finite", update.all_finite),
+    )
+    for module, name, function in changes:
+        setattr(module, name, function)
     take_steps(PopRiskAdamW(end, fused=True), rows)
     assert_bitwise([p.detach() for p in end], [p.detach() for p in whole])
 
@@ -310,6 +331,26 @@ class Forbidden(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert not str(func).startswith(self.NAMES), func
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("exact")
+@each_reduction
+def test_variances_that_are_given(reduction: str | None) -> None:
+    starts = [parameter(20, dtype=torch.float32), parameter(9, dtype=torch.bfloat16)]
+    rows, found = grad_rows(starts, 8), list[dict[str, Any]]()
+    for path in (PATHS["fused"], PATHS["foreach"]):
+        params = copies(starts)
+        opt = PopRiskAdamW(params, variance="microbatch", reduction=reduction, lr=0.1, **path)
+        for both in zip(rows[::2], rows[1::2], strict=True):
+            opt.zero_grad()
+            for row in both:
+                parts = [(p * g / 2).sum() for p, g in zip(params, row, strict=True)]
+                torch.stack(parts).sum().backward()
+                opt.microbatch(4)
+            opt.step()
+        found.append(complete_state(opt, but={"foreach", "fused"}))
+    assert_bitwise(found[0]["state"], found[1]["state"])
+    assert_close(found[0]["weights"], found[1]["weights"], 1e-6)
 
 
 @each_variance

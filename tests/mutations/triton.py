@@ -5,10 +5,19 @@ from mutations import Mutation
 KERNEL = "poprisk/optim/fused/kernel_triton.py"
 LAUNCH = "poprisk/optim/fused/launch_triton.py"
 REFERENCE = "test_triton.py::test_triton_is_the_reference[listed-ema-None-auto-soft]"
-POOLED = "test_triton.py::test_triton_is_the_reference[listed-ema-per_tensor-auto-soft]"
+POOLED = "test_triton.py::test_triton_is_the_reference[listed-ema-per_tensor-paper-soft]"
 CAPTURED = "test_triton.py::test_triton_is_the_reference[one by one-ema-None-auto-soft]"
 LAYOUTS = "test_triton.py::test_triton_is_foreach_for_all_layouts_at_once[ema-None-auto-soft]"
 SETTINGS = "test_triton.py::test_triton_is_foreach_for_other_settings"
+MAXIMIZE, FLOOR, HALF, BFLOAT16 = (
+    f"{SETTINGS}[dtype{k}]"
+    for k in (
+        "0-{'maximize': True}",
+        "0-{'q_min': 0.3}",
+        "0-{'betas': (0.3, 0.4), 'rho': 0.2}",
+        "2-{'maximize': True}",
+    )
+)
 UNCHANGED = "test_triton.py::test_a_bad_gradient_at_the_end_leaves_the_beginning_unchanged"
 
 MUTATIONS = {
@@ -29,16 +38,16 @@ MUTATIONS = {
         KERNEL, "full, size) * _number(numbers, DECAY, real)", "full, size)", REFERENCE
     ),
     "the sign forgotten": Mutation(
-        KERNEL, "grad = _number(numbers, SIGN, real) * _loaded", "grad = _loaded", SETTINGS
+        KERNEL, "grad = _number(numbers, SIGN, real) * _loaded", "grad = _loaded", MAXIMIZE
     ),
     "no floor": Mutation(
-        KERNEL, "q = _at_least(q, _number(numbers, Q_MIN, real))", "q = q + 0.0", SETTINGS
+        KERNEL, "q = _at_least(q, _number(numbers, Q_MIN, real))", "q = q + 0.0", FLOOR
     ),
     "lerp of small weights only": Mutation(
-        KERNEL, "tl.where(weight < 0.5, tl.fma", "tl.where(weight < 2, tl.fma", SETTINGS
+        KERNEL, "tl.where(weight < 0.5, tl.fma", "tl.where(weight < 2, tl.fma", HALF
     ),
     "bfloat16 cut off": Mutation(
-        KERNEL, "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16", SETTINGS
+        KERNEL, "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16", BFLOAT16
     ),
     "the end of a tensor taken for whole": Mutation(
         KERNEL,

@@ -92,12 +92,14 @@ class PopRiskAdamW(Optimizer):
         reduction: None, or ``"per_tensor"``: average over a tensor before the comparison.
         q_min: floor of the mask, in [0, 1].
         foreach: many tensors per kernel (None: yes) or one at a time.
-        fused: one pass over memory by a native kernel, compiled at the first step by the system's
-            C++ compiler and then kept (:mod:`poprisk.optim.fused`). On the CPU, for masks by name;
-            where there is no compiler, foreach takes over after one RuntimeWarning.
+        fused: one pass over memory by a native kernel, compiled at the first step and then kept
+            (:mod:`poprisk.optim.fused`): on the CPU by the system's C++ compiler, on CUDA devices
+            by Triton. For masks by name; where there is no compiler or no Triton, foreach takes
+            over after one RuntimeWarning.
         maximize: maximize the objective.
         capturable: keep counters and choices in tensors, so that CUDA graphs and torch.compile can
-            hold the step; skipped steps are counted without a warning.
+            hold the step; skipped steps are counted without a warning. With ``fused=True`` on CUDA
+            devices only.
         gate: False for a group that is to be plain AdamW.
 
     A step whose gradients hold a NaN or Inf changes nothing; it is counted in
@@ -413,7 +415,7 @@ class PopRiskAdamW(Optimizer):
         small = gradients_are_small if in_one_pass else all_small
         finite = everywhere(small(locals_of(grads)), grads)
         for group in self.param_groups:
-            group["skipped_steps"] = group["skipped_steps"] + (~finite).int()
+            _count_captured_skip(group, ~finite)
             now = compiled(group)
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             captured_updates(now, params, [self.state[p] for p in params], finite)
@@ -452,6 +454,15 @@ class PopRiskAdamW(Optimizer):
             by_kind[kind].params.append(p)
             by_kind[kind].states.append(state)
         return list(by_kind.values())
+
+
+def _count_captured_skip(group: dict[str, Any], skipped: Tensor) -> None:
+    """Count a step that may be left out, in place: a graph reads and writes the same memory."""
+    count = group["skipped_steps"]
+    if isinstance(count, Tensor) and count.device == skipped.device:
+        count.add_(skipped)
+    else:
+        group["skipped_steps"] = int(count) + skipped.int()
 
 
 class _Notes:
