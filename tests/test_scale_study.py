@@ -15,7 +15,7 @@ from poprisk_lab.studies import scale
 from poprisk_lab.studies.scale import CORRUPTED, LENGTH, PARTS, SEEDS, SIZES, STUDY, WRONG
 from poprisk_lab.studies.stopping.text import SYMBOLS
 
-NARROW = scale.Size(16, 1, 3e-3)
+NARROW = scale.ModelSize(16, 1, 3e-3)
 
 
 def test_a_fifth_of_the_targets_is_wrong_in_known_places() -> None:

@@ -49,7 +49,7 @@ MOMENTS = 12
 MAX_MEMORY = 64 * 2**30
 
 
-class Size(NamedTuple):
+class ModelSize(NamedTuple):
     """A transformer, and the learning rate that goes with its width."""
 
     width: int
@@ -58,10 +58,10 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "0.1M": Size(64, 2, 1.5e-3),
-    "1M": Size(128, 5, 7e-4),
-    "10M": Size(384, 6, 2.5e-4),
-    "124M": Size(928, 12, 2e-4),
+    "0.1M": ModelSize(64, 2, 1.5e-3),
+    "1M": ModelSize(128, 5, 7e-4),
+    "10M": ModelSize(384, 6, 2.5e-4),
+    "124M": ModelSize(928, 12, 2e-4),
 }
 PARTS = ("all", "noise", "influence", "right targets")
 """What is measured; the last is a training on right targets, which the signal alone is not."""
@@ -113,7 +113,7 @@ def window_loss(u: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(u.transpose(1, 2), y, reduction="none").mean(1)
 
 
-class Training(NamedTuple):
+class LanguageTraining(NamedTuple):
     """What is trained, by what, on which batches."""
 
     model: NextSymbols
@@ -140,7 +140,7 @@ def _now(device: torch.device) -> float:
     return time.process_time()
 
 
-def made(size: Size, seed: int, *, n: int, epochs: int, device: str) -> Training:
+def made(size: ModelSize, seed: int, *, n: int, epochs: int, device: str) -> LanguageTraining:
     """A training before its first step: the same one each time."""
     data, order = corpus(seed, n, device), generator_of(seed, "order")
     batches = [torch.randperm(n, generator=order).split(BATCH) for _ in range(epochs)]
@@ -148,7 +148,7 @@ def made(size: Size, seed: int, *, n: int, epochs: int, device: str) -> Training
         torch.manual_seed(generator_of(seed, "weights").initial_seed())
         model = NextSymbols(SYMBOLS, length=LENGTH, width=size.width, blocks=size.blocks)
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=size.lr, eps=1e-6)
-    return Training(model, optimizer, data, list(chain.from_iterable(batches)))
+    return LanguageTraining(model, optimizer, data, list(chain.from_iterable(batches)))
 
 
 def trials(
@@ -198,7 +198,7 @@ def run(settings: Settings, _: Workspace) -> Metrics:
     }
 
 
-def _right(training: Training) -> float:
+def _right(training: LanguageTraining) -> float:
     """Loss on other texts after the same training on right targets."""
     data = training.data
     training._replace(data=data._replace(given=data.clean)).steps()
@@ -206,7 +206,7 @@ def _right(training: Training) -> float:
         return _mean_loss(training.model(data.fresh), data.fresh_targets)
 
 
-def _cells(training: Training, part: str) -> tuple[Metrics, dict[str, float]]:
+def _cells(training: LanguageTraining, part: str) -> tuple[Metrics, dict[str, float]]:
     """The training followed, and what became of its parts."""
     data, half = training.data, round(CORRUPTED * len(training.data.x))
     seen = torch.cat([torch.arange(SEEN), half + torch.arange(SEEN)])
@@ -266,7 +266,7 @@ def _mean_loss(u: Tensor, y: Tensor) -> float:
     return float(window_loss(u, y).mean())
 
 
-def _influence(training: Training, _: str) -> tuple[Metrics, dict[str, float]]:
+def _influence(training: LanguageTraining, _: str) -> tuple[Metrics, dict[str, float]]:
     """Which windows raised the mean loss on other texts."""
     from sklearn.metrics import roc_auc_score
 
