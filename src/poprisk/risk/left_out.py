@@ -20,10 +20,12 @@ mean loss is measured with that of the model as a control, known on all n exampl
 
 the regression estimator of surveys (Cochran 1977, ch. 7), with the error of
 
-.. math:: \psi_i = \hat R + b\,(\ell_i-\bar\ell)
-          + \frac nm 1_{i\in o}\,\bigl(\ell'_i-\bar\ell'_o - b\,(\ell_i-\bar\ell_o)\bigr),
+.. math:: \psi_i = \hat R + \kappa\,\Bigl(b\,(\ell_i-\bar\ell)
+          + \frac nm 1_{i\in o}\,(r_i - \bar r)\Bigr),\qquad
+          r_i = \frac{\ell'_i-\bar\ell'_o - b\,(\ell_i-\bar\ell_o)}{1-h_i},
 
-the mean of which it is. With every example left out once it is cross-validation. Ours; prior art:
+the mean of which it is, with leverages h as the jackknife has them (HC3; MacKinnon and White 1985)
+and :data:`SCATTER` as κ. With every example left out once it is cross-validation. Ours; prior art:
 the infinitesimal jackknife (Jaeckel 1972), the delete-d jackknife (Wu 1986), hold-out.
 
 It is the risk of training on n-m examples, which is a little more than that of training on n.
@@ -44,8 +46,14 @@ from poprisk.randomness import generator_of
 from poprisk.risk.estimate import MAX_UNCERTAINTY, RiskEstimate
 from poprisk.risk.grouped import TINY, grouped_error
 
-FEWEST = 10
+FEWEST = 20
 """Examples that a twin is trained without, at least: of fewer no spread can be told."""
+SCATTER = 1.25
+"""By what an estimate scatters more than its examples say: losses of one training set are not
+independent. 1.27 on the risk of the twin over 100 networks that memorize labels of which 30% are
+random, 1.39 on that of the model."""
+LEAST = 1e-3
+"""Share of an example that no other one tells, at least: its line goes through a lone outlier."""
 STREAM = "left out"
 """The stream of random numbers that says who is left out."""
 
@@ -182,6 +190,8 @@ def _pseudo_values(losses: Tensor, twin: Tensor, out: Tensor) -> Tensor:
     square = float(centred.square().sum())
     b = float((theirs * centred).sum()) / square if square > 0 else 0.0
     value = theirs.mean() + b * (losses.mean() - mine.mean())
-    found = value + b * (losses - losses.mean())
-    found[out] += len(losses) / len(mine) * (theirs - theirs.mean() - b * centred)
-    return found
+    leverage = 1 / len(mine) + centred.square() / max(square, TINY)
+    left = (theirs - theirs.mean() - b * centred) / (1 - leverage).clamp_min(LEAST)
+    found = b * (losses - losses.mean())
+    found[out] += len(losses) / len(mine) * (left - left.mean())
+    return value + SCATTER * found
