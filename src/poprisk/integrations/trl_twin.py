@@ -33,6 +33,7 @@ from poprisk.integrations.transformers_twin import TrainerFollower
 from poprisk.integrations.trl import check_dpo
 from poprisk.losses import direct_preference
 from poprisk.risk.curve import PATIENCE
+from poprisk.risk.left_out import parts_left_out
 
 SHARE = 0.2
 """Of the pairs, that a twin is trained without."""
@@ -89,6 +90,8 @@ def follow_preferences(
         seed=seed,
         sinks=sinks,
     )
+    # A bad share is refused here, not in train().
+    parts_left_out(leave_out, len(trainer.train_dataset), probes=probes, seed=seed)
     if INDEX not in trainer.train_dataset.column_names:
         positions = list(range(len(trainer.train_dataset)))
         trainer.train_dataset = trainer.train_dataset.add_column(INDEX, positions)
