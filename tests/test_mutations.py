@@ -20,6 +20,7 @@ PARTS = (
     "path",
     "attribution",
     "risk",
+    "left_out",
     "lockstep",
     "audit",
     "fields",

@@ -135,9 +135,7 @@ def trained(
     return twin
 
 
-def weighted(
-    x: Tensor, y: Tensor, loss: Loss, w: Tensor, *, epochs: int, batch: int
-) -> Tensor:
+def weighted(x: Tensor, y: Tensor, loss: Loss, w: Tensor, *, epochs: int, batch: int) -> Tensor:
     """Outputs on all examples after the same training with weights, by hand."""
     at = torch.zeros(x.shape[1], 1, dtype=torch.float64)
     for epoch in range(epochs):
@@ -157,7 +155,7 @@ def test_twins_are_trained_as_without_their_examples(loss: Loss, probes: int) ->
     x, y = randn(n, d), randn(n, 1, seed=1).sign()
     settings: dict[str, Any] = {"epochs": 6, "batch": 20}
     twin = trained(x, y, loss, leave_out=0.25, probes=probes, **settings)
-    out = [p.out for p in twin.probes if isinstance(p, Without)]
+    out = [p.out for p in twin.without]
     assert [int(o.sum()) for o in out] == [20] * probes
     assert int(torch.stack(out).sum(0).max()) == 1
     mine = weighted(x, y, loss, torch.ones(n).double(), **settings)
@@ -277,7 +275,9 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 def sequences(n: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
-    return [torch.randint(6, (int(k),), generator=g) for k in torch.randint(3, 9, (n,), generator=g)]
+    return [
+        torch.randint(6, (int(k),), generator=g) for k in torch.randint(3, 9, (n,), generator=g)
+    ]
 
 
 def test_sequences_of_any_length() -> None:
@@ -325,9 +325,7 @@ def followed(clip: Any = None, *, accumulate: int = 1) -> tuple[TwinRisk, TwinRi
     tokens, index = pad(rows), torch.arange(n)
     model = Writer()
     opt = adam(model)
-    lockstep = Lockstep(
-        model, opt, next_token, dataset_size=n, leave_out=0.3, probes=2, clip=clip
-    )
+    lockstep = Lockstep(model, opt, next_token, dataset_size=n, leave_out=0.3, probes=2, clip=clip)
     twin = TwinRisk(Writer, adam, next_token, dataset_size=n, leave_out=0.3, probes=2)
     for _ in range(4):
         for batch in index.split(30):
@@ -354,7 +352,8 @@ def test_a_twin_follows_another_loop_without_examples() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 0.05)
 
     tokens = pad(sequences(90))
-    for settings in ({}, {"clip": clip, "accumulate": 3}):
+    cases: list[dict[str, Any]] = [{}, {"clip": clip, "accumulate": 3}]
+    for settings in cases:
         one, other = followed(**settings)
         assert not one.doubt
         a, b = one.estimate(tokens, tokens), other.estimate(tokens, tokens)
@@ -436,9 +435,7 @@ def test_a_state_goes_on_and_fits_no_other_twin() -> None:
 
 
 def test_the_same_seed_leaves_out_the_same() -> None:
-    one, other, third = (
-        parts_left_out(0.2, 100, probes=2, seed=seed)[0].out for seed in (0, 0, 1)
-    )
+    one, other, third = (parts_left_out(0.2, 100, probes=2, seed=seed)[0].out for seed in (0, 0, 1))
     assert torch.equal(one, other)
     assert not torch.equal(one, third)
     part = Without(one)

@@ -120,7 +120,11 @@ def test_a_twin_of_all_pairs_is_the_model(
         return look.found
 
     assert trained()[:3] == [True, False, False]  # the first step of a warm-up is none
-    monkeypatch.setattr(Without, "weights", lambda self, index: torch.ones(len(index)).double())
+
+    def ones(_: Without, index: Tensor) -> Tensor:
+        return torch.ones(len(index)).double()
+
+    monkeypatch.setattr(Without, "weights", ones)
     found = trained()
     assert found == [True] * len(found)
 
@@ -157,8 +161,7 @@ def test_the_twin_is_trained_as_by_a_trainer_without_its_pairs(tmp_path: Path) -
     assert callback._lockstep is not None
     twin = callback._lockstep.twin
     assert not twin.doubt
-    part = twin.probes[0]
-    assert isinstance(part, Without)
+    part = twin.without[0]
     assert int(part.out.sum()) == 24
 
     other = direct(tmp_path)
@@ -202,8 +205,7 @@ def test_an_estimate_is_of_losses_of_pairs_one_at_a_time(tmp_path: Path) -> None
     twin = callback._lockstep.twin
     mine, its = (one_at_a_time(trainer, run.model) for run in twin.replicas)
     found = callback.curve.estimates[-1]
-    part = twin.probes[0]
-    assert isinstance(part, Without)
+    part = twin.without[0]
     assert found.train_loss == pytest.approx(float(mine.mean()), rel=1e-4)
     slope = torch.stack([its[part.out], mine[part.out]]).cov()
     b = float(slope[0, 1] / slope[1, 1])
@@ -218,8 +220,12 @@ def equal(a: RiskEstimate, b: RiskEstimate) -> bool:
 
 def test_a_resumed_run_goes_on_with_the_same_curve(tmp_path: Path) -> None:
     rows = list[int]()
+
+    def sink(step: int, _: Any) -> None:
+        rows.append(step)
+
     trainer = direct(tmp_path, save_strategy="epoch")
-    whole = follow_preferences(trainer, sinks=[lambda step, row: rows.append(step)])
+    whole = follow_preferences(trainer, sinks=[sink])
     trainer.train()
     assert rows == whole.curve.steps == [10, 20]
     logged = [row["twin/risk"] for row in trainer.state.log_history if "twin/risk" in row]
@@ -230,8 +236,9 @@ def test_a_resumed_run_goes_on_with_the_same_curve(tmp_path: Path) -> None:
     assert all(map(equal, resumed.curve.estimates, whole.curve.estimates))
     assert torch.equal(weights(trainer.model), weights(again.model))
     (tmp_path / "checkpoint-10" / "twin.pt").unlink()
+    anew = direct(tmp_path)
+    follow_preferences(anew)
     with pytest.raises(ValueError, match=r"there is no .*twin\.pt of the run that is resumed"):
-        follow_preferences(anew := direct(tmp_path))
         anew.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 

@@ -14,7 +14,6 @@ from poprisk._renamed import renamed_names
 from poprisk._validate import check_choice, check_losses
 from poprisk.protocols import PerExampleLoss
 
-
 IGNORED = -100
 """The label that torch's losses ignore unless told otherwise."""
 
@@ -46,8 +45,8 @@ def next_token(logits: Tensor, tokens: Tensor, *, reduction: str = "mean") -> Te
     Args:
         logits: of the token after each, (b, t, c), as a causal language model puts them out.
         tokens: the sequences, (b, t); those that are :data:`IGNORED` have no loss.
-        reduction: ``"mean"`` or ``"sum"`` over the tokens of a sequence that have one. The loss of a
-            batch that is the mean over all of its tokens is one of sums.
+        reduction: ``"mean"`` or ``"sum"`` over the tokens of a sequence that have one. A mean over
+            all tokens of a batch weighs sums.
 
     Raises:
         ValueError: for another reduction.

@@ -164,7 +164,8 @@ class TrainerTwinCallback(TrainerFollower):
 
     For heads with one label an example (sequence or image classification, regression), and with
     ``leave_out`` for language models, on one process, in single precision or ``bf16``; what cannot
-    be followed is refused when training begins. Put it behind a ``TrainerAuditCallback``, if there is one.
+    be followed is refused when training begins. Put it behind a ``TrainerAuditCallback``, if there
+    is one.
 
     Args:
         loss: one value an example, from logits (b, ...) and labels (b, ...): what the Trainer's

@@ -144,8 +144,9 @@ class Lockstep:
 
     with t the perturbation and w the weight of an example, which g and :math:`\nabla\ell` tell
     together; with ``leave_out`` t is :math:`(1-w_i)\nabla\ell_i(u_i^{twin})`, with the weight that
-    the example has for that twin. Without a perturbation a twin is thus the model, bit for bit. A loss that a model
-    computes itself, as those of transformers do, is back-propagated through the twin itself.
+    the example has for that twin. Without a perturbation a twin is thus the model, bit for bit. A
+    loss that a model computes itself, as those of transformers do, is back-propagated through the
+    twin itself.
 
     That the loop trains nothing but the mean of ``loss`` (or another sum with one weight for all
     examples of a call) is checked at every step; and at the first ten, and then every hundredth,
@@ -422,7 +423,7 @@ class Lockstep:
             if self._checked is not None:
                 self._check(self._checked, passes, weights)
                 self._checked = None
-            for run, probe in zip(twins, self.twin.probes, strict=True):
+            for run, probe in zip(twins, self.twin.probes or self.twin.without, strict=True):
                 began = time.perf_counter()
                 self._step(run.model, run.optimizer, passes, weights, probe)
                 run.optimizer.zero_grad()

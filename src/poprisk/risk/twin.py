@@ -303,19 +303,13 @@ class TwinRisk:
         self.replicas = [Replica(self, m, i) for i, m in enumerate([model, *copies])]
         _check_own_optimizers(self.replicas)
         self.seen = Seen(self.dataset_size)
-        self.probes: list[Probe | Without] = [
-            Probe(self.dataset_size, seed * 1009 + k) for k in range(probes)
-        ]
         self.leave_out = leave_out
-        if leave_out is not None:
-            if delta != DELTA:
-                raise ValueError(
-                    f"delta={delta} is the size of pushed labels, and leave_out={leave_out} pushes "
-                    "none; leave out one of them."
-                )
-            self.probes = [
-                *parts_left_out(leave_out, self.dataset_size, probes=probes, seed=seed)
-            ]
+        self.probes, self.without = list[Probe](), list[Without]()
+        if leave_out is None:
+            self.probes = [Probe(self.dataset_size, seed * 1009 + k) for k in range(probes)]
+        else:
+            _check_one_kind(delta, leave_out)
+            self.without = parts_left_out(leave_out, self.dataset_size, probes=probes, seed=seed)
         self.steps = 0
         self.doubt = ""
         self._scale: tuple[float, bool] | None = None
@@ -331,7 +325,7 @@ class TwinRisk:
             type(self.model).__name__,
             type(self.optimizer).__name__,
             dataset_size=self.dataset_size,
-            probes=len(self.probes),
+            probes=len(self.replicas) - 1,
             steps=self.steps,
         )
 
@@ -498,7 +492,7 @@ class TwinRisk:
         return {
             "delta": self.delta,
             "seed": self.seed,
-            "probes": len(self.probes),
+            "probes": len(self.replicas) - 1,
             "dataset_size": self.dataset_size,
             "optimizer": type(self.optimizer).__name__,
             "signs": SIGNS if self.leave_out is None else f"without {self.leave_out:g}",
@@ -529,7 +523,6 @@ class TwinRisk:
                 v, scale * probe.perturbation(index, u.shape[1:], shift_invariant=shift_invariant)
             )
             for v, probe in zip(others, self.probes, strict=True)
-            if isinstance(probe, Probe)
         ]
         return Answers(u, y, twins)
 
@@ -582,7 +575,7 @@ class TwinRisk:
         return left_out_risk(
             losses.double(),
             [twin.double() for twin in twins],
-            [part.out[index] for part in self.probes if isinstance(part, Without)],
+            [part.out[index] for part in self.without],
             counted=counted,
             cost=self.cost,
             doubt=self.doubt or tally.doubt(),
@@ -590,12 +583,13 @@ class TwinRisk:
 
     def _weights(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The present batch's weights (b,), None for pushed labels; checks on the way."""
-        part = self.probes[max(run.position - 1, 0)]
-        if not isinstance(part, Without):
+        if not self.without:
             return None
         self._see_first(outputs, targets)
         index = self._checked_batch(run, outputs, targets)
-        return torch.ones(len(index)) if run.position == 0 else part.weights(index)
+        if run.position == 0:
+            return torch.ones(len(index))
+        return self.without[run.position - 1].weights(index)
 
     def _see_first(self, outputs: Tensor, targets: Tensor) -> None:
         """Check on the first batch that each loss is an example's own, and what else it takes."""
@@ -617,9 +611,9 @@ class TwinRisk:
         index = self._checked_batch(run, outputs, targets)
         if run.position == 0:
             return None
-        probe = self.probes[run.position - 1]
-        assert isinstance(probe, Probe)
-        z = probe.perturbation(index, outputs.shape[1:], shift_invariant=shift_invariant)
+        z = self.probes[run.position - 1].perturbation(
+            index, outputs.shape[1:], shift_invariant=shift_invariant
+        )
         return (scale * z).to(outputs.device, _full(outputs).dtype)
 
     def _checked_batch(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -714,6 +708,14 @@ def _check_factories(make_model: Any, make_optimizer: Any, loss: Any) -> None:
     check_callable("make_model", make_model)
     check_callable("make_optimizer", make_optimizer)
     check_callable("loss", loss)
+
+
+def _check_one_kind(delta: float, leave_out: float) -> None:
+    if delta != DELTA:
+        raise ValueError(
+            f"delta={delta} is the size of pushed labels, and leave_out={leave_out} pushes none; "
+            "leave out one of them."
+        )
 
 
 def _check_own_optimizers(replicas: list[Replica]) -> None:
