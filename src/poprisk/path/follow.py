@@ -14,7 +14,7 @@ from torch import Tensor
 from poprisk import _validate as checks
 from poprisk.path.checks import check_probes
 from poprisk.path.closure import Closure
-from poprisk.path.march import Applied, Followed, March
+from poprisk.path.march import Applied, Followed, March, is_early
 from poprisk.path.quadrature import Nodes, composite
 from poprisk.path.run import Run
 from poprisk.protocols import ProgressCallback
@@ -41,7 +41,8 @@ def follow(
     Args:
         run: a recorded run.
         probes: starting output gradients, (n, c, r).
-        every: intervals between updates of all outputs.
+        every: intervals between updates of all outputs; before the first of them there are some
+            after 1, 2, 4, ... intervals.
         quadrature: of the chord.
         segments: pieces of the chord.
         points: moments to keep, the last among them.
@@ -63,10 +64,13 @@ def follow(
         for k, interval in enumerate(run.intervals):
             end = run.weights[k + 1].to(march.w)
             march.advance(run.rule(k, end.dtype), interval.examples, interval.sampling, end)
-            if (k + 1) % every == 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept):
+            done = k + 1
+            if done % every == 0 or done == len(run):
                 march.refresh()
-                if any(k + 1 - every < i <= k + 1 for i in kept):
+                if any(done - every < i <= done for i in kept):
                     march.keep()
+            elif is_early(done, every):
+                march.refresh()
             if progress is not None:
                 progress(k + 1, len(run))
         return march.result()

@@ -7,6 +7,7 @@ training, and keeps a few copies of the weights in place of one for every step. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import TracebackType
 from typing import final
@@ -20,10 +21,10 @@ from poprisk.jacobian import flat
 from poprisk.optim.step import Rule, joined
 from poprisk.path.checks import check_memory
 from poprisk.path.closure import Closure
-from poprisk.path.march import Followed, March
+from poprisk.path.march import Followed, March, is_early
 from poprisk.path.problem import Problem
 from poprisk.path.quadrature import Nodes, composite
-from poprisk.path.trace import CellTrace, QueryParts, check_clean, split_at, trace_of
+from poprisk.path.trace import CellTrace, QueryParts, check_clean, energies, split_at, trace_of
 from poprisk.path.watch import StepRead, StepReader
 from poprisk.printing import described
 from poprisk.protocols import PerExampleLoss
@@ -61,7 +62,8 @@ class CellTracer:
         parts: ``"all"``; or ``"noise"``, which follows nothing else and is the cheaper: what is
             left of the movement, weight decay's part included, then counts as signal.
         every: steps between updates of all outputs; None: one pass over the data, two where only
-            the noise is followed. 1 is exact.
+            the noise is followed. 1 is exact. Before the first of them there are some after 1, 2,
+            4, ... steps.
         quadrature: of the chords in between; ``"gauss3"`` is exact.
         points: moments that are kept at least, if there are so many updates; at most twice as many.
         max_memory: bytes that may be taken beside the training.
@@ -124,6 +126,7 @@ class CellTracer:
         self._clean, self._problem = clean_targets, _beside(self._reader.problem)
         self._check_memory(max_memory)
         self._updates, self._gap = 0, 1
+        self._passing = False  # whether the last moment is to be replaced by the next
         self._seconds = 0.0
         self._march: March | None = None
         self._chords: _Chords | None = None
@@ -149,6 +152,7 @@ class CellTracer:
         w, momentum = flat(self._reader.before), self._reader.momentum_in
         with torch.inference_mode(False), torch.enable_grad():
             signal, noise = split_at(self._problem, self._clean, w)
+            self._energy = energies(torch.stack([signal, noise], -1))
             if self._parts == "noise":
                 self._march = March(self._problem, w, noise.unsqueeze(-1), self._nodes)
                 self._chords = _Chords(self._problem, w, self._nodes)
@@ -209,9 +213,9 @@ class CellTracer:
         with torch.inference_mode(False), torch.enable_grad():
             followed, shape = self._march.result(), self._problem.output_shape
             if self._chords is None:
-                found = trace_of(followed, shape)
+                found = trace_of(followed, shape, self._energy)
             else:
-                found = _rest_as_signal(followed, shape, self._chords.closure())
+                found = _rest_as_signal(followed, shape, self._energy, self._chords.closure())
         found.closure.warn(
             'Pass every=1, quadrature="gauss3" to be exact; gradients that were clipped or masked '
             "do that too.",
@@ -233,31 +237,36 @@ class CellTracer:
             march.advance(rule, taken.examples, taken.sampling, flat(self._reader.before))
             if march.steps % self._every == 0:
                 self._update(march)
+            elif is_early(march.steps, self._every):
+                self._update(march, early=True)
 
-    def _update(self, march: March) -> None:
+    def _update(self, march: March, *, early: bool = False) -> None:
         """Move all outputs to where they are now; of past moments only so many stay."""
         with torch.inference_mode(False), torch.enable_grad():
             march.refresh()
             if self._chords is not None:
                 self._chords.follow(march.w)
-        if self._updates % self._gap:
+        if self._passing:
             march.moments.pop()
-        self._updates += 1
         march.keep()
-        if len(march.moments) > 2 * self._points and self._updates % self._gap == 0:
-            march.moments[:] = march.moments[::2]
-            self._gap *= 2
+        if not early:
+            self._updates += 1
+            if len(march.moments) > 2 * self._points and self._updates % self._gap == 0:
+                march.moments[:] = march.moments[::2]
+                self._gap *= 2
+        self._passing = early or self._updates % self._gap != 0
 
 
 def _rest_as_signal(
-    followed: Followed, output_shape: tuple[int, ...], closure: Closure
+    followed: Followed, output_shape: tuple[int, ...], energy: Tensor, closure: Closure
 ) -> CellTrace:
     """The cells where only the noise was followed."""
     start, parts = followed.moments[0].outputs, list[QueryParts]()
     for step, moved, outputs in followed.moments:
         noise, nothing = (-moved).unbind(-1)
         parts.append(QueryParts(step, outputs - start - noise, noise, nothing, outputs))
-    return CellTrace(start, parts, closure, output_shape)
+    left = float(energies(followed.applied.gradient)[0] / energy[1])
+    return CellTrace(start, parts, closure, output_shape, (math.nan, left))
 
 
 class _Chords:

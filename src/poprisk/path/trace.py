@@ -42,19 +42,24 @@ class QueryParts(NamedTuple):
 
 
 class CellTrace(NamedTuple):
-    """The result of :func:`trace_cells`.
+    r"""The result of :func:`trace_cells`.
 
     Attributes:
         start: query outputs before the run, (m, c).
         parts: along the run; start + signal + noise + affine = outputs, up to the closure.
         closure: how far that is off.
         output_shape: of the outputs of one example.
+        energy_left: :math:`\|P g\|^2 / \|g\|^2` of the signal's and of the noise's starting output
+            gradient: the share of its energy that is left in the training set at the end, all of
+            what lies in the reservoir; above 1 where the two hold each other in check. NaN for
+            what was not followed, or is 0.
     """
 
     start: Tensor
     parts: list[QueryParts]
     closure: Closure
     output_shape: tuple[int, ...]
+    energy_left: tuple[float, float]
 
     __repr__ = short_repr
     _repr_html_ = short_html
@@ -125,7 +130,8 @@ def trace_cells(
     Args:
         run: a recorded run.
         clean_targets: training targets without the label noise, in the form of the targets.
-        every: intervals between updates of all outputs; None: one pass over the data.
+        every: intervals between updates of all outputs; None: one pass over the data. Before the
+            first of them there are some after 1, 2, 4, ... intervals.
         quadrature: of the chords in between.
         points: how many moments to keep.
         dtype: to compute in; None: that of the weights.
@@ -147,7 +153,7 @@ def trace_cells(
         dtype=dtype,
         progress=progress,
     )
-    trace = trace_of(followed, run.problem.output_shape)
+    trace = trace_of(followed, run.problem.output_shape, energies(probes))
     trace.closure.warn(
         'Pass every=1, quadrature="gauss3" to be exact, and record every step (stride=1); '
         "gradients that were clipped or masked do that too.",
@@ -156,10 +162,22 @@ def trace_cells(
     return trace
 
 
-def trace_of(followed: Followed, output_shape: tuple[int, ...]) -> CellTrace:
-    """The cells of what was followed: signal, noise and the affine part, in three columns."""
+def trace_of(followed: Followed, output_shape: tuple[int, ...], energy: Tensor) -> CellTrace:
+    """The cells of what was followed: signal, noise and the affine part, in three columns.
+
+    Args:
+        followed: the columns, at their end.
+        output_shape: of the outputs of one example.
+        energy: of signal and noise at the start, (2,).
+    """
     parts: list[QueryParts] = []
     for moment in followed.moments:
         signal, noise, affine = (-moment.query).unbind(-1)
         parts.append(QueryParts(moment.step, signal, noise, affine, moment.outputs))
-    return CellTrace(parts[0].outputs, parts, followed.closure(), output_shape)
+    signal, noise = (energies(followed.applied.gradient)[:2] / energy).tolist()
+    return CellTrace(parts[0].outputs, parts, followed.closure(), output_shape, (signal, noise))
+
+
+def energies(columns: Tensor) -> Tensor:
+    """Squared norms (r,) of output gradients (n, c, r)."""
+    return columns.double().square().sum((0, 1))
