@@ -63,7 +63,8 @@ SIZES = {
     "10M": Size(384, 6, 2.5e-4),
     "124M": Size(928, 12, 2e-4),
 }
-PARTS = ("all", "noise", "influence")
+PARTS = ("all", "noise", "influence", "right targets")
+"""What is measured; the last is a training on right targets, which the signal alone is not."""
 
 
 class NextSymbols(Reader):
@@ -175,6 +176,8 @@ def run(settings: Settings, _: Workspace) -> Metrics:
     """Train once alone, and once with what is measured, in one process."""
     common = {"n": settings["n"], "epochs": settings["epochs"], "device": settings["device"]}
     make = partial(made, SIZES[settings["size"]], settings["seed"], **common)
+    if settings["part"] == "right targets":
+        return {"loss": short(_right(make()))}
     with peak_of(settings["device"]) as alone:
         plain = make()
         seconds = [plain.steps()]
@@ -193,6 +196,14 @@ def run(settings: Settings, _: Workspace) -> Metrics:
         "MiB, beside it": short(beside[0]),
         **found,
     }
+
+
+def _right(training: Training) -> float:
+    """Loss on other texts after the same training on right targets."""
+    data = training.data
+    training._replace(data=data._replace(given=data.clean)).steps()
+    with torch.no_grad():
+        return _mean_loss(training.model(data.fresh), data.fresh_targets)
 
 
 def _cells(training: Training, part: str) -> tuple[Metrics, dict[str, float]]:
@@ -313,11 +324,14 @@ def report(done: Results) -> dict[str, Any]:
 
 
 def _summary(done: Results) -> dict[str, Any]:
-    cells, influence = ([d.metrics for d in done.where(part=p)] for p in ("all", "influence"))
+    cells, influence, right = (
+        [d.metrics for d in done.where(part=p)] for p in ("all", "influence", "right targets")
+    )
     ends = [row["moments"][-1] for row in cells]
     read = {
         "loss": [end["loss"] for end in ends],
         "loss without noise": [end["loss without noise"] for end in ends],
+        "loss, trained on right targets": [row["loss"] for row in right],
         "wrong targets fitted": [end["wrong targets fitted"] for end in ends],
         "noise left": [row["energy left"]["noise"] for row in cells],
         "signal left": [row["energy left"]["signal"] for row in cells],
