@@ -37,7 +37,10 @@ TRAININGS = {
     "regression, AdamW": "ridges, MLP, AdamW",
     "regression, SGD": "ridges, MLP, SGD",
 }
-ESTIMATES = ("followed", "held", "gradients at the end", "EKFAC (kronfluence)", "TRAK (traker)")
+ESTIMATES = (
+    *("followed", "MAGIC (bergson)", "held", "gradients at the end"),
+    *("EKFAC (kronfluence)", "TRAK (traker)"),
+)
 IN_README = [
     *("`digits`, 40%", "`digits-clean`", "`sparse-regression`, error"),
     *("`diabetes`, error", "`dense-regression`, error"),
@@ -226,17 +229,23 @@ def _audit() -> list[str]:
 def _influence() -> list[str]:
     found = json.loads((FOLDER / "attribution.json").read_text(encoding="utf-8"))
     settings = {label: found["settings"][name] for label, name in TRAININGS.items()}
+    apart = [max(of["distance from followed"]["MAGIC (bergson)"]) for of in settings.values()]
     return [
         f"over {found['subsets']} random halves",
-        *(_scores(label, of["scores"]) for label, of in settings.items()),
+        *(_influence_row(label, of) for label, of in settings.items()),
+        f"at most {max(apart):.1e}",
     ]
 
 
-def _scores(label: str, scores: dict[str, dict[str, float]]) -> str:
-    first, *others = (scores[name] for name in ESTIMATES)
+def _influence_row(label: str, of: dict[str, Any]) -> str:
+    first, *others = (of["scores"][name] for name in ESTIMATES)
     mean, low, high = (_share(first[part]) for part in ("mean", "low", "high"))
     means = " | ".join(_share(other["mean"]) for other in others)
-    return f"| {label} | {mean} [{low}, {high}] | {means} |"
+    ratios = [row["predicted"] / row["measured"] for row in of["left out"]["10"]]
+    return (
+        f"| {label} | {mean} [{low}, {high}] | {means} | {sum(of['valid'])} | "
+        f"{min(ratios):.2f} to {max(ratios):.2f} |"
+    )
 
 
 def _scale() -> list[str]:
