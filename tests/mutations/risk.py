@@ -251,14 +251,14 @@ MUTATIONS = {
     ),
     "noise divided by b - 1": Mutation(
         "poprisk/monitor/signal.py",
-        "max(self.square - self.norm, 0.0) / self.examples",
-        "max(self.square - self.norm, 0.0) / (self.examples - 1)",
+        "self.trace / self.batch",
+        "self.trace / (self.batch - 1)",
         SIGNAL,
     ),
     "a share whose denominator is small where the signal is": Mutation(
         "poprisk/monitor/signal.py",
-        "size = noise + abs(s)",
-        "size = noise + s",
+        "norm / (noise + abs(norm))",
+        "norm / (noise + norm)",
         "test_signal.py::test_pure_noise_has_no_share_on_average",
     ),
     "pairs count once": Mutation(
