@@ -21,6 +21,7 @@ from asserts import assert_bitwise, complete_state
 from gloo import joined
 from poprisk import Canaries, PopRiskAdamW, RiskMonitor
 from poprisk.monitor import CanaryMemorization, Loss, Measured, Risk, Signal, TangentKernel
+from poprisk.monitor.signal import SHARE
 from poprisk.monitor.statistics import Statistics
 from poprisk.randomness import RandomState
 from processes import Call, at_once
@@ -115,7 +116,9 @@ def test_numbers_are_those_of_all_parts_of_the_step(parts: int) -> None:
     expected = reference.signal(reference.example_gradients(model, squared, x, y))
     whole = ("snr", "noise_scale")  # errors, of which the share is corrected, are those of a part
     for name in expected if parts == 1 else whole:
-        assert row[f"signal/{name}"] == pytest.approx(expected[name], rel=1e-6, abs=1e-5)
+        assert row[f"signal/{name}"] == pytest.approx(
+            expected[name], rel=1e-3 if name in SHARE else 1e-6
+        )
     assert row["loss"] == pytest.approx(float(squared(model(x), y).detach().mean()))
 
 
@@ -125,7 +128,7 @@ def test_numbers_of_a_module_are_those_of_its_parameters() -> None:
     row = one_row(model, quantities=[Signal(window=1)])
     for name, part in (("0", rows[:, :24]), ("3", rows[:, 24:])):
         expected = reference.signal(part)["share"]
-        assert row[f"signal/share/{name}"] == pytest.approx(expected, abs=1e-5)
+        assert row[f"signal/share/{name}"] == pytest.approx(expected, rel=1e-3)
     assert "signal/share/0" not in one_row(model, quantities=[Signal(modules=False)])
 
 
