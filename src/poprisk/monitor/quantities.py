@@ -19,7 +19,7 @@ from poprisk._validate import check_positive
 from poprisk.evaluation import Forward, outputs_of
 from poprisk.monitor import signal as norms
 from poprisk.monitor.statistics import Statistics
-from poprisk.monitor.window import Window
+from poprisk.monitor.window import MeasuredSteps
 from poprisk.ntk import entk
 from poprisk.risk import Canaries, RiskEstimate
 
@@ -139,7 +139,7 @@ class Signal:
 
     def __init__(self, *, modules: bool = True, window: int = 8) -> None:
         self.modules = modules
-        self._window = Window(window)
+        self._window = MeasuredSteps(window)
 
     def measure(self, moment: Moment) -> dict[str, float]:
         return _signal_numbers(moment, self._window, modules=self.modules)
@@ -172,13 +172,13 @@ class NormSignal:
         if examples is not None:
             check_positive("examples", examples)
         self.examples = examples
-        self._window = Window(window)
+        self._window = MeasuredSteps(window)
 
     def measure(self, moment: Moment) -> dict[str, float]:
         return _signal_numbers(moment, self._window, modules=False)
 
 
-def _signal_numbers(moment: Moment, window: Window, *, modules: bool) -> dict[str, float]:
+def _signal_numbers(moment: Moment, window: MeasuredSteps, *, modules: bool) -> dict[str, float]:
     found = moment.statistics
     if not found.whole:
         raise RuntimeError(

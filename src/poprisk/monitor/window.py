@@ -17,7 +17,7 @@ LEAST = 4
 
 
 @final
-class Window:
+class MeasuredSteps:
     """What was measured at the last steps, by module, and the numbers of these together.
 
     Args:
