@@ -123,7 +123,8 @@ class Signal:
       the signal cannot be told from 0, and that noise_scale is no more than its lower end.
 
     Errors are of the examples' drawing. Where no part of the batch, on no rank, has three examples,
-    they are those of steps from each other, and NaN with one step. A step whose gradients are not
+    they are those of steps from each other (of eight, two errors hold the truth 85 to 89% of the
+    time, not 95), and NaN with one step. A step whose gradients are not
     finite has NaN and does not go into the window. A resumed run begins with an empty window.
 
     Args:
