@@ -42,7 +42,9 @@ def windows(model: nn.Module, loss: Any, draw: Draw, name: str = "signal") -> di
     return {k.partition("/")[2]: torch.tensor(v, dtype=torch.float64) for k, v in found.items()}
 
 
-def check(found: dict[str, Tensor], share: float, *, often: float = 0.86) -> None:
+def check(
+    found: dict[str, Tensor], share: float, *, often: float = 0.86, intervals: float = 0.9
+) -> None:
     """The mean share is the true one within its error, and intervals hold it as often as said."""
     shares, errors = found["share"], found["share_error"]
     of_mean = float(shares.std()) / math.sqrt(len(shares))
@@ -50,10 +52,10 @@ def check(found: dict[str, Tensor], share: float, *, often: float = 0.86) -> Non
     assert 0.8 < float(errors.square().mean().sqrt() / shares.std()) < 1.6
     assert float(((shares - share).abs() < 2 * errors).double().mean()) > often
     inside = (found["share_low"] < share) & (share < found["share_high"])
-    assert float(inside.double().mean()) > often + 0.04
+    assert float(inside.double().mean()) > intervals
     scale = B * (1 - share) / share if share else math.inf
     inside = (found["noise_scale_low"] < scale) & (scale <= found["noise_scale_high"])
-    assert float(inside.double().mean()) > often + 0.04
+    assert float(inside.double().mean()) > intervals
 
 
 def squared(u: Tensor, y: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ def test_pure_noise_has_no_share_on_average(name: str) -> None:
     g = torch.Generator().manual_seed(1)
     kind = "norm_signal" if name == "norm" else "signal"
     found = windows(model, loss, lambda: draw(model, shape, loss, g), kind)
-    check(found, 0.0)
+    check(found, 0.0, often=0.8)  # the noise of a small net has few directions
     assert float((found["noise_scale_high"] == math.inf).double().mean()) > 0.9
 
 
@@ -161,7 +163,7 @@ def test_a_known_share_is_found_within_its_errors(share: float, parts: int) -> N
     truth = share / (share + (1 - share) * spread)
     found = tabulated(8, 300, lambda: signal_of(gradients(share, dims, g), parts))
     # Of parts of two, errors are those of eight steps from each other.
-    check(found, truth, often=0.86 if parts < 16 else 0.8)
+    check(found, truth, **({} if parts < 16 else {"often": 0.8, "intervals": 0.84}))
 
 
 @pytest.mark.parametrize("dims", [3, 10])

@@ -115,7 +115,8 @@ class Signal:
       right on average and may leave [-1, 1] a little. Pure noise has 0 on average. share_error: its
       standard error. Both are NaN below 4 steps (or ``window``), as one batch tells too little:
       with noise of one to ten directions it reads 0.15 to 0.4 on average where the share is 0.5.
-    - share_low, share_high: the share's interval, from the first row on.
+    - share_low, share_high: the share's interval, from the first row on. It holds the truth more
+      often than two errors do where the noise has few directions (those 85%).
     - snr: :math:`1+\bar S/\bar V`, 1 for pure noise.
     - noise_scale: the batch size at which signal and noise are equal, :math:`B\bar V/\bar S`
       (McCandlish et al. 2018), infinite where no signal is seen; noise_scale_low and
