@@ -419,7 +419,7 @@ def trained(*, monitored: bool) -> tuple[Any, list[Any], RiskMonitor | None]:
     canaries = poprisk.Canaries(torch.arange(20) % 2, fraction=0.25)
     quantities = [
         Loss(),
-        Signal(),
+        Signal(window=1),
         TangentKernel(torch.randn(3, 3, generator=torch.Generator().manual_seed(1))),
         poprisk.monitor.CanaryMemorization(canaries, torch.ones(len(canaries.index), 3)),
         Measured("norm", lambda: model(torch.ones(2, 3)).detach().norm()),

@@ -86,7 +86,7 @@ def test_the_monitor_pools_the_parts_of_a_step_and_changes_nothing(tmp_path: Pat
         assert torch.equal(a, b)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3, 6]
-    assert all(row["loss"] > 0 and -1 < row["signal/share"] < 1 for row in rows)
+    assert all(row["loss"] > 0 and -1 < row["signal/share_low"] < 1 for row in rows)
     assert any(name.startswith("gate/pass_rate") for name in rows[-1])
     assert callback.monitor is not None
     assert callback.monitor._statistics.examples == 8

@@ -270,7 +270,7 @@ def test_the_monitor_watches_supervised_fine_tuning(tmp_path: Path) -> None:
     gated(trainer)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3]
-    assert all(row["loss"] > 0 and -1 < row["signal/share"] < 1 for row in rows)
+    assert all(row["loss"] > 0 and -1 < row["signal/share_low"] < 1 for row in rows)
 
 
 def test_preferences_have_no_loss_of_words(tmp_path: Path) -> None:
@@ -293,5 +293,5 @@ def test_preferences_have_no_loss_of_words(tmp_path: Path) -> None:
     assert callback.monitor is not None
     for _, row in callback.monitor.rows:
         assert math.isnan(row["loss"])
-        assert math.isnan(row["signal/share"])
+        assert math.isnan(row["signal/snr"])
     assert any(name.startswith("gate/pass_rate") for name in callback.monitor.rows[-1][1])

@@ -251,15 +251,39 @@ MUTATIONS = {
     ),
     "noise divided by b - 1": Mutation(
         "poprisk/monitor/signal.py",
-        "max(self.square - self.norm, 0.0) / self.examples",
-        "max(self.square - self.norm, 0.0) / (self.examples - 1)",
+        "self.trace / self.batch",
+        "self.trace / (self.batch - 1)",
         SIGNAL,
     ),
     "a share whose denominator is small where the signal is": Mutation(
         "poprisk/monitor/signal.py",
-        "size = noise + abs(s)",
-        "size = noise + s",
+        "norm / (noise + abs(norm))",
+        "norm / (noise + norm)",
         "test_signal.py::test_pure_noise_has_no_share_on_average",
+    ),
+    "the bend of a share stays in it": Mutation(
+        "poprisk/monitor/signal.py",
+        "return 2 * norm / size - shifted,",
+        "return norm / size,",
+        "test_signal.py::test_one_batch_is_biased_towards_zero_and_eight_are_not",
+    ),
+    "errors of a window are those of one step": Mutation(
+        "poprisk/monitor/signal.py",
+        "return math.sqrt(own) / k",
+        "return math.sqrt(own / k)",
+        "test_signal.py::test_numbers_of_several_steps_are_those_of_the_definition",
+    ),
+    "a share of one step is written": Mutation(
+        "poprisk/monitor/window.py",
+        "min(LEAST, self.size)",
+        "min(1, self.size)",
+        "test_signal.py::test_a_share_needs_four_steps_and_forgets_those_before_its_window",
+    ),
+    "examples left out are not in the batch": Mutation(
+        "poprisk/monitor/statistics.py",
+        "int(counting.sum()) + left_out",
+        "int(counting.sum())",
+        "test_signal.py::test_gains_and_biases_have_a_signal_of_their_own",
     ),
     "pairs count once": Mutation(
         "poprisk/monitor/signal.py",

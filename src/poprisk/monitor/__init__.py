@@ -21,11 +21,13 @@ from poprisk.monitor.quantities import (
     Loss,
     Measured,
     Moment,
+    NormSignal,
     Quantity,
     Risk,
     Signal,
     TangentKernel,
     check_quantities,
+    limit_of,
 )
 from poprisk.monitor.ranks import Ranks, writes
 from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
@@ -40,6 +42,7 @@ __all__ = [
     "Jsonl",
     "Loss",
     "Measured",
+    "NormSignal",
     "Quantity",
     "Risk",
     "RiskMonitor",
@@ -128,7 +131,9 @@ class RiskMonitor:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.steps = 0
         self._gradient_names = " and ".join(q.name for q in self.quantities if q.gradients)
-        self._statistics = Statistics(self._trained())
+        self._limit = limit_of(self.quantities)
+        self._params = self._trained()
+        self._statistics = Statistics(self._measured())
         self._gradients = Gradients()
         self._parts = 0
         self._expected = accumulate or 1
@@ -182,7 +187,7 @@ class RiskMonitor:
         if self._is_time():
             self._add_part(x, y)
         self._parts += 1
-        self._gradients.note(self._statistics.params)
+        self._gradients.note(self._params)
 
     def measure(self, parts: Iterable[tuple[Any, Tensor]], *, step: int) -> dict[str, float]:
         """Measure now, whatever the schedule says; for loops that are not one's own.
@@ -194,9 +199,9 @@ class RiskMonitor:
         Returns:
             The numbers, by name.
         """
-        self._statistics.clear(self._trained())
+        self._clear()
         self._add(parts)
-        row = self._numbers(self._pooled())
+        row = self._numbers(self._pooled(), step)
         self.rows.append((step, row))
         self._write(step, row)
         return row
@@ -227,7 +232,7 @@ class RiskMonitor:
             self._close()
         elif self._is_time() and self._ranks.pool():
             # A rank without a batch of its own must not let the others wait.
-            self._statistics.clear(self._trained())
+            self._clear()
             self._finish()
             self._publish()
 
@@ -243,20 +248,37 @@ class RiskMonitor:
     def _trained(self) -> dict[str, Tensor]:
         return {k: p for k, p in self.model.named_parameters() if p.requires_grad}
 
+    def _clear(self) -> None:
+        """Look at parameters anew: some may be frozen since, or others put in their place."""
+        self._params = self._trained()
+        self._statistics.clear(self._measured())
+
+    def _measured(self) -> dict[str, Tensor]:
+        """The parameters whose per-example gradients are taken."""
+        if not any(isinstance(q, NormSignal) for q in self.quantities):
+            return self._params
+        found = {name: p for name, p in self._params.items() if p.ndim == 1}
+        if not found:
+            raise ValueError(
+                "NormSignal() needs trainable parameters of one dimension (gains, biases), and the "
+                "model has none; use Signal()."
+            )
+        return found
+
     def _goes_on(self) -> bool:
         """Whether a call belongs to the same step of the optimizer as the last one."""
         complete = self._parts >= self._expected
         counting = not self._watched or (self.accumulate is not None and not self._heard)
         if counting and complete:
             return False
-        cleared = self._gradients.cleared(self._statistics.params)
+        cleared = self._gradients.cleared(self._params)
         if cleared is None:  # nothing to go by: no backward pass has come between
             return self.accumulate is not None and not complete
         return not cleared
 
     def _add_part(self, x: Any, y: Tensor) -> None:
         if not self._parts:
-            self._statistics.clear(self._trained())
+            self._clear()
         self._add([(x, y)])
         # Ranks wait for each other, and are sure to meet only where the optimizer steps.
         if self._statistics.parts >= self._expected and not self._ranks.pool():
@@ -280,7 +302,7 @@ class RiskMonitor:
         statistics = self._pooled()
         if not statistics.parts:
             return
-        row = self._numbers(statistics)
+        row = self._numbers(statistics, self.steps)
         if self._row is not None:
             self.rows.pop()
         self.rows.append((self.steps, row))
@@ -294,13 +316,14 @@ class RiskMonitor:
     def _add(self, parts: Iterable[tuple[Any, Tensor]]) -> None:
         """Add batches to the statistics; a failure is one of all quantities that need them."""
         found, needed = self._statistics, bool(self._gradient_names)
+        how = (self.model, self.loss, self.forward)
         try:
             with evaluating(self.model, self.forward, self.loss):
                 for x, y in parts:
                     found.parts += 1
                     if needed and self._sharding != "FSDP1":
                         whole = self._sharding is None
-                        found.add(self.model, self.loss, self.forward, x, y, gradients=whole)
+                        found.add(*how, x, y, gradients=whole, limit=self._limit)
         except Exception as error:
             found.parts += not found.parts
             found.failed += 1
@@ -315,11 +338,11 @@ class RiskMonitor:
             self._warn_once("the other ranks", error)
             return found
 
-    def _numbers(self, statistics: Statistics) -> dict[str, float]:
-        moment = Moment(self.model, self.optimizer, statistics, self.forward)
+    def _numbers(self, statistics: Statistics, step: int) -> dict[str, float]:
+        moment = Moment(step, self.model, self.optimizer, statistics, self.forward)
         row: dict[str, float] = {}
         left = list(self.quantities)
-        looking = any(not isinstance(q, (Loss, Signal, Gates)) for q in left)
+        looking = any(not isinstance(q, (Loss, Signal, NormSignal, Gates)) for q in left)
         try:
             with evaluating(self.model, self.forward) if looking else nullcontext():
                 while left:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from poprisk._validate import check_separate
 from poprisk.evaluation import Forward, evaluating, outputs_of
@@ -36,6 +37,7 @@ class Statistics:
         failed: batches that could not be.
         whole: whether gradients were taken of all of them.
         examples: that count, without those whose label is ignored.
+        batch: examples of the step, also those that ``limit`` leaves out.
         loss: sum over them.
         sums: of their gradients, by name of the parameter.
         rows: :func:`poprisk.monitor.signal.sums_of` by module; under "" of the whole gradient.
@@ -49,7 +51,7 @@ class Statistics:
     def clear(self, params: Mapping[str, Tensor]) -> None:
         """Forget all examples."""
         self.params = dict(params)
-        self.parts = self.failed = self.examples = 0
+        self.parts = self.failed = self.examples = self.batch = 0
         self.whole = True
         self.loss = 0.0
         self.sums: dict[str, Tensor] = {}
@@ -66,6 +68,7 @@ class Statistics:
         y: Tensor,
         *,
         gradients: bool = True,
+        limit: int | None = None,
     ) -> None:
         """Add the examples of a batch, at the present weights.
 
@@ -76,7 +79,12 @@ class Statistics:
             x: inputs.
             y: targets.
             gradients: whether to take those, or the loss alone.
+            limit: how many examples to look at, the first; all if left out.
         """
+        left_out = 0
+        if limit is not None and isinstance(y, Tensor) and y.ndim and len(y) > limit:
+            left_out = int(counted(loss, y, len(y))[limit:].sum())
+            x, y = _first(x, len(y), limit), y[:limit]
         with torch.inference_mode(False), torch.enable_grad():
             outputs = forward(model, x) if gradients else outputs_of(model, x, forward)
 
@@ -95,6 +103,7 @@ class Statistics:
             if gradients:
                 self._add_gradients(losses, counting)
         self.examples += int(counting.sum())
+        self.batch += int(counting.sum()) + left_out
         self.loss += float(losses.detach().double().sum())
 
     def _add_gradients(self, losses: Tensor, counting: Tensor) -> None:
@@ -129,12 +138,13 @@ class Statistics:
         device = next(iter(self.params.values())).device
         found = Statistics(self.params)
         found.whole = self.whole
-        own = [self.parts, self.failed, self.examples, self.loss, *self.counts]
+        own = [self.parts, self.failed, self.examples, self.batch, self.loss, *self.counts]
         rows = torch.stack(list(self.rows.values()))
         counts = torch.tensor(own, dtype=torch.float64)
         pooled = _summed(torch.cat([counts, rows.flatten()]).to(device)).cpu()
-        parts, failed, examples, found.loss, *pairs = pooled[: len(own)].tolist()
-        found.parts, found.failed, found.examples = int(parts), int(failed), int(examples)
+        parts, failed, examples, batch, found.loss, *pairs = pooled[: len(own)].tolist()
+        found.parts, found.failed = int(parts), int(failed)
+        found.examples, found.batch = int(examples), int(batch)
         found.counts = Counts(*map(int, pairs))
         found.rows = dict(zip(self.rows, pooled[len(own) :].reshape(rows.shape), strict=True))
         if found.failed or not found.whole:
@@ -155,7 +165,7 @@ class Statistics:
             squares[module_of(name)] += square
         counts = self.counts._replace(examples=self.examples)
         return {
-            module: GradientSignal.of(squares[module], row.tolist(), counts)
+            module: GradientSignal.of(squares[module], row.tolist(), counts, self.batch)
             for module, row in self.rows.items()
         }
 
@@ -173,6 +183,15 @@ def counted(loss: PerExampleLoss, y: Any, examples: int) -> Tensor:
         return everything
     ignored = ignored_labels(loss, y).reshape(examples, -1)
     return ~ignored.all(1).cpu()
+
+
+def _first(x: Any, examples: int, limit: int) -> Any:
+    """The first of the examples, of all tensors that have a row for each."""
+
+    def cut(t: Tensor) -> Tensor:
+        return t[:limit] if t.ndim and len(t) == examples else t
+
+    return tree_map_only(Tensor, cut, dict(x) if isinstance(x, Mapping) else x)
 
 
 def _single(losses: Tensor, params: Mapping[str, Tensor]) -> dict[str, list[Term]]:
