@@ -210,7 +210,12 @@ def check_optimizer_settings(group: Mapping[str, Any]) -> None:
             "fused=True and capturable=True were both given: the native kernel cannot be captured; "
             "choose one of them (torch.compile fuses a captured step)."
         )
-    if fused and callable(group["mask"]):
+    check_by_name(group)
+
+
+def check_by_name(group: Mapping[str, Any]) -> None:
+    """Refuse a mask that the native kernel is to evaluate and cannot (TypeError)."""
+    if group["fused"] and callable(group["mask"]):
         raise TypeError(
             "fused=True needs a mask by name, but got a function, which the native kernel cannot "
             "call; use foreach=True."

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import array
 import ctypes
+import functools
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -119,14 +121,31 @@ def _two_passes(
     gate: Gate,
 ) -> None:
     """Moments and their sums first; then one mask per tensor, and the weights."""
-    numels = launch.numels
-    sums = array.array("d", bytes(16 * len(numels) * launch.fields["threads"]))
+    sums = _room_for_sums(launch)
     launch("moments", sums=native.start(sums))
+    gates = _tensor_gates(sums, launch, lists, counts, estimator, gate)
+    launch("weights", gates=native.start(gates))
+
+
+def _room_for_sums(launch: _Launch) -> array.array[float]:
+    """Two sums for each thread and tensor."""
+    return array.array("d", bytes(16 * len(launch.numels) * launch.fields["threads"]))
+
+
+def _tensor_gates(
+    sums: array.array[float],
+    launch: _Launch,
+    lists: TensorLists,
+    counts: StepCounts,
+    estimator: VarianceEstimator,
+    gate: Gate,
+) -> array.array[float]:
+    """The mask of each tensor from its sums."""
+    numels = launch.numels
     totals = torch.tensor(native.pooled_sums(sums, numels), dtype=torch.float64).T.contiguous()
     means = gate.averages(totals, numels, state_dtype(lists.params[0]).to_real())
     q = gate.on_squares(*means, mean_scale=counts.mean_scale, var_scale=estimator.scale(counts))
-    gates = array.array("d", [x.item() for x in q])
-    launch("weights", gates=native.start(gates))
+    return array.array("d", [x.item() for x in q])
 
 
 def _fitting(lists: TensorLists) -> tuple[TensorLists, list[int]]:
@@ -169,6 +188,95 @@ def _alike(w: Tensor, g: Tensor, *state: Tensor) -> bool:
         x.dtype == state_dtype(w) and x.shape == w.shape and x.stride() == w.stride() for x in state
     )
     return w.dtype == g.dtype and is_dense(w) and fits
+
+
+def observe_(
+    kernel: ctypes.CDLL, columns: TensorLists, *, counts: StepCounts, estimator: Ema
+) -> list[int]:
+    """Keep the weights and observe the gradients, of those tensors that the kernel can take.
+
+    The numbers are those of :func:`poprisk.optim.keep.observe_lists_`.
+
+    Args:
+        kernel: the compiled one.
+        columns: weights, gradients (both may have 16 bits, all may be complex) and moments; in the
+            place of the average squares, where the weights are kept.
+        counts: counters.
+        estimator: of the variance.
+
+    Returns:
+        The indices of the tensors that were left alone.
+    """
+    if {g.dtype for g in columns.grads} != {columns.params[0].dtype}:
+        return [*range(len(columns.params))]
+    numbers = {**_variance_numbers(counts, estimator), "beta1_weight": 1 - counts.beta1}
+    launch, _, left = _apart(kernel, columns, numbers)
+    if launch is not None:
+        task = native.KernelTask(**launch.fields)
+        kernel.poprisk_observe(ctypes.addressof(task), native.start(launch.columns[3]))
+    return left
+
+
+def keep_(
+    kernel: ctypes.CDLL,
+    columns: TensorLists,
+    *,
+    counts: StepCounts,
+    estimator: Ema | None,
+    gate: Gate | None,
+    share: float,
+    last: bool,
+) -> list[int]:
+    """Gate the step that was taken, of those tensors that the kernel can take.
+
+    The numbers are those of :func:`poprisk.optim.keep.keep_lists_`, whose arguments these are but
+    for ``columns``, which are those of :func:`observe_`; gradients are not looked at.
+
+    Returns:
+        The indices of the tensors that were left alone.
+    """
+    whole = gate is None or estimator is None or gate.per_tensor
+    dtype = state_dtype(columns.params[0])
+    numbers = {} if whole else _mask_numbers(gate, counts, estimator, dtype)
+    launch, lists, left = _apart(kernel, columns._replace(grads=columns.params), numbers)
+    if launch is None:
+        return left
+    fields = {**launch.fields, "grads": None}
+    if gate is not None and estimator is not None and gate.per_tensor:
+        sums = _room_for_sums(launch)
+        task = native.KernelTask(**{**fields, "sums": native.start(sums)})
+        kernel.poprisk_sums(ctypes.addressof(task))
+        gates = _tensor_gates(sums, launch, lists, counts, estimator, gate)
+        fields["gates"] = native.start(gates)
+    task = native.KernelTask(**fields)
+    kernel.poprisk_keep(ctypes.addressof(task), native.start(launch.columns[3]), share, last)
+    return left
+
+
+def _apart(
+    kernel: ctypes.CDLL, columns: TensorLists, numbers: dict[str, float]
+) -> tuple[_Launch | None, TensorLists, list[int]]:
+    """A launch on the tensors that the kernel can take, these, and the indices of the others.
+
+    None of them, where weights overlap: what is kept of one must not hold the step of another.
+    """
+    lists, left = _fitting(columns)
+    if not lists.params:
+        return None, lists, left
+    launch = _Launch(kernel, lists, numbers)
+    size = lists.params[0].dtype.to_real().itemsize
+    if _overlap(launch.columns[0].tobytes(), launch.numels.tobytes(), size):
+        return None, lists, [*range(len(columns.params))]
+    return launch, lists, left
+
+
+@functools.lru_cache(maxsize=64)
+def _overlap(pointers: bytes, numels: bytes, itemsize: int) -> bool:
+    """Whether stretches of memory overlap, given as arrays of addresses and of element counts."""
+    sizes = [n * itemsize for n in array.array("q", numels)]
+    stretches = sorted((p, n) for p, n in zip(array.array("Q", pointers), sizes, strict=True) if n)
+    pairs = itertools.pairwise(stretches)
+    return any(start + size > following for (start, size), (following, _) in pairs)
 
 
 def is_dense(t: Tensor) -> bool:
