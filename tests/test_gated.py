@@ -325,7 +325,7 @@ def test_the_class_takes_the_arguments_of_the_function() -> None:
 
 
 def test_every_argument_of_the_gate_has_the_name_it_has_in_the_optimizer() -> None:
-    """All that :data:`GATE_SETTINGS` names, and two; the average gradient's decay alone is called beta1."""
+    """All of :data:`GATE_SETTINGS`, and two; the average gradient's decay alone is called beta1."""
     mine = set(inspect.signature(gated).parameters) - {"optimizer", "beta1"}
     assert mine == {*GATE_SETTINGS, "eps", "fused"}
     assert mine <= set(inspect.signature(PopRiskAdamW).parameters)
