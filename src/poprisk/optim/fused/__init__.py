@@ -235,9 +235,9 @@ def keep_(
     Returns:
         The indices of the tensors that were left alone.
     """
-    whole = gate is None or estimator is None or gate.per_tensor
-    dtype = state_dtype(columns.params[0])
-    numbers = {} if whole else _mask_numbers(gate, counts, estimator, dtype)
+    numbers = dict[str, float]()
+    if gate is not None and estimator is not None and not gate.per_tensor:
+        numbers = _mask_numbers(gate, counts, estimator, state_dtype(columns.params[0]))
     launch, lists, left = _apart(kernel, columns._replace(grads=columns.params), numbers)
     if launch is None:
         return left
