@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 from asserts import assert_bitwise, assert_close, complete_state
 from cases import DECOUPLED, LAYOUTS, MASKS, MODES, REDUCTIONS
 from poprisk import gated
-from poprisk.optim import fused, keep
-from poprisk.optim.fused import build
+from poprisk.optim import keep
+from poprisk.optim.fused import build, wrapped
+from poprisk.optim.settings import compiled
+from poprisk.optim.update import TensorLists
 from samplers import copies, grad_rows, parameter, randn, take_steps
 
 each_mask = pytest.mark.parametrize("mask", MASKS)
@@ -198,7 +200,20 @@ def test_what_overlaps(stretches: list[tuple[int, int]], overlap: bool) -> None:
     """Addresses in bytes, sizes in numbers of four bytes."""
     starts = array.array("Q", [start for start, _ in stretches])
     sizes = array.array("q", [size for _, size in stretches])
-    assert fused._overlap(starts.tobytes(), sizes.tobytes(), 4) is overlap
+    assert wrapped._overlap(starts.tobytes(), sizes.tobytes(), 4) is overlap
+
+
+def test_other_devices_are_left_to_foreach() -> None:
+    """The kernel would take their addresses for its own."""
+    kernel = build.library()
+    assert kernel is not None
+    columns = TensorLists(*([torch.empty(3, device="meta")] for _ in range(5)))
+    own = compiled(gated(BUILDS["SGD"]([parameter(3)])).settings)
+    counts = own.counts(3, 2)
+    how: dict[str, Any] = {"counts": counts, "estimator": own.estimator}
+    assert wrapped.observe_(kernel, columns, **how) == [0]
+    how |= {"gate": own.gate(counts), "share": 0.0, "last": False}
+    assert wrapped.keep_(kernel, columns, **how) == [0]
 
 
 class Replacing(torch.optim.SGD):

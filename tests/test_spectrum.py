@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import subprocess
 import sys
@@ -513,3 +514,29 @@ def test_traces_of_rough_pairs_are_unbiased_by_construction() -> None:
     assert unit * trace == pytest.approx(float(matrix.trace()))
     assert unit**2 * square == pytest.approx(float(matrix.square().sum()))
     assert abs(entropy - reference.entropy_trace(matrix / unit)) <= found.bound + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_vectors_are_single(dtype: torch.dtype) -> None:
+    """There is no orthogonalization in half; products are those of the half kernel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).to(dtype)
+    x = randn(12, 3).to(dtype)
+    exact = entk(copy.deepcopy(model).double(), x.double()).dense()
+    kernel, targets = entk(model, x), randn(24).to(dtype)
+    values = torch.linalg.eigvalsh(exact).flip(0)
+    off = 20 * torch.finfo(dtype).eps * float(values[0])
+    pairs = kernel.eigsh(3)
+    assert pairs.vectors.dtype == torch.float32
+    assert float((pairs.values.double() - values[:3]).abs().max()) < off
+    assert float(pairs.residuals.max()) < off
+    found = kernel.spectrum(3, targets=targets, centered=True, probes=16)
+    centred = entk(copy.deepcopy(model).double(), x.double()).spectrum(
+        3, targets=targets.double(), centered=True, probes=16
+    )
+    for name in FIGURES:
+        mine, theirs = getattr(found, name), getattr(centred, name)
+        limit = 20 * torch.finfo(dtype).eps * max(1.0, theirs.value)
+        assert mine.value == pytest.approx(theirs.value, abs=limit + 4 * mine.standard_error)
+    trace = kernel.trace(16)
+    assert trace.value == pytest.approx(float(exact.trace()), abs=off + 4 * trace.standard_error)

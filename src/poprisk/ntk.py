@@ -214,7 +214,7 @@ class Kernel:
         checks.check_range("probes", probes, 2)
         generator = generator_of(seed, "probes")
         signs = torch.randint(0, 2, (self.shape[0], probes), generator=generator) * 2 - 1
-        return trace_estimate(self.matmul, self._like(signs))
+        return trace_estimate(self._product, self._wide(signs))
 
     @renamed_arguments(generator="seed")
     def eigsh(
@@ -231,7 +231,8 @@ class Kernel:
 
         Args:
             k: number of eigenpairs.
-            tolerance: largest residual, relative to the largest eigenvalue.
+            tolerance: largest residual, relative to the largest eigenvalue; in half precision at
+                least four roundings of it.
             max_products: products with K that may be spent; None: 20 k + 40.
             seed: of the start.
 
@@ -242,7 +243,7 @@ class Kernel:
         examples.check_symmetric(self.symmetric, "eigsh")
         checks.check_range("k", k, 1, self.shape[0])
         return self._leading(
-            self.matmul, k, tolerance=tolerance, max_products=max_products, seed=seed
+            self._product, k, tolerance=tolerance, max_products=max_products, seed=seed
         )
 
     def spectrum(
@@ -271,7 +272,8 @@ class Kernel:
                 examples of each output (Cortes, Mohri and Rostamizadeh 2012).
             probes: random vectors, at least 2.
             steps: products for each probe, at most; only the entropy's error needs more than one.
-            tolerance: largest residual, relative to the largest eigenvalue.
+            tolerance: largest residual, relative to the largest eigenvalue; in half precision at
+                least four roundings of it.
             max_products: products that may be spent on the eigenpairs; None: 20 k + 60.
             progress: told of the products so far.
             seed: of the start and the probes.
@@ -298,7 +300,7 @@ class Kernel:
 
         def product(columns: Tensor) -> Tensor:
             nonlocal spent
-            image = self.matmul(self._centred(columns) if centered else columns)
+            image = self._product(self._centred(columns) if centered else columns)
             spent += columns.shape[1]
             if progress is not None:
                 progress(spent, None)
@@ -309,10 +311,10 @@ class Kernel:
             product, min(k + 1, n), tolerance=tolerance, max_products=max_products, seed=seed
         )
         # Centring leaves rounding of what it takes off.
-        taken = float(self.matmul(self._zeros(n) + 1).norm()) / n**0.5 if centered else 0.0
+        taken = float(self._product(self._wide(torch.ones(n))).norm()) / n**0.5 if centered else 0.0
         _check_positive_kernel(pairs.values, taken)
         signs = torch.randint(0, 2, (n, probes), generator=generator_of(seed, "probes")) * 2 - 1
-        found = traces(product, pairs, self._like(signs), steps=steps)
+        found = traces(product, pairs, self._wide(signs), steps=steps)
         form = None if y is None else float(y @ product(y.unsqueeze(1)).squeeze(1) / (y @ y))
         return KernelSpectrum(
             Eigenpairs(pairs.values[:k], pairs.vectors[:, :k], pairs.residuals[:k]),
@@ -339,22 +341,22 @@ class Kernel:
         # Half of the memory for vectors: basis and images, what a restart makes of one, and blocks.
         blocks = 10 * width
         self._check_vectors_fit(blocks + 5 * min(n, 3 * width) // 2)
-        column = n * self._zeros(1).element_size()
+        column = n * self._wide(self._zeros(1)).element_size()
         columns = (self._max_memory // (2 * column) - blocks) * 2 // 5
         start = torch.randn((n, width), generator=generator_of(seed, "start"))
         limit = 20 * k + 40 if max_products is None else max_products
         return top_eigenpairs(
             product,
-            self._like(start),
+            self._wide(start),
             k,
-            tolerance=tolerance,
+            tolerance=max(tolerance, self._rounding()),
             max_products=limit,
             max_columns=columns,
         )
 
     def _check_vectors_fit(self, count: int) -> None:
         """Raise ValueError unless so many vectors take half of the memory, or less."""
-        needed = 2 * count * self.shape[0] * self._zeros(1).element_size()
+        needed = 2 * count * self.shape[0] * self._wide(self._zeros(1)).element_size()
         examples.check_vectors_fit(self.shape[0], needed, self._max_memory)
 
     def _targets(self, targets: Tensor, centered: bool) -> Tensor:
@@ -372,7 +374,7 @@ class Kernel:
             )
         examples.check_same_kind("targets", targets, self._zeros(1))
         examples.check_numbers("targets", targets)
-        y = targets.detach().reshape(-1, 1)
+        y = self._wide(targets.detach().reshape(-1, 1))
         whole, y = float(y.norm()), (self._centred(y) if centered else y).squeeze(1)
         if float(y.norm()) <= _rounding(y) * whole:
             raise ValueError(
@@ -465,9 +467,19 @@ class Kernel:
         dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
-    def _like(self, tensor: Tensor) -> Tensor:
+    def _wide(self, tensor: Tensor) -> Tensor:
+        """In the dtype in which vectors are orthogonal: the kernel's, float32 at least."""
         like = self._zeros(1)
-        return tensor.to(like.device, like.dtype)
+        return tensor.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+    def _product(self, columns: Tensor) -> Tensor:
+        """:meth:`matmul` of vectors as :meth:`_wide` makes them, into that dtype."""
+        return self.matmul(columns.to(self._zeros(1).dtype)).to(columns.dtype)
+
+    def _rounding(self) -> float:
+        """What products are off by in half precision, relative; 0 in others."""
+        dtype = self._zeros(1).dtype
+        return 4 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
 
 
 @final

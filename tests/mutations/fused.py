@@ -87,10 +87,16 @@ MUTATIONS = {
         KERNEL, "if (narrow_param && writes)", "if (narrow_param && writes && t.grads)", GATED
     ),
     "wrapped: weights that overlap taken one after the other": Mutation(
-        "poprisk/optim/fused/__init__.py",
+        "poprisk/optim/fused/wrapped.py",
         "start + size > following for",
         "start > following for",
         "test_gated_fused.py::test_parameters_with_gaps_or_shared_memory_are_left_to_foreach",
+    ),
+    "wrapped: other devices' addresses taken": Mutation(
+        "poprisk/optim/fused/wrapped.py",
+        "if not is_native(columns.params[0].device):",
+        "if not columns.params:",
+        "test_gated_fused.py::test_other_devices_are_left_to_foreach",
     ),
     "wrapped: foreach observes what the kernel has observed": Mutation(
         "poprisk/optim/keep.py",

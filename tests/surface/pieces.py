@@ -71,6 +71,7 @@ def entk(s: Situation) -> str:
         vector = torch.randn(kernel.shape[1], dtype=torch.float64, generator=generator(s))
         product = kernel @ vector.to(dense.dtype)
         diagonal = None if cross else kernel.diagonal()
+        figures = None if cross or not bool(dense.any()) else kernel.spectrum(1, probes=16, steps=2)
     reference = without_hooks(s.bare("float64"))
     x, params = s.data("float64")[0], parameters(reference)
     rows = [factors.jacobian(reference(x[i : i + 1]).flatten(), params) for i in range(s.n)]
@@ -84,6 +85,11 @@ def entk(s: Situation) -> str:
     agree("the kernel", dense, expected, s.tolerance, scale)
     if diagonal is not None:
         agree("the diagonal", diagonal, full.diagonal(), s.tolerance, scale)
+    if figures is not None:
+        first, trace, error = figures.eigenpairs.values[0], figures.trace, s.tolerance * 4
+        agree("the largest eigenvalue", first, torch.linalg.eigvalsh(full)[-1], error)
+        whole = full.trace()
+        agree("the trace", trace.value, whole, error, whole + 6 * trace.standard_error / error)
     agree("the product", product, expected @ vector, s.tolerance * 4, scale * vector.norm())
     return "kernel"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from poprisk.dtensor import ShardLayout, gradient_of, locals_of
 from poprisk.optim.behaviour import Decay
-from poprisk.optim.fused import keep_, observe_
+from poprisk.optim.fused.wrapped import keep_, observe_
 from poprisk.optim.gate import Gate, TensorList
 from poprisk.optim.groups import update_lists
 from poprisk.optim.settings import CompiledGroup

@@ -30,7 +30,7 @@ from poprisk.optim.adamw import (
 from poprisk.optim.behaviour import Behaviour, Decay, Kind, behaviours, kind_of
 from poprisk.optim.fused import gradients_are_finite
 from poprisk.optim.fused.build import library, library_if_any
-from poprisk.optim.gate import Gate, Mask
+from poprisk.optim.gate import Gate, Mask, TensorList
 from poprisk.optim.keep import (
     MOMENTS,
     StepTensors,
@@ -204,7 +204,7 @@ class GatedOptimizer(Optimizer):
         grads = checked_gradients(self)
         check_not_resized(self.param_groups, self.state)
         decays, own = self._decays(), compiled(self.settings)
-        kernel = self._kernel()
+        kernel = self._kernel(grads)
         finite = all_finite if kernel is None else gradients_are_finite
         if not all_agree(finite(locals_of(grads)), grads):
             self.skipped_steps += 1
@@ -227,10 +227,11 @@ class GatedOptimizer(Optimizer):
             after_step(tensors, own, kernel)
         return loss
 
-    def _kernel(self) -> ctypes.CDLL | None:
+    def _kernel(self, grads: TensorList) -> ctypes.CDLL | None:
         """What does the gate's part of a step in one pass; None: foreach does."""
-        fused = self.settings.get("fused")
-        if fused is False or callable(self.settings["mask"]):
+        fused = self.settings.get("fused")  # a pickle of before has none
+        off_cpu = any(g.device.type != "cpu" for g in grads)
+        if fused is False or callable(self.settings["mask"]) or off_cpu:
             return None
         return library() if fused else library_if_any()
 

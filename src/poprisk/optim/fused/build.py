@@ -36,12 +36,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return load()
     except BuildError as error:
-        warnings.warn(
-            f"fused=True falls back to foreach=True, which gives the same results more slowly: "
-            f"{error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        tell_fallback(str(error))
         return None
 
 
@@ -52,6 +47,16 @@ def library_if_any() -> ctypes.CDLL | None:
         return load()
     except BuildError:
         return None
+
+
+def tell_fallback(reason: str) -> None:
+    """Warn that there is no kernel."""
+    warnings.warn(
+        f"fused=True falls back to foreach=True, which gives the same results more slowly: "
+        f"{reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def load() -> ctypes.CDLL:
