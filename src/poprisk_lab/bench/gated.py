@@ -77,7 +77,7 @@ def _bench_pair(
 ) -> GatedTime:
     build = WRAPPED[wrapped]
     optimizer, alone = gated(build(parameters(shapes)), fused=fused), build(parameters(shapes))
-    times = take_turns(optimizer.step, alone.step, rounds=steps, clock=time.process_time)
+    times = take_turns(optimizer.step, alone.step, rounds=steps, timer=time.process_time)
     return GatedTime(name, wrapped, fused, *times)
 
 
