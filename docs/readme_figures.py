@@ -68,6 +68,7 @@ def pieces() -> list[tuple[str, str]]:
         "docs/how-to/reproduce.md": _claims(),
         "docs/how-to/audit.md": _audit(),
         "docs/how-to/attribute.md": _influence(),
+        "docs/how-to/cells.md": _scale(),
     }
     return [(page, piece) for page, texts in found.items() for piece in texts]
 
@@ -236,6 +237,26 @@ def _scores(label: str, scores: dict[str, dict[str, float]]) -> str:
     mean, low, high = (_share(first[part]) for part in ("mean", "low", "high"))
     means = " | ".join(_share(other["mean"]) for other in others)
     return f"| {label} | {mean} [{low}, {high}] | {means} |"
+
+
+def _scale() -> list[str]:
+    found = json.loads((FOLDER / "scale.json").read_text(encoding="utf-8"))
+    return [_size(size, of) for size, of in found["sizes"].items()]
+
+
+def _size(size: str, of: dict[str, Any]) -> str:
+    end = {name: value["mean"] for name, value in of["at the end"].items()}
+    parts = {t["part"]: t["trainings"] for t in reversed(of["trials"]) if "trainings" in t}
+    influence = parts["influence"]["replay"] - 1 + parts["influence"]["attribute, with its check"]
+    return " | ".join([
+        f"| {size}",
+        *(f"{end[name]:.2f}" for name in ("loss", "loss, trained on right targets")),
+        f"{end['wrong targets fitted']:.0%}",
+        *(f"{end[f'push of the {p}, other texts over own']:.2f}" for p in ("signal", "noise")),
+        *(f"{end[f'{part} left']:.0%}" for part in ("signal", "noise")),
+        f"{end['closure of other texts']:.1%}",
+        f"{parts['all']['followed']:.1f}, {parts['noise']['followed']:.1f}, {influence:.1f} |",
+    ])  # fmt: skip
 
 
 def _share(value: float) -> str:

@@ -21,6 +21,7 @@ PARTS = (
     "path",
     "attribution",
     "risk",
+    "left_out",
     "lockstep",
     "audit",
     "fields",
