@@ -143,10 +143,9 @@ def no_foreach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_foreach")
-@each_reduction
-def test_the_kernel_takes_everything_that_is_dense(reduction: str | None) -> None:
+def test_the_kernel_takes_everything_that_is_dense() -> None:
     starts = [make() for make in LAYOUTS.values()]
-    opt = gated(BUILDS["SGD"](copies(starts)), reduction=reduction)
+    opt = gated(BUILDS["SGD"](copies(starts)))
     take_steps(opt, grad_rows(starts, 3))
     with pytest.raises(AssertionError, match="by foreach"):
         take_steps(gated(BUILDS["SGD"](copies(starts)), fused=False), grad_rows(starts, 1))

@@ -98,7 +98,8 @@ def after_step(tensors: StepTensors, own: CompiledGroup, kernel: ctypes.CDLL | N
     gate = own.gate(counts, tensors.layout)
     how: dict[str, Any] = {"counts": counts, "estimator": own.estimator, "gate": gate}
     how |= {"share": share, "last": last}
-    if kernel is not None:
+    per_tensor = gate is not None and gate.per_tensor  # sums depend on the order of summation
+    if kernel is not None and not per_tensor:
         left = keep_(kernel, columns, **how)
         if not left:
             return
