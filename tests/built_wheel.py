@@ -23,6 +23,7 @@ LARGEST = 1_000_000
 DATA = {
     "poprisk/py.typed",
     "poprisk/optim/fused/kernel.cpp",
+    "poprisk/optim/fused/wrapped.hpp",
     "poprisk_lab/py.typed",
     "poprisk_lab/page/audit.js",
     "poprisk_lab/page/page.css",

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from poprisk import PopRiskAdamW
 from poprisk_lab import bench, cli
-from poprisk_lab.bench import kernel, peers, step
+from poprisk_lab.bench import gated, kernel, peers, step
 from poprisk_lab.bench.models import BenchCase
 from poprisk_lab.bench.published import PublishedUpdate
 from samplers import copies, noisy_grads, parameter, take_steps
@@ -57,6 +57,20 @@ def test_both_commands_write_the_same_kind_of_result(tmp_path: Path, command: li
     assert state["PopRiskAdamW fused"] == pytest.approx(3.0, abs=0.1)
     assert state["PopRiskAdamW fused, second-moment"] == pytest.approx(2.0, abs=0.1)
     assert ("Muon" in state) is hasattr(torch.optim, "Muon")
+
+
+def test_gated_steps_are_timed_beside_those_they_wrap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gated, "GATED_SETS", {"two": [(8, 8), (8,)]})
+    out = tmp_path / "gated.json"
+    result = CliRunner().invoke(cli.app, ["bench", "gated", "--steps", "5", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())["results"]
+    assert [(r["optimizer"], r["fused"]) for r in found] == [
+        (name, fused) for name in gated.WRAPPED for fused in (True, False)
+    ]
+    assert all(r["milliseconds"] > 0 < r["ratio_low"] <= r["ratio"] for r in found)
 
 
 @pytest.mark.long

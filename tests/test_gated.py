@@ -304,7 +304,9 @@ def test_bad_settings(bad: dict[str, Any], message: str) -> None:
         ({"mode": "letter"}, ValueError, "mode must be one of"),
         ({"eps": -1.0}, ValueError, "eps must lie in"),
         ({"gate": 1}, TypeError, "gate must be True or False"),
-        ({"fused": True}, TypeError, "fused"),
+        ({"foreach": True}, TypeError, "foreach"),
+        ({"fused": 1}, TypeError, "fused must be True, False or None"),
+        ({"fused": True, "mask": closed}, TypeError, "fused=True needs a mask by name"),
     ],
 )
 def test_what_a_wrapped_optimizer_cannot_have_is_refused_by_name(
@@ -323,9 +325,9 @@ def test_the_class_takes_the_arguments_of_the_function() -> None:
 
 
 def test_every_argument_of_the_gate_has_the_name_it_has_in_the_optimizer() -> None:
-    """All that :data:`GATE_SETTINGS` names; the average gradient's decay alone is called beta1."""
+    """All of :data:`GATE_SETTINGS`, and two; the average gradient's decay alone is called beta1."""
     mine = set(inspect.signature(gated).parameters) - {"optimizer", "beta1"}
-    assert mine == {*GATE_SETTINGS, "eps"}
+    assert mine == {*GATE_SETTINGS, "eps", "fused"}
     assert mine <= set(inspect.signature(PopRiskAdamW).parameters)
     theirs = inspect.signature(PopRiskAdamW).parameters
     for name, argument in inspect.signature(gated).parameters.items():

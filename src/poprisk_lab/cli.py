@@ -621,6 +621,21 @@ def bench_step(
         _write(out, results, more=more, threads=threads, steps=steps)
 
 
+@bench.command("gated")
+def bench_gated(
+    threads: Threads = 1, steps: Steps = 50, out: Out = None, trace: Trace = False
+) -> None:
+    """Time gated optimizers' steps beside the steps that they wrap."""
+    if threads < 1 or steps < 1:
+        _fail("--threads and --steps must be at least 1.")
+    with _errors(trace=trace):
+        from poprisk_lab.bench.gated import bench_gated, gated_table
+
+        results = bench_gated(threads=threads, steps=steps)
+        _show_measured("one gated step", gated_table(results), threads, texts=3)
+        _write(out, results, threads=threads, steps=steps)
+
+
 @bench.command("kernel")
 def bench_kernel(
     threads: Threads = 1,

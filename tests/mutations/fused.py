@@ -7,19 +7,21 @@ LAYOUTS = "test_fused.py::test_fused_is_foreach_for_all_layouts_at_once"
 REFERENCE = "test_fused.py::test_fused_is_the_reference"
 NOT_FINITE = "test_fused.py::test_a_gradient_that_is_not_finite_is_found_anywhere"
 CAPTURED = "test_captured.py::test_captured_steps_are_the_reference"
+GATED = "test_gated_fused.py::test_fused_is_foreach_for_other_settings"
 KERNEL = "poprisk/optim/fused/kernel.cpp"
+WRAPPED = "poprisk/optim/fused/wrapped.hpp"
 
 MUTATIONS = {
     "kernel: mean used after its update": Mutation(
         KERNEL,
-        "      const real d = madd(-c.centre, mean, grad);\n",
-        "      const real d = madd(-c.centre, lerp(mean, grad, c.beta1_weight), grad);\n",
+        "      variance = observed(s[i], mean, grad, c);\n",
+        "      variance = observed(s[i], lerp(mean, grad, c.beta1_weight), grad, c);\n",
         REFERENCE,
     ),
     "kernel: variance of the last step": Mutation(
         KERNEL,
-        "      variance = lerp(s[i], d * d, c.rho_weight);\n      s[i] = variance;",
-        "      variance = s[i];\n      s[i] = lerp(s[i], d * d, c.rho_weight);",
+        "      variance = observed(s[i], mean, grad, c);\n      s[i] = variance;",
+        "      variance = s[i];\n      s[i] = observed(s[i], mean, grad, c);",
         REFERENCE,
     ),
     "kernel: gated weight decay": Mutation(
@@ -38,7 +40,7 @@ MUTATIONS = {
         SETTINGS,
     ),
     "kernel: lerp of small weights only": Mutation(
-        KERNEL, "return weight < real(0.5) ?", "return weight < real(2) ?", SETTINGS
+        KERNEL, "near = weight < real(0.5);", "near = weight < real(2);", SETTINGS
     ),
     "kernel: bfloat16 cut off": Mutation(
         KERNEL, "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16", SETTINGS
@@ -63,6 +65,44 @@ MUTATIONS = {
         "return g if g.stride() == w.stride() else",
         "return g if g.numel() == w.numel() else",
         "test_optimizer.py::test_large_tensors_with_gradients_of_another_layout",
+    ),
+    "wrapped: the average before the deviation": Mutation(
+        WRAPPED,
+        "    if constexpr (estimator == EMA) s[i] = observed(s[i], m[i], g[i], c);\n"
+        "    m[i] = lerp(m[i], g[i], c.beta1_weight);\n",
+        "    m[i] = lerp(m[i], g[i], c.beta1_weight);\n"
+        "    if constexpr (estimator == EMA) s[i] = observed(s[i], m[i], g[i], c);\n",
+        GATED,
+    ),
+    "wrapped: the mask the wrong way round": Mutation(
+        WRAPPED, "lerp(from, to, gate<real", "lerp(to, from, gate<real", GATED
+    ),
+    "wrapped: decay of the weights before and after confused": Mutation(
+        WRAPPED, "decay == OF_START ? from : kept", "decay == OF_RESULT ? from : kept", GATED
+    ),
+    "wrapped: the kept step told as the whole": Mutation(
+        WRAPPED, "start[i] = to - from;", "start[i] = kept - from;", GATED
+    ),
+    "wrapped: bfloat16 weights not written back": Mutation(
+        KERNEL, "if (narrow_param && writes)", "if (narrow_param && writes && t.grads)", GATED
+    ),
+    "wrapped: weights that overlap taken one after the other": Mutation(
+        "poprisk/optim/fused/wrapped.py",
+        "start + size > following for",
+        "start > following for",
+        "test_gated_fused.py::test_parameters_with_gaps_or_shared_memory_are_left_to_foreach",
+    ),
+    "wrapped: other devices' tensors left out": Mutation(
+        "poprisk/optim/fused/wrapped.py",
+        "        return None, columns, every\n",
+        "        return None, columns, []\n",
+        "test_gated_fused.py::test_other_devices_are_left_to_foreach",
+    ),
+    "wrapped: foreach observes what the kernel has observed": Mutation(
+        "poprisk/optim/keep.py",
+        "        columns = columns.subset(left)\n        torch._foreach_copy_",
+        "        torch._foreach_copy_",
+        "test_gated_fused.py::test_parameters_with_gaps_or_shared_memory_are_left_to_foreach",
     ),
     "captured: gated while there is no estimate": Mutation(
         "poprisk/optim/settings.py", "opened=inflation == 0 if", "opened=inflation < 0 if", CAPTURED

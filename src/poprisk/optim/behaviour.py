@@ -83,8 +83,9 @@ def kind_of(group: Group) -> Kind:
     Rates and other numbers change from step to step and are no part of it.
     """
     switches = {k: v for k, v in group.items() if v is None or isinstance(v, (bool, str))}
-    tensors = {(p.dim(), _device(p)) for p in group["params"]}
-    return (tuple(sorted(switches.items())), _decays(group), frozenset(tensors))
+    tensors = {(p.dim(), _place(p)) for p in group["params"]}
+    named = frozenset((dim, str(place)) for dim, place in tensors)  # few: names take long to make
+    return (tuple(sorted(switches.items())), _decays(group), named)
 
 
 def behaviours(optimizer: Optimizer, groups: Iterable[Group]) -> dict[Kind, Behaviour]:
@@ -330,4 +331,8 @@ def _set(group: Group, key: str, value: float) -> None:
 
 
 def _device(p: Tensor) -> str:
-    return p.device_mesh.device_type if is_sharded(p) else str(p.device)  # pyrefly: ignore
+    return str(_place(p))
+
+
+def _place(p: Tensor) -> str | torch.device:
+    return p.device_mesh.device_type if is_sharded(p) else p.device  # pyrefly: ignore

@@ -205,7 +205,12 @@ def check_optimizer_settings(group: Mapping[str, Any]) -> None:
         )
     if fused and group["foreach"]:
         raise ValueError("fused=True and foreach=True were both given; choose one of them.")
-    if fused and callable(group["mask"]):
+    check_by_name(group)
+
+
+def check_by_name(group: Mapping[str, Any]) -> None:
+    """Refuse a mask that the native kernel is to evaluate and cannot (TypeError)."""
+    if group["fused"] and callable(group["mask"]):
         raise TypeError(
             "fused=True needs a mask by name, but got a function, which the native kernel cannot "
             "call; use foreach=True."

@@ -73,11 +73,15 @@ def check_not_resized(groups: list[dict[str, Any]], states: Any) -> None:
     """Raise ValueError if a parameter has got another shape than its state since."""
     for group in groups:
         for p in group["params"]:
-            for key in TENSORS & states[p].keys() if p in states else ():
-                if states[p][key].shape != p.shape:
+            state = states.get(p)
+            if not state:
+                continue
+            shape = p.shape
+            for key in TENSORS:
+                if key in state and state[key].shape != shape:
                     raise ValueError(
-                        f"a parameter has shape {tuple(p.shape)}, but its state "
-                        f"{tuple(states[p][key].shape)}: it was resized since. Give the new "
+                        f"a parameter has shape {tuple(shape)}, but its state "
+                        f"{tuple(state[key].shape)}: it was resized since. Give the new "
                         "parameter to the optimizer (add_param_group, or a new optimizer), or "
                         "clear its state: optimizer.state.pop(parameter)."
                     )

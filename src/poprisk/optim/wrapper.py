@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, final, overload
+from typing import Any, final, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,8 @@ from torch.optim import Optimizer
 
 from poprisk._validate import check_number, check_type
 from poprisk.dtensor import (
-    ShardLayout,
     all_agree,
     global_sums,
-    gradient_of,
     layout_of,
     local,
     locals_of,
@@ -30,10 +28,24 @@ from poprisk.optim.adamw import (
     tensor_names,
 )
 from poprisk.optim.behaviour import Behaviour, Decay, Kind, behaviours, kind_of
+from poprisk.optim.fused import gradients_are_finite
+from poprisk.optim.fused.build import library, library_if_any
 from poprisk.optim.gate import Gate, Mask, TensorList
-from poprisk.optim.groups import update_lists
+from poprisk.optim.keep import (
+    MOMENTS,
+    StepTensors,
+    after_step,
+    before_step,
+    counts_at,
+    share_of,
+)
 from poprisk.optim.replay import mask_and_passed, mask_of
-from poprisk.optim.settings import CompiledGroup, check_gate_settings, compiled, tell_differences
+from poprisk.optim.settings import (
+    check_by_name,
+    check_gate_settings,
+    compiled,
+    tell_differences,
+)
 from poprisk.optim.state import (
     check_distinct,
     check_group_sizes,
@@ -49,21 +61,18 @@ from poprisk.optim.state import (
 from poprisk.optim.stats import GateStats, gate_sums, module_stats
 from poprisk.optim.step import StepContext, StepRule, describe
 from poprisk.optim.update import (
-    LOW_PRECISION,
-    TensorLists,
     all_finite,
-    masks,
     pieces,
     real_lists,
     state_dtype,
 )
-from poprisk.optim.variance import ESTIMATORS, Ema, StepCounts, VarianceEstimator
+from poprisk.optim.variance import ESTIMATORS, StepCounts, VarianceEstimator
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]
 PREFIX = "gate_"
 """What the gate's own entries of a saved state begin with, beside those of the optimizer."""
 
-STATE = ("step", "exp_avg", "grad_mean_var")
+STATE = ("step", *MOMENTS)
 SETTINGS = (
     *("beta1", "rho", "mask", "alpha", "z", "softness", "eps"),
     *("batch_size", "dataset_size", "mode", "reduction", "q_min", "gate"),
@@ -86,7 +95,7 @@ def rewrite_step(optimizer: Optimizer, rewrite: Rewrite) -> None:
     for group, decay, params, starts in zip(
         optimizer.param_groups, decays, groups, before, strict=True
     ):
-        share, last = _share(decay, group)
+        share, last = share_of(decay, group)
         for p, start in zip(params, starts, strict=True):
             update = rewrite(p, p - start).to(p.dtype)
             p.copy_((start + update) * (1 - share) if last else start * (1 - share) + update)
@@ -105,34 +114,6 @@ def without_decay(optimizer: Optimizer, decays: list[Decay | None]) -> Iterator[
     finally:
         for group, value in kept:
             group["weight_decay"] = value
-
-
-def _share(decay: Decay | None, group: dict[str, Any]) -> tuple[float, bool]:
-    """The share of the weights that decay takes, and whether after the update."""
-    return (0.0, False) if decay is None else (decay.share(group), decay.last)
-
-
-class _GroupTensors(NamedTuple):
-    """Parameters of one group that share dtype, device, layout and the number of their steps.
-
-    Attributes:
-        starts: the weights before the step; after it, the ungated update without decay.
-    """
-
-    group: dict[str, Any]
-    decay: Decay | None
-    t: int
-    layout: ShardLayout | None
-    params: TensorList
-    states: list[dict[str, Any]]
-    starts: TensorList
-
-    def lists(self, second: TensorList) -> TensorLists:
-        """Weights, gradients or starts, and moments, as real tensors that share memory."""
-        moments = ([state[key] for state in self.states] for key in STATE[1:])
-        m, s = (locals_of(column) for column in moments)
-        columns = TensorLists(locals_of(self.params), locals_of(second), m, [], s)
-        return real_lists(columns, maximize=False)
 
 
 @final
@@ -222,8 +203,10 @@ class GatedOptimizer(Optimizer):
         loss = evaluate(closure)
         grads = checked_gradients(self)
         check_not_resized(self.param_groups, self.state)
-        decays = self._decays()
-        if not all_agree(all_finite(locals_of(grads)), grads):
+        decays, own = self._decays(), compiled(self.settings)
+        kernel = self._kernel(grads)
+        finite = all_finite if kernel is None else gradients_are_finite
+        if not all_agree(finite(locals_of(grads)), grads):
             self.skipped_steps += 1
             self._patience.skipped(self.skipped_steps)
             return loss
@@ -231,9 +214,8 @@ class GatedOptimizer(Optimizer):
         parts = [
             b for g, d in zip(self.param_groups, decays, strict=True) for b in self._take(g, d)
         ]
-        own = compiled(self.settings)
         for tensors in parts:
-            _observe(tensors, own)
+            before_step(tensors, own, kernel)
         try:
             with without_decay(self._wrapped, decays):
                 self._wrapped.step()
@@ -242,8 +224,16 @@ class GatedOptimizer(Optimizer):
                 torch._foreach_copy_(locals_of(tensors.params), tensors.starts)
             raise
         for tensors in parts:
-            _rewrite(tensors, own)
+            after_step(tensors, own, kernel)
         return loss
+
+    def _kernel(self, grads: TensorList) -> ctypes.CDLL | None:
+        """What does the gate's part of a step in one pass; None: foreach does."""
+        fused = self.settings.get("fused")  # a pickle of before has none
+        off_cpu = any(g.device.type != "cpu" for g in grads)
+        if fused is False or callable(self.settings["mask"]) or off_cpu:
+            return None
+        return library() if fused else library_if_any()
 
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
         """What the gate let through at the last step, as in :meth:`PopRiskAdamW.gate_stats`."""
@@ -345,7 +335,7 @@ class GatedOptimizer(Optimizer):
                 check_state_shapes(i, p, rest, found[kind].keys[p.dim()], flat=True)
                 if gate:
                     _check_complete(i, gate, STATE)
-                    check_state_shapes(i, p, gate, STATE[1:])
+                    check_state_shapes(i, p, gate, MOMENTS)
                     own[p] = gate
                 if i in state:
                     state[i] = rest
@@ -365,52 +355,54 @@ class GatedOptimizer(Optimizer):
             self._behaviours.update(behaviours(self._wrapped, new))
         return [self._behaviours[kind].decay for kind in kinds]
 
-    def _take(self, group: dict[str, Any], decay: Decay | None) -> list[_GroupTensors]:
-        """The group's parameters with gradients, counted on, with copies of their weights."""
+    def _take(self, group: dict[str, Any], decay: Decay | None) -> list[StepTensors]:
+        """The group's parameters with gradients, counted on, with room for their weights."""
         params = [p for p in group["params"] if p.grad is not None and p.numel()]
-        for p in params:
-            if not self.state[p]:
-                moments = {k: torch.zeros_like(p, dtype=state_dtype(p)) for k in STATE[1:]}
-                self.state[p].update(step=torch.tensor(0.0), **moments)
-            follow_precision_(p, self.state[p])
-            fits = (update := self._updates.get(p)) is not None and (
-                update.dtype == state_dtype(p) and update.shape == local(p).shape
-            )
-            if not fits:
-                self._updates[p] = torch.empty_like(local(p), dtype=state_dtype(p))
-        by_kind = dict[Any, _GroupTensors]()
-        steps = count_step([self.state[p] for p in params])
-        for p, t in zip(params, steps, strict=True):
-            layout = layout_of(p)
-            kind = (p.device, p.dtype, t, layout)
+        states = [self._prepared(p) for p in params]
+        starts = [self._room(p) for p in params]
+        by_kind = dict[Any, StepTensors]()
+        for p, state, start, t in zip(params, states, starts, count_step(states), strict=True):
+            kind = (p.device, p.dtype, t, layout_of(p))
             if kind not in by_kind:
-                by_kind[kind] = _GroupTensors(group, decay, t, layout, [], [], [])
+                by_kind[kind] = StepTensors(group, decay, *kind[2:], [], [], [])
             tensors = by_kind[kind]
             tensors.params.append(p)
-            tensors.states.append(self.state[p])
-            tensors.starts.append(self._updates[p])
-        for tensors in by_kind.values():
-            torch._foreach_copy_(tensors.starts, locals_of(tensors.params))
+            tensors.states.append(state)
+            tensors.starts.append(start)
         return list(by_kind.values())
+
+    def _prepared(self, p: Tensor) -> dict[str, Any]:
+        """The gate's state of a parameter, made when first needed."""
+        state = self.state[p]
+        if not state:
+            moments = {k: torch.zeros_like(p, dtype=state_dtype(p)) for k in MOMENTS}
+            state.update(step=torch.tensor(0.0), **moments)
+        follow_precision_(p, state)
+        return state
+
+    def _room(self, p: Tensor) -> Tensor:
+        """Where a parameter's weights are kept during a step, and its update after it."""
+        here, room = local(p), self._updates.get(p)
+        if room is None or room.dtype != state_dtype(p) or room.shape != here.shape:
+            room = self._updates[p] = torch.empty_like(here, dtype=state_dtype(p))
+        return room
 
     def _row(self, p: Tensor) -> Tensor:
         """The gate of the last step evaluated again: the sums of its statistics."""
         state, layout = self.state[p], layout_of(p)
-        tensors = _GroupTensors(
-            {}, None, int(state["step"]), layout, [p], [state], [self._updates[p]]
-        )
-        lists = tensors.lists(tensors.starts)
+        tensors = StepTensors({}, None, 0, layout, [p], [state], [self._updates[p]])
+        lists = real_lists(tensors.columns(), maximize=False)
         counts, estimator, gate = self._last_gate(p)
         total = torch.zeros(5, dtype=torch.float64, device=lists.params[0].device)
         for piece in [lists] if gate is not None and gate.per_tensor else pieces(lists):
-            (update,), (m,), (s,) = piece.grads, piece.exp_avgs, piece.variances
+            (update,), (m,), (s,) = piece.exp_avg_sqs, piece.exp_avgs, piece.variances
             q, passed = mask_and_passed(piece, counts, estimator, gate)
             total += gate_sums(q, passed, update, ((m != 0) | (s > 0)).to(m.dtype))
         return global_sums(total, layout)
 
     def _last_gate(self, p: Tensor) -> tuple[StepCounts, VarianceEstimator | None, Gate | None]:
         t, own = int(self.state[p]["step"]), compiled(self.settings)
-        counts = _counts(own, t)
+        counts = counts_at(own, t)
         return counts, own.estimator, own.gate(counts, layout_of(p))
 
     @torch.no_grad()
@@ -421,8 +413,9 @@ class GatedOptimizer(Optimizer):
         counts, estimator, gate = self._last_gate(param)
         if gate is None:
             return rule
-        tensors = _GroupTensors({}, None, counts.t, None, [param], [self.state[param]], [param])
-        q = mask_of(tensors.lists([param]), counts, estimator, gate)
+        tensors = StepTensors({}, None, counts.t, None, [param], [self.state[param]], [param])
+        lists = real_lists(tensors.columns(), maximize=False)
+        q = mask_of(lists, counts, estimator, gate)
         return rule._replace(precondition=q * rule.precondition)
 
     def momentum_of(self, param: Tensor) -> Tensor | None:
@@ -450,82 +443,12 @@ def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     check_number("beta1", found["beta1"], low=0.0, high=1.0, include_high=False)
     check_number("eps", found["eps"], low=0.0)
     check_type("gate", found["gate"], bool, "True or False")
+    if found["fused"] is not None:
+        check_type("fused", found["fused"], bool, "True, False or None")
+    check_by_name(found)
     found |= {"betas": (found.pop("beta1"), 0.0), "foreach": None, "weight_decay": 0.0}
     check_gate_settings(found)
     return compiled(found).settings
-
-
-def _counts(own: CompiledGroup, t: int) -> StepCounts:
-    """Counters of step ``t``; an estimate without a first step's mean is one step behind."""
-    first = own.estimator is None or own.estimator.observes(1)
-    return own.counts(t, t if first else t - 1)
-
-
-def _observe(tensors: _GroupTensors, own: CompiledGroup) -> None:
-    if own.estimator is None:
-        return
-    grads = [gradient_of(p, tensors.layout) for p in tensors.params]
-    counts = _counts(own, tensors.t)
-    how: dict[str, Any] = {"counts": counts, "estimator": own.estimator}
-    update_lists(tensors.lists(grads), own.settings, functools.partial(observe_lists_, **how))
-
-
-def _rewrite(tensors: _GroupTensors, own: CompiledGroup) -> None:
-    counts = _counts(own, tensors.t)
-    share, last = _share(tensors.decay, tensors.group)
-    lists = tensors.lists(tensors.starts)
-    how: dict[str, Any] = {"counts": counts, "estimator": own.estimator}
-    keep_ = functools.partial(
-        keep_lists_, **how, gate=own.gate(counts, tensors.layout), share=share, last=last
-    )
-    update_lists(lists, own.settings, keep_)
-    for p, w in zip(locals_of(tensors.params), lists.params, strict=True):
-        if p.dtype in LOW_PRECISION:
-            p.copy_(w)
-
-
-def observe_lists_(lists: TensorLists, *, counts: StepCounts, estimator: Ema) -> None:
-    """Update the variance and then the average gradient, which must not contain it yet."""
-    _, g, m, _, s = lists
-    estimator.observe_(s, g, m, counts)
-    torch._foreach_lerp_(m, g, 1 - counts.beta1)
-
-
-def keep_lists_(
-    lists: TensorLists,
-    *,
-    counts: StepCounts,
-    estimator: Ema,
-    gate: Gate | None,
-    share: float,
-    last: bool,
-) -> None:
-    r"""Let a step that was taken keep :math:`q \odot \Delta w`, and apply decoupled decay.
-
-    Interpolation between the weights before and after is exact at both ends: where q is 1, the step
-    is the optimizer's own, bit for bit.
-
-    Args:
-        lists: weights after the step; in the place of gradients, the weights before it, which are
-            replaced by the ungated update; moments.
-        counts: counters and decay rates.
-        estimator: of the variance.
-        gate: None: keep all.
-        share: of the weights that decay takes.
-        last: whether decay takes it after the update.
-    """
-    w, start = lists.params, lists.grads
-    update = torch._foreach_sub(w, start)
-    new = w
-    if gate is not None:
-        q = [x.expand_as(y) for x, y in zip(masks(lists, counts, estimator, gate), w, strict=True)]
-        new = torch._foreach_lerp(start, w, q)
-    if share != 0:
-        lost = new if last else start
-        new = torch._foreach_sub(new, lost, alpha=share)
-    if new is not w:
-        torch._foreach_copy_(w, new)
-    torch._foreach_copy_(start, update)
 
 
 def _check_complete(index: Any, state: Mapping[str, Any], keys: Iterable[str]) -> None:
@@ -577,6 +500,7 @@ def gated(
     q_min: float = 0.0,
     eps: float = 1e-8,
     gate: bool = True,
+    fused: bool | None = None,
 ) -> GatedOptimizer:
     r"""Put the population-risk gate on any ``torch.optim`` optimizer, without touching its code.
 
@@ -604,9 +528,14 @@ def gated(
         q_min: floor of the mask.
         eps: in the mask of ``mode="paper"``.
         gate: False for the wrapped optimizer's own steps, a control.
+        fused: the gate's part of a step by the native kernel of :class:`PopRiskAdamW`, one pass
+            over memory before the optimizer's and one after it, with the same numbers. None: where
+            the kernel can be had, for parameters on the CPU and masks by name; True: with a
+            RuntimeWarning where there is no compiler for it; False: never.
 
     Raises:
-        TypeError: if ``optimizer`` is no torch optimizer, is gated already, or does what a gate
+        TypeError: for ``fused=True`` with a mask that is a function, and
+            if ``optimizer`` is no torch optimizer, is gated already, or does what a gate
             could not keep its promise for: wraps another optimizer, keeps other weights (averages,
             lookahead, schedule-free), needs a closure, moves weights without gradient, or applies
             weight decay of another form than lr·weight_decay or weight_decay times the weights.

@@ -121,9 +121,9 @@ def optimizers_for(shapes: Sequence[tuple[int, ...]]) -> dict[str, Build]:
 def _bench_pair(
     name: str, shapes: Sequence[tuple[int, ...]], other: str, build: Build, steps: int
 ) -> StepTime:
-    params = _parameters(shapes)
+    params = parameters(shapes)
     optimizer = build(params)
-    baseline = torch.optim.AdamW(_parameters(shapes), fused=True)
+    baseline = torch.optim.AdamW(parameters(shapes), fused=True)
     times = take_turns(optimizer.step, baseline.step, rounds=steps)
     return StepTime(name, other, *times, state_size(optimizer) / _bytes(params))
 
@@ -138,7 +138,8 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
+def parameters(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
+    """Random parameters of these shapes with gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def random(shape: tuple[int, ...]) -> Tensor:

@@ -65,10 +65,10 @@ def fused_adamw_(
     """
     device = lists.params[0].device
     gpu = triton_launches(device)
-    kernel = library() if gpu is None and _is_native(device) else None
+    kernel = library() if gpu is None and is_native(device) else None
     if gpu is None and kernel is None:
         return [*range(len(lists.params))]
-    lists, left = _fitting(lists)
+    lists, left = fitting(lists)
     if not lists.params:
         return left
     numbers = step_numbers(settings, counts, estimator, gate, state_dtype(lists.params[0]))
@@ -76,7 +76,7 @@ def fused_adamw_(
     if gpu is not None:
         gpu.update_(lists, numbers, gate)
     elif kernel is not None:
-        launch = _Launch(kernel, lists, numbers)
+        launch = Launch(kernel, lists, numbers)
         if gate is not None and estimator is not None and gate.per_tensor:
             _two_passes(launch, lists, counts, estimator, gate)
         else:
@@ -115,7 +115,7 @@ def captured_adamw_(
     dtype = state_dtype(lists.params[0])
     numbers = step_numbers(settings, counts, estimator, gate, dtype)
     numbers["sign"] = -1.0 if maximize else 1.0
-    lists, left = _fitting(lists)
+    lists, left = fitting(lists)
     if lists.params:
         rows = [i for i in every if i not in left]
         gpu.captured_update_(lists, numbers, gate, rows=rows, t=counts.t, taken=taken)
@@ -141,7 +141,8 @@ def triton_launches(device: torch.device) -> ModuleType | None:
     return launch_triton
 
 
-def _is_native(device: torch.device) -> bool:
+def is_native(device: torch.device) -> bool:
+    """Whether the kernel in C++ runs there."""
     return device.type == "cpu"
 
 
@@ -183,12 +184,12 @@ def _by_kind(grads: TensorList) -> tuple[TensorList, list[TensorList]]:
     """Gradients with gaps or of an unknown device, and the others by device and dtype."""
     if len({(g.device, g.dtype) for g in grads}) == 1 and _all_contiguous(grads):
         device = grads[0].device
-        known = _is_native(device) or device.type in TRITON_DEVICES
+        known = is_native(device) or device.type in TRITON_DEVICES
         return ([], [grads]) if known else (grads, [])
     dense: dict[Any, TensorList] = defaultdict(list)
     rest = []
     for g in grads:
-        known = _is_native(g.device) or g.device.type in TRITON_DEVICES
+        known = is_native(g.device) or g.device.type in TRITON_DEVICES
         (dense[g.device, g.dtype] if known and g.is_contiguous() else rest).append(g)
     return rest, [*dense.values()]
 
@@ -198,13 +199,13 @@ def _within(grads: TensorList) -> bool:
     gpu = triton_launches(grads[0].device)
     if gpu is not None:
         return not gpu.beyond(grads).item()
-    kernel = library() if _is_native(grads[0].device) else None
+    kernel = library() if is_native(grads[0].device) else None
     if kernel is None:
         return all_finite(grads)
     return native.within(kernel, grads, size_limit(grads[0].dtype))
 
 
-class _Launch:
+class Launch:
     """Calls of the kernel on the same tensors."""
 
     def __init__(self, kernel: ctypes.CDLL, lists: TensorLists, numbers: dict[str, float]) -> None:
@@ -232,24 +233,41 @@ class _Launch:
 
 
 def _two_passes(
-    launch: _Launch,
+    launch: Launch,
     lists: TensorLists,
     counts: StepCounts,
     estimator: VarianceEstimator,
     gate: Gate,
 ) -> None:
     """Moments and their sums first; then one mask per tensor, and the weights."""
-    numels = launch.numels
-    sums = array.array("d", bytes(16 * len(numels) * launch.fields["threads"]))
+    sums = room_for_sums(launch)
     launch("moments", sums=native.start(sums))
-    totals = torch.tensor(native.pooled_sums(sums, numels), dtype=torch.float64).T.contiguous()
-    means = gate.averages(totals, numels, state_dtype(lists.params[0]).to_real())
-    q = gate.on_squares(*means, mean_scale=counts.mean_scale, var_scale=estimator.scale(counts))
-    gates = array.array("d", [x.item() for x in q])
+    gates = tensor_gates(sums, launch, lists, counts, estimator, gate)
     launch("weights", gates=native.start(gates))
 
 
-def _fitting(lists: TensorLists) -> tuple[TensorLists, list[int]]:
+def room_for_sums(launch: Launch) -> array.array[float]:
+    """Two sums for each thread and tensor."""
+    return array.array("d", bytes(16 * len(launch.numels) * launch.fields["threads"]))
+
+
+def tensor_gates(
+    sums: array.array[float],
+    launch: Launch,
+    lists: TensorLists,
+    counts: StepCounts,
+    estimator: VarianceEstimator,
+    gate: Gate,
+) -> array.array[float]:
+    """The mask of each tensor from its sums."""
+    numels = launch.numels
+    totals = torch.tensor(native.pooled_sums(sums, numels), dtype=torch.float64).T.contiguous()
+    means = gate.averages(totals, numels, state_dtype(lists.params[0]).to_real())
+    q = gate.on_squares(*means, mean_scale=counts.mean_scale, var_scale=estimator.scale(counts))
+    return array.array("d", [x.item() for x in q])
+
+
+def fitting(lists: TensorLists) -> tuple[TensorLists, list[int]]:
     """The tensors that the kernel can take, gradients laid out like them, and the others' indices.
 
     Parameter and state must be dense and laid out alike.

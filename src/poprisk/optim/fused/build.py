@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
+HEADER = Path(__file__).with_name("wrapped.hpp")
 BASE_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -39,11 +40,20 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+@functools.cache
+def library_if_any() -> ctypes.CDLL | None:
+    """The compiled kernel; None, without a word, where it cannot be had."""
+    try:
+        return load()
+    except BuildError:
+        return None
+
+
 def tell_fallback(reason: str) -> None:
     """Warn that there is no kernel."""
     warnings.warn(
-        f"PopRiskAdamW(fused=True) falls back to foreach=True, which gives the same results more "
-        f"slowly: {reason}",
+        f"fused=True falls back to foreach=True, which gives the same results more slowly: "
+        f"{reason}",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -106,7 +116,7 @@ def _fingerprint(compiler: str) -> str:
     """Changes with the source, the flags, the compiler and the processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     parts = [
-        SOURCE.read_text(encoding="utf-8"),
+        *(file.read_text(encoding="utf-8") for file in (SOURCE, HEADER)),
         repr((BASE_FLAGS, OPTIONAL_FLAGS, rounding_flags())),
     ]
     parts += [compiler, version.stdout, platform.machine(), _processor()]
@@ -153,5 +163,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.poprisk_update.restype = None
     library.poprisk_within.argtypes = [address, address, int64, int32, ctypes.c_uint64, int32]
     library.poprisk_within.restype = int32
+    library.poprisk_observe.argtypes = [address, address]
+    library.poprisk_sums.argtypes = [address]
+    library.poprisk_keep.argtypes = [address, address, ctypes.c_double, int32]
+    for function in (library.poprisk_observe, library.poprisk_sums, library.poprisk_keep):
+        function.restype = None
     library.poprisk_task_size.restype = int64
     return library

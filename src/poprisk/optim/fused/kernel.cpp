@@ -1,4 +1,4 @@
-// The gated AdamW update in one pass over memory.
+// The gated AdamW update in one pass over memory, and the gate on another optimizer's step in two.
 //
 // The arithmetic is that of update.py, gate.py and variance.py, operation by operation and rounding
 // by rounding: where ATen's kernels fuse a multiplication and an addition, `madd` does, and nothing
@@ -17,7 +17,7 @@ namespace {
 
 enum Dtype : int32_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum Estimator : int32_t { UNOBSERVED, EMA, SECOND_MOMENT, GIVEN };
-enum Mask : int32_t { OPEN, HARD, SOFT, SNR };
+enum Mask : int32_t { OPEN, HARD, SOFT, SNR, POOLED };  // POOLED: one number per tensor
 enum Phase : int32_t { WHOLE, MOMENTS, WEIGHTS };
 
 constexpr int64_t BLOCK = 512;  // elements worked on together, in L1
@@ -68,7 +68,8 @@ template <typename real> inline real at_least(real x, real low) { return x > low
 
 // torch.lerp, which changes its form at a weight of one half.
 template <typename real> inline real lerp(real from, real to, real weight) {
-  return weight < real(0.5) ? madd(weight, to - from, from) : madd(weight - 1, to - from, to);
+  const bool near = weight < real(0.5);  // numbers are chosen, not results: that vectorizes
+  return madd(near ? weight : weight - 1, to - from, near ? from : to);
 }
 
 template <typename real, int estimator>
@@ -86,6 +87,13 @@ inline real gate(real m, real s, const Numbers<real>& c) {
   return at_least(signal / total, c.q_min);
 }
 
+// The variance with the deviation of a gradient from the average before it.
+template <typename real>
+inline real observed(real s, real mean, real grad, const Numbers<real>& c) {
+  const real d = madd(-c.centre, mean, grad);
+  return lerp(s, d * d, c.rho_weight);
+}
+
 template <typename real>
 inline real moved(real w, real step, real v, const Numbers<real>& c) {
   return w + (-c.rate * step) / (std::sqrt(v) / c.v_correction + c.eps);
@@ -99,8 +107,7 @@ void whole(real* __restrict w, const real* __restrict g, real* __restrict m, rea
     const real grad = c.sign * g[i];
     real mean = m[i], variance = 0;
     if constexpr (estimator == EMA) {
-      const real d = madd(-c.centre, mean, grad);
-      variance = lerp(s[i], d * d, c.rho_weight);
+      variance = observed(s[i], mean, grad, c);
       s[i] = variance;
     }
     if constexpr (estimator == GIVEN) variance = s[i];
@@ -141,10 +148,7 @@ void moments(const real* __restrict g, real* __restrict m, real* __restrict v, r
              int64_t n, const Numbers<real> c, double* sums) {
   for (int64_t i = 0; i < n; i++) {
     const real grad = c.sign * g[i];
-    if constexpr (estimator == EMA) {
-      const real d = madd(-c.centre, m[i], grad);
-      s[i] = lerp(s[i], d * d, c.rho_weight);
-    }
+    if constexpr (estimator == EMA) s[i] = observed(s[i], m[i], grad, c);
     m[i] = lerp(m[i], grad, c.beta1_weight);
     v[i] = madd(c.beta2_weight * grad, grad, v[i] * c.beta2);
   }
@@ -212,22 +216,19 @@ void narrow(const float* x, uint16_t* y, int64_t n, int32_t dtype) {
   dtype == BFLOAT16 ? narrow<BFLOAT16>(x, y, n) : narrow<FLOAT16>(x, y, n);
 }
 
-// Elements [from, to) of tensor j. 16-bit weights and gradients pass through buffers block by block.
-template <typename real, int estimator>
-void update_range(const Task& t, int64_t j, int64_t from, int64_t to, const Numbers<real>& c,
-                  double* sums) {
+// Visit elements [from, to) of tensor j in blocks of `stride`, as weights, gradients and where they
+// begin. Those of 16 bits pass through buffers.
+template <typename real, typename Visit>
+void for_each_block(const Task& t, int64_t j, int64_t from, int64_t to, int64_t stride, bool writes,
+                    Visit visit) {
   const bool narrow_param = sizeof(real) == 4 && t.param_dtype != FLOAT32;
-  const bool narrow_grad = sizeof(real) == 4 && t.grad_dtype != FLOAT32;
-  const int64_t stride = narrow_param || narrow_grad || t.phase == MOMENTS ? BLOCK : to - from;
-  real* m = static_cast<real*>(t.exp_avgs[j]);
-  real* v = static_cast<real*>(t.exp_avg_sqs[j]);
-  real* s = t.variances ? static_cast<real*>(t.variances[j]) : nullptr;
-  const double q = t.gates ? t.gates[j] : 1.0;
+  const bool narrow_grad = t.grads && sizeof(real) == 4 && t.grad_dtype != FLOAT32;
+  if (narrow_param || narrow_grad) stride = BLOCK;
   alignas(64) float w_buffer[BLOCK], g_buffer[BLOCK];
   for (int64_t i = from; i < to; i += stride) {
     const int64_t n = to - i < stride ? to - i : stride;
     real* w = static_cast<real*>(t.params[j]) + i;
-    const real* g = static_cast<const real*>(t.grads[j]) + i;
+    const real* g = t.grads ? static_cast<const real*>(t.grads[j]) + i : nullptr;
     uint16_t* narrow_w = static_cast<uint16_t*>(t.params[j]) + i;
     if (narrow_param) {
       widen(narrow_w, w_buffer, n, t.param_dtype);
@@ -237,9 +238,24 @@ void update_range(const Task& t, int64_t j, int64_t from, int64_t to, const Numb
       widen(static_cast<const uint16_t*>(t.grads[j]) + i, g_buffer, n, t.grad_dtype);
       g = reinterpret_cast<const real*>(g_buffer);
     }
-    update<real, estimator>(w, g, m + i, v + i, s ? s + i : s, n, c, t, q, sums);
-    if (narrow_param && t.phase != MOMENTS) narrow(w_buffer, narrow_w, n, t.param_dtype);
+    visit(i, n, w, g);
+    if (narrow_param && writes) narrow(w_buffer, narrow_w, n, t.param_dtype);
   }
+}
+
+// Elements [from, to) of tensor j.
+template <typename real, int estimator>
+void update_range(const Task& t, int64_t j, int64_t from, int64_t to, const Numbers<real>& c,
+                  double* sums) {
+  real* m = static_cast<real*>(t.exp_avgs[j]);
+  real* v = static_cast<real*>(t.exp_avg_sqs[j]);
+  real* s = t.variances ? static_cast<real*>(t.variances[j]) : nullptr;
+  const double q = t.gates ? t.gates[j] : 1.0;
+  const int64_t stride = t.phase == MOMENTS ? BLOCK : to - from;
+  for_each_block<real>(t, j, from, to, stride, t.phase != MOMENTS,
+                       [&](int64_t i, int64_t n, real* w, const real* g) {
+    update<real, estimator>(w, g, m + i, v + i, s ? s + i : s, n, c, t, q, sums);
+  });
 }
 
 // A thread's share of all elements, counted through the tensors, in whole cache lines.
@@ -281,15 +297,23 @@ template <typename Work> void on_threads(int32_t threads, Work work) {
   for (int32_t k = 0; k < threads; k++) work(k);
 }
 
-template <typename real, int estimator> void run(const Task& t) {
-  const Numbers<real> c(t);
+// Call `visit(thread, tensor, from, to)` on every thread for its share of the elements.
+template <typename Visit> void on_shares(const Task& t, Visit visit) {
   const int64_t total = total_of(t.numels, t.tensors);
   on_threads(t.threads, [&](int32_t k) {
     for_each_range(t.numels, t.tensors, Share(total, k, t.threads),
-                   [&](int64_t j, int64_t from, int64_t to) {
-                     double* sums = t.sums ? t.sums + 2 * (k * t.tensors + j) : nullptr;
-                     update_range<real, estimator>(t, j, from, to, c, sums);
-                   });
+                   [&](int64_t j, int64_t from, int64_t to) { visit(k, j, from, to); });
+  });
+}
+
+double* sums_of(const Task& t, int32_t k, int64_t j) {
+  return t.sums ? t.sums + 2 * (k * t.tensors + j) : nullptr;
+}
+
+template <typename real, int estimator> void run(const Task& t) {
+  const Numbers<real> c(t);
+  on_shares(t, [&](int32_t k, int64_t j, int64_t from, int64_t to) {
+    update_range<real, estimator>(t, j, from, to, c, sums_of(t, k, j));
   });
 }
 
@@ -326,9 +350,23 @@ template <typename bits> bits largest(const void* x, int64_t from, int64_t to) {
 
 }  // namespace
 
+#include "wrapped.hpp"
+
 extern "C" {
 
 void poprisk_update(const Task* t) { t->param_dtype == FLOAT64 ? run<double>(*t) : run<float>(*t); }
+
+void poprisk_observe(const Task* t, void* const* starts) {
+  t->param_dtype == FLOAT64 ? observe<double>(*t, starts) : observe<float>(*t, starts);
+}
+
+// The sums of m² and of the variance that a mask per tensor compares.
+void poprisk_sums(const Task* t) { t->param_dtype == FLOAT64 ? sum_up<double>(*t) : sum_up<float>(*t); }
+
+void poprisk_keep(const Task* t, void* const* starts, double share, int32_t last) {
+  t->param_dtype == FLOAT64 ? keep<double>(*t, starts, share, last)
+                            : keep<float>(*t, starts, float(share), last);
+}
 
 // Whether all numbers have a magnitude of at most `limit`, given as its bit pattern.
 int32_t poprisk_within(const void* const* arrays, const int64_t* numels, int64_t tensors,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 
@@ -64,7 +65,7 @@ def thread_count(total: int) -> int:
 def within(library: ctypes.CDLL, tensors: Sequence[Tensor], limit: float) -> bool:
     """Whether all entries of dense tensors of one real dtype are at most ``limit`` in magnitude."""
     pointers, numels = addresses(tensors), sizes(tensors)
-    dtype = torch.empty((), dtype=tensors[0].dtype).real.dtype
+    dtype = tensors[0].dtype.to_real()
     return bool(
         library.poprisk_within(
             start(pointers),
@@ -77,6 +78,7 @@ def within(library: ctypes.CDLL, tensors: Sequence[Tensor], limit: float) -> boo
     )
 
 
+@functools.lru_cache(maxsize=16)
 def limit_bits(limit: float, dtype: torch.dtype) -> int:
     """The bit pattern of the largest number of ``dtype`` that is not above ``limit``."""
     x = torch.tensor(min(limit, torch.finfo(dtype).max), dtype=torch.float64).to(dtype)
