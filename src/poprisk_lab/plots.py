@@ -215,3 +215,11 @@ def rounded(values: Iterable[float], digits: int = 5) -> list[float]:
 def short(value: float, digits: int = 5) -> float:
     """A number to so many significant digits."""
     return float(f"{value:.{digits}g}")
+
+
+def short_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean of values over seeds with its 95% interval, for a record; under three there is none."""
+    found = t_interval(values)
+    ends = (found.low, found.high) if math.isfinite(found.low) else (None, None)
+    low, high = (None if end is None else short(end) for end in ends)
+    return {"mean": short(found.mean), "low": low, "high": high}

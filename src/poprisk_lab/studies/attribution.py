@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk.attribution import Replay, attribute, replay
-from poprisk.intervals import t_interval
 from poprisk.losses import cross_entropy, squared_error
 from poprisk.randomness import generator_of
 from poprisk_lab.checkpoint import load_checkpoint
-from poprisk_lab.plots import short
+from poprisk_lab.plots import short, short_interval
 from poprisk_lab.studies.influence_rivals import RIVALS
 from poprisk_lab.studies.record import do_study
 from poprisk_lab.studies.risk.problems import NoisyData, Transformer, digits, repeats, ridges
@@ -235,7 +234,7 @@ def _summary(found: list[Metrics]) -> dict[str, Any]:
     for row in found:
         for name, score in row["scores"].items():
             by_name.setdefault(name, []).append(score)
-    scores = {name: _interval(values) for name, values in by_name.items()}
+    scores = {name: short_interval(values) for name, values in by_name.items()}
     rows = [row for row in found if "valid" in row]
     apart = {
         name: [row["distance"] for row in found if "distance" in row and name in row["scores"]]
@@ -247,15 +246,10 @@ def _summary(found: list[Metrics]) -> dict[str, Any]:
         "distance from followed": apart,
         "agreement": [row["agreement"] for row in rows],
         "valid": [row["valid"] for row in rows],
-        "cost in trainings": _interval([row["cost"] for row in rows]),
+        "cost in trainings": short_interval([row["cost"] for row in rows]),
         "left out": {k: [row["left_out"][k] for row in rows] for k in rows[0]["left_out"]},
         "valid of the mean": [row["valid_of_mean"] for row in rows],
     }
-
-
-def _interval(values: list[float]) -> dict[str, Any]:
-    found = t_interval(values)
-    return {"mean": short(found.mean), "low": short(found.low), "high": short(found.high)}
 
 
 STUDY = Study("attribution", trials, run, report)

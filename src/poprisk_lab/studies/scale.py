@@ -29,10 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from poprisk import CellTracer, attribute, replay
-from poprisk.intervals import t_interval
 from poprisk.path import CellTrace
 from poprisk.randomness import generator_of
-from poprisk_lab.plots import short
+from poprisk_lab.plots import short, short_interval
 from poprisk_lab.studies.record import do_study
 from poprisk_lab.studies.stopping.text import SYMBOLS, Reader, Windows, pages
 from poprisk_lab.study import Metrics, Results, Settings, Study, Trial, Workspace
@@ -63,6 +62,8 @@ SIZES = {
     "10M": ModelSize(384, 6, 2.5e-4),
     "124M": ModelSize(928, 12, 2e-4),
 }
+USUAL = ["0.1M", "1M", "10M"]
+"""Sizes of the record."""
 PARTS = ("all", "noise", "influence", "right targets")
 """What is measured; the last is a training on right targets, which the signal alone is not."""
 
@@ -153,7 +154,7 @@ def made(size: ModelSize, seed: int, *, n: int, epochs: int, device: str) -> Lan
 
 def trials(
     quick: bool,
-    sizes: Sequence[str] = ("0.1M", "1M", "10M"),
+    sizes: Sequence[str] = USUAL,
     seeds: Sequence[int] = SEEDS,
     device: str = "cpu",
 ) -> list[Trial]:
@@ -343,14 +344,18 @@ def _summary(done: Results) -> dict[str, Any]:
             end["push"][f"{name}, other texts"] / end["push"][f"{name}, {own}"] for end in ends
         ]
     return {
-        "at the end": {name: _interval(values) for name, values in read.items() if values},
-        "trials": [{**d.settings, **d.metrics} for d in done],
+        "at the end": {name: short_interval(values) for name, values in read.items() if values},
+        "trials": [_without_nan({**d.settings, **d.metrics}) for d in done],
     }
 
 
-def _interval(values: list[float]) -> dict[str, Any]:
-    found = t_interval(values)
-    return {"mean": short(found.mean), "low": short(found.low), "high": short(found.high)}
+def _without_nan(found: Any) -> Any:
+    """JSON knows no NaN: nothing instead."""
+    if isinstance(found, dict):
+        return {key: _without_nan(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_without_nan(value) for value in found]
+    return None if isinstance(found, float) and math.isnan(found) else found
 
 
 STUDY = Study("scale", trials, run, report)
@@ -361,10 +366,12 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.1M", "1M", "10M"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=USUAL)
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
     parser.add_argument("--device", default="cpu")
     options = vars(parser.parse_args())
-    chosen = {"sizes": options.pop("sizes"), "seeds": SEEDS[: options.pop("seeds")]}
-    chosen["device"] = options.pop("device")
-    do_study(Study("scale", partial(trials, **chosen), run, report), **options)
+    seeds = SEEDS[: options.pop("seeds")]
+    chosen = {"sizes": options.pop("sizes"), "seeds": seeds, "device": options.pop("device")}
+    usual = chosen == {"sizes": USUAL, "seeds": SEEDS, "device": "cpu"}
+    name = "scale" if usual else "-".join(["scale", *chosen["sizes"], chosen["device"]])
+    do_study(Study(name, partial(trials, **chosen), run, report), **options)
