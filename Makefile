@@ -63,7 +63,7 @@ test-extras:  ## Run the tests of the extras hf, lightning, cleanlab, pinn, evid
 	$(MAKE) VENV=.venv-extras run-extras
 
 run-extras: $(VENV)/extras.stamp
-	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_trl_preferences.py \
+	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_trl_preferences.py tests/test_trl_twin.py \
 		tests/test_lightning.py tests/test_twin_integrations.py tests/test_cell_integrations.py \
 		tests/test_claim_pinn.py tests/test_claim_dpo.py tests/test_audit_integrations.py tests/test_audit_result.py \
 		tests/test_claim_audit.py tests/test_evidence.py $(ARGS)

@@ -31,7 +31,7 @@ from poprisk.integrations.trl import robust_settings
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "how-to" / "dpo_ultrafeedback.py"
 PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "trl.md").read_text(encoding="utf-8")
-DIRECTLY, TWICE, REWARDS = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
+DIRECTLY, TWICE, STOPPED, REWARDS = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
 N, WORDS, FLIPPED = 48, 16, 0.25
 pytestmark = [  # TRL's own settings have names that transformers is about to drop
     pytest.mark.slow,
@@ -169,6 +169,21 @@ def test_a_second_run_is_told_what_the_first_one_found(
     assert trainer.args.label_smoothing == result.flip_rate.value
     assert len(trainer.train_dataset) == len(rows)
     assert trainer.state.global_step == 30
+
+
+def test_a_twin_says_where_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {}
+    exec(STOPPED, names)
+    monkeypatch.chdir(tmp_path)
+    rows = list(preferences(120))
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config())
+    reference = copy.deepcopy(model)
+    curve = names["train_and_stop"](model, reference, tokenizer(), settings(tmp_path, 40))
+    assert [estimate.valid for estimate in curve.estimates] == [True, True]
+    assert all(0 < estimate.value < 1.5 for estimate in curve.estimates)
+    assert curve.point.index in (0, 1)
 
 
 def answers(n: int, seed: int) -> list[dict[str, Any]]:
