@@ -116,6 +116,8 @@ class Store:
     def __init__(self, path: Path, kind: Kind) -> None:
         self.path, self.kind = path, kind
         self.trials, self.checkpoints = path / "trials", path / "checkpoints"
+        self.jobs = path / "jobs"
+        """What a cluster's scheduler is handed, and its logs."""
         self._old = path / "metrics.jsonl"
         """The rows of all trials in one file, as versions before wrote them; only read."""
 
@@ -141,8 +143,9 @@ class Store:
             if self.exists() and fresh:
                 self.config()  # of this kind
                 told = [self.path / name for name in self.kind.results]
-                kept = [*self.trials.glob("*"), *self.checkpoints.glob("*"), self._old]
-                for file in [*told, *kept]:
+                folders = (self.trials, self.checkpoints, self.jobs)
+                kept = [file for folder in folders for file in folder.glob("*")]
+                for file in [*told, *kept, self._old]:
                     file.unlink(missing_ok=True)
             elif self.exists():
                 found = self._check_same(config)
