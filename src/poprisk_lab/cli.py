@@ -743,9 +743,10 @@ def _say_what_begins(comparison: Comparison, directory: Store, data: RunData, cl
     task, seeds = data.config["task"], len(comparison.seeds)
     _say(task["description"] or task["name"], style="bold")
     workers = f"{comparison.workers} worker{'s' * (comparison.workers > 1)}"
+    where = f"trained on {cluster}" if cluster else workers
     _say(
         f"{len(comparison.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, "
-        f"{f'trained on {cluster}' if cluster else workers}; record in {directory.path} (stop at any "
+        f"{where}; record in {directory.path} (stop at any "
         "time, repeat the command to go on)"
     )
     if "last_batch" in task:

@@ -95,9 +95,7 @@ def _check_environment(made_with: Mapping[str, Any]) -> None:
     here = environment(1)
     differ = [key for key in differing_keys(here, {**made_with}) if key not in MACHINE]
     if differ:
-        told = ", ".join(
-            f"{key}: {here.get(key)} there, {made_with.get(key)} here" for key in differ
-        )
+        told = ", ".join(f"{k}: {here.get(k)} there, {made_with.get(k)} here" for k in differ)
         raise TrainingError(
             f"machine {platform.node()} would compute with other code ({told}); install the same "
             "on all machines, and repeat the command to go on."
@@ -117,7 +115,7 @@ class _ShareOfAJob:
 
 @final
 class SlurmPool:
-    """An array of jobs by submitit, each with a share of its own; they live on without this process.
+    """An array of jobs by submitit, each with a share; they live on without this process.
 
     Args:
         jobs: how many; None: one for each chain of trials.
@@ -195,7 +193,7 @@ class RayPool:
 
     Args:
         slots: most at once; None: as many as Ray has room for.
-        settings: of tasks, as ``ray.remote`` takes them: ``num_cpus``, ``num_gpus``, ``max_retries``.
+        settings: of tasks, as ``ray.remote`` takes them: ``num_gpus``, ``max_retries`` …
 
     Raises:
         ValueError: if Ray is not installed, cannot be reached or refuses a setting.

@@ -140,6 +140,8 @@ class Store:
                 configuration; nothing is changed then.
         """
         with _writing(f"the run directory {self.path}", "choose another with --out"):
+            # First, as others may be making it at this moment: config.json is their last file.
+            blank = not self.path.exists() or self._is_blank()
             if self.exists() and fresh:
                 self.config()  # of this kind
                 told = [self.path / name for name in self.kind.results]
@@ -153,7 +155,7 @@ class Store:
                 if (kept := self.kind.extend(found, config)) != found:
                     write_json(self.path / "config.json", kept)
                 return
-            elif self.path.exists() and not self._is_blank():
+            elif not blank:
                 raise RunDirectoryError(
                     f"{self.path} exists and is not a run directory (no config.json); choose "
                     "another with --out."
