@@ -6,6 +6,8 @@ import importlib
 import json
 import os
 import signal
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -191,6 +193,103 @@ def test_a_job_that_is_preempted_goes_on_in_the_same_command(
     assert max(starts(directory)) > 0
 
 
+# --- Slurm, by programs that stand for its own ----------------------------------------------------
+
+PROGRAMS = {
+    "sbatch": """
+        import os, re, subprocess, sys
+        count = int(re.search(r"--array=0-(\\d+)", open(sys.argv[1]).read())[1]) + 1
+        for k in range(count):
+            slurm = {"JOB_ID": 70 + k, "ARRAY_JOB_ID": 7, "ARRAY_TASK_ID": k, "PROCID": 0}
+            more = {f"SLURM_{key}": str(value) for key, value in slurm.items()}
+            job = subprocess.Popen(["bash", sys.argv[1]], env={**os.environ, **more},
+                                   stdout=subprocess.DEVNULL, start_new_session=True)
+            open(f"{HERE}/7_{k}", "w").write(str(job.pid))
+        print("Submitted batch job 7")
+        """,
+    "srun": """
+        import os, sys
+        start = next(i for i, word in enumerate(sys.argv) if word.endswith("python"))
+        os.execv(sys.argv[start], sys.argv[start:])
+        """,
+    "sacct": """
+        import os
+        print("JobID|State|NodeList")
+        for name in sorted(n for n in os.listdir(HERE) if n.startswith("7_")):
+            try:
+                stat = open(f"/proc/{open(f'{HERE}/{name}').read()}/stat").read()
+                alive = stat.rpartition(")")[2].split()[0] != "Z"
+            except FileNotFoundError:
+                alive = False
+            print(f"{name}|{'RUNNING' if alive else 'COMPLETED'}|here")
+        """,
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what Slurm's programs do for one array of jobs, whose processes it lists."""
+    here = tmp_path / "slurm"
+    here.mkdir()
+    for name, text in PROGRAMS.items():
+        program = f"#!{sys.executable}\nHERE = {str(here)!r}\n{textwrap.dedent(text)}"
+        (here / name).write_text(program, encoding="utf-8")
+        (here / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+    return here
+
+
+class Gone(Exception):
+    """What stands for the end of the command."""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_an_array_outlives_its_command_and_is_followed_by_the_next(
+    tmp_path: Path,
+    slurm: Path,
+    closed: Path,
+    expected: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs("submitit")
+    directory = begun(tmp_path / "run", closed)
+    with monkeypatch.context() as patch:
+        patch.setattr(SlurmPool, "close", lambda self: None)  # as if killed
+
+        def end(row: dict[str, Any]) -> None:
+            raise Gone
+
+        with pytest.raises(Gone):
+            train(comparison(closed), directory, end, pool=SlurmPool(2, {}))
+    script = (directory.jobs / "7_submission.sh").read_text(encoding="utf-8")
+    assert "#SBATCH --array=0-1%256" in script
+    assert "#SBATCH --time=60" in script
+    opening = when(lambda: len(half_way(closed)) == 2, (closed / "closed").unlink)
+    assert sorted(trained(directory, closed, SlurmPool(2, {}))) == ALL
+    opening.join()
+    assert len([*directory.jobs.glob("*_submitted.pkl")]) == 2, "no job was submitted again"
+    assert numbers(read_run(directory)) == expected
+    assert starts(directory) == [0] * len(ALL)
+
+
+def test_what_submitit_refuses_is_one_line_before_anything_is_made(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("submitit")
+    for settings, told in (
+        ({"slurm_partitoin": "gpu"}, "Unknown argument 'partitoin'"),
+        ({"timeout_min": "long"}, 'Parameter "timeout_min" expected type'),
+        ({"cluster": "moon"}, "any executor named moon"),
+    ):
+        with pytest.raises(ValueError, match=r"^submitit refuses: [^\n]*$") as caught:
+            SlurmPool(None, settings)
+        assert told in str(caught.value)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match='submitit refuses: Could not detect "srun"'):
+        SlurmPool(None, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["slurm"]
+
+
 # --- Ray ------------------------------------------------------------------------------------------
 
 
@@ -232,6 +331,14 @@ def test_a_trial_that_fails_on_ray_is_named_and_the_others_go_on(tmp_path: Path)
     assert "ArithmeticError: the loss gave up" in str(e.value)
     assert "rms-matched" not in str(e.value), "what comes after it is not tried"
     assert set(read_run(directory).ends) == {(arm.name, 0) for arm in FEW}
-    assert json.loads(directory.attempts("poprisk-1")[-1].read_text().splitlines()[-1]) == {
-        "event": "failed"
-    }
+    last = directory.attempts("poprisk-1")[-1].read_text(encoding="utf-8").splitlines()[-1]
+    assert json.loads(last) == {"event": "failed"}
+
+
+def test_what_ray_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("ray")
+    with pytest.raises(ValueError, match=r"^Ray refuses: [^\n]*num_moons[^\n]*$"):
+        RayPool(None, {"num_moons": 1})
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"^Ray refuses: [^\n]*$"):
+        RayPool(None, {})
