@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 import tiny
 from poprisk_lab import clusters
-from poprisk_lab.arms import default_arms
+from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.cli import app
 from poprisk_lab.clusters import chosen, do_share
 from poprisk_lab.comparison import Comparison, _train, run_directory, train, trials_of
@@ -32,8 +32,12 @@ COMPARE = ["compare", TINY, "--seeds", "2", "--workers", "1", "--epochs", "1", "
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, and few arms."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("poprisk_lab.arms.default_arms", lambda full: FEW)
+    monkeypatch.setattr("poprisk_lab.arms.default_arms", few)
     return tmp_path
+
+
+def few(*, full: bool) -> list[Arm]:
+    return FEW
 
 
 def run(*arguments: str) -> Result:

@@ -143,16 +143,22 @@ ALL = sorted(f"{arm.name}-{seed}" for arm in FEW for seed in (0, 1))
 # --- Slurm, by the local executor of submitit -----------------------------------------------------
 
 
-@pytest.mark.parametrize("jobs", [None, 2])
 def test_jobs_find_what_local_processes_find(
-    tmp_path: Path, gate: Path, expected: tuple[Any, Any], jobs: int | None
+    tmp_path: Path, gate: Path, expected: tuple[Any, Any]
 ) -> None:
     needs("submitit")
     (gate / "closed").unlink(missing_ok=True)
     directory = begun(tmp_path / "run", gate)
-    assert sorted(trained(directory, gate, SlurmPool(jobs, LOCAL))) == ALL
+    assert sorted(trained(directory, gate, SlurmPool(2, LOCAL))) == ALL
     assert numbers(read_run(directory)) == expected
-    assert len([*directory.jobs.glob("*_submitted.pkl")]) == (4 if jobs is None else jobs)
+    assert len([*directory.jobs.glob("*_submitted.pkl")]) == 2
+
+
+def test_each_chain_is_a_job_if_nothing_is_said(gate: Path) -> None:
+    needs("submitit")
+    shares = SlurmPool(None, LOCAL).shares(trials_of(comparison(gate)))
+    assert [len(share) for share in shares] == [2, 1, 2, 1]
+    assert len(SlurmPool(9, LOCAL).shares(trials_of(comparison(gate)))) == 4, "none is empty"
 
 
 def test_a_job_that_dies_is_told_and_the_next_goes_on(
@@ -239,6 +245,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return here
 
 
+def leave(pool: SlurmPool) -> None: ...
+
+
 class Gone(Exception):
     """What stands for the end of the command."""
 
@@ -254,7 +263,7 @@ def test_an_array_outlives_its_command_and_is_followed_by_the_next(
     needs("submitit")
     directory = begun(tmp_path / "run", closed)
     with monkeypatch.context() as patch:
-        patch.setattr(SlurmPool, "close", lambda self: None)  # as if killed
+        patch.setattr(SlurmPool, "close", leave)  # as if killed
 
         def end(row: dict[str, Any]) -> None:
             raise Gone

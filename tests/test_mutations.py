@@ -26,6 +26,7 @@ PARTS = (
     "interpolation",
     "claims_paths",
     "grokking",
+    "clusters",
 )
 
 
