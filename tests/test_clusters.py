@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import tiny
@@ -29,11 +30,12 @@ COMPARE = ["compare", TINY, "--seeds", "2", "--workers", "1", "--epochs", "1", "
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, and few arms."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory, and few arms; this process computes as a worker for a while."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("poprisk_lab.arms.default_arms", few)
-    return tmp_path
+    yield tmp_path
+    torch.set_flush_denormal(False)
 
 
 def few(*, full: bool) -> list[Arm]:

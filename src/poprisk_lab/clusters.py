@@ -24,7 +24,7 @@ from poprisk_lab.study import Run, Share, Trial, chains, shards, with_earlier
 from poprisk_lab.work import TrainingError, compute_as_a_worker, do_here, joined
 
 KEPT = "what it recorded is kept, repeat the command to go on"
-MACHINE = {"python", "system", "cores"}
+MACHINE = {"python", "system", "cores", "workers", "threads per worker"}
 """What workers may differ in from who begins them."""
 CONSTRUCTED = ("cluster", "slurm_max_num_timeout", "slurm_python")
 """Settings that submitit takes when its executor is made; all others are parameters of jobs."""
