@@ -164,7 +164,7 @@ def test_the_last_shard_writes_the_page_and_all_is_as_if_done_at_once(here: Path
 class Elsewhere:
     """Does shares at once, in the order in which it is given them; the test's own cluster."""
 
-    slots, patient = 2, True
+    at_once, patient = 2, True
 
     def __init__(self, adopted: Mapping[int, Share] | None = None) -> None:
         self.found, self.begun, self.errors = adopted or {}, list[list[str]](), dict[int, Any]()

@@ -126,7 +126,7 @@ class SlurmPool:
         ValueError: if submitit is not installed, finds no Slurm or refuses a setting.
     """
 
-    slots, patient = sys.maxsize, True
+    at_once, patient = sys.maxsize, True
 
     def __init__(self, jobs: int | None, settings: Mapping[str, Any]) -> None:
         self.jobs, self.settings = jobs, {"name": "poprisk", "timeout_min": 60, **settings}
@@ -192,7 +192,7 @@ class RayPool:
     """A task of Ray for each trial, done again elsewhere when its process or machine dies.
 
     Args:
-        slots: most at once; None: as many as Ray has room for.
+        at_once: most at once; None: as many as Ray has room for.
         settings: of tasks, as ``ray.remote`` takes them: ``num_gpus``, ``max_retries`` …
 
     Raises:
@@ -201,8 +201,8 @@ class RayPool:
 
     patient = True
 
-    def __init__(self, slots: int | None, settings: Mapping[str, Any]) -> None:
-        self.slots = slots or sys.maxsize
+    def __init__(self, at_once: int | None, settings: Mapping[str, Any]) -> None:
+        self.at_once = at_once or sys.maxsize
         self._ray = _extra("ray", "ray")
         self._unfinished = dict[concurrent.futures.Future[Exception | None], Any]()
         self._mine = not self._ray.is_initialized()

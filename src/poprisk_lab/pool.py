@@ -26,11 +26,11 @@ class Pool(Protocol[H]):
     """Where trials are done.
 
     Attributes:
-        slots: most shares at once.
+        at_once: most shares at once.
         patient: whether the others go on when one fails.
     """
 
-    slots: int
+    at_once: int
     patient: bool
 
     def adopted(self, store: Store) -> Mapping[H, Share]:
@@ -70,7 +70,7 @@ class ProcessPool:
 
     def __init__(self, workers: int) -> None:
         warm_up_workers()
-        self.slots = workers
+        self.at_once = workers
         self._pool = concurrent.futures.ProcessPoolExecutor(
             workers, mp_context=worker_context(), initializer=_prepare
         )

@@ -102,7 +102,7 @@ def _work_off(run: Run, store: Store, waiting: list[Trial], pool: Pool[Any], on_
     shares = pool.shares([trial for trial in waiting if trial.name not in taken])
     while True:
         begun = list[Share]()
-        while len(running) + len(begun) < pool.slots and (
+        while len(running) + len(begun) < pool.at_once and (
             share := next_share(shares, undone, store)
         ):
             shares.remove(share)
