@@ -59,7 +59,7 @@ test-portable: setup-dev  ## Run the tests of numbers as on a processor without 
 mutants: $(VENV)/mutants.stamp  ## Break the library by cosmic-ray and see tests go red; resumable
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 nice -n 19 $(BIN)/python tests/mutants.py $(ARGS)
 
-test-extras:  ## Run the tests of the extras hf, lightning, cleanlab, pinn, evidence, slurm and ray, in .venv-extras
+test-extras:  ## Run the tests of the extras hf, lightning, cleanlab, pinn, evidence, triton, slurm and ray, in .venv-extras
 	$(MAKE) VENV=.venv-extras run-extras
 
 run-extras: $(VENV)/extras.stamp
@@ -68,6 +68,8 @@ run-extras: $(VENV)/extras.stamp
 		tests/test_claim_pinn.py tests/test_claim_dpo.py tests/test_audit_integrations.py tests/test_audit_result.py \
 		tests/test_claim_audit.py tests/test_evidence.py tests/test_clusters_extras.py $(ARGS)
 	$(BIN)/pytest -m extras tests/test_pages.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -m mutations tests/test_mutations.py -k triton $(ARGS)
 
 test-wheel: setup-dev  ## Build the wheel, look at what it holds, and use it alone and with its extra
 	$(BIN)/pytest -p no:randomly tests/built_wheel.py $(ARGS)
@@ -149,5 +151,5 @@ $(VENV)/lowest.stamp: $(VENV)/torch.stamp pyproject.toml
 
 # A requirement of mlcroissant, pure Python, comes without a wheel.
 $(VENV)/extras.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --no-binary=jsonpath-rw -e '.[lab,dev,hf,lightning,cleanlab,pinn,evidence,slurm,ray]'
+	$(PIP) --no-binary=jsonpath-rw -e '.[lab,dev,hf,lightning,cleanlab,pinn,evidence,triton,slurm,ray]'
 	@touch $@

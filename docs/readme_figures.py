@@ -28,6 +28,16 @@ TASKS = {
     "diabetes-10-seeds": "`diabetes`, error",
     "dense-regression-10-seeds": "`dense-regression`, error",
 }
+TRAININGS = {
+    "transformer, AdamW": "repeats 25%, transformer, AdamW",
+    "transformer, SGD": "repeats 25%, transformer, SGD",
+    "digits 20% wrong, SGD": "digits 20%, MLP, SGD",
+    "digits 20% wrong, AdamW, eps 1e-3": "digits 20%, MLP, AdamW eps 1e-3",
+    "digits 20% wrong, AdamW, eps 1e-6": "digits 20%, MLP, AdamW",
+    "regression, AdamW": "ridges, MLP, AdamW",
+    "regression, SGD": "ridges, MLP, SGD",
+}
+ESTIMATES = ("followed", "held", "gradients at the end", "EKFAC (kronfluence)", "TRAK (traker)")
 IN_README = [
     *("`digits`, 40%", "`digits-clean`", "`sparse-regression`, error"),
     *("`diabetes`, error", "`dense-regression`, error"),
@@ -57,6 +67,8 @@ def pieces() -> list[tuple[str, str]]:
         "docs/how-to/fast.md": [*_monitor(), *_speed()],
         "docs/how-to/reproduce.md": _claims(),
         "docs/how-to/audit.md": _audit(),
+        "docs/how-to/attribute.md": _influence(),
+        "docs/how-to/cells.md": _scale(),
     }
     return [(page, piece) for page, texts in found.items() for piece in texts]
 
@@ -209,6 +221,46 @@ def _audit() -> list[str]:
         f"{at(sure)} where the audit does not call itself unsure",
         f"{at(f'{ranked}: 10 folds, our score')}",
     ]
+
+
+def _influence() -> list[str]:
+    found = json.loads((FOLDER / "attribution.json").read_text(encoding="utf-8"))
+    settings = {label: found["settings"][name] for label, name in TRAININGS.items()}
+    return [
+        f"over {found['subsets']} random halves",
+        *(_scores(label, of["scores"]) for label, of in settings.items()),
+    ]
+
+
+def _scores(label: str, scores: dict[str, dict[str, float]]) -> str:
+    first, *others = (scores[name] for name in ESTIMATES)
+    mean, low, high = (_share(first[part]) for part in ("mean", "low", "high"))
+    means = " | ".join(_share(other["mean"]) for other in others)
+    return f"| {label} | {mean} [{low}, {high}] | {means} |"
+
+
+def _scale() -> list[str]:
+    found = json.loads((FOLDER / "scale.json").read_text(encoding="utf-8"))
+    return [_size(size, of) for size, of in found["sizes"].items()]
+
+
+def _size(size: str, of: dict[str, Any]) -> str:
+    end = {name: value["mean"] for name, value in of["at the end"].items()}
+    parts = {t["part"]: t["trainings"] for t in reversed(of["trials"]) if "trainings" in t}
+    influence = parts["influence"]["replay"] - 1 + parts["influence"]["attribute, with its check"]
+    return " | ".join([
+        f"| {size}",
+        *(f"{end[name]:.2f}" for name in ("loss", "loss, trained on right targets")),
+        f"{end['wrong targets fitted']:.0%}",
+        *(f"{end[f'push of the {p}, other texts over own']:.2f}" for p in ("signal", "noise")),
+        *(f"{end[f'{part} left']:.0%}" for part in ("signal", "noise")),
+        f"{end['closure of other texts']:.1%}",
+        f"{parts['all']['followed']:.1f}, {parts['noise']['followed']:.1f}, {influence:.1f} |",
+    ])  # fmt: skip
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}".removeprefix("0")
 
 
 def verdicts() -> dict[str, str]:

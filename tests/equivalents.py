@@ -23,9 +23,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "poprisk/optim/variance.py": {
         " @abstractmethod ->  [16]": "nobody makes an estimator without its methods",
         "return self.paper or t > 1 -> return self.paper or t != 1": "steps are counted from 1",
-        "return _where(counts.t > 1, 1 - momentum_noise(counts.t, counts.beta1)) -> "
-        "return _where(counts.t >= 1, 1 - momentum_noise(counts.t, counts.beta1))": "all of the "
-        "first average is noise, and 1 - 1 = 0",
+        "return where_known(counts.t > 1, 1 - momentum_noise(counts.t, counts.beta1)) -> "
+        "return where_known(counts.t >= 1, 1 - momentum_noise(counts.t, counts.beta1))": "all "
+        "of the first average is noise, and 1 - 1 = 0",
     },
     "poprisk/path/follow.py": {
         "if (k + 1) % every == 0 or k + 1 == len(run) or (every == 1 and k + 1 in kept): -> "

@@ -46,6 +46,8 @@ def test_the_quick_form_scores_every_estimate(
     (summary,) = report["settings"].values()
     assert set(summary["scores"]) == {*found["scores"], name}
     assert summary["valid"] == [found["valid"]]
+    assert 0 < again["distance"] <= 1
+    assert summary["distance from followed"] == {name: [again["distance"]]}
 
 
 def test_other_packages_are_left_out_where_they_are_not_and_score_the_same_trainings() -> None:
@@ -75,6 +77,13 @@ def test_the_score_is_the_rank_correlation_of_predicted_and_measured() -> None:
     values = torch.tensor([[3.0, 9.0], [5.0, 1.0], [1.0, 1.0]])
     assert attribution._score(influence, subsets, values) == pytest.approx(1)
     assert attribution._score(-influence, subsets, values) == pytest.approx(-1)
+
+
+def test_the_distance_of_two_estimates_knows_no_scale() -> None:
+    a = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    assert attribution._distance(-7 * a, a) == pytest.approx(0)
+    assert attribution._distance(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), a) == pytest.approx(1)
+    assert attribution._distance(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), a) == pytest.approx(0.8)
 
 
 def test_a_setting_without_other_packages_has_no_score_of_theirs() -> None:

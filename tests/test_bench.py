@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import runpy
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -93,3 +97,36 @@ def test_state_size_counts_bytes() -> None:
     opt = PopRiskAdamW([w])
     opt.step()
     assert step.state_size(opt) == 3 * 10 * 8 + 4
+
+
+gpu: Any = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "gpu.py"))
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the whole of it then runs on the GPU")
+def test_what_is_measured_on_a_gpu_can_be_measured(tmp_path: Path) -> None:
+    """Each part in its smallest form, on the CPU."""
+    out = tmp_path / "gpu.json"
+    assert gpu.main([str(out), "--tiny"]) == 0
+    found = json.loads(out.read_text())
+    assert found["environment"]["device"] == "cpu"
+    assert found["environment"]["gpu"] == "not measured"
+    rows = {row["part"].partition(":")[0]: row for row in found["results"]}
+    assert [*rows] == ["agreement", "step", "kernel", "second moments", "monitor", "twin"]
+    assert rows["kernel"]["ratio"] > 0
+    assert rows["monitor"]["seconds"] > 0
+    assert max(rows["agreement"]["largest_differences"].values()) < 0.01
+    with pytest.raises(SystemExit):
+        gpu.main([str(out)])
+
+
+def test_a_part_that_fails_says_so_and_one_without_time_too() -> None:
+    def fails() -> dict[str, Any]:
+        time.sleep(0.001)
+        raise RuntimeError("out of memory\nfor good")
+
+    parts = SimpleNamespace(parts=lambda: iter([("first", fails), ("second", fails)]))
+    first, second = gpu.measure(parts, 0.0005)
+    assert first["failure"] == "RuntimeError: out of memory"
+    assert second["failure"].startswith("left out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch._dynamo
 from torch import Tensor
 from torch.nn import Parameter
 
-from asserts import assert_close
+from asserts import assert_bitwise, assert_close, complete_state
 from cases import LAYOUTS, MASKS, MODES, PATHS, REDUCTIONS, VARIANCES, settings
 from poprisk import PopRiskAdamW
+from poprisk.optim import fused
+from poprisk.optim.state import prepare_state
 from reference.optimizer import ReferenceOptimizer
-from samplers import copies, grad_rows, noisy_grads, parameter, take_steps
+from samplers import copies, grad_rows, noisy_grads, parameter, randn, take_steps
 
 CAPTURED: dict[str, Any] = {"capturable": True}
 PLAIN: dict[str, Any] = {}
@@ -30,6 +33,15 @@ def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def triton_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the CPU were a device that has the kernel in Triton."""
+    monkeypatch.setattr(fused, "TRITON_DEVICES", ("cpu",))
+    fused.triton_launches.cache_clear()
+    yield
+    fused.triton_launches.cache_clear()
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -68,6 +80,18 @@ def test_captured_steps_leave_out_what_has_no_gradient_or_no_entries() -> None:
     assert torch.equal(idle, before)
     assert [float(opt.state[p]["step"]) for p in (w, idle)] == [3.0, 0.0]
     assert opt.skipped_steps == 0
+
+
+def test_skipped_steps_are_counted_in_place() -> None:
+    """A CUDA graph would write each new count to the same place, and read the first one again."""
+    w = parameter(2)
+    opt = PopRiskAdamW([w], capturable=True)
+    bad = torch.full((2,), float("nan")).double()
+    take_steps(opt, [[bad]])
+    count = opt.param_groups[0]["skipped_steps"]
+    take_steps(opt, [[bad], [randn(2)]])
+    assert opt.param_groups[0]["skipped_steps"] is count
+    assert opt.skipped_steps == 2
 
 
 def train(wrap: Callable[[Any], Any], **how: Any) -> tuple[list[Tensor], int]:
@@ -124,6 +148,54 @@ def test_a_captured_state_goes_on_in_a_plain_optimizer_and_back() -> None:
     assert_close([w.detach()], expected, 1e-12)
 
 
-def test_the_kernel_cannot_be_captured() -> None:
-    with pytest.raises(ValueError, match=r"^fused=True and capturable=True were both given"):
-        PopRiskAdamW([parameter(2)], fused=True, capturable=True)
+def test_the_kernel_of_the_cpu_cannot_be_captured() -> None:
+    w = parameter(2)
+    message = r"^fused=True and capturable=True were both given, .* on cpu"
+    for params in ([w], [("w", w)]):
+        with pytest.raises(ValueError, match=message):
+            PopRiskAdamW(params, fused=True, capturable=True)
+    opt = PopRiskAdamW([{"params": [w], "capturable": False}], fused=True, capturable=True)
+    with pytest.raises(ValueError, match=message):
+        opt.add_param_group({"params": (parameter(3) for _ in range(1))})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler", "triton_devices")
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_compiled_is_left_to_the_compiler_to_fuse() -> None:
+    weights, skipped = train(compiled("eager"), lr=torch.tensor(0.01), capturable=True, fused=True)
+    expected, _ = train(lambda step: step, lr=0.01)
+    assert skipped == 1
+    assert_close(weights, expected, 1e-6)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.usefixtures("triton_devices")
+@pytest.mark.parametrize("captured", [False, True])
+def test_without_triton_foreach_steps_in_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, captured: bool
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("launch_triton", "kernel_triton"):
+        monkeypatch.delitem(sys.modules, f"poprisk.optim.fused.{name}", raising=False)
+        monkeypatch.delattr(fused, name, raising=False)
+    starts, how = [parameter(5), parameter(3)], {"capturable": captured}
+    rows = grad_rows(starts, 4)
+    opt = PopRiskAdamW(copies(starts), fused=True, **how)
+    with pytest.warns(RuntimeWarning, match=r"falls back to foreach=True.*: Module.*triton"):
+        take_steps(opt, rows[:1])
+    take_steps(opt, rows[1:])
+    twin = PopRiskAdamW(copies(starts), foreach=True, **how)
+    take_steps(twin, rows)
+    options = {"foreach", "fused", "skipped_steps"}
+    assert_bitwise(complete_state(opt, but=options), complete_state(twin, but=options))
+
+
+def test_a_loaded_counter_goes_to_its_parameter() -> None:
+    """One on another device would be read once, when the step is captured."""
+    w = Parameter(torch.ones(3, device="meta"))
+    state = {"step": torch.tensor(4.0), "exp_avg": w.detach(), "exp_avg_sq": w.detach()}
+    prepare_state(w, state, None, on_device=True)
+    assert state["step"].device.type == "meta"

@@ -203,6 +203,37 @@ def test_parameters_with_gaps_are_left_to_foreach() -> None:
     assert_bitwise(states[0], states[1])
 
 
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_gradients_of_other_precisions_than_their_parameters(path: dict[str, Any]) -> None:
+    """A parameter may take gradients of a dtype of their own, each another."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float64)
+    starts = [parameter(40, seed=j, dtype=torch.bfloat16) for j in range(3)]
+    rows = [[g.to(d) for g, d in zip(row, dtypes, strict=True)] for row in grad_rows(starts, 4)]
+    params = copies(starts)
+    for p, dtype in zip(params, dtypes, strict=True):
+        p.grad_dtype = dtype
+    ours = take_steps(PopRiskAdamW(params, lr=0.1, **path), rows)[-1]
+    for i, start in enumerate(starts):  # each alone, in its parameter's precision
+        (expected,) = take_steps(
+            PopRiskAdamW(copies([start]), lr=0.1, foreach=True), [[r[i].bfloat16()] for r in rows]
+        )[-1]
+        assert_bitwise(ours[i], expected)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_gradients_whose_negation_or_conjugation_was_put_off(path: dict[str, Any]) -> None:
+    found = []
+    for solid in (False, True):
+        starts = [parameter(6), parameter(6, dtype=torch.complex128)]
+        rows = [[torch._neg_view(g), z.conj()] for g, z in grad_rows(starts, 3)]
+        assert rows[0][0].is_neg()
+        assert rows[0][1].is_conj()
+        if solid:
+            rows = [[g.resolve_neg(), z.resolve_conj()] for g, z in rows]
+        found.append(take_steps(PopRiskAdamW(copies(starts), **path), rows)[-1])
+    assert_bitwise(found[0], found[1])
+
+
 @pytest.mark.parametrize(
     ("shape", "stride", "dense"),
     [

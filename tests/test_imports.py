@@ -35,7 +35,7 @@ EXTRAS = (
     "typer rich plotly jinja2 sklearn skimage scipy safetensors pandas polars PIL "
     "pytorch_optimizer cleanlab mnist1d "
     "transformers trl accelerate datasets lightning jaxtyping beartype hypothesis pytest "
-    "deepxde kronfluence trak nngeometry curvlinops backpack opacus"
+    "deepxde triton kronfluence trak bergson torchopt nngeometry curvlinops backpack opacus"
 ).split()
 
 

@@ -115,7 +115,8 @@ def test_a_word_is_found_within_a_name() -> None:
 def library_classes() -> Iterator[type]:
     """Classes of the library that have no underscore and need no extra."""
     for info in pkgutil.walk_packages(poprisk.__path__, "poprisk."):
-        if info.name.startswith("poprisk.integrations.") or info.name == "poprisk.__main__":
+        needs_extra = info.name.startswith("poprisk.integrations.") or info.name.endswith("_triton")
+        if needs_extra or info.name == "poprisk.__main__":
             continue
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():

@@ -15,7 +15,7 @@ from poprisk_lab.studies import scale
 from poprisk_lab.studies.scale import CORRUPTED, LENGTH, PARTS, SEEDS, SIZES, STUDY, WRONG
 from poprisk_lab.studies.stopping.text import SYMBOLS
 
-NARROW = scale.Size(16, 1, 3e-3)
+NARROW = scale.ModelSize(16, 1, 3e-3)
 
 
 def test_a_fifth_of_the_targets_is_wrong_in_known_places() -> None:
@@ -66,16 +66,20 @@ def test_pushes_are_of_the_symbol_over_the_others() -> None:
     assert scale._size(torch.full((3, SYMBOLS), 5.0)) == 0
 
 
+def _found(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**scale.run(settings, Workspace())}
+
+
 @pytest.fixture(scope="module")
 def quick() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Every part on a narrow model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "0.1M", NARROW)
-        return [(t.settings, dict(STUDY.run(t.settings, Workspace()))) for t in STUDY.trials(True)]
+        return [(t.settings, _found(t.settings)) for t in STUDY.trials(True)]
 
 
 def test_the_quick_form_measures_every_part(quick: list[tuple[Any, Any]]) -> None:
-    cells, noise, influence = (found for _, found in quick)
+    cells, noise, influence, right = (found for _, found in quick)
     assert [s["part"] for s, _ in quick] == list(PARTS)
     assert cells["moments"][-1]["step"] == cells["steps"] == 8
     # another training, the same one: what was followed, alone, and gone through backwards
@@ -85,6 +89,8 @@ def test_the_quick_form_measures_every_part(quick: list[tuple[Any, Any]]) -> Non
     )
     assert cells["closure"]["query"] < 0.02
     assert set(influence["trainings"]) == {"replay", "attribute, with its check"}
+    assert right["loss"] != cells["moments"][-1]["loss"]
+    assert right["loss"] == pytest.approx(cells["moments"][-1]["loss"], rel=0.2)
     assert 0 <= influence["AUROC of windows with wrong targets"] <= 1
 
 
@@ -105,7 +111,7 @@ def test_the_report_keeps_trials_and_tells_their_ends(quick: list[tuple[Any, Any
 def test_the_full_form_has_every_size_and_the_largest_twice() -> None:
     trials = STUDY.trials(False)
     count = {s: sum(t.settings["size"] == s for t in trials) for s in ("0.1M", "1M", "10M")}
-    assert count == {"0.1M": 2 * len(SEEDS) + 1, "1M": 2 * len(SEEDS) + 1, "10M": 5}
+    assert count == {"0.1M": 3 * len(SEEDS) + 1, "1M": 3 * len(SEEDS) + 1, "10M": 7}
     assert len({t.name for t in trials}) == len(trials)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -417,6 +418,15 @@ def test_lightning_stops_behind_the_best_moment_and_keeps_it(tmp_path: Path, tol
     assert trainer.global_step == 8
     assert callback.curve.past
     assert torch.equal(weights(module), seen[7])
+
+
+def test_in_lightning_a_twin_is_trained_without_examples(tmp_path: Path) -> None:
+    callback, module, _ = trained(tmp_path, twin={"leave_out": 0.5})
+    assert module.same == [False] * 18
+    last = callback.curve.estimates[-1]
+    assert last.value > last.train_loss
+    assert int((last.losses != 0).sum()) == N
+    assert math.isnan(last.dof)
 
 
 def test_what_a_twin_cannot_follow_in_lightning(tmp_path: Path) -> None:

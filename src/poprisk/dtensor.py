@@ -100,9 +100,9 @@ class GlobalMeans(NamedTuple):
 
     layout: ShardLayout
 
-    def __call__(self, sums: Tensor, counts: Sequence[int]) -> Tensor:
-        sizes = torch.tensor([counts], dtype=sums.dtype, device=sums.device)
-        *rows, sizes = global_sums(torch.cat([sums, sizes]), self.layout).unbind()
+    def __call__(self, sums: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
+        sizes = torch.as_tensor(counts, dtype=sums.dtype, device=sums.device)
+        *rows, sizes = global_sums(torch.cat([sums, sizes[None]]), self.layout).unbind()
         return torch.stack(rows) / sizes
 
 
@@ -112,11 +112,26 @@ def all_agree(truth: bool, tensors: Sequence[Tensor]) -> bool:
     One all-reduce of a number per mesh; none without DTensors. Every process must skip the same
     steps, or their counters would part.
     """
-    meshes = {layout.mesh for t in tensors if (layout := layout_of(t)) is not None}
-    for mesh in meshes:
-        flag = torch.tensor(float(truth), device=mesh.device_type)
-        for i in range(mesh.ndim):
-            group = mesh.get_group(i)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group)
-        truth = bool(flag.item())
+    for mesh in _meshes(tensors):
+        truth = bool(_least_(torch.tensor(float(truth), device=mesh.device_type), mesh).item())
     return truth
+
+
+def everywhere(truth: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """:func:`all_agree` of a 0-d boolean tensor, without looking at it."""
+    for mesh in _meshes(tensors):
+        truth = _least_(truth.float(), mesh) > 0
+    return truth
+
+
+def _meshes(tensors: Sequence[Tensor]) -> set[Any]:
+    layouts = [layout_of(t) for t in tensors]
+    return {layout.mesh for layout in layouts if layout is not None}
+
+
+def _least_(flag: Tensor, mesh: Any) -> Tensor:
+    """The least value of a number over the processes of a mesh, in place."""
+    for i in range(mesh.ndim):
+        group = mesh.get_group(i)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group)
+    return flag

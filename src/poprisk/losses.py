@@ -14,6 +14,9 @@ from poprisk._renamed import renamed_names
 from poprisk._validate import check_choice, check_losses
 from poprisk.protocols import PerExampleLoss
 
+IGNORED = -100
+"""The label that torch's losses ignore unless told otherwise."""
+
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     r""":math:`\frac12 \|u - y\|^2` per example.
@@ -34,6 +37,47 @@ def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Logistic loss of logits (b, ...) against probabilities of the same shape, summed."""
     values = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
     return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
+def next_token(logits: Tensor, tokens: Tensor, *, reduction: str = "mean") -> Tensor:
+    r"""Loss of each sequence: :math:`-\log p(s_t \mid s_{<t})` over its tokens but the first.
+
+    Args:
+        logits: of the token after each, (b, t, c), as a causal language model puts them out.
+        tokens: the sequences, (b, t); those that are :data:`IGNORED` have no loss.
+        reduction: ``"mean"`` or ``"sum"`` over the tokens of a sequence that have one. A mean over
+            all tokens of a batch weighs sums.
+
+    Raises:
+        ValueError: for another reduction.
+
+    Example:
+        >>> next_token(torch.zeros(1, 3, 4), torch.tensor([[1, 2, 0]]))
+        tensor([1.3863])
+    """
+    check_choice("reduction", reduction, ("mean", "sum"))
+    known = tokens[:, 1:]
+    lost = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), known.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    sums = lost.unflatten(0, known.shape).sum(1)
+    return sums if reduction == "sum" else sums / (known != IGNORED).sum(1).clamp_min(1)
+
+
+def direct_preference(log_ratios: Tensor, reference: Tensor, *, beta: float = 0.1) -> Tensor:
+    r"""DPO's loss of each pair, :math:`-\log\sigma(\beta(r - r_0))` (Rafailov et al., 2023).
+
+    Args:
+        log_ratios: :math:`r = \log\pi(y_w \mid x) - \log\pi(y_l \mid x)` of the chosen answer
+            to the rejected one under the policy, (b,).
+        reference: the same under the reference, (b,).
+        beta: in front of the implicit reward.
+
+    Example:
+        >>> direct_preference(torch.tensor([2.0]), torch.tensor([2.0]))
+        tensor([0.6931])
+    """
+    return -F.logsigmoid(beta * (log_ratios - reference))
 
 
 LOSSES: dict[str, PerExampleLoss] = {
@@ -88,10 +132,6 @@ def hessian_product(loss: PerExampleLoss, u: Tensor, y: Tensor, vectors: Tensor)
             for j in range(vectors.shape[-1])
         ]
     return torch.stack(columns, dim=-1)
-
-
-IGNORED = -100
-"""The label that torch's losses ignore unless told otherwise."""
 
 
 def ignored_labels(loss: PerExampleLoss, y: Tensor) -> Tensor:

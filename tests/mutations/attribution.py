@@ -17,6 +17,10 @@ ATTENTION = (
 RANDOM = "test_attribution.py::test_random_shares_are_disjoint_and_weigh_one_on_average[0.25]"
 HALF = "test_attribution.py::test_what_holds_without_a_few_need_not_hold_for_a_random_half"
 ALIKE = "test_attribution.py::test_shares_at_random_of_examples_that_are_all_alike_tell_nothing"
+BATCH = (
+    "test_influence_magic.py::test_a_batch_is_that_of_a_step_and_its_loss_has_the_same_gradient[3]"
+)
+SCALE = "test_attribution_study.py::test_the_distance_of_two_estimates_knows_no_scale"
 TWICE = "test_attribution_study.py::test_a_half_of_the_examples_counts_twice"
 
 MUTATIONS = {
@@ -106,5 +110,24 @@ MUTATIONS = {
     ),
     "a half counts once": Mutation(
         "poprisk_lab/studies/attribution.py", "] = 1 / KEPT", "] = 1.0", TWICE
+    ),
+    "bergson does not weigh the losses": Mutation(
+        "poprisk_lab/studies/influence_magic.py", " * example_weight).mean()", ").mean()", BATCH
+    ),
+    "bergson's weights are by place in the batch": Mutation(
+        "poprisk_lab/studies/influence_magic.py",
+        "weights = self.weights[i]",
+        "weights = self.weights[: len(i)]",
+        BATCH,
+    ),
+    "bergson's schedule is that of the first step": Mutation(
+        "poprisk_lab/studies/influence_magic.py",
+        "if others or any(settings != done.settings[0] for settings in done.settings):",
+        "if others:",
+        "test_influence_magic.py::test_a_training_that_bergson_cannot_take_up_is_refused"
+        "[a schedule]",
+    ),
+    "the distance of estimates at their own scales": Mutation(
+        "poprisk_lab/studies/attribution.py", "/ a.square().sum() * a - b)", "* 0 + a - b)", SCALE
     ),
 }

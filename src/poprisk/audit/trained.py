@@ -192,6 +192,11 @@ def _outputs(
 
 def _left_out(twin: TwinRisk, x: Any, targets: Tensor, batch_size: int) -> Outputs:
     """Leave-one-out outputs, from the response to perturbed labels."""
+    if twin.leave_out is not None:
+        raise ValueError(
+            "a TwinRisk with leave_out pushes no labels and has no leave-one-out outputs; audit by "
+            "one that does, or by its model."
+        )
     found = twin.estimate(x, targets.to(_device_of(x)), batch_size=batch_size)
     doubt = "" if found.valid else f"the twin's estimate is not valid: {found.reason}"
     index = torch.arange(len(targets))

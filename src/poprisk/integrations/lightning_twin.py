@@ -61,6 +61,7 @@ class LightningTwinCallback(TwinFollower, Callback):
         probes: likewise.
         seed: likewise.
         sinks: where estimates go too, as for :class:`poprisk.RiskMonitor`.
+        leave_out: as for :class:`poprisk.TwinRisk`.
 
     Attributes:
         curve: the estimates so far.
@@ -81,6 +82,7 @@ class LightningTwinCallback(TwinFollower, Callback):
         probes: int = 1,
         seed: int = 0,
         sinks: Any = (),
+        leave_out: float | None = None,
     ) -> None:
         super().__init__(
             loss,
@@ -92,6 +94,7 @@ class LightningTwinCallback(TwinFollower, Callback):
             delta=delta,
             probes=probes,
             seed=seed,
+            leave_out=leave_out,
         )
         self.log = log
         self.split, self.forward = split or three, forward

@@ -32,100 +32,17 @@ from poprisk.risk.curve import PATIENCE
 from poprisk.risk.lockstep import Lockstep, logits_of
 
 
-@final
-class TrainerTwinCallback(TwinFollower, TrainerCallback):
-    """A twin in lockstep with a Trainer's model: a curve of its risk, from its training data.
-
-    The Trainer trains as it would alone, the twin after each of its steps (see
-    :class:`poprisk.Lockstep`), which is another training of the same length for each probe, and an
-    estimate passes over the whole training set. Estimates are entries of the Trainer's
-    ``state.log_history`` (``twin/risk``, ``twin/standard_error``, ``twin/valid``). The twin's state
-    is saved with the Trainer's checkpoints, and a resumed run goes on with the same curve.
-
-    For heads with one label an example (sequence or image classification, regression), on one
-    process, in single precision or ``bf16``; what cannot be followed is refused when training
-    begins. Put it behind a ``TrainerAuditCallback``, if there is one.
+class TrainerFollower(TwinFollower, TrainerCallback):
+    """What twins of a Trainer's runs share: when they are estimated, saved and left.
 
     Args:
-        loss: one value an example, from logits (b, ...) and labels (b, ...): what the Trainer's
-            loss is the mean of.
-        every: optimizer steps between estimates; an epoch if left out.
-        stop: whether to end training once the best moment is past: the last ``patience`` estimates
-            are each worse than the best by more than 1.5 standard errors of the difference, or
-            comparable no more.
-        patience: of ``stop``.
-        keep_best: whether to give the model the weights of :func:`poprisk.stopping_point` when
-            training ends.
-        labels: under which name the model's inputs hold the labels.
-        delta: as for :class:`poprisk.TwinRisk`.
-        probes: likewise.
-        seed: likewise.
-        sinks: where estimates go too, as for :class:`poprisk.RiskMonitor`.
-
-    Attributes:
-        curve: the estimates so far.
+        loss: one value an example.
+        settings: as for :class:`poprisk.integrations.twins.TwinFollower`.
     """
 
-    def __init__(
-        self,
-        loss: PerExampleLoss,
-        *,
-        every: int | None = None,
-        stop: bool = False,
-        patience: int = PATIENCE,
-        keep_best: bool = False,
-        labels: str = "labels",
-        delta: float = 0.3,
-        probes: int = 1,
-        seed: int = 0,
-        sinks: Any = (),
-    ) -> None:
-        super().__init__(
-            loss,
-            every=every,
-            stop=stop,
-            patience=patience,
-            keep_best=keep_best,
-            sinks=sinks,
-            delta=delta,
-            probes=probes,
-            seed=seed,
-        )
-        self.labels = labels
+    def __init__(self, loss: PerExampleLoss, **settings: Any) -> None:
+        super().__init__(loss, **settings)
         self._hooks: list[Any] = []
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Make the twin, or take up that of a checkpoint.
-
-        Raises:
-            ValueError: if it cannot follow this training.
-        """
-        model: nn.Module = kwargs["model"]
-        optimizer: Any = innermost(kwargs["optimizer"])
-        self._check(args, model)
-        check_trains(model, optimizer)
-        loader = kwargs["train_dataloader"]
-        self._loader = DataLoader(
-            loader.dataset, batch_size=args.eval_batch_size, collate_fn=loader.collate_fn
-        )
-        self._hooks = [model.register_forward_pre_hook(without_index, with_kwargs=True)]
-        with unwatched(model):
-            self._lockstep = Lockstep(
-                model,
-                optimizer,
-                self.loss,
-                dataset_size=loader.dataset,
-                forward=_logits,
-                clip=_clipping(args.max_grad_norm),
-                **self._settings,
-            )
-        self._hooks.append(
-            model.register_forward_pre_hook(self._tell, with_kwargs=True, prepend=True)
-        )
-        if state.global_step:
-            self._resume(_file(args, state))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,15 +77,46 @@ class TrainerTwinCallback(TwinFollower, TrainerCallback):
         self._hooks.clear()
         self._finish(kwargs["model"])
 
-    def _check(self, args: TrainingArguments, model: nn.Module) -> None:
-        """Raise ValueError for settings of a Trainer that a twin cannot follow."""
-        check_keeps_positions(args)
-        if type(args).__module__.partition(".")[0] == "trl" or writes_texts(model):
-            raise ValueError(
-                f"a twin does not follow {type(model).__name__} with {type(args).__name__}: it "
-                "perturbs one label an example, and texts and pairs (SFTTrainer, DPOTrainer, "
-                "RewardTrainer ...) have none; for pairs use TwinRisk on margins."
+    def _begin(self, args: TrainingArguments, kwargs: Mapping[str, Any], **settings: Any) -> None:
+        """Make the twin of a Trainer's model, which is told positions that it does not know.
+
+        Args:
+            args: of the Trainer.
+            kwargs: what the Trainer tells when its training begins.
+            settings: of the :class:`poprisk.Lockstep`.
+        """
+        model: nn.Module = kwargs["model"]
+        optimizer: Any = innermost(kwargs["optimizer"])
+        check_trains(model, optimizer)
+        loader = kwargs["train_dataloader"]
+        self._loader = DataLoader(
+            loader.dataset, batch_size=args.eval_batch_size, collate_fn=loader.collate_fn
+        )
+        self._hooks = [model.register_forward_pre_hook(without_index, with_kwargs=True)]
+        with unwatched(model):
+            self._lockstep = Lockstep(
+                model,
+                optimizer,
+                self.loss,
+                clip=_clipping(args.max_grad_norm),
+                **settings,
+                **self._settings,
             )
+
+    def _batches(self, device: torch.device) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """The training set: inputs, targets and positions."""
+        assert self._loader is not None
+        for batch in self._loader:
+            x = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            index = x.pop(INDEX)
+            yield *self._inputs_and_targets(x), index
+
+    def _inputs_and_targets(self, batch: dict[str, Any]) -> tuple[Any, Tensor]:
+        """What the model is asked, and what the loss takes."""
+        raise NotImplementedError
+
+    def _refuse(self, args: TrainingArguments) -> None:
+        """Raise ValueError for settings of a Trainer that no twin can follow."""
         refused = {
             "fp16": args.fp16,
             "torch_compile": args.torch_compile,
@@ -188,7 +136,11 @@ class TrainerTwinCallback(TwinFollower, TrainerCallback):
                 "end; leave one out."
             )
 
-    def _resume(self, file: Path) -> None:
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Take up the twin of a checkpoint, if training goes on from one."""
+        if not state.global_step:
+            return
+        file = _file(args, state)
         if not file.exists():
             raise ValueError(
                 f"there is no {file} of the run that is resumed: a twin that begins now would not "
@@ -198,6 +150,104 @@ class TrainerTwinCallback(TwinFollower, TrainerCallback):
         found = torch.load(file, map_location="cpu", weights_only=True)
         self._lockstep.load_state_dict(found["lockstep"])
         self.curve.load_state_dict(found["curve"])
+
+
+@final
+class TrainerTwinCallback(TrainerFollower):
+    """A twin in lockstep with a Trainer's model: a curve of its risk, from its training data.
+
+    The Trainer trains as it would alone, the twin after each of its steps (see
+    :class:`poprisk.Lockstep`), which is another training of the same length for each probe, and an
+    estimate passes over the whole training set. Estimates are entries of the Trainer's
+    ``state.log_history`` (``twin/risk``, ``twin/standard_error``, ``twin/valid``). The twin's state
+    is saved with the Trainer's checkpoints, and a resumed run goes on with the same curve.
+
+    For heads with one label an example (sequence or image classification, regression), and with
+    ``leave_out`` for language models, on one process, in single precision or ``bf16``; what cannot
+    be followed is refused when training begins. Put it behind a ``TrainerAuditCallback``, if there
+    is one.
+
+    Args:
+        loss: one value an example, from logits (b, ...) and labels (b, ...): what the Trainer's
+            loss is the mean of.
+        every: optimizer steps between estimates; an epoch if left out.
+        stop: whether to end training once the best moment is past: the last ``patience`` estimates
+            are each worse than the best by more than 1.5 standard errors of the difference, or
+            comparable no more.
+        patience: of ``stop``.
+        keep_best: whether to give the model the weights of :func:`poprisk.stopping_point` when
+            training ends.
+        labels: under which name the model's inputs hold the labels.
+        delta: as for :class:`poprisk.TwinRisk`.
+        probes: likewise.
+        seed: likewise.
+        sinks: where estimates go too, as for :class:`poprisk.RiskMonitor`.
+        leave_out: as for :class:`poprisk.TwinRisk`. The loss of a language model is then
+            ``partial(poprisk.losses.next_token, reduction="sum")``: a Trainer takes the mean over
+            tokens, so that a sequence weighs as many as it has.
+
+    Attributes:
+        curve: the estimates so far.
+    """
+
+    def __init__(
+        self,
+        loss: PerExampleLoss,
+        *,
+        every: int | None = None,
+        stop: bool = False,
+        patience: int = PATIENCE,
+        keep_best: bool = False,
+        labels: str = "labels",
+        delta: float = 0.3,
+        probes: int = 1,
+        seed: int = 0,
+        sinks: Any = (),
+        leave_out: float | None = None,
+    ) -> None:
+        super().__init__(
+            loss,
+            every=every,
+            stop=stop,
+            patience=patience,
+            keep_best=keep_best,
+            sinks=sinks,
+            delta=delta,
+            probes=probes,
+            seed=seed,
+            leave_out=leave_out,
+        )
+        self.labels = labels
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the twin, or take up that of a checkpoint.
+
+        Raises:
+            ValueError: if it cannot follow this training.
+        """
+        model: nn.Module = kwargs["model"]
+        self._check(args, model)
+        dataset = kwargs["train_dataloader"].dataset
+        self._begin(args, kwargs, dataset_size=dataset, forward=_logits)
+        self._hooks.append(
+            model.register_forward_pre_hook(self._tell, with_kwargs=True, prepend=True)
+        )
+        self._resume(args, state)
+
+    def _check(self, args: TrainingArguments, model: nn.Module) -> None:
+        """Raise ValueError for settings of a Trainer that a twin cannot follow."""
+        check_keeps_positions(args)
+        pushed = self._settings["leave_out"] is None
+        if type(args).__module__.partition(".")[0] == "trl" or (pushed and writes_texts(model)):
+            raise ValueError(
+                f"a twin does not follow {type(model).__name__} with {type(args).__name__}: it "
+                "perturbs one label an example, and texts and pairs (SFTTrainer, RewardTrainer "
+                "...) have none; for DPOTrainer use poprisk.integrations.trl_twin, for a language "
+                "model in a plain Trainer leave_out=0.2."
+            )
+        self._refuse(args)
 
     def _tell(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Say which examples a training batch is of."""
@@ -218,13 +268,9 @@ class TrainerTwinCallback(TwinFollower, TrainerCallback):
             )
         self._lockstep.batch(index.cpu(), targets)
 
-    def _batches(self, device: torch.device) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        """The training set, without its labels in the inputs."""
-        assert self._loader is not None
-        for batch in self._loader:
-            x = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            index, targets = x.pop(INDEX), x.pop(self.labels)
-            yield x, targets, index
+    def _inputs_and_targets(self, batch: dict[str, Any]) -> tuple[Any, Tensor]:
+        targets = batch.pop(self.labels)
+        return batch, targets
 
 
 def without_index(

@@ -110,6 +110,21 @@ def watch_preferences(
     Raises:
         TypeError, ValueError: for a bad argument; nothing is changed then.
     """
+    check_dpo(trainer)
+    callback = PreferenceCallback(
+        trainer, auditor, every=every, sinks=sinks, fall=fall, drift=drift
+    )
+    if auditor is not None:
+        _check_audited(trainer.train_dataset, auditor)
+        trainer.args.remove_unused_columns = False
+        trainer.data_collator = with_index(trainer.data_collator)
+    trainer.compute_loss = callback.around(trainer.compute_loss)
+    trainer.add_callback(callback)
+    return callback
+
+
+def check_dpo(trainer: Any) -> None:
+    """Raise TypeError or ValueError unless a trainer has pairs with implicit rewards."""
     if not hasattr(trainer, "compute_ref_log_probs") or not hasattr(trainer, "ld_alpha"):
         raise TypeError(
             f"trainer must be a DPOTrainer of TRL, but got {type(trainer).__name__}: only pairs "
@@ -121,16 +136,6 @@ def watch_preferences(
             f"ld_alpha={trainer.ld_alpha} weighs tokens by their place, which implicit rewards do "
             "not; leave it out."
         )
-    callback = PreferenceCallback(
-        trainer, auditor, every=every, sinks=sinks, fall=fall, drift=drift
-    )
-    if auditor is not None:
-        _check_audited(trainer.train_dataset, auditor)
-        trainer.args.remove_unused_columns = False
-        trainer.data_collator = with_index(trainer.data_collator)
-    trainer.compute_loss = callback.around(trainer.compute_loss)
-    trainer.add_callback(callback)
-    return callback
 
 
 def robust_settings(result: AuditResult) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from poprisk._validate import check_positive, check_type
 from poprisk.dtensor import (
     all_agree,
+    everywhere,
     layout_of,
     locals_of,
 )
 from poprisk.optim.batch_variance import BatchParts
-from poprisk.optim.fused import gradients_are_finite
+from poprisk.optim.fused import check_capturable, gradients_are_finite, gradients_are_small
 from poprisk.optim.gate import Mask, TensorList
-from poprisk.optim.groups import TensorGroup, captured_update, update_group
+from poprisk.optim.groups import TensorGroup, captured_updates, update_group
 from poprisk.optim.rank_variance import Observation, rank_variances
 from poprisk.optim.replay import gate_row, last_step_rule
 from poprisk.optim.settings import (
@@ -91,12 +92,14 @@ class PopRiskAdamW(Optimizer):
         reduction: None, or ``"per_tensor"``: average over a tensor before the comparison.
         q_min: floor of the mask, in [0, 1].
         foreach: many tensors per kernel (None: yes) or one at a time.
-        fused: one pass over memory by a native kernel, compiled at the first step by the system's
-            C++ compiler and then kept (:mod:`poprisk.optim.fused`). On the CPU, for masks by name;
-            where there is no compiler, foreach takes over after one RuntimeWarning.
+        fused: one pass over memory by a native kernel, compiled at the first step and then kept
+            (:mod:`poprisk.optim.fused`): on the CPU by the system's C++ compiler, on CUDA devices
+            by Triton. For masks by name; where there is no compiler or no Triton, foreach takes
+            over after one RuntimeWarning.
         maximize: maximize the objective.
         capturable: keep counters and choices in tensors, so that CUDA graphs and torch.compile can
-            hold the step; skipped steps are counted without a warning.
+            hold the step; skipped steps are counted without a warning. With ``fused=True`` on CUDA
+            devices only.
         gate: False for a group that is to be plain AdamW.
 
     A step whose gradients hold a NaN or Inf changes nothing; it is counted in
@@ -185,6 +188,7 @@ class PopRiskAdamW(Optimizer):
         unnamed = self._agree_on_names(param_group)
         try:
             check_distinct(param_group["params"])
+            check_capturable({**self.defaults, **param_group})
             super().add_param_group(param_group)
         except BaseException:
             for group in unnamed:
@@ -407,13 +411,14 @@ class PopRiskAdamW(Optimizer):
 
     def _captured_step(self, grads: TensorList) -> None:
         """The same step without a number that changes from call to call, nor a choice by value."""
-        finite = all_small(locals_of(grads))
+        in_one_pass = self._any("fused") and not torch.compiler.is_compiling()
+        small = gradients_are_small if in_one_pass else all_small
+        finite = everywhere(small(locals_of(grads)), grads)
         for group in self.param_groups:
-            group["skipped_steps"] = group["skipped_steps"] + (~finite).int()
+            _count_captured_skip(group, ~finite)
             now = compiled(group)
-            for p in group["params"]:
-                if p.grad is not None and p.numel():
-                    captured_update(now, p, self.state[p], finite)
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            captured_updates(now, params, [self.state[p] for p in params], finite)
 
     def _prepare_captured(self) -> None:
         """Make all state at once: none may be made while a step is captured."""
@@ -449,6 +454,15 @@ class PopRiskAdamW(Optimizer):
             by_kind[kind].params.append(p)
             by_kind[kind].states.append(state)
         return list(by_kind.values())
+
+
+def _count_captured_skip(group: dict[str, Any], skipped: Tensor) -> None:
+    """Count a step that may be left out, in place: a graph reads and writes the same memory."""
+    count = group["skipped_steps"]
+    if isinstance(count, Tensor) and count.device == skipped.device:
+        count.add_(skipped)
+    else:
+        group["skipped_steps"] = int(count) + skipped.int()
 
 
 class _Notes:

@@ -278,13 +278,13 @@ def threshold(
     return float(alpha)
 
 
-Pool = Callable[[Tensor, Sequence[int]], Tensor]
+Pool = Callable[[Tensor, Sequence[int] | Tensor], Tensor]
 """From sums of tensors, shape (2, tensors), and their sizes to averages."""
 
 
-def local_means(sums: Tensor, counts: Sequence[int]) -> Tensor:
+def local_means(sums: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
     """Averages of tensors that are not spread over processes."""
-    return sums / torch.tensor(counts, device=sums.device)
+    return sums / torch.as_tensor(counts, device=sums.device)
 
 
 class Gate(NamedTuple):

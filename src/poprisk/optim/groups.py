@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from poprisk.dtensor import ShardLayout, gradient_of, layout_of, locals_of
-from poprisk.optim.fused import fused_adamw_
+from poprisk.optim.fused import captured_adamw_, fused_adamw_
 from poprisk.optim.gate import TensorList
 from poprisk.optim.settings import CompiledGroup
 from poprisk.optim.state import ADAM_KEYS
@@ -32,6 +33,49 @@ class TensorGroup(NamedTuple):
     t: Any
     observations: Any
     layout: ShardLayout | None
+
+
+def captured_updates(
+    group: CompiledGroup, params: TensorList, states: list[dict[str, Any]], finite: Tensor
+) -> None:
+    """Update parameters of a group unless a gradient of the step was not finite."""
+    left = [*range(len(params))]
+    if group.settings["fused"] and not torch.compiler.is_compiling():  # inductor fuses by itself
+        left = _captured_in_one_pass(group, params, states, finite)
+    for i in left:
+        captured_update(group, params[i], states[i], finite)
+
+
+def _captured_in_one_pass(
+    group: CompiledGroup, params: TensorList, states: list[dict[str, Any]], finite: Tensor
+) -> list[int]:
+    """Update what the kernel can take; return the indices of the others."""
+    kinds: dict[Any, list[int]] = defaultdict(list)
+    for i, p in enumerate(params):
+        kinds[p.device, p.dtype, layout_of(p)].append(i)
+    left = list[int]()
+    for (_, _, layout), own in kinds.items():
+        of_kind = [states[i] for i in own]
+        steps = [state["step"] for state in of_kind]
+        starts = [float(state.get("variance_start", 0)) for state in of_kind]
+        t, since = (
+            torch.stack([*x]).double() + 1 for x in (steps, torch._foreach_sub(steps, starts))
+        )
+        tensors = TensorGroup(group, [params[i] for i in own], of_kind, t, since, layout)
+        counts = group.counts(t, since)
+        rest = captured_adamw_(
+            _columns(tensors),
+            settings=group.adam(counts),
+            counts=counts,
+            estimator=group.estimator,
+            gate=group.gate(counts, layout),
+            maximize=group.settings["maximize"],
+            taken=finite,
+        )
+        if taken := [step for j, step in enumerate(steps) if j not in rest]:
+            torch._foreach_add_(taken, [finite.to(taken[0].dtype)] * len(taken))
+        left += [own[j] for j in rest]
+    return left
 
 
 def captured_update(group: CompiledGroup, p: Tensor, state: dict[str, Any], finite: Tensor) -> None:
@@ -58,7 +102,7 @@ def update_group(tensors: TensorGroup) -> None:
         "gate": group.gate(counts, tensors.layout),
     }
     columns = _columns(tensors)
-    if settings["fused"]:
+    if settings["fused"] and not counts.captured:
         left = fused_adamw_(columns, **how, maximize=settings["maximize"])
         if not left:
             return
@@ -87,8 +131,16 @@ def update_lists(
 def _columns(tensors: TensorGroup) -> TensorLists:
     """The tensors as they are, of DTensors the parts that are here."""
     keys = (*ADAM_KEYS, *tensors.group.state_keys)
-    columns = [tensors.params, [gradient_of(p, tensors.layout) for p in tensors.params]]
+    columns = [tensors.params, _gradients(tensors)]
     columns += [[state[key] for state in tensors.states] for key in keys]
     if tensors.layout is not None:
         columns = [locals_of(column) for column in columns]
     return TensorLists(*columns, *([] for _ in range(5 - len(columns))))
+
+
+def _gradients(tensors: TensorGroup) -> TensorList:
+    """The gradients, as they are in memory: torch may put off negations and conjugations."""
+    grads = [gradient_of(p, tensors.layout) for p in tensors.params]
+    if not torch.compiler.is_compiling() and any(g.is_neg() or g.is_conj() for g in grads):
+        return [g.resolve_neg().resolve_conj() for g in grads]
+    return grads

@@ -205,11 +205,6 @@ def check_optimizer_settings(group: Mapping[str, Any]) -> None:
         )
     if fused and group["foreach"]:
         raise ValueError("fused=True and foreach=True were both given; choose one of them.")
-    if fused and captured:
-        raise ValueError(
-            "fused=True and capturable=True were both given: the native kernel cannot be captured; "
-            "choose one of them (torch.compile fuses a captured step)."
-        )
     if fused and callable(group["mask"]):
         raise TypeError(
             "fused=True needs a mask by name, but got a function, which the native kernel cannot "

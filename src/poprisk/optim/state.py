@@ -46,6 +46,8 @@ def prepare_state(
         state["step"] = torch.tensor(0.0, device=p.device if on_device else None)
         for key in ADAM_KEYS:
             state[key] = torch.zeros_like(p, dtype=state_dtype(p))
+    if on_device:  # a loaded counter is not yet
+        state["step"] = state["step"].to(p.device)
     if estimator is None:
         if "variance_start" in state:
             state["variance_start"] += 1  # nothing is observed while the gate is off

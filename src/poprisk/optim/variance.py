@@ -172,7 +172,7 @@ class Ema(VarianceEstimator):
 
     def inflation(self, counts: StepCounts) -> float:
         found = 1 + momentum_noise(counts.t, counts.beta1)
-        return _where(counts.observations > 0, found)
+        return where_known(counts.observations > 0, found)
 
 
 @final
@@ -203,7 +203,7 @@ class SecondMoment(VarianceEstimator):
         return raw, 1.0
 
     def inflation(self, counts: StepCounts) -> float:
-        return _where(counts.t > 1, 1 - momentum_noise(counts.t, counts.beta1))
+        return where_known(counts.t > 1, 1 - momentum_noise(counts.t, counts.beta1))
 
 
 @final
@@ -252,10 +252,10 @@ class Precomputed(VarianceEstimator):
         return 1.0
 
 
-def _where(known: Any, value: Any) -> Any:
+def where_known(known: Any, value: Any) -> Any:
     """``value`` where it is known, else 0; numbers, or tensors where steps are captured."""
     if isinstance(known, Tensor):
-        return torch.where(known, value, 0.0)
+        return torch.where(known, value, known.new_zeros((), dtype=torch.float64))
     return value if known else 0.0
 
 

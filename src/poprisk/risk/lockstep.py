@@ -24,6 +24,7 @@ from poprisk.printing import described
 from poprisk.protocols import PerExampleLoss
 from poprisk.randomness import RandomState
 from poprisk.risk.inputs import check_output_losses
+from poprisk.risk.left_out import Without
 from poprisk.risk.local_losses import gradient_of, ignored_examples
 from poprisk.risk.twin import CHECKED_EVERY, CHECKED_STEPS, Probe, TwinRisk
 
@@ -142,8 +143,10 @@ class Lockstep:
     .. math:: g_i + w\,\bigl(\nabla\ell_i(u_i^{twin}) - \nabla\ell_i(u_i)\bigr) - w\,t_i,
 
     with t the perturbation and w the weight of an example, which g and :math:`\nabla\ell` tell
-    together. Without a perturbation a twin is thus the model, bit for bit. A loss that a model
-    computes itself, as those of transformers do, is back-propagated through the twin itself.
+    together; with ``leave_out`` t is :math:`(1-w_i)\nabla\ell_i(u_i^{twin})`, with the weight that
+    the example has for that twin. Without a perturbation a twin is thus the model, bit for bit. A
+    loss that a model computes itself, as those of transformers do, is back-propagated through the
+    twin itself.
 
     That the loop trains nothing but the mean of ``loss`` (or another sum with one weight for all
     examples of a call) is checked at every step; and at the first ten, and then every hundredth,
@@ -164,6 +167,7 @@ class Lockstep:
             ``outputs(model(x))``.
         clip: what the loop does to the gradients before each step, from a model and its optimizer,
             such as ``lambda model, _: clip_grad_norm_(model.parameters(), 1.0)``.
+        leave_out: as for the twin.
 
     Attributes:
         twin: for estimates, ``lockstep.twin.estimate(x, y)``.
@@ -199,6 +203,7 @@ class Lockstep:
         outputs: Outputs | None = None,
         forward: Forward | None = None,
         clip: Clip | None = None,
+        leave_out: float | None = None,
     ) -> None:
         _check_followed(model, optimizer)
         for name, value in (("outputs", outputs), ("forward", forward), ("clip", clip)):
@@ -217,6 +222,7 @@ class Lockstep:
             probes=probes,
             seed=seed,
             forward=self._evaluated,
+            leave_out=leave_out,
         )
         if any(optimizer.state.values()):
             self.twin.doubt = ELSEWHERE
@@ -371,13 +377,13 @@ class Lockstep:
         seen.targets = targets = targets.to(u.device)
         with self._autocast.off():
             losses = check_output_losses(self.twin.loss(_full(u), targets), _full(u)).detach()
-            self.twin._set_scale(u.detach(), targets)
+            self.twin._see_first(u, targets)
             labelled = ~ignored_examples(self.twin.loss, _full(u), targets)
             slope = self._slope(u, targets)
-        if tuple(u.shape[1:]) != self.twin._shape:
+        if self.twin.leave_out is None and tuple(u.shape[1:]) != self.twin._shape:
             raise ValueError(
                 f"outputs must keep their shape from batch to batch, {self.twin._shape} per "
-                f"example, but got {tuple(u.shape[1:])}: texts of any length have no twin."
+                f"example, but got {tuple(u.shape[1:])}: give texts of any length leave_out=0.2."
             )
         self.twin.seen.note(index, targets)
         seen.dtype, seen.total, seen.count = u.dtype, float(losses.sum()), int(labelled.sum())
@@ -417,7 +423,7 @@ class Lockstep:
             if self._checked is not None:
                 self._check(self._checked, passes, weights)
                 self._checked = None
-            for run, probe in zip(twins, self.twin.probes, strict=True):
+            for run, probe in zip(twins, self.twin.probes or self.twin.without, strict=True):
                 began = time.perf_counter()
                 self._step(run.model, run.optimizer, passes, weights, probe)
                 run.optimizer.zero_grad()
@@ -471,7 +477,7 @@ class Lockstep:
         optimizer: Optimizer,
         passes: list[_Pass],
         weights: list[float],
-        probe: Probe | None,
+        probe: Probe | Without | None,
     ) -> None:
         """One step of a copy of the model, with its labels perturbed if there is a probe."""
         for mine, its in zip(self.twin.model.modules(), model.modules(), strict=True):
@@ -495,7 +501,7 @@ class Lockstep:
         optimizer.step()
 
     def _replay(
-        self, model: nn.Module, seen: _Pass, weight: float, probe: Probe | None
+        self, model: nn.Module, seen: _Pass, weight: float, probe: Probe | Without | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What is back-propagated through which tensors, of a copy's pass on the same batch."""
         assert seen.index is not None
@@ -516,7 +522,11 @@ class Lockstep:
                 through = _grad(u, leaves[name], slope)
                 grad = grad if through is None else grad + weight * (through - seen.slopes[name])
             grads.append(grad)
-        if probe is not None:
+        if isinstance(probe, Without):
+            beyond = (probe.weights(seen.index) - 1).to(slope)
+            roots.append(u)
+            grads.append(weight * beyond.reshape(-1, *[1] * (u.ndim - 1)) * slope)
+        elif probe is not None:
             roots.append(u)
             grads.append(-weight * self._perturbation(seen.index, u, seen.targets, probe))
         return roots, grads

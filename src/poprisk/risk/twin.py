@@ -35,6 +35,7 @@ from poprisk.risk.inputs import (
     check_parts,
     check_same,
 )
+from poprisk.risk.left_out import Without, left_out_risk, parts_left_out
 from poprisk.risk.local_losses import (
     gradient_of,
     ignored_examples,
@@ -43,6 +44,8 @@ from poprisk.risk.local_losses import (
     on_logits,
 )
 
+DELTA = 0.3
+"""Size of the perturbation of labels, in standard deviations of the output gradient."""
 CHECKED_STEPS = 10
 CHECKED_EVERY = 100
 TRIED = 8
@@ -125,11 +128,13 @@ class Seen:
 
     def __init__(self, dataset_size: int) -> None:
         self.marks = torch.full((dataset_size,), math.nan, dtype=torch.float64)
+        self.lengths = torch.zeros(dataset_size, dtype=torch.int64)
 
     def note(self, index: Tensor, targets: Tensor) -> None:
         """Note the targets (b, ...) of the examples at ``index``; of others than one each, none."""
         if len(targets) == len(index):
             self.marks[index.cpu()] = _marks(targets)
+            self.lengths[index.cpu()] = targets[0].numel()
 
     def compared(
         self, batches: Iterable[tuple[Any, Tensor, Tensor]], tally: Tally
@@ -138,6 +143,7 @@ class Seen:
         for x, y, index in batches:
             then, now = self.marks[index.cpu()], _marks(y)
             known = ~(then.isnan() | now.isnan())
+            known &= self.lengths[index.cpu()] == y[0].numel()  # padded alike
             rounding = 1e-2 if y.is_floating_point() else 1e-9  # of targets in half precision
             tally.known += int(known.sum())
             tally.other += int((~torch.isclose(then, now, rounding, 1e-9) & known).sum())
@@ -187,7 +193,7 @@ class Replica:
         self._watching.remove()
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each example, (b,); for a twin with its labels perturbed.
+        """The loss of each example, (b,); for a twin with its labels perturbed, or weighted.
 
         Args:
             outputs: of this replica's model on the batch, (b, ...).
@@ -199,6 +205,9 @@ class Replica:
         """
         losses = check_output_losses(self._owner.loss(outputs, targets), outputs)
         self.scored += 1
+        weights = self._owner._weights(self, outputs, targets)
+        if weights is not None:
+            return losses * weights.to(losses)
         perturbation = self._owner._perturbation(self, outputs, targets)
         if perturbation is None:
             return losses
@@ -237,6 +246,11 @@ class TwinRisk:
         probes: twins.
         seed: of the perturbations.
         forward: from a model and an input batch to outputs; ``model(x)`` if left out.
+        leave_out: share of the examples that each twin is trained without (those of different twins
+            have nothing in common), in place of pushed labels. For losses without a label to push
+            (pairs, sequences of any length, texts), and for runs that memorize: the estimate is
+            right however much is memorized, but has only those examples to tell it by, and is the
+            risk of training on the others (:mod:`poprisk.risk.left_out`). 0.2 is a good start.
 
     The first call of ``run.loss`` tries the loss on a few examples: that it is one value an
     example, differentiable, and defined around the outputs.
@@ -266,10 +280,11 @@ class TwinRisk:
         loss: PerExampleLoss,
         *,
         dataset_size: Any,
-        delta: float = 0.3,
+        delta: float = DELTA,
         probes: int = 1,
         seed: int = 0,
         forward: Forward | None = None,
+        leave_out: float | None = None,
     ) -> None:
         self.dataset_size = _length(dataset_size)
         self.delta = check_number("delta", delta, low=0.0, include_low=False)
@@ -288,7 +303,13 @@ class TwinRisk:
         self.replicas = [Replica(self, m, i) for i, m in enumerate([model, *copies])]
         _check_own_optimizers(self.replicas)
         self.seen = Seen(self.dataset_size)
-        self.probes = [Probe(self.dataset_size, seed * 1009 + k) for k in range(probes)]
+        self.leave_out = leave_out
+        self.probes, self.without = list[Probe](), list[Without]()
+        if leave_out is None:
+            self.probes = [Probe(self.dataset_size, seed * 1009 + k) for k in range(probes)]
+        else:
+            _check_one_kind(delta, leave_out)
+            self.without = parts_left_out(leave_out, self.dataset_size, probes=probes, seed=seed)
         self.steps = 0
         self.doubt = ""
         self._scale: tuple[float, bool] | None = None
@@ -304,7 +325,7 @@ class TwinRisk:
             type(self.model).__name__,
             type(self.optimizer).__name__,
             dataset_size=self.dataset_size,
-            probes=len(self.probes),
+            probes=len(self.replicas) - 1,
             steps=self.steps,
         )
 
@@ -385,10 +406,11 @@ class TwinRisk:
             groups: ids of dependent examples (one patient, one document), (n,): the estimate is
                 for examples of new ones, and its error counts groups (:mod:`poprisk.risk.grouped`).
             parts: ids of examples whose response is measured apart, (n,), such as their classes.
+                Both take pushed labels.
             batch_size: examples per forward pass.
 
         Raises:
-            ValueError: if shapes do not fit.
+            ValueError: if shapes do not fit, or for groups or parts with ``leave_out``.
         """
         index = self._some_of(range(len(y)) if index is None else index)
         pieces = (slice(i, i + batch_size) for i in range(0, len(y), batch_size))
@@ -470,10 +492,10 @@ class TwinRisk:
         return {
             "delta": self.delta,
             "seed": self.seed,
-            "probes": len(self.probes),
+            "probes": len(self.replicas) - 1,
             "dataset_size": self.dataset_size,
             "optimizer": type(self.optimizer).__name__,
-            "signs": SIGNS,
+            "signs": SIGNS if self.leave_out is None else f"without {self.leave_out:g}",
         }
 
     def outputs(self, batches: Iterable[tuple[Any, Tensor, Tensor]]) -> Answers:
@@ -481,7 +503,11 @@ class TwinRisk:
 
         Args:
             batches: inputs, targets and index of all examples, in their order.
+
+        Raises:
+            ValueError: if no labels are pushed.
         """
+        self._check_pushed("outputs to compare")
         columns: list[list[Tensor]] = [[] for _ in range(len(self.replicas) + 2)]
         with evaluating(*(run.model for run in self.replicas)):
             for x, y, index in batches:
@@ -500,6 +526,14 @@ class TwinRisk:
         ]
         return Answers(u, y, twins)
 
+    def _check_pushed(self, what: str) -> None:
+        """Raise ValueError if the twins are trained without examples, and not on pushed labels."""
+        if self.leave_out is not None:
+            raise ValueError(
+                f"a twin with leave_out={self.leave_out:g} pushes no labels and has no {what}; "
+                "make it without leave_out."
+            )
+
     def _estimate(
         self,
         batches: Iterable[tuple[Any, Tensor, Tensor]],
@@ -507,6 +541,10 @@ class TwinRisk:
         parts: Tensor | None,
     ) -> RiskEstimate:
         tally = Tally()
+        if self.leave_out is not None:
+            if groups is not None or parts is not None:
+                self._check_pushed("groups or parts")
+            return self._estimate_left_out(self.seen.compared(batches, tally), tally)
         u, y, twins = self.outputs(self.seen.compared(batches, tally))
         return estimate_risk(
             self.loss,
@@ -519,6 +557,50 @@ class TwinRisk:
             doubt=self.doubt or self._unpushed() or tally.doubt(),
         )
 
+    @torch.no_grad()
+    def _estimate_left_out(
+        self, batches: Iterable[tuple[Any, Tensor, Tensor]], tally: Tally
+    ) -> RiskEstimate:
+        """The estimate of twins that were trained without examples, from losses alone."""
+        columns: list[list[Tensor]] = [[] for _ in range(len(self.replicas) + 2)]
+        with evaluating(*(run.model for run in self.replicas)):
+            for x, y, index in batches:
+                found = [_full(outputs_of(run.model, x, self.forward)) for run in self.replicas]
+                y = y.to(found[0].device)
+                rows = [check_output_losses(self.loss(u, y), u) for u in found]
+                counted = ~ignored_examples(self.loss, found[0], y)
+                for column, part in zip(columns, (index, counted, *rows), strict=True):
+                    column.append(part.detach().cpu())
+        index, counted, losses, *twins = (torch.cat(column) for column in columns)
+        return left_out_risk(
+            losses.double(),
+            [twin.double() for twin in twins],
+            [part.out[index] for part in self.without],
+            counted=counted,
+            cost=self.cost,
+            doubt=self.doubt or tally.doubt(),
+        )
+
+    def _weights(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """The present batch's weights (b,), None for pushed labels; checks on the way."""
+        if not self.without:
+            return None
+        self._see_first(outputs, targets)
+        index = self._checked_batch(run, outputs, targets)
+        if run.position == 0:
+            return torch.ones(len(index))
+        return self.without[run.position - 1].weights(index)
+
+    def _see_first(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check on the first batch that each loss is an example's own, and what else it takes."""
+        if self.leave_out is None:
+            self._set_scale(outputs.detach(), targets)
+        elif self._sample is None:
+            u = _full(outputs.detach())
+            losses = check_output_losses(self.loss(u, targets), u).detach()
+            check_separate(self.loss, u, targets, losses)
+            self._sample = u[:TRIED].clone(), targets[:TRIED].clone(), losses[:TRIED].clone()
+
     def _unpushed(self) -> str:
         """Why there is no response to measure, if there is none."""
         return "" if self.steps else "no batch has gone through runs() yet: no twin was pushed"
@@ -526,12 +608,21 @@ class TwinRisk:
     def _perturbation(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The present batch's perturbation for a twin, None for the model; checks on the way."""
         scale, shift_invariant = self._set_scale(outputs, targets)
+        index = self._checked_batch(run, outputs, targets)
+        if run.position == 0:
+            return None
+        z = self.probes[run.position - 1].perturbation(
+            index, outputs.shape[1:], shift_invariant=shift_invariant
+        )
+        return (scale * z).to(outputs.device, _full(outputs).dtype)
+
+    def _checked_batch(self, run: Replica, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The index of the present batch, if all runs are fed alike."""
         index = self._checked_index(outputs)
         if run.position == 0:
             self.seen.note(index, targets)
             self._first = (outputs.detach(), targets) if self._checking else None
-            return None
-        if self._first is not None:
+        elif self._first is not None:
             check_same("targets", self._first[1], targets)
             first, again = self._first[0], outputs.detach()
             if self.steps == 0 and not torch.allclose(first, again, equal_nan=True):
@@ -541,10 +632,7 @@ class TwinRisk:
                     "cannot repeat. Use torch's, numpy's or Python's global generator inside the "
                     "loop, and draw the batch before it."
                 )
-        z = self.probes[run.position - 1].perturbation(
-            index, outputs.shape[1:], shift_invariant=shift_invariant
-        )
-        return (scale * z).to(outputs.device, _full(outputs).dtype)
+        return index
 
     def _checked_index(self, outputs: Tensor) -> Tensor:
         """The index of the present batch, if outputs are one row for each, of one shape always."""
@@ -555,7 +643,7 @@ class TwinRisk:
                 f"outputs hold {len(outputs)} examples, but index has {len(self._index)}; pass the "
                 "positions of exactly this batch's examples to twin.runs(index)."
             )
-        if tuple(outputs.shape[1:]) != self._shape:
+        if self.leave_out is None and tuple(outputs.shape[1:]) != self._shape:
             raise ValueError(
                 f"outputs must keep their shape from batch to batch, {self._shape} per example, "
                 f"but got {tuple(outputs.shape[1:])}; pad them, or let each token be an example."
@@ -620,6 +708,14 @@ def _check_factories(make_model: Any, make_optimizer: Any, loss: Any) -> None:
     check_callable("make_model", make_model)
     check_callable("make_optimizer", make_optimizer)
     check_callable("loss", loss)
+
+
+def _check_one_kind(delta: float, leave_out: float) -> None:
+    if delta != DELTA:
+        raise ValueError(
+            f"delta={delta} is the size of pushed labels, and leave_out={leave_out} pushes none; "
+            "leave out one of them."
+        )
 
 
 def _check_own_optimizers(replicas: list[Replica]) -> None:

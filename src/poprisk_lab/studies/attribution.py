@@ -35,7 +35,7 @@ from poprisk_lab.study import Metrics, Results, Settings, Study, Trial, Workspac
 from poprisk_lab.tasks.nets import mlp
 
 SEEDS = range(540, 545)
-SUBSETS, QUICK_SUBSETS = 60, 4
+SUBSETS, QUICK_SUBSETS = 100, 4
 KEPT = 0.5
 """Share of the examples in a subset."""
 QUERIES = 20
@@ -107,7 +107,7 @@ def trained(setting: AttributedTraining, seed: int) -> Replay:
     query = data.x[n : n + QUERIES], data.y[n : n + QUERIES]
     if len(query[0]) < QUERIES:  # all are for training
         query = data.fresh[:QUERIES], setting.data(seed + 1).y[:QUERIES]
-    torch.manual_seed(seed)
+    torch.manual_seed(generator_of(seed, "weights").initial_seed())
     model, order = setting.model(), generator_of(seed, "order")
     steps = [torch.randperm(n, generator=order).split(setting.batch) for _ in range(setting.epochs)]
     batches = [batch for epoch in steps for batch in epoch]
@@ -121,11 +121,12 @@ def run(settings: Settings, workspace: Workspace) -> Metrics:
     done = trained(setting, seed)
     subsets = _subsets(setting.n, settings["subsets"], seed)
     if "rival" in settings:
-        (kept,) = workspace.given.values()
-        torch.manual_seed(seed)
+        kept = load_checkpoint(*workspace.given.values())
+        torch.manual_seed(generator_of(seed, "rival").initial_seed())
         estimate = RIVALS[settings["rival"]][1](done, setting.loss)
-        score = _score(estimate, subsets, load_checkpoint(kept)["values"])
-        return {"scores": {settings["rival"]: short(score)}}
+        score = _score(estimate, subsets, kept["values"])
+        apart = _distance(estimate, kept["followed"])
+        return {"scores": {settings["rival"]: short(score)}, "distance": short(apart)}
     measure = partial(_losses, setting.loss)
     found = attribute(done, measure=measure, check=1 - KEPT, left_out="random", seed=seed)
     estimates = {
@@ -136,7 +137,7 @@ def run(settings: Settings, workspace: Workspace) -> Metrics:
     }
     with torch.enable_grad():
         values = torch.stack([_value(done, measure, s) for s in subsets])
-    workspace.keep({"values": values})
+    workspace.keep({"values": values, "followed": found.influence})
     total, alone = attribute(done, check=LEFT_OUT[-1] / setting.n), attribute(done, check=0)
     return {
         "scores": {name: short(_score(i, subsets, values)) for name, i in estimates.items()},
@@ -198,6 +199,12 @@ def _score(influence: Tensor, subsets: list[Tensor], values: Tensor) -> float:
     return float(np.mean([spearmanr(p, v).statistic for p, v in pairs]))
 
 
+def _distance(estimate: Tensor, of: Tensor) -> float:
+    """From one estimate, at its best scale, to another, over the size of that."""
+    a, b = estimate.double(), of.double()
+    return float(((a * b).sum() / a.square().sum() * a - b).norm() / b.norm())
+
+
 def _left_out(done: Replay, influence: Tensor, value: float, k: int) -> dict[str, float]:
     """Trained without the k most harmful examples: measured and predicted change of the mean."""
     weights = torch.ones(len(influence), dtype=torch.float64)
@@ -230,8 +237,14 @@ def _summary(found: list[Metrics]) -> dict[str, Any]:
             by_name.setdefault(name, []).append(score)
     scores = {name: _interval(values) for name, values in by_name.items()}
     rows = [row for row in found if "valid" in row]
+    apart = {
+        name: [row["distance"] for row in found if "distance" in row and name in row["scores"]]
+        for name in scores
+        if name in RIVALS
+    }
     return {
         "scores": scores,
+        "distance from followed": apart,
         "agreement": [row["agreement"] for row in rows],
         "valid": [row["valid"] for row in rows],
         "cost in trainings": _interval([row["cost"] for row in rows]),

@@ -1,7 +1,7 @@
 """Estimates of influence by maintained packages: EKFAC by kronfluence, TRAK by traker.
 
-Both read the weights at the end and nothing of the training. Signs are as in :mod:`poprisk`:
-positive where an example raised the query's loss.
+Both read the weights at the end and nothing of the training; bergson's, in a module of its own,
+goes through it. Signs are as in :mod:`poprisk`: positive where an example raised the query's loss.
 """
 
 from __future__ import annotations
@@ -18,22 +18,12 @@ from torch.utils.data import TensorDataset
 
 from poprisk.attribution import Replay
 from poprisk.forward_mode import plain_kernels
-from poprisk.path.problem import private_copy
+from poprisk_lab.studies.influence_magic import Loss, magic, model_at
 
 PROJECTED = 100
 """Dimensions of TRAK's projection: fewer than examples, or its kernel is singular."""
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Estimate = Callable[[Replay, Loss], Tensor]
-
-
-def final_model(done: Replay) -> nn.Module:
-    """The model as it was trained, another copy."""
-    model = private_copy(done.problem.model)
-    with torch.no_grad():
-        for name, w in done.problem.J.named(done.final).items():
-            model.get_parameter(name).copy_(w)
-    return model.eval()
 
 
 def data_of(done: Replay) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -72,7 +62,7 @@ def ekfac(done: Replay, loss: Loss) -> Tensor:
         def get_influence_tracked_modules(self) -> list[str]:
             return [name for name, m in model.named_modules() if type(m) is nn.Linear]
 
-    model = final_model(done)
+    model = model_at(done, done.final)
     names = PerExample().get_influence_tracked_modules()
     assert names
     train, query = (TensorDataset(*t) for t in data_of(done))
@@ -114,7 +104,7 @@ def trak(done: Replay, loss: Loss) -> Tensor:
             return (y - torch.func.functional_call(model, (weights, buffers), x)).detach()
 
     train, query = data_of(done)
-    model = final_model(done)
+    model = model_at(done, done.final)
     with torch.no_grad():
         numbers = model(query[0]).shape[1] == 1
     task = Number() if numbers else ImageClassificationModelOutput()
@@ -142,5 +132,6 @@ def trak(done: Replay, loss: Loss) -> Tensor:
 RIVALS: Mapping[str, tuple[str, Estimate]] = {
     "EKFAC (kronfluence)": ("kronfluence", ekfac),
     "TRAK (traker)": ("trak", trak),
+    "MAGIC (bergson)": ("bergson", magic),
 }
 """By name: the package that it needs, and the estimate."""

@@ -49,7 +49,7 @@ MOMENTS = 12
 MAX_MEMORY = 64 * 2**30
 
 
-class Size(NamedTuple):
+class ModelSize(NamedTuple):
     """A transformer, and the learning rate that goes with its width."""
 
     width: int
@@ -58,12 +58,13 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "0.1M": Size(64, 2, 1.5e-3),
-    "1M": Size(128, 5, 7e-4),
-    "10M": Size(384, 6, 2.5e-4),
-    "124M": Size(928, 12, 2e-4),
+    "0.1M": ModelSize(64, 2, 1.5e-3),
+    "1M": ModelSize(128, 5, 7e-4),
+    "10M": ModelSize(384, 6, 2.5e-4),
+    "124M": ModelSize(928, 12, 2e-4),
 }
-PARTS = ("all", "noise", "influence")
+PARTS = ("all", "noise", "influence", "right targets")
+"""What is measured; the last is a training on right targets, which the signal alone is not."""
 
 
 class NextSymbols(Reader):
@@ -112,7 +113,7 @@ def window_loss(u: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(u.transpose(1, 2), y, reduction="none").mean(1)
 
 
-class Training(NamedTuple):
+class LanguageTraining(NamedTuple):
     """What is trained, by what, on which batches."""
 
     model: NextSymbols
@@ -139,7 +140,7 @@ def _now(device: torch.device) -> float:
     return time.process_time()
 
 
-def made(size: Size, seed: int, *, n: int, epochs: int, device: str) -> Training:
+def made(size: ModelSize, seed: int, *, n: int, epochs: int, device: str) -> LanguageTraining:
     """A training before its first step: the same one each time."""
     data, order = corpus(seed, n, device), generator_of(seed, "order")
     batches = [torch.randperm(n, generator=order).split(BATCH) for _ in range(epochs)]
@@ -147,7 +148,7 @@ def made(size: Size, seed: int, *, n: int, epochs: int, device: str) -> Training
         torch.manual_seed(generator_of(seed, "weights").initial_seed())
         model = NextSymbols(SYMBOLS, length=LENGTH, width=size.width, blocks=size.blocks)
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=size.lr, eps=1e-6)
-    return Training(model, optimizer, data, list(chain.from_iterable(batches)))
+    return LanguageTraining(model, optimizer, data, list(chain.from_iterable(batches)))
 
 
 def trials(
@@ -175,6 +176,8 @@ def run(settings: Settings, _: Workspace) -> Metrics:
     """Train once alone, and once with what is measured, in one process."""
     common = {"n": settings["n"], "epochs": settings["epochs"], "device": settings["device"]}
     make = partial(made, SIZES[settings["size"]], settings["seed"], **common)
+    if settings["part"] == "right targets":
+        return {"loss": short(_right(make()))}
     with peak_of(settings["device"]) as alone:
         plain = make()
         seconds = [plain.steps()]
@@ -195,7 +198,15 @@ def run(settings: Settings, _: Workspace) -> Metrics:
     }
 
 
-def _cells(training: Training, part: str) -> tuple[Metrics, dict[str, float]]:
+def _right(training: LanguageTraining) -> float:
+    """Loss on other texts after the same training on right targets."""
+    data = training.data
+    training._replace(data=data._replace(given=data.clean)).steps()
+    with torch.no_grad():
+        return _mean_loss(training.model(data.fresh), data.fresh_targets)
+
+
+def _cells(training: LanguageTraining, part: str) -> tuple[Metrics, dict[str, float]]:
     """The training followed, and what became of its parts."""
     data, half = training.data, round(CORRUPTED * len(training.data.x))
     seen = torch.cat([torch.arange(SEEN), half + torch.arange(SEEN)])
@@ -255,7 +266,7 @@ def _mean_loss(u: Tensor, y: Tensor) -> float:
     return float(window_loss(u, y).mean())
 
 
-def _influence(training: Training, _: str) -> tuple[Metrics, dict[str, float]]:
+def _influence(training: LanguageTraining, _: str) -> tuple[Metrics, dict[str, float]]:
     """Which windows raised the mean loss on other texts."""
     from sklearn.metrics import roc_auc_score
 
@@ -313,11 +324,14 @@ def report(done: Results) -> dict[str, Any]:
 
 
 def _summary(done: Results) -> dict[str, Any]:
-    cells, influence = ([d.metrics for d in done.where(part=p)] for p in ("all", "influence"))
+    cells, influence, right = (
+        [d.metrics for d in done.where(part=p)] for p in ("all", "influence", "right targets")
+    )
     ends = [row["moments"][-1] for row in cells]
     read = {
         "loss": [end["loss"] for end in ends],
         "loss without noise": [end["loss without noise"] for end in ends],
+        "loss, trained on right targets": [row["loss"] for row in right],
         "wrong targets fitted": [end["wrong targets fitted"] for end in ends],
         "noise left": [row["energy left"]["noise"] for row in cells],
         "signal left": [row["energy left"]["signal"] for row in cells],

@@ -1,28 +1,43 @@
-"""The fast step: one pass over memory by a native kernel.
+"""The fast step: one pass over memory by a kernel of our own.
 
-The kernel (``kernel.cpp``) repeats the arithmetic of :mod:`poprisk.optim.update`,
-:mod:`poprisk.optim.gate` and :mod:`poprisk.optim.variance` rounding by rounding, so that
-``fused=True`` gives the weights of ``foreach=True``. It runs on the CPU; what it
-cannot take (other devices, tensors with gaps) stays with the foreach path.
+The kernels (``kernel.cpp`` for the CPU, ``kernel_triton.py`` for CUDA devices) repeat the
+arithmetic of :mod:`poprisk.optim.update`, :mod:`poprisk.optim.gate` and
+:mod:`poprisk.optim.variance`, the first of them rounding by rounding, so that ``fused=True`` gives
+the weights of ``foreach=True``. What they cannot take (other devices, tensors with gaps) stays with
+the foreach path.
 """
 
 from __future__ import annotations
 
 import array
 import ctypes
+import functools
 from collections import defaultdict
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from poprisk._validate import first_line
 from poprisk.optim.fused import native
-from poprisk.optim.fused.build import library
-from poprisk.optim.gate import MASKS_, Gate, TensorList
-from poprisk.optim.update import AdamSettings, TensorLists, all_finite, size_limit, state_dtype
-from poprisk.optim.variance import Ema, SecondMoment, StepCounts, VarianceEstimator
+from poprisk.optim.fused.build import library, tell_fallback
+from poprisk.optim.fused.numbers import step_numbers
+from poprisk.optim.gate import Gate, TensorList
+from poprisk.optim.update import (
+    LOW_PRECISION,
+    AdamSettings,
+    TensorLists,
+    all_finite,
+    all_small,
+    size_limit,
+    state_dtype,
+)
+from poprisk.optim.variance import StepCounts, VarianceEstimator
 
-MASK_NAMES = {mask: name for name, mask in MASKS_.items()}
+TRITON_DEVICES: tuple[str, ...] = ("cuda",)
+"""Types of devices for which there is the kernel in Triton."""
 
 
 def fused_adamw_(
@@ -34,7 +49,7 @@ def fused_adamw_(
     gate: Gate | None,
     maximize: bool,
 ) -> list[int]:
-    """Update in place as :func:`poprisk.optim.update.gated_adamw_` does, as far as the kernel can.
+    """Update in place as :func:`poprisk.optim.update.gated_adamw_` does, as far as a kernel can.
 
     Args:
         lists: as for ``gated_adamw_``, but parameters and gradients may have 16 bits, all may be
@@ -48,39 +63,144 @@ def fused_adamw_(
     Returns:
         The indices of the tensors that were left alone.
     """
-    kernel = library()
-    if kernel is None:
+    device = lists.params[0].device
+    gpu = triton_launches(device)
+    kernel = library() if gpu is None and _is_native(device) else None
+    if gpu is None and kernel is None:
         return [*range(len(lists.params))]
     lists, left = _fitting(lists)
     if not lists.params:
         return left
-    numbers = {**_adam_numbers(settings, counts), "sign": -1.0 if maximize else 1.0}
-    numbers |= _variance_numbers(counts, estimator)
-    launch = _Launch(kernel, lists, numbers)
-    if gate is None or estimator is None:
-        launch("whole")
-    elif gate.per_tensor:
-        _two_passes(launch, lists, counts, estimator, gate)
-    else:
-        launch("whole", **_mask_numbers(gate, counts, estimator, state_dtype(lists.params[0])))
+    numbers = step_numbers(settings, counts, estimator, gate, state_dtype(lists.params[0]))
+    numbers["sign"] = -1.0 if maximize else 1.0
+    if gpu is not None:
+        gpu.update_(lists, numbers, gate)
+    elif kernel is not None:
+        launch = _Launch(kernel, lists, numbers)
+        if gate is not None and estimator is not None and gate.per_tensor:
+            _two_passes(launch, lists, counts, estimator, gate)
+        else:
+            launch("whole")
     return left
+
+
+def captured_adamw_(
+    lists: TensorLists,
+    *,
+    settings: AdamSettings,
+    counts: StepCounts,
+    estimator: VarianceEstimator | None,
+    gate: Gate | None,
+    maximize: bool,
+    taken: Tensor,
+) -> list[int]:
+    """Update as :func:`fused_adamw_` does where steps are captured, if ``taken`` is true.
+
+    Args:
+        lists: likewise.
+        settings: likewise; the learning rate may be a tensor.
+        counts: counters of each tensor, (tensors,), float64.
+        estimator: likewise.
+        gate: likewise, of numbers or tensors, (tensors,).
+        maximize: likewise.
+        taken: 0-d boolean on the device.
+
+    Returns:
+        The indices of the tensors that were left alone.
+    """
+    every = [*range(len(lists.params))]
+    gpu = triton_launches(lists.params[0].device)
+    if gpu is None:
+        return every
+    dtype = state_dtype(lists.params[0])
+    numbers = step_numbers(settings, counts, estimator, gate, dtype)
+    numbers["sign"] = -1.0 if maximize else 1.0
+    lists, left = _fitting(lists)
+    if lists.params:
+        rows = [i for i in every if i not in left]
+        gpu.captured_update_(lists, numbers, gate, rows=rows, t=counts.t, taken=taken)
+    return left
+
+
+@functools.cache
+def triton_launches(device: torch.device) -> ModuleType | None:
+    """What launches the kernels in Triton on a device; None where there are none.
+
+    Where Triton or the compiler that it needs is missing, one RuntimeWarning says so.
+    """
+    if device.type not in TRITON_DEVICES:
+        return None
+    try:
+        from poprisk.optim.fused import launch_triton
+
+        launch_triton.try_out(device)
+    except Exception as error:
+        # Whatever it is, nothing has moved yet, and the foreach path asks for no compiler.
+        tell_fallback(first_line(error))
+        return None
+    return launch_triton
+
+
+def _is_native(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def check_capturable(group: Mapping[str, Any]) -> None:
+    """Refuse a group whose steps no kernel can be captured in.
+
+    Raises:
+        ValueError: if it is to be fused and captured, and not on a CUDA device.
+    """
+    if not (group["fused"] and group["capturable"]):
+        return
+    for p in group["params"]:
+        device = (p[1] if isinstance(p, tuple) else p).device
+        if device.type not in TRITON_DEVICES:
+            raise ValueError(
+                "fused=True and capturable=True were both given, but there is a parameter on "
+                f"{device}: only the kernel of CUDA devices can be captured. Move the parameters "
+                "there first, or choose one of them (torch.compile fuses a captured step)."
+            )
 
 
 def gradients_are_finite(grads: TensorList) -> bool:
     """:func:`poprisk.optim.update.all_finite` at the speed of reading the gradients once."""
-    kernel = library()
-    if kernel is None:
-        return all_finite(grads)
-    if len({g.dtype for g in grads}) == 1 and _all_contiguous(grads):
-        return _within(kernel, grads)
-    dense: dict[torch.dtype, TensorList] = defaultdict(list)
+    rest, dense = _by_kind(grads)
+    return all_finite(rest) and all(map(_within, dense))
+
+
+def gradients_are_small(grads: TensorList) -> Tensor:
+    """The same as a 0-d boolean tensor, without looking at it: ``all_small`` in one reading."""
+    rest, dense = _by_kind(grads)
+    small = [all_small(rest)] if rest or not dense else []
+    for same in dense:
+        gpu = triton_launches(same[0].device)
+        small.append(all_small(same) if gpu is None else gpu.captured_beyond(same) == 0)
+    return torch.stack(small).all()
+
+
+def _by_kind(grads: TensorList) -> tuple[TensorList, list[TensorList]]:
+    """Gradients with gaps or of an unknown device, and the others by device and dtype."""
+    if len({(g.device, g.dtype) for g in grads}) == 1 and _all_contiguous(grads):
+        device = grads[0].device
+        known = _is_native(device) or device.type in TRITON_DEVICES
+        return ([], [grads]) if known else (grads, [])
+    dense: dict[Any, TensorList] = defaultdict(list)
     rest = []
     for g in grads:
-        (dense[g.dtype] if g.is_contiguous() and g.device.type == "cpu" else rest).append(g)
-    return all_finite(rest) and all(_within(kernel, same) for same in dense.values())
+        known = _is_native(g.device) or g.device.type in TRITON_DEVICES
+        (dense[g.device, g.dtype] if known and g.is_contiguous() else rest).append(g)
+    return rest, [*dense.values()]
 
 
-def _within(kernel: ctypes.CDLL, grads: TensorList) -> bool:
+def _within(grads: TensorList) -> bool:
+    """Whether gradients of one kind are finite; they are contiguous."""
+    gpu = triton_launches(grads[0].device)
+    if gpu is not None:
+        return not gpu.beyond(grads).item()
+    kernel = library() if _is_native(grads[0].device) else None
+    if kernel is None:
+        return all_finite(grads)
     return native.within(kernel, grads, size_limit(grads[0].dtype))
 
 
@@ -135,8 +255,6 @@ def _fitting(lists: TensorLists) -> tuple[TensorLists, list[int]]:
     Parameter and state must be dense and laid out alike.
     """
     every = range(len(lists.params))
-    if lists.params[0].device.type != "cpu":
-        return lists.subset([]), [*every]
     if all(_all_contiguous(column) for column in lists) and _state_fits(lists):
         taken = [*every]
     else:
@@ -147,7 +265,17 @@ def _fitting(lists: TensorLists) -> tuple[TensorLists, list[int]]:
     if not (_all_contiguous(lists.grads) and _all_contiguous(lists.params)):
         pairs = zip(lists.grads, lists.params, strict=True)
         lists = lists._replace(grads=[_laid_out(g, w) for g, w in pairs])
+    if taken and not _readable(lists.grads, state_dtype(lists.params[0])):
+        lists = lists._replace(grads=[g.to(state_dtype(lists.params[0])) for g in lists.grads])
     return lists, left
+
+
+def _readable(grads: TensorList, state: torch.dtype) -> bool:
+    """Whether the kernels can widen these gradients: all have one dtype, the state's or less."""
+    dtypes = {g.dtype for g in grads}
+    return len(dtypes) == 1 and (
+        state in dtypes or (state == torch.float32 and dtypes <= {*LOW_PRECISION})
+    )
 
 
 def _all_contiguous(tensors: TensorList) -> bool:
@@ -189,52 +317,3 @@ def _laid_out(g: Tensor, w: Tensor) -> Tensor:
 
 def _code(t: Tensor) -> int:
     return native.DTYPES[t.dtype.to_real()]
-
-
-def _adam_numbers(settings: AdamSettings, counts: StepCounts) -> dict[str, float]:
-    lr = float(settings.lr)
-    return {
-        "decay": 1 - lr * settings.weight_decay,
-        "beta1_weight": 1 - settings.beta1,
-        "beta2": settings.beta2,
-        "beta2_weight": 1 - settings.beta2,
-        "v_correction": (1 - counts.beta2**counts.t) ** 0.5,
-        "eps": settings.eps,
-        "rate": lr / (1 - counts.beta1**counts.t),
-    }
-
-
-def _variance_numbers(counts: StepCounts, estimator: VarianceEstimator | None) -> dict[str, float]:
-    """What the kernel observes, and how it reads the variance."""
-    if isinstance(estimator, Ema) and counts.observations > 0:
-        return {
-            "estimator": native.ESTIMATORS["ema"],
-            "centre": estimator.centre(counts),
-            "rho_weight": 1 - estimator.rho,
-        }
-    if isinstance(estimator, SecondMoment):
-        return {
-            "estimator": native.ESTIMATORS["second-moment"],
-            "v_scale": 1 / (1 - counts.beta2**counts.t),
-            "m_scale_sq": counts.mean_scale**2,
-        }
-    given = estimator is not None and not isinstance(estimator, Ema)
-    return {"estimator": native.ESTIMATORS["given" if given else "unobserved"]}
-
-
-def _mask_numbers(
-    gate: Gate, counts: StepCounts, estimator: VarianceEstimator, dtype: torch.dtype
-) -> dict[str, float]:
-    """The coefficients of the mask on raw moments, in the order of operations of the masks."""
-    name, info = MASK_NAMES[gate.mask], torch.finfo(dtype)
-    var_scale = estimator.scale(counts) / counts.mean_scale**2
-    alpha = gate.alpha * var_scale * (1 + 8 * info.eps if name == "hard" else 1.0)
-    weight = gate.softness * (gate.alpha if name == "snr" else 1.0) * var_scale
-    return {
-        "mask": native.MASKS[name],
-        "alpha": alpha,
-        "weight": weight,
-        "mask_eps": gate.eps / counts.mean_scale**2,
-        "tiny": info.tiny,
-        "q_min": gate.q_min,
-    }

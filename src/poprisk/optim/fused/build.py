@@ -35,13 +35,18 @@ def library() -> ctypes.CDLL | None:
     try:
         return load()
     except BuildError as error:
-        warnings.warn(
-            f"PopRiskAdamW(fused=True) falls back to foreach=True, which gives the same results "
-            f"more slowly: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        tell_fallback(str(error))
         return None
+
+
+def tell_fallback(reason: str) -> None:
+    """Warn that there is no kernel."""
+    warnings.warn(
+        f"PopRiskAdamW(fused=True) falls back to foreach=True, which gives the same results more "
+        f"slowly: {reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def load() -> ctypes.CDLL:
