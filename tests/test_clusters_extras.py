@@ -209,7 +209,8 @@ PROGRAMS = {
             slurm = {"JOB_ID": 70 + k, "ARRAY_JOB_ID": 7, "ARRAY_TASK_ID": k, "PROCID": 0}
             more = {f"SLURM_{key}": str(value) for key, value in slurm.items()}
             job = subprocess.Popen(["bash", sys.argv[1]], env={**os.environ, **more},
-                                   stdout=subprocess.DEVNULL, start_new_session=True)
+                                   stdout=open(f"{HERE}/log_{k}", "w"), stderr=subprocess.STDOUT,
+                                   start_new_session=True)
             open(f"{HERE}/7_{k}", "w").write(str(job.pid))
         print("Submitted batch job 7")
         """,
@@ -271,7 +272,7 @@ def test_an_array_outlives_its_command_and_is_followed_by_the_next(
         with pytest.raises(Gone):
             train(comparison(closed), directory, end, pool=SlurmPool(2, {}))
     script = (directory.jobs / "7_submission.sh").read_text(encoding="utf-8")
-    assert "#SBATCH --array=0-1%256" in script
+    assert "#SBATCH --array=0-1%2" in script
     assert "#SBATCH --time=60" in script
     opening = when(lambda: len(half_way(closed)) == 2, (closed / "closed").unlink)
     assert sorted(trained(directory, closed, SlurmPool(2, {}))) == ALL
@@ -349,5 +350,7 @@ def test_what_ray_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"^Ray refuses: [^\n]*num_moons[^\n]*$"):
         RayPool(None, {"num_moons": 1})
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(ValueError, match=r"^Ray refuses: [^\n]*$"):
+    with pytest.raises(
+        ValueError, match=r"^Ray refuses: nothing answers at RAY_ADDRESS=127.0.0.1:1"
+    ):
         RayPool(None, {})

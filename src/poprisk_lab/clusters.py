@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -210,6 +211,7 @@ class RayPool:
         try:
             self._task = self._ray.remote(**{"num_cpus": 1, "max_retries": 3, **settings})(do_share)
             if self._mine:
+                _check_reachable(os.environ.get("RAY_ADDRESS", ""))
                 self._ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except (ValueError, TypeError, ConnectionError, RuntimeError) as error:
             raise ValueError(f"Ray refuses: {' '.join(str(error).split())}") from error
@@ -256,6 +258,16 @@ def pool_on(where: str, workers: int | None, settings: Mapping[str, Any]) -> Poo
         ValueError: if it cannot be had.
     """
     return SlurmPool(workers, settings) if where == "slurm" else RayPool(workers, settings)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ValueError where nothing answers, which Ray would try for many minutes."""
+    found = re.fullmatch(r"(?:\w+://)?(.+):(\d+)", address)
+    try:
+        if found is not None:
+            socket.create_connection((found[1], int(found[2])), 10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"nothing answers at RAY_ADDRESS={address} ({error})") from error
 
 
 def _extra(package: str, extra: str) -> Any:
