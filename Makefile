@@ -59,14 +59,14 @@ test-portable: setup-dev  ## Run the tests of numbers as on a processor without 
 mutants: $(VENV)/mutants.stamp  ## Break the library by cosmic-ray and see tests go red; resumable
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 nice -n 19 $(BIN)/python tests/mutants.py $(ARGS)
 
-test-extras:  ## Run the tests of the extras hf, lightning, cleanlab, pinn, evidence and triton, in .venv-extras
+test-extras:  ## Run the tests of the extras hf, lightning, cleanlab, pinn, evidence, triton, slurm and ray, in .venv-extras
 	$(MAKE) VENV=.venv-extras run-extras
 
 run-extras: $(VENV)/extras.stamp
 	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_trl_preferences.py tests/test_trl_twin.py \
 		tests/test_lightning.py tests/test_twin_integrations.py tests/test_cell_integrations.py \
 		tests/test_claim_pinn.py tests/test_claim_dpo.py tests/test_audit_integrations.py tests/test_audit_result.py \
-		tests/test_claim_audit.py tests/test_evidence.py $(ARGS)
+		tests/test_claim_audit.py tests/test_evidence.py tests/test_clusters_extras.py $(ARGS)
 	$(BIN)/pytest -m extras tests/test_pages.py $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton.py $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m mutations tests/test_mutations.py -k triton $(ARGS)
@@ -151,5 +151,5 @@ $(VENV)/lowest.stamp: $(VENV)/torch.stamp pyproject.toml
 
 # A requirement of mlcroissant, pure Python, comes without a wheel.
 $(VENV)/extras.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --no-binary=jsonpath-rw -e '.[lab,dev,hf,lightning,cleanlab,pinn,evidence,triton]'
+	$(PIP) --no-binary=jsonpath-rw -e '.[lab,dev,hf,lightning,cleanlab,pinn,evidence,triton,slurm,ray]'
 	@touch $@

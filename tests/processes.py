@@ -33,7 +33,7 @@ class Call(NamedTuple):
 def at_once(*calls: Call) -> list[Finished]:
     """Make each call in a process of its own, all at the same time."""
     # Here, for the mutations' sake: their tests import this module each in a fork of its own.
-    from poprisk_lab.runner import warm_up_workers, worker_context
+    from poprisk_lab.pool import warm_up_workers, worker_context
 
     warm_up_workers()
     with tempfile.TemporaryDirectory() as folder:

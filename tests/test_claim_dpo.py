@@ -22,7 +22,6 @@ from poprisk.intervals import t_interval
 from poprisk_lab import checkpoint
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.page.claims import notices
-from poprisk_lab.runner import TrainingError
 from poprisk_lab.studies import CLAIMS
 from poprisk_lab.studies.claim import Metrics, Results, Trial
 from poprisk_lab.studies.criteria import Criterion, verdict
@@ -70,6 +69,7 @@ from poprisk_lab.studies.record import Judged
 from poprisk_lab.studies.run import ClaimDirectory, ClaimProgress
 from poprisk_lab.tasks import preferences
 from poprisk_lab.tasks.preferences import ANSWER, PROMPT, REWARDS, flipped
+from poprisk_lab.work import TrainingError
 
 CLAIM = CLAIMS["dpo"]
 

@@ -26,9 +26,11 @@ from poprisk_lab.arms import Arm, default_arms
 from poprisk_lab.cli import app
 from poprisk_lab.comparison import Comparison, _train, differences, run_directory, train, trials_of
 from poprisk_lab.fit import ArmRun, Row
+from poprisk_lab.pool import _interrupts_held
 from poprisk_lab.results import RunData, read_run
-from poprisk_lab.runner import TrainingError, _interrupts_held, environment
+from poprisk_lab.runner import environment
 from poprisk_lab.store import RunDirectoryError, Store
+from poprisk_lab.work import TrainingError
 from processes import Call, at_once, run_code
 
 POPRISK = Path(sys.executable).with_name("poprisk")

@@ -23,9 +23,9 @@ from poprisk_lab.compared import METRICS, Compared, compare
 from poprisk_lab.page.draw import painted
 from poprisk_lab.page.series import arm_series
 from poprisk_lab.plots import Line, Plot
-from poprisk_lab.runner import TrainingError
 from poprisk_lab.store import RunDirectoryError
 from poprisk_lab.tasks import TaskError
+from poprisk_lab.work import TrainingError
 
 ADAMW = "adamw-lr0.001-wd0.01"
 FEW = ["poprisk", ADAMW, "rms-matched"]

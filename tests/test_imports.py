@@ -22,9 +22,9 @@ CHAINS: Mapping[str, Sequence[str]] = {
         "attribution risk audit monitor integrations task"
     ).split(),
     "poprisk_lab": (
-        "claims tasks controls arms checkpoint fit store results study runner comparison "
-        "convergence pictures plots wording verdict selection explain influence audit studies page "
-        "evidence display compared bench cli"
+        "claims tasks controls arms checkpoint fit store results study work pool runner clusters "
+        "comparison convergence pictures plots wording verdict selection explain influence audit "
+        "studies page evidence display compared bench cli"
     ).split(),
 }
 """The modules of each package; one imports only those before it."""

@@ -28,6 +28,7 @@ PARTS = (
     "interpolation",
     "claims_paths",
     "grokking",
+    "clusters",
 )
 
 

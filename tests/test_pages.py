@@ -180,6 +180,8 @@ def test_commands_run_in_their_order(
             continue
         result = CliRunner().invoke(app, [*arguments, *more.get(arguments[0], [])])
         assert result.exit_code == 0, result.output
+        if "--shard" in arguments and "left for other processes" in result.stdout:
+            continue
         if arguments[0] in ("compare", "explain", "report"):
             assert "Report: runs/" in result.stdout
             assert (folder / result.stdout.split("Report: ")[1].strip()).exists()

@@ -23,7 +23,6 @@ from poprisk_lab.page import formats
 from poprisk_lab.page.claims import notices, render_claim, summary_table
 from poprisk_lab.plots import seeds_line, written
 from poprisk_lab.results import across
-from poprisk_lab.runner import TrainingError
 from poprisk_lab.store import RunDirectoryError
 from poprisk_lab.studies.claim import (
     NOT_KNOWN,
@@ -53,6 +52,7 @@ from poprisk_lab.studies.criteria import (
 )
 from poprisk_lab.studies.record import judged, load_record, save_record
 from poprisk_lab.studies.run import ClaimDirectory, ClaimProgress
+from poprisk_lab.work import TrainingError
 
 NAN = math.nan
 

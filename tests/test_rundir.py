@@ -93,6 +93,27 @@ def test_a_new_directory_holds_everything_and_no_left_overs(tmp_path: Path) -> N
     assert (data.config, data.environment, data.epochs, data.ends) == (CONFIG, ENVIRONMENT, [], {})
 
 
+def test_a_directory_that_another_process_makes_at_this_moment_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As shards do that begin at once: the other has begun a trial when this one has looked."""
+    directory, looked, exists = run_directory(tmp_path / "run"), list[bool](), Store.exists
+
+    def then_made(store: Store) -> bool:
+        looked.append(found := exists(store))
+        if store is directory and looked == [False, False]:
+            monkeypatch.setattr(Store, "exists", exists)
+            other = run_directory(tmp_path / "run")
+            other.create(CONFIG, ENVIRONMENT)
+            attempt(other, "a-0", *ROWS[:4])
+        return found
+
+    monkeypatch.setattr(Store, "exists", then_made)
+    directory.create(CONFIG, ENVIRONMENT)
+    assert looked == [False, False]
+    assert read_run(directory).ends == {("a", 0): ROWS[3]}
+
+
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
     run_directory(tmp_path).create(CONFIG, ENVIRONMENT)
     assert read_run(run_directory(tmp_path)).config == CONFIG

@@ -95,6 +95,17 @@ def patient(seed: int = 0, *, epochs: int = 20) -> Task:
     return task
 
 
+def gated(seed: int = 0, *, folder: str, epochs: int = 6) -> Task:
+    """The task ``tiny``, checkpointed every epoch; runs stay half-way while ``closed`` lies there.
+
+    Each writes a file there with the number of its process for a name, when it is half-way.
+    """
+    poprisk_lab.checkpoint.CHECKPOINT_SECONDS = -1.0
+    task = tiny(seed, epochs=epochs)
+    object.__setattr__(task, "loss", _Gated(Path(folder), epochs))
+    return task
+
+
 def fragile(seed: int = 0) -> Task:
     """The task ``tiny``, whose training fails on seed 1."""
     task = tiny(seed)
@@ -148,6 +159,21 @@ class _Held:
             while os.getppid() == self.parent:
                 time.sleep(0.01)
             time.sleep(60)
+        return cross_entropy(outputs, targets)
+
+
+class _Gated:
+    """Waits half-way while there is a file ``closed``."""
+
+    def __init__(self, folder: Path, epochs: int) -> None:
+        self.folder, self.steps = folder, epochs // 2 * (TRAINING // BATCH)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.steps -= torch.is_grad_enabled()
+        if self.steps < 0 and (self.folder / "closed").exists():
+            (self.folder / str(os.getpid())).touch()
+            while (self.folder / "closed").exists():
+                time.sleep(0.01)
         return cross_entropy(outputs, targets)
 
 

@@ -39,6 +39,10 @@ app = typer.Typer(
 console = Console()
 DEFAULT_SEEDS = 3
 MOST_FOLDS = 20
+SHOWN = 4
+"""Trainings that a message names."""
+PLACES = ("local", "slurm", "ray")
+"""What `poprisk compare --on` takes."""
 CLAIM_NAMES = [*WORDS, "all"]
 """What `poprisk reproduce` takes."""
 INTERRUPTED = (
@@ -93,19 +97,43 @@ def compare_command(
     twin: Annotated[
         bool, _option("Estimate every arm's risk without validation data.", "--twin")
     ] = False,
+    shard: Annotated[
+        str | None, _option("I/N: the I-th of N shares alone; other processes do the others.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, _option("METHOD:SEED, that training alone; may be repeated.")
+    ] = None,
+    on: Annotated[
+        str, _option("Where to train: local, slurm (an array of jobs) or ray (a cluster's tasks).")
+    ] = "local",
+    slurm: Annotated[
+        list[str] | None, _option("KEY=VALUE for submitit, as in slurm_partition=gpu.")
+    ] = None,
+    ray: Annotated[
+        list[str] | None, _option("KEY=VALUE for Ray's tasks, as in num_gpus=1.")
+    ] = None,
     fresh: Fresh = False,
     trace: Trace = False,
 ) -> None:
     """Train every arm on every seed of TASK and say which generalizes; resumes when repeated."""
     _check_positive(seeds=seeds, epochs=epochs, workers=workers)
     settings = dict(_parse_setting(text) for text in setting or [])
+    of_cluster = _check_cluster(on, slurm=slurm, ray=ray)
+    if fresh and (shard is not None or only):
+        _fail("--fresh deletes what other shards have done; leave --shard and --only out with it.")
+    if shard is not None and only:
+        _fail("--shard and --only both choose trainings; leave one of them out.")
     with _errors(trace=trace, resumable=True):
         from poprisk_lab.arms import default_arms
-        from poprisk_lab.comparison import Comparison, begin, run_directory, train
+        from poprisk_lab.clusters import chosen, pool_on
+        from poprisk_lab.comparison import Comparison, begin, run_directory, train, trials_of
         from poprisk_lab.display import ProgressDisplay
-        from poprisk_lab.runner import cores, warm_up_workers
+        from poprisk_lab.pool import warm_up_workers
+        from poprisk_lab.runner import cores
+        from poprisk_lab.study import left
 
-        warm_up_workers()
+        if on == "local":
+            warm_up_workers()
         comparison = Comparison(
             task=task,
             arms=default_arms(full=full),
@@ -119,16 +147,22 @@ def compare_command(
         )
         name = _default_name(comparison)
         directory = run_directory(out or Path("runs") / name)
+        mine = chosen(trials_of(comparison), shard=shard, only=only or [])
+        pool = None if on == "local" else pool_on(on, workers, of_cluster)
         data = begin(comparison, directory, fresh=fresh)
-        mine = data._replace(ends={k: v for k, v in data.ends.items() if k[1] in comparison.seeds})
-        _say_what_begins(comparison, directory, data)
-        _say_what_is_there(comparison, data, len(mine.ends))
+        there = data._replace(ends={k: v for k, v in data.ends.items() if k[1] in comparison.seeds})
+        _say_what_begins(comparison, directory, data, "" if on == "local" else on)
+        _say_what_is_there(comparison, data, len(there.ends))
         older = Path("runs") / f"{name}-{seeds}-seeds"  # how versions before named it
         if out is None and seeds != DEFAULT_SEEDS and run_directory(older).exists():
             _say(f"{older} is of an earlier version; --out {older} goes on there")
-        with ProgressDisplay(console, comparison, mine) as display:
-            train(comparison, directory, display)
-        _conclude(directory)
+        with ProgressDisplay(console, comparison, there) as display:
+            train(comparison, directory, display, trials=mine, pool=pool)
+        missing = [trial.label for trial in left(trials_of(comparison), directory)]
+        if missing:
+            _say_what_is_left(missing, directory)
+        else:
+            _conclude(directory)
 
 
 @app.command("audit")
@@ -719,13 +753,15 @@ def _conclude(directory: Store) -> None:
     _say(f"\nReport: {path}")
 
 
-def _say_what_begins(comparison: Comparison, directory: Store, data: RunData) -> None:
+def _say_what_begins(comparison: Comparison, directory: Store, data: RunData, cluster: str) -> None:
     """The task, and how much there is to train."""
     task, seeds = data.config["task"], len(comparison.seeds)
     _say(task["description"] or task["name"], style="bold")
+    workers = f"{comparison.workers} worker{'s' * (comparison.workers > 1)}"
+    where = f"trained on {cluster}" if cluster else workers
     _say(
-        f"{len(comparison.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, {comparison.workers} "
-        f"worker{'s' * (comparison.workers > 1)}; record in {directory.path} (stop at any "
+        f"{len(comparison.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, "
+        f"{where}; record in {directory.path} (stop at any "
         "time, repeat the command to go on)"
     )
     if "last_batch" in task:
@@ -742,6 +778,17 @@ def _say_what_is_there(comparison: Comparison, data: RunData, done: int) -> None
     more = len(data.config["seeds"]) - len(comparison.seeds)
     if more:
         _say(f"the record holds {more} more seed{'s' * (more > 1)}, which count in the verdict")
+
+
+def _say_what_is_left(missing: Sequence[str], directory: Store) -> None:
+    """What other processes are to train before there is a verdict."""
+    more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    _say(
+        f"{len(missing)} training{'s' * (len(missing) > 1)} left for other processes "
+        f"({'; '.join(missing[:SHOWN])}{more}); the last of them writes the page. Without --shard "
+        f"and --only this command does them, and `poprisk report {directory.path}` writes the page "
+        "of what is there."
+    )
 
 
 def _say(text: str, *, style: str = "") -> None:
@@ -763,7 +810,7 @@ def _errors(*, trace: bool, resumable: bool = False) -> Iterator[None]:
     except ValueError as error:  # as TaskError, RunDirectoryError and NotAnalysable are
         _fail(str(error), error=error if trace else None)
     except Exception as error:
-        from poprisk_lab.runner import TrainingError
+        from poprisk_lab.work import TrainingError
 
         if isinstance(error, TrainingError):
             _fail(str(error), code=1)
@@ -803,10 +850,21 @@ def _check_positive(**counts: int | None) -> None:
             _fail(f"--{name} must be at least 1, but got {value}.")
 
 
-def _parse_setting(text: str) -> tuple[str, Any]:
+def _check_cluster(on: str, **settings: list[str] | None) -> dict[str, Any]:
+    """The settings of the cluster to train on; refuse those of another, by its option."""
+    if on not in PLACES:
+        _fail(f"--on must be {', '.join(PLACES)}, but got {on}.")
+    for option, given in settings.items():
+        if given and option != on:
+            _fail(f"--{option} goes with --on {option}, but --on is {on}.")
+    given = settings.get(on) or []
+    return dict(_parse_setting(text, f"--{on}", "cpus_per_task=2") for text in given)
+
+
+def _parse_setting(text: str, option: str = "--set", example: str = "noise=0.2") -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        _fail(f"--set takes name=value, as in --set noise=0.2, but got {text!r}.")
+        _fail(f"{option} takes name=value, as in {option} {example}, but got {text!r}.")
     for convert in (int, float):
         try:
             return name, convert(value)

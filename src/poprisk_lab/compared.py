@@ -29,8 +29,8 @@ from poprisk_lab.page import quantities, render
 from poprisk_lab.page.draw import painted
 from poprisk_lab.page.figures import PanelQuantity, epoch_plot
 from poprisk_lab.page.series import arm_series
+from poprisk_lab.pool import warm_up_workers
 from poprisk_lab.results import RunData, read_run
-from poprisk_lab.runner import warm_up_workers
 from poprisk_lab.store import Row, replace_text
 from poprisk_lab.tasks import Source
 from poprisk_lab.verdict import Verdict, judge

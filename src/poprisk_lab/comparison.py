@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from poprisk.task.data import DatasetInputs
 from poprisk_lab.arms import Arm, settings_used
 from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.fit import ArmRun, seed_all
+from poprisk_lab.pool import Pool
 from poprisk_lab.results import RunData, read_run
 from poprisk_lab.runner import check_device, environment, run_trials
 from poprisk_lab.store import FORMAT, Config, Kind, Row, Store
@@ -383,8 +384,22 @@ def begin(comparison: Comparison, directory: Store, *, fresh: bool = False) -> R
     return read_run(directory)
 
 
-def train(comparison: Comparison, directory: Store, on_row: Callable[[Row], None]) -> None:
+def train(
+    comparison: Comparison,
+    directory: Store,
+    on_row: Callable[[Row], None],
+    *,
+    trials: Sequence[Trial] | None = None,
+    pool: Pool[Any] | None = None,
+) -> None:
     """Train every arm on every seed that the run directory does not hold yet.
+
+    Args:
+        comparison: what to train.
+        directory: where.
+        on_row: called with each row of the record.
+        trials: a part of :func:`trials_of`; all if left out.
+        pool: where to train; the comparison's worker processes if left out.
 
     Raises:
         TrainingError: if a run fails; the others up to then are kept.
@@ -392,10 +407,10 @@ def train(comparison: Comparison, directory: Store, on_row: Callable[[Row], None
         RunDirectoryError: if a checkpoint is damaged or a record cannot be written.
     """
     run_trials(
-        trials_of(comparison),
+        trials_of(comparison) if trials is None else trials,
         partial(_train, comparison),
         directory,
-        workers=comparison.workers,
+        workers=comparison.workers if pool is None else pool,
         on_row=lambda _, row: on_row(row),
     )
 

@@ -116,6 +116,8 @@ class Store:
     def __init__(self, path: Path, kind: Kind) -> None:
         self.path, self.kind = path, kind
         self.trials, self.checkpoints = path / "trials", path / "checkpoints"
+        self.jobs = path / "jobs"
+        """What a cluster's scheduler is handed, and its logs."""
         self._old = path / "metrics.jsonl"
         """The rows of all trials in one file, as versions before wrote them; only read."""
 
@@ -138,11 +140,14 @@ class Store:
                 configuration; nothing is changed then.
         """
         with _writing(f"the run directory {self.path}", "choose another with --out"):
+            # First, as others may be making it at this moment: config.json is their last file.
+            blank = not self.path.exists() or self._is_blank()
             if self.exists() and fresh:
                 self.config()  # of this kind
                 told = [self.path / name for name in self.kind.results]
-                kept = [*self.trials.glob("*"), *self.checkpoints.glob("*"), self._old]
-                for file in [*told, *kept]:
+                folders = (self.trials, self.checkpoints, self.jobs)
+                kept = [file for folder in folders for file in folder.glob("*")]
+                for file in [*told, *kept, self._old]:
                     file.unlink(missing_ok=True)
             elif self.exists():
                 found = self._check_same(config)
@@ -150,7 +155,7 @@ class Store:
                 if (kept := self.kind.extend(found, config)) != found:
                     write_json(self.path / "config.json", kept)
                 return
-            elif self.path.exists() and not self._is_blank():
+            elif not blank:
                 raise RunDirectoryError(
                     f"{self.path} exists and is not a run directory (no config.json); choose "
                     "another with --out."

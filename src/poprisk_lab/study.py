@@ -32,6 +32,9 @@ class Trial(NamedTuple):
     label: str = ""
 
 
+Share = tuple[Trial, ...]
+"""Trials that one worker does, one after the other."""
+
 Run = Callable[[Settings, Workspace], Metrics | Iterable[Row]]
 """Does one trial, from its settings and a workspace for its checkpoints.
 
@@ -75,6 +78,45 @@ def left(trials: Sequence[Trial], store: Store) -> list[Trial]:
         if (end_of(rows[trial.name]) is None and not gone & set(trial.needs))
         or (trial.keeps and store.product(trial.name) is None)
     ]
+
+
+def chains(trials: Iterable[Trial]) -> list[Share]:
+    """The trials in groups of which none waits for another, by the first trial of each.
+
+    Example:
+        >>> a, b, c = Trial("a", {}), Trial("b", {}), Trial("c", {}, after=("a",))
+        >>> [[trial.name for trial in chain] for chain in chains([a, b, c])]
+        [['a', 'c'], ['b']]
+    """
+    found = list[list[Trial]]()
+    for trial in trials:
+        mine = [c for c in found if any(t.name in trial.after or trial.name in t.after for t in c)]
+        if not mine:
+            found.append([trial])
+            continue
+        found = [chain for chain in found if all(chain is not other for other in mine[1:])]
+        mine[0] += [*(t for other in mine[1:] for t in other), trial]
+    return [*map(tuple, found)]
+
+
+def shards(trials: Iterable[Trial], count: int) -> list[Share]:
+    """The trials in shares of about one size, of which none waits for another; some may be empty.
+
+    Whole chains go to the share with the fewest trials, so that all machines deal them alike.
+    """
+    found = [list[Trial]() for _ in range(count)]
+    for chain in chains(trials):
+        min(found, key=len).extend(chain)
+    return [*map(tuple, found)]
+
+
+def with_earlier(trials: Sequence[Trial], names: Iterable[str]) -> list[Trial]:
+    """The trials of these names and those that they come after, in their order."""
+    by_name, wanted, more = {t.name: t for t in trials}, set[str](), {*names}
+    while more:
+        wanted |= more
+        more = {other for name in more for other in by_name[name].after} - wanted
+    return [trial for trial in trials if trial.name in wanted]
 
 
 def results_of(trials: Sequence[Trial], rows: Mapping[str, Sequence[Row]]) -> Results:
