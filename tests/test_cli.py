@@ -701,7 +701,7 @@ def test_the_usage_names_the_command(
 
 @pytest.mark.usefixtures("here")
 def test_an_interruption_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("poprisk_lab.comparison.train", interrupted)

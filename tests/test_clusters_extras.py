@@ -44,11 +44,13 @@ def needs(package: str) -> Any:
     return pytest.importorskip(package)
 
 
-@pytest.fixture(autouse=True)
-def as_here(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def as_here() -> Iterator[None]:
     """The task sets how often it is checkpointed; nobody is told that Ray was used."""
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", checkpoint.CHECKPOINT_SECONDS)
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "CHECKPOINT_SECONDS", checkpoint.CHECKPOINT_SECONDS)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        yield
 
 
 @pytest.fixture(scope="module")
