@@ -94,8 +94,8 @@ MUTATIONS = {
     ),
     "wrapped: other devices' tensors left out": Mutation(
         "poprisk/optim/fused/wrapped.py",
-        "        return None, columns, every\n",
-        "        return None, columns, []\n",
+        "columns.params[0].device):\n        return None, every\n",
+        "columns.params[0].device):\n        return None, []\n",
         "test_gated_fused.py::test_other_devices_are_left_to_foreach",
     ),
     "wrapped: foreach observes what the kernel has observed": Mutation(

@@ -206,10 +206,10 @@ def _within(grads: TensorList) -> bool:
 
 
 class Launch:
-    """Calls of the kernel on the same tensors."""
+    """Calls of the kernel on the same tensors, which it holds: they may be copies of others."""
 
     def __init__(self, kernel: ctypes.CDLL, lists: TensorLists, numbers: dict[str, float]) -> None:
-        self.kernel = kernel
+        self.kernel, self.lists = kernel, lists
         self.columns = [native.addresses(column) for column in lists]
         self.numels = native.sizes(lists.params)
         threads = native.thread_count(sum(self.numels))

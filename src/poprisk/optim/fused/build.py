@@ -164,9 +164,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.poprisk_within.argtypes = [address, address, int64, int32, ctypes.c_uint64, int32]
     library.poprisk_within.restype = int32
     library.poprisk_observe.argtypes = [address, address]
-    library.poprisk_sums.argtypes = [address]
     library.poprisk_keep.argtypes = [address, address, ctypes.c_double, int32]
-    for function in (library.poprisk_observe, library.poprisk_sums, library.poprisk_keep):
+    for function in (library.poprisk_observe, library.poprisk_keep):
         function.restype = None
     library.poprisk_task_size.restype = int64
     return library

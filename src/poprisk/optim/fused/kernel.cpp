@@ -17,7 +17,7 @@ namespace {
 
 enum Dtype : int32_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum Estimator : int32_t { UNOBSERVED, EMA, SECOND_MOMENT, GIVEN };
-enum Mask : int32_t { OPEN, HARD, SOFT, SNR, POOLED };  // POOLED: one number per tensor
+enum Mask : int32_t { OPEN, HARD, SOFT, SNR };
 enum Phase : int32_t { WHOLE, MOMENTS, WEIGHTS };
 
 constexpr int64_t BLOCK = 512;  // elements worked on together, in L1
@@ -359,9 +359,6 @@ void poprisk_update(const Task* t) { t->param_dtype == FLOAT64 ? run<double>(*t)
 void poprisk_observe(const Task* t, void* const* starts) {
   t->param_dtype == FLOAT64 ? observe<double>(*t, starts) : observe<float>(*t, starts);
 }
-
-// The sums of m² and of the variance that a mask per tensor compares.
-void poprisk_sums(const Task* t) { t->param_dtype == FLOAT64 ? sum_up<double>(*t) : sum_up<float>(*t); }
 
 void poprisk_keep(const Task* t, void* const* starts, double share, int32_t last) {
   t->param_dtype == FLOAT64 ? keep<double>(*t, starts, share, last)

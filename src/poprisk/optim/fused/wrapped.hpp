@@ -33,16 +33,15 @@ template <typename real> void observe(const Task& t, void* const* starts) {
 
 enum Decay : int32_t { NONE, OF_START, OF_RESULT };
 
-// After it: weights between those before and after the step, at the mask or at `q`, and decay, which
+// After it: weights between those before and after the step, at the mask, and decay, which
 // takes a share of the weights before the step or of the result; `start` becomes the whole update.
 template <typename real, int mask, int decay>
 void keep(real* __restrict w, real* __restrict start, const real* __restrict m,
-          const real* __restrict s, int64_t n, real q, real share, const Numbers<real> c) {
+          const real* __restrict s, int64_t n, real share, const Numbers<real> c) {
   for (int64_t i = 0; i < n; i++) {
     const real from = start[i], to = w[i];
     real kept = to;
-    if constexpr (mask == POOLED) kept = lerp(from, to, q);
-    else if constexpr (mask != OPEN) kept = lerp(from, to, gate<real, mask>(m[i], s[i], c));
+    if constexpr (mask != OPEN) kept = lerp(from, to, gate<real, mask>(m[i], s[i], c));
     // No choice is left to the loop, where it would keep gcc from vectorizing.
     if constexpr (decay != NONE) kept = madd(-share, decay == OF_START ? from : kept, kept);
     w[i] = kept;
@@ -51,7 +50,7 @@ void keep(real* __restrict w, real* __restrict start, const real* __restrict m,
 }
 
 template <typename real>
-using Keep = void(real*, real*, const real*, const real*, int64_t, real, real, Numbers<real>);
+using Keep = void(real*, real*, const real*, const real*, int64_t, real, Numbers<real>);
 
 template <typename real, int mask> Keep<real>* keep_for(real share, bool last) {
   if (share == 0) return keep<real, mask, NONE>;
@@ -59,7 +58,6 @@ template <typename real, int mask> Keep<real>* keep_for(real share, bool last) {
 }
 
 template <typename real> Keep<real>* keep_for(const Task& t, real share, bool last) {
-  if (t.gates) return keep_for<real, POOLED>(share, last);
   if (t.mask == HARD) return keep_for<real, HARD>(share, last);
   if (t.mask == SOFT) return keep_for<real, SOFT>(share, last);
   if (t.mask == SNR) return keep_for<real, SNR>(share, last);
@@ -73,20 +71,10 @@ template <typename real> void keep(const Task& t, void* const* starts, real shar
     const real* m = static_cast<const real*>(t.exp_avgs[j]);
     const real* s = static_cast<const real*>(t.variances[j]);
     real* start = static_cast<real*>(starts[j]);
-    const real q = t.gates ? real(t.gates[j]) : real(1);
     for_each_block<real>(t, j, from, to, to - from, true,
                          [&](int64_t i, int64_t n, real* w, const real*) {
-      step(w, start + i, m + i, s + i, n, q, share, c);
+      step(w, start + i, m + i, s + i, n, share, c);
     });
-  });
-}
-
-template <typename real> void sum_up(const Task& t) {
-  const Numbers<real> c(t);
-  on_shares(t, [&](int32_t k, int64_t j, int64_t from, int64_t to) {
-    const real* m = static_cast<const real*>(t.exp_avgs[j]) + from;
-    const real* s = static_cast<const real*>(t.variances[j]) + from;
-    add_sums<real, EMA>(m, s, s, to - from, c, sums_of(t, k, j));
   });
 }
 

@@ -12,8 +12,6 @@ from poprisk.optim.fused import (
     fitting,
     is_native,
     native,
-    room_for_sums,
-    tensor_gates,
 )
 from poprisk.optim.fused.numbers import mask_numbers, variance_numbers
 from poprisk.optim.gate import Gate
@@ -45,7 +43,7 @@ def observe_(
     if {g.dtype for g in columns.grads} != {columns.params[0].dtype}:
         return [*range(len(columns.params))]
     numbers = {**variance_numbers(counts, estimator), "beta1_weight": 1 - counts.beta1}
-    launch, _, left = _apart(kernel, columns, numbers)
+    launch, left = _apart(kernel, columns, numbers)
     if launch is not None:
         task = native.KernelTask(**launch.fields)
         kernel.poprisk_observe(ctypes.addressof(task), native.start(launch.columns[3]))
@@ -71,18 +69,12 @@ def keep_(
         The indices of the tensors that were left alone.
     """
     numbers = dict[str, float]()
-    if gate is not None and estimator is not None and not gate.per_tensor:
+    if gate is not None and estimator is not None:
         numbers = mask_numbers(gate, counts, estimator, state_dtype(columns.params[0]))
-    launch, lists, left = _apart(kernel, columns._replace(grads=columns.params), numbers)
+    launch, left = _apart(kernel, columns._replace(grads=columns.params), numbers)
     if launch is None:
         return left
     fields = {**launch.fields, "grads": None}
-    if gate is not None and estimator is not None and gate.per_tensor:
-        sums = room_for_sums(launch)
-        task = native.KernelTask(**{**fields, "sums": native.start(sums)})
-        kernel.poprisk_sums(ctypes.addressof(task))
-        gates = tensor_gates(sums, launch, lists, counts, estimator, gate)
-        fields["gates"] = native.start(gates)
     task = native.KernelTask(**fields)
     kernel.poprisk_keep(ctypes.addressof(task), native.start(launch.columns[3]), share, last)
     return left
@@ -90,22 +82,22 @@ def keep_(
 
 def _apart(
     kernel: ctypes.CDLL, columns: TensorLists, numbers: dict[str, float]
-) -> tuple[Launch | None, TensorLists, list[int]]:
-    """A launch on the tensors that the kernel can take, these, and the indices of the others.
+) -> tuple[Launch | None, list[int]]:
+    """A launch on the tensors that the kernel can take, and the indices of the others.
 
     None of them, where weights overlap: what is kept of one must not hold the step of another.
     """
     every = [*range(len(columns.params))]
     if not is_native(columns.params[0].device):
-        return None, columns, every
+        return None, every
     lists, left = fitting(columns)
     if not lists.params:
-        return None, lists, left
+        return None, left
     launch = Launch(kernel, lists, numbers)
     size = lists.params[0].dtype.to_real().itemsize
     if _overlap(launch.columns[0].tobytes(), launch.numels.tobytes(), size):
-        return None, lists, every
-    return launch, lists, left
+        return None, every
+    return launch, left
 
 
 @functools.lru_cache(maxsize=64)
