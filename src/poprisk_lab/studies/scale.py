@@ -301,13 +301,13 @@ def peak_of(device: str) -> Iterator[list[float]]:
     Of the GPU, or of this process on Linux; NaN elsewhere.
     """
     found, status = list[float](), Path("/proc/self/status")
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
     elif status.exists():
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     yield found
-    if device == "cuda":
-        found.append(torch.cuda.max_memory_allocated() / 2**20)
+    if device.startswith("cuda"):
+        found.append(torch.cuda.max_memory_allocated(device) / 2**20)
     elif status.exists():
         text = status.read_text(encoding="utf-8")
         found.append(int(re.findall(r"VmHWM:\s*(\d+)", text)[0]) / 1024)
