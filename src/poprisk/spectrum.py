@@ -30,7 +30,7 @@ RELATIVE = 1e-4
 
 
 class KernelSpectrum(NamedTuple):
-    r"""Figures of the spectrum :math:`\lambda_1 \ge \lambda_2 \ge \dots` of a tangent kernel K.
+    r"""Figures of the spectrum :math:`\lambda_1 \ge \lambda_2 \ge \ldots` of a tangent kernel K.
 
     Errors leave rounding out: in float32 about 1e-6 of a value.
 
