@@ -22,6 +22,7 @@ from poprisk_lab.checkpoint import Workspace, load_checkpoint
 from poprisk_lab.runner import OnRow, run_trials
 from poprisk_lab.store import Row, RunDirectoryError, Store, end_of
 from poprisk_lab.study import Settings
+from poprisk_lab.work import torch_threads
 
 
 class Judgement(NamedTuple):
@@ -53,12 +54,8 @@ def run_audit(examples: AuditExamples, plan: AuditPlan, store: Store, on_row: On
         TrainingError, RunDirectoryError: as :func:`poprisk_lab.runner.run_trials`.
     """
     run = partial(fit_fold if plan.folds else fit, plan, examples.inputs, examples.targets)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(plan.threads)
-    try:  # in this process: another one would hold the data again
+    with torch_threads(plan.threads):  # in this process: another one would hold the data again
         run_trials(plan.trials, run, store, workers=0, on_row=on_row)
-    finally:
-        torch.set_num_threads(threads)
     return read_audit(plan, examples.targets, store)
 
 

@@ -12,6 +12,7 @@ from poprisk.optim.wrapper import gated
 from poprisk_lab.bench import take_turns
 from poprisk_lab.bench.step import PARAMETER_SETS, Build, parameters
 from poprisk_lab.plots import Table
+from poprisk_lab.work import torch_threads
 
 GPT = "12 × 768² + 4 × 768×3072"
 GATED_SETS: dict[str, Sequence[tuple[int, ...]]] = {
@@ -59,17 +60,13 @@ def bench_gated(*, threads: int, steps: int) -> list[GatedTime]:
         threads: for torch.
         steps: timed steps after a warm-up; fewer where they take over four seconds.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         return [
             _bench_pair(name, shapes, wrapped, fused, steps)
             for name, shapes in GATED_SETS.items()
             for wrapped in WRAPPED
             for fused in (True, False)
         ]
-    finally:
-        torch.set_num_threads(before)
 
 
 def _bench_pair(

@@ -17,6 +17,7 @@ from poprisk._validate import first_line
 from poprisk_lab.bench.models import BenchCase
 from poprisk_lab.bench.peers import KERNELS, MOMENTS
 from poprisk_lab.plots import Table
+from poprisk_lab.work import torch_threads
 
 WARM_UP = 4
 OURS, PLAIN = "poprisk", "forward + backward"
@@ -157,13 +158,9 @@ def _prepare(threads: int) -> None:
 
 
 def _moment_rows(case: BenchCase, threads: int, repeats: int) -> list[Measurement]:
-    before = torch.get_num_threads()
-    try:
-        with warnings.catch_warnings():
-            _prepare(threads)
-            found = moment_seconds(case, repeats)
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads), warnings.catch_warnings():
+        _prepare(threads)
+        found = moment_seconds(case, repeats)
     base, rows = found[PLAIN], list[Measurement]()
     assert isinstance(base, list)
     for name, times in found.items():

@@ -16,6 +16,7 @@ from poprisk.optim.adamw import PopRiskAdamW
 from poprisk_lab.bench import take_turns
 from poprisk_lab.bench.published import PublishedUpdate
 from poprisk_lab.plots import Table
+from poprisk_lab.work import torch_threads
 
 PARAMETER_SETS: dict[str, Sequence[tuple[int, ...]]] = {
     "1 × 1M": [(1_000_000,)],
@@ -98,16 +99,12 @@ def bench_steps(*, threads: int, steps: int) -> list[StepTime]:
         threads: for torch.
         steps: timed steps after a warm-up; fewer where they take over four seconds.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         return [
             _bench_pair(name, shapes, other, build, steps)
             for name, shapes in PARAMETER_SETS.items()
             for other, build in optimizers_for(shapes).items()
         ]
-    finally:
-        torch.set_num_threads(before)
 
 
 def optimizers_for(shapes: Sequence[tuple[int, ...]]) -> dict[str, Build]:

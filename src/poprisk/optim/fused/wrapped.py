@@ -63,7 +63,8 @@ def keep_(
     """Gate the step that was taken, of those tensors that the kernel can take.
 
     The numbers are those of :func:`poprisk.optim.keep.keep_lists_`, whose arguments these are but
-    for ``columns``, which are those of :func:`observe_`; gradients are not looked at.
+    for ``columns``, which are those of :func:`observe_`; gradients are not looked at. The mask is
+    of each entry: one per tensor is for foreach.
 
     Returns:
         The indices of the tensors that were left alone.
@@ -74,8 +75,7 @@ def keep_(
     launch, left = _apart(kernel, columns._replace(grads=columns.params), numbers)
     if launch is None:
         return left
-    fields = {**launch.fields, "grads": None}
-    task = native.KernelTask(**fields)
+    task = native.KernelTask(**{**launch.fields, "grads": None})
     kernel.poprisk_keep(ctypes.addressof(task), native.start(launch.columns[3]), share, last)
     return left
 
