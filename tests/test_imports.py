@@ -18,7 +18,7 @@ SRC = Path(__file__).parents[1] / "src"
 CHAINS: Mapping[str, Sequence[str]] = {
     "poprisk": (
         "_renamed _moved _validate printing protocols intervals randomness dtensor holders "
-        "evaluation forward_mode per_sample jacobian linalg spectrum ntk optim losses path "
+        "evaluation forward_mode uncut per_sample jacobian linalg spectrum ntk optim losses path "
         "attribution risk audit monitor integrations task"
     ).split(),
     "poprisk_lab": (

@@ -17,6 +17,7 @@ from poprisk.evaluation import evaluating, outputs_of, uncompiled
 from poprisk.forward_mode import plain_kernels
 from poprisk.per_sample import checks
 from poprisk.per_sample.visible import check_unhooked, check_whole
+from poprisk.uncut import uncut
 
 Inputs = Any
 """A tensor for ``model(x)``, a tuple of tensors for ``model(*x)`` or a dict for ``model(**x)``."""
@@ -139,6 +140,8 @@ class Jacobian:
         params: the weights to differentiate by, of the model itself.
         outputs: positions of the outputs that count, None: all; or ``"sum"``: their sum.
         written: buffers that a forward pass writes to, without outputs that depend on them.
+        whole: of the outputs as a function of all weights, also where the model detaches what it
+            hands on, see :mod:`poprisk.uncut`; False: what autograd gives.
     """
 
     def __init__(
@@ -147,18 +150,22 @@ class Jacobian:
         params: Mapping[str, Tensor],
         outputs: Sequence[int] | str | None = None,
         written: Sequence[str] = (),
+        *,
+        whole: bool = False,
     ) -> None:
-        self.model, self.params, self.outputs = model, params, outputs
+        self.model, self.params, self.outputs, self.whole = model, params, outputs, whole
         buffers = dict(model.named_buffers())
         self.written = {name: buffers[name] for name in written}
         self._places = _places(model, {**params, **self.written})
 
     def __call__(self, x: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The outputs that count, (b, k)."""
-        if weights is None:
-            outputs = call(self.model, x)
-        else:
-            outputs = self.holding(weights, lambda: call(self.model, x))
+
+        def called() -> Any:
+            with uncut() if self.whole else contextlib.nullcontext():
+                return call(self.model, x)
+
+        outputs = called() if weights is None else self.holding(weights, called)
         checks.check_outputs(outputs, length(x))
         flat = outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
         if self.outputs == "sum":

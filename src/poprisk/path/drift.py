@@ -147,7 +147,7 @@ def movement(
         walked.take(k, both.sum(1, keepdim=True))
         carried = rule.from_momentum * rule.gain / (1 - rule.carry) + rule.from_gradient
         scale = rule.correction * rule.precondition * carried
-        total += problem.J.jvp(w, x, scale * both)
+        total += problem.J_whole.jvp(w, x, scale * both)
         sums.append(_along(total, directions))
     walked.warn()
     drift, walk = torch.stack(sums).unbind(-1)

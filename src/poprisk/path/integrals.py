@@ -56,7 +56,8 @@ class Snapshot(NamedTuple):
         train_outputs: realized, (N,).
         query_outputs: realized, (Nq,).
         gradient: realized output gradient, (N,).
-        kernel: :math:`K_{SS}` at the present weights, (N, N).
+        kernel: :math:`K_{SS}` at the present weights, (N, N); where gradients are cut inside the
+            model, what outputs move by times what they are trained by, which is not symmetric.
     """
 
     step: int
@@ -198,6 +199,7 @@ class _Walk:
         outputs = (p.n + p.m) * p.c
         self.J = torch.empty(outputs, p.size, **zeros)  # path-averaged: training, then query rows
         self.J_batch = torch.empty(0, p.size, **zeros)
+        self.J_train = torch.empty(N if p.is_cut else 0, p.size, **zeros)
         self.inputs = torch.cat([self.x, self.points])
         self.X = torch.cat([torch.eye(N, **zeros), torch.zeros(N, 1, **zeros)], 1)
         self.recursion = Recursion.of_run(run, N + 1, torch.float64)
@@ -213,15 +215,18 @@ class _Walk:
         return self.problem.J.values(w, self.x), self.problem.J.values(w, self.points)
 
     def _frozen(self) -> Tensor:
-        J, J_Q = self._jacobian(self.w, self.inputs, self.J).tensor_split((len(self.X),))
-        return J_Q @ J.T @ torch.linalg.pinv(J @ J.T, hermitian=True)
+        J, J_Q = self._moving(self.w, self.inputs, self.J).tensor_split((len(self.X),))
+        J_T = self._training(J).T
+        return J_Q @ J_T @ torch.linalg.pinv(J @ J_T, hermitian=not self.problem.is_cut)
 
     def snapshot(self, step: int) -> None:
         """Keep the present state."""
-        J = self._jacobian(self.w, self.x, self.J[: len(self.X)])
+        J = self._moving(self.w, self.x, self.J[: len(self.X)])
         g = self.problem.output_gradient(self.u).flatten()
         self.kept.append(
-            Snapshot(step, self.G.clone(), self.u.flatten(), self.v.flatten(), g, J @ J.T)
+            Snapshot(
+                step, self.G.clone(), self.u.flatten(), self.v.flatten(), g, J @ self._training(J).T
+            )
         )
 
     def advance(self, k: int) -> None:
@@ -243,9 +248,15 @@ class _Walk:
         self.accounted += float(mean @ (moved @ self.start))
         self.w, self.u, self.v = end, u, v
 
-    def _jacobian(self, w: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """Rows of the Jacobian at ``w``, written to ``out``."""
-        return self.problem.J.write(out, [(w, 1.0)], x)
+    def _moving(self, w: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        """Rows at ``w`` of the Jacobian that outputs move by, written to ``out``."""
+        return self.problem.J_whole.write(out, [(w, 1.0)], x)
+
+    def _training(self, J: Tensor) -> Tensor:
+        """Rows of the training outputs' own gradients now: ``J`` if nothing is cut."""
+        if not self.problem.is_cut:
+            return J
+        return self.problem.J.write(self.J_train, [(self.w, 1.0)], self.x)
 
     def _step(self, rule: StepRule, J: Tensor, pulled: Tensor, w: Tensor) -> Tensor:
         r"""Take a step and return what it moves, (N+Nq, N+1).
@@ -271,28 +282,29 @@ class _Walk:
         rows = (interval.examples[:, None] * c + torch.arange(c)).flatten()
         sampling = interval.sampling.repeat_interleave(c)[:, None]
         J_S = self.J[: len(self.X)]
-        if rule.steps == 1:
+        J, X = J_S[rows] if rule.steps > 1 else None, self.X
+        if J is None or self.problem.is_cut:
             if len(self.J_batch) < len(rows):
                 self.J_batch = torch.empty(len(rows), len(w), dtype=torch.float64)
-            J, X = self.J_batch[: len(rows)], self.X
-            self._jacobian(w, self.x[interval.examples], J)
-        else:
-            J, X = J_S[rows], self._interval_mean(rule, w, (J_S, rows, sampling), B)
+            J = self.J_batch[: len(rows)]
+            self.problem.J.write(J, [(w, 1.0)], self.x[interval.examples])
+        if rule.steps > 1:
+            X = self._interval_mean(rule, w, (J_S, J, rows, sampling), B)
         return J, sampling * X[rows]
 
     def _interval_mean(
-        self, rule: StepRule, w: Tensor, sampled: tuple[Tensor, Tensor, Tensor], B: Tensor
+        self, rule: StepRule, w: Tensor, sampled: tuple[Tensor, Tensor, Tensor, Tensor], B: Tensor
     ) -> Tensor:
         r"""Mean of the columns over an interval of several steps (exponential midpoint).
 
         :math:`\dot X = -A X - f` with constant A and f has the mean
         :math:`\varphi_1(-A) X - \varphi_2(-A) f`.
         """
-        J_S, rows, sampling = sampled
+        J_S, J, rows, sampling = sampled
         carried, entered = rule.weights()
         scale = rule.correction * rule.precondition
         A = torch.zeros(len(J_S), len(J_S), dtype=torch.float64)
-        JT = rule.sign * J_S[rows].T
+        JT = rule.sign * J.T
         A[:, rows] = _blocks(B, J_S @ (scale * entered * JT)) * sampling.T
         forcing = scale * carried * self.recursion.momentum
         coupled = scale * entered * rule.coupled + rule.decay * rule.steps

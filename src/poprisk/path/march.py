@@ -198,7 +198,9 @@ class March:
 
     def _at(self, rows: Tensor, w: Tensor, u: Tensor) -> Tensor:
         """Columns of the batch at ``w``: what they were at the last refresh, moved since."""
-        moved = self.problem.J.jvp((self.origin + w) / 2, self.problem.train[0][rows], self.moved)
+        moved = self.problem.J_whole.jvp(
+            (self.origin + w) / 2, self.problem.train[0][rows], self.moved
+        )
         return self.X[rows] - _curved(self.problem, self.u[rows], u, moved, rows)
 
     def refresh(self) -> None:
@@ -218,7 +220,7 @@ class March:
         """What the columns moved the outputs of some inputs since the last refresh, (b, c, r)."""
 
         def product(a: float) -> Tensor:
-            return self.problem.J.jvp(torch.lerp(self.origin, self.w, a), x, self.moved)
+            return self.problem.J_whole.jvp(torch.lerp(self.origin, self.w, a), x, self.moved)
 
         return averaged(product, self.nodes)
 

@@ -3,6 +3,7 @@ r"""What a run trains: the model, whose outputs are a function of flat weights, 
 from __future__ import annotations
 
 import copy
+import warnings
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,15 @@ from torch import Tensor, nn
 from poprisk import losses
 from poprisk._validate import NotAnalysable, first_line
 from poprisk.evaluation import evaluating
-from poprisk.jacobian import Jacobian, flat
+from poprisk.jacobian import Jacobian, flat, tolerance_of
 from poprisk.path.jacobian import FlatJacobian
 from poprisk.printing import brief, described
 from poprisk.protocols import PerExampleLoss
+
+TRIED = 2
+"""Examples that show whether gradients are cut inside a model."""
+PIECES = 8
+"""Of the line to other weights, along which two Jacobians are compared."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +127,39 @@ class Problem:
     @cached_property
     def J(self) -> FlatJacobian:
         """Outputs as a function of flat weights, and their Jacobian."""
+        return self._jacobian(whole=False)
+
+    @cached_property
+    def J_whole(self) -> FlatJacobian:
+        r"""What outputs move by, where the model detaches what it hands on; else :attr:`J` itself.
+
+        Of the two Jacobians the one that predicts better what a change of all weights does: a
+        straight-through estimator has its own for a reason.
+        """
+        whole = self._jacobian(whole=True)
+        w, x = self.J.elsewhere, self.train[0][:TRIED]
+        try:
+            row, other = (_row(jacobian, w, x) for jacobian in (self.J, whole))
+            if float((other - row).norm()) <= tolerance_of(w) * float(row.norm()):
+                return self.J
+            return min((self.J, whole), key=lambda jacobian: _chord_error(jacobian, x))
+        except RuntimeError as error:
+            warnings.warn(
+                f"what the model detaches cannot be followed ({first_line(error)}): if outputs "
+                "depend on weights through it, the closure will say so.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return self.J
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether outputs follow weights that their own gradients do not reach."""
+        return self.J_whole is not self.J
+
+    def _jacobian(self, *, whole: bool) -> FlatJacobian:
         params = dict(zip(self.names, self.parameters, strict=True))
-        jacobian = Jacobian(self.model, params, written=self.written)
+        jacobian = Jacobian(self.model, params, written=self.written, whole=whole)
         return FlatJacobian(jacobian, self.train[0], self.c)
 
     def shaped(self, u: Tensor) -> Tensor:
@@ -141,6 +178,23 @@ class Problem:
     def training_loss(self, u: Tensor) -> float:
         r""":math:`\Phi_S(u)`."""
         return losses.values(self.loss, self.shaped(u), self.train[1]).mean().item()
+
+
+def _row(J: FlatJacobian, w: Tensor, x: Tensor) -> Tensor:
+    """One combination of the rows of J, (P,)."""
+    u, pull = J.pullback(w, x)
+    v = torch.linspace(0.5, 1.5, u.numel(), dtype=u.dtype, device=u.device)
+    return pull(v.view(*u.shape, 1)).squeeze(1)
+
+
+def _chord_error(J: FlatJacobian, x: Tensor) -> float:
+    """How far J is from the movement of outputs along the line to other weights."""
+    w, end = flat(J.jacobian.params.values()), J.elsewhere
+    moved = J.values(end, x) - J.values(w, x)
+    step = (end - w).unsqueeze(1)
+    at = [torch.lerp(w, end, (i + 0.5) / PIECES) for i in range(PIECES)]
+    products = [J.jvp(point, x, step).squeeze(-1) for point in at]
+    return float((torch.stack(products).mean(0) - moved).norm())
 
 
 def private_copy(model: nn.Module) -> nn.Module:

@@ -96,7 +96,7 @@ class PathJacobian:
         """The average Jacobian (b·c, P) of inputs (b, ...) from ``w`` to ``end`` (P,)."""
         total = w.new_empty(len(x) * self.problem.c, len(w)) if out is None else out
         at = [(torch.lerp(w, end, position), weight) for position, weight in self.nodes]
-        self.problem.J.write(total, at, x)
+        self.problem.J_whole.write(total, at, x)
         if self.refine is not None:
             self._mend(total.view(len(x), -1, len(w)), w, end, x)
         return total
@@ -104,7 +104,7 @@ class PathJacobian:
     def _mend(self, rows: Tensor, w: Tensor, end: Tensor, x: Tensor) -> None:
         """Replace the rows (b, c, P) of examples that are off by means over ever smaller pieces."""
         step = end - w
-        moved = self.problem.J.values(end, x) - self.problem.J.values(w, x)
+        moved = self.problem.J_whole.values(end, x) - self.problem.J_whole.values(w, x)
         size = moved.norm(dim=1)
         allowed = (self.refine or 0.0) * size.clamp_min(1e-3 * float(size.norm()) + 1e-300)
         index = ((rows @ step - moved).norm(dim=1) > allowed).nonzero().squeeze(1)
@@ -131,7 +131,9 @@ class PathJacobian:
             return w + position[:, None] * step
 
         total = averaged(
-            lambda p: self.problem.J.rows_of_each(at(left + p * length), x), self.nodes
+            lambda p: self.problem.J_whole.rows_of_each(at(left + p * length), x), self.nodes
         )
-        change = self.problem.J.each(at(left + length), x) - self.problem.J.each(at(left), x)
+        change = self.problem.J_whole.each(at(left + length), x) - self.problem.J_whole.each(
+            at(left), x
+        )
         return total, change

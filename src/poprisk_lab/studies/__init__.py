@@ -10,6 +10,7 @@ from poprisk_lab.studies import (
     dpo,
     drift_diffusion,
     feature_learning,
+    forward_forward,
     grokking,
     image,
     implicit_bias,
@@ -25,6 +26,7 @@ __all__ = ["CLAIMS", "Claim"]
 _MODULES = (
     grokking, multistep, pinn, image, benign_overfitting, double_descent, implicit_bias,
     drift_diffusion, coupling, feature_learning, memorization, dpo, audit, stopping,
+    forward_forward,
 )  # fmt: skip
 CLAIMS: dict[str, Claim] = {claim.name: claim for claim in map(claim_of, _MODULES)}
 """The claims, by name, in the order of the summary."""

@@ -15,6 +15,7 @@ from typing import Any
 from poprisk.task import Task
 from poprisk_lab.tasks import digits as _digits
 from poprisk_lab.tasks import interpolation as _interpolation
+from poprisk_lab.tasks import local_rules as _local_rules
 from poprisk_lab.tasks import modular as _modular
 from poprisk_lab.tasks import regression as _regression
 from poprisk_lab.tasks.sources import place_of
@@ -28,6 +29,8 @@ BUILT_IN: dict[str, Callable[..., Task]] = {
     "digits": _digits.digits,
     "digits-cnn": _digits.digits_cnn,
     "digits-clean": _digits.digits_clean,
+    "digits-forward-forward": _local_rules.digits_forward_forward,
+    "digits-mono-forward": _local_rules.digits_mono_forward,
     "sparse-regression": _regression.sparse_regression,
     "dense-regression": _regression.dense_regression,
     "long-tail-regression": _interpolation.long_tail_regression,

@@ -1,0 +1,296 @@
+"""Learning without backpropagation: accuracy, operators, label noise and risk of local rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from poprisk.intervals import Interval, t_interval
+from poprisk_lab.arms import DEFAULT_ADAMW, default_arms
+from poprisk_lab.fit import ArmRun
+from poprisk_lab.plots import Line, Plot, Table, points, seeds_line, tabulate
+from poprisk_lab.results import TrialResult, across
+from poprisk_lab.studies import local_paths
+from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
+from poprisk_lab.studies.criteria import (
+    Criterion,
+    at_least,
+    at_most,
+    controls,
+    difference,
+    either_way,
+    point,
+    ratio,
+)
+from poprisk_lab.studies.local_twins import estimates
+from poprisk_lab.tasks.local_rules import EPOCHS, HIDDEN, RULES, local_task
+
+FORWARD, MONO, BACK = RULES
+LOCAL = (FORWARD, MONO)
+OURS, MATCHED = "poprisk", "rms-matched"
+ADAMW = "adamw-lr{lr:g}-wd{weight_decay:g}"
+SAME = ADAMW.format(**DEFAULT_ADAMW)
+GRID = tuple(ADAMW.format(lr=lr, weight_decay=0.01) for lr in (3e-4, 1e-3, 3e-3))
+JUDGED, SEEDS = GRID[-1], range(5)
+NOISES, WIDTH = (0.2, 0.4), 128
+DATA = ("digits", "mnist1d")
+SOFTEST = 1e-8
+ALLOWED, CLOSED, LEAK, WITHIN = 0.015, 1e-8, 1e-3, 1.1
+COLOURS = {FORWARD: "poprisk", MONO: "early-stopping", BACK: "adamw"}
+
+
+def trials(quick: bool) -> list[Trial]:
+    """One net by one rule: how accurate, its operators, under wrong labels, its twin's estimate."""
+    seeds, steps, size = SEEDS, 60, {"hidden": WIDTH, "epochs": EPOCHS}
+    data, arms, noises = DATA, [OURS, *GRID], NOISES
+    whole, optimizers = {"hidden": HIDDEN, "epochs": EPOCHS}, ("sgd", "adamw")
+    if quick:
+        seeds, steps, size = range(2), 12, {"hidden": 16, "epochs": 2}
+        data, arms, noises, whole, optimizers = DATA[:1], [OURS, SAME], (0.4,), size, ("adamw",)
+    settings = list[dict[str, Any]]()
+    for rule in RULES:
+        settings += [{"case": "accuracy", "rule": rule, "data": d, **whole} for d in data]
+        settings += [
+            {"case": "path", "rule": rule, "noise": n, "optimizer": o, "steps": steps}
+            for n in noises
+            for o in optimizers
+        ]
+        settings += [
+            {"case": "noise", "rule": rule, "noise": n, "arm": a, **size}
+            for n in noises
+            for a in arms
+        ]
+        settings += [{"case": "twin", "rule": rule, **size}]
+    return [
+        Trial("-".join(str(v) for k, v in s.items() if k not in ("hidden", "epochs", "steps"))
+              + f"-{seed}", {**s, "seed": seed},
+              needs=("sklearn", "mnist1d")[: 1 + (s.get("data") == "mnist1d")])
+        for seed in seeds for s in settings
+    ]  # fmt: skip
+
+
+def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
+    """What one trial finds, by its case."""
+    case = {"accuracy": _accuracy, "noise": _noise, "path": _path, "twin": estimates}
+    return case[settings["case"]](settings)
+
+
+def _accuracy(settings: dict[str, Any]) -> Metrics:
+    """AdamW on right labels, at the rate and for the epochs that were best on other seeds."""
+    return _end(_trained(settings, JUDGED, data=settings["data"]))
+
+
+def _noise(settings: dict[str, Any]) -> Metrics:
+    """One arm on wrong labels; after our own, AdamW at its update sizes."""
+    leads, noise = settings["arm"] == OURS, settings["noise"]
+    done = _trained(settings, settings["arm"], noise=noise, record=leads)
+    found = {settings["arm"]: _end(done)}
+    if leads:
+        found[MATCHED] = _end(_trained(settings, MATCHED, noise=noise, trace=done.progress.trace))
+    return {"arms": found}
+
+
+def _trained(
+    settings: dict[str, Any], arm: str, *, data: str = "digits", noise: float = 0.0, **more: Any
+) -> ArmRun:
+    chosen = {a.name: a for a in default_arms(full=True)}[arm]
+    sizes = {key: settings[key] for key in ("rule", "hidden", "epochs")}
+    task = local_task(settings["seed"], data=data, noise=noise, **sizes)
+    done = ArmRun(task, chosen, settings["seed"], **more)
+    for _ in done.rows():
+        pass
+    return done
+
+
+def _end(done: ArmRun) -> Metrics:
+    p = done.progress
+    return {"accuracy": p.final_metric, "memorized": p.final_memorized, "best": p.best_metric}
+
+
+def _path(settings: dict[str, Any]) -> Metrics:
+    """The operators of a small net, see :mod:`poprisk_lab.studies.local_paths`."""
+    rule, seed = settings["rule"], settings["seed"]
+    data = local_paths.small_digits(seed, settings["noise"])
+    how = {"optimizer": settings["optimizer"], "steps": settings["steps"]}
+    return local_paths.measure(local_paths.follow_rule(rule, data, seed=seed, **how), data.clean)
+
+
+class Found:
+    """What was found, by case and rule."""
+
+    def __init__(self, results: Results) -> None:
+        cases = results.by("case")
+        self.accuracies, self.paths, self.twins = (cases[c] for c in ("accuracy", "path", "twin"))
+        self.noise = Results(
+            TrialResult({**settings, "arm": arm}, found)
+            for settings, metrics in cases["noise"]
+            for arm, found in metrics["arms"].items()
+        )
+        self.local = Results(d for d in self.paths if d.settings["rule"] != BACK)
+        self.noises, self.data = sorted(self.noise.by("noise")), [*self.accuracies.by("data")]
+
+    def behind(self, rule: str, data: str) -> Interval:
+        """Test error minus that of backpropagation."""
+        of = {r: self.accuracies.where(rule=r, data=data).by_seed("accuracy") for r in (rule, BACK)}
+        return difference(of[BACK], of[rule])
+
+    def values(
+        self, rule: str, arm: str, key: str, noises: Sequence[float] = ()
+    ) -> Mapping[int, float]:
+        """A figure of an arm, the mean over noise levels, by seed."""
+        runs = self.noise.where(rule=rule, arm=arm)
+        return across([runs.where(noise=n).by_seed(key) for n in noises or self.noises], fmean)
+
+    def gained(self, rule: str, than: str, key: str = "accuracy") -> Interval:
+        """What the gate has more than another arm."""
+        return difference(self.values(rule, OURS, key), self.values(rule, than, key))
+
+    def best(self, rule: str, noise: float) -> str:
+        """The AdamW with the best final test accuracy on average."""
+        grid = [arm for arm in GRID if self.noise.where(rule=rule, arm=arm, noise=noise)]
+        return max(
+            grid, key=lambda arm: fmean(self.values(rule, arm, "accuracy", [noise]).values())
+        )
+
+    def off(self, rule: str, kind: str) -> Interval:
+        """By which factor the twin's estimate differs from the risk."""
+        runs = self.twins.where(rule=rule)
+        return either_way(ratio(*(runs.by_seed((kind, key)) for key in ("estimate", "risk"))))
+
+
+def judge(results: Results) -> Report:
+    """As accurate, exact operators, an invisible reservoir, label noise kept out, risk known."""
+    found, decided, beside = Found(results), list[Criterion](), list[Criterion]()
+    name = {rule: RULES[rule].label for rule in RULES}
+    for data in found.data:
+        more = [at_most(f"{data}, {name[r]}: test error minus that of backpropagation",
+                        found.behind(r, data), ALLOWED, percent=True) for r in LOCAL]  # fmt: skip
+        (decided if data == DATA[0] else beside).extend(more)
+    leaks = [d.metrics["leaks"][f"{SOFTEST:g}"] for d in found.local]
+    decided += [
+        at_most("closure error of the operators, worst of the local runs",
+                point(max(found.local.all("closure"))), CLOSED),
+        at_most(f"what queries see of the reservoir below {SOFTEST:g}, worst of the local runs",
+                point(max(leaks)), LEAK),
+    ]  # fmt: skip
+    for r in LOCAL:
+        decided += [
+            at_least(f"{name[r]}, wrong labels: accuracy gained on AdamW at equal settings",
+                     found.gained(r, SAME), 0.0, percent=True),
+            at_most(f"{name[r]}, wrong labels: share of them memorized, minus AdamW's",
+                    found.gained(r, SAME, "memorized"), 0.0, percent=True),
+            at_most(f"{name[r]}: factor between the twin's estimate and the risk",
+                    found.off(r, "pushed"), WITHIN),
+        ]  # fmt: skip
+    small = found.paths.where(optimizer="sgd") or found.paths
+    for r in RULES:
+        runs = small.where(rule=r)
+        beside += [
+            at_most(f"{name[r]}: factor between the estimate of a twin without 20% and the risk",
+                    found.off(r, "left_out"), WITHIN),
+            at_most(f"{name[r]}, small steps: g₀ᵀWg₀ and the drop of the loss, relative difference",
+                    t_interval(abs(v - 1) for v in runs.all("quadratic")), 0.05),
+            at_least(f"{name[r]}: least eigenvalue of the kernel over the largest",
+                     t_interval(runs.all("lowest")), -1e-6),
+            at_most(f"{name[r]}: error of the movement by the gradients' own Jacobian",
+                    t_interval(found.paths.where(rule=r).all("one_jacobian")), CLOSED),
+        ]  # fmt: skip
+        beside += [at_least(f"{name[r]}, {n:.0%} wrong labels: gained on the best AdamW, picked by "
+                            "the test set", _against_best(found, r, n), 0.0, percent=True)
+                   for n in found.noises]  # fmt: skip
+    return Report([*decided, *controls(*beside)], _table(found), _notes(found), main=2)
+
+
+def _against_best(found: Found, rule: str, noise: float) -> Interval:
+    ours, best = (found.values(rule, arm, "accuracy", [noise])
+                  for arm in (OURS, found.best(rule, noise)))  # fmt: skip
+    return difference(ours, best)
+
+
+def _table(found: Found) -> Table:
+    """A row a rule."""
+
+    def accuracy(data: str) -> Callable[[TrialResult], float | None]:
+        return lambda d: d.metrics.get("accuracy") if d.settings.get("data") == data else None
+
+    def small(key: str) -> Callable[[TrialResult], float | None]:
+        return lambda d: d.metrics.get(key) if d.settings.get("optimizer") == "sgd" else None
+
+    accuracies = {f"accuracy, {data}": accuracy(data) for data in found.data}
+    columns = {
+        **accuracies,
+        "closure error": "closure",
+        "by the gradients' own Jacobian": "one_jacobian",
+        "g₀ᵀWg₀ over the drop of the loss, SGD": small("quadratic"),
+        "least eigenvalue of the kernel, SGD": small("lowest"),
+        "error of the coupling": "coupling",
+        f"seen of the reservoir below {SOFTEST:g}": ("leaks", f"{SOFTEST:g}"),
+        "share of the signal in the channel": ("cells", "signal_share"),
+        "share of the noise in the channel": ("cells", "noise_share"),
+        "movement by harmful noise": ("cells", "harmful_noise"),
+        "twin: estimate": ("pushed", "estimate"),
+        "twin: risk": ("pushed", "risk"),
+        "twin called itself valid": ("pushed", "valid"),
+        "twin without a fifth: estimate": ("left_out", "estimate"),
+    }
+    rows = Results([*found.accuracies, *found.paths, *found.twins]).by("rule")
+    about = (
+        "Operators: two tanh layers on digits 0 to 2, both optimizers and noise levels together. "
+        "Risks are those of each rule's own loss, not to be compared between rows."
+    )
+    groups = {RULES[rule].label: runs for rule, runs in rows.items()}
+    return tabulate("rule", groups, columns, percent=accuracies, about=about)
+
+
+def _notes(found: Found) -> list[str]:
+    """Twins that did not believe themselves."""
+    doubted = [RULES[r].label for r, runs in found.twins.by("rule").items()
+               if not all(runs.all(("pushed", "valid")))]  # fmt: skip
+    said = f"The twin's estimate was flagged in some of the runs: {', '.join(doubted)}."
+    return [said] if doubted else []
+
+
+def show(results: Results) -> Plots:
+    """The reservoir, wrong labels, and the twin."""
+    found = Found(results)
+    return [
+        Plot("What queries see of the soft reservoir", "tolerance, relative to W's largest",
+             "‖G R‖ / ‖G‖", [_leaks(found, r) for r in RULES],
+             "Spectral norms, R the directions of W below the tolerance; one point a run. Where no "
+             "direction lies below, there is no point.", log_x=True, log_y=True),
+        Plot("Accuracy under wrong labels", "share of wrong labels", "test accuracy",
+             _by_noise(found, "accuracy"),
+             "Mean over seeds with 95% intervals; dashed: AdamW at the same settings."),
+        Plot("Memorization", "share of wrong labels", "share reproduced",
+             _by_noise(found, "memorized"),
+             "How many of the wrong labels the trained net gives back; dashed: AdamW."),
+        Plot("Risk of a rule's own loss, by a twin", "risk", "estimate",
+             [points(RULES[r].label, *_pairs(found, r), COLOURS[r]) for r in RULES],
+             "One point a run, 20% wrong labels in training and in the risk; on the diagonal the "
+             "estimate is exact.", log_x=True, log_y=True),
+    ]  # fmt: skip
+
+
+def _leaks(found: Found, rule: str) -> Line:
+    seen = [(float(tol), leak) for row in found.paths.where(rule=rule).all("leaks")
+            for tol, leak in row.items() if leak > 0]  # fmt: skip
+    x, y = zip(*seen, strict=True) if seen else ((), ())
+    return points(RULES[rule].label, x, y, COLOURS[rule])
+
+
+def _by_noise(found: Found, key: str) -> list[Line]:
+    arms = {OURS: ("PopRiskAdamW", "solid"), SAME: ("AdamW", "dash")}
+    lines = list[Line]()
+    for rule in RULES:
+        for arm, (label, dash) in arms.items():
+            columns = [found.values(rule, arm, key, [noise]) for noise in found.noises]
+            rows = [*across(columns, list).values()]
+            name = f"{RULES[rule].label}, {label}"
+            lines.append(seeds_line(name, found.noises, rows, COLOURS[rule], dash=dash))
+    return lines
+
+
+def _pairs(found: Found, rule: str) -> tuple[list[float], list[float]]:
+    runs = found.twins.where(rule=rule)
+    return runs.all(("pushed", "risk")), runs.all(("pushed", "estimate"))
