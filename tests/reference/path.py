@@ -90,8 +90,12 @@ def path_operators(
     x: Tensor,
     x_query: Tensor,
     momentum_in: Tensor,
+    trained: Outputs | None = None,
 ) -> Operators:
-    """The operators of THEORY §3; ``total_loss`` maps outputs (N,) to the training loss."""
+    """The operators of THEORY §3; ``total_loss`` maps outputs (N,) to the training loss.
+
+    Gradients come from the Jacobian of ``trained``: the outputs themselves if left out.
+    """
     K, n, size = len(steps), len(x), len(weights[0])
     c = outputs(weights[0], x[:1]).numel()
     N = n * c
@@ -101,7 +105,7 @@ def path_operators(
     G, D, affine_G, affine_D = (list[Tensor]() for _ in range(4))
     for k in range(K):
         step, w, end = steps[k], weights[k], weights[k + 1]
-        JTS = jacobian(outputs, w, x).T @ sampling(step.batch, n, c)
+        JTS = jacobian(trained or outputs, w, x).T @ sampling(step.batch, n, c)
         gradients.append((JTS @ P[k], JTS @ h[k] + step.coupled * w))
         Q, q = _momentum(steps[: k + 1], gradients, momentum_in)
         R, r = Q, q

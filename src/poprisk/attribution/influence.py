@@ -18,6 +18,7 @@ from poprisk.attribution.result import Attribution
 from poprisk.attribution.training import MAX_MEMORY, RESPONSES, Replay
 from poprisk.optim.step import StepRule
 from poprisk.path import Run
+from poprisk.path.checks import check_uncut
 from poprisk.path.problem import Problem
 from poprisk.path.run import check_answers
 from poprisk.randomness import generator_of
@@ -106,6 +107,7 @@ def attribute(
     kind = _response(run, response)
     problem, w = run.problem, _final(run)
     problem.check_data()
+    check_uncut(problem, "the adjoint", "retrain without the examples in question.")
     asked = _Query(problem, query, measure)
     value, slopes = asked.gradient(w)
     influence = torch.zeros(len(slopes), problem.n, dtype=slopes.dtype, device=slopes.device)

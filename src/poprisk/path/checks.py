@@ -26,6 +26,16 @@ def check_memory(needed: float, max_memory: float, what: str, instead: str) -> N
         )
 
 
+def check_uncut(problem: Any, what: str, instead: str) -> None:
+    """Raise NotAnalysable if gradients are cut inside the model of a :class:`Problem`."""
+    if problem.is_cut:
+        raise NotAnalysable(
+            "the model detaches what its outputs depend on, as layers do that learn by themselves: "
+            f"its steps are no gradients of one loss, whose second derivatives {what} takes; "
+            f"{instead}"
+        )
+
+
 def check_indices(indices: Any, examples: int) -> None:
     """Raise ValueError unless ``indices`` is a batch of the training set."""
     found = type(indices).__name__

@@ -30,6 +30,7 @@ from poprisk import _validate as checks
 from poprisk import losses as of_outputs
 from poprisk._renamed import renamed_arguments, renamed_attributes
 from poprisk.path import NotAnalysable, Run
+from poprisk.path.checks import check_uncut
 from poprisk.path.recursion import Recursion
 from poprisk.path.run import check_answers
 from poprisk.printing import short_html, short_repr
@@ -117,6 +118,8 @@ def loo_risk(
     began = time.perf_counter()
     checks.check_choice("form", form, FORMS)
     check_answers(run)
+    instead = "use poprisk.TwinRisk, which trains as the model is trained."
+    check_uncut(run.problem, "leave-one-out along the path", instead)
     n = run.problem.n
     generator = generator_of(seed, "leave one out")
     index = inputs.check_subset(subset, n, groups, generator)

@@ -31,9 +31,11 @@ LOCAL = (FORWARD, MONO)
 OURS, MATCHED = "poprisk", "rms-matched"
 ADAMW = "adamw-lr{lr:g}-wd{weight_decay:g}"
 SAME = ADAMW.format(**DEFAULT_ADAMW)
-GRID = tuple(ADAMW.format(lr=lr, weight_decay=0.01) for lr in (3e-4, 1e-3, 3e-3))
+GRID = tuple(ADAMW.format(lr=lr, weight_decay=0.01) for lr in (1e-3, 3e-3))
 JUDGED, SEEDS = GRID[-1], range(5)
 NOISES, WIDTH = (0.2, 0.4), 128
+PATHS = (("sgd", 0.2), ("adamw", 0.2), ("adamw", 0.4))
+"""Optimizers and shares of wrong labels."""
 DATA = ("digits", "mnist1d")
 SOFTEST = 1e-8
 ALLOWED, CLOSED, LEAK, WITHIN = 0.015, 1e-8, 1e-3, 1.1
@@ -42,32 +44,31 @@ COLOURS = {FORWARD: "poprisk", MONO: "early-stopping", BACK: "adamw"}
 
 def trials(quick: bool) -> list[Trial]:
     """One net by one rule: how accurate, its operators, under wrong labels, its twin's estimate."""
-    seeds, steps, size = SEEDS, 60, {"hidden": WIDTH, "epochs": EPOCHS}
-    data, arms, noises = DATA, [OURS, *GRID], NOISES
-    whole, optimizers = {"hidden": HIDDEN, "epochs": EPOCHS}, ("sgd", "adamw")
+    seeds, steps, size = SEEDS, 60, {"hidden": WIDTH, "epochs": 40}
+    whole = {d: {"hidden": h, "epochs": EPOCHS} for d, h in zip(DATA, (HIDDEN, WIDTH), strict=True)}
+    paths, noises, arms = PATHS, NOISES, [OURS, *GRID]
     if quick:
         seeds, steps, size = range(2), 12, {"hidden": 16, "epochs": 2}
-        data, arms, noises, whole, optimizers = DATA[:1], [OURS, SAME], (0.4,), size, ("adamw",)
+        whole = {DATA[0]: size}
+        paths, noises, arms = PATHS[1:2], NOISES[1:], [OURS, SAME]
     settings = list[dict[str, Any]]()
     for rule in RULES:
-        settings += [{"case": "accuracy", "rule": rule, "data": d, **whole} for d in data]
+        cases: dict[str, list[dict[str, Any]]] = {
+            "accuracy": [{"data": data, **sizes} for data, sizes in whole.items()],
+            "path": [{"optimizer": o, "noise": n, "steps": steps} for o, n in paths],
+            "noise": [{"noise": n, "arm": arm, **size} for n in noises for arm in arms],
+            "twin": [size],
+        }
         settings += [
-            {"case": "path", "rule": rule, "noise": n, "optimizer": o, "steps": steps}
-            for n in noises
-            for o in optimizers
+            {"case": c, "rule": rule, **more} for c, found in cases.items() for more in found
         ]
-        settings += [
-            {"case": "noise", "rule": rule, "noise": n, "arm": a, **size}
-            for n in noises
-            for a in arms
-        ]
-        settings += [{"case": "twin", "rule": rule, **size}]
-    return [
-        Trial("-".join(str(v) for k, v in s.items() if k not in ("hidden", "epochs", "steps"))
-              + f"-{seed}", {**s, "seed": seed},
-              needs=("sklearn", "mnist1d")[: 1 + (s.get("data") == "mnist1d")])
-        for seed in seeds for s in settings
-    ]  # fmt: skip
+    return [_trial({**some, "seed": seed}) for seed in seeds for some in settings]
+
+
+def _trial(settings: dict[str, Any]) -> Trial:
+    called = [str(v) for k, v in settings.items() if k not in ("hidden", "epochs", "steps")]
+    needs = ("sklearn", *["mnist1d"] * (settings.get("data") == "mnist1d"))
+    return Trial("-".join(called), settings, needs=needs)
 
 
 def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:

@@ -87,9 +87,9 @@ def follow_rule(rule: str, data: SmallDigits, *, seed: int, optimizer: str, step
     """Train by a rule and record it: ``"sgd"`` on the full batch, ``"adamw"`` on minibatches."""
     net, g = small_net(rule, seed), torch.Generator().manual_seed(seed)
     if optimizer == "sgd":
-        taking, batches = torch.optim.SGD(net.parameters(), lr=0.1), [torch.arange(N)] * steps
+        taking, batches = torch.optim.SGD(net.parameters(), lr=0.05), [torch.arange(N)] * steps
     else:
-        taking = torch.optim.AdamW(net.parameters(), lr=0.01)
+        taking = torch.optim.AdamW(net.parameters(), lr=0.005)
         batches = [torch.randperm(N, generator=g)[: N // 3] for _ in range(steps)]
     return record(net, LOSSES[rule], taking, batches, data.query, train=data.train)
 
@@ -104,7 +104,7 @@ def measure(run: Run, clean: Tensor) -> Metrics:
         symmetric part over the largest, at the end; ``psd``: likewise of W; ``coupling``: error of
         :math:`A_\circ`; ``leaks``, ``dimensions``: by tolerance; ``cells``: see :func:`_cells`.
     """
-    ops = path_operators(run, "gauss5", segments=2)
+    ops = path_operators(run, "gauss5")
     drop, accounted, quadratic = ops.accounting
     last, values = ops.integrals.snapshots[-1], ops.spectrum.eigenvalues
     symmetric = torch.linalg.eigvalsh((last.kernel + last.kernel.T) / 2)
