@@ -7,11 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from poprisk.intervals import Interval, t_interval
-from poprisk_lab.arms import DEFAULT_ADAMW, default_arms
-from poprisk_lab.fit import ArmRun
 from poprisk_lab.plots import Line, Plot, Table, points, seeds_line, tabulate
 from poprisk_lab.results import TrialResult, across
-from poprisk_lab.studies import local_paths
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Trial, Workspace
 from poprisk_lab.studies.criteria import (
     Criterion,
@@ -23,16 +20,11 @@ from poprisk_lab.studies.criteria import (
     point,
     ratio,
 )
-from poprisk_lab.studies.local_twins import estimates
-from poprisk_lab.tasks.local_rules import EPOCHS, HIDDEN, RULES, local_task
+from poprisk_lab.studies.local_runs import BACK, CASES, FORWARD, GRID, MONO, OURS, SAME
+from poprisk_lab.tasks.local_rules import EPOCHS, HIDDEN, RULES
 
-FORWARD, MONO, BACK = RULES
 LOCAL = (FORWARD, MONO)
-OURS, MATCHED = "poprisk", "rms-matched"
-ADAMW = "adamw-lr{lr:g}-wd{weight_decay:g}"
-SAME = ADAMW.format(**DEFAULT_ADAMW)
-GRID = tuple(ADAMW.format(lr=lr, weight_decay=0.01) for lr in (1e-3, 3e-3))
-JUDGED, SEEDS = GRID[-1], range(5)
+SEEDS = range(5)
 NOISES, WIDTH = (0.2, 0.4), 128
 PATHS = (("sgd", 0.2), ("adamw", 0.2), ("adamw", 0.4))
 """Optimizers and shares of wrong labels."""
@@ -73,48 +65,7 @@ def _trial(settings: dict[str, Any]) -> Trial:
 
 def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """What one trial finds, by its case."""
-    case = {"accuracy": _accuracy, "noise": _noise, "path": _path, "twin": estimates}
-    return case[settings["case"]](settings)
-
-
-def _accuracy(settings: dict[str, Any]) -> Metrics:
-    """AdamW on right labels, at the rate and for the epochs that were best on other seeds."""
-    return _end(_trained(settings, JUDGED, data=settings["data"]))
-
-
-def _noise(settings: dict[str, Any]) -> Metrics:
-    """One arm on wrong labels; after our own, AdamW at its update sizes."""
-    leads, noise = settings["arm"] == OURS, settings["noise"]
-    done = _trained(settings, settings["arm"], noise=noise, record=leads)
-    found = {settings["arm"]: _end(done)}
-    if leads:
-        found[MATCHED] = _end(_trained(settings, MATCHED, noise=noise, trace=done.progress.trace))
-    return {"arms": found}
-
-
-def _trained(
-    settings: dict[str, Any], arm: str, *, data: str = "digits", noise: float = 0.0, **more: Any
-) -> ArmRun:
-    chosen = {a.name: a for a in default_arms(full=True)}[arm]
-    sizes = {key: settings[key] for key in ("rule", "hidden", "epochs")}
-    task = local_task(settings["seed"], data=data, noise=noise, **sizes)
-    done = ArmRun(task, chosen, settings["seed"], **more)
-    for _ in done.rows():
-        pass
-    return done
-
-
-def _end(done: ArmRun) -> Metrics:
-    p = done.progress
-    return {"accuracy": p.final_metric, "memorized": p.final_memorized, "best": p.best_metric}
-
-
-def _path(settings: dict[str, Any]) -> Metrics:
-    """The operators of a small net, see :mod:`poprisk_lab.studies.local_paths`."""
-    rule, seed = settings["rule"], settings["seed"]
-    data = local_paths.small_digits(seed, settings["noise"])
-    how = {"optimizer": settings["optimizer"], "steps": settings["steps"]}
-    return local_paths.measure(local_paths.follow_rule(rule, data, seed=seed, **how), data.clean)
+    return CASES[settings["case"]](settings)
 
 
 class Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ def read_idx(path: str | Path) -> Tensor:
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in DTYPES:
         raise ValueError(f"{path} is no IDX file: it begins with {content[:4]!r}.")
     dtype, start = np.dtype(DTYPES[content[2]]), 4 + 4 * content[3]
-    shape = tuple(int(size) for size in np.frombuffer(content[4:start], ">u4"))
-    expected = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if len(shape) != content[3] or len(content) != expected:
+    sizes = content[4:start].ljust(start - 4, b"\0")
+    shape = tuple(int(size) for size in np.frombuffer(sizes, ">u4"))
+    expected = start + math.prod(shape) * dtype.itemsize
+    if len(content) != expected:
         raise ValueError(
             f"{path} holds {len(content)} bytes, but an IDX file of shape {shape} has {expected}; "
             "download it again."

@@ -1,4 +1,4 @@
-"""What a twin knows of the risk of a rule's own loss, from one run with wrong labels."""
+"""One training by a rule: how accurate, how it takes wrong labels, its path, what a twin says."""
 
 from __future__ import annotations
 
@@ -10,15 +10,62 @@ from torch import Tensor
 
 from poprisk import TwinRisk
 from poprisk.protocols import PerExampleLoss
-from poprisk_lab.arms import DEFAULT_ADAMW
+from poprisk_lab.arms import DEFAULT_ADAMW, default_arms
+from poprisk_lab.fit import ArmRun
 from poprisk_lab.plots import short
 from poprisk_lab.studies.claim import Metrics
-from poprisk_lab.studies.local_paths import LOSSES
-from poprisk_lab.tasks.local_rules import RULES
+from poprisk_lab.studies.local_paths import LOSSES, follow_rule, measure, small_digits
+from poprisk_lab.tasks.local_rules import RULES, local_task
 from poprisk_lab.tasks.mislabelled import mislabelled
 
+FORWARD, MONO, BACK = RULES
+OURS, MATCHED = "poprisk", "rms-matched"
+ADAMW = "adamw-lr{lr:g}-wd{weight_decay:g}"
+SAME = ADAMW.format(**DEFAULT_ADAMW)
+GRID = tuple(ADAMW.format(lr=lr, weight_decay=0.01) for lr in (1e-3, 3e-3))
+JUDGED = GRID[-1]
 EXAMPLES, NOISE, LEFT_OUT, BATCH = 500, 0.2, 0.2, 50
 KINDS: dict[str, dict[str, Any]] = {"pushed": {}, "left_out": {"leave_out": LEFT_OUT}}
+
+
+def accuracy(settings: dict[str, Any]) -> Metrics:
+    """AdamW on right labels, at the rate and for the epochs that were best on other seeds."""
+    return _end(_trained(settings, JUDGED, data=settings["data"]))
+
+
+def under_noise(settings: dict[str, Any]) -> Metrics:
+    """One arm on wrong labels; after our own, AdamW at its update sizes."""
+    leads, noise = settings["arm"] == OURS, settings["noise"]
+    done = _trained(settings, settings["arm"], noise=noise, record=leads)
+    found = {settings["arm"]: _end(done)}
+    if leads:
+        found[MATCHED] = _end(_trained(settings, MATCHED, noise=noise, trace=done.progress.trace))
+    return {"arms": found}
+
+
+def _trained(
+    settings: dict[str, Any], arm: str, *, data: str = "digits", noise: float = 0.0, **more: Any
+) -> ArmRun:
+    chosen = {a.name: a for a in default_arms(full=True)}[arm]
+    sizes = {key: settings[key] for key in ("rule", "hidden", "epochs")}
+    task = local_task(settings["seed"], data=data, noise=noise, **sizes)
+    done = ArmRun(task, chosen, settings["seed"], **more)
+    for _ in done.rows():
+        pass
+    return done
+
+
+def _end(done: ArmRun) -> Metrics:
+    p = done.progress
+    return {"accuracy": p.final_metric, "memorized": p.final_memorized, "best": p.best_metric}
+
+
+def path(settings: dict[str, Any]) -> Metrics:
+    """The operators of a small net, see :mod:`poprisk_lab.studies.local_paths`."""
+    rule, seed = settings["rule"], settings["seed"]
+    data = small_digits(seed, settings["noise"])
+    how = {"optimizer": settings["optimizer"], "steps": settings["steps"]}
+    return measure(follow_rule(rule, data, seed=seed, **how), data.clean)
 
 
 def estimates(settings: dict[str, Any]) -> Metrics:
@@ -64,3 +111,7 @@ def noisy_losses(loss: PerExampleLoss, u: Tensor, labels: Tensor, noise: float) 
     each = torch.stack([loss(u, torch.full_like(labels, a)) for a in range(u.shape[1])], 1)
     own = each.gather(1, labels.unsqueeze(1)).squeeze(1)
     return (1 - noise) * own + noise / (u.shape[1] - 1) * (each.sum(1) - own)
+
+
+CASES = {"accuracy": accuracy, "noise": under_noise, "path": path, "twin": estimates}
+"""From the settings of a trial to what it finds, by its case."""
