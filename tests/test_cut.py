@@ -178,9 +178,25 @@ def test_the_kernel_is_of_both_jacobians() -> None:
     x, w = run.problem.train[0], run.weights[3]
     local = reference.jacobian(run.problem.J.outputs, w, x)
     whole = reference.jacobian(composed(run), w, x)
-    kernel = integrate(run).snapshots[-1].kernel
+    found = integrate(run)
+    kernel = found.snapshots[-1].kernel
     close(kernel, whole @ local.T, 1e-10)
     assert float((kernel - kernel.T).norm()) > 1e-2 * float(kernel.norm())
+    w, queries = run.weights[0], run.problem.query[0]
+    local = reference.jacobian(run.problem.J.outputs, w, x)
+    whole, seen = (reference.jacobian(composed(run), w, z) for z in (x, queries))
+    close(found.frozen, seen @ local.T @ torch.linalg.pinv(whole @ local.T), 1e-6)
+
+
+def test_the_loss_falls_by_what_was_dissipated_unless_it_is_cut() -> None:
+    """In the limit of small steps; the kernel of local rules is no longer positive either."""
+
+    def slow(ps: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(ps, lr=1e-3)
+
+    for cut, low, high in ((Tensor.detach, 5e-3, 0.5), (lambda h: h, 0.0, 1e-3)):
+        found = integrate(recorded(slow, net=layered(cut=cut), steps=10, b=None)).accounting
+        assert low <= abs(found.quadratic / found.measured - 1) <= high
 
 
 def test_the_reservoir_is_invisible_all_the_same() -> None:

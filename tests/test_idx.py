@@ -92,7 +92,20 @@ def test_the_script_trains_on_files(
     tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_mnist(tmp_path, rows=100)
-    said = ["--rule", rule, "--hidden", "8", "8", "--epochs", "2", "--batch", "32", "--noise", "0.2", "--gate"]
+    said = [
+        "--rule",
+        rule,
+        "--hidden",
+        "8",
+        "8",
+        "--epochs",
+        "2",
+        "--batch",
+        "32",
+        "--noise",
+        "0.2",
+        "--gate",
+    ]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path), *said])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()

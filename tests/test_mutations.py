@@ -19,6 +19,7 @@ PARTS = (
     "factors",
     "kernel",
     "path",
+    "cut",
     "attribution",
     "risk",
     "left_out",

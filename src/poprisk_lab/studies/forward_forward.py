@@ -142,7 +142,7 @@ def judge(results: Results) -> Report:
             at_most(f"{name[r]}: factor between the estimate of a twin without 20% and the risk",
                     found.off(r, "left_out"), WITHIN),
             at_most(f"{name[r]}, small steps: g₀ᵀWg₀ and the drop of the loss, relative difference",
-                    t_interval(abs(v - 1) for v in runs.all("quadratic")), 0.05),
+                    t_interval(abs(v - 1) for v in runs.all("quadratic")), 0.01),
             at_least(f"{name[r]}: least eigenvalue of the kernel over the largest",
                      t_interval(runs.all("lowest")), -1e-6),
             at_most(f"{name[r]}: error of the movement by the gradients' own Jacobian",
