@@ -162,7 +162,7 @@ class Jacobian:
         """The outputs that count, (b, k)."""
 
         def called() -> Any:
-            with self._passing():
+            with uncut() if self.whole else contextlib.nullcontext():
                 return call(self.model, x)
 
         outputs = called() if weights is None else self.holding(weights, called)
@@ -174,9 +174,6 @@ class Jacobian:
             return flat
         checks.check_positions("outputs", self.outputs, flat.shape[1])
         return flat[:, list(self.outputs)]
-
-    def _passing(self) -> contextlib.AbstractContextManager[None]:
-        return uncut() if self.whole else contextlib.nullcontext()
 
     def values(self, x: Inputs, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The outputs that count, (b, k), without a graph."""
@@ -214,8 +211,7 @@ class Jacobian:
 
         def pull(*vectors: Tensor) -> list[dict[str, Tensor]]:
             def work() -> list[dict[str, Tensor]]:
-                with self._passing():  # layers under a checkpoint are called again
-                    return [product(vector) for vector in vectors]
+                return [product(vector) for vector in vectors]
 
             return work() if weights is None else self.holding(leaves, work)
 

@@ -73,11 +73,8 @@ class Found:
 
     def __init__(self, results: Results) -> None:
         cases = results.by("case")
-        self.accuracies, self.paths, self.twins = (cases[c] for c in ("accuracy", "path", "twin"))
-        self.noise = Results(
-            TrialResult({**settings, "arm": arm}, found)
-            for settings, metrics in cases["noise"]
-            for arm, found in metrics["arms"].items()
+        self.accuracies, self.paths, self.noise, self.twins = (
+            cases[case] for case in ("accuracy", "path", "noise", "twin")
         )
         self.local = Results(d for d in self.paths if d.settings["rule"] != BACK)
         self.noises, self.data = sorted(self.noise.by("noise")), [*self.accuracies.by("data")]

@@ -19,7 +19,7 @@ from poprisk_lab.tasks.local_rules import RULES, local_task
 from poprisk_lab.tasks.mislabelled import mislabelled
 
 FORWARD, MONO, BACK = RULES
-OURS, MATCHED = "poprisk", "rms-matched"
+OURS = "poprisk"
 ADAMW = "adamw-lr{lr:g}-wd{weight_decay:g}"
 SAME = ADAMW.format(**DEFAULT_ADAMW)
 GRID = tuple(ADAMW.format(lr=lr, weight_decay=0.01) for lr in (1e-3, 3e-3))
@@ -34,22 +34,17 @@ def accuracy(settings: dict[str, Any]) -> Metrics:
 
 
 def under_noise(settings: dict[str, Any]) -> Metrics:
-    """One arm on wrong labels; after our own, AdamW at its update sizes."""
-    leads, noise = settings["arm"] == OURS, settings["noise"]
-    done = _trained(settings, settings["arm"], noise=noise, record=leads)
-    found = {settings["arm"]: _end(done)}
-    if leads:
-        found[MATCHED] = _end(_trained(settings, MATCHED, noise=noise, trace=done.progress.trace))
-    return {"arms": found}
+    """One arm on wrong labels."""
+    return _end(_trained(settings, settings["arm"], noise=settings["noise"]))
 
 
 def _trained(
-    settings: dict[str, Any], arm: str, *, data: str = "digits", noise: float = 0.0, **more: Any
+    settings: dict[str, Any], arm: str, *, data: str = "digits", noise: float = 0.0
 ) -> ArmRun:
     chosen = {a.name: a for a in default_arms(full=True)}[arm]
     sizes = {key: settings[key] for key in ("rule", "hidden", "epochs")}
     task = local_task(settings["seed"], data=data, noise=noise, **sizes)
-    done = ArmRun(task, chosen, settings["seed"], **more)
+    done = ArmRun(task, chosen, settings["seed"])
     for _ in done.rows():
         pass
     return done
