@@ -147,6 +147,31 @@ def test_the_identities_close_however_it_is_cut(optimizer: str, cut: str) -> Non
     assert ops.accounting.accounted == pytest.approx(ops.accounting.measured, rel=1e-8)
 
 
+class Twice(nn.Module):
+    """Hands on what it computes once more without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = layered()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, h = list[Tensor](), x
+        for layer, head in zip(self.inner.layers, self.inner.heads, strict=True):
+            outputs.append(head(layer(h).tanh()))
+            with torch.no_grad():
+                h = layer(h).tanh()
+        return torch.stack(outputs, -1)
+
+
+def test_what_is_computed_without_gradients_is_cut_as_well() -> None:
+    net = Twice()
+    run = recorded("AdamW", net=net)
+    assert run.problem.is_cut
+    found, expected = integrate(run), integrate(recorded("AdamW"))
+    assert found.closure.worst < 1e-8
+    close(found.G, expected.G, 1e-9)
+
+
 def test_a_net_without_cuts_is_followed_by_one_jacobian() -> None:
     run = recorded(net=layered(cut=lambda h: h))
     assert not run.problem.is_cut

@@ -33,6 +33,8 @@ class _Uncut(TorchFunctionMode):
     ) -> Any:
         if func in _CUTS and _is_followed(args[0]):
             return args[0].view_as(args[0])  # not itself: flags set on it are to stay there
+        if func is torch._C._set_grad_enabled and not args[0]:
+            return None  # torch.no_grad() begins
         if func in _NUMBERS:
             args = (args[0].detach(), *args[1:])
         return func(*args, **(kwargs or {}))
@@ -45,9 +47,10 @@ def _is_followed(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def uncut() -> Iterator[None]:
-    """Inside, ``detach()`` and ``.data`` let derivatives through; their values are as ever.
+    """Inside, ``detach()``, ``.data`` and ``torch.no_grad()`` let derivatives through.
 
-    ``torch.no_grad()`` and functions with a backward pass of their own are as they were.
+    Values are as ever. ``torch.inference_mode()`` and functions with a backward pass of their own
+    are as they were.
 
     Example:
         >>> x = torch.tensor(3.0, requires_grad=True)

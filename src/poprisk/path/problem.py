@@ -183,18 +183,20 @@ class Problem:
 def _row(J: FlatJacobian, w: Tensor, x: Tensor) -> Tensor:
     """One combination of the rows of J, (P,)."""
     u, pull = J.pullback(w, x)
-    v = torch.linspace(0.5, 1.5, u.numel(), dtype=u.dtype, device=u.device)
-    return pull(v.view(*u.shape, 1)).squeeze(1)
+    return pull(_combining(u).unsqueeze(-1)).squeeze(1)
+
+
+def _combining(u: Tensor) -> Tensor:
+    """Weights of outputs, the same for all Jacobians."""
+    return torch.linspace(0.5, 1.5, u.numel(), dtype=u.dtype, device=u.device).view_as(u)
 
 
 def _chord_error(J: FlatJacobian, x: Tensor) -> float:
     """How far J is from the movement of outputs along the line to other weights."""
     w, end = flat(J.jacobian.params.values()), J.elsewhere
     moved = J.values(end, x) - J.values(w, x)
-    step = (end - w).unsqueeze(1)
-    at = [torch.lerp(w, end, (i + 0.5) / PIECES) for i in range(PIECES)]
-    products = [J.jvp(point, x, step).squeeze(-1) for point in at]
-    return float((torch.stack(products).mean(0) - moved).norm())
+    rows = [_row(J, torch.lerp(w, end, (i + 0.5) / PIECES), x) for i in range(PIECES)]
+    return float((torch.stack(rows).mean(0) @ (end - w) - (_combining(moved) * moved).sum()).abs())
 
 
 def private_copy(model: nn.Module) -> nn.Module:
