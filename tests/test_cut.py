@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from poprisk import attribute, loo_risk, path_operators, record, trace_cells
+from poprisk import CellTracer, attribute, loo_risk, path_operators, record, trace_cells
 from poprisk._validate import NotAnalysable
 from poprisk.path import Run, follow, integrate
 from poprisk.path.drift import movement
@@ -207,6 +207,32 @@ def test_following_vectors_is_applying_the_operators() -> None:
         close(getattr(applied, name)[..., :3].flatten(0, 1), operator @ xi, 1e-8)
     _, _, clean = data("cross_entropy")
     assert trace_cells(run, clean, every=1, quadrature="gauss3").closure.worst < 1e-7
+
+
+def test_cells_are_traced_while_it_trains() -> None:
+    (x, y), query, clean = data("cross_entropy")
+    net = layered()
+    opt = OPTIMIZERS["AdamW"](net.parameters())
+    tracer = CellTracer(
+        net,
+        entropy,
+        opt,
+        train=(x, y),
+        clean_targets=clean,
+        query=query,
+        every=1,
+        quadrature="gauss3",
+    )
+    with tracer:
+        for batch in batches(6):
+            opt.zero_grad()
+            entropy(net(x[batch]), y[batch]).mean().backward()
+            opt.step()
+            tracer.step(batch)
+    found = tracer.trace()
+    assert found.closure.worst < 1e-7
+    recorded_run = trace_cells(recorded("AdamW"), clean, every=1, quadrature="gauss3")
+    close(found.parts[-1].noise, recorded_run.parts[-1].noise, 1e-7)
 
 
 def test_the_kernel_is_of_both_jacobians() -> None:
