@@ -169,6 +169,7 @@ class NormSignal:
     """
 
     name, gradients, parts = "norm_signal", True, ("steps", *norms.NAMES)
+    modules = False
 
     def __init__(self, *, examples: int | None = 16, window: int = 8) -> None:
         if examples is not None:
