@@ -32,7 +32,14 @@ from poprisk.monitor.quantities import (
     limit_of,
 )
 from poprisk.monitor.ranks import Ranks, writes
-from poprisk.monitor.sinks import Accelerate, Jsonl, TensorBoard, Trackio, WeightsAndBiases, as_sinks
+from poprisk.monitor.sinks import (
+    Accelerate,
+    Jsonl,
+    TensorBoard,
+    Trackio,
+    WeightsAndBiases,
+    as_sinks,
+)
 from poprisk.monitor.statistics import Statistics
 from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch
 from poprisk.printing import described
@@ -96,8 +103,8 @@ class RiskMonitor:
             gradients are cleared by ``zero_grad(set_to_none=True)``.
         forward: from a model and inputs to outputs; ``model(x)`` if left out.
         conditions: what to raise an alert for when rows are written: a warning of the logger
-            ``poprisk.monitor``, and in the sinks. Starvation, Memorization and Drift, as far as rows
-            have their numbers, if left out; ``()`` for none.
+            ``poprisk.monitor``, and in the sinks. Starvation, Memorization and Drift, as far as
+            rows have their numbers, if left out; ``()`` for none.
 
     Attributes:
         rows: steps and numbers measured so far; the last may lack parts still to come.
@@ -241,13 +248,15 @@ class RiskMonitor:
             ValueError: if this is no state of a monitor.
         """
         steps = state_dict.get("steps") if isinstance(state_dict, dict) else None
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        holding = state_dict.get("holding", {}) if steps is not None else None
+        counted = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
+        if not counted or not isinstance(holding, dict):
             raise ValueError(
                 f"state_dict must be what RiskMonitor.state_dict() returned, but got "
                 f"{state_dict!r}."
             )
         self.steps = steps
-        self._conditions.load_state_dict(state_dict.get("holding", {}))
+        self._conditions.load_state_dict(holding)
 
     def before_step(self) -> None:
         """What the optimizer calls before each of its steps; not for you."""

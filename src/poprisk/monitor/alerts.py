@@ -1,14 +1,15 @@
 r"""What in a monitor's rows somebody should hear of at once, said when it begins and not again.
 
 A condition looks at the rows so far and says of each place (a module, a number) whether it is in
-that state: yes, no, or in between. An alert is raised at the first yes; a no ends it, after which it
-can be raised again; what lies in between changes nothing.
+that state: yes, no, or in between. An alert is raised at the first yes; a no ends it, after which
+it can be raised again; what lies in between changes nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, final
 
 from poprisk._validate import check_number, check_positive
@@ -203,7 +204,7 @@ class Drift:
             found["loss"] = self._rises(_last(rows, "loss", self.rows + self.reference))
         if "kernel/drift" in rows[-1]:
             drifts = _last(rows, "kernel/drift", self.rows + self.reference + 1)
-            found["kernel"] = self._rises([abs(b - a) for a, b in zip(drifts, drifts[1:])])
+            found["kernel"] = self._rises([abs(b - a) for a, b in pairwise(drifts)])
         return found
 
     def _rises(self, values: Sequence[float]) -> bool | None:
@@ -235,13 +236,14 @@ class Alerts:
     """
 
     def __init__(self, conditions: Iterable[Any]) -> None:
-        self.conditions = _check_conditions(conditions)
+        self.conditions = check_conditions(conditions)
         self.holding: dict[str, set[str]] = {c.name: set() for c in self.conditions}
 
     def look(self, condition: Condition, rows: Sequence[tuple[int, Row]]) -> Alert | None:
         """What a condition has to say after the last of some rows, if anything."""
         run = _last_run(rows)
-        now, begins = self.holding[condition.name], []
+        now = self.holding[condition.name]
+        begins: list[str] = []
         for place, holds in condition.state(run).items():
             if holds and place not in now:
                 begins.append(place)
@@ -263,11 +265,18 @@ class Alerts:
             self.holding[name] = set(state.get(name, ()))
 
 
-def _check_conditions(conditions: Any) -> list[Condition]:
+def check_conditions(conditions: Any) -> list[Condition]:
+    """Return conditions as a list if each can be looked for, under a name of its own.
+
+    Raises:
+        TypeError: if one has no name, no ``state`` or no ``text``.
+        ValueError: if two have one name.
+    """
     found = list(conditions) if isinstance(conditions, Iterable) else [conditions]
     for c in found:
-        methods = (getattr(c, method, None) for method in ("state", "text"))
-        if not isinstance(getattr(c, "name", None), str) or not all(map(callable, methods)):
+        methods = all(callable(getattr(c, method, None)) for method in ("state", "text"))
+        named = isinstance(getattr(c, "name", None), str)
+        if isinstance(c, type) or not named or not methods:
             raise TypeError(
                 "conditions must hold objects of poprisk.monitor such as Starvation(), "
                 f"Memorization() or Drift(), but got {c!r}."

@@ -1,4 +1,4 @@
-"""Where a monitor writes rows and alerts: files, TensorBoard, Weights & Biases, trackio, functions."""
+"""Where a monitor writes rows and alerts: files, trackers of experiments, or functions."""
 
 from __future__ import annotations
 

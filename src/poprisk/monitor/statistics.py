@@ -132,9 +132,7 @@ class Statistics:
         if whole is not None:
             self.rows[""] += sums_of(whole).cpu()
 
-    def _grams(
-        self, terms: Mapping[str, list[Term]], block: slice
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _grams(self, terms: Mapping[str, list[Term]], block: slice) -> Iterator[tuple[str, Tensor]]:
         """Inner products of the gradients of a block, module by module; their sums are added."""
         b = block.stop - block.start
         by_module: dict[str, list[str]] = {}
