@@ -20,12 +20,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from poprisk import Canaries, PopRiskAdamW, RiskMonitor
-from poprisk.monitor import CanaryMemorization, Gates, Loss, Signal, TangentKernel
+from poprisk.monitor import CanaryMemorization, Gates, Loss, Signal
 from poprisk_lab.bench import environment
 
 SEEDS, FIRST = 20, 1000
 EVERY, EXAMPLES, BATCH, CANARIES = 8, 1000, 64, 0.05
-BREAK = 400
+BREAK = 240
 """The step at which what is to be noticed begins."""
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -38,7 +38,7 @@ class Setting(NamedTuple):
 
     Attributes:
         expected: name of the alert that is right; none where all is well.
-        optimizer: ``"gate"``, ``"AdamW"`` or ``"SGD"``.
+        optimizer: ``"gate"`` or ``"AdamW"``.
         lr: learning rate.
         steps: of the optimizer.
         wrong: share of the labels that are drawn at random, but for the canaries.
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     expected: str | None = None
     optimizer: str = "AdamW"
     lr: float = 1e-3
-    steps: int = 900
+    steps: int = 480
     wrong: float = 0.0
     stream: bool = False
     warm_up: int = 0
@@ -78,21 +78,16 @@ def rate(x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> tuple[Tensor
 
 SETTINGS = {
     "digits, AdamW": Setting(),
-    "digits, SGD": Setting(optimizer="SGD", lr=0.05),
     "digits, gate": Setting(optimizer="gate"),
     "digits, gate, warm-up": Setting(optimizer="gate", warm_up=300),
     "digits, gate, 30% wrong labels": Setting(optimizer="gate", wrong=0.3),
     "stream, AdamW, 30% wrong labels": Setting(stream=True, wrong=0.3),
-    "stream, gate, 30% wrong labels": Setting(stream=True, wrong=0.3, optimizer="gate"),
     "gate with z=20": Setting("starvation", optimizer="gate", z=20.0),
-    "30% wrong labels, AdamW of 5e-3": Setting("memorization", wrong=0.3, lr=5e-3),
+    "30% wrong labels, AdamW of 5e-3": Setting("memorization", wrong=0.3, lr=5e-3, steps=800),
     "other labels": Setting("drift", change=labels),
     "other inputs": Setting("drift", change=inputs),
     "learning rate of 0.1": Setting("drift", change=rate),
     "stream, other inputs": Setting("drift", stream=True, wrong=0.3, change=inputs),
-    "stream, 60% wrong labels, other inputs": Setting(
-        "drift", stream=True, wrong=0.6, change=inputs
-    ),
 }
 
 
@@ -130,8 +125,6 @@ def stream(setting: Setting, g: torch.Generator) -> Batches:
 
 def make_optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     """The optimizer of a setting."""
-    if setting.optimizer == "SGD":
-        return torch.optim.SGD(model.parameters(), lr=setting.lr, momentum=0.9)
     if setting.optimizer == "AdamW":
         return torch.optim.AdamW(model.parameters(), lr=setting.lr)
     size = None if setting.stream else EXAMPLES
@@ -144,16 +137,15 @@ def run(setting: Setting, seed: int) -> RiskMonitor:
     g = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = make_optimizer(model, setting)
-    quantities: list[Any] = [Loss(), Signal()]
+    quantities: list[Any] = [Loss(), Signal(modules=False)]
     if setting.stream:
         batches = stream(setting, g)
-        quantities.append(TangentKernel(torch.randn(16, 64, generator=g)))
     else:
         order = torch.randperm(len(digits()[0]), generator=g)[:EXAMPLES]
         x, y = (t[order] for t in digits())
-        planted = Canaries(spoiled(y, setting.wrong, g), fraction=CANARIES, generator=g)
+        planted = Canaries(spoiled(y, setting.wrong, g), fraction=CANARIES, seed=seed)
         batches = epochs(x, planted.targets, g)
-        quantities += [CanaryMemorization(planted, x[planted.index]), TangentKernel(x[:16])]
+        quantities.append(CanaryMemorization(planted, x[planted.index]))
     if setting.optimizer == "gate":
         quantities.append(Gates())
     monitor = RiskMonitor(model, loss, optimizer, every=EVERY, quantities=quantities)

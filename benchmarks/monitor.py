@@ -6,6 +6,7 @@ python benchmarks/monitor.py OUT.json
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -100,8 +101,9 @@ def followed(case: BenchCase) -> list[dict[str, Any]]:
             monitor = RiskMonitor(model, loss, optimizer, quantities=[quantity])
             for step, batch in enumerate(batches):
                 row = monitor.measure([batch], step=step)
-            found |= row
-        found["ratio"] = found["signal/noise_scale"] / found["norm_signal/noise_scale"]
+            found |= {k: v if math.isfinite(v) else None for k, v in row.items()}
+        scales = [found[f"{name}/noise_scale"] for name in ("signal", "norm_signal")]
+        found["ratio"] = None if None in scales else scales[0] / scales[1]
         rows.append(found)
         for _ in range(SETTLED if part < 2 else 0):
             x, y = batch_of(case, teacher)
@@ -123,7 +125,7 @@ def main(out: Path) -> None:
         print(f"{case.label()}: {found.added:+.1%}, cheap {cheap.added:+.2%}", flush=True)
         row["follows"] = followed(case)
         for look in row["follows"]:
-            print("  ", {k: round(v, 3) for k, v in look.items()}, flush=True)
+            print("  ", {k: v and round(v, 3) for k, v in look.items()}, flush=True)
         rows.append(row)
     settings = environment(threads=1, every=EVERY, cheap_every=CHEAP_EVERY, blocks=BLOCKS)
     out.write_text(json.dumps({"environment": settings, "results": rows}, indent=1) + "\n")

@@ -164,8 +164,13 @@ def _stopping() -> list[str]:
 
 
 def _monitor() -> list[str]:
-    added = [100 * result["added"] for result in record("monitor")["results"]]
-    return [f"({min(added):.0f} to {max(added):.0f}% of a step's time)"]
+    results = record("monitor")["results"]
+    added = [100 * result["added"] for result in results]
+    cheap = [100 * result["cheap"]["added"] for result in results]
+    return [
+        f"({min(added):.0f} to {max(added):.0f}% of a step's time)",
+        f"({min(cheap):.1f} to {max(cheap):.1f}%)",
+    ]
 
 
 def _count() -> list[str]:

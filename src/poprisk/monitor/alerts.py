@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, final
 
 from poprisk._validate import check_number, check_positive
@@ -172,16 +171,12 @@ class Memorization:
 
 @final
 class Drift:
-    r"""The run meets something new: other data, or weights that leave where they had settled.
+    r"""The loss rises above what it was for a while: other data, or weights that leave their place.
 
-    It holds of a number whose last ``rows`` values are all above all of the ``reference`` values
-    before them. Of values in an order that is chance, this has probability
-    :math:`1/\binom{16+4}{4}=1/4845` at a row, whatever their distribution; of falling ones less. It
-    ends once no more than one of them is above. The numbers are
-
-    - loss, of the steps' batches (:class:`poprisk.monitor.Loss`);
-    - kernel, how much ``kernel/drift`` (:class:`poprisk.monitor.TangentKernel`) changes from row to
-      row, which is at most how far the kernel moves, in units of its first norm.
+    It holds if the last ``rows`` values of ``loss`` (:class:`poprisk.monitor.Loss`) are all above
+    all of the ``reference`` values before them. Of values in an order that is chance, this has
+    probability :math:`1/\binom{16+4}{4}=1/4845` at a row, whatever their distribution; of falling
+    ones less. It ends once no more than one of them is above.
 
     Args:
         rows: in a row.
@@ -199,27 +194,18 @@ class Drift:
         self.rows, self.reference = rows, reference
 
     def state(self, rows: Sequence[Row]) -> State:
-        found: State = {}
-        if "loss" in rows[-1]:
-            found["loss"] = self._rises(_last(rows, "loss", self.rows + self.reference))
-        if "kernel/drift" in rows[-1]:
-            drifts = _last(rows, "kernel/drift", self.rows + self.reference + 1)
-            found["kernel"] = self._rises([abs(b - a) for a, b in pairwise(drifts)])
-        return found
-
-    def _rises(self, values: Sequence[float]) -> bool | None:
+        values = _last(rows, "loss", self.rows + self.reference)
         if not values:
-            return None
+            return {}
         before = max(values[: self.reference])
         above = sum(value > before for value in values[self.reference :])
-        return _between(above == self.rows, above <= 1 and above < self.rows)
+        return {"loss": _between(above == self.rows, above <= 1 and above < self.rows)}
 
     def text(self, places: Sequence[str], rows: Sequence[Row]) -> str:
-        said = {"loss": "the loss is", "kernel": "the tangent kernel's changes are"}
         return (
-            f"{' and '.join(said[place] for place in places)} above all of the {self.reference} "
-            f"rows before, {self.rows} rows in a row. Look at the data that came in, and at the "
-            "learning rate."
+            f"the loss is above all of the {self.reference} rows before, {self.rows} rows in a row "
+            f"({rows[-1]['loss']:.3g} now). Look at the data that came in, and at the learning "
+            "rate."
         )
 
 
