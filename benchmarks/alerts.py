@@ -115,12 +115,11 @@ def epochs(x: Tensor, y: Tensor, g: torch.Generator) -> Batches:
 def stream(setting: Setting, g: torch.Generator) -> Batches:
     """New inputs with the labels of a network."""
     teacher = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    with torch.no_grad():
-        for p in teacher.parameters():
-            p.mul_(3)
-        while True:
-            x = torch.randn(BATCH, 64, generator=g)
-            yield x, spoiled(teacher(x).argmax(1), setting.wrong, g)
+    for p in teacher.requires_grad_(False).parameters():
+        p.mul_(3)
+    while True:
+        x = torch.randn(BATCH, 64, generator=g)
+        yield x, spoiled(teacher(x).argmax(1), setting.wrong, g)
 
 
 def make_optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:

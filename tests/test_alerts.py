@@ -26,8 +26,15 @@ Row = dict[str, float]
 
 def raised(condition: Condition, rows: Sequence[Row]) -> list[Alert]:
     """All alerts of a run that writes these rows one by one."""
-    alerts, steps = Alerts([condition]), list(enumerate(rows))
-    found = [alerts.look(condition, steps[: i + 1]) for i in range(len(steps))]
+    return raised_at(condition, list(enumerate(rows)))
+
+
+def raised_at(condition: Condition, rows: Sequence[tuple[int, Row]]) -> list[Alert]:
+    alerts = Alerts([condition])
+    found: list[Alert | None] = []
+    for step, row in rows:
+        alerts.add(step, row)
+        found.append(alerts.look(condition))
     return [alert for alert in found if alert is not None]
 
 
@@ -127,12 +134,16 @@ def test_what_is_not_a_number_raises_and_ends_nothing() -> None:
 
 
 def test_rows_of_another_run_do_not_count() -> None:
-    condition = Drift()
-    alerts, rows = Alerts([condition]), list(enumerate(losses(*[1.0] * 16)))
-    rows += enumerate(losses(*[3.0] * 4))  # steps begin anew
-    assert alerts.look(condition, rows) is None
-    rows = [(0, {"loss": 9.0}), *enumerate(losses(*[1.0] * 16, *[3.0] * 4))]
-    assert alerts.look(condition, rows) is not None
+    flat, high = losses(*[1.0] * 16), losses(*[3.0] * 4)
+    assert raised_at(Drift(), [*enumerate(flat), *enumerate(high)]) == []  # steps begin anew
+    again = [*enumerate(losses(9.0, 9.0)), *enumerate([*flat, *high])]
+    assert [alert.step for alert in raised_at(Drift(), again)] == [19]
+
+
+def test_a_row_of_which_more_is_seen_later_counts_once() -> None:
+    rows = list(enumerate(ratios(*[0.01] * 3)))
+    assert raised_at(Starvation(), [*rows, (2, rows[2][1]), (2, rows[2][1])]) == []
+    assert len(raised_at(Starvation(), [*rows, (3, ratios(0.5)[0]), (3, rows[2][1])])) == 1
 
 
 class Given:

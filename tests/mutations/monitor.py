@@ -9,6 +9,7 @@ CHANCE = "test_alerts.py::test_the_false_alarms_of_drift_are_those_of_chance"
 BY_HEART = "test_alerts.py::test_a_risk_that_rises_while_the_training_loss_falls_is_memorization"
 PLANTED = "test_alerts.py::test_canaries_are_memorized_above_the_limit_and_above_their_errors"
 RESUMED = "test_alerts.py::test_a_resumed_run_does_not_say_it_again"
+ONCE = "test_alerts.py::test_a_row_of_which_more_is_seen_later_counts_once"
 ANOTHER = "test_alerts.py::test_rows_of_another_run_do_not_count"
 KNOWN = "test_signal.py::test_a_known_share_is_found_within_its_errors"
 TRACKIO = "test_alerts.py::test_trackio_gets_rows_and_alerts"
@@ -40,9 +41,8 @@ MUTATIONS = {
     "a resumed run begins without alerts": Mutation(
         ALERTS, "self.holding[name] = set(state.get(name, ()))", "pass", RESUMED
     ),
-    "rows of the run before count": Mutation(
-        ALERTS, "for _, row in rows[first:]]", "for _, row in rows]", ANOTHER
-    ),
+    "rows of the run before count": Mutation(ALERTS, "self._rows.clear()", "pass", ANOTHER),
+    "parts of a step are rows": Mutation(ALERTS, "self._rows.pop()", "pass", ONCE),
     "few steps have normal intervals": Mutation(
         SIGNAL, "else _student(len(steps) - 1)", "else INTERVAL", KNOWN
     ),

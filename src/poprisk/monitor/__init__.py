@@ -408,9 +408,10 @@ class RiskMonitor:
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         self._to_sinks(lambda sink: sink(step, row))
+        self._conditions.add(step, row)
         for condition in self._conditions.conditions:
             try:
-                alert = self._conditions.look(condition, self.rows)
+                alert = self._conditions.look(condition)
             except Exception as error:
                 self._warn_once(condition.name, error)
                 continue

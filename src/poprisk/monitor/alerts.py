@@ -224,13 +224,23 @@ class Alerts:
     def __init__(self, conditions: Iterable[Any]) -> None:
         self.conditions = check_conditions(conditions)
         self.holding: dict[str, set[str]] = {c.name: set() for c in self.conditions}
+        self._rows: list[Row] = []
+        self._step = 0
 
-    def look(self, condition: Condition, rows: Sequence[tuple[int, Row]]) -> Alert | None:
-        """What a condition has to say after the last of some rows, if anything."""
-        run = _last_run(rows)
+    def add(self, step: int, row: Row) -> None:
+        """Take up a row, in place of one of the same step; an earlier step begins another run."""
+        if self._rows and step < self._step:
+            self._rows.clear()
+        elif self._rows and step == self._step:
+            self._rows.pop()
+        self._rows.append(row)
+        self._step = step
+
+    def look(self, condition: Condition) -> Alert | None:
+        """What a condition has to say after the last row, if anything."""
         now = self.holding[condition.name]
         begins: list[str] = []
-        for place, holds in condition.state(run).items():
+        for place, holds in condition.state(self._rows).items():
             if holds and place not in now:
                 begins.append(place)
             elif holds is False:
@@ -238,8 +248,8 @@ class Alerts:
         if not begins:
             return None
         now.update(begins)
-        text = condition.text(begins, run)
-        return Alert(rows[-1][0], condition.name, tuple(begins), text)
+        text = condition.text(begins, self._rows)
+        return Alert(self._step, condition.name, tuple(begins), text)
 
     def state_dict(self) -> dict[str, list[str]]:
         """Where conditions hold, so that a resumed run does not say it again."""
@@ -272,12 +282,6 @@ def check_conditions(conditions: Any) -> list[Condition]:
         if names.count(name) > 1:
             raise ValueError(f"conditions must have different names, but two are called {name!r}.")
     return found
-
-
-def _last_run(rows: Sequence[tuple[int, Row]]) -> list[Row]:
-    """The rows since the steps last began anew."""
-    first = max((i for i in range(1, len(rows)) if rows[i][0] < rows[i - 1][0]), default=0)
-    return [row for _, row in rows[first:]]
 
 
 def _last(rows: Sequence[Row], key: str, count: int) -> list[float]:
