@@ -195,16 +195,16 @@ def _alerts() -> list[str]:
 def _coverage() -> list[str]:
     results = record("coverage")["results"]
 
-    def held(parts: str, few: bool) -> str:
+    def held(parts: str, *, noise: bool) -> str:
         shares = [
             100 * row["holds"]
             for row in results
-            if row["parts"] == parts and (row["noise"] == "1 direction") == few
+            if row["parts"] == parts and not (noise and row["share"])
         ]
         return f"{min(shares):.0f} to {max(shares):.0f}%"
 
     return [
-        f"{how}: {held(how, False)} of the windows, with noise in one direction {held(how, True)}"
+        f"{how}: {held(how, noise=False)} of the windows, {held(how, noise=True)} on pure noise"
         for how in ("whole batches", "parts of two")
     ]
 
