@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import poprisk
 from poprisk import RiskMonitor
-from poprisk.monitor import Condition, Drift, Loss, Measured, Memorization, Starvation
+from poprisk.monitor import Condition, Drift, LabelMemorization, Loss, Measured, Starvation
 from poprisk.monitor.alerts import Alert, Alerts
 
 Row = dict[str, float]
@@ -75,11 +75,11 @@ def canaries(*values: float, error: float = 0.02) -> list[Row]:
 
 
 def test_canaries_are_memorized_above_the_limit_and_above_their_errors() -> None:
-    assert steps_of(Memorization(), canaries(0.0, 0.11, 0.11, 0.11, 0.2, 0.3)) == [3]
-    assert steps_of(Memorization(), canaries(*[0.11] * 9, error=0.04)) == []
-    assert steps_of(Memorization(), canaries(*[0.09] * 9, error=0.001)) == []
+    assert steps_of(LabelMemorization(), canaries(0.0, 0.11, 0.11, 0.11, 0.2, 0.3)) == [3]
+    assert steps_of(LabelMemorization(), canaries(*[0.11] * 9, error=0.04)) == []
+    assert steps_of(LabelMemorization(), canaries(*[0.09] * 9, error=0.001)) == []
     again = [0.2, 0.2, 0.2, 0.07, 0.2, 0.2, 0.2, 0.05, 0.05, 0.05, 0.2, 0.2, 0.2]
-    assert steps_of(Memorization(), canaries(*again)) == [2, 12]
+    assert steps_of(LabelMemorization(), canaries(*again)) == [2, 12]
 
 
 def risks(*values: float, fitted: float = -0.1, error: float = 0.1) -> list[Row]:
@@ -91,18 +91,18 @@ def risks(*values: float, fitted: float = -0.1, error: float = 0.1) -> list[Row]
 
 def test_a_risk_that_rises_while_the_training_loss_falls_is_memorization() -> None:
     up = [2.0, 1.0, *[1.29] * 5]  # two errors of the difference are 0.283
-    assert steps_of(Memorization(), risks(*up)) == [4]
-    assert steps_of(Memorization(), risks(*up, fitted=0.1)) == []
-    assert steps_of(Memorization(), risks(2.0, 1.0, *[1.28] * 5)) == []
-    assert steps_of(Memorization(), risks(*up, error=0.11)) == []
+    assert steps_of(LabelMemorization(), risks(*up)) == [4]
+    assert steps_of(LabelMemorization(), risks(*up, fitted=0.1)) == []
+    assert steps_of(LabelMemorization(), risks(2.0, 1.0, *[1.28] * 5)) == []
+    assert steps_of(LabelMemorization(), risks(*up, error=0.11)) == []
     back = [*up, 1.1, 1.1, 1.1, 1.4, 1.4, 1.4]
-    assert steps_of(Memorization(), risks(*back)) == [4, 12]
+    assert steps_of(LabelMemorization(), risks(*back)) == [4, 12]
 
 
 def test_an_invalid_risk_is_not_compared() -> None:
     rows = risks(2.0, 1.0, math.nan, 1.5, 1.5, math.nan, 1.5, 1.5, 1.5)
-    assert steps_of(Memorization(), rows) == [8]
-    assert steps_of(Memorization(), risks(*[math.nan] * 9)) == []
+    assert steps_of(LabelMemorization(), rows) == [8]
+    assert steps_of(LabelMemorization(), risks(*[math.nan] * 9)) == []
 
 
 def losses(*values: float) -> list[Row]:
@@ -130,7 +130,7 @@ def test_what_is_not_a_number_raises_and_ends_nothing() -> None:
     assert steps_of(Starvation(), ratios(low, low, nan, low, low, low, low)) == [6]
     assert steps_of(Starvation(), ratios(*[low] * 4, *[nan] * 9, *[low] * 4)) == [3]
     assert steps_of(Drift(), losses(*[1.0] * 16, nan, 3.0, 3.0, 3.0)) == []
-    assert steps_of(Memorization(), canaries(*[nan] * 5)) == []
+    assert steps_of(LabelMemorization(), canaries(*[nan] * 5)) == []
 
 
 def test_rows_of_another_run_do_not_count() -> None:
@@ -292,7 +292,7 @@ def test_a_gate_that_lets_nothing_through_is_starvation() -> None:
         (lambda: Starvation(below=0.0), ValueError, r"below must lie in \(0, 0.5\], but got 0"),
         (lambda: Starvation(below="2%"), TypeError, "below must be a number"),  # pyrefly: ignore
         (lambda: Starvation(rows=0), ValueError, "rows must be positive"),
-        (lambda: Memorization(above=2.0), ValueError, r"above must lie in \(0, 1\]"),
+        (lambda: LabelMemorization(above=2.0), ValueError, r"above must lie in \(0, 1\]"),
         (lambda: Drift(reference=True), TypeError, "reference must be an integer"),
         (lambda: Alerts([Drift]), TypeError, "conditions must hold objects of poprisk.monitor"),
         (lambda: Alerts([Drift(), Drift()]), ValueError, "two are called 'drift'"),

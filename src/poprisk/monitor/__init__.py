@@ -16,7 +16,7 @@ from poprisk._validate import check_callable, check_positive, check_type
 from poprisk.dtensor import sharding_of
 from poprisk.evaluation import Forward, call, evaluating
 from poprisk.jacobian import inner
-from poprisk.monitor.alerts import Alert, Alerts, Condition, Drift, Memorization, Starvation
+from poprisk.monitor.alerts import Alert, Alerts, Condition, Drift, LabelMemorization, Starvation
 from poprisk.monitor.quantities import (
     CanaryMemorization,
     Gates,
@@ -53,9 +53,9 @@ __all__ = [
     "Drift",
     "Gates",
     "Jsonl",
+    "LabelMemorization",
     "Loss",
     "Measured",
-    "Memorization",
     "NormSignal",
     "Quantity",
     "Risk",
@@ -103,8 +103,8 @@ class RiskMonitor:
             gradients are cleared by ``zero_grad(set_to_none=True)``.
         forward: from a model and inputs to outputs; ``model(x)`` if left out.
         conditions: what to raise an alert for when rows are written: a warning of the logger
-            ``poprisk.monitor``, and in the sinks. Starvation, Memorization and Drift, as far as
-            rows have their numbers, if left out; ``()`` for none.
+            ``poprisk.monitor``, and in the sinks. If left out, Starvation, LabelMemorization and
+            Drift, as far as rows have their numbers; ``()`` for none.
 
     Attributes:
         rows: steps and numbers measured so far; the last may lack parts still to come.
@@ -152,7 +152,7 @@ class RiskMonitor:
             quantities = [Loss(), Signal(), *gates]
         self.quantities = check_quantities(quantities)
         if conditions is None:
-            conditions = (Starvation(), Memorization(), Drift())
+            conditions = (Starvation(), LabelMemorization(), Drift())
         self._conditions = Alerts(conditions)
         self.sinks = as_sinks(sinks)
         self.alerts: list[Alert] = []

@@ -101,7 +101,7 @@ class Starvation:
 
 
 @final
-class Memorization:
+class LabelMemorization:
     r"""Labels are learned by heart.
 
     Two numbers of a row can tell, and it is silent without them: what the signal says of a batch is
@@ -275,7 +275,7 @@ def check_conditions(conditions: Any) -> list[Condition]:
         if isinstance(c, type) or not named or not methods:
             raise TypeError(
                 "conditions must hold objects of poprisk.monitor such as Starvation(), "
-                f"Memorization() or Drift(), but got {c!r}."
+                f"LabelMemorization() or Drift(), but got {c!r}."
             )
     names = [c.name for c in found]
     for name in names:

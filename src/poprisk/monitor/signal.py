@@ -25,11 +25,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 INTERVAL = 2.0
@@ -222,8 +222,10 @@ def _deviates(steps: Sequence[GradientSignal]) -> float:
 
 
 @cache
-def _student(freedom: int) -> float:
-    return float(stdtrit(freedom, ndtr(INTERVAL)))
+def _student(degrees: int) -> float:
+    from scipy.special import stdtrit  # takes a while, and is needed here alone
+
+    return float(stdtrit(degrees, NormalDist().cdf(INTERVAL)))
 
 
 def _share(norm: Any, noise: float) -> Any:
