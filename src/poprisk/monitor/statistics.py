@@ -154,12 +154,13 @@ class Statistics:
         """The sums over all ranks; takes part in the collectives whatever happened before."""
         device = next(iter(self.params.values())).device
         found = Statistics(self.params, modules=self.modules)
-        found.whole = self.whole
-        own = [self.parts, self.failed, self.examples, self.batch, self.loss, *self.counts]
+        cut = float(not self.whole)  # ranks are to agree on it: one may have had no batch
+        own = [cut, self.parts, self.failed, self.examples, self.batch, self.loss, *self.counts]
         rows = torch.stack(list(self.rows.values()))
         counts = torch.tensor(own, dtype=torch.float64)
         pooled = _summed(torch.cat([counts, rows.flatten()]).to(device)).cpu()
-        parts, failed, examples, batch, found.loss, *pairs = pooled[: len(own)].tolist()
+        cut, parts, failed, examples, batch, found.loss, *pairs = pooled[: len(own)].tolist()
+        found.whole = cut == 0
         found.parts, found.failed = int(parts), int(failed)
         found.examples, found.batch = int(examples), int(batch)
         found.counts = Counts(*map(int, pairs))
