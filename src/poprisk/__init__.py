@@ -10,8 +10,8 @@ from poprisk.audit import Auditor, AuditResult, audit
 from poprisk.monitor import RiskMonitor
 from poprisk.ntk import Kernel, entk
 from poprisk.optim.adamw import PopRiskAdamW
-from poprisk.optim.soap import PopRiskSOAP
 from poprisk.optim.rank_variance import observe_ranks
+from poprisk.optim.soap import PopRiskSOAP
 from poprisk.optim.stats import GateStats
 from poprisk.optim.variance import grad_mean_var
 from poprisk.optim.wrapper import GatedOptimizer, gated

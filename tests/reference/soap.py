@@ -28,7 +28,7 @@ class ReferenceSOAP:
     def step(self, d: np.ndarray, a: np.ndarray) -> np.ndarray:
         """One step from the gradients (b, o) of each example's own loss and its inputs (b, i)."""
         b, c = len(d), self.c
-        found = [sum(np.outer(x, x) for x in d) / b, sum(np.outer(x, x) for x in a) / b]
+        found = [np.sum([np.outer(x, x) for x in rows], axis=0) / b for rows in (d, a)]
         if self.bases is None:
             self.bases = [self._eigenvectors(f) for f in found]
         left, right = self.bases
@@ -44,15 +44,15 @@ class ReferenceSOAP:
         self.factors = (
             found
             if self.factors is None
-            else [decay * old + (1 - decay) * new for old, new in zip(self.factors, found)]
+            else [decay * x + (1 - decay) * y for x, y in zip(self.factors, found, strict=True)]
         )
         self._refresh()
         return self.w
 
     def _average(self, each: list[np.ndarray]) -> None:
         b, (beta1, beta2) = len(each), self.c["betas"]
-        g = sum(each) / b
-        variance = sum((x - g) ** 2 for x in each) / (b * (b - 1))
+        g = np.sum(each, axis=0) / b
+        variance = np.sum([(x - g) ** 2 for x in each], axis=0) / (b * (b - 1))
         self.m = beta1 * self.m + (1 - beta1) * g
         self.v = beta2 * self.v + (1 - beta2) * g**2
         self.s = beta1**2 * self.s + (1 - beta1**2) * variance
