@@ -246,10 +246,11 @@ def check_basis_shapes(index: int, p: Tensor, state: Mapping[str, Any]) -> None:
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:
-    return torch.linalg.eigh(factor.double()).eigenvectors.flip(1).to(factor.dtype)
+    """By falling eigenvalue; row by row in memory, so that products round alike once reloaded."""
+    return torch.linalg.eigh(factor.double()).eigenvectors.flip(1).to(factor.dtype).contiguous()
 
 
 def _iterated(factor: Tensor, basis: Tensor) -> Tensor:
     """One step of orthogonal iteration, whose columns stay near those of before."""
     q, r = torch.linalg.qr(factor @ basis.to(factor.dtype))
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)).contiguous()
