@@ -26,7 +26,7 @@ MUTATIONS = {
     ),
     "variance around the mean of the coordinates": Mutation(
         "poprisk/optim/batch_variance.py",
-        "grad = _rotated(_grad(p), self.bases.rotation(p) if self.bases else None)",
+        "grad = self.bases.turned(p) if self.bases is not None else _grad(p)",
         "grad = _grad(p)",
         REFERENCE,
     ),

@@ -55,6 +55,10 @@ class Bases(Protocol):
         """The basis of a parameter; None: its coordinates."""
         ...
 
+    def turned(self, p: Tensor) -> Tensor:
+        """The present gradient in that basis."""
+        ...
+
     def restart(self) -> None:
         """Forget the shares: a new batch starts."""
         ...
@@ -220,7 +224,7 @@ class BatchParts:
     @torch.no_grad()
     def _variance(self, p: Tensor, factor: float) -> Tensor:
         squares = self._noted[p].squares * (self.examples * factor**2)
-        grad = _rotated(_grad(p), self.bases.rotation(p) if self.bases else None)
+        grad = self.bases.turned(p) if self.bases is not None else _grad(p)
         return not_negative((squares - squared(grad)) / (self.parts - 1))
 
     def factor(self, p: Tensor) -> float:

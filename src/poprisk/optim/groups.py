@@ -122,8 +122,8 @@ def update_group(tensors: TensorGroup) -> None:
             p.copy_(w)
 
 
-def update_rotated(tensors: TensorGroup, rotations: Sequence[Rotation]) -> None:
-    """The same in a basis of each parameter: of its gradient there, the step is turned back.
+def update_rotated(tensors: TensorGroup, rotations: Sequence[Rotation], turned: TensorList) -> None:
+    """The same in a basis of each parameter, from the gradients there; the step is turned back.
 
     The moments are kept in that basis; weight decay, which is the same in any, is not turned.
     """
@@ -131,9 +131,8 @@ def update_rotated(tensors: TensorGroup, rotations: Sequence[Rotation]) -> None:
     counts = group.counts(tensors.t, tensors.observations)
     adam, dtype = group.adam(counts), state_dtype(tensors.params[0])
     columns = _columns(tensors)
-    turned = [r.forward(g.to(dtype)) for r, g in zip(rotations, columns.grads, strict=True)]
     steps = [torch.zeros_like(g) for g in turned]
-    lists = real_lists(columns._replace(params=steps, grads=turned), settings["maximize"])
+    lists = real_lists(columns._replace(params=steps, grads=[*turned]), settings["maximize"])
     how = {
         "settings": adam._replace(weight_decay=0.0),
         "counts": counts,

@@ -172,12 +172,17 @@ def factors_of_gradient(grad: Tensor, sides: tuple[bool, bool]) -> Pair:
 def add_factors_(state: dict[str, Any], found: Pair, decay: float) -> None:
     """Put the factors of a step into their averages, those that are finite; the first as it is."""
     for key, factor in zip(FACTORS, found, strict=True):
-        if factor is None or not bool(factor.isfinite().all()):
+        if factor is None or not _finite(factor):
             continue
         if key in state:
             state[key].lerp_(factor.to(state[key].dtype), 1 - decay)
         else:
             state[key] = factor.clone()
+
+
+def _finite(factor: Tensor) -> bool:
+    """Whether a sum of outer squares is finite: none of its numbers exceeds its diagonal."""
+    return bool(factor.diagonal().sum().isfinite())
 
 
 def is_due(step: int, every: int) -> bool:
@@ -189,7 +194,7 @@ def first_rotation(found: Pair) -> Rotation | None:
     """The eigenvectors of the first factors; None where there are none, or not finite ones."""
     if all(x is None for x in found):
         return None
-    if not all(bool(x.isfinite().all()) for x in found if x is not None):
+    if not all(_finite(x) for x in found if x is not None):
         return None
     return Rotation(*(x if x is None else _eigenvectors(x) for x in found))
 

@@ -165,6 +165,7 @@ class PopRiskSOAP(PopRiskAdamW):
         return noted
 
     def _given_variances(self) -> GivenVariances:
+        self._noted().forget_turned()
         given, rotated = super()._given_variances(), self.rotated()
         needed = any(
             p in rotated and p.grad is not None
@@ -215,8 +216,9 @@ class PopRiskSOAP(PopRiskAdamW):
         if plain:
             update_group(tensors.subset(plain))
         if turned:
-            some = [rotation for rotation in rotations if rotation is not None]
-            update_rotated(tensors.subset(turned), some)
+            rotated = tensors.subset(turned)
+            grads = [self._noted().turned(p) for p in rotated.params]
+            update_rotated(rotated, [r for r in rotations if r is not None], grads)
         settings = tensors.group.settings
         for i in turned:
             p, state = tensors.params[i], tensors.states[i]
@@ -261,6 +263,7 @@ class ExampleFactors:
         self.optimizer = optimizer
         self.found: dict[Tensor, Pair] = {}
         self._first: dict[Tensor, Rotation] = {}
+        self._turned: dict[Tensor, Tensor] = {}
         self._rotated: dict[Tensor, tuple[bool, bool]] | None = None
 
     def seen(self, p: Tensor, terms: list[Term], share: float) -> None:
@@ -285,6 +288,18 @@ class ExampleFactors:
         """The present basis, or the first one, which the next step is to take up."""
         return rotation_of(p, self.optimizer.state.get(p, {})) or self._first.get(p)
 
+    def turned(self, p: Tensor) -> Tensor:
+        """The gradient of this step in its basis, computed once."""
+        if p not in self._turned:
+            rotation, grad = self.rotation(p), _grad(p)
+            wide = grad.to(state_dtype(p))
+            self._turned[p] = grad if rotation is None else rotation.forward(wide)
+        return self._turned[p]
+
+    def forget_turned(self) -> None:
+        """A step begins: gradients may have changed since the last one."""
+        self._turned.clear()
+
     def first(self, p: Tensor) -> Rotation | None:
         """The first basis, from the first part of the batch."""
         return self._first.get(p)
@@ -293,6 +308,7 @@ class ExampleFactors:
         """A new batch starts."""
         self.found.clear()
         self._first.clear()
+        self._turned.clear()
         self._rotated = None
 
 
