@@ -368,6 +368,13 @@ class PopRiskAdamW(Optimizer):
                 f"{method}() is for variance={needed!r}, but this optimizer uses {used}."
             )
 
+    def told_by_loop(self) -> str | None:
+        """A setting by which the training loop has to tell more than gradients; None: none."""
+        for group in self.param_groups:
+            if group["gate"] and group["variance"] in (*WITHIN_BATCH, "data-parallel"):
+                return f"variance={group['variance']!r}"
+        return None
+
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
         """What the gate let through at the last step, per module (:class:`GateStats`).
 

@@ -147,6 +147,11 @@ class PopRiskSOAP(PopRiskAdamW):
         if not (needed == "exact" and from_examples):
             super()._check_within(method, needed)
 
+    def told_by_loop(self) -> str | None:
+        if any(group["factors"] == "examples" for group in self.param_groups):
+            return "factors='examples'"
+        return super().told_by_loop()
+
     def _bases(self) -> ExampleFactors:
         return ExampleFactors(self)
 
