@@ -30,6 +30,7 @@ PARTS = (
     "claims_paths",
     "grokking",
     "clusters",
+    "soap",
 )
 
 
