@@ -22,6 +22,7 @@ PARTS = (
     "cut",
     "attribution",
     "risk",
+    "monitor",
     "left_out",
     "lockstep",
     "audit",
@@ -30,6 +31,7 @@ PARTS = (
     "claims_paths",
     "grokking",
     "clusters",
+    "soap",
 )
 
 
