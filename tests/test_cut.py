@@ -23,19 +23,25 @@ from samplers import randn
 from test_path import close, reference_steps
 
 C = 2
-CUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "detach": Tensor.detach,
-    "torch.detach": torch.detach,
-    "data": lambda h: h.data,
-}
+Cut = Callable[[Tensor], Tensor]
+
+
+def none(h: Tensor) -> Tensor:
+    """No cut."""
+    return h
+
+
+def stored(h: Tensor) -> Tensor:
+    return h.data
+
+
+CUTS: dict[str, Cut] = {"detach": Tensor.detach, "torch.detach": torch.detach, "data": stored}
 
 
 class Layered(nn.Module):
     """Tanh layers with a head each, (b, 2, L); what a layer hands on goes through ``cut``."""
 
-    def __init__(
-        self, *widths: int, cut: Callable[[Tensor], Tensor] = Tensor.detach, again: bool = False
-    ) -> None:
+    def __init__(self, *widths: int, cut: Cut = Tensor.detach, again: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.heads = nn.ModuleList(nn.Linear(b, C) for b in widths[1:])
@@ -91,7 +97,7 @@ def recorded(
 
 def composed(run: Run) -> reference.Outputs:
     """The outputs as a function of all weights, without a cut anywhere."""
-    net, J = layered(cut=lambda h: h), run.problem.J
+    net, J = layered(cut=none), run.problem.J
 
     def outputs(w: Tensor, x: Tensor) -> Tensor:
         return functional_call(net, J.named(w), (x,)).flatten(1)
@@ -173,7 +179,7 @@ def test_what_is_computed_without_gradients_is_cut_as_well() -> None:
 
 
 def test_a_net_without_cuts_is_followed_by_one_jacobian() -> None:
-    run = recorded(net=layered(cut=lambda h: h))
+    run = recorded(net=layered(cut=none))
     assert not run.problem.is_cut
     assert run.problem.J_whole is run.problem.J
     assert integrate(run).closure.worst < 1e-9
@@ -256,7 +262,7 @@ def test_the_loss_falls_by_what_was_dissipated_unless_it_is_cut() -> None:
     def slow(ps: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(ps, lr=1e-3)
 
-    for cut, low, high in ((Tensor.detach, 5e-3, 0.5), (lambda h: h, 0.0, 1e-3)):
+    for cut, low, high in ((Tensor.detach, 5e-3, 0.5), (none, 0.0, 1e-3)):
         found = integrate(recorded(slow, net=layered(cut=cut), steps=10, b=None)).accounting
         assert low <= abs(found.quadratic / found.measured - 1) <= high
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from poprisk import PopRiskAdamW
+from poprisk_lab.studies.local_paths import LOSSES
 from poprisk_lab.tasks import load_task
 from poprisk_lab.tasks.local_nets import (
     ForwardForward,
@@ -107,9 +108,7 @@ def test_logits_of_each_layer_are_those_of_its_own_classifier() -> None:
 @pytest.mark.parametrize("rule", ["forward-forward", "mono-forward"])
 def test_no_layer_learns_from_the_loss_of_another(rule: str) -> None:
     net = forward_forward() if rule == "forward-forward" else mono_forward()
-    loss, x, y = RULES[rule].loss, randn(5, 4, seed=1), torch.tensor([0, 1, 2, 0, 1])
-    if rule == "forward-forward":
-        loss = lambda u, y: goodness_loss(u, y, negatives="random")  # noqa: E731
+    loss, x, y = LOSSES[rule], randn(5, 4, seed=1), torch.tensor([0, 1, 2, 0, 1])
     loss(net(x), y).sum().backward()
     grads = {name: p.grad for name, p in net.named_parameters()}
     for k in range(2):
