@@ -34,6 +34,7 @@ CLAIM_WORDS = {
     "dpo": "preferences",
     "audit": "wrong labels",
     "stopping": "population risk",
+    "forward-forward": "without backpropagation",
 }
 
 
