@@ -14,6 +14,7 @@ from mutations import Mutation
 
 PARTS = (
     "optimizer",
+    "exempt",
     "fused",
     "triton",
     "factors",
