@@ -1,0 +1,156 @@
+"""Whether the gate will help on a task, from a few cheap measurements, before one tries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from poprisk._validate import check_positive
+from poprisk_lab.advise.measure import Estimate, Measured, measure, pooled
+from poprisk_lab.advise.rule import THRESHOLDS, Features, Outcome, features_of
+from poprisk_lab.tasks import Source, TaskError, load_task, source_name
+
+__all__ = ["FIRST_SEED", "Advice", "advise"]
+
+FIRST_SEED = 1_000
+"""Seeds are others than those of `poprisk compare`, which begin at 0."""
+NEVER = 0.97
+"""Share unexplained from which on nothing was learned that a held-out example shows."""
+NONE: Mapping[str, Any] = {}
+
+
+@final
+@dataclass(frozen=True)
+class Advice:
+    """What was measured of a task, and what to expect of the gate.
+
+    Attributes:
+        source: the task as messages call it.
+        seeds: that were measured.
+        sizes: examples and batch size.
+        concentration: share of the squared mean gradient in a hundredth of the coordinates.
+        unexplained: smallest held-out loss of a tenth of AdamW's run, over that of the best
+            constant outputs.
+        noise_scale: examples behind which signal and noise of the mean gradient are alike; not
+            part of the rule.
+        batch_share: b/n; not part of the rule.
+        features: what the rule reads.
+    """
+
+    source: str
+    seeds: tuple[int, ...]
+    sizes: tuple[int, int]
+    concentration: Estimate
+    unexplained: Estimate
+    noise_scale: Estimate
+    batch_share: float
+    features: Features
+
+    @classmethod
+    def of(cls, source: str, seeds: Mapping[int, Measured], sizes: tuple[int, int]) -> Advice:
+        """From the measurements by seed."""
+        found = [*seeds.values()]
+        return cls(
+            source,
+            (*seeds,),
+            sizes,
+            *(pooled(getattr(m, name) for m in found) for name in RATIOS),
+            found[0].batch_share,
+            features_of(found),
+        )
+
+    @property
+    def kind(self) -> str:
+        """One of :data:`poprisk_lab.advise.rule.KINDS`."""
+        return THRESHOLDS.kind(self.features)
+
+    @property
+    def expected(self) -> Outcome:
+        """The outcome to expect, by rival."""
+        return THRESHOLDS.expect(self.features)
+
+    @property
+    def unsure(self) -> tuple[str, ...]:
+        """The features by which another kind is within two errors."""
+        moved = {
+            name: [self.features._replace(**{name: value + 2 * sign * error}) for sign in (-1, 1)]
+            for name, (value, error) in (
+                ("unexplained", self.unexplained),
+                ("concentration", self.concentration),
+            )
+            if error == error
+        }
+        kinds = {name: [*map(THRESHOLDS.kind, both)] for name, both in moved.items()}
+        return tuple(name for name, found in kinds.items() if {*found} != {self.kind})
+
+    @property
+    def learned_nothing(self) -> bool:
+        """Whether noise cannot be told from a task that is learned late."""
+        return self.unexplained.value >= NEVER
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, JSON values; what is not finite is None."""
+        ratios = {name: getattr(self, name) for name in RATIOS}
+        return {
+            "task": self.source,
+            "seeds": [*self.seeds],
+            "examples": self.sizes[0],
+            "batch_size": self.sizes[1],
+            "measured": {
+                **{name: {"value": _json(v), "error": _json(e)} for name, (v, e) in ratios.items()},
+                "batch_share": self.batch_share,
+                "weights_per_example": self.features.weights_per_example,
+            },
+            "kind": self.kind,
+            "expected": dict(self.expected),
+            "unsure": [*self.unsure],
+            "learned_nothing": self.learned_nothing,
+        }
+
+
+RATIOS = ("concentration", "unexplained", "noise_scale")
+
+
+def _json(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
+
+
+def advise(
+    task: Source,
+    *,
+    seeds: int = 3,
+    settings: Mapping[str, Any] = NONE,
+    progress: Callable[[int, int], None] | None = None,
+) -> Advice:
+    """Measure a task and say whether to expect a gain over AdamW.
+
+    The cost is that of a third of one training, with three seeds.
+
+    Args:
+        task: as :func:`poprisk_lab.compare` takes it.
+        seeds: how many, from :data:`FIRST_SEED` on; of data, initial weights and order.
+        settings: arguments of the task's function.
+        progress: told how many seeds are done, and of how many.
+
+    Raises:
+        TaskError: if the task cannot be made or measured.
+        ValueError: if another argument is wrong.
+    """
+    check_positive("seeds", seeds)
+    if "seed" in settings:
+        raise TaskError("seed is no setting of a task; --seeds says how many are measured.")
+    found: dict[int, Measured] = {}
+    sizes = (0, 0)
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        made = load_task(task, seed=seed, **settings)
+        try:
+            found[seed] = measure(made, seed)
+        except ValueError as error:
+            raise TaskError(str(error)) from error
+        except (RuntimeError, TypeError) as error:
+            raise TaskError.of(f"task {source_name(task)} could not be measured", error) from error
+        sizes = len(made.train[1]), made.batch_size
+        if progress is not None:
+            progress(len(found), seeds)
+    return Advice.of(source_name(task), found, sizes)

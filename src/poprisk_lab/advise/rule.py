@@ -1,0 +1,112 @@
+"""What to expect of the gate from what was measured: three thresholds, four kinds of tasks.
+
+The thresholds are fitted to tasks at several noise levels that were trained with the gate and with
+AdamW (``benchmarks/advise.py``), and judged with all levels of a task left out together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from poprisk_lab.advise.measure import Measured, pooled
+
+GAINS, EVEN, LOSES = "gains", "even", "loses"
+OUTCOMES = (GAINS, EVEN, LOSES)
+"""The 95% interval of the gate's final gain, paired over seeds: above 0, around it, below."""
+RIVALS = ("same", "best")
+"""AdamW at the gate's learning rate and decay, and the best of the grid, picked by the test set."""
+KINDS = ("easy", "hard", "few", "spread", "noisy")
+"""Targets right, and learned early or not so early; with few weights, signal in few coordinates or
+spread over all; everything else."""
+CANDIDATES = (
+    (0.05, 0.1, 0.15, 0.2),
+    (0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
+    (3.0, 5.0, 8.0, 12.0, 20.0),
+    (0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
+)
+"""Thresholds to choose from, in the order of :class:`Thresholds`."""
+
+
+class Features(NamedTuple):
+    """What the rule reads; see :class:`poprisk_lab.advise.measure.Measured`."""
+
+    unexplained: float
+    concentration: float
+    weights_per_example: float
+
+
+class Thresholds(NamedTuple):
+    """Where the kinds of tasks part.
+
+    Attributes:
+        easy: of what is unexplained, ``easy`` below it.
+        unexplained: ``hard`` below it; from it on, targets are noisy.
+        weights_per_example: ``noisy`` from it on.
+        concentration: of what is left, ``few`` from it on, else ``spread``.
+    """
+
+    easy: float
+    unexplained: float
+    weights_per_example: float
+    concentration: float
+
+    def kind(self, found: Features) -> str:
+        """Which of :data:`KINDS` a task is, asked in the order of the thresholds."""
+        if found.unexplained < self.unexplained:
+            return "easy" if found.unexplained < self.easy else "hard"
+        if found.weights_per_example >= self.weights_per_example:
+            return "noisy"
+        return "few" if found.concentration >= self.concentration else "spread"
+
+    def expect(self, found: Features) -> Mapping[str, str]:
+        """The outcome to expect, by rival."""
+        return EXPECTED[self.kind(found)]
+
+
+Outcome = Mapping[str, str]
+"""One of :data:`OUTCOMES` by rival."""
+EXPECTED: Mapping[str, Outcome] = {
+    "easy": {"same": EVEN, "best": LOSES},
+    "hard": {"same": LOSES, "best": LOSES},
+    "few": {"same": GAINS, "best": GAINS},
+    "spread": {"same": LOSES, "best": LOSES},
+    "noisy": {"same": GAINS, "best": EVEN},
+}
+"""What becomes of each kind: what the first eight tasks had shown, before the others were run."""
+
+
+def features_of(seeds: Sequence[Measured]) -> Features:
+    """The features over seeds; a signal that is not seen is in no coordinate."""
+    few = pooled(m.concentration for m in seeds).value
+    return Features(
+        pooled(m.unexplained for m in seeds).value,
+        few if few == few else 0.0,
+        seeds[0].weights_per_example,
+    )
+
+
+def fit(tasks: Sequence[tuple[Features, Outcome]]) -> Thresholds:
+    """The thresholds among :data:`CANDIDATES` with which most outcomes are as :data:`EXPECTED`.
+
+    Of those that are as good, the middle one in their order is taken.
+
+    Args:
+        tasks: what was measured of each, and what became of it.
+    """
+    found = [Thresholds(*cut) for cut in itertools.product(*CANDIDATES)]
+    scores = [right(thresholds, tasks) for thresholds in found]
+    best = [t for t, score in zip(found, scores, strict=True) if score == max(scores)]
+    return best[len(best) // 2]
+
+
+def right(thresholds: Thresholds, tasks: Iterable[tuple[Features, Outcome]]) -> int:
+    """How many outcomes are as expected, over tasks and rivals."""
+    return sum(thresholds.expect(f)[rival] == o[rival] for f, o in tasks for rival in RIVALS)
+
+
+THRESHOLDS = Thresholds(0.1, 0.3, 8.0, 0.3)
+"""Fitted to all tasks."""
+TRACK: Mapping[str, Mapping[str, tuple[int, int]]] = {"same": {}, "best": {}}
+"""Outcomes that were as expected with the task left out of the fit, by rival and kind."""
