@@ -1,7 +1,7 @@
 """Tasks at several noise levels, on which the rule of `poprisk advise` is made and judged.
 
-Each is a function for `poprisk compare benchmarks/advise_tasks.py:FUNCTION`. Noise is in the training targets only, but
-where a built-in task has it in both.
+Each is a function for `poprisk compare benchmarks/advise_tasks.py:FUNCTION`. Noise is in the
+training targets alone, but where a built-in task has it in both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from poprisk.task import Task
 from poprisk_lab.tasks import BUILT_IN
 from poprisk_lab.tasks.image import image
 from poprisk_lab.tasks.mislabelled import mislabelled
-from poprisk_lab.tasks.modular import modular_division
 from poprisk_lab.tasks.nets import mlp
 from poprisk_lab.tasks.regression import squared_error
 
@@ -56,21 +55,37 @@ class Level(NamedTuple):
 def levels() -> list[Level]:
     """All of them, those that take longest last."""
     here = f"{Path(__file__).resolve()}:"
-    own = [
-        *(("sparse", "scaled", {"task": "sparse-regression", "factor": f}) for f in (0.33, 2.0, 4.0)),
-        *(("dense", "scaled", {"task": "dense-regression", "factor": f}) for f in (0.33, 2.0, 4.0)),
+    scales = {
+        "sparse": ("sparse-regression", (0.33, 2.0, 4.0)),
+        "dense": ("dense-regression", (0.33, 2.0, 4.0)),
+        "long-tail": ("long-tail-regression", (0.0, 1.0, 2.0, 4.0)),
+        "random-features": ("random-features", (0.0, 1.0, 2.0, 4.0)),
+    }
+    rates = {
+        "cancer": (0.0, 0.1, 0.2, 0.4),
+        "wine": (0.0, 0.2, 0.4, 0.6),
+        "drawn": (0.0, 0.2, 0.4, 0.6),
+        "docstrings": (0.0, 0.2, 0.4, 0.6),
+    }
+    own: list[tuple[str, str, dict[str, Any]]] = [
+        *(
+            (group, "scaled", {"task": name, "factor": factor})
+            for group, (name, factors) in scales.items()
+            for factor in factors
+        ),
         *(("diabetes", "noisier", {"task": "diabetes", "noise": s}) for s in (0.5, 1.0, 2.0)),
-        *(("long-tail", "scaled", {"task": "long-tail-regression", "factor": f}) for f in (0.0, 1.0, 2.0, 4.0)),
-        *(("random-features", "scaled", {"task": "random-features", "factor": f}) for f in (0.0, 1.0, 2.0, 4.0)),
-        *(("cancer", "labels", {"data": "cancer", "noise": r}) for r in (0.0, 0.1, 0.2, 0.4)),
-        *(("wine", "labels", {"data": "wine", "noise": r}) for r in (0.0, 0.2, 0.4, 0.6)),
         *(("friedman", "friedman", {"noise": s}) for s in (0.0, 0.5, 1.0)),
-        *(("drawn", "labels", {"data": "drawn", "noise": r}) for r in (0.0, 0.2, 0.4, 0.6)),
-        *(("docstrings", "labels", {"data": "docstrings", "noise": r}) for r in (0.0, 0.2, 0.4, 0.6)),
+        *(
+            (name, "labels", {"data": name, "noise": rate})
+            for name, own_rates in rates.items()
+            for rate in own_rates
+        ),
+        *(
+            ("digits", "labels", {"data": "digits", "kind": kind, "noise": 0.4})
+            for kind in ("pairs", "weak")
+        ),
         *(("image", "picture", {"noise": s}) for s in (0.0, 0.1, 0.3)),
-        *(("digits", "labels", {"data": "digits", "kind": k, "noise": 0.4}) for k in ("pairs", "weak")),
-        ("grokking", "division", {}),
-    ]  # fmt: skip
+    ]
     recorded = {
         "digits": ("digits-10-seeds", {}),
         "digits-clean": ("digits-clean-10-seeds", {}),
@@ -87,7 +102,7 @@ def levels() -> list[Level]:
         ),
         Level("digits", "digits", {"noise": 0.2}, "digits-noise-0.2-10-seeds"),
         Level("digits", "digits", {"noise": 0.6}, "digits-noise-0.6-10-seeds"),
-        *(Level(group, here + function, settings) for group, function, settings in own),
+        *(Level(group, here + name, settings) for group, name, settings in own),
         *(Level("digits", "digits-cnn", {"noise": rate}) for rate in (0.0, 0.2)),
     ]
 
@@ -150,8 +165,3 @@ def friedman(seed: int = 0, *, noise: float = 1.0) -> Task:
 def picture(seed: int = 0, *, noise: float = 0.1) -> Task:
     """The shipped image task at 32 × 32 pixels."""
     return dataclasses.replace(image(seed, noise=noise, size=32), epochs=100)
-
-
-def division(seed: int = 0, *, p: int = 31, fraction: float = 0.5) -> Task:
-    """The shipped grokking task, smaller."""
-    return modular_division(seed, p=p, fraction=fraction)

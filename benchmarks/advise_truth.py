@@ -1,9 +1,10 @@
 """The gate and AdamW's grid on one noise level of a task, five seeds in one tensor.
 
 What `poprisk compare` trains (:mod:`poprisk_lab.fit`: initial weights, order of examples, batches,
-optimizers), in a fifth of the calls: layers hold the weights of all seeds, (seeds, inputs, outputs),
-and every update is by coordinate. Final metrics are those of `compare` up to rounding;
-``tests/test_advise_study.py`` compares them.
+optimizers), in a fifth of the calls where the network is fully connected: layers hold the weights
+of all seeds, (seeds, inputs, outputs), and every update is by coordinate. Final metrics are those
+of `compare` up to rounding; ``tests/test_advise_study.py`` compares them. Other networks are
+trained as `compare` does it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from poprisk.task import Task
 from poprisk.task.batches import split_batches
 from poprisk_lab.arms import Arm, build_optimizer
-from poprisk_lab.fit import score, seed_all
+from poprisk_lab.fit import ArmRun, score, seed_all
 from poprisk_lab.tasks import load_task
 
 
 class Stacked(nn.Module):
-    """Fully connected networks of one shape side by side: (seeds, b, inputs) to (seeds, b, outputs).
+    """Fully connected networks of one shape side by side, (seeds, b, ...) to (seeds, b, outputs).
 
     Args:
         models: linear layers with ReLU between them.
@@ -35,8 +36,6 @@ class Stacked(nn.Module):
         self.kinds = list[str]()
         for same in zip(*layers, strict=True):
             linear = [layer for layer in same if isinstance(layer, nn.Linear)]
-            if not linear and not isinstance(same[0], nn.ReLU):
-                raise TypeError(f"layers must be Linear or ReLU, but got {type(same[0]).__name__}.")
             biases = [layer.bias.detach()[None] for layer in linear if layer.bias is not None]
             self.kinds.append(("affine" if biases else "linear") if linear else "relu")
             if linear:
@@ -57,11 +56,34 @@ class Stacked(nn.Module):
         return x
 
 
+def is_plain(model: nn.Module) -> bool:
+    """Whether a model is a linear layer, or such with ReLU between them."""
+    if isinstance(model, nn.Linear):
+        return True
+    own = isinstance(model, nn.Sequential)
+    return own and all(isinstance(layer, (nn.Linear, nn.ReLU)) for layer in model)
+
+
 def train(
     source: str, settings: dict[str, Any], seeds: Sequence[int], arms: Sequence[Arm]
 ) -> dict[str, list[float]]:
     """The final test metric of each seed, by arm."""
     tasks = [load_task(source, seed=seed, **settings) for seed in seeds]
+    if is_plain(tasks[0].new_model()):
+        return train_stacked(tasks, seeds, arms)
+    return {
+        arm.name: [
+            [*ArmRun(task, arm, seed).rows()][-1]["final_metric"]
+            for task, seed in zip(tasks, seeds, strict=True)
+        ]
+        for arm in arms
+    }
+
+
+def train_stacked(
+    tasks: Sequence[Task], seeds: Sequence[int], arms: Sequence[Arm]
+) -> dict[str, list[float]]:
+    """The same for fully connected networks, all seeds at once."""
     first, n = tasks[0], len(tasks[0].train[1])
     models = [_start(task, seed) for task, seed in zip(tasks, seeds, strict=True)]
     runs = list[tuple[str, Stacked, torch.optim.Optimizer]]()

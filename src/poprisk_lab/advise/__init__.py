@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from poprisk._validate import check_positive
-from poprisk_lab.advise.measure import Estimate, Measured, measure, pooled
+from poprisk_lab.advise.measuring import Estimate, Measured, measure, pooled
 from poprisk_lab.advise.rule import THRESHOLDS, Features, Outcome, features_of
 from poprisk_lab.tasks import Source, TaskError, load_task, source_name
 
@@ -148,7 +148,7 @@ def advise(
             found[seed] = measure(made, seed)
         except ValueError as error:
             raise TaskError(str(error)) from error
-        except (RuntimeError, TypeError) as error:
+        except Exception as error:
             raise TaskError.of(f"task {source_name(task)} could not be measured", error) from error
         sizes = len(made.train[1]), made.batch_size
         if progress is not None:

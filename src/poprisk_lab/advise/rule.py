@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from poprisk_lab.advise.measure import Measured, pooled
+from poprisk_lab.advise.measuring import Measured, pooled
 
 GAINS, EVEN, LOSES = "gains", "even", "loses"
 OUTCOMES = (GAINS, EVEN, LOSES)
@@ -30,7 +30,7 @@ CANDIDATES = (
 
 
 class Features(NamedTuple):
-    """What the rule reads; see :class:`poprisk_lab.advise.measure.Measured`."""
+    """What the rule reads; see :class:`poprisk_lab.advise.measuring.Measured`."""
 
     unexplained: float
     concentration: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from poprisk_lab.advise import Advice
-from poprisk_lab.advise.measure import Estimate
+from poprisk_lab.advise.measuring import Estimate
 from poprisk_lab.advise.rule import EVEN, GAINS, LOSES, RIVALS, THRESHOLDS, TRACK
 from poprisk_lab.arms import DEFAULT_ADAMW
 from poprisk_lab.plots import Table

@@ -249,5 +249,7 @@ def constant_loss(task: Task, model: nn.Module, rows: Tensor) -> float:
         found.backward()
         return found
 
+    if not bool(loss().isfinite()):
+        return math.nan
     search.step(loss)
     return float(loss().detach())
