@@ -22,8 +22,8 @@ from advise_tasks import Level, levels
 from advise_truth import train
 
 from poprisk.intervals import Interval, t_interval
-from poprisk_lab.advise import FIRST_SEED
-from poprisk_lab.advise.measuring import Measured, Ratio, measure
+from poprisk_lab.advise import FIRST_SEED, NEVER
+from poprisk_lab.advise.measuring import Measurement, Quotient, measure
 from poprisk_lab.advise.rule import (
     EVEN,
     EXPECTED,
@@ -112,7 +112,7 @@ Row = Mapping[str, Any]
 def features(row: Row) -> Features:
     """What the rule reads, from the record."""
     return features_of([
-        Measured(**{k: Ratio(*v) if isinstance(v, list | tuple) else v for k, v in m.items()})
+        Measurement(**{k: Quotient(*v) if isinstance(v, list | tuple) else v for k, v in m.items()})
         for m in row["measured"]
     ])  # fmt: skip
 
@@ -177,6 +177,10 @@ def _of_rival(
         "confusion": {e: {o: counts[e, o] for o in OUTCOMES} for e in OUTCOMES},
         "right": [sum(right.values()), len(right), *accuracy(right, groups)],
         "gain_or_not": [sum(gain.values()), len(gain), *accuracy(gain, groups)],
+        "right_where_learned": [
+            sum(right[n] for n in rows if features(rows[n]).unexplained < NEVER),
+            sum(features(row).unexplained < NEVER for row in rows.values()),
+        ],
         "right_by_kind": {
             kind: [sum(own), len(own)]
             for kind in KINDS

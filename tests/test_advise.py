@@ -16,13 +16,13 @@ from typer.testing import CliRunner, Result
 
 import tiny
 from poprisk import Task, grad_mean_var
+from poprisk.linalg import Estimate
 from poprisk.monitor.signal import Counts, GradientSignal, sums_of
 from poprisk_lab.advise import FIRST_SEED, Advice, advise, measuring, words
 from poprisk_lab.advise.measuring import (
     BLOCKS,
-    Estimate,
-    Measured,
-    Ratio,
+    Measurement,
+    Quotient,
     block_gradients,
     constant_loss,
     gradient_signal,
@@ -81,12 +81,12 @@ def test_concentration_tells_few_coordinates_from_many(few: int, share: float) -
     mean[:few] = (100.0 / few) ** 0.5
     generator = seeded()
     found = [
-        Ratio(*split_half_signal(
+        Quotient(*split_half_signal(
             mean + torch.randn(BLOCKS, 500, generator=generator, dtype=torch.float64), generator
         ))
         for _ in range(100)
     ]  # fmt: skip
-    value, error = pooled(found)
+    value, error, *_ = pooled(found)
     assert abs(value - share) < 4 * error + 0.01
     assert error < 0.1
     per_split = sum(r.under for r in found) / len(found) / (2 * measuring.HALVINGS)
@@ -118,6 +118,9 @@ def test_the_noise_scale_of_single_examples_is_the_exact_one() -> None:
         float(g.sum(0).square().sum()), sums_of(g @ g.T).tolist(), Counts.of(BLOCKS)
     )
     assert scale.under == pytest.approx(statistic.norm, rel=1e-9)
+    _, twice = gradient_signal(task, model, rows.repeat_interleave(2), 0)
+    assert twice.over == pytest.approx(2 * scale.over)  # of two examples a block, alike
+    assert twice.under == pytest.approx(scale.under)
 
 
 def test_gradients_are_of_block_means_and_leave_the_model_alone() -> None:
@@ -257,16 +260,16 @@ def test_data_that_is_read_batch_by_batch() -> None:
 @pytest.mark.parametrize(
     ("found", "kind"),
     [
-        (Features(0.09, 0.0, 1.0), "easy"),
-        (Features(0.1, 0.9, 1.0), "hard"),
-        (Features(0.29, 0.9, 99.0), "hard"),
-        (Features(0.3, 0.9, 8.0), "noisy"),
-        (Features(0.3, 0.3, 7.9), "few"),
-        (Features(1.0, 0.29, 7.9), "spread"),
+        (Features(0.09, 1, 0.0), "easy"),
+        (Features(0.1, 1, 0.9), "hard"),
+        (Features(0.29, 3, 0.9), "hard"),
+        (Features(0.3, 2, 0.9), "noisy"),
+        (Features(0.3, 1, 0.3), "few"),
+        (Features(1.0, 1, 0.29), "spread"),
     ],
 )
 def test_thresholds_part_the_kinds(found: Features, kind: str) -> None:
-    assert Thresholds(0.1, 0.3, 8.0, 0.3).kind(found) == kind
+    assert Thresholds(0.1, 0.3, 0.3).kind(found) == kind
 
 
 def test_every_kind_has_an_outcome_and_a_meaning() -> None:
@@ -278,36 +281,38 @@ def test_every_kind_has_an_outcome_and_a_meaning() -> None:
 
 
 def test_a_fit_finds_the_thresholds_that_made_the_outcomes() -> None:
-    truth = Thresholds(0.1, 0.4, 5.0, 0.5)
+    truth = Thresholds(0.1, 0.4, 0.5)
     values = torch.rand(200, 3, generator=seeded()) * torch.tensor([0.8, 1.0, 15.0])
     tasks = [(found, truth.expect(found)) for found in (Features(*row) for row in values.tolist())]
     assert fit(tasks) == truth
-    assert right(truth, tasks) == 400
+    assert right(truth, tasks) == 600
     wrong = [(f, dict.fromkeys(RIVALS, "even")) for f, _ in tasks]
     assert right(truth, wrong) == sum(o[r] == "even" for _, o in tasks for r in RIVALS)
 
 
 def test_pooling_is_a_ratio_of_sums_with_its_jackknife() -> None:
-    ratios = [Ratio(1.0, 2.0), Ratio(3.0, 1.0), Ratio(2.0, 4.0)]
-    value, error = pooled(ratios)
+    ratios = [Quotient(1.0, 2.0), Quotient(3.0, 1.0), Quotient(2.0, 4.0)]
+    value, error, *_ = pooled(ratios)
     left = [5 / 5, 3 / 6, 4 / 3]
     mean = sum(left) / 3
     assert value == pytest.approx(6 / 7)
     assert error == pytest.approx((2 / 3 * sum((x - mean) ** 2 for x in left)) ** 0.5)
-    assert math.isnan(pooled(ratios[:1]).error)
-    assert math.isnan(pooled([Ratio(1.0, -1.0)]).value)
+    assert math.isnan(pooled(ratios[:1]).standard_error)
+    assert math.isnan(pooled([Quotient(1.0, -1.0)]).value)
 
 
-def measured(unexplained: float = 0.5, few: float = 0.2, signal: float = 1.0) -> Measured:
-    return Measured(Ratio(few, signal), Ratio(unexplained, 1.0), Ratio(10.0, signal), 0.1, 2.0)
+def measured(unexplained: float = 0.5, few: float = 0.2, signal: float = 1.0) -> Measurement:
+    return Measurement(
+        Quotient(few, signal), Quotient(unexplained, 1.0), Quotient(10.0, signal), 0.1, 2.0
+    )
 
 
 def test_a_signal_that_is_not_seen_is_in_no_coordinate() -> None:
     assert features_of([measured(signal=-1.0)]).concentration == 0.0
-    assert features_of([measured()]) == Features(0.5, 0.2, 2.0)
+    assert features_of([measured()]) == Features(0.5, 1, 0.2)
 
 
-def made(*seeds: Measured) -> Advice:
+def made(*seeds: Measurement) -> Advice:
     return Advice.of("mine", dict(enumerate(seeds)), (100, 10))
 
 
@@ -330,15 +335,15 @@ def test_what_is_written_of_an_advice() -> None:
     assert sparse.kind == "few"
     assert words.headline(sparse) == (
         "Expect a gain over AdamW at the same settings, and a gain over the best of eight AdamW "
-        "settings: signal in few coordinates."
+        "settings: a linear model with signal in few coordinates."
     )
     assert words.setting(sparse).startswith("PopRiskAdamW(model, lr=0.001, weight_decay=0.01")
     spread = made(measured(0.5, 0.0, -1.0))
     assert words.setting(spread).startswith("torch.optim.AdamW")
     rows = {row[0].partition(":")[0]: row[1] for row in words.table(spread).rows}
     assert rows["concentration"] == rows["noise scale, examples"] == "not seen"
-    assert spread.as_json()["measured"]["noise_scale"] == {"value": None, "error": None}
-    assert words.number(Estimate(0.5, 0.04)) == "0.5 ± 0.04"
+    assert spread.as_json()["measured"]["noise_scale"] == {"value": None, "standard_error": None}
+    assert words.number(Estimate.of(0.5, 0.04)) == "0.5 ± 0.04"
 
 
 def test_the_record_of_the_rule_is_complete() -> None:

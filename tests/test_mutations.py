@@ -15,6 +15,7 @@ from mutations import Mutation
 PARTS = (
     "optimizer",
     "exempt",
+    "advise",
     "fused",
     "triton",
     "factors",

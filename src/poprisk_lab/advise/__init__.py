@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 from poprisk._validate import check_positive
-from poprisk_lab.advise.measuring import Estimate, Measured, measure, pooled
+from poprisk.linalg import Estimate
+from poprisk_lab.advise.measuring import Measurement, measure, pooled
 from poprisk_lab.advise.rule import THRESHOLDS, Features, Outcome, features_of
 from poprisk_lab.tasks import Source, TaskError, load_task, source_name
 
-__all__ = ["FIRST_SEED", "Advice", "advise"]
+__all__ = ["FIRST_SEED", "NEVER", "Advice", "advise"]
 
 FIRST_SEED = 1_000
 """Seeds are others than those of `poprisk compare`, which begin at 0."""
@@ -34,7 +36,8 @@ class Advice:
             constant outputs.
         noise_scale: examples behind which signal and noise of the mean gradient are alike; not
             part of the rule.
-        batch_share: b/n; not part of the rule.
+        batch_share: b/n; not part of the rule, as the next.
+        weights_per_example: P/n.
         features: what the rule reads.
     """
 
@@ -45,10 +48,11 @@ class Advice:
     unexplained: Estimate
     noise_scale: Estimate
     batch_share: float
+    weights_per_example: float
     features: Features
 
     @classmethod
-    def of(cls, source: str, seeds: Mapping[int, Measured], sizes: tuple[int, int]) -> Advice:
+    def of(cls, source: str, seeds: Mapping[int, Measurement], sizes: tuple[int, int]) -> Advice:
         """From the measurements by seed."""
         found = [*seeds.values()]
         return cls(
@@ -57,6 +61,7 @@ class Advice:
             sizes,
             *(pooled(getattr(m, name) for m in found) for name in RATIOS),
             found[0].batch_share,
+            found[0].weights_per_example,
             features_of(found),
         )
 
@@ -73,15 +78,16 @@ class Advice:
     @property
     def unsure(self) -> tuple[str, ...]:
         """The features by which another kind is within two errors."""
+        both = {"unexplained": self.unexplained, "concentration": self.concentration}
         moved = {
-            name: [self.features._replace(**{name: value + 2 * sign * error}) for sign in (-1, 1)]
-            for name, (value, error) in (
-                ("unexplained", self.unexplained),
-                ("concentration", self.concentration),
-            )
-            if error == error
+            name: [
+                self.features._replace(**{name: found.value + 2 * sign * found.standard_error})
+                for sign in (-1, 1)
+            ]
+            for name, found in both.items()
+            if found.valid
         }
-        kinds = {name: [*map(THRESHOLDS.kind, both)] for name, both in moved.items()}
+        kinds = {name: [*map(THRESHOLDS.kind, ends)] for name, ends in moved.items()}
         return tuple(name for name, found in kinds.items() if {*found} != {self.kind})
 
     @property
@@ -98,9 +104,10 @@ class Advice:
             "examples": self.sizes[0],
             "batch_size": self.sizes[1],
             "measured": {
-                **{name: {"value": _json(v), "error": _json(e)} for name, (v, e) in ratios.items()},
+                **{name: _json(found) for name, found in ratios.items()},
                 "batch_share": self.batch_share,
-                "weights_per_example": self.features.weights_per_example,
+                "weights_per_example": self.weights_per_example,
+                "layers": self.features.layers,
             },
             "kind": self.kind,
             "expected": dict(self.expected),
@@ -112,8 +119,10 @@ class Advice:
 RATIOS = ("concentration", "unexplained", "noise_scale")
 
 
-def _json(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None
+def _json(found: Estimate) -> dict[str, float | None]:
+    """Value and error; None for what is not finite."""
+    numbers = {"value": found.value, "standard_error": found.standard_error}
+    return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 
 
 def advise(
@@ -125,7 +134,7 @@ def advise(
 ) -> Advice:
     """Measure a task and say whether to expect a gain over AdamW.
 
-    The cost is that of a third of one training, with three seeds.
+    The cost is that of a third of one training with three seeds, and of a few gradients.
 
     Args:
         task: as :func:`poprisk_lab.compare` takes it.
@@ -140,7 +149,7 @@ def advise(
     check_positive("seeds", seeds)
     if "seed" in settings:
         raise TaskError("seed is no setting of a task; --seeds says how many are measured.")
-    found: dict[int, Measured] = {}
+    found: dict[int, Measurement] = {}
     sizes = (0, 0)
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         made = load_task(task, seed=seed, **settings)

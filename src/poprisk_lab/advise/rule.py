@@ -1,4 +1,4 @@
-"""What to expect of the gate from what was measured: three thresholds, four kinds of tasks.
+"""What to expect of the gate from what was measured: three thresholds, five kinds of tasks.
 
 The thresholds are fitted to tasks at several noise levels that were trained with the gate and with
 AdamW (``benchmarks/advise.py``), and judged with all levels of a task left out together.
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from poprisk_lab.advise.measuring import Measured, pooled
+from poprisk_lab.advise.measuring import Measurement, pooled
 
 GAINS, EVEN, LOSES = "gains", "even", "loses"
 OUTCOMES = (GAINS, EVEN, LOSES)
@@ -18,23 +18,22 @@ OUTCOMES = (GAINS, EVEN, LOSES)
 RIVALS = ("same", "best")
 """AdamW at the gate's learning rate and decay, and the best of the grid, picked by the test set."""
 KINDS = ("easy", "hard", "few", "spread", "noisy")
-"""Targets right, and learned early or not so early; with few weights, signal in few coordinates or
+"""Targets right, and learned early or not so early; of linear models, signal in few coordinates or
 spread over all; everything else."""
 CANDIDATES = (
     (0.05, 0.1, 0.15, 0.2),
     (0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
-    (3.0, 5.0, 8.0, 12.0, 20.0),
     (0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
 )
 """Thresholds to choose from, in the order of :class:`Thresholds`."""
 
 
 class Features(NamedTuple):
-    """What the rule reads; see :class:`poprisk_lab.advise.measuring.Measured`."""
+    """What the rule reads; see :class:`poprisk_lab.advise.measuring.Measurement`."""
 
     unexplained: float
+    layers: int
     concentration: float
-    weights_per_example: float
 
 
 class Thresholds(NamedTuple):
@@ -43,20 +42,18 @@ class Thresholds(NamedTuple):
     Attributes:
         easy: of what is unexplained, ``easy`` below it.
         unexplained: ``hard`` below it; from it on, targets are noisy.
-        weights_per_example: ``noisy`` from it on.
-        concentration: of what is left, ``few`` from it on, else ``spread``.
+        concentration: of a model of one layer, ``few`` from it on, else ``spread``.
     """
 
     easy: float
     unexplained: float
-    weights_per_example: float
     concentration: float
 
     def kind(self, found: Features) -> str:
-        """Which of :data:`KINDS` a task is, asked in the order of the thresholds."""
+        """Which of :data:`KINDS` a task is; a network with noisy targets is ``noisy``."""
         if found.unexplained < self.unexplained:
             return "easy" if found.unexplained < self.easy else "hard"
-        if found.weights_per_example >= self.weights_per_example:
+        if found.layers > 1:
             return "noisy"
         return "few" if found.concentration >= self.concentration else "spread"
 
@@ -77,13 +74,13 @@ EXPECTED: Mapping[str, Outcome] = {
 """What becomes of each kind: what the first eight tasks had shown, before the others were run."""
 
 
-def features_of(seeds: Sequence[Measured]) -> Features:
+def features_of(seeds: Sequence[Measurement]) -> Features:
     """The features over seeds; a signal that is not seen is in no coordinate."""
     few = pooled(m.concentration for m in seeds).value
     return Features(
         pooled(m.unexplained for m in seeds).value,
+        seeds[0].layers,
         few if few == few else 0.0,
-        seeds[0].weights_per_example,
     )
 
 
@@ -106,7 +103,24 @@ def right(thresholds: Thresholds, tasks: Iterable[tuple[Features, Outcome]]) -> 
     return sum(thresholds.expect(f)[rival] == o[rival] for f, o in tasks for rival in RIVALS)
 
 
-THRESHOLDS = Thresholds(0.1, 0.3, 8.0, 0.3)
+THRESHOLDS = Thresholds(easy=0.2, unexplained=0.3, concentration=0.2)
 """Fitted to all tasks."""
-TRACK: Mapping[str, Mapping[str, tuple[int, int]]] = {"same": {}, "best": {}}
+TRACK: Mapping[str, Mapping[str, tuple[int, int]]] = {
+    "same": {
+        "all": (29, 33),
+        "easy": (3, 3),
+        "hard": (2, 2),
+        "few": (6, 6),
+        "spread": (3, 5),
+        "noisy": (15, 17),
+    },
+    "best": {
+        "all": (26, 33),
+        "easy": (2, 3),
+        "hard": (2, 2),
+        "few": (6, 6),
+        "spread": (5, 5),
+        "noisy": (11, 17),
+    },
+}
 """Outcomes that were as expected with the task left out of the fit, by rival and kind."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from poprisk.linalg import Estimate
 from poprisk_lab.advise import Advice
-from poprisk_lab.advise.measuring import Estimate
 from poprisk_lab.advise.rule import EVEN, GAINS, LOSES, RIVALS, THRESHOLDS, TRACK
 from poprisk_lab.arms import DEFAULT_ADAMW
 from poprisk_lab.plots import Table
@@ -15,8 +15,8 @@ NAMES = {"same": "AdamW at the same settings", "best": "the best of eight AdamW 
 MEANINGS = {
     "easy": "targets right, and learned early",
     "hard": "targets right, and not learned early",
-    "few": "signal in few coordinates",
-    "spread": "signal spread over all of few weights",
+    "few": "a linear model with signal in few coordinates",
+    "spread": "a linear model with signal in all coordinates",
     "noisy": "noisy targets",
 }
 LATE = (
@@ -50,11 +50,11 @@ def table(found: Advice) -> Table:
     rows = [
         ["unexplained: held-out loss over that of constants", number(found.unexplained),
          f"below {easy}: easy; below {right}: hard"],
-        ["weights per example, P/n", f"{found.features.weights_per_example:.3g}",
-         f"from {cuts.weights_per_example:g}: noisy"],
+        ["layers", f"{found.features.layers}", "more than 1: noisy"],
         ["concentration: signal in 1% of the coordinates", number(found.concentration),
          f"from {cuts.concentration:g}: few; else spread"],
         ["noise scale, examples", number(found.noise_scale), ""],
+        ["weights per example, P/n", f"{found.weights_per_example:.3g}", ""],
         ["batch share, b/n", f"{found.batch_share:.2g}", ""],
     ]  # fmt: skip
     return Table(["measured", "value", "rule, in this order"], rows)
@@ -84,5 +84,5 @@ def number(estimate: Estimate) -> str:
     """A value with its error, if it has one."""
     if math.isnan(estimate.value):
         return "not seen"
-    error = "" if math.isnan(estimate.error) else f" ± {estimate.error:.2g}"
+    error = f" ± {estimate.standard_error:.2g}" if estimate.valid else ""
     return f"{estimate.value:.3g}{error}"
