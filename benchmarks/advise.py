@@ -23,7 +23,7 @@ from advise_truth import train
 
 from poprisk.intervals import Interval, t_interval
 from poprisk_lab.advise import FIRST_SEED, NEVER
-from poprisk_lab.advise.measuring import Measurement, Quotient, measure
+from poprisk_lab.advise.measuring import Quotient, TaskStatistics, measure
 from poprisk_lab.advise.rule import (
     EVEN,
     EXPECTED,
@@ -111,10 +111,11 @@ Row = Mapping[str, Any]
 
 def features(row: Row) -> Features:
     """What the rule reads, from the record."""
-    return features_of([
-        Measurement(**{k: Quotient(*v) if isinstance(v, list | tuple) else v for k, v in m.items()})
-        for m in row["measured"]
-    ])  # fmt: skip
+    return features_of([TaskStatistics(**_quotients(m)) for m in row["measured"]])
+
+
+def _quotients(measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: Quotient(*v) if isinstance(v, list | tuple) else v for k, v in measured.items()}
 
 
 def pairs_of(rows: Mapping[str, Row]) -> list[tuple[Features, Outcome]]:

@@ -29,7 +29,8 @@ from poprisk_lab.store import write_json
 from poprisk_lab.tasks.digits import digits
 
 NOISES = (0.0, 0.4)
-NAMES = ("poprisk", "adamw-lr0.0003-wd0.01", "adamw-lr0.001-wd0.01", "adamw-lr0.003-wd0.01")
+EPOCHS = 40
+NAMES = ("poprisk", "adamw-lr0.0003-wd0.01", "adamw-lr0.001-wd0.01")
 
 
 class Ternary(nn.Linear):
@@ -63,7 +64,9 @@ def ternary(seed: int = 0, *, noise: float = 0.4, hidden: int = 256) -> Task:
     made = digits(seed, noise=noise, hidden=hidden)
     about = made.description.replace("MLP", "ternary MLP")
     model = partial(network, hidden)
-    return dataclasses.replace(made, name="ternary-digits", model=model, description=about)
+    return dataclasses.replace(
+        made, name="ternary-digits", model=model, description=about, epochs=EPOCHS
+    )
 
 
 def trained(task: Task, arm: Arm, seed: int) -> dict[str, float | None]:

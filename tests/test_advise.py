@@ -21,8 +21,8 @@ from poprisk.monitor.signal import Counts, GradientSignal, sums_of
 from poprisk_lab.advise import FIRST_SEED, Advice, advise, measuring, words
 from poprisk_lab.advise.measuring import (
     BLOCKS,
-    Measurement,
     Quotient,
+    TaskStatistics,
     block_gradients,
     constant_loss,
     gradient_signal,
@@ -208,9 +208,12 @@ def test_a_tenth_of_the_epochs_is_trained(monkeypatch: pytest.MonkeyPatch) -> No
     task = tiny.tiny(epochs=31)
     steps = list[int]()
     step = torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), step(self, *a))[1]
-    )
+
+    def counted(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        steps.append(1)
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     held_out_loss(task, task.new_model(), torch.arange(32), torch.arange(32, 40), 0)
     assert len(steps) == 4 * 4  # epochs, batches of 8 among 32
 
@@ -244,8 +247,8 @@ class Rows(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.pair[1])
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.pair[0][i], self.pair[1][i]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.pair[0][index], self.pair[1][index]
 
 
 def test_data_that_is_read_batch_by_batch() -> None:
@@ -282,8 +285,9 @@ def test_every_kind_has_an_outcome_and_a_meaning() -> None:
 
 def test_a_fit_finds_the_thresholds_that_made_the_outcomes() -> None:
     truth = Thresholds(0.1, 0.4, 0.5)
-    values = torch.rand(200, 3, generator=seeded()) * torch.tensor([0.8, 1.0, 15.0])
-    tasks = [(found, truth.expect(found)) for found in (Features(*row) for row in values.tolist())]
+    values = torch.rand(300, 2, generator=seeded()).tolist()
+    features = [Features(0.8 * u, 1 + i % 2, c) for i, (u, c) in enumerate(values)]
+    tasks = [(found, truth.expect(found)) for found in features]
     assert fit(tasks) == truth
     assert right(truth, tasks) == 600
     wrong = [(f, dict.fromkeys(RIVALS, "even")) for f, _ in tasks]
@@ -301,10 +305,9 @@ def test_pooling_is_a_ratio_of_sums_with_its_jackknife() -> None:
     assert math.isnan(pooled([Quotient(1.0, -1.0)]).value)
 
 
-def measured(unexplained: float = 0.5, few: float = 0.2, signal: float = 1.0) -> Measurement:
-    return Measurement(
-        Quotient(few, signal), Quotient(unexplained, 1.0), Quotient(10.0, signal), 0.1, 2.0
-    )
+def measured(unexplained: float = 0.5, few: float = 0.2, signal: float = 1.0) -> TaskStatistics:
+    seen, learned = Quotient(few, signal), Quotient(unexplained, 1.0)
+    return TaskStatistics(seen, learned, Quotient(10.0, signal), 0.1, 2.0, layers=1)
 
 
 def test_a_signal_that_is_not_seen_is_in_no_coordinate() -> None:
@@ -312,7 +315,7 @@ def test_a_signal_that_is_not_seen_is_in_no_coordinate() -> None:
     assert features_of([measured()]) == Features(0.5, 1, 0.2)
 
 
-def made(*seeds: Measurement) -> Advice:
+def made(*seeds: TaskStatistics) -> Advice:
     return Advice.of("mine", dict(enumerate(seeds)), (100, 10))
 
 
@@ -418,7 +421,11 @@ def test_the_command_refuses_in_one_line(arguments: tuple[str, ...], told: str) 
 
 def test_a_made_task_is_measured_and_progress_told() -> None:
     told = list[tuple[int, int]]()
-    found = advise(tiny.tiny(), seeds=2, progress=lambda *counts: told.append(counts))
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+
+    found = advise(tiny.tiny(), seeds=2, progress=tell)
     assert told == [(1, 2), (2, 2)]
     assert found.source == "tiny"
     assert found.expected == EXPECTED[found.kind]

@@ -2,14 +2,15 @@
 
 import importlib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tiny
 from poprisk import Task
@@ -34,8 +35,6 @@ def modules() -> Iterator[ModuleType]:
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModuleType]]:
     """The tasks, what trains them and what judges; forgotten afterwards."""
-    import sys
-
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     with RandomState.kept():
         yield list(modules())
@@ -61,14 +60,23 @@ def line(seed: int = 0) -> Task:
     return task
 
 
+def mean_loss(task: Task, outputs: Tensor, targets: Tensor) -> float:
+    """In place of an accuracy, of which many trainings have the same."""
+    return float(task.loss(outputs, targets).mean())
+
+
 @pytest.mark.parametrize("make", [plain, line, tiny.tiny])
 def test_seeds_in_one_tensor_end_as_those_of_a_comparison(
     make: Any, scripts: list[ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, truth, _ = scripts
-    monkeypatch.setattr(truth, "load_task", lambda source, seed: make(seed))
-    monkeypatch.setattr(truth, "score", lambda task, u, y: float(task.loss(u, y).mean()))
-    monkeypatch.setattr("poprisk_lab.fit.score", truth.score)
+
+    def loaded(_: str, seed: int) -> Task:
+        return make(seed)
+
+    monkeypatch.setattr(truth, "load_task", loaded)
+    monkeypatch.setattr(truth, "score", mean_loss)
+    monkeypatch.setattr("poprisk_lab.fit.score", mean_loss)
     assert truth.is_plain(make().new_model()) == (make is not tiny.tiny)
     found = truth.train("any", {}, (0, 2, 3), ARMS)
     for arm in ARMS:
@@ -121,7 +129,12 @@ def test_a_group_is_left_out_as_a_whole(
     content = json.loads(RECORD.read_text("utf-8"))["levels"]
     seen = list[int]()
     fit = script.fit
-    monkeypatch.setattr(script, "fit", lambda tasks: (seen.append(len(tasks)), fit(tasks))[1])
+
+    def counted(tasks: Sequence[Any]) -> Any:
+        seen.append(len(tasks))
+        return fit(tasks)
+
+    monkeypatch.setattr(script, "fit", counted)
     found = script.left_out(content)
     groups = [row["group"] for row in content.values()]
     assert {*found} == {*content}
@@ -151,3 +164,21 @@ def test_the_shipped_rule_is_the_one_on_record() -> None:
         assert {k: TRACK[rival][k] for k in KINDS} == {
             k: tuple(v) for k, v in on_record["right_by_kind"].items()
         }
+
+
+def test_the_page_says_what_is_on_record() -> None:
+    """Figures of `docs/explanation/when.md`: both rivals, tasks left out and trained afterwards."""
+    content = json.loads(RECORD.read_text("utf-8"))
+    page = (BENCHMARKS.parent / "docs" / "explanation" / "when.md").read_text("utf-8")
+    text = " ".join(page.split())
+    same, best = (content["rivals"][rival] for rival in RIVALS)
+    for found in (same, best):
+        right, of, share, low, high = found["right"]
+        assert f"{right} of {of} ({share:.0%} [{low:.0%}, {high:.0%}])" in text
+        for expected, row in found["confusion"].items():
+            cells = " | ".join(str(row[o]) for o in ("gains", "even", "loses"))
+            assert f"| {expected} | {cells} |" in text
+    late = [content["unseen"]["rivals"][rival]["right"] for rival in RIVALS]
+    assert f"other {late[0][1]} were trained afterwards: {late[0][0]} and {late[1][0]}" in text
+    learned = [found["right_where_learned"] for found in (same, best)]
+    assert f"warns, {learned[0][0]} and {learned[1][0]} of {learned[0][1]}." in text

@@ -12,6 +12,15 @@ from torch import nn
 import poprisk
 from poprisk.optim.exempt import exempt_groups
 
+LAYERS = ("gate_proj", "up_proj")
+
+
+class Expert(nn.ModuleDict):
+    """Two layers multiplied, as in SwiGLU."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self["gate_proj"](h).relu() * self["up_proj"](h)
+
 
 class Mixture(nn.Module):
     """Two SwiGLU experts behind a router, with tied embeddings and a norm."""
@@ -22,17 +31,14 @@ class Mixture(nn.Module):
         self.norm = nn.LayerNorm(4)
         self.router = nn.Linear(4, 2)
         self.shared_expert_gate = nn.Linear(4, 1, bias=False)
-        self.experts = nn.ModuleList(
-            nn.ModuleDict({"gate_proj": nn.Linear(4, 4), "up_proj": nn.Linear(4, 4)})
-            for _ in range(2)
-        )
+        self.experts = nn.ModuleList(Expert({a: nn.Linear(4, 4) for a in LAYERS}) for _ in range(2))
         self.head = nn.Linear(4, 7, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(self.embed(x))
         weights = self.router(h).softmax(-1) * self.shared_expert_gate(h).sigmoid()
-        parts = [e["gate_proj"](h).relu() * e["up_proj"](h) for e in self.experts]
+        parts = [expert(h) for expert in self.experts]
         return self.head((weights.unsqueeze(-1) * torch.stack(parts, -2)).sum(-2))
 
 
@@ -97,24 +103,25 @@ def test_the_exempt_group_is_plain_adamw_and_the_other_is_gated() -> None:
         other.load_state_dict(models[0].state_dict())
     ours, gated, plain = models
     sizes = {"batch_size": 16, "dataset_size": 64}
-    optimizers = [
-        poprisk.PopRiskAdamW(exempt_groups(ours), **sizes),
+    optimizer = poprisk.PopRiskAdamW(exempt_groups(ours), **sizes)
+    optimizers: list[torch.optim.Optimizer] = [
+        optimizer,
         poprisk.PopRiskAdamW(gated, **sizes),
         torch.optim.AdamW(plain.parameters()),
     ]
     grads = [[torch.randn_like(p) for p in ours.parameters()] for _ in range(5)]
     for step in grads:
-        for model, optimizer in zip(models, optimizers, strict=True):
+        for model, one in zip(models, optimizers, strict=True):
             for p, g in zip(model.parameters(), step, strict=True):
                 p.grad = g.clone()
-            optimizer.step()
+            one.step()
     for (name, p), q, w in zip(
         ours.named_parameters(), gated.parameters(), plain.parameters(), strict=True
     ):
         assert torch.equal(p, w if name in ROUTING else q)
         assert not torch.equal(q, w)
-    assert {"router", "shared_expert_gate"}.isdisjoint(optimizers[0].gate_stats())
-    assert "norm" in optimizers[0].gate_stats()
+    assert {"router", "shared_expert_gate"}.isdisjoint(optimizer.gate_stats())
+    assert "norm" in optimizer.gate_stats()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from poprisk._validate import check_positive
 from poprisk.linalg import Estimate
-from poprisk_lab.advise.measuring import Measurement, measure, pooled
+from poprisk_lab.advise.measuring import TaskStatistics, measure, pooled
 from poprisk_lab.advise.rule import THRESHOLDS, Features, Outcome, features_of
 from poprisk_lab.tasks import Source, TaskError, load_task, source_name
 
@@ -52,17 +52,19 @@ class Advice:
     features: Features
 
     @classmethod
-    def of(cls, source: str, seeds: Mapping[int, Measurement], sizes: tuple[int, int]) -> Advice:
+    def of(cls, source: str, seeds: Mapping[int, TaskStatistics], sizes: tuple[int, int]) -> Advice:
         """From the measurements by seed."""
         found = [*seeds.values()]
         return cls(
-            source,
-            (*seeds,),
-            sizes,
-            *(pooled(getattr(m, name) for m in found) for name in RATIOS),
-            found[0].batch_share,
-            found[0].weights_per_example,
-            features_of(found),
+            source=source,
+            seeds=(*seeds,),
+            sizes=sizes,
+            concentration=pooled(m.concentration for m in found),
+            unexplained=pooled(m.unexplained for m in found),
+            noise_scale=pooled(m.noise_scale for m in found),
+            batch_share=found[0].batch_share,
+            weights_per_example=found[0].weights_per_example,
+            features=features_of(found),
         )
 
     @property
@@ -78,17 +80,14 @@ class Advice:
     @property
     def unsure(self) -> tuple[str, ...]:
         """The features by which another kind is within two errors."""
-        both = {"unexplained": self.unexplained, "concentration": self.concentration}
         moved = {
-            name: [
-                self.features._replace(**{name: found.value + 2 * sign * found.standard_error})
-                for sign in (-1, 1)
-            ]
-            for name, found in both.items()
-            if found.valid
+            "unexplained": [self.features._replace(unexplained=x) for x in _ends(self.unexplained)],
+            "concentration": [
+                self.features._replace(concentration=x) for x in _ends(self.concentration)
+            ],
         }
-        kinds = {name: [*map(THRESHOLDS.kind, ends)] for name, ends in moved.items()}
-        return tuple(name for name, found in kinds.items() if {*found} != {self.kind})
+        kinds = {name: {*map(THRESHOLDS.kind, ends)} for name, ends in moved.items()}
+        return tuple(name for name, found in kinds.items() if not found <= {self.kind})
 
     @property
     def learned_nothing(self) -> bool:
@@ -117,6 +116,12 @@ class Advice:
 
 
 RATIOS = ("concentration", "unexplained", "noise_scale")
+
+
+def _ends(found: Estimate) -> list[float]:
+    """Two errors below and above; nothing where the error is not known."""
+    apart = 2 * found.standard_error
+    return [found.value - apart, found.value + apart] if found.valid else []
 
 
 def _json(found: Estimate) -> dict[str, float | None]:
@@ -149,7 +154,7 @@ def advise(
     check_positive("seeds", seeds)
     if "seed" in settings:
         raise TaskError("seed is no setting of a task; --seeds says how many are measured.")
-    found: dict[int, Measurement] = {}
+    found: dict[int, TaskStatistics] = {}
     sizes = (0, 0)
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         made = load_task(task, seed=seed, **settings)

@@ -46,7 +46,7 @@ class Quotient(NamedTuple):
     under: float
 
 
-class Measurement(NamedTuple):
+class TaskStatistics(NamedTuple):
     r"""What one seed of a task says.
 
     Attributes:
@@ -66,7 +66,7 @@ class Measurement(NamedTuple):
     layers: int
 
 
-def measure(task: Task, seed: int) -> Measurement:
+def measure(task: Task, seed: int) -> TaskStatistics:
     """Measure a task with the data of one seed; random numbers outside are left as they were.
 
     Raises:
@@ -94,7 +94,9 @@ def measure(task: Task, seed: int) -> Measurement:
             )
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = len(module_kinds(model))
-    return Measurement(few, Quotient(best, base), scale, task.batch_size / n, weights / n, layers)
+    return TaskStatistics(
+        few, Quotient(best, base), scale, task.batch_size / n, weights / n, layers
+    )
 
 
 def pooled(quotients: Iterable[Quotient]) -> Estimate:
