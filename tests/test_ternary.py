@@ -35,4 +35,4 @@ def test_a_training_ends_with_its_figures() -> None:
     assert 0 < found["changed"] < 1
     assert 0 < found["zeros"] < 1
     assert found["best"] >= found["final"] > 0
-    assert sum(p.numel() for p in task.new_model().parameters()) == 8 * (64 + 8 + 10) + 18 + 4 * 8
+    assert sum(p.numel() for p in task.new_model().parameters()) == 8 * (64 + 8 + 10) + 26 + 4 * 8
