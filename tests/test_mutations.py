@@ -31,6 +31,7 @@ PARTS = (
     "claims_paths",
     "grokking",
     "clusters",
+    "soap",
 )
 
 

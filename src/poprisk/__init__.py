@@ -12,6 +12,7 @@ from poprisk.ntk import Kernel, entk
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.optim.exempt import exempt_groups
 from poprisk.optim.rank_variance import observe_ranks
+from poprisk.optim.soap import PopRiskSOAP
 from poprisk.optim.stats import GateStats
 from poprisk.optim.variance import grad_mean_var
 from poprisk.optim.wrapper import GatedOptimizer, gated
@@ -57,6 +58,7 @@ __all__ = [
     "NotAnalysable",
     "PathOperators",
     "PopRiskAdamW",
+    "PopRiskSOAP",
     "ProgressCallback",
     "Recorder",
     "Replay",
