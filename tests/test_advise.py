@@ -380,6 +380,9 @@ def test_the_command_prints_json_alone() -> None:
     assert found["seeds"] == [FIRST_SEED, FIRST_SEED + 1]
     assert found["examples"] == tiny.TRAINING
     assert {*found["expected"]} == {*RIVALS}
+    for rival in RIVALS:
+        told = found["record"][rival]
+        assert told == {called: [*TRACK[rival][called]] for called in ("all", found["kind"])}
 
 
 def broken(loss: Callable[[Tensor, Tensor], Tensor]) -> Task:

@@ -10,7 +10,7 @@ from typing import Any, final
 from poprisk._validate import check_positive
 from poprisk.linalg import Estimate
 from poprisk_lab.advise.measuring import TaskStatistics, measure, pooled
-from poprisk_lab.advise.rule import THRESHOLDS, Features, Outcome, features_of
+from poprisk_lab.advise.rule import THRESHOLDS, TRACK, Features, Outcome, features_of
 from poprisk_lab.tasks import Source, TaskError, load_task, source_name
 
 __all__ = ["FIRST_SEED", "NEVER", "Advice", "advise"]
@@ -110,6 +110,10 @@ class Advice:
             },
             "kind": self.kind,
             "expected": dict(self.expected),
+            "record": {
+                rival: {called: [*counts[called]] for called in ("all", self.kind)}
+                for rival, counts in TRACK.items()
+            },
             "unsure": [*self.unsure],
             "learned_nothing": self.learned_nothing,
         }
