@@ -23,6 +23,7 @@ PARTS = (
     "path",
     "attribution",
     "risk",
+    "monitor",
     "left_out",
     "lockstep",
     "audit",
