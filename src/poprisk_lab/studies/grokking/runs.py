@@ -23,7 +23,7 @@ from poprisk_lab.tasks.modular import ModularTransformer, split_table
 GOAL = 0.95
 KEPT = 60
 """Points of a curve that are kept."""
-WITH_MORE = ("poprisk", "paper", "shuffled", "decay-gated", "grokfast")
+WITH_MORE = ("poprisk", "paper", "shuffled", "decay-gated", "grokfast", "muon", "soap")
 """Arms that take what their trial has under ``gate``."""
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "poprisk": ("poprisk", {}),
@@ -34,6 +34,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rms-matched": ("rms-matched", {}),
     "grokfast": ("grokfast", {"normalize_lr": False}),
     "orthograd": ("orthograd", {}),
+    "muon": ("muon", {}),
+    "soap": ("soap", {}),
 }
 """What :func:`poprisk_lab.arms.build_optimizer` makes for an arm, and its further settings."""
 
