@@ -188,9 +188,7 @@ def _peer(kind: str, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
     return peers.GrokFastAdamW(model.parameters(), **settings)
 
 
-def muon_groups(
-    model: nn.Module, *, momentum: float = 0.95, **adamw: Any
-) -> list[dict[str, Any]]:
+def muon_groups(model: nn.Module, *, momentum: float = 0.95, **adamw: Any) -> list[dict[str, Any]]:
     """Muon for the weights of the hidden linear layers, AdamW for all else, as Muon is meant.
 
     All else: embeddings, biases, gains, and the last linear layer, which gives the outputs. The

@@ -12,13 +12,27 @@ from poprisk_lab.results import TrialResult
 from poprisk_lab.studies import criteria
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Workspace
 from poprisk_lab.studies.criteria import Criterion, Steps, at_least, controls
-from poprisk_lab.studies.grokking import channel, forces, runs
+from poprisk_lab.studies.grokking import channel, delay, forces, runs
 from poprisk_lab.studies.grokking.arms import CHANGES, FORCES, LABELS
 from poprisk_lab.studies.grokking.arms import trials as trials
 from poprisk_lab.studies.grokking.forces import COLUMNS
 
 PAPER = 29_450 / 5_950
 """Times fewer steps, as published."""
+LETTERS = {
+    "letter-snr": "Algorithm 1 to the letter (snr)",
+    "letter-soft": "Algorithm 1 to the letter (soft)",
+}
+SAME_SETTINGS = ("grokfast", "orthograd", "soap", "muon", "rms-matched", "shuffled")
+DELAYS = {
+    "AdamW": ("grid-", "adamw-tuned"),
+    "PopRiskAdamW": ("gate-grid-", "ours-tuned"),
+    "Grokfast": ("grokfast-grid-", "grokfast-tuned"),
+    "SOAP": ("soap-grid-", "soap-tuned"),
+    "Muon": ("muon-grid-", "muon-tuned"),
+}
+"""Beginnings of the names of the runs from which the delay law is measured."""
+NORMS = ("letter-soft-tuned", "letter-snr-tuned", "soap-tuned", "muon-tuned")
 SHOWN = 5
 """Seeds of an arm that are drawn."""
 COLOURS = {
@@ -47,20 +61,67 @@ def judge(results: Results) -> Report:
     same = "AdamW at the same settings"
     decided = [
         faster(f"{same}, full batch", "adamw-same", claimed=PAPER),
-        faster(f"{same}, Algorithm 1 to the letter (snr)", "adamw-same", "letter-snr", PAPER),
+        *(
+            faster(f"{same}, {LETTERS[name]}", "adamw-same", name, PAPER) for name in LETTERS
+        ),
         at_least("measurements by which the target's energy enters the channel before the test "
                  "accuracy rises", channel_lead(results), 0.0),
     ]  # fmt: skip
+    tuned = "both tuned on another seed"
     beside = [
         faster(f"{same}, batches of 512", "adamw-512", "ours-512", PAPER),
-        faster("AdamW, both tuned on another seed", "adamw-tuned", "ours-tuned"),
-        faster("Grokfast, both tuned on another seed", "grokfast-tuned", "ours-tuned"),
+        faster(f"AdamW, {tuned}", "adamw-tuned", "ours-tuned"),
         *(
-            faster(f"{LABELS[name]}, same settings", name)
-            for name in ("grokfast", "orthograd", "rms-matched", "shuffled")
+            faster(f"AdamW, {tuned}, {LETTERS[name]}", "adamw-tuned", f"{name}-tuned")
+            for name in LETTERS
         ),
+        *(
+            faster(f"{name}, {tuned}", f"{name.lower()}-tuned", "ours-tuned")
+            for name in ("Grokfast", "SOAP", "Muon")
+        ),
+        *(
+            faster(f"{LETTERS.get(name, LABELS[name])}, same settings", name)
+            for name in SAME_SETTINGS
+        ),
+        *delay_law(results),
     ]
     return Report([*decided, *controls(*beside)], table(results))
+
+
+def delay_law(results: Results) -> list[Criterion]:
+    """Whether delays go as the law of :mod:`poprisk_lab.studies.grokking.delay` has it."""
+
+    def shorter(what: str, found: Interval) -> Criterion:
+        name = f"times shorter delay where {what} doubles"
+        return at_least(name, found, 1.0)._replace(claimed=2.0)
+
+    of = {
+        label: delay.settings(Results(d for d in results if _is_of(d, prefix)))
+        for label, prefix in DELAYS.items()
+    }
+    rate, decay = delay.shortened(of["AdamW"], apart=True)
+    return [
+        shorter("the learning rate, AdamW,", rate),
+        shorter("the decay, AdamW,", decay),
+        *(
+            shorter(f"learning rate × decay, {label},", delay.shortened(found)[0])
+            for label, found in of.items()
+        ),
+        *(
+            at_least(
+                "log of the squared norm of the weights when the training set is fitted over that "
+                f"when the test set is, {LABELS[name]}",
+                delay.contraction(results.where(name=name)),
+                0.0,
+            )
+            for name in NORMS
+        ),
+    ]
+
+
+def _is_of(d: TrialResult, prefix: tuple[str, ...]) -> bool:
+    """Whether a run is of the grid of these prefixes, and what was chosen from it."""
+    return d.settings["kind"] == "run" and d.settings["name"].startswith(prefix)
 
 
 def steps_of(results: Results, name: str) -> Steps:

@@ -14,6 +14,7 @@ BASE: dict[str, Any] = {
 SAME = {"lr": 1e-3, "weight_decay": 1.0}
 FINE = {"every": 25, "limit": 3000}
 LETTER = {"mode": "paper", "softness": 1.0, "alpha": 1.0, "mask": "snr"}
+LETTER_SOFT = {**LETTER, "mask": "soft"}
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {"arm": "poprisk", "gate": {}, **SAME, "limit": 12_000},
     "adamw-same": {"arm": "adamw", **SAME, "limit": 30_000},
@@ -51,6 +52,27 @@ GROKFAST_GRID = [
     (5e-3, 5.0, 2.0), (3e-3, 5.0, 2.0), (1e-2, 3.0, 2.0), (5e-3, 3.0, 0.5), (5e-3, 3.0, 5.0),
 ]  # fmt: skip
 """Learning rate, decay and amplification λ of Grokfast, tried on the tuning seed."""
+RIVALS = {
+    "letter-soft": ("paper", LETTER_SOFT),
+    "letter-snr": ("paper", LETTER),
+    "soap": ("soap", {}),
+    "muon": ("muon", {}),
+}
+"""Arm and further settings of what was tuned after the others, each over ten settings."""
+RIVAL_GRID = [
+    (1e-2, 2.0), (5e-3, 3.0), (5e-3, 2.0), (3e-3, 3.0), (1e-2, 1.0), (5e-3, 5.0), (3e-3, 5.0),
+    (1e-2, 3.0),
+]  # fmt: skip
+"""Learning rate and decay of all of them, tried on the tuning seed."""
+SHORT = {**FINE, "limit": 800, "after": 0}
+OWN: dict[str, list[tuple[float, float, str, dict[str, Any]]]] = {
+    "soap": [(5e-3, 3.0, "b0.95", {"betas": [0.95, 0.95]}),
+             (5e-3, 3.0, "f1", {"precondition_frequency": 1})],
+    "muon": [(5e-3, 3.0, "m0.9", {"momentum": 0.9}), (5e-3, 3.0, "m0.98", {"momentum": 0.98})],
+    "letter-soft": [(7e-3, 2.0, "", {}), (7e-3, 3.0, "", {})],
+    "letter-snr": [(7e-3, 2.0, "", {}), (7e-3, 3.0, "", {})],
+}  # fmt: skip
+"""The other two: settings of its own at the best of these, or a rate between."""
 CHANNEL: dict[str, Any] = {
     **BASE, "kind": "channel", "p": 31, "fraction": 0.5, "width": 64, "hidden": 128, "asked": 200,
     "rank": 60, "arm": "poprisk", "lr": 5e-3, "weight_decay": 2.0, "gate": {"z": 3.0}, "limit": 800,
@@ -108,7 +130,7 @@ CHANGES = {
     "second-moment": _gate("variance from the second moment", variance="second-moment"),
     "narrow": Change("half as wide", "ours", NARROW),
     "deep": Change("two feed-forward layers", "ours", {"layers": 2}),
-    "paper-soft": Change("soft mask", "letter-snr", {"gate": {**LETTER, "mask": "soft"}}),
+    "paper-soft": Change("soft mask", "letter-snr", {"gate": LETTER_SOFT}),
     "paper-lr": Change("learning rate 3e-3", "letter-snr", {"lr": 3e-3}),
     "adamw-batch-128": Change("batches of 128", "adamw-same", {"batch": 128}),
     "adamw-lr": Change("learning rate 3e-3", "adamw-same", FASTER),
@@ -151,7 +173,8 @@ def trials(quick: bool) -> list[Trial]:
         for seed in range(FEW if quick else SEEDS[name])
     ]
     changed = [(f"change-{name}", settings_of(change)) for name, change in CHANGES.items()]
-    for grid in ([*_adamw_grid()], [*_gate_grid()], [*_grokfast_grid()], changed):
+    grids = [*_adamw_grid()], [*_gate_grid()], [*_grokfast_grid()]
+    for grid in (*grids, *([*_rival_grid(name)] for name in RIVALS), changed):
         for name, settings in grid[:FEW] if quick else grid:
             seed = settings.get("seed", TUNING_SEED)
             found.append(_trial(name, {**BASE, **settings, **smaller}, seed))
@@ -181,6 +204,13 @@ def _grokfast_grid() -> Iterator[tuple[str, dict[str, Any]]]:
         given = {"arm": "grokfast", "gate": {"grokfast_lamb": strength}, **FINE}
         name = f"grokfast-grid-lr{lr:g}-wd{decay:g}-l{strength:g}"
         yield name, {**given, "lr": lr, "weight_decay": decay}
+
+
+def _rival_grid(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    arm, gate = RIVALS[name]
+    for lr, decay, label, own in [*((*point, "", {}) for point in RIVAL_GRID), *OWN[name]]:
+        given = {"arm": arm, "gate": {**gate, **own}, **SHORT, "lr": lr, "weight_decay": decay}
+        yield f"{name}-grid-lr{lr:g}-wd{decay:g}" + f"-{label}" * bool(label), given
 
 
 def _trial(name: str, settings: dict[str, Any], seed: int) -> Trial:
