@@ -89,10 +89,13 @@ def judge(results: Results) -> Report:
 
 
 def delay_law(results: Results) -> list[Criterion]:
-    """Whether delays go as the law of :mod:`poprisk_lab.studies.grokking.delay` has it."""
+    """Whether delays go as the law of :mod:`poprisk_lab.studies.grokking.delay` has it.
+
+    Its figure, 2, stands where the paper's would.
+    """
 
     def shorter(what: str, found: Interval) -> Criterion:
-        name = f"times shorter delay where {what} doubles"
+        name = f"times shorter delay with twice {what} (law of arXiv:2605.18845: 2)"
         return at_least(name, found, 1.0)._replace(claimed=2.0)
 
     of = {
@@ -101,10 +104,10 @@ def delay_law(results: Results) -> list[Criterion]:
     }
     rate, decay = delay.shortened(of["AdamW"], apart=True)
     return [
-        shorter("the learning rate, AdamW,", rate),
-        shorter("the decay, AdamW,", decay),
+        shorter("the learning rate, AdamW", rate),
+        shorter("the decay, AdamW", decay),
         *(
-            shorter(f"learning rate × decay, {label},", delay.shortened(found)[0])
+            shorter(f"learning rate × decay, {label}", delay.shortened(found)[0])
             for label, found in of.items()
         ),
         *(
