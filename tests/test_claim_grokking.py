@@ -351,7 +351,7 @@ def made_up(*, gate: int | None, channel_at: int) -> Results:
                      [250, 0.1, 0.5, 30.0, 0.03, 0.04, 0.05, 0.3, 0.125]]  # fmt: skip
             done.append(TrialResult(s, {"curve": curve}))
             continue
-        gated = s["name"] in ("ours", "letter-snr", "ours-512", "ours-tuned")
+        gated = s["name"].startswith(("ours", "letter-"))
         reached = gate if gated else 1000
         reached = reached if reached is None else reached + s["seed"] % 7
         done.append(

@@ -13,8 +13,8 @@ from torch import nn
 from poprisk_lab.arms import Arm, build_optimizer, muon_groups
 from poprisk_lab.results import Results, TrialResult
 from poprisk_lab.studies.claim import Workspace
-from poprisk_lab.studies.grokking import delay, delay_law, runs
-from poprisk_lab.studies.grokking.arms import LABELS, RIVAL_GRID, RIVALS, SEEDS, trials
+from poprisk_lab.studies.grokking import delay, runs
+from poprisk_lab.studies.grokking.arms import LABELS, OWN, RIVAL_GRID, SEEDS, trials
 from test_claim_grokking import SMALL
 
 LAW = [(lr, decay) for lr in (1e-3, 3e-3, 1e-2) for decay in (1.0, 2.0, 3.0)]
@@ -106,12 +106,12 @@ def test_the_norm_is_compared_where_either_set_is_right() -> None:
 
 
 def test_the_law_is_a_control_judged_by_doubling() -> None:
-    criteria = delay_law(by_law(1.0, 1.0))
+    criteria = delay.delay_law(by_law(1.0, 1.0))
     outcomes = {c.name: c.outcome for c in criteria}
     held = [name for name in outcomes if "twice" in name and ", AdamW (" in name]
     assert len(held) == 3
     assert {outcomes[n] for n in held} == {"as claimed"}
-    flat = {c.name: c.outcome for c in delay_law(by_law(-1.0, -1.0))}
+    flat = {c.name: c.outcome for c in delay.delay_law(by_law(-1.0, -1.0))}
     assert {flat[n] for n in held} == {"does not hold"}
 
 
@@ -185,12 +185,11 @@ def test_the_squared_norm_of_all_weights_is_told() -> None:
     assert found["curve"][0][4] == pytest.approx(expected, rel=1e-3)
 
 
-def test_every_rival_has_ten_settings_of_its_own() -> None:
+def test_every_rival_has_ten_settings() -> None:
     full = trials(False)
-    for name in RIVALS:
+    for name in OWN:
         grid = [t.settings for t in full if t.settings["name"].startswith(f"{name}-grid-")]
         assert len(grid) == 10
         assert {(s["lr"], s["weight_decay"]) for s in grid[:8]} == set(RIVAL_GRID)
         assert len({(s["lr"], s["weight_decay"], str(s["gate"])) for s in grid}) == 10
-        assert name in LABELS
-        assert f"{name}-tuned" in SEEDS
+        assert f"{name}-tuned" in {*SEEDS} & {*LABELS}

@@ -12,27 +12,14 @@ from poprisk_lab.results import TrialResult
 from poprisk_lab.studies import criteria
 from poprisk_lab.studies.claim import Metrics, Plots, Report, Results, Workspace
 from poprisk_lab.studies.criteria import Criterion, Steps, at_least, controls
-from poprisk_lab.studies.grokking import channel, delay, forces, runs
+from poprisk_lab.studies.grokking import channel, forces, runs
 from poprisk_lab.studies.grokking.arms import CHANGES, FORCES, LABELS
 from poprisk_lab.studies.grokking.arms import trials as trials
+from poprisk_lab.studies.grokking.delay import delay_law
 from poprisk_lab.studies.grokking.forces import COLUMNS
 
 PAPER = 29_450 / 5_950
 """Times fewer steps, as published."""
-LETTERS = {
-    "letter-snr": "Algorithm 1 to the letter (snr)",
-    "letter-soft": "Algorithm 1 to the letter (soft)",
-}
-SAME_SETTINGS = ("grokfast", "orthograd", "soap", "muon", "rms-matched", "shuffled")
-DELAYS = {
-    "AdamW": ("grid-", "adamw-tuned"),
-    "PopRiskAdamW": ("gate-grid-", "ours-tuned"),
-    "Grokfast": ("grokfast-grid-", "grokfast-tuned"),
-    "SOAP": ("soap-grid-", "soap-tuned"),
-    "Muon": ("muon-grid-", "muon-tuned"),
-}
-"""Beginnings of the names of the runs from which the delay law is measured."""
-NORMS = ("letter-soft-tuned", "letter-snr-tuned", "soap-tuned", "muon-tuned")
 SHOWN = 5
 """Seeds of an arm that are drawn."""
 COLOURS = {
@@ -42,6 +29,8 @@ COLOURS = {
     "ours-tuned": "rms-matched",
     "letter-snr": "paper",
     "shuffled": "shuffled",
+    "soap-tuned": "module-2",
+    "muon-tuned": "module-6",
 }
 
 
@@ -61,8 +50,11 @@ def judge(results: Results) -> Report:
     same = "AdamW at the same settings"
     decided = [
         faster(f"{same}, full batch", "adamw-same", claimed=PAPER),
+        faster(f"{same}, Algorithm 1 to the letter (snr)", "adamw-same", "letter-snr", PAPER),
         *(
-            faster(f"{same}, {LETTERS[name]}", "adamw-same", name, PAPER) for name in LETTERS
+            faster(f"AdamW at the settings best for it, Algorithm 1 to the letter ({mask})",
+                   "adamw-tuned", f"letter-{mask}-best", PAPER)
+            for mask in ("snr", "soft")
         ),
         at_least("measurements by which the target's energy enters the channel before the test "
                  "accuracy rises", channel_lead(results), 0.0),
@@ -72,59 +64,16 @@ def judge(results: Results) -> Report:
         faster(f"{same}, batches of 512", "adamw-512", "ours-512", PAPER),
         faster(f"AdamW, {tuned}", "adamw-tuned", "ours-tuned"),
         *(
-            faster(f"AdamW, {tuned}, {LETTERS[name]}", "adamw-tuned", f"{name}-tuned")
-            for name in LETTERS
-        ),
-        *(
             faster(f"{name}, {tuned}", f"{name.lower()}-tuned", "ours-tuned")
             for name in ("Grokfast", "SOAP", "Muon")
         ),
         *(
-            faster(f"{LETTERS.get(name, LABELS[name])}, same settings", name)
-            for name in SAME_SETTINGS
+            faster(f"{LABELS[name]}, same settings", name)
+            for name in ("grokfast", "orthograd", "rms-matched", "shuffled")
         ),
         *delay_law(results),
     ]
     return Report([*decided, *controls(*beside)], table(results))
-
-
-def delay_law(results: Results) -> list[Criterion]:
-    """Whether delays go as the law of :mod:`poprisk_lab.studies.grokking.delay` has it.
-
-    Its figure, 2, stands where the paper's would.
-    """
-
-    def shorter(what: str, found: Interval) -> Criterion:
-        name = f"times shorter delay with twice {what} (law of arXiv:2605.18845: 2)"
-        return at_least(name, found, 1.0)._replace(claimed=2.0)
-
-    of = {
-        label: delay.settings(Results(d for d in results if _is_of(d, prefix)))
-        for label, prefix in DELAYS.items()
-    }
-    rate, decay = delay.shortened(of["AdamW"], apart=True)
-    return [
-        shorter("the learning rate, AdamW", rate),
-        shorter("the decay, AdamW", decay),
-        *(
-            shorter(f"learning rate × decay, {label}", delay.shortened(found)[0])
-            for label, found in of.items()
-        ),
-        *(
-            at_least(
-                "log of the squared norm of the weights when the training set is fitted over that "
-                f"when the test set is, {LABELS[name]}",
-                delay.contraction(results.where(name=name)),
-                0.0,
-            )
-            for name in NORMS
-        ),
-    ]
-
-
-def _is_of(d: TrialResult, prefix: tuple[str, ...]) -> bool:
-    """Whether a run is of the grid of these prefixes, and what was chosen from it."""
-    return d.settings["kind"] == "run" and d.settings["name"].startswith(prefix)
 
 
 def steps_of(results: Results, name: str) -> Steps:
@@ -157,8 +106,8 @@ def table(results: Results) -> Table:
     def against(label: str) -> Results | None:
         """AdamW at the same batch size, or tuned as well."""
         name = keys[label]
-        tail = next((t for t in ("tuned", "512") if name.endswith(t)), "same")
-        rival = f"adamw-{tail}"
+        tails = {"tuned": "tuned", "best": "tuned", "512": "512"}
+        rival = f"adamw-{tails.get(name.rpartition('-')[2], 'same')}"
         return None if name == rival or name not in LABELS else results.where(name=rival)
 
     return criteria.steps_table(

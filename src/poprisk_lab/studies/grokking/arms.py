@@ -12,13 +12,15 @@ BASE: dict[str, Any] = {
     "batch": 0, "beta2": 0.98, "every": 50, "after": 200,
 }  # fmt: skip
 SAME = {"lr": 1e-3, "weight_decay": 1.0}
+BEST = {"lr": 1e-2, "weight_decay": 2.0}
+"""Those that AdamW does best with."""
 FINE = {"every": 25, "limit": 3000}
 LETTER = {"mode": "paper", "softness": 1.0, "alpha": 1.0, "mask": "snr"}
 LETTER_SOFT = {**LETTER, "mask": "soft"}
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {"arm": "poprisk", "gate": {}, **SAME, "limit": 12_000},
     "adamw-same": {"arm": "adamw", **SAME, "limit": 30_000},
-    "adamw-tuned": {"arm": "adamw", "lr": 1e-2, "weight_decay": 2.0, **FINE},
+    "adamw-tuned": {"arm": "adamw", **BEST, **FINE},
     "ours-tuned": {"arm": "poprisk", "lr": 5e-3, "weight_decay": 3.0, "gate": {"z": 3.0}, **FINE},
     "grokfast-tuned": {"arm": "grokfast", "lr": 5e-3, "weight_decay": 3.0,
                        "gate": {"grokfast_lamb": 0.5}, **FINE},
@@ -27,9 +29,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "shuffled": {"arm": "shuffled", "gate": {}, **SAME, "limit": 7000},
     "grokfast": {"arm": "grokfast", "gate": {}, **SAME, "limit": 7000},
     "orthograd": {"arm": "orthograd", "gate": {}, **SAME, "limit": 7000},
-    "letter-soft": {"arm": "paper", "gate": LETTER_SOFT, **SAME, "limit": 7000},
-    "soap": {"arm": "soap", "gate": {}, **SAME, "limit": 7000},
-    "muon": {"arm": "muon", "gate": {}, **SAME, "limit": 7000},
+    "letter-snr-best": {"arm": "paper", "gate": LETTER, **BEST, **FINE},
+    "letter-soft-best": {"arm": "paper", "gate": LETTER_SOFT, **BEST, **FINE},
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
 }  # fmt: skip
@@ -55,27 +56,18 @@ GROKFAST_GRID = [
     (5e-3, 5.0, 2.0), (3e-3, 5.0, 2.0), (1e-2, 3.0, 2.0), (5e-3, 3.0, 0.5), (5e-3, 3.0, 5.0),
 ]  # fmt: skip
 """Learning rate, decay and amplification λ of Grokfast, tried on the tuning seed."""
-RIVALS = {
-    "letter-soft": ("paper", LETTER_SOFT),
-    "letter-snr": ("paper", LETTER),
-    "soap": ("soap", {}),
-    "muon": ("muon", {}),
-}
-"""Arm and further settings of what was tuned after the others, each over ten settings."""
 RIVAL_GRID = [
     (1e-2, 2.0), (5e-3, 3.0), (5e-3, 2.0), (3e-3, 3.0), (1e-2, 1.0), (5e-3, 5.0), (3e-3, 5.0),
     (1e-2, 3.0),
 ]  # fmt: skip
-"""Learning rate and decay of all of them, tried on the tuning seed."""
+"""Learning rate and decay of SOAP and Muon, tried on the tuning seed; two more of each below."""
 SHORT = {**FINE, "limit": 800, "after": 0}
 OWN: dict[str, list[tuple[float, float, str, dict[str, Any]]]] = {
     "soap": [(5e-3, 3.0, "b0.95", {"betas": [0.95, 0.95]}),
              (5e-3, 3.0, "f1", {"precondition_frequency": 1})],
     "muon": [(5e-3, 3.0, "m0.9", {"momentum": 0.9}), (5e-3, 3.0, "m0.98", {"momentum": 0.98})],
-    "letter-soft": [(7e-3, 2.0, "", {}), (7e-3, 3.0, "", {})],
-    "letter-snr": [(7e-3, 2.0, "", {}), (7e-3, 3.0, "", {})],
 }  # fmt: skip
-"""The other two: settings of its own at the best of these, or a rate between."""
+"""The two: settings of its own at the best learning rate and decay."""
 CHANNEL: dict[str, Any] = {
     **BASE, "kind": "channel", "p": 31, "fraction": 0.5, "width": 64, "hidden": 128, "asked": 200,
     "rank": 60, "arm": "poprisk", "lr": 5e-3, "weight_decay": 2.0, "gate": {"z": 3.0}, "limit": 800,
@@ -89,12 +81,9 @@ LABELS = {
     "ours-tuned": "PopRiskAdamW, tuned",
     "grokfast-tuned": "Grokfast, tuned",
     "letter-snr": "Algorithm 1, snr mask",
-    "letter-soft": "Algorithm 1, soft mask",
-    "letter-snr-tuned": "Algorithm 1, snr mask, tuned",
-    "letter-soft-tuned": "Algorithm 1, soft mask, tuned",
-    "soap": "SOAP",
+    "letter-snr-best": "Algorithm 1, snr mask, AdamW's best lr and decay",
+    "letter-soft-best": "Algorithm 1, soft mask, AdamW's best lr and decay",
     "soap-tuned": "SOAP, tuned",
-    "muon": "Muon",
     "muon-tuned": "Muon, tuned",
     "rms-matched": "AdamW, RMS-matched",
     "shuffled": "shuffled mask",
@@ -184,7 +173,7 @@ def trials(quick: bool) -> list[Trial]:
     ]
     changed = [(f"change-{name}", settings_of(change)) for name, change in CHANGES.items()]
     grids = [*_adamw_grid()], [*_gate_grid()], [*_grokfast_grid()]
-    for grid in (*grids, *([*_rival_grid(name)] for name in RIVALS), changed):
+    for grid in (*grids, *([*_rival_grid(name)] for name in OWN), changed):
         for name, settings in grid[:FEW] if quick else grid:
             seed = settings.get("seed", TUNING_SEED)
             found.append(_trial(name, {**BASE, **settings, **smaller}, seed))
@@ -217,9 +206,8 @@ def _grokfast_grid() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _rival_grid(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    arm, gate = RIVALS[name]
     for lr, decay, label, own in [*((*point, "", {}) for point in RIVAL_GRID), *OWN[name]]:
-        given = {"arm": arm, "gate": {**gate, **own}, **SHORT, "lr": lr, "weight_decay": decay}
+        given = {"arm": name, "gate": own, **SHORT, "lr": lr, "weight_decay": decay}
         yield f"{name}-grid-lr{lr:g}-wd{decay:g}" + f"-{label}" * bool(label), given
 
 

@@ -22,10 +22,23 @@ import torch
 
 from poprisk.intervals import CONFIDENCE, Interval, student_quantile, t_interval
 from poprisk_lab.results import Results, TrialResult
+from poprisk_lab.studies.criteria import Criterion, at_least
+from poprisk_lab.studies.grokking.arms import LABELS
 from poprisk_lab.studies.grokking.runs import GOAL, first
 
 NO_DELAY = 2.0
 """Below so many times the steps to fit the training set there is no delay to be explained."""
+
+DELAYS = {
+    "AdamW": ("grid-", "adamw-tuned"),
+    "PopRiskAdamW": ("gate-grid-", "ours-tuned"),
+    "Grokfast": ("grokfast-grid-", "grokfast-tuned"),
+    "SOAP": ("soap-grid-", "soap-tuned"),
+    "Muon": ("muon-grid-", "muon-tuned"),
+}
+"""Beginnings of the names of the runs from which the delay law is measured."""
+NORMS = ("letter-snr-best", "letter-soft-best", "soap-tuned", "muon-tuned")
+"""Arms whose runs tell the norm of the weights."""
 
 
 class Setting(NamedTuple):
@@ -107,3 +120,42 @@ def contraction(results: Results) -> Interval:
             squares = {row[0]: row[4] for row in rows}
             logs.append(math.log(squares[steps[0]] / squares[steps[1]]))
     return t_interval(logs)
+
+
+def delay_law(results: Results) -> list[Criterion]:
+    """Whether delays go as the law has it.
+
+    Its figure, 2, stands where the paper's would.
+    """
+
+    def shorter(what: str, found: Interval) -> Criterion:
+        name = f"times shorter delay with twice {what} (law of arXiv:2605.18845: 2)"
+        return at_least(name, found, 1.0)._replace(claimed=2.0)
+
+    of = {
+        label: settings(Results(d for d in results if _is_of(d, prefix)))
+        for label, prefix in DELAYS.items()
+    }
+    rate, decay = shortened(of["AdamW"], apart=True)
+    return [
+        shorter("the learning rate, AdamW", rate),
+        shorter("the decay, AdamW", decay),
+        *(
+            shorter(f"learning rate × decay, {label}", shortened(found)[0])
+            for label, found in of.items()
+        ),
+        *(
+            at_least(
+                "log of the squared norm of the weights when the training set is fitted over that "
+                f"when the test set is, {LABELS[name]}",
+                contraction(results.where(name=name)),
+                0.0,
+            )
+            for name in NORMS
+        ),
+    ]
+
+
+def _is_of(d: TrialResult, prefix: tuple[str, ...]) -> bool:
+    """Whether a run is of the grid of these prefixes, and what was chosen from it."""
+    return d.settings["kind"] == "run" and d.settings["name"].startswith(prefix)
