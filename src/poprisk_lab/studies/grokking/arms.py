@@ -63,8 +63,8 @@ RIVAL_GRID = [
 """Learning rate and decay of SOAP and Muon, tried on the tuning seed; two more of each below."""
 SHORT = {**FINE, "limit": 800, "after": 0}
 OWN: dict[str, list[tuple[float, float, str, dict[str, Any]]]] = {
-    "soap": [(5e-3, 3.0, "b0.95", {"betas": [0.95, 0.95]}),
-             (5e-3, 3.0, "f1", {"precondition_frequency": 1})],
+    "soap": [(3e-3, 3.0, "b0.95", {"betas": [0.95, 0.95]}),
+             (3e-3, 3.0, "f1", {"precondition_frequency": 1})],
     "muon": [(5e-3, 3.0, "m0.9", {"momentum": 0.9}), (5e-3, 3.0, "m0.98", {"momentum": 0.98})],
 }  # fmt: skip
 """The two: settings of its own at the best learning rate and decay."""

@@ -41,7 +41,7 @@ NORMS = ("letter-snr-best", "letter-soft-best", "soap-tuned", "muon-tuned")
 """Arms whose runs tell the norm of the weights."""
 
 
-class Setting(NamedTuple):
+class LateSetting(NamedTuple):
     """A learning rate and a decay, and the mean logarithm of the delay over its seeds."""
 
     lr: float
@@ -49,17 +49,17 @@ class Setting(NamedTuple):
     log_delay: float
 
 
-def settings(results: Results) -> list[Setting]:
+def settings(results: Results) -> list[LateSetting]:
     """The settings, by the trials' names, all of whose runs generalized late.
 
     Late: after more than :data:`NO_DELAY` times the steps to 99% of the training set.
     """
-    found = list[Setting]()
+    found = list[LateSetting]()
     for runs in results.by("name").values():
         if all(_late(d) for d in runs):
             logs = [math.log(d.metrics["reached"] - d.metrics["memorized"]) for d in runs]
             own = runs[0].settings
-            found.append(Setting(own["lr"], own["weight_decay"], sum(logs) / len(logs)))
+            found.append(LateSetting(own["lr"], own["weight_decay"], sum(logs) / len(logs)))
     return found
 
 
@@ -68,7 +68,7 @@ def _late(d: TrialResult) -> bool:
     return None not in (reached, memorized) and reached > NO_DELAY * memorized
 
 
-def shortened(found: Sequence[Setting], *, apart: bool = False) -> list[Interval]:
+def shortened(found: Sequence[LateSetting], *, apart: bool = False) -> list[Interval]:
     r"""Times shorter the delay where :math:`\eta\lambda` doubles; 2 by the law.
 
     From the slope of the least squares line of log delay in :math:`\log\eta\lambda`, with its
@@ -100,7 +100,7 @@ def _slopes(x: torch.Tensor, y: torch.Tensor) -> list[Interval]:
     return [Interval(b, b - h, b + h) for b, h in [*ends][:k]]
 
 
-def off_by(found: Sequence[Setting]) -> float:
+def off_by(found: Sequence[LateSetting]) -> float:
     """Factor by which the law, calibrated on one setting, is off at another: geometric mean.
 
     Over all ordered pairs; NaN from fewer than two settings.
