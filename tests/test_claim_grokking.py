@@ -452,6 +452,8 @@ def test_full_trials_have_unique_names_and_enough_seeds() -> None:
         ("adamw-tuned", "grid-", ("lr", "weight_decay", "beta2")),
         ("ours-tuned", "gate-grid-", ("lr", "weight_decay", "gate")),
         ("grokfast-tuned", "grokfast-grid-", ("lr", "weight_decay", "gate")),
+        ("soap-tuned", "soap-grid-", ("lr", "weight_decay", "gate")),
+        ("muon-tuned", "muon-grid-", ("lr", "weight_decay", "gate")),
     ],
 )
 def test_what_is_tuned_is_the_fastest_of_its_grid_on_record(

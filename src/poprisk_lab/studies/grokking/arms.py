@@ -24,6 +24,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours-tuned": {"arm": "poprisk", "lr": 5e-3, "weight_decay": 3.0, "gate": {"z": 3.0}, **FINE},
     "grokfast-tuned": {"arm": "grokfast", "lr": 5e-3, "weight_decay": 3.0,
                        "gate": {"grokfast_lamb": 0.5}, **FINE},
+    "soap-tuned": {"arm": "soap", "lr": 3e-3, "weight_decay": 3.0, "gate": {}, **FINE},
+    "muon-tuned": {"arm": "muon", **BEST, "gate": {}, **FINE},
     "letter-snr": {"arm": "paper", "gate": LETTER, **SAME, "limit": 7000},
     "rms-matched": {"arm": "rms-matched", "gate": {}, **SAME, "limit": 7000},
     "shuffled": {"arm": "shuffled", "gate": {}, **SAME, "limit": 7000},
@@ -34,7 +36,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
 }  # fmt: skip
-SEEDS = dict.fromkeys(ARMS, 5) | {"adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10}
+SEEDS = dict.fromkeys(ARMS, 5) | {
+    "adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10, "soap-tuned": 10, "muon-tuned": 10,
+}  # fmt: skip
 """Seeds of each arm; more where runs are short and close to each other."""
 CHANNEL_SEEDS = 6
 TUNING_SEED = 100
@@ -65,7 +69,7 @@ SHORT = {**FINE, "limit": 800, "after": 0}
 OWN: dict[str, list[tuple[float, float, str, dict[str, Any]]]] = {
     "soap": [(3e-3, 3.0, "b0.95", {"betas": [0.95, 0.95]}),
              (3e-3, 3.0, "f1", {"precondition_frequency": 1})],
-    "muon": [(5e-3, 3.0, "m0.9", {"momentum": 0.9}), (5e-3, 3.0, "m0.98", {"momentum": 0.98})],
+    "muon": [(1e-2, 2.0, "m0.9", {"momentum": 0.9}), (1e-2, 2.0, "m0.98", {"momentum": 0.98})],
 }  # fmt: skip
 """The two: settings of its own at the best learning rate and decay."""
 CHANNEL: dict[str, Any] = {
