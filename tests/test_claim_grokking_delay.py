@@ -24,7 +24,7 @@ def trial(lr: float, decay: float, reached: int | None, **more: Any) -> TrialRes
     """A run with this learning rate and decay; 100 steps to fit the training set."""
     settings = {"kind": "run", "name": f"grid-{lr}-{decay}", "lr": lr, "weight_decay": decay,
                 "seed": 0}  # fmt: skip
-    found = {"reached": reached, "memorized": 100, "curve": []}
+    found: dict[str, Any] = {"reached": reached, "memorized": 100, "curve": []}
     return TrialResult({**settings, **more}, found)
 
 
@@ -133,15 +133,16 @@ def test_muon_takes_the_weights_of_hidden_linear_layers() -> None:
 def test_a_learning_rate_of_muon_is_that_of_adamw() -> None:
     """Updates of root mean square 0.2 η, whatever the shape, and decay by ηλ a step."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 60), nn.Linear(60, 8), nn.Linear(8, 3))
+    hidden = [nn.Linear(24, 60), nn.Linear(60, 8)]
+    model = nn.Sequential(*hidden, nn.Linear(8, 3))
     settings = {"lr": 1e-2, "weight_decay": 0.5, "betas": (0.9, 0.98), "eps": 1e-8}
     optimizer = build_optimizer(
         Arm("muon", "Muon", "peer", "muon", settings), model, batch_size=5, dataset_size=5
     )
-    before = [layer.weight.detach().clone() for layer in model[:2]]
+    before = [layer.weight.detach().clone() for layer in hidden]
     model(torch.randn(50, 24)).square().sum().backward()
     optimizer.step()
-    for layer, start in zip(model[:2], before, strict=True):
+    for layer, start in zip(hidden, before, strict=True):
         moved = layer.weight.detach() - (1 - 1e-2 * 0.5) * start
         rank = min(3, *moved.shape) / min(moved.shape)  # gradients of three outputs have rank three
         assert float(moved.square().mean().sqrt()) == pytest.approx(

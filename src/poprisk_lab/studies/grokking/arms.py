@@ -36,9 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
 }  # fmt: skip
-SEEDS = dict.fromkeys(ARMS, 5) | {
-    "adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10, "soap-tuned": 10, "muon-tuned": 10,
-}  # fmt: skip
+SEEDS = dict.fromkeys(ARMS, 5) | {"adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10}
 """Seeds of each arm; more where runs are short and close to each other."""
 CHANNEL_SEEDS = 6
 TUNING_SEED = 100
@@ -210,7 +208,8 @@ def _grokfast_grid() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _rival_grid(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for lr, decay, label, own in [*((*point, "", {}) for point in RIVAL_GRID), *OWN[name]]:
+    plain: list[tuple[float, float, str, dict[str, Any]]] = [(*at, "", {}) for at in RIVAL_GRID]
+    for lr, decay, label, own in plain + OWN[name]:
         given = {"arm": name, "gate": own, **SHORT, "lr": lr, "weight_decay": decay}
         yield f"{name}-grid-lr{lr:g}-wd{decay:g}" + f"-{label}" * bool(label), given
 
