@@ -36,8 +36,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
 }  # fmt: skip
-SEEDS = dict.fromkeys(ARMS, 5) | {"adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10}
-"""Seeds of each arm; more where runs are short and close to each other."""
+SEEDS = dict.fromkeys(ARMS, 5) | {
+    "adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10, "letter-soft-best": 3,
+}  # fmt: skip
+"""Seeds of each arm; more where runs are short and close to each other, fewer where none ends."""
 CHANNEL_SEEDS = 6
 TUNING_SEED = 100
 GRID = [
