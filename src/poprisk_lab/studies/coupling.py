@@ -23,8 +23,8 @@ from poprisk_lab.studies.small_nets import Examples, NetRecipe, movement, ridge_
 
 N, M, UNITS, SCALE, TARGET, NOISE = 24, 16, 16, 0.4, 6.0, 0.3
 FLIPPED, STRIDE, PAPER_ERROR = 2, 20, 0.165
-PARTED, PARTED_STEPS = range(3), 100
-"""Seeds whose transfer error is taken apart, and after how many steps."""
+PARTED = range(3)
+"""Seeds whose transfer error is taken apart."""
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-12)
 RIDGES = torch.logspace(-12, 2, 29, dtype=torch.float64)
 
@@ -55,8 +55,7 @@ def trials(quick: bool) -> list[Trial]:
             own = {"case": kind, "seed": seed, "steps": steps, "drawn": seed == 0}
             found.append(Trial(f"{kind}-{seed}", own))
             if seed in PARTED:
-                short = min(steps, PARTED_STEPS)
-                parts = {**own, "steps": short, "drawn": False, "kind": "parts"}
+                parts = {**own, "drawn": False, "kind": "parts"}
                 found.append(Trial(f"parts-{kind}-{seed}", parts))
     return found
 
