@@ -67,11 +67,11 @@ def error_criteria(results: Results) -> list[Criterion]:
     ]  # fmt: skip
     for name in ("other", "frozen"):
         about = f"by {PREDICTORS[name]}"
-        errors = geometric([max(v, 1e-12) for v in results.all((name, "mismatch"))])
+        errors = geometric([max(v, 1e-16) for v in results.all((name, "mismatch"))])
         found += [
             at_least(f"share of mismatch in the squared transfer error (E.3), {about}",
                      results.mean((name, "share")), 0.5),
             at_most(f"mismatch over the movement, {about}", errors, 0.5),
         ]  # fmt: skip
-    unseen = geometric([max(v, 1e-12) for v in results.all(("own", "unseen"))])
+    unseen = geometric([max(v, 1e-16) for v in results.all(("own", "unseen"))])
     return [*found, at_most("unseen by every predictor, over the movement", unseen, 0.5)]
