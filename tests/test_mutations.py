@@ -29,6 +29,7 @@ PARTS = (
     "claims_paths",
     "grokking",
     "clusters",
+    "soap",
 )
 
 
