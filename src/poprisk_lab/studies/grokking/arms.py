@@ -37,7 +37,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
 }  # fmt: skip
 SEEDS = dict.fromkeys(ARMS, 5) | {
-    "adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10,
+    "adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10, "soap-tuned": 10, "muon-tuned": 10,
     "letter-snr-best": 3, "letter-soft-best": 3,
 }  # fmt: skip
 """Seeds of each arm; more where runs are short and close to each other."""
