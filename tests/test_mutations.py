@@ -21,6 +21,7 @@ PARTS = (
     "path",
     "attribution",
     "risk",
+    "monitor",
     "left_out",
     "lockstep",
     "audit",
