@@ -35,7 +35,7 @@ MUTATIONS = {
     "variance divided by b-1 again": Mutation(
         "poprisk/optim/gate.py",
         "return z * z * (noise_ratio + finite) / inflation",
-        "return z * z * (noise_ratio + finite) / inflation / ((batch_size or 2) - 1)",
+        "return z * z * (noise_ratio + finite) / inflation / 4",
         SIZES,
     ),
     "gated weight decay": Mutation(
@@ -47,7 +47,10 @@ MUTATIONS = {
         DECAY,
     ),
     "threshold ignored": Mutation(
-        "poprisk/optim/gate.py", "alpha=self.alpha,", "alpha=1.0,", THRESHOLDS
+        "poprisk/optim/gate.py",
+        "alpha=self._thresholds(var, charged),",
+        "alpha=1.0,",
+        THRESHOLDS,
     ),
     "foreach leaves the end of large tensors out": Mutation(
         "poprisk/optim/update.py",
