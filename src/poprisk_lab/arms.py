@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.optim.sizes import Sizes
 from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace
 
 FAMILIES = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
@@ -110,8 +111,8 @@ def build_optimizer(
     arm: Arm,
     model: nn.Module,
     *,
-    batch_size: int,
-    dataset_size: int,
+    batch_size: Sizes,
+    dataset_size: Sizes,
     trace: UpdateTrace | None = None,
 ) -> Optimizer:
     """Make an arm's optimizer for a model.
@@ -179,6 +180,8 @@ def _peer(kind: str, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
         return peers.MSVAG(model.parameters(), **settings)
     if kind == "adabelief":
         return peers.AdaBelief(model.parameters(), **settings)
+    if kind == "soap":
+        return peers.SOAP(model.parameters(), **settings)
     if kind == "orthograd":
         return peers.OrthoGrad(torch.optim.AdamW(model.parameters(), **settings))
     return peers.GrokFastAdamW(model.parameters(), **settings)

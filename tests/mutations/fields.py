@@ -104,7 +104,7 @@ MUTATIONS = {
         FASTER,
     ),
     "error as a share of its own": Mutation(
-        "poprisk_lab/studies/pinn.py",
+        "poprisk_lab/studies/pinn/runs.py",
         'share(least(among, *arms), least(among, "adamw"))',
         "share(least(among, *arms), least(among, *arms))",
         SLOWER,
