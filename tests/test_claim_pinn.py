@@ -102,15 +102,6 @@ def test_the_end_is_asked_by_us_and_does_not_decide() -> None:
     assert (end.primary, end.outcome) == (False, "does not hold")
 
 
-def test_decay_is_not_tuned_in_the_contest_of_the_paper() -> None:
-    done = made_up(snr=(300, 0.1), adamw=(750, 0.3))
-    for trial in done:
-        if trial.settings["weight_decay"] == 1.0:
-            for s, one_run in enumerate(trial.metrics["runs"]):
-                one_run["steps"] = 100 + s
-    assert judge(done).criteria[0].estimate.mean == pytest.approx(2.49, abs=0.01)
-
-
 def changed(arm: str, final: float, **where: Any) -> dict[str, Any]:
     """The criteria where the ends of an arm are these."""
     done = made_up(snr=(300, 0.1), adamw=(750, 0.3))

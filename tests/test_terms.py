@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from asserts import assert_bitwise
 from cases import MASKS, settings
 from poprisk import PopRiskAdamW, gated
-from poprisk.optim.sizes import charges_by_term
+from poprisk.optim.sizes import TERM_KEYS, charges_by_term
+from poprisk_lab.controls import ShuffledMask
 from reference.optimizer import ReferenceTerms
 
 BATCH = {"data": 8, "border": 4, "inside": 8}
@@ -40,6 +42,11 @@ def gradients(
 def weights(dtype: torch.dtype = torch.float64) -> Parameter:
     generator = torch.Generator().manual_seed(7)
     return Parameter(torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype))
+
+
+def grad_of(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
 
 
 def tell(optimizer: PopRiskAdamW, w: Tensor, grads: Mapping[str, Tensor]) -> None:
@@ -196,7 +203,7 @@ def test_the_gradients_are_those_of_plain_backward_passes_bit_for_bit() -> None:
             model(scale * x).square().mean().backward()
         plain(scale * x).square().mean().backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+        assert_bitwise([grad_of(p)], [grad_of(q)])
 
 
 @pytest.mark.parametrize("alpha", ["fresh", 0.3])
@@ -269,7 +276,7 @@ def test_a_factor_on_the_sum_counts_for_the_terms(factor: float) -> None:
     for grads in steps:
         tell(one, w, {k: factor * g for k, g in grads.items()})
         tell(other, scaled, grads)
-        scaled.grad.mul_(factor)
+        grad_of(scaled).mul_(factor)
         one.step()
         other.step()
     torch.testing.assert_close(scaled.detach(), w.detach(), rtol=1e-10, atol=0)
@@ -294,6 +301,24 @@ def test_a_run_that_is_resumed_ends_as_one_in_one_piece(at: int) -> None:
         tell(second, again, grads)
         second.step()
     assert torch.equal(again, whole)
+
+
+def test_the_state_keeps_its_precision_and_shape_when_loaded() -> None:
+    w = weights(torch.bfloat16)
+    optimizer = PopRiskAdamW([w], **SIZES)
+    for grads in gradients(1, 3):
+        tell(optimizer, w, grads)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    for key in TERM_KEYS:
+        found, expected = optimizer.state[w][key], saved["state"][0][key]
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+        bad = copy.deepcopy(saved)
+        bad["state"][0][key] = torch.zeros(5)
+        with pytest.raises(ValueError, match=f"state '{key}' of parameter 0 has shape"):
+            optimizer.load_state_dict(bad)
 
 
 def test_terms_that_come_in_the_middle_of_a_run_begin_with_an_open_gate() -> None:
@@ -371,7 +396,7 @@ def test_an_abandoned_step_leaves_nothing_behind() -> None:
         lambda w, o: o.zero_grad(),
         lambda w, o: o.zero_grad(set_to_none=False),
         lambda w, o: setattr(w, "grad", None),
-        lambda w, o: torch._foreach_zero_([w.grad]),
+        lambda w, o: torch._foreach_zero_([grad_of(w)]),
     ]
     expected = run(weights(), steps)[-1]
     for clear in clears:
@@ -465,7 +490,11 @@ def clear_within(w: Parameter, o: PopRiskAdamW) -> None:
 
 
 def hooked(w: Parameter, o: PopRiskAdamW) -> None:
-    handle = w.register_post_accumulate_grad_hook(lambda p: None)
+
+    def hook(p: Tensor) -> None:
+        return None
+
+    handle = w.register_post_accumulate_grad_hook(hook)
     try:
         with o.term("data"):
             w.sum().backward()
@@ -512,7 +541,7 @@ def test_an_error_within_a_term_leaves_the_gradients_of_the_others() -> None:
     optimizer = PopRiskAdamW([w], lr=0.1, **SIZES)
     with optimizer.term("data"):
         w.sum().backward()
-    before = w.grad
+    before = grad_of(w)
 
     def failing() -> None:
         with optimizer.term("inside"):
@@ -552,7 +581,7 @@ def test_names_are_checked() -> None:
         ({"variance": "exact"}, ValueError, 'which variance="ema" measures alone'),
         ({"fused": True}, ValueError, "fused=True cannot take terms"),
         ({"capturable": True}, ValueError, "capturable=True cannot take terms"),
-        ({"mask": lambda mean_sq, var, **rest: mean_sq}, TypeError, "need a mask by name"),
+        ({"mask": ShuffledMask("soft")}, TypeError, "need a mask by name"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(
@@ -570,10 +599,11 @@ def test_a_wrapper_refuses_terms() -> None:
 
 def test_sizes_of_numpy_are_saved_as_python_s() -> None:
     numpy = pytest.importorskip("numpy")
-    sizes = ({k: None if v is None else numpy.int64(v) for k, v in d.items()}
-             for d in (BATCH, WHOLE))  # fmt: skip
-    pairs = zip(("batch_size", "dataset_size"), sizes, strict=True)
-    optimizer = PopRiskAdamW([weights()], **dict(pairs))
+    sizes: dict[str, Any] = {
+        key: {k: None if v is None else numpy.int64(v) for k, v in by_name.items()}
+        for key, by_name in SIZES.items()
+    }
+    optimizer = PopRiskAdamW([weights()], **sizes)
     saved = optimizer.state_dict()["param_groups"][0]
     kinds = {type(v) for key in SIZES for v in saved[key].values()}
     assert kinds == {int, type(None)}

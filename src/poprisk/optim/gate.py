@@ -355,7 +355,9 @@ class Gate(NamedTuple):
         tensor first, and its mask is a 0-d tensor. The result is newly allocated. ``charged`` is
         the variance :math:`\hat c` of :class:`Charges`, on the scale of ``var``.
         """
-        rows = [list(torch._foreach_mul(mean, mean)), var, *([charged] if self.charges else [])]
+        rows = [list(torch._foreach_mul(mean, mean)), var]
+        if self.charges is not None and charged is not None:
+            rows.append(charged)
         if self.per_tensor:
             sums = torch.stack([_sums(row) for row in rows])
             rows = self.averages(sums, [x.numel() for x in var], var[0].dtype)

@@ -79,15 +79,15 @@ class CompiledGroup(NamedTuple):
             return None
         how: dict[str, Any] = {"inflation": inflation, "z": s["z"]}
         how["noise_ratio"] = momentum_noise(counts.t, counts.beta1)
-        sizes = {"batch_size": batch_size, "dataset_size": dataset_size}
-        charges = None
+        sizes: dict[str, Any] = {"batch_size": batch_size, "dataset_size": dataset_size}
+        least, charges = threshold(alpha, **sizes, **how), None
         if self.charges:
-            none, whole = (threshold_at(finite, alpha, **how) for finite in (0.0, 1.0))
+            least, whole = (threshold_at(finite, alpha, **how) for finite in (0.0, 1.0))
             ratios = self.charges.values()
-            charges = Charges(whole - none, min(ratios), max(ratios))
+            charges = Charges(whole - least, min(ratios), max(ratios))
         return Gate(
             mask=s["mask"] if callable(s["mask"]) else MASKS_[s["mask"]],
-            alpha=none if charges else threshold(alpha, **sizes, **how),
+            alpha=least,
             softness=s["softness"],
             eps=s["eps"] if paper else 0.0,
             q_min=s["q_min"],

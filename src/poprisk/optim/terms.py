@@ -114,9 +114,9 @@ class TermGradients:
         if charge > 0:
             share = own.detach().to(state_dtype(p)) * charge**0.5
             self._weighted[p] = self._weighted[p].add_(share) if p in self._weighted else share
-        if before is not None:
-            p.grad = before.add_(own)
-        self._seen[p] = _Seen.of(p.grad)
+        total = own if before is None else before.add_(own)
+        p.grad = total
+        self._seen[p] = _Seen.of(total)
 
     @torch.no_grad()
     def weighted(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
@@ -141,8 +141,8 @@ class TermGradients:
 
     def _restart_if_cleared(self) -> None:
         """A step that was given up leaves its terms behind; its gradients are gone."""
-        grads = [p.grad for p in self._seen]
-        if any(grad is None for grad in grads) or not any(bool(g.any()) for g in grads):
+        grads = [p.grad for p in self._seen if p.grad is not None]
+        if len(grads) < len(self._seen) or not any(bool(grad.any()) for grad in grads):
             self.reset()
 
     def _check_untouched(self, p: Tensor) -> None:

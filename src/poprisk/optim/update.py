@@ -115,11 +115,11 @@ def gated_adamw_(
     with. Weight decay is decoupled and not gated. With ``gate=None`` every operation, and its
     order, is that of ``torch.optim.AdamW``; with ``estimator=None`` no variance is kept.
     """
-    w, g, m, v, s, *terms = lists
+    w, g, m, v, s, term_avgs, term_vars, term_grads = lists
     if estimator is not None:
         estimator.observe_(s, g, m, counts)
-        if lists.term_grads:
-            observe_terms_(estimator, *terms, counts)
+        if term_grads:
+            observe_terms_(estimator, term_avgs, term_vars, term_grads, counts)
     if settings.weight_decay != 0:
         torch._foreach_mul_(w, _number(1 - settings.lr * settings.weight_decay, w[0]))
     torch._foreach_lerp_(m, g, 1 - settings.beta1)
