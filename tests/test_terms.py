@@ -568,6 +568,7 @@ def test_names_are_checked() -> None:
     [
         ({"dataset_size": 24}, TypeError, "must both be given by term"),
         ({"batch_size": 8}, TypeError, "must both be given by term"),
+        ({"batch_size": [8, 8], "dataset_size": [24, None]}, TypeError, "must both be given by t"),
         ({"dataset_size": {"data": 24}}, ValueError, "must both be given by term"),
         ({"batch_size": {}, "dataset_size": {}}, ValueError, "must both be given by term"),
         ({"batch_size": {1: 8}, "dataset_size": {1: 24}}, TypeError, "must be a string"),

@@ -68,7 +68,7 @@ class PopRiskAdamW(Optimizer):
     The mask q compares the squared average gradient with the variance of the batch mean
     (:mod:`poprisk.optim.gate`, :mod:`poprisk.optim.variance`). Source: Algorithm 1 of [LG]; the
     calibration of ``mode="auto"`` is ours. One state vector more than AdamW, none with
-    ``variance="second-moment"``.
+    ``variance="second-moment"``, three where terms of the loss have sizes of their own.
 
     Args:
         params: parameters, named parameters, parameter groups, or a module (which gives names).
@@ -233,6 +233,7 @@ class PopRiskAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
+        self._notes.terms.check_closed("step()")
         loss = evaluate(closure)
         grads = checked_gradients(self)
         check_not_resized(self.param_groups, self.state)
@@ -350,7 +351,6 @@ class PopRiskAdamW(Optimizer):
         """What terms that are charged differently add, for the parameters that are told of them."""
         groups = [g for g in self.param_groups if isinstance(g["batch_size"], Mapping)]
         told = [p for g in map(compiled, groups) if g.charges for p in g.settings["params"]]
-        self._notes.terms.check_closed("step()")
         return self._notes.terms.weighted([p for p in told if p.grad is not None and p.numel()])
 
     def _use_parts(self) -> None:

@@ -92,7 +92,8 @@ def charges_by_term(settings: Mapping[str, Any]) -> dict[str, float]:
 
 def check_sizes(batch_size: Any, dataset_size: Any) -> None:
     """Refuse sizes that are none (TypeError, ValueError)."""
-    if not isinstance(batch_size, Mapping) and not isinstance(dataset_size, Mapping):
+    kinds = (Mapping, list, tuple)
+    if not isinstance(batch_size, kinds) and not isinstance(dataset_size, kinds):
         _check_pair("batch_size", batch_size, "dataset_size", dataset_size)
         return
     if not isinstance(batch_size, Mapping) or not isinstance(dataset_size, Mapping):

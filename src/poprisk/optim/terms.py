@@ -125,7 +125,6 @@ class TermGradients:
         Raises:
             RuntimeError: unless their gradients are the sum of the terms', up to a factor.
         """
-        self.check_closed("step()")
         if missing := sum(p not in self._seen for p in params):
             raise RuntimeError(
                 f"{missing} of {len(params)} gradients of this step are not of a term of the loss, "
