@@ -114,27 +114,17 @@ def changed(arm: str, final: float, **where: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("noise", [0.5, 1.0, 2.0])
 def test_no_worse_is_asked_at_the_same_learning_rate_and_noise(noise: float) -> None:
     name = f"noise {noise:g}, defaults, sizes by term, lr {{}}: share of AdamW's error at that rate"
-    worse, same = (changed("terms", end, noise=noise, lr=1e-2, choice=False) for end in (0.4, 0.3))
+    worse, same = (changed("terms", end, noise=noise, lr=1e-2) for end in (0.4, 0.3))
     assert worse[name.format(0.01)].outcome == "does not hold"
     assert same[name.format(0.01)].holds
     assert worse[name.format(0.003)].holds
     assert sum(c.outcome == "does not hold" for k, c in worse.items() if "at that rate" in k) == 1
 
 
-def test_a_rate_of_ours_is_chosen_on_seeds_of_its_own() -> None:
+def test_the_rate_of_ours_is_that_of_the_pilot_whatever_the_runs_say() -> None:
     name = "defaults, sizes by term: share of the error of SOAP"
-    at = {lr: changed("terms", 0.01, lr=lr, choice=True)[name].estimate.mean for lr in (3e-3, 1e-2)}
-    assert at[3e-3] > 1.01 * at[1e-2]
-    judged_on, chosen_on = (
-        {
-            seed
-            for t in trials(False)
-            if t.settings["choice"] is choice
-            for seed in t.settings["seeds"]
-        }
-        for choice in (False, True)
-    )
-    assert not judged_on & chosen_on
+    best, worst = (changed("terms", 0.01, lr=lr)[name].estimate.mean for lr in (3e-3, 1e-2))
+    assert best < 0.1 < worst
 
 
 def rows_of(done: Results) -> dict[str, dict[str, str]]:

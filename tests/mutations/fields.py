@@ -117,9 +117,9 @@ MUTATIONS = {
     ),
     "rate of ours chosen on the seeds that are judged": Mutation(
         "poprisk_lab/studies/pinn/__init__.py",
-        "results.where(arm=arm, choice=True)",
-        "results.where(arm=arm, noise=MAIN, choice=False)",
-        "test_claim_pinn.py::test_a_rate_of_ours_is_chosen_on_seeds_of_its_own",
+        "return min(of_arm(among, arm), key=lambda c: abs(c.lr - PILOT_RATE))",
+        "return least(among, arm)",
+        "test_claim_pinn.py::test_the_rate_of_ours_is_that_of_the_pilot_whatever_the_runs_say",
     ),
     "points inside taken for measurements": Mutation(
         "poprisk_lab/studies/pinn/runs.py",
