@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TASK   ?= digits
 ARGS   ?=
+TESTS  ?= not claims and not mutations and not pages and not long
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -25,13 +26,12 @@ run: setup  ## Train on TASK (default: digits with wrong labels), print the verd
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: export OPENBLAS_NUM_THREADS := 1
-test: lint types  ## Lint, check types and run the tests; ARGS goes to pytest
-	$(BIN)/pytest -n 2 --dist worksteal -p no:randomly \
-		-m "not claims and not mutations and not pages and not long" $(ARGS)
+test: lint types  ## Lint, check types and run the tests; ARGS goes to pytest, TESTS says which
+	$(BIN)/pytest -n 2 --dist worksteal -p no:randomly -m "$(TESTS)" $(ARGS)
 
 test-mutations: export OMP_NUM_THREADS := 1
 test-mutations: setup-dev  ## Break the library by hand-written faults and see tests go red
-	$(BIN)/pytest -n 2 -p no:randomly -m mutations $(ARGS)
+	$(BIN)/pytest -n 2 -p no:randomly -m mutations tests/test_mutations.py $(ARGS)
 
 test-long: export OMP_NUM_THREADS := 1
 test-long: setup-dev  ## Run the few tests that take long and check more of what quick ones check
@@ -66,7 +66,7 @@ run-extras: $(VENV)/extras.stamp
 	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_trl_preferences.py tests/test_trl_twin.py \
 		tests/test_lightning.py tests/test_twin_integrations.py tests/test_cell_integrations.py \
 		tests/test_claim_pinn.py tests/test_claim_dpo.py tests/test_audit_integrations.py tests/test_audit_result.py \
-		tests/test_claim_audit.py tests/test_evidence.py tests/test_clusters_extras.py $(ARGS)
+		tests/test_claim_audit.py tests/test_evidence.py tests/test_clusters_extras.py tests/test_trackers.py $(ARGS)
 	$(BIN)/pytest -m extras tests/test_pages.py $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton.py $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m mutations tests/test_mutations.py -k triton $(ARGS)

@@ -6,6 +6,7 @@ python benchmarks/monitor.py OUT.json
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -24,7 +25,7 @@ from poprisk_lab.bench import environment
 from poprisk_lab.bench.models import BenchCase
 
 CASES = (BenchCase("mlp", 64, 1024), BenchCase("mlp", 64, 256), BenchCase("transformer", 16, 128))
-EVERY, BLOCKS, WARM_UP = 50, 11, 3
+EVERY, CHEAP_EVERY, BLOCKS, WARM_UP = 50, 100, 11, 3
 SETTLED, LOOKS = 100, 16
 
 
@@ -49,24 +50,24 @@ def loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
-def added_by(case: BenchCase, quantities: Sequence[Quantity] | None) -> Added:
+def added_by(case: BenchCase, quantities: Sequence[Quantity] | None, every: int) -> Added:
     """Train with a monitor, and compare the steps in which it measures with the others."""
     model, x = case.build()
     y = torch.randint(0, 10, (len(x),))
     optimizer = PopRiskAdamW(model.parameters(), lr=1e-4, batch_size=64, dataset_size=10_000)
-    monitor = RiskMonitor(model, loss, optimizer, every=EVERY, quantities=quantities)
+    monitor = RiskMonitor(model, loss, optimizer, every=every, quantities=quantities)
     times: list[float] = []
-    for _ in range(EVERY * (WARM_UP + BLOCKS)):
+    for _ in range(every * (WARM_UP + BLOCKS)):
         started = time.process_time()
         optimizer.zero_grad()
         loss(model(x), y).mean().backward()
         monitor.step(x, y)
         optimizer.step()
         times.append(time.process_time() - started)
-    blocks = [times[i : i + EVERY] for i in range(EVERY * WARM_UP, len(times), EVERY)]
+    blocks = [times[i : i + every] for i in range(every * WARM_UP, len(times), every)]
     step = statistics.median(t for block in blocks for t in block[2:])
     extra = [block[0] + block[1] - 2 * step for block in blocks]
-    return Added(statistics.median(extra) / (EVERY * step), step, extra)
+    return Added(statistics.median(extra) / (every * step), step, extra)
 
 
 def batch_of(case: BenchCase, teacher: nn.Module) -> tuple[Tensor, Tensor]:
@@ -100,8 +101,9 @@ def followed(case: BenchCase) -> list[dict[str, Any]]:
             monitor = RiskMonitor(model, loss, optimizer, quantities=[quantity])
             for step, batch in enumerate(batches):
                 row = monitor.measure([batch], step=step)
-            found |= row
-        found["ratio"] = found["signal/noise_scale"] / found["norm_signal/noise_scale"]
+            found |= {k: v if math.isfinite(v) else None for k, v in row.items()}
+        scales = [found[f"{name}/noise_scale"] for name in ("signal", "norm_signal")]
+        found["ratio"] = None if None in scales else scales[0] / scales[1]
         rows.append(found)
         for _ in range(SETTLED if part < 2 else 0):
             x, y = batch_of(case, teacher)
@@ -116,15 +118,16 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     rows = []
     for case in CASES:
-        found = added_by(case, None)
-        cheap = added_by(case, [NormSignal()])
+        found = added_by(case, None, EVERY)
+        cheap = added_by(case, [NormSignal()], CHEAP_EVERY)
         row = {"case": case.label(), **found._asdict(), "cheap": cheap._asdict()}
+        row["load"] = os.getloadavg()[0]
         print(f"{case.label()}: {found.added:+.1%}, cheap {cheap.added:+.2%}", flush=True)
         row["follows"] = followed(case)
         for look in row["follows"]:
-            print("  ", {k: round(v, 3) for k, v in look.items()}, flush=True)
+            print("  ", {k: v and round(v, 3) for k, v in look.items()}, flush=True)
         rows.append(row)
-    settings = environment(threads=1, every=EVERY, blocks=BLOCKS, load=os.getloadavg()[0])
+    settings = environment(threads=1, every=EVERY, cheap_every=CHEAP_EVERY, blocks=BLOCKS)
     out.write_text(json.dumps({"environment": settings, "results": rows}, indent=1) + "\n")
 
 

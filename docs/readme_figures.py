@@ -68,6 +68,7 @@ def pieces() -> list[tuple[str, str]]:
         "docs/explanation/exact-or-estimate.md": _stopping(),
         "docs/how-to/report.md": _explained(),
         "docs/how-to/fast.md": [*_monitor(), *_speed()],
+        "docs/reference/monitor.md": [*_alerts(), *_coverage()],
         "docs/how-to/reproduce.md": _claims(),
         "docs/how-to/audit.md": _audit(),
         "docs/how-to/attribute.md": _influence(),
@@ -164,8 +165,48 @@ def _stopping() -> list[str]:
 
 
 def _monitor() -> list[str]:
-    added = [100 * result["added"] for result in record("monitor")["results"]]
-    return [f"({min(added):.0f} to {max(added):.0f}% of a step's time)"]
+    results = record("monitor")["results"]
+    added = [100 * result["added"] for result in results]
+    cheap = [100 * result["cheap"]["added"] for result in results]
+    return [
+        f"({min(added):.0f} to {max(added):.0f}% of a step's time)",
+        f"({min(cheap):.1f} to {max(cheap):.1f}%)",
+    ]
+
+
+def _alerts() -> list[str]:
+    results = record("alerts")["results"]
+    healthy = [row for row in results if row["expected"] is None]
+    runs, raised = (sum(row[key] for row in healthy) for key in ("seeds", "with_others"))
+    rows = [
+        f"Of {runs} runs in which all is well ({len(healthy)} kinds), {raised} raised an alert."
+    ]
+    for row in results:
+        if row["expected"] is not None:
+            found = sorted(step for step in row["first"] if step is not None)
+            when = f"{found[len(found) // 2]}" if found else ""
+            told = f"{len(found)} of {row['seeds']}"
+            rows.append(
+                f"| {row['case']} | {row['expected']} | {told} | {when} | {row['with_others']} |"
+            )
+    return rows
+
+
+def _coverage() -> list[str]:
+    results = record("coverage")["results"]
+
+    def held(parts: str, *, noise: bool) -> str:
+        shares = [
+            100 * row["holds"]
+            for row in results
+            if row["parts"] == parts and not (noise and row["share"])
+        ]
+        return f"{min(shares):.0f} to {max(shares):.0f}%"
+
+    return [
+        f"{how}: {held(how, noise=False)} of the windows, {held(how, noise=True)} on pure noise"
+        for how in ("whole batches", "parts of two")
+    ]
 
 
 def _count() -> list[str]:

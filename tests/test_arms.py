@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tiny
-from poprisk import PopRiskAdamW
+from poprisk import PopRiskAdamW, PopRiskSOAP
 from poprisk_lab.arms import (
     FAMILIES,
     FULL_LEARNING_RATES,
@@ -31,7 +31,8 @@ SIZES = {"batch_size": 8, "dataset_size": 40}
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     x, y = tiny.tiny(seed).train
     optimizer.zero_grad()
-    tiny.cross_entropy(model(x[:8]), y[:8]).mean().backward()
+    losses = tiny.cross_entropy(model(x[:8]), y[:8])
+    optimizer.backward(losses) if isinstance(optimizer, PopRiskSOAP) else losses.mean().backward()
     optimizer.step()
 
 
@@ -91,7 +92,8 @@ def test_all_arms_hold_the_telling_ones_the_paper_and_the_peers() -> None:
     masks = {a.settings["mask"] for a in ALL if a.family == "paper"}
     assert masks == {"soft", "hard", "snr"}
     assert {a.settings["mode"] for a in ALL if a.family == "paper"} == {"paper"}
-    assert {a.optimizer for a in ALL if a.family == "peer"} == {"m-svag", "adabelief", "grokfast"}
+    peers = {"m-svag", "adabelief", "grokfast", "rotated"}
+    assert {a.optimizer for a in ALL if a.family == "peer"} == peers
 
 
 @pytest.mark.parametrize("arm", ALL, ids=lambda arm: arm.name)

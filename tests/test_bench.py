@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
 from typer.testing import CliRunner
 
 from poprisk import PopRiskAdamW
@@ -94,6 +95,34 @@ def test_kernels_are_measured_each_in_its_own_process(
     assert rows["kernel", "curvlinops"]["failure"] == said
 
 
+@pytest.mark.usefixtures("tiny")
+def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = ("no_such_package", step.PEERS["torchao AdamW, 8-bit state"][1])
+    monkeypatch.setattr(step, "PEERS", {"absent": absent})
+    assert "absent" not in step.optimizers_for([(8,)])
+    results = step.bench_steps(threads=1, steps=2)
+    assert step.bench_table(results).about.endswith("not installed: no_such_package")
+
+
+def test_growth_goes_over_parameters_and_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "PARAMETER_SETS", {})
+    monkeypatch.setattr(step, "GROWTH_SETS", {"1": [(8,)], "2": [(4,)] * 2})
+    assert step.bench_steps(threads=1, steps=2) == []
+    found = step.bench_steps(threads=1, steps=2, growth=True)
+    assert [(r.parameters, r.optimizer) for r in found] == [
+        (name, optimizer) for name in ("1", "2") for optimizer in step.OURS_ON_GROWTH
+    ]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "transformer"])
+def test_a_case_has_the_outputs_that_it_says(kind: str) -> None:
+    case = BenchCase(kind, 2, 8, 1, 4, outputs=3)
+    model, x = case.build()
+    assert model(x).shape == (2, 3)
+    assert ", 3 outputs, n=2" in case.label()
+    assert "outputs" not in case._replace(outputs=10).label()
+
+
 def test_muon_is_left_out_where_there_are_vectors() -> None:
     assert "Muon" not in step.optimizers_for([(8, 8), (8,)])
 
@@ -111,6 +140,13 @@ def test_state_size_counts_bytes() -> None:
     opt = PopRiskAdamW([w])
     opt.step()
     assert step.state_size(opt) == 3 * 10 * 8 + 4
+
+
+def test_state_is_counted_where_it_lies_deeper() -> None:
+    packed = TwoTensor(torch.zeros(5), torch.ones(5))
+    state: Any = {"w": {0: {"m": torch.zeros(3), "done": {0}}, "packed": packed}}
+    optimizer: Any = SimpleNamespace(state=state)
+    assert step.state_size(optimizer) == 3 * 4 + 2 * 5 * 4
 
 
 gpu: Any = SimpleNamespace(

@@ -249,6 +249,16 @@ def test_a_sink_whose_folder_was_deleted_is_said_once_and_training_goes_on(tmp_p
     assert len(monitor.rows) == 2
 
 
+def test_a_loss_alone_takes_no_gradients() -> None:
+    model, (x, y) = network(dropout=0.0), batch()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = RiskMonitor(model, squared, sgd, quantities=[Loss()])
+    monitor.step(x, y)
+    expected = float(squared(model(x), y).detach().mean())
+    assert monitor.rows[0][1] == {"loss": pytest.approx(expected)}
+    assert monitor._statistics.sums == {}
+
+
 def test_a_mean_that_is_spread_over_the_examples_is_said() -> None:
     def loss(u: Tensor, y: Tensor) -> Tensor:
         return squared(u, y).mean().expand(len(u))

@@ -21,6 +21,7 @@ PARTS = (
     "path",
     "attribution",
     "risk",
+    "monitor",
     "left_out",
     "lockstep",
     "audit",
@@ -29,6 +30,7 @@ PARTS = (
     "claims_paths",
     "grokking",
     "clusters",
+    "soap",
 )
 
 

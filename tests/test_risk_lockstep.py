@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from poprisk import Lockstep, PopRiskAdamW, TwinRisk, gated
+from poprisk import Lockstep, PopRiskAdamW, PopRiskSOAP, TwinRisk, gated
 from poprisk.risk import lockstep as lockstep_module
 from processes import Call, at_once
 from risk_ranks import WORLD, follow
@@ -43,6 +43,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
     "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
     "PopRiskAdamW": lambda m: PopRiskAdamW(m, lr=1e-2, batch_size=BATCH * PARTS, dataset_size=N),
+    "second moment": lambda m: PopRiskAdamW(m, lr=1e-2, variance="second-moment"),
+    "PopRiskSOAP": lambda m: PopRiskSOAP(m, lr=1e-2, variance="ema", factors="gradient"),
     "gated SGD": lambda m: gated(
         torch.optim.SGD(m.parameters(), lr=0.1), batch_size=BATCH * PARTS, dataset_size=N
     ),
@@ -522,6 +524,10 @@ def told_of_gradients(model: nn.Module) -> Optimizer:
     return PopRiskAdamW(model, variance="microbatch")
 
 
+def told_of_factors(model: nn.Module) -> Optimizer:
+    return PopRiskSOAP(model, variance="ema")
+
+
 @pytest.mark.parametrize(
     ("model", "optimizer", "message"),
     [
@@ -534,8 +540,9 @@ def told_of_gradients(model: nn.Module) -> Optimizer:
             told_of_gradients,
             r"PopRiskAdamW\(variance='microbatch'\) is told of gradients by the loop",
         ),
+        (net, told_of_factors, r"PopRiskSOAP\(factors='examples'\) is told of gradients"),
     ],
-    ids=["compiled", "hooked", "LBFGS", "others", "microbatch"],
+    ids=["compiled", "hooked", "LBFGS", "others", "microbatch", "factors"],
 )
 def test_what_cannot_be_copied_is_refused(model: Any, optimizer: Any, message: str) -> None:
     made = model()

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from asserts import assert_bitwise
 from cases import MASKS, settings
-from poprisk import PopRiskAdamW, gated
+from poprisk import PopRiskAdamW, PopRiskSOAP, gated
 from poprisk.optim.sizes import TERM_KEYS, charges_by_term
 from poprisk_lab.controls import ShuffledMask
 from reference.optimizer import ReferenceTerms
@@ -590,6 +590,16 @@ def test_bad_settings_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         PopRiskAdamW([Parameter(torch.ones(1))], **{**SIZES, **changes})
+
+
+def test_the_gate_in_a_basis_refuses_terms() -> None:
+    with pytest.raises(TypeError, match="PopRiskSOAP takes batch_size and dataset_size as numbers"):
+        PopRiskSOAP([weights()], **SIZES)
+
+
+def test_a_loop_that_cannot_tell_terms_apart_is_told_of_them() -> None:
+    assert PopRiskAdamW([weights()], **SIZES).told_by_loop() == "sizes by term"
+    assert PopRiskAdamW([weights()], batch_size=8, dataset_size=24).told_by_loop() is None
 
 
 def test_a_wrapper_refuses_terms() -> None:

@@ -33,7 +33,8 @@ y = torch.where(wrong, (y + torch.randint(1, 10, (1000,), generator=g)) % 10, y)
 # Two lines more
 # --------------
 # The monitor is made once, and told of each batch before the optimizer steps. The loss gives one value an example.
-# Sinks are paths of JSONL files, TensorBoard writers, Weights & Biases runs, or your own functions.
+# Sinks are paths of JSONL files, TensorBoard writers, runs of Weights & Biases or trackio, an ``Accelerator``, or your
+# own functions.
 
 
 def train(make_optimizer, path, epochs=30):

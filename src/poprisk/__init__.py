@@ -11,6 +11,7 @@ from poprisk.monitor import RiskMonitor
 from poprisk.ntk import Kernel, entk
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.optim.rank_variance import observe_ranks
+from poprisk.optim.soap import PopRiskSOAP
 from poprisk.optim.stats import GateStats
 from poprisk.optim.variance import grad_mean_var
 from poprisk.optim.wrapper import GatedOptimizer, gated
@@ -56,6 +57,7 @@ __all__ = [
     "NotAnalysable",
     "PathOperators",
     "PopRiskAdamW",
+    "PopRiskSOAP",
     "ProgressCallback",
     "Recorder",
     "Replay",

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.optim.sizes import Sizes
+from poprisk.optim.soap import PopRiskSOAP
 from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace
 
 FAMILIES = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
@@ -74,7 +75,7 @@ def default_arms(*, full: bool) -> list[Arm]:
             follows=OURS,
         ),
         Arm("shuffled", "shuffled mask", "shuffled", "shuffled"),
-        *(_paper_arms() + _peer_arms() if full else []),
+        *(_rotated_arms() + _paper_arms() + _peer_arms() if full else []),
     ]
 
 
@@ -87,6 +88,18 @@ def _adamw(lr: float, weight_decay: float, *, held_out: bool = False) -> Arm:
         settings={"lr": lr, "weight_decay": weight_decay},
         held_out=held_out,
     )
+
+
+def _rotated_arms() -> list[Arm]:
+    """The gate in a Kronecker basis, and that basis without a gate."""
+    return [
+        Arm("rotated", "PopRiskSOAP", "peer", "rotated"),
+        *(
+            Arm(f"basis-lr{lr:g}", f"PopRiskSOAP, no gate, lr {lr:g}", "peer", "rotated",
+                {"gate": False, "lr": lr})
+            for lr in (2e-4, 5e-4)
+        ),
+    ]  # fmt: skip
 
 
 def _paper_arms() -> list[Arm]:
@@ -128,6 +141,8 @@ def build_optimizer(
     sizes = {"batch_size": batch_size, "dataset_size": dataset_size}
     if kind == "poprisk":
         return PopRiskAdamW(model, **sizes, **settings)
+    if kind == "rotated":
+        return PopRiskSOAP(model, **sizes, **settings)
     if kind == "shuffled":
         given: dict[str, Any] = {**settings, "mask": ShuffledMask(settings.get("mask", "soft"))}
         return PopRiskAdamW(model, **sizes, **given)

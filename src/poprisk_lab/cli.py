@@ -622,6 +622,7 @@ app.add_typer(bench, name="bench")
 Threads = Annotated[int, _option("Threads torch may use.")]
 Steps = Annotated[int, _option("Timed steps per optimizer.")]
 Out = Annotated[Path | None, _option("Also write the results as JSON.")]
+Growth = Annotated[bool, _option("Also growth with each size.")]
 
 
 @bench.callback(invoke_without_command=True)
@@ -634,12 +635,16 @@ def bench_default(
 ) -> None:
     """Measure side by side with torch, in one run; alone, the same as `bench step`."""
     if context.invoked_subcommand is None:
-        bench_step(threads, steps, out, trace)
+        bench_step(threads, steps, out=out, trace=trace)
 
 
 @bench.command("step")
 def bench_step(
-    threads: Threads = 1, steps: Steps = 50, out: Out = None, trace: Trace = False
+    threads: Threads = 1,
+    steps: Steps = 50,
+    growth: Growth = False,
+    out: Out = None,
+    trace: Trace = False,
 ) -> None:
     """Time one optimizer step beside torch's AdamW, and its state."""
     if threads < 1 or steps < 1:
@@ -647,7 +652,8 @@ def bench_step(
     with _errors(trace=trace):
         from poprisk_lab.bench.step import bench_cold_start, bench_steps, bench_table
 
-        results, cold = bench_steps(threads=threads, steps=steps), bench_cold_start()
+        results = bench_steps(threads=threads, steps=steps, growth=growth)
+        cold = bench_cold_start()
         _show_measured("one optimizer step", bench_table(results), threads, texts=2)
         compiling, cached = cold.compiling, cold.from_cache
         _say(f"first fused step: {compiling:.1f} s compiling, {cached:.2f} s from cache")
@@ -674,7 +680,7 @@ def bench_gated(
 def bench_kernel(
     threads: Threads = 1,
     repeats: Annotated[int, _option("Timed repetitions of each kernel.")] = 3,
-    growth: Annotated[bool, _option("Also growth with each size.")] = False,
+    growth: Growth = False,
     out: Out = None,
     trace: Trace = False,
 ) -> None:

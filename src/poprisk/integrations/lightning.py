@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from poprisk._renamed import renamed_names
 from poprisk._validate import check_callable, check_positive
 from poprisk.evaluation import Forward
-from poprisk.monitor import Quantity, RiskMonitor
+from poprisk.monitor import Condition, Quantity, RiskMonitor
+from poprisk.monitor.alerts import check_conditions
 from poprisk.monitor.quantities import check_quantities
 from poprisk.monitor.sinks import as_sinks
 from poprisk.monitor.steps import innermost
@@ -38,6 +39,7 @@ class LightningRiskCallback(Callback):
         split: from a batch to inputs and targets; by default a pair.
         forward: as for the monitor; the module's ``forward`` by default.
         log: whether to hand the numbers to Lightning's loggers.
+        conditions: as for the monitor.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class LightningRiskCallback(Callback):
         split: Split | None = None,
         forward: Forward | None = None,
         log: bool = False,
+        conditions: Iterable[Condition] | None = None,
     ) -> None:
         check_callable("loss", loss)
         check_positive("every", every)
         check_quantities(quantities or ())
         self.loss, self.every, self.split = loss, every, split or _pair
         self.quantities, self.sinks = quantities, as_sinks(sinks)
+        self.conditions = None if conditions is None else check_conditions(conditions)
         self.forward, self.log = forward, log
         self.monitor: RiskMonitor | None = None
         self._batch: tuple[Any] | None = None
@@ -127,6 +131,7 @@ class LightningRiskCallback(Callback):
                 quantities=self.quantities,
                 sinks=self.sinks,
                 forward=self.forward,
+                conditions=self.conditions,
             )
         return self.monitor.measure(map(self.split, parts), step=step)
 

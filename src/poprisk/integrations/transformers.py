@@ -16,7 +16,7 @@ adapters, see :func:`poprisk.integrations.trl.set_optimizer`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from poprisk._renamed import renamed_names
 from poprisk._validate import check_callable, check_positive
-from poprisk.monitor import Quantity, RiskMonitor
+from poprisk.monitor import Condition, Quantity, RiskMonitor
+from poprisk.monitor.alerts import check_conditions
 from poprisk.monitor.quantities import check_quantities
 from poprisk.monitor.sinks import as_sinks
 from poprisk.optim.adamw import PopRiskAdamW
@@ -83,6 +84,7 @@ class TrainerRiskCallback(TrainerCallback):
         quantities: as for the monitor.
         sinks: as for the monitor.
         labels: under which name the model's inputs hold the labels.
+        conditions: as for the monitor.
     """
 
     def __init__(
@@ -93,12 +95,14 @@ class TrainerRiskCallback(TrainerCallback):
         quantities: Sequence[Quantity] | None = None,
         sinks: Any = (),
         labels: str = "labels",
+        conditions: Iterable[Condition] | None = None,
     ) -> None:
         check_callable("loss", loss)
         check_positive("every", every)
         check_quantities(quantities or ())
         self.loss, self.every, self.labels = loss, every, labels
         self.quantities, self.sinks = quantities, as_sinks(sinks)
+        self.conditions = None if conditions is None else check_conditions(conditions)
         self.monitor: RiskMonitor | None = None
         self._parts: list[dict[str, Any]] = []
         self._own = 0
@@ -156,6 +160,7 @@ class TrainerRiskCallback(TrainerCallback):
                 quantities=self.quantities,
                 sinks=self.sinks,
                 forward=self._logits,
+                conditions=self.conditions,
             )
         self.monitor.measure([(part, part[self.labels]) for part in parts], step=step)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, final
 
@@ -15,6 +16,7 @@ from poprisk._validate import check_callable, check_positive, check_type
 from poprisk.dtensor import sharding_of
 from poprisk.evaluation import Forward, call, evaluating
 from poprisk.jacobian import inner
+from poprisk.monitor.alerts import Alert, Alerts, Condition, Drift, LabelMemorization, Starvation
 from poprisk.monitor.quantities import (
     CanaryMemorization,
     Gates,
@@ -30,16 +32,28 @@ from poprisk.monitor.quantities import (
     limit_of,
 )
 from poprisk.monitor.ranks import Ranks, writes
-from poprisk.monitor.sinks import Jsonl, TensorBoard, WeightsAndBiases, as_sinks
+from poprisk.monitor.sinks import (
+    Accelerate,
+    Jsonl,
+    TensorBoard,
+    Trackio,
+    WeightsAndBiases,
+    as_sinks,
+)
 from poprisk.monitor.statistics import Statistics
 from poprisk.monitor.steps import Gradients, innermost, warn_unwatched, watch
 from poprisk.printing import described
 from poprisk.protocols import PerExampleLoss
 
 __all__ = [
+    "Accelerate",
+    "Alert",
     "CanaryMemorization",
+    "Condition",
+    "Drift",
     "Gates",
     "Jsonl",
+    "LabelMemorization",
     "Loss",
     "Measured",
     "NormSignal",
@@ -47,10 +61,14 @@ __all__ = [
     "Risk",
     "RiskMonitor",
     "Signal",
+    "Starvation",
     "TangentKernel",
     "TensorBoard",
+    "Trackio",
     "WeightsAndBiases",
 ]
+
+_LOG = logging.getLogger(__name__)
 
 __getattr__ = renamed_names(__name__, Kernel="TangentKernel")
 
@@ -77,15 +95,20 @@ class RiskMonitor:
         optimizer: its optimizer, wrapped or not.
         every: steps of the optimizer between measurements; the first step is measured.
         quantities: what to measure; loss, signal and, if there is one, the gate, if left out.
-        sinks: paths of JSONL files, TensorBoard writers, wandb runs, or functions of step and row;
-            or one of these.
+        sinks: paths of JSONL files, TensorBoard writers, runs of wandb or trackio (or these words,
+            for the present run), an Accelerator or one of its trackers, or functions of step and
+            row; or one of these.
         accumulate: parts of a batch behind one step, if known: the row is written after so many,
             without waiting for the step. Needed only where neither the step can be seen nor
             gradients are cleared by ``zero_grad(set_to_none=True)``.
         forward: from a model and inputs to outputs; ``model(x)`` if left out.
+        conditions: what to raise an alert for when rows are written: a warning of the logger
+            ``poprisk.monitor``, and in the sinks. If left out, Starvation, LabelMemorization and
+            Drift, as far as rows have their numbers; ``()`` for none.
 
     Attributes:
         rows: steps and numbers measured so far; the last may lack parts still to come.
+        alerts: raised so far.
         steps: of the optimizer, so far.
 
     Raises:
@@ -112,6 +135,7 @@ class RiskMonitor:
         sinks: Any = (),
         accumulate: int | None = None,
         forward: Forward | None = None,
+        conditions: Iterable[Condition] | None = None,
     ) -> None:
         check_type("model", model, nn.Module, "a torch.nn.Module")
         check_callable("loss", loss)
@@ -127,13 +151,20 @@ class RiskMonitor:
             gates: list[Quantity] = [Gates()] if hasattr(self.optimizer, "gate_stats") else []
             quantities = [Loss(), Signal(), *gates]
         self.quantities = check_quantities(quantities)
+        if conditions is None:
+            conditions = (Starvation(), LabelMemorization(), Drift())
+        self._conditions = Alerts(conditions)
         self.sinks = as_sinks(sinks)
+        self.alerts: list[Alert] = []
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.steps = 0
         self._gradient_names = " and ".join(q.name for q in self.quantities if q.gradients)
         self._limit = limit_of(self.quantities)
         self._params = self._trained()
-        self._statistics = Statistics(self._measured())
+        readers = [q for q in self.quantities if q.gradients and not isinstance(q, Loss)]
+        self._derives = bool(readers)
+        modules = any(getattr(q, "modules", True) for q in readers)
+        self._statistics = Statistics(self._measured(), modules=modules)
         self._gradients = Gradients()
         self._parts = 0
         self._expected = accumulate or 1
@@ -207,8 +238,8 @@ class RiskMonitor:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on counting."""
-        return {"steps": self.steps}
+        """What a resumed run needs to go on counting, and to repeat no alert."""
+        return {"steps": self.steps, "holding": self._conditions.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where another monitor was.
@@ -217,12 +248,15 @@ class RiskMonitor:
             ValueError: if this is no state of a monitor.
         """
         steps = state_dict.get("steps") if isinstance(state_dict, dict) else None
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        holding = state_dict.get("holding", {}) if steps is not None else None
+        counted = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
+        if not counted or not isinstance(holding, dict):
             raise ValueError(
                 f"state_dict must be what RiskMonitor.state_dict() returned, but got "
                 f"{state_dict!r}."
             )
         self.steps = steps
+        self._conditions.load_state_dict(holding)
 
     def before_step(self) -> None:
         """What the optimizer calls before each of its steps; not for you."""
@@ -317,13 +351,13 @@ class RiskMonitor:
         """Add batches to the statistics; a failure is one of all quantities that need them."""
         found, needed = self._statistics, bool(self._gradient_names)
         how = (self.model, self.loss, self.forward)
+        gradients = self._derives and self._sharding is None
         try:
-            with evaluating(self.model, self.forward, self.loss):
+            with evaluating(*how) if needed else nullcontext():
                 for x, y in parts:
                     found.parts += 1
                     if needed and self._sharding != "FSDP1":
-                        whole = self._sharding is None
-                        found.add(*how, x, y, gradients=whole, limit=self._limit)
+                        found.add(*how, x, y, gradients=gradients, limit=self._limit)
         except Exception as error:
             found.parts += not found.parts
             found.failed += 1
@@ -373,15 +407,37 @@ class RiskMonitor:
             warnings.warn(message, RuntimeWarning, stacklevel=6)
 
     def _write(self, step: int, row: dict[str, float]) -> None:
+        self._to_sinks(lambda sink: sink(step, row))
+        self._conditions.add(step, row)
+        for condition in self._conditions.conditions:
+            try:
+                alert = self._conditions.look(condition)
+            except Exception as error:
+                self._warn_once(condition.name, error)
+                continue
+            if alert is not None:
+                self._raise(alert)
+
+    def _raise(self, alert: Alert) -> None:
+        self.alerts.append(alert)
+        if writes():
+            _LOG.warning("step %d: %s: %s", alert.step, alert.name, alert.text)
+        self._to_sinks(lambda sink: getattr(sink, "alert", _ignore)(alert))
+
+    def _to_sinks(self, write: Callable[[Any], object]) -> None:
         for sink in self.sinks if writes() else ():
             try:
-                sink(step, row)
+                write(sink)
             except Exception as error:
                 self._say_once(
                     f"the monitor cannot write to {sink}: {error or type(error).__name__}. Its "
                     "rows are in .rows; training goes on.",
-                    f"{sink}",
+                    f"sink {id(sink)}",
                 )
+
+
+def _ignore(alert: Alert) -> None:
+    """What a function does with an alert."""
 
 
 def _key(quantity: Quantity, part: str) -> str:

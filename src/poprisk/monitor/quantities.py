@@ -42,7 +42,8 @@ class Quantity(Protocol):
         name: prefix of its numbers.
         gradients: whether it needs the statistics of per-example gradients.
 
-    One that also has ``parts``, the names of its numbers, is NaN under these where it fails.
+    One that also has ``parts``, the names of its numbers, is NaN under these where it fails; one
+    whose ``modules`` is false needs the statistics of the whole gradient alone.
     """
 
     name: str
@@ -124,8 +125,8 @@ class Signal:
       the signal cannot be told from 0, and that noise_scale is no more than its lower end.
 
     Errors are of the examples' drawing. Where no part of the batch, on no rank, has three examples,
-    they are those of steps from each other (of eight, two errors hold the truth 85 to 89% of the
-    time, not 95), and NaN with one step. A step whose gradients are not
+    they are those of steps from each other, with the quantile of Student's t in the place of 2 in
+    intervals, and NaN with one step. A step whose gradients are not
     finite has NaN and does not go into the window. A resumed run begins with an empty window.
 
     Args:
@@ -169,6 +170,7 @@ class NormSignal:
     """
 
     name, gradients, parts = "norm_signal", True, ("steps", *norms.NAMES)
+    modules = False
 
     def __init__(self, *, examples: int | None = 16, window: int = 8) -> None:
         if examples is not None:

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor
 
 INTERVAL = 2.0
-"""Standard errors on either side of an interval."""
+"""Standard errors on either side of an interval, if they are of the examples' drawing."""
 
 SHARE = ("share", "share_error")
 """Numbers of :func:`parts_of` that are biased towards zero where few steps are behind them."""
@@ -160,7 +162,7 @@ def parts_of(steps: Sequence[GradientSignal]) -> dict[str, float]:
     the share's interval follows from that of this ratio, in which errors are nearly normal.
 
     Variances are those of the examples' drawing, step by step; where a step has none, those of the
-    steps from each other (the infinitesimal jackknife).
+    steps from each other (the infinitesimal jackknife), with the wider intervals of Student's t.
 
     Args:
         steps: one or more; each of independent examples.
@@ -178,7 +180,7 @@ def parts_of(steps: Sequence[GradientSignal]) -> dict[str, float]:
 
     share, more = _corrected(s, v, _error(steps, [(1.0, 0.0)] * k))
     ratio = s / t
-    apart = INTERVAL * _error(steps, [(t + s, s)] * k) / t**2
+    apart = _deviates(steps) * _error(steps, [(t + s, s)] * k) / t**2
     ends = (ratio - apart, ratio + apart)
     return {
         "share": share,
@@ -211,6 +213,19 @@ def _error(steps: Sequence[GradientSignal], weights: Sequence[tuple[float, float
     values = [a * g.norm - c * g.square for g, (a, c) in zip(steps, weights, strict=True)]
     mean = sum(values) / k
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (k * (k - 1)))
+
+
+def _deviates(steps: Sequence[GradientSignal]) -> float:
+    """Errors on either side that hold what :data:`INTERVAL` normal ones do, of few steps more."""
+    drawn = all(math.isfinite(g.along) for g in steps)
+    return INTERVAL if drawn or len(steps) < 2 else _student(len(steps) - 1)
+
+
+@cache
+def _student(degrees: int) -> float:
+    from scipy.special import stdtrit  # takes a while, and is needed here alone
+
+    return float(stdtrit(degrees, NormalDist().cdf(INTERVAL)))
 
 
 def _share(norm: Any, noise: float) -> Any:

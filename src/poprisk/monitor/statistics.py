@@ -16,7 +16,7 @@ from poprisk.losses import ignored_labels
 from poprisk.monitor.signal import SUMS, Counts, GradientSignal, sums_of
 from poprisk.optim.update import CHUNK
 from poprisk.per_sample import WORKSPACE, capture
-from poprisk.per_sample.gram import gram_, mirror_
+from poprisk.per_sample.gram import formed, gram_, mirror_
 from poprisk.per_sample.moments import total, wide
 from poprisk.per_sample.terms import Dense, Term
 from poprisk.protocols import PerExampleLoss
@@ -31,6 +31,7 @@ class Statistics:
 
     Args:
         params: by name.
+        modules: whether to keep what signals of single modules need, too.
 
     Attributes:
         parts: batches that were added, or could not be.
@@ -44,8 +45,8 @@ class Statistics:
         counts: behind ``rows``.
     """
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self.checked = False
+    def __init__(self, params: Mapping[str, Tensor], *, modules: bool = True) -> None:
+        self.checked, self.modules = False, modules
         self.clear(params)
 
     def clear(self, params: Mapping[str, Tensor]) -> None:
@@ -56,7 +57,7 @@ class Statistics:
         self.loss = 0.0
         self.sums: dict[str, Tensor] = {}
         self.counts = Counts()
-        names = dict.fromkeys(["", *map(module_of, self.params)])
+        names = dict.fromkeys(["", *(map(module_of, self.params) if self.modules else ())])
         self.rows = {name: torch.zeros(SUMS, dtype=torch.float64) for name in names}
 
     def add(
@@ -116,9 +117,6 @@ class Statistics:
         terms = _single(losses, self.params) if factors is None else factors.terms
         with torch.no_grad():
             kept = {name: [wide(t) for t in ts] for name, ts in terms.items() if ts}
-            for name, own in kept.items():
-                value = total(own)
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
             for start in range(0, len(losses), BLOCK):
                 block = slice(start, min(start + BLOCK, len(losses)))
                 self._add_block(kept, block)
@@ -127,22 +125,42 @@ class Statistics:
 
     def _add_block(self, terms: Mapping[str, list[Term]], block: slice) -> None:
         whole: Tensor | None = None
-        for module, grams in _grams(terms, block):
-            self.rows[module] += sums_of(grams).cpu()
+        for module, grams in self._grams(terms, block):
+            if self.modules:
+                self.rows[module] += sums_of(grams).cpu()
             whole = grams.double() if whole is None else whole + grams
         if whole is not None:
             self.rows[""] += sums_of(whole).cpu()
 
+    def _grams(self, terms: Mapping[str, list[Term]], block: slice) -> Iterator[tuple[str, Tensor]]:
+        """Inner products of the gradients of a block, module by module; their sums are added."""
+        b = block.stop - block.start
+        by_module: dict[str, list[str]] = {}
+        for name in terms:
+            by_module.setdefault(module_of(name), []).append(name)
+        for module, names in by_module.items():
+            like = terms[names[0]][0]
+            factor = like.grads if isinstance(like, Dense) else like.cotangent
+            gram = factor.new_zeros(b, b)
+            for name in names:
+                own = formed([t.part(block) for t in terms[name]], None, WORKSPACE)
+                value = total(own)
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+                gram_(gram, own, own, None, WORKSPACE)
+            mirror_(gram, b, 1)
+            yield module, gram
+
     def pooled(self) -> Statistics:
         """The sums over all ranks; takes part in the collectives whatever happened before."""
         device = next(iter(self.params.values())).device
-        found = Statistics(self.params)
-        found.whole = self.whole
-        own = [self.parts, self.failed, self.examples, self.batch, self.loss, *self.counts]
+        found = Statistics(self.params, modules=self.modules)
+        cut = float(not self.whole)  # ranks are to agree on it: one may have had no batch
+        own = [cut, self.parts, self.failed, self.examples, self.batch, self.loss, *self.counts]
         rows = torch.stack(list(self.rows.values()))
         counts = torch.tensor(own, dtype=torch.float64)
         pooled = _summed(torch.cat([counts, rows.flatten()]).to(device)).cpu()
-        parts, failed, examples, batch, found.loss, *pairs = pooled[: len(own)].tolist()
+        cut, parts, failed, examples, batch, found.loss, *pairs = pooled[: len(own)].tolist()
+        found.whole = cut == 0
         found.parts, found.failed = int(parts), int(failed)
         found.examples, found.batch = int(examples), int(batch)
         found.counts = Counts(*map(int, pairs))
@@ -162,7 +180,8 @@ class Statistics:
         for name, value in self.sums.items():
             square = sum(float(part.dot(part)) for part in value.split(CHUNK))
             squares[""] += square
-            squares[module_of(name)] += square
+            if self.modules:
+                squares[module_of(name)] += square
         counts = self.counts._replace(examples=self.examples)
         return {
             module: GradientSignal.of(squares[module], row.tolist(), counts, self.batch)
@@ -206,23 +225,6 @@ def _single(losses: Tensor, params: Mapping[str, Tensor]) -> dict[str, list[Term
 
 def _real(g: Tensor) -> Tensor:
     return torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-
-
-def _grams(terms: Mapping[str, list[Term]], block: slice) -> Iterator[tuple[str, Tensor]]:
-    """Inner products of the gradients of a block of examples, module by module."""
-    b = block.stop - block.start
-    by_module: dict[str, list[str]] = {}
-    for name in terms:
-        by_module.setdefault(module_of(name), []).append(name)
-    for module, names in by_module.items():
-        like = terms[names[0]][0]
-        factor = like.grads if isinstance(like, Dense) else like.cotangent
-        gram = factor.new_zeros(b, b)
-        for name in names:
-            own = [t.part(block) for t in terms[name]]
-            gram_(gram, own, own, None, WORKSPACE)
-        mirror_(gram, b, 1)
-        yield module, gram
 
 
 def _summed(value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, SupportsFloat, final, overload
+from typing import Any, SupportsFloat, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from poprisk.dtensor import (
     layout_of,
     locals_of,
 )
-from poprisk.optim.batch_variance import BatchParts
+from poprisk.optim.batch_variance import Bases, BatchParts
 from poprisk.optim.fused import check_capturable, gradients_are_finite, gradients_are_small
 from poprisk.optim.gate import Mask, TensorList
 from poprisk.optim.groups import TensorGroup, captured_updates, update_group
@@ -58,7 +58,6 @@ from poprisk.optim.update import (
 from poprisk.optim.variance import WITHIN_BATCH, GivenVariances
 
 
-@final
 class PopRiskAdamW(Optimizer):
     r"""AdamW whose update is masked where the batch gradients do not support it.
 
@@ -127,6 +126,9 @@ class PopRiskAdamW(Optimizer):
         tensor([0.9000])
     """
 
+    _tensor_keys: tuple[str, ...] = (*ADAM_KEYS, *VARIANCE_KEYS)
+    """What is kept in the precision of the state, also when loaded."""
+
     def __init__(
         self,
         params: Any,
@@ -153,8 +155,12 @@ class PopRiskAdamW(Optimizer):
         gate: bool = True,
     ) -> None:
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        self._start(params, defaults)
+
+    def _start(self, params: Any, defaults: dict[str, Any]) -> None:
+        """Take up the parameters, with these settings where a group has none of its own."""
         self.rank_observations: dict[Tensor, Observation] = {}
-        self._notes = _Notes(params if isinstance(params, nn.Module) else None)
+        self._notes = _Notes(type(self).__name__, params if isinstance(params, nn.Module) else None)
         if isinstance(params, nn.Module):
             params = params.named_parameters()
         if params is None:
@@ -165,10 +171,10 @@ class PopRiskAdamW(Optimizer):
         super().__init__(params, {**defaults, "skipped_steps": 0})
         if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
             warnings.warn(
-                "PopRiskAdamW was given parameters none of which requires a gradient: it will "
-                "train nothing until some do (requires_grad_()).",
+                f"{type(self).__name__} was given parameters none of which requires a gradient: "
+                "it will train nothing until some do (requires_grad_()).",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,7 +182,7 @@ class PopRiskAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_notes", _Notes(None))
+        self.__dict__.setdefault("_notes", _Notes(type(self).__name__, None))
 
     @property
     def skipped_steps(self) -> int:
@@ -190,7 +196,7 @@ class PopRiskAdamW(Optimizer):
         that the constructor was given, else made up from the position; and the other way round.
         """
         check_type("param_group", param_group, dict, "a dict")
-        check_optimizer_settings({**self.defaults, **param_group})
+        self._check_group({**self.defaults, **param_group})
         unnamed = self._agree_on_names(param_group)
         try:
             check_distinct(param_group["params"])
@@ -203,6 +209,10 @@ class PopRiskAdamW(Optimizer):
         make_plain_(self.param_groups[-1])
         self._notes.parts = None
         self._prepare_captured()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse settings, or parameters with them, that cannot be (TypeError, ValueError)."""
+        check_optimizer_settings(group)
 
     def _agree_on_names(self, new: dict[str, Any]) -> list[dict[str, Any]]:
         """Name the new group, or the present ones, where only the other side has names.
@@ -252,9 +262,13 @@ class PopRiskAdamW(Optimizer):
         take_variances_(groups, self.state, given)
         self.rank_observations.clear()
         for tensors in parts:
-            update_group(tensors)
+            self._update(tensors)
         self._use_parts()
         return loss
+
+    def _update(self, tensors: TensorGroup) -> None:
+        """Update parameters of one kind, and their state."""
+        update_group(tensors)
 
     def backward(self, losses: Tensor, *, weight: float = 1.0) -> None:
         """Compute gradients for ``variance="exact"``, in place of ``losses.mean().backward()``.
@@ -369,9 +383,13 @@ class PopRiskAdamW(Optimizer):
                 for j, p in enumerate(group["params"])
                 if p.requires_grad
             }
-            parts = self._notes.parts = parts or BatchParts(params)
+            parts = self._notes.parts = parts or BatchParts(params, self._bases())
             parts.params = params
         return parts
+
+    def _bases(self) -> Bases | None:
+        """In which bases variances are wanted."""
+        return None
 
     def _given_variances(self) -> GivenVariances:
         """The variances that parameters are given; checked before any state changes."""
@@ -406,6 +424,15 @@ class PopRiskAdamW(Optimizer):
             raise RuntimeError(
                 f"{method}() is for variance={needed!r}, but this optimizer uses {used}."
             )
+
+    def told_by_loop(self) -> str | None:
+        """A setting by which the training loop has to tell more than gradients; None: none."""
+        for group in self.param_groups:
+            if group["gate"] and group["variance"] in (*WITHIN_BATCH, "data-parallel"):
+                return f"variance={group['variance']!r}"
+            if compiled(group).charges:
+                return "sizes by term"
+        return None
 
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
         """What the gate let through at the last step, per module (:class:`GateStats`).
@@ -456,10 +483,10 @@ class PopRiskAdamW(Optimizer):
         for i, (p, state) in enumerate(saved.items()):
             check_state_shapes(i, p, state, (*ADAM_KEYS, *VARIANCE_KEYS))
         pairs = zip(self.param_groups, completed["param_groups"], strict=True)
-        tell_differences("PopRiskAdamW", list(pairs))
+        tell_differences(type(self).__name__, list(pairs))
         super().load_state_dict(completed)
         for p, state in saved.items():
-            for key in (*ADAM_KEYS, *VARIANCE_KEYS):
+            for key in self._tensor_keys:
                 if key in state:
                     self.state[p][key] = state[key].to(p.device, state_dtype(p), copy=True)
             if "step" in state:
@@ -530,17 +557,18 @@ class _Notes:
     It is one object, so that a wrapper that imitates the optimizer, as Lightning's does, shares it.
 
     Args:
+        name: of the optimizer, for messages.
         model: the module whose parameters are optimized, if it is known; not kept alive.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
+    def __init__(self, name: str, model: nn.Module | None) -> None:
         self.model = weakref.ref(model) if model is not None else None
         self.parts: BatchParts | None = None
         self.terms = TermGradients()
-        self.patience = Patience("PopRiskAdamW")
+        self.patience = Patience(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Notes:
-        return _Notes(None)
+        return _Notes(self.patience.name, None)
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         """The present parameters of the module."""

@@ -17,17 +17,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import cast, final
+from typing import Protocol, cast, final
 
 import torch
 from torch import Tensor
 
 from poprisk.dtensor import processes
+from poprisk.optim.kronecker import Rotation
 from poprisk.optim.state import check_dense
 from poprisk.optim.variance import GivenVariances, check_batch_losses
-from poprisk.per_sample import Factors, capture
+from poprisk.per_sample import Factors, capture, shaped
 from poprisk.per_sample.graph import leaves_of
-from poprisk.per_sample.moments import not_negative, squared
+from poprisk.per_sample.moments import moments, not_negative, squared, total
+from poprisk.per_sample.terms import Term
 from poprisk.per_sample.visible import check_whole
 
 SCALED_TOLERANCE = 1e-2
@@ -40,6 +42,26 @@ LEFT_OVER = (
     "gradients are left from before this batch; call optimizer.zero_grad() before "
     "optimizer.backward(losses), and use no other backward pass with it."
 )
+
+
+class Bases(Protocol):
+    """In which basis each parameter's variance is wanted, of an optimizer that keeps some."""
+
+    def seen(self, p: Tensor, terms: list[Term], share: float) -> None:
+        """Look at the shares of the examples in the mean gradient; ``share`` is one example's."""
+        ...
+
+    def rotation(self, p: Tensor) -> Rotation | None:
+        """The basis of a parameter; None: its coordinates."""
+        ...
+
+    def turned(self, p: Tensor) -> Tensor:
+        """The present gradient in that basis."""
+        ...
+
+    def restart(self) -> None:
+        """Forget the shares: a new batch starts."""
+        ...
 
 
 @dataclass
@@ -73,10 +95,12 @@ class BatchParts:
 
     Args:
         params: the optimizer's parameters, by name or position.
+        bases: where the variance is to be; None: coordinates of the parameters.
     """
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], bases: Bases | None = None) -> None:
         self.params = params
+        self.bases = bases
         self._noted: dict[Tensor, _Noted] = {}
         self._used: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
         self._restart()
@@ -97,6 +121,8 @@ class BatchParts:
         self.parts = 0
         self._share: float | None = None
         self._noted.clear()
+        if self.bases is not None:
+            self.bases.restart()
 
     def backward(self, losses: Tensor, weight: float, batch_size: int | None = None) -> None:
         """Add ``weight`` times the mean gradient to ``.grad``, and note each example's share.
@@ -133,7 +159,7 @@ class BatchParts:
                 'what it does: remove it, or use another variance than "exact".'
             )
         with _set_aside(leaves):
-            found = _shares(capture(values, self.params, accumulate=True))
+            found = _shares(capture(values, self.params, accumulate=True), self.bases, share)
         for p in found:
             self._check_untouched(p)
         self._share = share
@@ -192,15 +218,21 @@ class BatchParts:
                 'optimizer.backward(losses) for variance="exact", and call '
                 'optimizer.microbatch(size) after each backward pass for "microbatch".'
             )
-        factors = {p: self._factor(p) for p in params}
+        factors = {p: self.factor(p) for p in params}
         return {p: partial(self._variance, p, factor) for p, factor in factors.items()}
 
     @torch.no_grad()
     def _variance(self, p: Tensor, factor: float) -> Tensor:
-        total = self._noted[p].squares * (self.examples * factor**2)
-        return not_negative((total - squared(_grad(p))) / (self.parts - 1))
+        squares = self._noted[p].squares * (self.examples * factor**2)
+        grad = self.bases.turned(p) if self.bases is not None else _grad(p)
+        return not_negative((squares - squared(grad)) / (self.parts - 1))
 
-    def _factor(self, p: Tensor) -> float:
+    def factor(self, p: Tensor) -> float:
+        """What the gradient was multiplied by since it was noted.
+
+        Raises:
+            RuntimeError: if that is not one number.
+        """
         noted, grad = self._noted[p], _grad(p)
         # Not by version: GradScaler and writes through ``.data`` leave it as it was.
         return common_factor(probe(grad, whole=noted.whole), noted.probe)
@@ -276,6 +308,13 @@ def _check_step_size(examples: int, implied: float, batch_size: int | None) -> N
         )
 
 
+_HOOKED = (
+    "a hook on {} (register_hook) changes its gradient, whose examples' shares are needed in "
+    "another basis, which the hook does not know; remove it, or take this parameter into a group "
+    "with max_dim=0."
+)
+
+
 @contextmanager
 def _set_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
     """Leaves without gradients, which are put back afterwards."""
@@ -289,8 +328,23 @@ def _set_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
             p.grad = grad
 
 
+def _rotated(tensor: Tensor, rotation: Rotation | None) -> Tensor:
+    return tensor if rotation is None else rotation.forward(tensor)
+
+
+def _moments_in(terms: list[Term], p: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    """The sum of shares in coordinates, and the sum of their squares in a basis."""
+    if rotation is None:
+        sums, squares = moments(terms)
+        return shaped(sums, p), shaped(squares, p)
+    squares = moments(rotation.terms(terms, p.shape))[1]
+    return total(terms).reshape(p.shape), squares.reshape(p.shape)
+
+
 @torch.no_grad()
-def _shares(factors: Factors) -> dict[Tensor, tuple[Tensor, Tensor]]:
+def _shares(
+    factors: Factors, bases: Bases | None, share: float
+) -> dict[Tensor, tuple[Tensor, Tensor]]:
     """What autograd has put into ``.grad``, and the sums of squared shares of the examples.
 
     Raises:
@@ -300,12 +354,18 @@ def _shares(factors: Factors) -> dict[Tensor, tuple[Tensor, Tensor]]:
     """
     found: dict[Tensor, tuple[Tensor, Tensor]] = {}
     gaps: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, sums, squares in factors.each_moments():
+    for name, terms in factors.terms.items():
         p = factors.params[name]
+        if bases is not None:
+            bases.seen(p, terms, share)
+        rotation = bases.rotation(p) if bases is not None else None
+        sums, squares = _moments_in(terms, p, rotation)
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         check_dense([grad])
         gap, size = _gap(grad, sums, squares)
         if p._backward_hooks and bool(gap > _tolerance(p) * size):
+            if rotation is not None:
+                raise RuntimeError(_HOOKED.format(_described(name, p)))
             squares = _behind_hook(name, grad, sums, squares)
         else:
             gaps[name] = gap, size
@@ -314,7 +374,8 @@ def _shares(factors: Factors) -> dict[Tensor, tuple[Tensor, Tensor]]:
         if p not in found and p.grad is not None:
             if bool(p.grad.any()):
                 raise _unseen(name, p)
-            found[p] = p.grad, squared(p.grad)
+            rotation = bases.rotation(p) if bases is not None else None
+            found[p] = p.grad, squared(_rotated(p.grad, rotation))
     sizes = _numbers([size for _, size in gaps.values()])
     largest = max(filter(math.isfinite, sizes), default=0.0)
     for name, gap, size in zip(gaps, _numbers([g for g, _ in gaps.values()]), sizes, strict=True):

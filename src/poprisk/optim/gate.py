@@ -334,6 +334,8 @@ class Gate(NamedTuple):
     q_min: float = 0.0
     per_tensor: bool = False
     pool: Pool = local_means
+    slack: float = 0.0
+    r"""Tolerance :math:`\kappa`: of the variance what exceeds :math:`\kappa \hat v` counts."""
     opened: Tensor | None = None
     """Where steps are captured: whether there is no estimate yet, so that all passes."""
     charges: Charges | None = None

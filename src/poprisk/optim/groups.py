@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +13,17 @@ from torch import Tensor
 from poprisk.dtensor import ShardLayout, gradient_of, layout_of, locals_of
 from poprisk.optim.fused import captured_adamw_, fused_adamw_
 from poprisk.optim.gate import TensorList
+from poprisk.optim.kronecker import Rotation
 from poprisk.optim.settings import CompiledGroup
 from poprisk.optim.state import ADAM_KEYS
 from poprisk.optim.update import (
     LOW_PRECISION,
     TensorLists,
     cache_blocks,
+    decay_,
     gated_adamw_,
     real_lists,
+    state_dtype,
 )
 
 
@@ -38,6 +41,11 @@ class TensorGroup(NamedTuple):
     observations: Any
     layout: ShardLayout | None
     terms: Mapping[Tensor, Tensor] = {}
+
+    def subset(self, indices: Sequence[int]) -> TensorGroup:
+        """Some of the parameters."""
+        params, states = [self.params[i] for i in indices], [self.states[i] for i in indices]
+        return self._replace(params=params, states=states)
 
 
 def captured_updates(
@@ -116,6 +124,32 @@ def update_group(tensors: TensorGroup) -> None:
     update_lists(lists, settings, functools.partial(gated_adamw_, **how))
     for p, w in zip(columns.params, lists.params, strict=True):
         if p.dtype in LOW_PRECISION:
+            p.copy_(w)
+
+
+def update_rotated(tensors: TensorGroup, rotations: Sequence[Rotation], turned: TensorList) -> None:
+    """The same in a basis of each parameter, from the gradients there; the step is turned back.
+
+    The moments are kept in that basis; weight decay, which is the same in any, is not turned.
+    """
+    group, settings = tensors.group, tensors.group.settings
+    counts = group.counts(tensors.t, tensors.observations)
+    adam, dtype = group.adam(counts), state_dtype(tensors.params[0])
+    columns = _columns(tensors)
+    steps = [torch.zeros_like(g) for g in turned]
+    lists = real_lists(columns._replace(params=steps, grads=[*turned]), settings["maximize"])
+    how = {
+        "settings": adam._replace(weight_decay=0.0),
+        "counts": counts,
+        "estimator": group.estimator,
+        "gate": group.gate(counts),
+    }
+    update_lists(lists, settings, functools.partial(gated_adamw_, **how))
+    for p, rotation, step in zip(tensors.params, rotations, steps, strict=True):
+        w = p.to(dtype)
+        decay_([w], adam)
+        w.add_(rotation.back(step))
+        if w is not p:
             p.copy_(w)
 
 

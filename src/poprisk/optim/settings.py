@@ -92,6 +92,7 @@ class CompiledGroup(NamedTuple):
             eps=s["eps"] if paper else 0.0,
             q_min=s["q_min"],
             per_tensor=s["reduction"] == "per_tensor",
+            slack=s.get("slack", 0.0),
             opened=inflation == 0 if counts.captured and not paper else None,
             pool=local_means if layout is None else GlobalMeans(layout),
             charges=charges,

@@ -120,8 +120,7 @@ def gated_adamw_(
         estimator.observe_(s, g, m, counts)
         if term_grads:
             observe_terms_(estimator, term_avgs, term_vars, term_grads, counts)
-    if settings.weight_decay != 0:
-        torch._foreach_mul_(w, _number(1 - settings.lr * settings.weight_decay, w[0]))
+    decay_(w, settings)
     torch._foreach_lerp_(m, g, 1 - settings.beta1)
     torch._foreach_mul_(v, _number(settings.beta2, v[0]))
     torch._foreach_addcmul_(v, g, g, 1 - settings.beta2)
@@ -142,11 +141,22 @@ def gated_adamw_(
         torch._foreach_addcdiv_(w, step, denom, -rate)
 
 
+def decay_(w: TensorList, settings: AdamSettings) -> None:
+    """Decoupled weight decay, in place."""
+    if settings.weight_decay != 0:
+        torch._foreach_mul_(w, _number(1 - settings.lr * settings.weight_decay, w[0]))
+
+
 def masks(
     lists: TensorLists, counts: StepCounts, estimator: VarianceEstimator, gate: Gate
 ) -> TensorList:
     """The mask of each tensor; the moments contain the present gradients."""
     raw, var_scale = estimator.read(lists.variances, lists.exp_avgs, lists.exp_avg_sqs, counts)
+    if gate.slack > 0:
+        raw, tolerated = scaled(raw, var_scale), gate.slack / (1 - counts.beta2**counts.t)
+        torch._foreach_add_(raw, lists.exp_avg_sqs, alpha=-tolerated)
+        torch._foreach_clamp_min_(raw, 0.0)
+        var_scale = 1.0
     scales = {"mean_scale": counts.mean_scale, "var_scale": var_scale}
     return gate(lists.exp_avgs, raw, lists.term_vars, **scales)
 

@@ -169,7 +169,7 @@ class Factors:
         """:meth:`moments` of one parameter after the other, of those that the values depend on."""
         for name, terms in self.terms.items():
             sums, squares = moments(terms)
-            yield name, _shaped(sums, self.params[name]), _shaped(squares, self.params[name])
+            yield name, shaped(sums, self.params[name]), shaped(squares, self.params[name])
 
     def _zeros(self, shape: tuple[int, int]) -> Tensor:
         like = next(iter(self.params.values()))
@@ -304,7 +304,8 @@ def _weight(precondition: Mapping[str, Tensor] | None, name: str, param: Tensor)
     return torch.stack([weight, weight], dim=-1) if param.is_complex() else weight
 
 
-def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+def shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """A flat sum over examples in the shape of its parameter; of pairs if that is complex."""
     if like.is_complex():
         return torch.view_as_complex(flat.reshape(*like.shape, 2))
     return flat.reshape(like.shape)

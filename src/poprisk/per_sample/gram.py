@@ -32,13 +32,19 @@ def gram_(
         _add(out, left, right, weight, workspace)
         return
     b, k = size(left)
-    if not _in_factors(left, left, weight) and _elements(left) <= workspace:
-        left = [Dense(dense(left), _shape(left[0]))]
+    left = formed(left, weight, workspace)
     for rows, columns in panels(b, k):
         upper = [t.part(rows) for t in left]
         lower = upper if rows == columns else [t.part(columns) for t in left]
         block = out[rows.start * k : rows.stop * k, columns.start * k : columns.stop * k]
         _add(block, upper, lower, weight, workspace)
+
+
+def formed(terms: list[Term], weight: Tensor | None, workspace: int) -> list[Term]:
+    """The gradients themselves, where their inner products need these and they fit in at once."""
+    if _in_factors(terms, terms, weight) or _elements(terms) > workspace:
+        return terms
+    return [Dense(dense(terms), _shape(terms[0]))]
 
 
 def panels(b: int, k: int) -> Iterator[tuple[slice, slice]]:

@@ -106,10 +106,10 @@ def not_negative(variance: Tensor) -> Tensor:
 
 def total(terms: list[Term]) -> Tensor:
     r""":math:`\sum_i G_i` alone, flat, in the parameter's order, of one value per example."""
-    found: Tensor | int = 0
-    for term in map(wide, terms):
+    found = _total_of(wide(terms[0]))
+    for term in map(wide, terms[1:]):
         found = found + _total_of(term)
-    return torch.as_tensor(found)
+    return found
 
 
 def _total_of(term: Term) -> Tensor:

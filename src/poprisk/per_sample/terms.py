@@ -80,14 +80,19 @@ class Outer(NamedTuple):
             index = self.activation.indices[:, None, :, None].expand(self.cotangent.shape)
             table.scatter_add_(2, index, self.cotangent)
             return (table if self.flipped else table.mT).reshape(b, k, -1)
+        if k == 1:  # without the copy
+            return self._products(0).reshape(b, 1, -1)
         shape = (self.columns, r) if self.flipped else (r, self.columns)
         grads = self.cotangent.new_empty(b, k, *shape)
         for i in range(k):
-            cotangent = self.cotangent[:, i]
-            grads[:, i] = (
-                self.activation.mT @ cotangent if self.flipped else cotangent.mT @ self.activation
-            )
+            grads[:, i] = self._products(i)
         return grads.reshape(b, k, -1)
+
+    def _products(self, value: int) -> Tensor:
+        """The gradients of one value of each example, (b, r, c), or (b, c, r) if flipped."""
+        assert isinstance(self.activation, Tensor)
+        cotangent = self.cotangent[:, value]
+        return self.activation.mT @ cotangent if self.flipped else cotangent.mT @ self.activation
 
 
 class Dense(NamedTuple):

@@ -647,13 +647,11 @@ def _check_followed(model: Any, optimizer: Any) -> None:
             "the optimizer must hold parameters of the model and no others; put what else is "
             "trained into the model."
         )
-    told = isinstance(optimizer, PopRiskAdamW) and {
-        str(g["variance"]) for g in optimizer.param_groups
-    } - {"ema"}
-    if told:
+    told = optimizer.told_by_loop() if isinstance(optimizer, PopRiskAdamW) else None
+    if told is not None:
         raise ValueError(
-            f"PopRiskAdamW(variance={told.pop()!r}) is told of gradients by the loop, which a twin "
-            'cannot follow; use variance="ema".'
+            f"{type(optimizer).__name__}({told}) is told of gradients by the loop, which a twin "
+            'cannot follow; use variance="ema" or "second-moment".'
         )
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

@@ -38,6 +38,7 @@ GROWTH_CASES: Sequence[BenchCase] = (
     *(BenchCase("mlp", 100, width) for width in (256, 512, 1024, 2048)),
     *(BenchCase("mlp", 100, 512, depth) for depth in (2, 4, 8)),
     *(BenchCase("transformer", 16, 64, 2, length) for length in (16, 32, 64, 128)),
+    *(BenchCase("mlp", 50, 512, outputs=outputs) for outputs in (1, 10, 30, 100)),
 )
 MOMENT_CASES: Sequence[BenchCase] = (BenchCase("mlp", 64, 1024), BenchCase("transformer", 64, 128))
 

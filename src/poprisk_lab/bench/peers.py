@@ -53,9 +53,10 @@ def curvlinops_kernel(model: nn.Module, x: Tensor) -> Tensor:
     """Curvlinops' Jacobian operator times its adjoint."""
     from curvlinops import JacobianLinearOperator
 
-    batch = [(x, torch.zeros(len(x), 10))]
+    outputs = model(x).shape[1]
+    batch = [(x, torch.zeros(len(x), outputs))]
     jacobian = JacobianLinearOperator(model, list(model.parameters()), batch)
-    return jacobian @ (jacobian.adjoint() @ torch.eye(10 * len(x)))
+    return jacobian @ (jacobian.adjoint() @ torch.eye(outputs * len(x)))
 
 
 KERNELS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {

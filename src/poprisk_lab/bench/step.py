@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk_lab.bench import take_turns
@@ -26,15 +29,23 @@ PARAMETER_SETS: dict[str, Sequence[tuple[int, ...]]] = {
     "400 × 1k": [(1_000,)] * 400,
 }
 
+GROWTH_SETS: dict[str, Sequence[tuple[int, ...]]] = {
+    "1 × 10k": [(10_000,)],
+    "1 × 100k": [(100_000,)],
+    "1 × 3M": [(3_000_000,)],
+    "1 × 30M": [(30_000_000,)],
+    "10 × 100k": [(100_000,)] * 10,
+    "1000 × 1k": [(1_000,)] * 1000,
+}
+"""With those above: one tensor of 10k to 30M numbers, and 1M numbers in 1 to 1000 tensors."""
+
 Build = Callable[[list[nn.Parameter]], Optimizer]
 
 
-def _peer(name: str) -> Build:
+def _peer(name: str, package: str = "pytorch_optimizer", **settings: Any) -> Build:
     def build(params: list[nn.Parameter]) -> Optimizer:
-        import pytorch_optimizer
-
-        optimizer = getattr(pytorch_optimizer, name)(params)
-        if hasattr(optimizer, "train"):
+        optimizer = getattr(importlib.import_module(package), name)(params, **settings)
+        if callable(getattr(optimizer, "train", None)):
             optimizer.train()
         return optimizer
 
@@ -55,6 +66,12 @@ OPTIMIZERS: dict[str, Build] = {
     "AdaBelief": _peer("AdaBelief"),
     "ScheduleFreeAdamW": _peer("ScheduleFreeAdamW"),
 }
+PEERS: dict[str, tuple[str, Build]] = {
+    "heavyball AdamW, compiled": ("heavyball", _peer("AdamW", "heavyball", consume_grad=False)),
+    "torchao AdamW, 8-bit state": ("torchao", _peer("AdamW8bit", "torchao.optim")),
+}
+"""Optimizers of packages that the laboratory does not ask for: package, and how to build one."""
+OURS_ON_GROWTH = ("PopRiskAdamW fused", "PopRiskAdamW foreach", "AdamW foreach")
 BASELINE = "AdamW fused"
 
 
@@ -89,7 +106,7 @@ class ColdStart(NamedTuple):
     from_cache: float
 
 
-def bench_steps(*, threads: int, steps: int) -> list[StepTime]:
+def bench_steps(*, threads: int, steps: int, growth: bool = False) -> list[StepTime]:
     """Time every optimizer on every parameter set, taking turns step by step.
 
     Each optimizer is timed against the baseline in a pair of its own, so that the caches hold
@@ -98,21 +115,33 @@ def bench_steps(*, threads: int, steps: int) -> list[StepTime]:
     Args:
         threads: for torch.
         steps: timed steps after a warm-up; fewer where they take over four seconds.
+        growth: also ours and AdamW's on the sets of ``GROWTH_SETS``.
     """
+    few = {name: OPTIMIZERS[name] for name in OURS_ON_GROWTH}
     with torch_threads(threads):
         return [
             _bench_pair(name, shapes, other, build, steps)
-            for name, shapes in PARAMETER_SETS.items()
-            for other, build in optimizers_for(shapes).items()
+            for name, shapes in {**PARAMETER_SETS, **(GROWTH_SETS if growth else {})}.items()
+            for other, build in (optimizers_for(shapes) if name in PARAMETER_SETS else few).items()
         ]
 
 
 def optimizers_for(shapes: Sequence[tuple[int, ...]]) -> dict[str, Build]:
-    """The optimizers that take these shapes: Muon needs matrices."""
+    """The optimizers that are installed and take these shapes: Muon needs matrices."""
+    found = {**OPTIMIZERS, **{name: build for name, (_, build) in _installed_peers().items()}}
     muon = getattr(torch.optim, "Muon", None)
     if muon is None or any(len(shape) != 2 for shape in shapes):
-        return OPTIMIZERS
-    return {**OPTIMIZERS, "Muon": muon}
+        return found
+    return {**found, "Muon": muon}
+
+
+def _installed_peers() -> dict[str, tuple[str, Build]]:
+    return {name: peer for name, peer in PEERS.items() if find_spec(peer[0])}
+
+
+def missing_packages() -> list[str]:
+    """Packages of ``PEERS`` that are not installed."""
+    return sorted({package for package, _ in PEERS.values() if not find_spec(package)})
 
 
 def _bench_pair(
@@ -127,8 +156,19 @@ def _bench_pair(
 
 def state_size(optimizer: Optimizer) -> int:
     """Bytes of all tensors that the optimizer keeps per parameter."""
-    states = optimizer.state.values()
-    return _bytes([x for s in states for x in s.values() if isinstance(x, Tensor)])
+    return _bytes([*_tensors_in(optimizer.state)])
+
+
+def _tensors_in(state: Any) -> Iterator[Tensor]:
+    """Every plain tensor in nested dictionaries, of packed tensors what they hold."""
+    if isinstance(state, Mapping):
+        for x in state.values():
+            yield from _tensors_in(x)
+    elif is_traceable_wrapper_subclass(state):
+        for name in state.__tensor_flatten__()[0]:
+            yield from _tensors_in(getattr(state, name))
+    elif isinstance(state, Tensor):
+        yield state
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -146,6 +186,11 @@ def parameters(shapes: Sequence[tuple[int, ...]]) -> list[nn.Parameter]:
     for p in params:
         p.grad = random(tuple(p.shape))
     return params
+
+
+def _left_out() -> str:
+    missing = missing_packages()
+    return f"; left out, not installed: {', '.join(missing)}" if missing else ""
 
 
 FIRST_STEP = """
@@ -176,5 +221,5 @@ def bench_table(results: list[StepTime]) -> Table:
             for r in results
         ],
         f"each is timed in turn with {BASELINE}; ratio: median over these rounds; state: bytes "
-        "over bytes of parameters",
+        f"over bytes of parameters{_left_out()}",
     )  # fmt: skip

@@ -1,0 +1,261 @@
+r"""Bases of matrices in which a step is taken: eigenvectors of two Kronecker factors.
+
+The gradient of a linear layer over a batch is :math:`G = \sum_i d_i a_i^\top`, of gradients
+:math:`d_i` at its output and inputs :math:`a_i`. Two running averages,
+
+.. math:: L \leftarrow \beta L + (1-\beta)\, b \sum_i d_i d_i^\top, \qquad
+          R \leftarrow \beta R + (1-\beta)\, \tfrac1b \sum_i a_i a_i^\top,
+
+have eigenvectors U and V, and :math:`U^\top G V` is the gradient in the basis of their products,
+which is orthonormal: Adam, the variance of the batch mean and the mask work there on each
+coordinate as they do anywhere (the theorem behind the mask holds in any fixed orthonormal basis,
+[LG, Thm 6.5]). With :math:`L = GG^\top` and :math:`R = G^\top G` it is the basis of Shampoo (Gupta
+et al., arXiv:1802.09568) as SOAP keeps it (Vyas et al., arXiv:2409.11321); that of the factors of
+examples is that of K-FAC (Martens and Grosse, arXiv:1503.05671).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from poprisk.optim.state import ADAM_KEYS
+from poprisk.optim.update import state_dtype
+from poprisk.per_sample.moments import wide
+from poprisk.per_sample.terms import Dense, OneHot, Outer, Term
+
+SIDES = ("left", "right")
+FACTORS = tuple(f"{side}_factor" for side in SIDES)
+BASES = tuple(f"{side}_basis" for side in SIDES)
+SQUARES = ("exp_avg_sq", "grad_mean_var")
+"""Averages of squares, which a change of basis mixes by squares of its entries."""
+
+Pair = tuple[Tensor | None, Tensor | None]
+"""Of the rows and of the columns of a matrix; None: this side is left as it is."""
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A tensor as rows of its first dimension: (o, i) of a layer, (o, i·h·w) of a convolution."""
+    return tensor.flatten(1)
+
+
+def rotated_sides(p: Tensor, max_dim: int) -> tuple[bool, bool]:
+    """Which sides of a parameter are rotated: of matrices, those of at most ``max_dim`` numbers.
+
+    Vectors, matrices of one row or column and complex parameters keep their coordinates.
+    """
+    if p.dim() < 2 or p.is_complex() or not p.is_floating_point():
+        return (False, False)
+    rows, columns = p.shape[0], p[0].numel()
+    if min(rows, columns) < 2:
+        return (False, False)
+    return (rows <= max_dim, columns <= max_dim)
+
+
+class Rotation(NamedTuple):
+    """The basis of one parameter, of rows and of columns; orthogonal matrices, or None.
+
+    Attributes:
+        left: (rows, rows), a basis vector a column.
+        right: (columns, columns), likewise.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape in this basis, of the basis' precision."""
+        return _between(tensor, self.left.mT if self.left is not None else None, self.right)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """A tensor in this basis as one of the parameter's."""
+        return _between(tensor, self.left, self.right.mT if self.right is not None else None)
+
+    def terms(self, terms: Sequence[Term], shape: Sequence[int]) -> list[Term]:
+        """Per-example gradients of a parameter of this shape in this basis, in factors."""
+        return [self._term(wide(term), shape) for term in terms]
+
+    def _term(self, term: Term, shape: Sequence[int]) -> Term:
+        if isinstance(term, Dense):
+            grads = term.grads.unflatten(-1, (shape[0], -1))
+            return term._replace(grads=self._each(grads).flatten(-2))
+        of_output, of_input = (self.right, self.left) if term.flipped else (self.left, self.right)
+        cotangent, activation = term.cotangent, term.activation
+        if of_output is not None:
+            cotangent = cotangent @ of_output.to(cotangent.dtype)
+        if of_input is not None and isinstance(activation, Tensor):
+            activation = activation @ of_input.to(activation.dtype)
+        return term._replace(cotangent=cotangent, activation=activation)
+
+    def _each(self, matrices: Tensor) -> Tensor:
+        if self.left is not None:
+            matrices = self.left.mT.to(matrices.dtype) @ matrices
+        return matrices if self.right is None else matrices @ self.right.to(matrices.dtype)
+
+
+def _between(tensor: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    matrix = as_matrix(tensor)
+    if left is not None:
+        matrix = left @ matrix.to(left.dtype)
+    if right is not None:
+        matrix = matrix.to(right.dtype) @ right
+    return matrix.reshape(tensor.shape)
+
+
+def rotation_of(p: Tensor, state: dict[str, Any]) -> Rotation | None:
+    """The present basis of a parameter, None while it has none; in the precision of its state."""
+    found = [state.get(key) for key in BASES]
+    if all(basis is None for basis in found):
+        return None
+    dtype = state_dtype(p)
+    return Rotation(*(None if basis is None else basis.to(dtype) for basis in found))
+
+
+def factors_of_terms(terms: Sequence[Term], p: Tensor, sides: tuple[bool, bool]) -> Pair:
+    r"""Sums :math:`\sum_i d_i d_i^\top` and :math:`\sum_i a_i a_i^\top` of the sides that rotate.
+
+    Over examples and positions, of layers called twice over both calls. An embedding's rows are
+    looked up, not mixed: that side keeps its coordinates.
+    """
+    left: Tensor | None = None
+    right: Tensor | None = None
+    for term in map(wide, terms):
+        rows, columns = _factors_of(term, p, sides)
+        left, right = plus(left, rows), plus(right, columns)
+    return left, right
+
+
+def _factors_of(term: Term, p: Tensor, sides: tuple[bool, bool]) -> Pair:
+    if isinstance(term, Dense):
+        grads = term.grads.flatten(0, 1).unflatten(-1, (p.shape[0], -1))
+        return (
+            torch.einsum("nij,nkj->ik", grads, grads) if sides[0] else None,
+            torch.einsum("nij,nik->jk", grads, grads) if sides[1] else None,
+        )
+    output, given = _gram(term.cotangent), term.activation
+    rows, columns = output, None if isinstance(given, OneHot) else _gram(given)
+    if term.flipped:
+        rows, columns = columns, rows
+    return rows if sides[0] else None, columns if sides[1] else None
+
+
+def _gram(rows: Tensor) -> Tensor:
+    flat = rows.flatten(0, -2)
+    return flat.mT @ flat
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of what there is."""
+    return b if a is None else a if b is None else a + b
+
+
+def fits(terms: Sequence[Term], p: Tensor) -> bool:
+    """Whether the factors are of the parameter's rows and columns, as those of groups are not."""
+    rows, columns = p.shape[0], p[0].numel()
+    for term in terms:
+        if isinstance(term, Outer):
+            sizes = (term.cotangent.shape[-1], term.columns)
+            if (sizes[::-1] if term.flipped else sizes) != (rows, columns):
+                return False
+    return True
+
+
+def factors_of_gradient(grad: Tensor, sides: tuple[bool, bool]) -> Pair:
+    r""":math:`GG^\top` and :math:`G^\top G` of the sides that rotate."""
+    g = as_matrix(grad)
+    return g @ g.mT if sides[0] else None, g.mT @ g if sides[1] else None
+
+
+def add_factors_(state: dict[str, Any], found: Pair, decay: float) -> None:
+    """Put the factors of a step into their averages, those that are finite; the first as it is."""
+    for key, factor in zip(FACTORS, found, strict=True):
+        if factor is None or not _finite(factor):
+            continue
+        if key in state:
+            state[key].lerp_(factor.to(state[key].dtype), 1 - decay)
+        else:
+            state[key] = factor.clone()
+
+
+def _finite(factor: Tensor) -> bool:
+    """Whether a sum of outer squares is finite: none of its numbers exceeds its diagonal."""
+    return bool(factor.diagonal().sum().isfinite())
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether the basis is found anew after this step: 2, 4, 8, ..., later every so many."""
+    return step % every == 0 or (1 < step < every and step & (step - 1) == 0)
+
+
+def first_rotation(found: Pair) -> Rotation | None:
+    """The eigenvectors of the first factors; None where there are none, or not finite ones."""
+    if all(x is None for x in found):
+        return None
+    if not all(_finite(x) for x in found if x is not None):
+        return None
+    return Rotation(*(x if x is None else _eigenvectors(x) for x in found))
+
+
+def adopt_(p: Tensor, state: dict[str, Any], rotation: Rotation) -> None:
+    """Go from coordinates over into a first basis."""
+    for key, basis in zip(BASES, rotation, strict=True):
+        if basis is not None:
+            state[key] = basis.to(state_dtype(p))
+    carry_(state, rotation)
+
+
+def refresh_(state: dict[str, Any], *, exact: bool) -> None:
+    """Find the basis anew from the factors, and carry the averages over into it.
+
+    Args:
+        state: of a parameter that has a basis.
+        exact: by eigenvectors; else by one step of orthogonal iteration from the present basis.
+    """
+    changes: list[Tensor | None] = []
+    for factor_key, key in zip(FACTORS, BASES, strict=True):
+        if factor_key not in state or key not in state:
+            changes.append(None)
+            continue
+        factor, old = state[factor_key], state[key]
+        new = _eigenvectors(factor) if exact else _iterated(factor, old)
+        changes.append(old.to(new.dtype).mT @ new)
+        state[key] = new
+    carry_(state, Rotation(*changes))
+
+
+def carry_(state: dict[str, Any], change: Rotation) -> None:
+    """Turn averages by ``change``; those of squares by the squares of its entries."""
+    squares = Rotation(*(None if c is None else c.square() for c in change))
+    for key in (*ADAM_KEYS, "grad_mean_var"):
+        if key in state:
+            by = squares if key in SQUARES else change
+            state[key].copy_(by.forward(state[key]))
+
+
+def check_basis_shapes(index: int, p: Tensor, state: Mapping[str, Any]) -> None:
+    """Raise ValueError if loaded factors or bases are not of the parameter's rows and columns."""
+    sizes = (p.shape[0], p[0].numel()) if p.dim() > 1 and len(p) else (0, 0)
+    for keys in (FACTORS, BASES):
+        for key, size in zip(keys, sizes, strict=True):
+            value = state.get(key)
+            if isinstance(value, Tensor) and value.shape != (size, size):
+                raise ValueError(
+                    f"state_dict does not fit this optimizer: state {key!r} of parameter {index} "
+                    f"has shape {tuple(value.shape)}, but the parameter has shape "
+                    f"{tuple(p.shape)}. Load the checkpoint of the same model, with the parameters "
+                    "in the same order."
+                )
+
+
+def _eigenvectors(factor: Tensor) -> Tensor:
+    """By falling eigenvalue; row by row in memory, so that products round alike once reloaded."""
+    return torch.linalg.eigh(factor.double()).eigenvectors.flip(1).to(factor.dtype).contiguous()
+
+
+def _iterated(factor: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration, whose columns stay near those of before."""
+    q, r = torch.linalg.qr(factor @ basis.to(factor.dtype))
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)).contiguous()

@@ -1,0 +1,329 @@
+"""PopRiskSOAP: the gate in a basis where signal is sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor
+
+from poprisk._validate import NotAnalysable, check_choice, check_number
+from poprisk.dtensor import is_sharded
+from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.optim.gate import Mask
+from poprisk.optim.groups import TensorGroup, update_group, update_rotated
+from poprisk.optim.kronecker import (
+    BASES,
+    FACTORS,
+    Pair,
+    Rotation,
+    add_factors_,
+    adopt_,
+    check_basis_shapes,
+    factors_of_gradient,
+    factors_of_terms,
+    first_rotation,
+    fits,
+    is_due,
+    plus,
+    refresh_,
+    rotated_sides,
+    rotation_of,
+)
+from poprisk.optim.settings import CompiledGroup
+from poprisk.optim.state import ADAM_KEYS
+from poprisk.optim.step import StepContext, StepRule
+from poprisk.optim.update import state_dtype
+from poprisk.optim.variance import GivenVariances
+from poprisk.per_sample.terms import Outer, Term
+
+FACTORS_FROM = ("examples", "gradient")
+VARIANCES = ("exact", "ema", "second-moment")
+
+
+@final
+class PopRiskSOAP(PopRiskAdamW):
+    r"""The gated step of :class:`PopRiskAdamW` in the eigenbasis of Kronecker factors.
+
+    .. math:: W \leftarrow (1-\eta\lambda_{wd}) W
+              - \eta\, U \Bigl( q \odot \frac{\hat m}{\sqrt{\hat v} + \varepsilon} \Bigr) V^\top
+
+    m, v, the variance s and the mask q are those of :math:`U^\top G V`
+    (:mod:`poprisk.optim.kronecker`). Matrices and convolutions are rotated; vectors, matrices of
+    one row and sides larger than ``max_dim`` keep their coordinates. The first basis is that of the
+    first batch; it is found anew after steps 2, 4, 8, ... and then every ``refresh_every``, and the
+    averages are carried over into it, squares by the squares of the rotation, which is exact where
+    coordinates are uncorrelated. Source: the basis is SOAP's (Vyas et al., arXiv:2409.11321) with
+    the factors of K-FAC; the gate in it is ours, after [LG, Thm 6.5].
+
+    Args:
+        params: as of :class:`PopRiskAdamW`; so are lr, betas, eps, weight_decay, rho, mask,
+            alpha, softness, batch_size, dataset_size, q_min, foreach, maximize and gate.
+        z: how many standard errors ``alpha="auto"`` asks for.
+        slack: :math:`\kappa`: of the variance only :math:`(\hat s - \kappa \hat v)_+` counts, so
+            that noise that is small beside the gradients of the long run does not close the gate.
+        variance: ``"exact"`` (within the batch, rotated through the factors), ``"ema"`` or
+            ``"second-moment"``.
+        factors: ``"examples"``: inputs and output gradients of each layer, by :meth:`backward` with
+            one loss per example; ``"gradient"``: those of Shampoo, from the batch's gradient alone,
+            so that any training loop will do (with ``variance="ema"``).
+        factor_decay: decay of their averages, in [0, 1).
+        refresh_every: steps between two bases, later on.
+        max_dim: the largest side that is rotated; 0: none, which is PopRiskAdamW.
+
+    State beside that of PopRiskAdamW: two square matrices for each side that is rotated.
+    ``gate=False`` is Adam in that basis. Not with sharded parameters (DTensor), which are refused.
+
+    Raises:
+        TypeError, ValueError: for a bad argument, before anything is changed.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> opt = PopRiskSOAP(layer, lr=0.1)
+        >>> opt.backward(layer(torch.randn(8, 3)).square().sum(1))
+        >>> opt.step()
+        >>> opt.state[layer.weight]["right_basis"].shape
+        torch.Size([3, 3])
+    """
+
+    _tensor_keys = (*ADAM_KEYS, "grad_mean_var", *FACTORS, *BASES)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 4e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rho: float = 0.99,
+        mask: str | Mask = "soft",
+        alpha: float | str = "auto",
+        z: float = 1.25,
+        softness: float = 0.1,
+        slack: float = 0.25,
+        batch_size: int | None = None,
+        dataset_size: int | None = None,
+        variance: str = "exact",
+        factors: str = "examples",
+        factor_decay: float = 0.97,
+        refresh_every: int = 40,
+        max_dim: int = 2048,
+        q_min: float = 0.0,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        gate: bool = True,
+    ) -> None:
+        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        fixed = {"mode": "auto", "reduction": None, "fused": None, "capturable": False}
+        self._start(params, {**defaults, **fixed})
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("fused", "capturable"):
+            if group[name]:
+                raise ValueError(f"PopRiskSOAP has no {name} step; leave {name} out.")
+        if isinstance(group["batch_size"], Mapping) or isinstance(group["dataset_size"], Mapping):
+            raise TypeError(
+                "PopRiskSOAP takes batch_size and dataset_size as numbers: terms of a loss are "
+                "told to PopRiskAdamW alone."
+            )
+        if group["mode"] != "auto" or group["reduction"] is not None:
+            raise ValueError('PopRiskSOAP has mode="auto" and no reduction; leave them out.')
+        super()._check_group(group)
+        check_number("slack", group["slack"], low=0.0)
+        check_choice("factors", group["factors"], FACTORS_FROM)
+        check_choice("variance", group["variance"], VARIANCES)
+        check_number("factor_decay", group["factor_decay"], low=0.0, high=1.0, include_high=False)
+        for name, least in (("refresh_every", 1), ("max_dim", 0)):
+            value = group[name]
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, but got {value!r}.")
+            check_number(name, value, low=float(least))
+        params = group.get("params", ())
+        for entry in [params] if isinstance(params, Tensor) else params:
+            if is_sharded(entry[1] if isinstance(entry, tuple) else entry):
+                raise ValueError(
+                    "PopRiskSOAP needs whole matrices, but a parameter is sharded (DTensor); use "
+                    "PopRiskAdamW."
+                )
+
+    def _check_within(self, method: str, needed: str) -> None:
+        from_examples = any(group["factors"] == "examples" for group in self.param_groups)
+        if not (needed == "exact" and from_examples):
+            super()._check_within(method, needed)
+
+    def told_by_loop(self) -> str | None:
+        if any(group["factors"] == "examples" for group in self.param_groups):
+            return "factors='examples'"
+        return super().told_by_loop()
+
+    def _bases(self) -> ExampleFactors:
+        return ExampleFactors(self)
+
+    def rotated(self) -> dict[Tensor, tuple[bool, bool]]:
+        """Of each parameter that is rotated, which sides are."""
+        found = {
+            p: rotated_sides(p, group["max_dim"])
+            for group in self.param_groups
+            for p in group["params"]
+        }
+        return {p: sides for p, sides in found.items() if any(sides)}
+
+    def _noted(self) -> ExampleFactors:
+        noted = self._batch_parts().bases
+        assert isinstance(noted, ExampleFactors)
+        return noted
+
+    def _given_variances(self) -> GivenVariances:
+        self._noted().forget_turned()
+        given, rotated = super()._given_variances(), self.rotated()
+        needed = any(
+            p in rotated and p.grad is not None
+            for group in self.param_groups
+            if group["factors"] == "examples"
+            for p in group["params"]
+        )
+        if needed and self._batch_parts().parts == 0:
+            raise RuntimeError(
+                'factors="examples" needs inputs and output gradients of this step: call '
+                "optimizer.backward(losses), with one loss per example, in place of "
+                'losses.mean().backward(), or use factors="gradient".'
+            )
+        return given
+
+    def _tensor_groups(
+        self, group: CompiledGroup, terms: Mapping[Tensor, Tensor]
+    ) -> list[TensorGroup]:
+        found = super()._tensor_groups(group, terms)
+        for tensors in found:
+            for p, state in zip(tensors.params, tensors.states, strict=True):
+                first = None if rotation_of(p, state) else self._first_rotation(p, group)
+                if first is not None:
+                    adopt_(p, state, first)
+        return found
+
+    def _first_rotation(self, p: Tensor, group: CompiledGroup) -> Rotation | None:
+        if group.settings["factors"] == "examples":
+            return self._noted().first(p)
+        return first_rotation(self._step_factors(p, group))
+
+    def _step_factors(self, p: Tensor, group: CompiledGroup) -> Pair:
+        """Of the step's gradient; of examples, as clipped or unscaled since."""
+        sides = rotated_sides(p, group.settings["max_dim"])
+        if not any(sides):
+            return (None, None)
+        if group.settings["factors"] == "gradient":
+            return factors_of_gradient(_grad(p).to(state_dtype(p)), sides)
+        found = self._noted().found.get(p)
+        if found is None:
+            return (None, None)
+        scale = self._batch_parts().factor(p) ** 2
+        left, right = found
+        return (left if left is None or scale == 1 else left * scale, right)
+
+    def _update(self, tensors: TensorGroup) -> None:
+        rotations = [rotation_of(p, s) for p, s in zip(tensors.params, tensors.states, strict=True)]
+        plain = [i for i, rotation in enumerate(rotations) if rotation is None]
+        turned = [i for i, rotation in enumerate(rotations) if rotation is not None]
+        if plain:
+            update_group(tensors.subset(plain))
+        if turned:
+            rotated = tensors.subset(turned)
+            grads = [self._noted().turned(p) for p in rotated.params]
+            update_rotated(rotated, [r for r in rotations if r is not None], grads)
+        settings = tensors.group.settings
+        for i in turned:
+            p, state = tensors.params[i], tensors.states[i]
+            add_factors_(state, self._step_factors(p, tensors.group), settings["factor_decay"])
+            if is_due(tensors.t, settings["refresh_every"]):
+                refresh_(state, exact=tensors.t < settings["refresh_every"])
+
+    @torch.no_grad()
+    def step_rule(self, param: Tensor, context: StepContext) -> StepRule:
+        """The last step as a linear map of the gradient, of what is not rotated.
+
+        Raises:
+            NotAnalysable: of a parameter in another basis, where the map is not diagonal.
+        """
+        if rotation_of(param, self.state[param]) is not None:
+            raise NotAnalysable(
+                "a step of PopRiskSOAP is diagonal in its own basis, not in the weights; pass "
+                "rule=poprisk.path.realized_update(momentum=...), which is exact for "
+                "displacements only, or use max_dim=0."
+            )
+        return super().step_rule(param, context)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group.get("params", ())]
+        for i, (p, index) in enumerate(zip(params, indices, strict=False)):
+            check_basis_shapes(i, p, state_dict["state"].get(index, {}))
+        super()._load(state_dict)
+        for group in self.param_groups:
+            self._check_group(group)
+
+
+@final
+class ExampleFactors:
+    """The factors of a batch's examples, as its parts come in, and first bases from them.
+
+    Args:
+        optimizer: whose bases hold where a parameter has one.
+    """
+
+    def __init__(self, optimizer: PopRiskSOAP) -> None:
+        self.optimizer = optimizer
+        self.found: dict[Tensor, Pair] = {}
+        self._first: dict[Tensor, Rotation] = {}
+        self._turned: dict[Tensor, Tensor] = {}
+        self._rotated: dict[Tensor, tuple[bool, bool]] | None = None
+
+    def seen(self, p: Tensor, terms: list[Term], share: float) -> None:
+        """Add the factors of some examples of the batch."""
+        if self._rotated is None:
+            self._rotated = self.optimizer.rotated()
+        sides = self._rotated.get(p)
+        if sides is None or not fits(terms, p):
+            return
+        rows, columns = factors_of_terms(terms, p, sides)
+        flipped = isinstance(terms[0], Outer) and terms[0].flipped
+        scales = (share, 1 / share) if flipped else (1 / share, share)
+        pair = [x if x is None else x * c for x, c in zip((rows, columns), scales, strict=True)]
+        before = self.found.get(p, (None, None))
+        self.found[p] = (plus(before[0], pair[0]), plus(before[1], pair[1]))
+        if p not in self._first and rotation_of(p, self.optimizer.state.get(p, {})) is None:
+            first = first_rotation(self.found[p])
+            if first is not None:
+                self._first[p] = first
+
+    def rotation(self, p: Tensor) -> Rotation | None:
+        """The present basis, or the first one, which the next step is to take up."""
+        return rotation_of(p, self.optimizer.state.get(p, {})) or self._first.get(p)
+
+    def turned(self, p: Tensor) -> Tensor:
+        """The gradient of this step in its basis, computed once."""
+        if p not in self._turned:
+            rotation, grad = self.rotation(p), _grad(p)
+            wide = grad.to(state_dtype(p))
+            self._turned[p] = grad if rotation is None else rotation.forward(wide)
+        return self._turned[p]
+
+    def forget_turned(self) -> None:
+        """A step begins: gradients may have changed since the last one."""
+        self._turned.clear()
+
+    def first(self, p: Tensor) -> Rotation | None:
+        """The first basis, from the first part of the batch."""
+        return self._first.get(p)
+
+    def restart(self) -> None:
+        """A new batch starts."""
+        self.found.clear()
+        self._first.clear()
+        self._turned.clear()
+        self._rotated = None
+
+
+def _grad(p: Tensor) -> Tensor:
+    return cast(Tensor, p.grad)

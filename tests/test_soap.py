@@ -1,0 +1,431 @@
+"""The gate in a Kronecker basis: its reference, its limits, its state."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import poprisk
+from asserts import assert_bitwise, complete_state, nothing_changes
+from poprisk import PopRiskAdamW, PopRiskSOAP
+from poprisk.optim import kronecker
+from poprisk.optim.kronecker import BASES, FACTORS
+from poprisk.path import realized_update
+from reference.soap import ReferenceSOAP
+
+B, N = 16, 64
+SIZES = {"batch_size": B, "dataset_size": N}
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-2,
+    "betas": (0.8, 0.95),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "z": 1.25,
+    "softness": 0.1,
+    "slack": 0.05,
+    "factor_decay": 0.9,
+    "refresh_every": 6,
+    **SIZES,
+}
+
+
+def data(seed: int = 0, classes: int = 3) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, 5, generator=g, dtype=torch.float64) * torch.tensor([3.0, 2, 1, 0.5, 0.2])
+    return x, torch.randint(0, classes, (N,), generator=g)
+
+
+def batches(steps: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randperm(N, generator=g)[:B] for _ in range(steps)]
+
+
+def linear(seed: int = 2) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(5, 3, bias=False).double()
+
+
+def net(dtype: torch.dtype = torch.float64, seed: int = 3) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def train(model: nn.Module, opt: Any, steps: list[Tensor], *, plain: bool = False) -> None:
+    x, y = data()
+    dtype = next(model.parameters()).dtype
+    for rows in steps:
+        opt.zero_grad()
+        losses = F.cross_entropy(model(x[rows].to(dtype)), y[rows], reduction="none")
+        losses.mean().backward() if plain else opt.backward(losses)
+        opt.step()
+
+
+def rotated(model: Any, **changes: Any) -> PopRiskSOAP:
+    return PopRiskSOAP(model, **(SETTINGS | changes))
+
+
+def same(factor: Tensor, *_: Tensor) -> Tensor:
+    """The identity, as a basis for a factor."""
+    return torch.eye(len(factor), dtype=factor.dtype)
+
+
+def weight(model: nn.Sequential, i: int) -> Tensor:
+    layer = model[i]
+    assert isinstance(layer, nn.Linear)
+    return layer.weight
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("changes", [{}, {"slack": 0.0}, {"slack": 0.4}, {"open": True}])
+def test_many_steps_are_those_of_the_reference(changes: dict[str, Any]) -> None:
+    changes = dict(changes)
+    opened = changes.pop("open", False)
+    layer, (x, y) = linear(), data()
+    opt = rotated(layer, **changes, q_min=1.0 if opened else 0.0)
+    w = layer.weight.detach().numpy().copy()
+    reference = ReferenceSOAP(w, open_gate=opened, **{**SETTINGS, **changes})
+    target = F.one_hot(y, 3).double() + 0.3 * torch.randn(N, 3, dtype=torch.float64)
+    for rows in batches(45):
+        out = layer(x[rows])
+        opt.zero_grad()
+        opt.backward(0.5 * (out - target[rows]).square().sum(1))
+        opt.step()
+        d = (out.detach() - target[rows]).numpy()
+        expected = torch.from_numpy(reference.step(d, x[rows].numpy()))
+        torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-9, atol=1e-11)
+    if not opened:
+        (stats,) = opt.gate_stats().values()
+        assert 0 < stats.pass_rate < 1
+
+
+def test_an_open_gate_is_no_gate() -> None:
+    models = [net(), net()]
+    train(models[0], rotated(models[0], q_min=1.0), batches(20))
+    train(models[1], rotated(models[1], gate=False), batches(20))
+    assert_bitwise(weights(models[0]), weights(models[1]))
+
+
+@pytest.mark.parametrize("variance", ["exact", "ema", "second-moment"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", ["no side", "identity"])
+def test_without_a_rotation_it_is_the_coordinate_gate(
+    variance: str, dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: with no side rotated, and with bases that are the identity."""
+    if how == "identity":
+        monkeypatch.setattr(kronecker, "_eigenvectors", same)
+        monkeypatch.setattr(kronecker, "_iterated", same)
+    shared = {
+        k: v for k, v in SETTINGS.items() if k not in ("slack", "factor_decay", "refresh_every")
+    }
+    models = [net(dtype), net(dtype)]
+    max_dim = 0 if how == "no side" else 100
+    factors = "examples" if variance == "exact" else "gradient"
+    turned = PopRiskSOAP(
+        models[0], **shared, slack=0.0, variance=variance, max_dim=max_dim, factors=factors
+    )
+    train(models[0], turned, batches(20), plain=variance != "exact")
+    plain = PopRiskAdamW(models[1], **shared, variance=variance)
+    train(models[1], plain, batches(20), plain=variance != "exact")
+    assert_bitwise(weights(models[0]), weights(models[1]))
+
+
+def test_slack_lets_small_noise_pass() -> None:
+    rates = []
+    for slack in (0.0, 0.1, 1.0):
+        model = net()
+        opt = rotated(model, slack=slack)
+        train(model, opt, batches(30))
+        rates.append(opt.gate_stats()["0"].pass_rate)
+    assert rates[0] < rates[1] < rates[2]
+
+
+def test_parts_of_a_batch_are_the_batch() -> None:
+    """But for the first basis, which is that of the first part: here both are given the same."""
+    x, y = data()
+    models = [net(), net()]
+    opts = [rotated(m) for m in models]
+    train(models[0], opts[0], batches(1))
+    opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
+    models[1].load_state_dict(models[0].state_dict())
+    for rows in batches(15):
+        for model, opt, parts in zip(models, opts, (1, 4), strict=True):
+            opt.zero_grad()
+            for part in rows.chunk(parts):
+                losses = F.cross_entropy(model(x[part]), y[part], reduction="none")
+                opt.backward(losses, weight=1 / parts)
+            opt.step()
+    for a, b in zip(weights(models[0]), weights(models[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_clipped_and_unscaled_gradients_are_seen_as_such() -> None:
+    models = [net(), net()]
+    opts = [rotated(m, eps=0.0) for m in models]
+    x, y = data()
+    for rows in batches(12):
+        for model, opt, factor in zip(models, opts, (1.0, 8.0), strict=True):
+            opt.zero_grad()
+            opt.backward(factor * F.cross_entropy(model(x[rows]), y[rows], reduction="none"))
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad.mul_(1 / factor)
+            opt.step()
+    for a, b in zip(weights(models[0]), weights(models[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_factors_follow_a_factor_on_the_gradient() -> None:
+    """A loss scaled between two steps and unscaled again leaves the averages as they are."""
+    model, (x, y) = net(), data()
+    opt = rotated(model)
+    scales, found = (1.0, 2.0**10), list[dict[str, Tensor]]()
+    for scale in scales:
+        own = copy.deepcopy((model, opt))
+        for rows in batches(3):
+            own[1].zero_grad()
+            losses = F.cross_entropy(own[0](x[rows]), y[rows], reduction="none")
+            own[1].backward(losses * scale)
+            for p in own[0].parameters():
+                assert p.grad is not None
+                p.grad.mul_(1 / scale)
+            own[1].step()
+        found.append({k: v for s in own[1].state.values() for k, v in s.items() if k in FACTORS})
+    assert_bitwise(found[0], found[1])
+
+
+@pytest.mark.parametrize("steps", [3, 6, 11])
+def test_a_saved_state_goes_on_bit_for_bit(steps: int) -> None:
+    model, rows = net(torch.float32), batches(20)
+    opt = rotated(model)
+    train(model, opt, rows[:steps])
+    buffer = io.BytesIO()
+    torch.save(opt.state_dict(), buffer)
+    buffer.seek(0)
+    other = copy.deepcopy(model)
+    resumed = rotated(other)
+    state = torch.load(buffer, weights_only=True)
+    for own in state["state"].values():  # as formats leave them that keep no strides
+        own.update({k: v.contiguous() for k, v in own.items() if isinstance(v, Tensor)})
+    resumed.load_state_dict(state)
+    train(model, opt, rows[steps:])
+    train(other, resumed, rows[steps:])
+    assert_bitwise(weights(model), weights(other))
+
+
+def test_bases_keep_their_precision_under_bfloat16() -> None:
+    model = net(torch.bfloat16)
+    opt = rotated(model)
+    train(model, opt, batches(8))
+    state = copy.deepcopy(opt.state_dict())
+    resumed = rotated(copy.deepcopy(model))
+    resumed.load_state_dict(state)
+    for own, loaded in zip(opt.state.values(), resumed.state.values(), strict=True):
+        for key in (*FACTORS, *BASES, "exp_avg"):
+            if key in own:
+                assert own[key].dtype == loaded[key].dtype == torch.float32
+                assert_bitwise([own[key]], [loaded[key]])
+
+
+def test_the_state_of_the_coordinate_gate_is_carried_over() -> None:
+    """The moments are turned into the first basis: the first step moves by the same average."""
+    model = net()
+    plain = PopRiskAdamW(model, **{k: v for k, v in SETTINGS.items() if k in ("lr", *SIZES)})
+    train(model, plain, batches(10), plain=True)
+    opt = rotated(model, variance="ema", factors="gradient")
+    with pytest.warns(RuntimeWarning, match="goes on with the settings"):
+        opt.load_state_dict(plain.state_dict())
+    w = weight(model, 0)
+    before = opt.state[w]["exp_avg"].clone()
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    train(model, opt, batches(1), plain=True)
+    rotation = kronecker.rotation_of(w, opt.state[w])
+    assert rotation is not None
+    assert w.grad is not None
+    beta = opt.param_groups[0]["betas"][0]
+    expected = beta * before + (1 - beta) * w.grad
+    torch.testing.assert_close(rotation.back(opt.state[w]["exp_avg"]), expected)
+
+
+def test_a_bad_gradient_changes_nothing() -> None:
+    model = net()
+    opt = rotated(model)
+    train(model, opt, batches(5))
+    x, y = data()
+    losses = F.cross_entropy(model(x[:B]), y[:B], reduction="none")
+    opt.zero_grad()
+    opt.backward(losses * torch.nan)
+    before = complete_state(opt, but=["skipped_steps"])
+    with pytest.warns(RuntimeWarning, match="PopRiskSOAP skipped a step"):
+        opt.step()
+    assert_bitwise(complete_state(opt, but=["skipped_steps"]), before)
+    train(model, opt, batches(5))
+
+
+def test_a_bad_first_batch_leaves_the_first_basis_to_the_next() -> None:
+    model = net()
+    opt = rotated(model)
+    x, y = data()
+    opt.backward(F.cross_entropy(model(x[:B]), y[:B], reduction="none") * torch.inf)
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        opt.step()
+    other = net()
+    reference = rotated(other)
+    train(model, opt, batches(5))
+    train(other, reference, batches(5))
+    assert_bitwise(weights(model), weights(other))
+
+
+class Odd(nn.Module):
+    """An embedding, convolutions (one in groups), a tied weight, and a matrix of one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 8, 3, padding=1)
+        self.grouped = nn.Conv1d(8, 8, 3, padding=1, groups=2)
+        self.mixed = nn.Parameter(torch.randn(6, 8))
+        self.norm = nn.LayerNorm(6)
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(self.embedding(x).mT).tanh()
+        h = (self.mixed @ self.grouped(h)).mT
+        return (self.norm(h) @ self.embedding.weight.T).mean((1, 2)) + self.last(h).mean((1, 2))
+
+
+@pytest.mark.parametrize("factors", ["examples", "gradient"])
+def test_layers_of_all_kinds_are_rotated_where_they_can_be(factors: str) -> None:
+    torch.manual_seed(0)
+    model = Odd().double()
+    variance = "exact" if factors == "examples" else "ema"
+    opt = PopRiskSOAP(model, lr=1e-3, factors=factors, variance=variance, refresh_every=4, **SIZES)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        x = torch.randint(0, 11, (B, 9), generator=g)
+        opt.zero_grad()
+        losses = (model(x) - x.double().mean(1)).square()
+        opt.backward(losses) if factors == "examples" else losses.mean().backward()
+        opt.step()
+    found = {name: {k for k in BASES if k in opt.state[p]} for name, p in model.named_parameters()}
+    both = {"left_basis", "right_basis"}
+    assert found["conv.weight"] == found["grouped.weight"] == found["mixed"] == both
+    assert found["norm.weight"] == found["last.weight"] == found["last.bias"] == set()
+    assert "right_basis" in found["embedding.weight"]
+    for p in model.parameters():
+        rotation = kronecker.rotation_of(p, opt.state[p])
+        for basis in rotation or ():
+            if basis is not None:
+                eye = torch.eye(len(basis), dtype=basis.dtype)
+                torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-12)
+
+
+def test_large_sides_keep_their_coordinates() -> None:
+    model = net()
+    opt = rotated(model, max_dim=5)
+    train(model, opt, batches(3))
+    keys = [{k for k in BASES if k in opt.state[weight(model, i)]} for i in (0, 2)]
+    assert keys == [{"right_basis"}, {"left_basis"}]
+
+
+def test_a_group_may_be_ungated_or_left_in_its_coordinates() -> None:
+    model = net()
+    groups: list[dict[str, Any]] = [
+        {"params": list(model[0].parameters()), "max_dim": 0},
+        {"params": list(model[2].parameters()), "gate": False},
+    ]
+    opt = rotated(groups)
+    train(model, opt, batches(4))
+    assert "left_basis" not in opt.state[weight(model, 0)]
+    assert "left_basis" in opt.state[weight(model, 2)]
+    assert "grad_mean_var" not in opt.state[weight(model, 2)]
+
+
+def test_without_the_losses_of_the_examples_nothing_moves() -> None:
+    every: list[dict[str, Any]] = [{}, {"variance": "ema"}, {"gate": False}]
+    for changes in every:
+        model = net()
+        opt = rotated(model, **changes)
+        train(model, opt, batches(2))
+        opt.zero_grad()
+        model(data()[0]).sum().backward()
+        with nothing_changes(opt), pytest.raises(RuntimeError, match=r"optimizer\.backward"):
+            opt.step()
+
+
+def test_a_hook_that_changes_a_gradient_is_refused() -> None:
+    model = net()
+    opt = rotated(model)
+    weight(model, 0).register_hook(torch.relu)
+    x, y = data()
+    losses = F.cross_entropy(model(x[:B]), y[:B], reduction="none")
+    with nothing_changes(opt), pytest.raises(RuntimeError, match="in another basis"):
+        opt.backward(losses)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"slack": -1.0}, "slack"),
+        ({"factors": "kfac"}, "factors must be"),
+        ({"variance": "microbatch"}, "variance must be"),
+        ({"refresh_every": 0}, "refresh_every"),
+        ({"refresh_every": 1.5}, "refresh_every must be an integer"),
+        ({"max_dim": -1}, "max_dim"),
+        ({"factor_decay": 1.0}, "factor_decay"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        rotated(net(), **changes)
+    with pytest.raises((TypeError, ValueError), match=said):
+        rotated([{"params": list(net().parameters()), **changes}])
+
+
+@pytest.mark.parametrize("changes", [{"fused": True}, {"capturable": True}, {"mode": "paper"}])
+def test_what_it_does_not_have_is_refused_in_a_group(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="PopRiskSOAP has"):
+        PopRiskSOAP([{"params": list(net().parameters()), **changes}])
+
+
+def test_a_state_of_other_shapes_is_refused() -> None:
+    model = net()
+    opt = rotated(model)
+    train(model, opt, batches(3))
+    state = opt.state_dict()
+    state["state"][0]["left_basis"] = torch.eye(3)
+    with nothing_changes(opt), pytest.raises(ValueError, match="left_basis"):
+        opt.load_state_dict(state)
+
+
+def test_a_copy_goes_on_as_the_original() -> None:
+    model = net()
+    opt = rotated(model)
+    train(model, opt, batches(5))
+    other, twin = copy.deepcopy((model, opt))
+    train(model, opt, batches(6))
+    train(other, twin, batches(6))
+    assert_bitwise(weights(model), weights(other))
+
+
+def test_a_rotated_step_is_no_diagonal_map() -> None:
+    model, (x, y) = net(), data()
+    opt = rotated(model, variance="ema", factors="gradient")
+    loss = "cross_entropy"
+    with pytest.raises(poprisk.NotAnalysable, match="diagonal in its own basis"):
+        poprisk.record(model, loss, opt, batches(3), train=(x, y))
+    model = net()
+    opt = rotated(model, variance="ema", factors="gradient")
+    rule = realized_update(momentum=SETTINGS["betas"][0])
+    run = poprisk.record(model, loss, opt, batches(3), x[:4], train=(x, y), rule=rule)
+    assert max(poprisk.path_operators(run).closure) < 1e-6
