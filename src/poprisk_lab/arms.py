@@ -138,7 +138,7 @@ def build_optimizer(
         trace: update sizes for an arm that ``follows`` another.
     """
     kind, settings = arm.optimizer, arm.settings
-    sizes = {"batch_size": batch_size, "dataset_size": dataset_size}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "dataset_size": dataset_size}
     if kind == "poprisk":
         return PopRiskAdamW(model, **sizes, **settings)
     if kind == "rotated":
