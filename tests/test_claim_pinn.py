@@ -119,6 +119,9 @@ def test_no_worse_is_asked_at_the_same_learning_rate_and_noise(noise: float) -> 
     assert same[name.format(0.01)].holds
     assert worse[name.format(0.003)].holds
     assert sum(c.outcome == "does not hold" for k, c in worse.items() if "at that rate" in k) == 1
+    better = changed("adamw", 0.1, noise=noise, lr=1e-2)
+    assert better[name.format(0.01)].outcome == "does not hold"
+    assert better[name.format(0.003)].holds
 
 
 def test_the_rate_of_ours_is_that_of_the_pilot_whatever_the_runs_say() -> None:
