@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.optim.sizes import Sizes
 from poprisk.optim.soap import PopRiskSOAP
 from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace
 
@@ -123,8 +124,8 @@ def build_optimizer(
     arm: Arm,
     model: nn.Module,
     *,
-    batch_size: int,
-    dataset_size: int,
+    batch_size: Sizes,
+    dataset_size: Sizes,
     trace: UpdateTrace | None = None,
 ) -> Optimizer:
     """Make an arm's optimizer for a model.
@@ -137,7 +138,7 @@ def build_optimizer(
         trace: update sizes for an arm that ``follows`` another.
     """
     kind, settings = arm.optimizer, arm.settings
-    sizes = {"batch_size": batch_size, "dataset_size": dataset_size}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "dataset_size": dataset_size}
     if kind == "poprisk":
         return PopRiskAdamW(model, **sizes, **settings)
     if kind == "rotated":
@@ -194,6 +195,8 @@ def _peer(kind: str, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
         return peers.MSVAG(model.parameters(), **settings)
     if kind == "adabelief":
         return peers.AdaBelief(model.parameters(), **settings)
+    if kind == "soap":
+        return peers.SOAP(model.parameters(), **settings)
     if kind == "orthograd":
         return peers.OrthoGrad(torch.optim.AdamW(model.parameters(), **settings))
     if kind == "soap":
