@@ -66,7 +66,8 @@ run-extras: $(VENV)/extras.stamp
 	$(BIN)/pytest tests/test_transformers.py tests/test_trl.py tests/test_trl_preferences.py tests/test_trl_twin.py \
 		tests/test_lightning.py tests/test_twin_integrations.py tests/test_cell_integrations.py \
 		tests/test_claim_pinn.py tests/test_claim_dpo.py tests/test_audit_integrations.py tests/test_audit_result.py \
-		tests/test_claim_audit.py tests/test_evidence.py tests/test_clusters_extras.py tests/test_trackers.py $(ARGS)
+		tests/test_claim_audit.py tests/test_evidence.py tests/test_clusters_extras.py tests/test_trackers.py \
+		tests/test_exempt.py $(ARGS)
 	$(BIN)/pytest -m extras tests/test_pages.py $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton.py $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m mutations tests/test_mutations.py -k triton $(ARGS)

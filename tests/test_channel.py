@@ -1,12 +1,14 @@
 """Channel and reservoir, the four cells, the coupling and the noise gain."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from poprisk.path import record
 from poprisk.path.channel import Spectrum
-from poprisk.path.coupling import label_response
+from poprisk.path.coupling import coupling_matrix, label_response, transfer_error
 from poprisk.path.operators import PathOperators, path_operators
 from reference import path as reference
 from runs import data, network, recorded
@@ -147,6 +149,49 @@ def test_the_coupling_carries_the_affine_part_across(optimizer: str) -> None:
     ops = path_operators(recorded(optimizer, "cross_entropy", steps=8))
     assert float(ops.affine.query.norm()) > 1e-3
     assert ops.coupling().prediction.error < 1e-5
+
+
+@pytest.mark.parametrize("tol", [1e-12, 0.3])
+@pytest.mark.parametrize("predictor", ["coupling", "frozen", "random"])
+@pytest.mark.parametrize("optimizer", ["SGD", "momentum", "AdamW"])
+def test_the_parts_of_the_transfer_error_add_up(optimizer: str, predictor: str, tol: float) -> None:
+    ops = path_operators(recorded(optimizer, "cross_entropy", steps=8))
+    integrals, channel = ops.integrals, ops.channel(tol)
+    A = {
+        "coupling": coupling_matrix(integrals, channel),
+        "frozen": integrals.frozen,
+        "random": randn(*integrals.frozen.shape, seed=1),
+    }[predictor]
+    first, last = integrals.snapshots[0], integrals.snapshots[-1]
+    train = last.train_outputs - first.train_outputs + ops.affine.train
+    query = last.query_outputs - first.query_outputs + ops.affine.query
+    found = transfer_error(integrals, channel, A)
+    close(found.total(), query - A @ train, 1e-9)
+    if tol < 1e-6:
+        assert float(found.reservoir.norm()) < 1e-5 * float((A @ train).norm())
+    elif predictor == "random":  # what a coarse tolerance leaves out still moves queries
+        assert float(found.reservoir.norm()) > 1e-3 * float((A @ train).norm())
+    if predictor == "coupling":
+        assert float(found.mismatch.norm()) < 1e-9 * float(query.norm())
+        assert found.mismatch_norm < 1e-9 * float(integrals.G.norm())
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_the_transfer_error_is_that_of_any_predictor(lost: int) -> None:
+    """Theorem E.3 as written; directions that training does not move are unseen by every A."""
+    ops = path_operators(recorded("SGD", "squared_error", steps=12, c=1))
+    D = ops.D
+    if lost:
+        directions = randn(len(D), lost, seed=3)
+        D = D - D @ directions @ torch.linalg.pinv(directions)
+    integrals, tol = replace(ops.integrals, D=D), 1e-3
+    A = randn(len(ops.G), len(D), seed=2)
+    of_A, least, excess = reference.transfer_errors(ops.G, ops.W, D, A, tol)
+    close(least + excess, of_A, 1e-8)
+    found = transfer_error(integrals, ops.channel(tol), A)
+    assert found.unseen_norm**2 == pytest.approx(float(least.trace()), rel=1e-6, abs=1e-12)
+    assert found.mismatch_norm**2 == pytest.approx(float(excess.trace()), rel=1e-6)
+    assert (found.unseen_norm > 1e-3 * float(ops.G.norm())) == bool(lost)
 
 
 def test_noise_gain_is_the_variance_of_noisy_labels() -> None:

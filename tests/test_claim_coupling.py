@@ -13,7 +13,7 @@ import claimed
 from poprisk.path import record
 from poprisk.path.operators import path_operators
 from poprisk_lab.studies import CLAIMS
-from poprisk_lab.studies.claim import Metrics
+from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.coupling import (
     FLIPPED,
     KINDS,
@@ -33,6 +33,9 @@ CLAIM = CLAIMS["coupling"]
 
 
 def made_up(settings: dict[str, Any], *, peak: float, error: float, frozen: float) -> Metrics:
+    if settings.get("kind") == "parts":
+        parts = {"unseen": 1e-9, "mismatch": error, "gap": 1e-12, "share": 1.0}
+        return {key: {**parts} for key in ("own", "other", "frozen")}
     shift = 1 + 0.01 * settings["seed"]
     found: Metrics = {"steps": [0, 300], "drift": [0.0, peak], "peak": peak * shift, "end": peak}
     found |= {"closure": 1e-9, "strided_closure": 0.1}
@@ -77,10 +80,12 @@ def test_the_worst_setting_counts() -> None:
 def test_forecasts_do_not_decide() -> None:
     def found(settings: dict[str, Any]) -> Metrics:
         row = made_up(settings, peak=4.8, error=0.1, frozen=0.6)
-        return row | {"other_best": {"error": 0.9, "correlation": 0.0}}
+        return (
+            row if "kind" in settings else row | {"other_best": {"error": 0.9, "correlation": 0.0}}
+        )
 
     report = judge(claimed.made_up(CLAIM, found))
-    other = [c for c in report.criteria if "other labels" in c.name]
+    other = [c for c in report.criteria if c.name.startswith("another run with other labels")]
     assert [c.primary for c in other] == [False] * 4
     gaps = [c for c in other if "minus that of the path" in c.name]
     assert [c.outcome for c in gaps] == ["does not hold"] * 2
@@ -147,6 +152,41 @@ def test_a_forecast_of_the_run_itself_is_its_coupling() -> None:
     found = forecast(ops, *movement(run))[-1]
     torch.testing.assert_close(found.movement, ops.coupling().prediction.movement)
     assert found.error < 1e-6
+
+
+def test_the_error_of_any_predictor_is_taken_apart() -> None:
+    found = CLAIM.run({"case": "regression-adamw", "seed": 0, "steps": 20, "drawn": False,
+                       "kind": "parts"}, Workspace())  # fmt: skip
+    run, other = (train(KINDS["regression-adamw"], 0, 20, noise_seed=s) for s in (None, 10_000))
+    ops = path_operators(other)
+    train_moved, query_moved = movement(other)
+    predictors = {
+        "own": ops.coupling().matrix,
+        "other": path_operators(run).coupling().matrix,
+        "frozen": ops.integrals.frozen,
+    }
+    for name, A in predictors.items():
+        error = query_moved + ops.affine.query - A @ (train_moved + ops.affine.train)
+        parts = found[name]
+        total = float(error.norm() / query_moved.norm())
+        assert parts["total"] == pytest.approx(total, rel=1e-6, abs=1e-10)
+        assert parts["gap"] < 1e-10
+    assert found["own"]["mismatch"] < 1e-9
+    for name in ("other", "frozen"):
+        assert found[name]["mismatch"] == pytest.approx(found[name]["total"], rel=1e-5)
+        assert found[name]["share"] == pytest.approx(1.0)
+
+
+def test_parts_of_the_transfer_error_do_not_decide() -> None:
+    def found(settings: dict[str, Any]) -> Metrics:
+        return made_up(settings, peak=4.8, error=0.9, frozen=0.6)
+
+    report = judge(claimed.made_up(CLAIM, found))
+    parts = [c for c in report.criteria if "E.3" in c.name or "over the movement" in c.name]
+    assert len(parts) == 6
+    assert not any(c.primary for c in parts)
+    mismatch = [c for c in parts if c.name.startswith("mismatch")]
+    assert [c.outcome for c in mismatch] == ["does not hold"] * 2
 
 
 @pytest.mark.claims

@@ -351,7 +351,7 @@ def made_up(*, gate: int | None, channel_at: int) -> Results:
                      [250, 0.1, 0.5, 30.0, 0.03, 0.04, 0.05, 0.3, 0.125]]  # fmt: skip
             done.append(TrialResult(s, {"curve": curve}))
             continue
-        gated = s["name"] in ("ours", "letter-snr", "ours-512", "ours-tuned")
+        gated = s["name"].startswith(("ours", "letter-"))
         reached = gate if gated else 1000
         reached = reached if reached is None else reached + s["seed"] % 7
         done.append(
@@ -452,6 +452,8 @@ def test_full_trials_have_unique_names_and_enough_seeds() -> None:
         ("adamw-tuned", "grid-", ("lr", "weight_decay", "beta2")),
         ("ours-tuned", "gate-grid-", ("lr", "weight_decay", "gate")),
         ("grokfast-tuned", "grokfast-grid-", ("lr", "weight_decay", "gate")),
+        ("soap-tuned", "soap-grid-", ("lr", "weight_decay", "gate")),
+        ("muon-tuned", "muon-grid-", ("lr", "weight_decay", "gate")),
     ],
 )
 def test_what_is_tuned_is_the_fastest_of_its_grid_on_record(

@@ -23,8 +23,8 @@ CHAINS: Mapping[str, Sequence[str]] = {
     ).split(),
     "poprisk_lab": (
         "claims tasks controls arms checkpoint fit store results study work pool runner clusters "
-        "comparison convergence pictures plots wording verdict selection explain influence audit "
-        "studies page evidence display compared bench cli"
+        "comparison convergence pictures plots wording verdict selection advise explain influence "
+        "audit studies page evidence display compared bench cli"
     ).split(),
 }
 """The modules of each package; one imports only those before it."""

@@ -14,6 +14,8 @@ from mutations import Mutation
 
 PARTS = (
     "optimizer",
+    "exempt",
+    "advise",
     "fused",
     "triton",
     "factors",

@@ -10,6 +10,7 @@ from poprisk.audit import Auditor, AuditResult, audit
 from poprisk.monitor import RiskMonitor
 from poprisk.ntk import Kernel, entk
 from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.optim.exempt import exempt_groups
 from poprisk.optim.rank_variance import observe_ranks
 from poprisk.optim.soap import PopRiskSOAP
 from poprisk.optim.stats import GateStats
@@ -73,6 +74,7 @@ __all__ = [
     "attribute",
     "audit",
     "entk",
+    "exempt_groups",
     "fresh_batch_risk",
     "gated",
     "grad_mean_var",

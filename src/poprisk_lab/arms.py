@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.optim.sizes import Sizes
 from poprisk.optim.soap import PopRiskSOAP
 from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace
 
@@ -123,8 +124,8 @@ def build_optimizer(
     arm: Arm,
     model: nn.Module,
     *,
-    batch_size: int,
-    dataset_size: int,
+    batch_size: Sizes,
+    dataset_size: Sizes,
     trace: UpdateTrace | None = None,
 ) -> Optimizer:
     """Make an arm's optimizer for a model.
@@ -137,7 +138,7 @@ def build_optimizer(
         trace: update sizes for an arm that ``follows`` another.
     """
     kind, settings = arm.optimizer, arm.settings
-    sizes = {"batch_size": batch_size, "dataset_size": dataset_size}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "dataset_size": dataset_size}
     if kind == "poprisk":
         return PopRiskAdamW(model, **sizes, **settings)
     if kind == "rotated":
@@ -194,6 +195,33 @@ def _peer(kind: str, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
         return peers.MSVAG(model.parameters(), **settings)
     if kind == "adabelief":
         return peers.AdaBelief(model.parameters(), **settings)
+    if kind == "soap":
+        return peers.SOAP(model.parameters(), **settings)
     if kind == "orthograd":
         return peers.OrthoGrad(torch.optim.AdamW(model.parameters(), **settings))
+    if kind == "soap":
+        return peers.SOAP(model.parameters(), **settings)
+    if kind == "muon":
+        return peers.Muon(muon_groups(model, **settings))
     return peers.GrokFastAdamW(model.parameters(), **settings)
+
+
+def muon_groups(model: nn.Module, *, momentum: float = 0.95, **adamw: Any) -> list[dict[str, Any]]:
+    """Muon for the weights of the hidden linear layers, AdamW for all else, as Muon is meant.
+
+    All else: embeddings, biases, gains, and the last linear layer, which gives the outputs. The
+    orthogonal updates are scaled by ``0.2 √max(rows, columns)`` (J. Liu et al., arXiv:2502.16982),
+    to the root mean square of AdamW's updates, so that a learning rate and a decay mean the same
+    for both parts, and the same as for AdamW.
+
+    Args:
+        model: whose parameters are trained.
+        momentum: of Muon.
+        adamw: ``lr`` and ``weight_decay`` of both parts, ``betas`` and ``eps`` of AdamW's.
+    """
+    hidden = [m.weight for m in model.modules() if isinstance(m, nn.Linear)][:-1]
+    own = {id(weight) for weight in hidden}
+    shared = {"lr": adamw["lr"], "weight_decay": adamw["weight_decay"]}
+    muon = {**shared, "use_muon": True, "momentum": momentum, "use_adjusted_lr": True}
+    rest = [p for p in model.parameters() if id(p) not in own]
+    return [{"params": hidden, **muon}, {"params": rest, "use_muon": False, **adamw}]

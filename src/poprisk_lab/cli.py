@@ -1,4 +1,4 @@
-"""The command line: compare, audit, explain, reproduce, report, evidence, bench, tasks.
+"""The command line: compare, advise, audit, explain, reproduce, report, evidence, bench, tasks.
 
 A command imports what it runs when it is called: help, completion and refusals wait for no torch.
 """
@@ -6,6 +6,7 @@ A command imports what it runs when it is called: help, completion and refusals 
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import sys
@@ -163,6 +164,36 @@ def compare_command(
             _say_what_is_left(missing, directory)
         else:
             _conclude(directory)
+
+
+@app.command("advise")
+def advise_command(
+    task: TaskSource,
+    seeds: Annotated[
+        int, _option("How many seeds to measure: others than those of compare.")
+    ] = DEFAULT_SEEDS,
+    setting: Setting = None,
+    as_json: Annotated[bool, _option("Print one JSON object and nothing else.", "--json")] = False,
+    trace: Trace = False,
+) -> None:
+    """Say, from a few cheap measurements, whether to expect a gain over AdamW on TASK."""
+    _check_positive(seeds=seeds)
+    settings = dict(_parse_setting(text) for text in setting or [])
+    with _errors(trace=trace):
+        from poprisk_lab.advise import advise, words
+        from poprisk_lab.display import data_table
+
+        if as_json:
+            print(json.dumps(advise(task, seeds=seeds, settings=settings).as_json(), indent=2))
+            return
+        with console.status("measuring"):
+            found = advise(task, seeds=seeds, settings=settings)
+        console.print(data_table(words.table(found)))
+        console.print(data_table(words.record(found)))
+        for warning in words.warnings(found):
+            _say(warning, style="yellow")
+        _say(f"\n{words.headline(found)}", style="bold")
+        _say(f"Begin with: {words.setting(found)}")
 
 
 @app.command("audit")

@@ -2,6 +2,8 @@
 
 from mutations import Mutation
 
+DELAY = "test_claim_grokking_delay.py"
+
 MUTATIONS = {
     "decay as if nothing were gated": Mutation(
         "poprisk_lab/studies/grokking/decay.py",
@@ -58,5 +60,35 @@ MUTATIONS = {
         "cut = [step is None for",
         "cut = [False for",
         "test_reproduce.py::test_the_log_rank_test_takes_stopped_runs_as_censored",
+    ),
+    "delays that count the fit of the training set": Mutation(
+        "poprisk_lab/studies/grokking/delay.py",
+        'd.metrics["reached"] - d.metrics["memorized"]',
+        'd.metrics["reached"]',
+        f"{DELAY}::test_seeds_of_a_setting_count_once_with_their_mean_logarithm",
+    ),
+    "a half width of fewer coefficients": Mutation(
+        "poprisk_lab/studies/grokking/delay.py",
+        ".sum() / (n - k - 1)",
+        ".sum() / (n - k)",
+        f"{DELAY}::test_the_interval_is_that_of_least_squares",
+    ),
+    "norms compared the other way round": Mutation(
+        "poprisk_lab/studies/grokking/delay.py",
+        "squares[steps[0]] / squares[steps[1]]",
+        "squares[steps[1]] / squares[steps[0]]",
+        f"{DELAY}::test_the_norm_is_compared_where_either_set_is_right",
+    ),
+    "Muon for the outputs as well": Mutation(
+        "poprisk_lab/arms.py",
+        "isinstance(m, nn.Linear)][:-1]",
+        "isinstance(m, nn.Linear)]",
+        f"{DELAY}::test_muon_takes_the_weights_of_hidden_linear_layers",
+    ),
+    "a rate of Muon that is not AdamW's": Mutation(
+        "poprisk_lab/arms.py",
+        '"use_adjusted_lr": True',
+        '"use_adjusted_lr": False',
+        f"{DELAY}::test_a_learning_rate_of_muon_is_that_of_adamw",
     ),
 }

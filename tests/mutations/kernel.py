@@ -105,7 +105,10 @@ MUTATIONS = {
         FACTOR,
     ),
     "zeros as probe": Mutation(
-        "poprisk/optim/batch_variance.py", "whole = not bool(probe.any())", "whole = False", FACTOR
+        "poprisk/optim/batch_variance.py",
+        "whole = not bool(entries.any())",
+        "whole = False",
+        FACTOR,
     ),
     "average with beta1 instead of its square": Mutation(
         "poprisk/optim/variance.py",

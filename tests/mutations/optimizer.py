@@ -7,10 +7,44 @@ SIZES = "test_gate.py::test_alpha_auto_in_the_optimizer"
 THRESHOLDS = "test_optimizer.py::test_equals_the_reference_with_every_threshold"
 PATHS = "test_optimizer.py::test_foreach_is_the_loop_for_all_layouts_at_once"
 DECAY = "test_optimizer.py::test_weight_decay_is_not_gated"
+TERMS = "test_terms.py::test_equals_the_reference"
 NOT_FINITE = "test_optimizer_state.py::test_a_gradient_that_is_not_finite_changes_nothing"
 NOT_FINITE_GATED = "test_gated.py::test_a_gradient_that_is_not_finite_changes_nothing"
 
 MUTATIONS = {
+    "terms: fresh examples charged as repeated ones": Mutation(
+        "poprisk/optim/sizes.py",
+        'fresh = 1.0 if paper and alpha == "auto" else 0.0',
+        "fresh = 1.0",
+        "test_terms.py::test_charges",
+    ),
+    "terms: weighted by their charges, not the roots": Mutation(
+        "poprisk/optim/terms.py",
+        "share = own.detach().to(state_dtype(p)) * charge**0.5",
+        "share = own.detach().to(state_dtype(p)) * charge",
+        "test_terms.py::test_what_is_charged_is_the_sum_of_the_variances_each_by_its_ratio",
+    ),
+    "terms: average of another age": Mutation(
+        "poprisk/optim/update.py",
+        "own = counts._replace(t=counts.observations + 1)",
+        "own = counts",
+        "test_terms.py::test_terms_that_come_in_the_middle_of_a_run_begin_with_an_open_gate",
+    ),
+    "terms: a factor since is not seen": Mutation(
+        "poprisk/optim/terms.py",
+        "p: self._weighted[p] * factor\n",
+        "p: self._weighted[p]\n",
+        "test_terms.py::test_a_factor_on_the_sum_counts_for_the_terms",
+    ),
+    "terms: charged beyond the dearest": Mutation(
+        "poprisk/optim/gate.py", ".clamp_(least, most)", ".clamp_(least)", TERMS
+    ),
+    "terms: left out of the state's precision": Mutation(
+        "poprisk/optim/state.py",
+        'VARIANCE_KEYS = ("grad_mean_var", *TERM_KEYS)',
+        'VARIANCE_KEYS = ("grad_mean_var",)',
+        "test_terms.py::test_the_state_keeps_its_precision_and_shape_when_loaded",
+    ),
     "mean used after its update": Mutation(
         "poprisk/optim/update.py",
         "estimator.observe_(s, g, m, counts)",
@@ -35,7 +69,7 @@ MUTATIONS = {
     "variance divided by b-1 again": Mutation(
         "poprisk/optim/gate.py",
         "return z * z * (noise_ratio + finite) / inflation",
-        "return z * z * (noise_ratio + finite) / inflation / ((batch_size or 2) - 1)",
+        "return z * z * (noise_ratio + finite) / inflation / 4",
         SIZES,
     ),
     "gated weight decay": Mutation(
@@ -47,7 +81,10 @@ MUTATIONS = {
         DECAY,
     ),
     "threshold ignored": Mutation(
-        "poprisk/optim/gate.py", "alpha=self.alpha,", "alpha=1.0,", THRESHOLDS
+        "poprisk/optim/gate.py",
+        "alpha=self._thresholds(var, charged),",
+        "alpha=1.0,",
+        THRESHOLDS,
     ),
     "foreach leaves the end of large tensors out": Mutation(
         "poprisk/optim/update.py",

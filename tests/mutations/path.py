@@ -9,6 +9,7 @@ ACCOUNTING = "test_path.py::test_the_loss_drop_is_accounted_for[AdamW]"
 FOLLOW = "test_follow.py::test_following_vectors_is_applying_the_operators[AdamW]"
 CELLS = "test_channel.py::test_the_cells_are_those_of_the_definition"
 COUPLING = "test_channel.py::test_the_coupling_is_that_of_the_definition"
+PARTS = "test_channel.py::test_the_parts_of_the_transfer_error_add_up[AdamW-random-1e-12]"
 GAIN = "test_channel.py::test_noise_gain_is_the_variance_of_noisy_labels"
 DRIFT = "test_drift.py::test_drift_and_diffusion_are_the_sums_of_the_definition"
 
@@ -163,5 +164,26 @@ MUTATIONS = {
     ),
     "diffusion holds the drift": Mutation(
         "poprisk/path/drift.py", "(sampled - 1) * g", "sampled * g", DRIFT
+    ),
+    "transfer error without the affine part": Mutation(
+        "poprisk/path/coupling.py",
+        "closure = (query + affine.query + G @ g)",
+        "closure = (query + G @ g)",
+        PARTS,
+    ),
+    "mismatch with the wrong sign": Mutation(
+        "poprisk/path/coupling.py", "        mismatch @ c,", "        -mismatch @ c,", PARTS
+    ),
+    "gradient not whitened for the channel": Mutation(
+        "poprisk/path/coupling.py",
+        "c = channel.eigenvalues.sqrt() * (",
+        "c = channel.eigenvalues * (",
+        PARTS,
+    ),
+    "what no predictor sees, of the predictor at hand": Mutation(
+        "poprisk/path/coupling.py",
+        "unseen = G @ F - coupling_matrix(integrals, channel) @ C_S",
+        "unseen = G @ F - A @ C_S",
+        "test_channel.py::test_the_transfer_error_is_that_of_any_predictor[2]",
     ),
 }

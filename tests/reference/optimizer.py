@@ -104,6 +104,9 @@ class ReferenceOptimizer:
             return c["z"] ** 2 * (r + finite) / inflation
         return {"fresh": 1.0, "finite": finite}.get(alpha, alpha)
 
+    def _alphas(self, s_hat: list[float]) -> list[float]:
+        return [self._alpha()] * len(s_hat)
+
     def _masks(self, m_hat: list[float], v_hat: list[float]) -> list[float]:
         c = self.settings
         s_hat = self._variance(m_hat, v_hat)
@@ -112,10 +115,56 @@ class ReferenceOptimizer:
         eps = c["eps"] if c["mode"] == "paper" else 0.0
         if c["reduction"] == "per_tensor":
             n = len(m_hat)
-            m_rms = math.sqrt(sum(m * m for m in m_hat) / n)
-            q = mask_value(c["mask"], m_rms, sum(s_hat) / n, self._alpha(), c["softness"], eps)
+            m_rms, pooled = math.sqrt(sum(m * m for m in m_hat) / n), sum(s_hat) / n
+            (alpha,) = set(self._alphas(s_hat))
+            q = mask_value(c["mask"], m_rms, pooled, alpha, c["softness"], eps)
             return [max(q, c["q_min"])] * n
         return [
-            max(mask_value(c["mask"], m, s, self._alpha(), c["softness"], eps), c["q_min"])
-            for m, s in zip(m_hat, s_hat, strict=True)
+            max(mask_value(c["mask"], m, s, alpha, c["softness"], eps), c["q_min"])
+            for m, s, alpha in zip(m_hat, s_hat, self._alphas(s_hat), strict=True)
         ]
+
+
+class ReferenceTerms(ReferenceOptimizer):
+    """The same for a loss of several terms, each charged by its own sizes.
+
+    Keeps the history of h, the terms weighted by the roots of their charges, in the same way.
+    """
+
+    def __init__(self, w: Tensor, **settings: Any) -> None:
+        super().__init__(w, **settings)
+        first = next(iter(settings["batch_size"]))
+        single = {key: settings[key][first] for key in ("batch_size", "dataset_size")}
+        self.weighted = ReferenceOptimizer(w, **{**settings, **single})
+
+    def charges(self) -> dict[str, float]:
+        """What is charged of the variance of each term."""
+        c = self.settings
+        fresh = 1.0 if (c["mode"], c["alpha"]) == ("paper", "auto") else 0.0
+        return {
+            k: fresh if n is None else c["batch_size"][k] / (n - c["batch_size"][k])
+            for k, n in c["dataset_size"].items()
+        }
+
+    def step_terms(self, grads: dict[str, Tensor]) -> Tensor:
+        """Apply the sum of the gradients of the terms and return the weights."""
+        h = sum(charge**0.5 * grads[k].double() for k, charge in self.charges().items())
+        flat = torch.as_tensor(h).flatten().tolist()
+        self.weighted._deviate(flat)
+        self.weighted.grads.append(flat)
+        return self.step(torch.stack([g.double() for g in grads.values()]).sum(0))
+
+    def _alphas(self, s_hat: list[float]) -> list[float]:
+        c, charges = self.settings, self.charges().values()
+        if c["alpha"] not in ("auto", "finite"):
+            return [{"fresh": 1.0}.get(c["alpha"], c["alpha"])] * len(s_hat)
+        c_hat = self.weighted._variance([], [])
+        assert c_hat is not None
+        if c["reduction"] == "per_tensor":
+            c_hat, s_hat = ([sum(x) / len(x)] * len(x) for x in (c_hat, s_hat))
+        shares = [x / s if s > 0 else 0.0 for x, s in zip(c_hat, s_hat, strict=True)]
+        shares = [min(max(x, min(charges)), max(charges)) for x in shares]
+        if c["alpha"] == "finite" or c["mode"] == "paper":
+            return shares
+        r = momentum_noise(len(self.grads), c["betas"][0])
+        return [c["z"] ** 2 * (r + x) / (1 + r) for x in shares]

@@ -163,3 +163,26 @@ def coupling(G: Tensor, W: Tensor, D: Tensor) -> Tensor:
     """A∘ = G W† Dᵀ (D W† Dᵀ)†, as written."""
     pinv = torch.linalg.pinv
     return G @ pinv(W) @ D.T @ pinv(D @ pinv(W) @ D.T)
+
+
+def whitened_inverse(W: Tensor, tol: float) -> Tensor:
+    """W† of the eigenvalues above ``tol`` times the largest, one outer product at a time."""
+    values, vectors = torch.linalg.eigh(W)
+    total = torch.zeros_like(W)
+    for value, vector in zip(values, vectors.T, strict=True):
+        if value > tol * values[-1]:
+            total = total + torch.outer(vector, vector) / value
+    return total
+
+
+def transfer_errors(
+    G: Tensor, W: Tensor, D: Tensor, A: Tensor, tol: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(G - AD) W† (G - AD)ᵀ for A; for A∘; and (A - A∘) D W† Dᵀ (A - A∘)ᵀ."""
+    inverse = whitened_inverse(W, tol)
+    best = G @ inverse @ D.T @ torch.linalg.pinv(D @ inverse @ D.T)
+
+    def left(B: Tensor) -> Tensor:
+        return (G - B @ D) @ inverse @ (G - B @ D).T
+
+    return left(A), left(best), (A - best) @ D @ inverse @ D.T @ (A - best).T

@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, SupportsFloat, overload
 
 import torch
@@ -32,8 +33,10 @@ from poprisk.optim.settings import (
     make_plain_,
     tell_differences,
 )
+from poprisk.optim.sizes import Sizes
 from poprisk.optim.state import (
     ADAM_KEYS,
+    VARIANCE_KEYS,
     check_dense,
     check_distinct,
     check_not_resized,
@@ -46,6 +49,7 @@ from poprisk.optim.state import (
 )
 from poprisk.optim.stats import GateStats, module_stats
 from poprisk.optim.step import StepContext, StepRule
+from poprisk.optim.terms import TermGradients
 from poprisk.optim.update import (
     all_finite,
     all_small,
@@ -63,7 +67,7 @@ class PopRiskAdamW(Optimizer):
     The mask q compares the squared average gradient with the variance of the batch mean
     (:mod:`poprisk.optim.gate`, :mod:`poprisk.optim.variance`). Source: Algorithm 1 of [LG]; the
     calibration of ``mode="auto"`` is ours. One state vector more than AdamW, none with
-    ``variance="second-moment"``.
+    ``variance="second-moment"``, three where terms of the loss have sizes of their own.
 
     Args:
         params: parameters, named parameters, parameter groups, or a module (which gives names).
@@ -79,8 +83,10 @@ class PopRiskAdamW(Optimizer):
             rule: finite if ``dataset_size`` is given, else fresh.
         z: how many standard errors ``alpha="auto"`` asks for.
         softness: :math:`\lambda` of the soft and snr masks.
-        batch_size: examples behind one step: batch × accumulation steps × processes.
-        dataset_size: number of training examples; None for a stream.
+        batch_size: examples behind one step: batch × accumulation steps × processes. Of a loss of
+            several terms with sizes of their own, a dict by the term's name; then compute each
+            gradient within :meth:`term`.
+        dataset_size: number of training examples; None for a stream. A dict likewise.
         mode: ``"auto"`` centres the variance on the bias-corrected mean and leaves a step
             ungated while there is no estimate; ``"paper"`` is Algorithm 1 to the letter, cold
             start and absolute ``eps`` in the mask included.
@@ -120,7 +126,7 @@ class PopRiskAdamW(Optimizer):
         tensor([0.9000])
     """
 
-    _tensor_keys: tuple[str, ...] = (*ADAM_KEYS, "grad_mean_var")
+    _tensor_keys: tuple[str, ...] = (*ADAM_KEYS, *VARIANCE_KEYS)
     """What is kept in the precision of the state, also when loaded."""
 
     def __init__(
@@ -136,8 +142,8 @@ class PopRiskAdamW(Optimizer):
         alpha: float | str = "auto",
         z: float = 1.5,
         softness: float = 0.1,
-        batch_size: int | None = None,
-        dataset_size: int | None = None,
+        batch_size: Sizes = None,
+        dataset_size: Sizes = None,
         mode: str = "auto",
         variance: str = "ema",
         reduction: str | None = None,
@@ -237,6 +243,7 @@ class PopRiskAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; ``closure`` re-evaluates the model and returns the loss."""
+        self._notes.terms.check_closed("step()")
         loss = evaluate(closure)
         grads = checked_gradients(self)
         check_not_resized(self.param_groups, self.state)
@@ -248,10 +255,10 @@ class PopRiskAdamW(Optimizer):
             self._notes.patience.skipped(self._count_skip())
             self._use_parts()
             return loss
+        given, terms = self._given_variances(), self._weighted_terms()
         self._notes.patience.took(grads, self.param_groups)
-        given = self._given_variances()
         groups = [compiled(group) for group in self.param_groups]
-        parts = [tensors for group in groups for tensors in self._tensor_groups(group)]
+        parts = [tensors for group in groups for tensors in self._tensor_groups(group, terms)]
         take_variances_(groups, self.state, given)
         self.rank_observations.clear()
         for tensors in parts:
@@ -308,11 +315,61 @@ class PopRiskAdamW(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the parts of a batch that were noted."""
+        self._notes.terms.reset()
         super().zero_grad(set_to_none)
         if self._notes.parts is not None:
             self._notes.parts.reset()
 
+    def term(self, name: str) -> AbstractContextManager[None]:
+        """Within this context, ``loss.backward()`` computes the gradient of one term of the loss.
+
+        For ``batch_size`` and ``dataset_size`` by term. ``.grad`` becomes the sum of all terms, as
+        without it; factors common to a tensor (unscaling, clipping by norm) may follow. Several
+        backward passes of one term add up.
+
+        Args:
+            name: of the term, as in ``batch_size``.
+
+        Raises:
+            ValueError: for a name that ``batch_size`` does not have.
+            RuntimeError: if sizes are not by term; or if gradients are not of a term of this step,
+                or not seen whole (several processes, hooks that step): ``.grad`` and weights are
+                then as before.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.zeros(1))
+            >>> batch, whole = {"data": 5, "inside": 5}, {"data": 50, "inside": None}
+            >>> opt = PopRiskAdamW([w], batch_size=batch, dataset_size=whole)
+            >>> with opt.term("data"):
+            ...     (2 * w).sum().backward()
+            >>> with opt.term("inside"):
+            ...     (3 * w).sum().backward()
+            >>> w.grad
+            tensor([5.])
+        """
+        told = [g for g in self.param_groups if isinstance(g["batch_size"], Mapping)]
+        if not told:
+            raise RuntimeError(
+                f"term({name!r}) is for batch_size and dataset_size by term, but they are "
+                'one number here; pass dicts, as in batch_size={"data": 32, "inside": 32}.'
+            )
+        for group in told:
+            if name not in group["batch_size"]:
+                known = ", ".join(map(repr, group["batch_size"]))
+                raise ValueError(f"name must be a term of batch_size ({known}), but got {name!r}.")
+        groups = [compiled(group) for group in told]
+        charges = {p: g.charges[name] for g in groups if g.charges for p in g.settings["params"]}
+        return self._notes.terms.term(name, charges) if charges else nullcontext()
+
+    def _weighted_terms(self) -> dict[Tensor, Tensor]:
+        """What terms that are charged differently add, for the parameters that are told of them."""
+        groups = [g for g in self.param_groups if isinstance(g["batch_size"], Mapping)]
+        told = [p for g in map(compiled, groups) if g.charges for p in g.settings["params"]]
+        return self._notes.terms.weighted([p for p in told if p.grad is not None and p.numel()])
+
     def _use_parts(self) -> None:
+        if self._notes.terms.open is None:
+            self._notes.terms.reset()
         if self._notes.parts is not None:
             self._notes.parts.use()
 
@@ -373,6 +430,8 @@ class PopRiskAdamW(Optimizer):
         for group in self.param_groups:
             if group["gate"] and group["variance"] in (*WITHIN_BATCH, "data-parallel"):
                 return f"variance={group['variance']!r}"
+            if compiled(group).charges:
+                return "sizes by term"
         return None
 
     def gate_stats(self, model: nn.Module | None = None) -> dict[str, GateStats]:
@@ -422,7 +481,7 @@ class PopRiskAdamW(Optimizer):
         indices = [i for g in completed["param_groups"] for i in g["params"]]
         saved = {p: completed["state"].get(i, {}) for p, i in zip(params, indices, strict=True)}
         for i, (p, state) in enumerate(saved.items()):
-            check_state_shapes(i, p, state, (*ADAM_KEYS, "grad_mean_var"))
+            check_state_shapes(i, p, state, (*ADAM_KEYS, *VARIANCE_KEYS))
         pairs = zip(self.param_groups, completed["param_groups"], strict=True)
         tell_differences(type(self).__name__, list(pairs))
         super().load_state_dict(completed)
@@ -460,7 +519,9 @@ class PopRiskAdamW(Optimizer):
             group["skipped_steps"] = count
         return count
 
-    def _tensor_groups(self, group: CompiledGroup) -> list[TensorGroup]:
+    def _tensor_groups(
+        self, group: CompiledGroup, terms: Mapping[Tensor, Tensor]
+    ) -> list[TensorGroup]:
         """The group's parameters with gradients, counted on."""
         params = [p for p in group.settings["params"] if p.grad is not None and p.numel()]
         states = [self.state[p] for p in params]
@@ -473,8 +534,8 @@ class PopRiskAdamW(Optimizer):
             for p, t, start in zip(params, steps, starts, strict=True)
         ]
         if len(set(kinds)) == 1:
-            return [TensorGroup(group, params, states, *kinds[0][2:])]
-        by_kind = {kind: TensorGroup(group, [], [], *kind[2:]) for kind in kinds}
+            return [TensorGroup(group, params, states, *kinds[0][2:], terms)]
+        by_kind = {kind: TensorGroup(group, [], [], *kind[2:], terms) for kind in kinds}
         for kind, p, state in zip(kinds, params, states, strict=True):
             by_kind[kind].params.append(p)
             by_kind[kind].states.append(state)
@@ -503,6 +564,7 @@ class _Notes:
     def __init__(self, name: str, model: nn.Module | None) -> None:
         self.model = weakref.ref(model) if model is not None else None
         self.parts: BatchParts | None = None
+        self.terms = TermGradients()
         self.patience = Patience(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Notes:

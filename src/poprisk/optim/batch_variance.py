@@ -235,7 +235,7 @@ class BatchParts:
         """
         noted, grad = self._noted[p], _grad(p)
         # Not by version: GradScaler and writes through ``.data`` leave it as it was.
-        return _common_factor(_probe(grad, whole=noted.whole), noted.probe)
+        return common_factor(probe(grad, whole=noted.whole), noted.probe)
 
     def _changes(self, p: Tensor) -> int:
         """Backward passes, 0 or 1, that added to ``.grad`` since the last part.
@@ -267,11 +267,11 @@ class BatchParts:
         grad = _grad(p)
         if p in self._noted:
             squares = squares.add_(self._noted[p].squares)
-        probe = _probe(grad)
-        whole = not bool(probe.any())
+        entries = probe(grad)
+        whole = not bool(entries.any())
         if whole:
-            probe = _probe(grad, whole=True)
-        self._noted[p] = _Noted(squares, grad, grad._version, probe, whole, copy)
+            entries = probe(grad, whole=True)
+        self._noted[p] = _Noted(squares, grad, grad._version, entries, whole, copy)
 
     def _check_untouched(self, p: Tensor) -> None:
         """Raise RuntimeError if ``.grad`` holds something that is no part of this batch."""
@@ -465,13 +465,13 @@ def _grad(p: Tensor) -> Tensor:
     return cast(Tensor, p.grad)
 
 
-def _probe(grad: Tensor, *, whole: bool = False) -> Tensor:
+def probe(grad: Tensor, *, whole: bool = False) -> Tensor:
     """A copy of some thousands of entries, or of all."""
     flat = grad.flatten()
     return flat[:: 1 if whole else max(1, flat.numel() // PROBE)].clone()
 
 
-def _common_factor(after: Tensor, before: Tensor) -> float:
+def common_factor(after: Tensor, before: Tensor) -> float:
     """The number that a gradient was multiplied by.
 
     Raises:
@@ -486,8 +486,9 @@ def _common_factor(after: Tensor, before: Tensor) -> float:
     rest = float(torch.linalg.vector_norm(now - factor * then))
     if not rest <= SCALED_TOLERANCE * factor * norm:
         raise RuntimeError(
-            'gradients were changed between the backward pass and step(): variance="exact" and '
-            '"microbatch" take a common factor per tensor (unscaling, clipping by norm), but not '
-            "clipping by value, added noise or terms from another backward pass."
+            "gradients were changed between the backward pass and step(): what was noted of them "
+            '(by variance="exact", "microbatch" or terms of the loss) takes a common factor per '
+            "tensor (unscaling, clipping by norm), but not clipping by value, added noise or terms "
+            "from another backward pass."
         )
     return factor

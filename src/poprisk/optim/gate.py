@@ -15,7 +15,7 @@ source of the maths.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ def add_scaled_(x: TensorList, y: TensorList, scale: float | Tensor) -> None:
         torch._foreach_add_(x, y, alpha=scale)
 
 
+def subtract_noise_(
+    mean_sq: TensorList, var: TensorList, alpha: float | Tensor | TensorList, factor: float
+) -> None:
+    """Subtract ``factor * alpha * var`` in place; ``alpha``: one for all, or one a coordinate."""
+    if isinstance(alpha, list):
+        torch._foreach_addcmul_(mean_sq, var, alpha, -factor)
+    else:
+        add_scaled_(mean_sq, var, -alpha * factor)
+
+
 def scaled(x: TensorList, scale: float | Tensor) -> TensorList:
     """``scale * x``, newly allocated, in the dtype of ``x`` also where both are 0-d tensors."""
     if isinstance(scale, Tensor):
@@ -40,14 +50,18 @@ def scaled(x: TensorList, scale: float | Tensor) -> TensorList:
 
 
 class Mask(Protocol):
-    """A mask on lists of tensors; may overwrite ``mean_sq`` with its result, not ``var``."""
+    """A mask on lists of tensors; may overwrite ``mean_sq`` with its result, not ``var``.
+
+    ``alpha`` is a list of tensors like ``var`` where terms of the loss are charged differently;
+    masks by name take both.
+    """
 
     def __call__(
         self,
         mean_sq: TensorList,
         var: TensorList,
         *,
-        alpha: float,
+        alpha: Any,
         softness: float,
         eps: float,
         var_scale: float,
@@ -58,13 +72,13 @@ def _hard_(
     mean_sq: TensorList,
     var: TensorList,
     *,
-    alpha: float,
+    alpha: float | TensorList,
     softness: float,
     eps: float,
     var_scale: float,
 ) -> TensorList:
     tie = 1 + 8 * torch.finfo(mean_sq[0].dtype).eps
-    add_scaled_(mean_sq, var, -alpha * var_scale * tie)
+    subtract_noise_(mean_sq, var, alpha, var_scale * tie)
     torch._foreach_sign_(mean_sq)
     torch._foreach_clamp_min_(mean_sq, 0.0)
     return mean_sq
@@ -74,12 +88,12 @@ def _soft_(
     mean_sq: TensorList,
     var: TensorList,
     *,
-    alpha: float,
+    alpha: float | TensorList,
     softness: float,
     eps: float,
     var_scale: float,
 ) -> TensorList:
-    add_scaled_(mean_sq, var, -alpha * var_scale)
+    subtract_noise_(mean_sq, var, alpha, var_scale)
     torch._foreach_clamp_min_(mean_sq, 0.0)
     return _fraction_(mean_sq, var, softness * var_scale, eps)
 
@@ -88,11 +102,13 @@ def _snr_(
     mean_sq: TensorList,
     var: TensorList,
     *,
-    alpha: float,
+    alpha: float | TensorList,
     softness: float,
     eps: float,
     var_scale: float,
 ) -> TensorList:
+    if isinstance(alpha, list):
+        return _fraction_(mean_sq, list(torch._foreach_mul(var, alpha)), softness * var_scale, eps)
     return _fraction_(mean_sq, var, softness * alpha * var_scale, eps)
 
 
@@ -268,14 +284,35 @@ def threshold(
         >>> threshold("finite", noise_ratio=1, inflation=1, z=1, batch_size=20, dataset_size=100)
         0.25
     """
+    finite = finite_ratio(batch_size, dataset_size)
+    return threshold_at(finite, alpha, noise_ratio=noise_ratio, inflation=inflation, z=z)
+
+
+def threshold_at(
+    finite: float, alpha: float | str, *, noise_ratio: float, inflation: float, z: float
+) -> float:
+    """:func:`threshold` for a given noise of the training set, b/(n-b), in which it is linear."""
     if isinstance(alpha, str):
-        finite = finite_ratio(batch_size, dataset_size)
         if alpha == "fresh":
             return 1.0
         if alpha == "finite":
             return finite
         return z * z * (noise_ratio + finite) / inflation
     return float(alpha)
+
+
+class Charges(NamedTuple):
+    r"""What the terms of a loss add to the threshold: the variance of each by its own ratio.
+
+    Attributes:
+        slope: how much of :math:`\hat c = \sum_k \rho_k \hat s_k` the threshold takes.
+        least: the smallest :math:`\rho_k`.
+        most: the largest.
+    """
+
+    slope: float
+    least: float
+    most: float
 
 
 Pool = Callable[[Tensor, Sequence[int] | Tensor], Tensor]
@@ -301,37 +338,51 @@ class Gate(NamedTuple):
     r"""Tolerance :math:`\kappa`: of the variance what exceeds :math:`\kappa \hat v` counts."""
     opened: Tensor | None = None
     """Where steps are captured: whether there is no estimate yet, so that all passes."""
+    charges: Charges | None = None
+    """Of a loss whose terms are charged differently (:mod:`poprisk.optim.sizes`)."""
 
     def __call__(
-        self, mean: TensorList, var: TensorList, *, mean_scale: float = 1.0, var_scale: float = 1.0
+        self,
+        mean: TensorList,
+        var: TensorList,
+        charged: TensorList | None = None,
+        *,
+        mean_scale: float = 1.0,
+        var_scale: float = 1.0,
     ) -> TensorList:
         r"""Masks for :math:`\hat m` = ``mean_scale·mean`` and :math:`\hat s` = ``var_scale·var``.
 
         The scales (bias corrections) enter as numbers, which saves passes over memory: every mask
         depends on :math:`\hat s/\hat m^2` alone. With ``per_tensor`` both are averaged over a
-        tensor first, and its mask is a 0-d tensor. The result is newly allocated.
+        tensor first, and its mask is a 0-d tensor. The result is newly allocated. ``charged`` is
+        the variance :math:`\hat c` of :class:`Charges`, on the scale of ``var``.
         """
-        mean_sq = list(torch._foreach_mul(mean, mean))
+        rows = [list(torch._foreach_mul(mean, mean)), var]
+        if self.charges is not None and charged is not None:
+            rows.append(charged)
         if self.per_tensor:
-            sums = torch.stack([_sums(mean_sq), _sums(var)])
-            mean_sq, var = self.averages(sums, [x.numel() for x in var], var[0].dtype)
-        return self.on_squares(mean_sq, var, mean_scale=mean_scale, var_scale=var_scale)
+            sums = torch.stack([_sums(row) for row in rows])
+            rows = self.averages(sums, [x.numel() for x in var], var[0].dtype)
+        return self.on_squares(*rows, mean_scale=mean_scale, var_scale=var_scale)
 
-    def averages(
-        self, sums: Tensor, counts: Sequence[int], dtype: torch.dtype
-    ) -> tuple[TensorList, TensorList]:
-        """The per-tensor averages of both rows of float64 ``sums``, shape (2, tensors)."""
-        means = self.pool(sums, counts).to(dtype)
-        return list(means[0].unbind()), list(means[1].unbind())
+    def averages(self, sums: Tensor, counts: Sequence[int], dtype: torch.dtype) -> list[TensorList]:
+        """The per-tensor averages of each row of float64 ``sums``, shape (rows, tensors)."""
+        return [list(row.unbind()) for row in self.pool(sums, counts).to(dtype)]
 
     def on_squares(
-        self, mean_sq: TensorList, var: TensorList, *, mean_scale: float, var_scale: float
+        self,
+        mean_sq: TensorList,
+        var: TensorList,
+        charged: TensorList | None = None,
+        *,
+        mean_scale: float,
+        var_scale: float,
     ) -> TensorList:
         """The masks for squared averages, or their averages over tensors, as in ``__call__``."""
         q = self.mask(
             mean_sq,
             var,
-            alpha=self.alpha,
+            alpha=self._thresholds(var, charged),
             softness=self.softness,
             eps=self.eps / mean_scale**2,
             var_scale=var_scale / mean_scale**2,
@@ -341,6 +392,20 @@ class Gate(NamedTuple):
         if self.opened is not None:
             q = [torch.where(self.opened, torch.ones_like(x), x) for x in q]
         return q
+
+    def _thresholds(self, var: TensorList, charged: TensorList | None) -> float | TensorList:
+        """The threshold: one for all, or of each coordinate by whose variance it has.
+
+        The ratio of the estimates is a mean of the terms' ratios and lies between them, which noise
+        is not to change: no coordinate pays more than if all of its variance were of the term that
+        costs most.
+        """
+        if self.charges is None or charged is None:
+            return self.alpha
+        slope, least, most = self.charges
+        ratios = list(torch._foreach_div(charged, var))
+        ratios = [x.nan_to_num_(least).clamp_(least, most) for x in ratios]
+        return [x.mul_(slope).add_(self.alpha) for x in ratios]
 
 
 def _sums(tensors: TensorList) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,11 @@ from poprisk.optim.update import (
 
 
 class TensorGroup(NamedTuple):
-    """Parameters of one group that share dtype, device, layout and counters, updated together."""
+    """Parameters of one group that share dtype, device, layout and counters, updated together.
+
+    ``terms`` holds h of each where terms of the loss are charged differently
+    (:mod:`poprisk.optim.sizes`).
+    """
 
     group: CompiledGroup
     params: TensorList
@@ -36,6 +40,7 @@ class TensorGroup(NamedTuple):
     t: Any
     observations: Any
     layout: ShardLayout | None
+    terms: Mapping[Tensor, Tensor] = {}
 
     def subset(self, indices: Sequence[int]) -> TensorGroup:
         """Some of the parameters."""
@@ -110,7 +115,7 @@ def update_group(tensors: TensorGroup) -> None:
         "gate": group.gate(counts, tensors.layout),
     }
     columns = _columns(tensors)
-    if settings["fused"] and not counts.captured:
+    if settings["fused"] and not counts.captured and not group.charges:
         left = fused_adamw_(columns, **how, maximize=settings["maximize"])
         if not left:
             return
@@ -167,9 +172,11 @@ def _columns(tensors: TensorGroup) -> TensorLists:
     keys = (*ADAM_KEYS, *tensors.group.state_keys)
     columns = [tensors.params, _gradients(tensors)]
     columns += [[state[key] for state in tensors.states] for key in keys]
+    if tensors.group.charges:
+        columns.append([tensors.terms[p] for p in tensors.params])
     if tensors.layout is not None:
         columns = [locals_of(column) for column in columns]
-    return TensorLists(*columns, *([] for _ in range(5 - len(columns))))
+    return TensorLists(*columns, *([] for _ in range(len(TensorLists._fields) - len(columns))))
 
 
 def _gradients(tensors: TensorGroup) -> TensorList:

@@ -113,7 +113,7 @@ def after_step(tensors: StepTensors, own: CompiledGroup, kernel: ctypes.CDLL | N
 
 def observe_lists_(lists: TensorLists, *, counts: StepCounts, estimator: Ema) -> None:
     """Update the variance and then the average gradient, which must not contain it yet."""
-    _, g, m, _, s = lists
+    _, g, m, _, s, *_ = lists
     estimator.observe_(s, g, m, counts)
     torch._foreach_lerp_(m, g, 1 - counts.beta1)
 

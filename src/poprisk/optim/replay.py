@@ -26,7 +26,8 @@ def last_gate(
     gate = group.gate(counts, layout_of(p))
     moments = [local(state[key]) for key in (*ADAM_KEYS, *group.state_keys)]
     moments = [torch.view_as_real(x) if x.is_complex() else x for x in moments]
-    lists = TensorLists([], [], *([x] for x in moments), *([] for _ in range(3 - len(moments))))
+    rest = len(TensorLists._fields) - 2 - len(moments)
+    lists = TensorLists([], [], *([x] for x in moments), *([] for _ in range(rest)))
     return lists, counts, group.estimator, gate
 
 

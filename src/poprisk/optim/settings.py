@@ -11,14 +11,24 @@ from torch import Tensor
 
 from poprisk._validate import check_choice, check_number, plain
 from poprisk.dtensor import GlobalMeans, ShardLayout
-from poprisk.optim.gate import ALPHAS, MASKS_, Gate, local_means, momentum_noise, threshold
+from poprisk.optim.gate import (
+    ALPHAS,
+    MASKS_,
+    Charges,
+    Gate,
+    local_means,
+    momentum_noise,
+    threshold,
+    threshold_at,
+)
+from poprisk.optim.sizes import by_term, charges_by_term, check_sizes, first_sizes, plain_sizes
 from poprisk.optim.update import AdamSettings
 from poprisk.optim.variance import ESTIMATORS, StepCounts, VarianceEstimator, make_estimator
 
 MODES = ("auto", "paper")
 
-NUMBERS = ("eps", "weight_decay", "rho", "alpha", "z", "softness", "batch_size", "dataset_size")
-NUMBERS = (*NUMBERS, "q_min")
+NUMBERS = ("eps", "weight_decay", "rho", "alpha", "z", "softness", "q_min")
+SIZES = ("batch_size", "dataset_size")
 
 GATE_SETTINGS = (
     *("gate", "variance", "mode", "rho", "mask", "alpha", "z", "softness"),
@@ -33,10 +43,12 @@ class CompiledGroup(NamedTuple):
         settings: of the group, with Python numbers; the learning rate may stay a tensor, which
             schedulers write to and captured steps read.
         estimator: of the variance; None: the group is not gated.
+        charges: of each term of the loss, where they differ (:mod:`poprisk.optim.sizes`).
     """
 
     settings: dict[str, Any]
     estimator: VarianceEstimator | None
+    charges: dict[str, float]
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -60,20 +72,22 @@ class CompiledGroup(NamedTuple):
         s = self.settings
         inflation: Any = self.estimator.inflation(counts)
         alpha, paper = s["alpha"], s["mode"] == "paper"
+        batch_size, dataset_size = first_sizes(s)
         if paper and alpha == "auto":
-            alpha = "fresh" if s["dataset_size"] is None else "finite"
+            alpha = "fresh" if dataset_size is None and not self.charges else "finite"
         elif not paper and not counts.captured and inflation == 0:
             return None
+        how: dict[str, Any] = {"inflation": inflation, "z": s["z"]}
+        how["noise_ratio"] = momentum_noise(counts.t, counts.beta1)
+        sizes: dict[str, Any] = {"batch_size": batch_size, "dataset_size": dataset_size}
+        least, charges = threshold(alpha, **sizes, **how), None
+        if self.charges:
+            least, whole = (threshold_at(finite, alpha, **how) for finite in (0.0, 1.0))
+            ratios = self.charges.values()
+            charges = Charges(whole - least, min(ratios), max(ratios))
         return Gate(
             mask=s["mask"] if callable(s["mask"]) else MASKS_[s["mask"]],
-            alpha=threshold(
-                alpha,
-                noise_ratio=momentum_noise(counts.t, counts.beta1),
-                inflation=inflation,
-                z=s["z"],
-                batch_size=s["batch_size"],
-                dataset_size=s["dataset_size"],
-            ),
+            alpha=least,
             softness=s["softness"],
             eps=s["eps"] if paper else 0.0,
             q_min=s["q_min"],
@@ -81,6 +95,7 @@ class CompiledGroup(NamedTuple):
             slack=s.get("slack", 0.0),
             opened=inflation == 0 if counts.captured and not paper else None,
             pool=local_means if layout is None else GlobalMeans(layout),
+            charges=charges,
         )
 
 
@@ -88,10 +103,12 @@ def compiled(group: Mapping[str, Any]) -> CompiledGroup:
     """A group's settings with Python numbers for numpy's and for tensors of one element."""
     numbers = {key: plain(group[key]) for key in NUMBERS}
     betas = tuple(map(plain, group["betas"]))
-    settings: dict[str, Any] = {**group, **numbers, "betas": betas}
-    paper = settings["mode"] == "paper"
-    gated = make_estimator(settings["variance"], rho=settings["rho"], paper=paper)
-    return CompiledGroup(settings, gated if settings["gate"] else None)
+    sizes = {key: plain_sizes(group[key]) for key in SIZES}
+    settings: dict[str, Any] = {**group, **numbers, **sizes, "betas": betas}
+    charges = charges_by_term(settings)
+    how = {"rho": settings["rho"], "paper": settings["mode"] == "paper", "terms": bool(charges)}
+    gated = make_estimator(settings["variance"], **how)
+    return CompiledGroup(settings, gated if settings["gate"] else None, charges)
 
 
 def make_plain_(group: dict[str, Any]) -> None:
@@ -100,6 +117,7 @@ def make_plain_(group: dict[str, Any]) -> None:
     Tensors stay the user's own, except where steps are captured, which must not look into them.
     """
     captured = bool(group["capturable"])
+    group.update({key: plain_sizes(group[key]) for key in SIZES})
     for key in ("lr", *NUMBERS):
         if not isinstance(group[key], Tensor) or (captured and key != "lr"):
             group[key] = plain(group[key])
@@ -157,38 +175,16 @@ def check_gate_settings(group: Mapping[str, Any]) -> None:
         check_number("alpha", alpha, low=0.0)
     else:
         check_choice("alpha", alpha, ALPHAS)
-        if alpha == "finite" and group["dataset_size"] is None:
+        whole = group["dataset_size"]
+        sizes = whole.values() if isinstance(whole, Mapping) else [whole]
+        if alpha == "finite" and None in sizes:
             raise ValueError('alpha="finite" is b/(n-b) and needs batch_size and dataset_size.')
-    _check_sizes(plain(group["batch_size"]), plain(group["dataset_size"]))
+    check_sizes(*(plain(group[key]) for key in SIZES))
+    _check_terms(group)
     if group["variance"] == "second-moment" and beta1 == 0:
         raise ValueError(
             'variance="second-moment" is v̂ - m̂² and needs betas[0] > 0, but got 0; use '
             'variance="ema".'
-        )
-
-
-def _check_sizes(batch_size: Any, dataset_size: Any) -> None:
-    for name, value in (("batch_size", batch_size), ("dataset_size", dataset_size)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(
-                f"{name} must be an integer or None, but got {value!r} ({type(value).__name__})."
-            )
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, but got {value}.")
-    if dataset_size is None:
-        return
-    if batch_size is None:
-        raise ValueError(
-            f"dataset_size={dataset_size} was given without batch_size; pass the number of "
-            "examples behind one step (batch × accumulation steps × processes)."
-        )
-    if batch_size >= dataset_size:
-        raise ValueError(
-            f"batch_size={batch_size} must be smaller than dataset_size={dataset_size}: a "
-            "full batch has no sampling noise to estimate. Pass dataset_size=None to ignore the "
-            "finite size, or give alpha as a number."
         )
 
 
@@ -207,6 +203,28 @@ def check_optimizer_settings(group: Mapping[str, Any]) -> None:
     if fused and group["foreach"]:
         raise ValueError("fused=True and foreach=True were both given; choose one of them.")
     check_by_name(group)
+
+
+def _check_terms(group: Mapping[str, Any]) -> None:
+    """Refuse what the gate cannot do for a loss of several terms (TypeError, ValueError)."""
+    if group["variance"] != "ema" and by_term(group):
+        raise ValueError(
+            f"variance={group['variance']!r} was given with batch_size and dataset_size by term, "
+            'which variance="ema" measures alone; use that, or one number for all terms.'
+        )
+    if not charges_by_term(group):
+        return
+    if callable(group["mask"]):
+        raise TypeError(
+            "terms of a loss that are charged differently need a mask by name, but got a function, "
+            "which takes one threshold for all coordinates."
+        )
+    for name in ("fused", "capturable"):
+        if group.get(name):
+            raise ValueError(
+                f"{name}=True cannot take terms of a loss that are charged differently: gradients "
+                "of terms are told to the optimizer outside of the step; leave it out."
+            )
 
 
 def check_by_name(group: Mapping[str, Any]) -> None:

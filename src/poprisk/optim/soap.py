@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast, final
 
 import torch
@@ -122,6 +123,11 @@ class PopRiskSOAP(PopRiskAdamW):
         for name in ("fused", "capturable"):
             if group[name]:
                 raise ValueError(f"PopRiskSOAP has no {name} step; leave {name} out.")
+        if isinstance(group["batch_size"], Mapping) or isinstance(group["dataset_size"], Mapping):
+            raise TypeError(
+                "PopRiskSOAP takes batch_size and dataset_size as numbers: terms of a loss are "
+                "told to PopRiskAdamW alone."
+            )
         if group["mode"] != "auto" or group["reduction"] is not None:
             raise ValueError('PopRiskSOAP has mode="auto" and no reduction; leave them out.')
         super()._check_group(group)
@@ -186,8 +192,10 @@ class PopRiskSOAP(PopRiskAdamW):
             )
         return given
 
-    def _tensor_groups(self, group: CompiledGroup) -> list[TensorGroup]:
-        found = super()._tensor_groups(group)
+    def _tensor_groups(
+        self, group: CompiledGroup, terms: Mapping[Tensor, Tensor]
+    ) -> list[TensorGroup]:
+        found = super()._tensor_groups(group, terms)
         for tensors in found:
             for p, state in zip(tensors.params, tensors.states, strict=True):
                 first = None if rotation_of(p, state) else self._first_rotation(p, group)

@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 
 from poprisk._validate import check_type
 from poprisk.optim.settings import CompiledGroup, check_optimizer_settings
+from poprisk.optim.sizes import TERM_KEYS
 from poprisk.optim.update import state_dtype
 from poprisk.optim.variance import GivenVariances, Precomputed, VarianceEstimator
 
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
-TENSORS = {*ADAM_KEYS, "grad_mean_var"}
+VARIANCE_KEYS = ("grad_mean_var", *TERM_KEYS)
+TENSORS = {*ADAM_KEYS, *VARIANCE_KEYS}
 """What is of the parameter's shape."""
 NOT_LOADED = {
     "foreach",
@@ -52,10 +54,12 @@ def prepare_state(
         if "variance_start" in state:
             state["variance_start"] += 1  # nothing is observed while the gate is off
         return
+    for key in TERM_KEYS:
+        if key in state and key not in estimator.state_keys:
+            del state[key]  # it would be old, if terms came back
     if "variance_start" in state and all(key in state for key in estimator.state_keys):
         return
-    t = int(state["step"].item())
-    state["variance_start"] = t if estimator.observes(t + 1) else t + 1
+    state["variance_start"] = estimator.start(int(state["step"].item()))
     for key in estimator.state_keys:
         state[key] = torch.zeros_like(p, dtype=state_dtype(p))
 
@@ -123,7 +127,7 @@ def follow_precision_(p: Tensor, state: dict[str, Any]) -> None:
 
 def take_variances_(groups: list[CompiledGroup], state: Any, given: GivenVariances) -> None:
     """Put variances that were found elsewhere into the running averages."""
-    for settings, estimator in groups:
+    for settings, estimator, _ in groups:
         if isinstance(estimator, Precomputed):
             weight = 1 - estimator.decay(settings["betas"][0])
             for p in settings["params"]:

@@ -42,7 +42,9 @@ class AdamSettings(NamedTuple):
 class TensorLists(NamedTuple):
     """Parallel lists of real tensors of one dtype on one device.
 
-    ``variances`` is empty for an estimator without state.
+    ``variances`` is empty for an estimator without state; what follows it, unless terms of the loss
+    are charged differently (:mod:`poprisk.optim.sizes`): the average of h, the averaged squares of
+    its deviations, and h.
     """
 
     params: TensorList
@@ -50,6 +52,9 @@ class TensorLists(NamedTuple):
     exp_avgs: TensorList
     exp_avg_sqs: TensorList
     variances: TensorList
+    term_avgs: TensorList = []  # noqa: RUF012 (fields of a tuple; nobody appends to them)
+    term_vars: TensorList = []  # noqa: RUF012
+    term_grads: TensorList = []  # noqa: RUF012
 
     def subset(self, indices: list[int]) -> TensorLists:
         """The tensors at ``indices`` of every list."""
@@ -110,9 +115,11 @@ def gated_adamw_(
     with. Weight decay is decoupled and not gated. With ``gate=None`` every operation, and its
     order, is that of ``torch.optim.AdamW``; with ``estimator=None`` no variance is kept.
     """
-    w, g, m, v, s = lists
+    w, g, m, v, s, term_avgs, term_vars, term_grads = lists
     if estimator is not None:
         estimator.observe_(s, g, m, counts)
+        if term_grads:
+            observe_terms_(estimator, term_avgs, term_vars, term_grads, counts)
     decay_(w, settings)
     torch._foreach_lerp_(m, g, 1 - settings.beta1)
     torch._foreach_mul_(v, _number(settings.beta2, v[0]))
@@ -150,7 +157,22 @@ def masks(
         torch._foreach_add_(raw, lists.exp_avg_sqs, alpha=-tolerated)
         torch._foreach_clamp_min_(raw, 0.0)
         var_scale = 1.0
-    return gate(lists.exp_avgs, raw, mean_scale=counts.mean_scale, var_scale=var_scale)
+    scales = {"mean_scale": counts.mean_scale, "var_scale": var_scale}
+    return gate(lists.exp_avgs, raw, lists.term_vars, **scales)
+
+
+def observe_terms_(
+    estimator: VarianceEstimator,
+    avgs: TensorList,
+    variances: TensorList,
+    grads: TensorList,
+    counts: StepCounts,
+) -> None:
+    """Update what is known of h, in place: its deviations from its average, and then that."""
+    # The average has seen as many as were observed: it may have begun in the middle of a run.
+    own = counts._replace(t=counts.observations + 1)
+    estimator.observe_(variances, grads, avgs, own)
+    torch._foreach_lerp_(avgs, grads, 1 - counts.beta1)
 
 
 def state_dtype(p: Tensor) -> torch.dtype:

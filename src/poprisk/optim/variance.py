@@ -40,6 +40,7 @@ from poprisk.jacobian import (
     trainable,
 )
 from poprisk.optim.gate import TensorList, momentum_noise, scaled
+from poprisk.optim.sizes import TERM_KEYS
 from poprisk.per_sample import Moments, capture
 from poprisk.per_sample.checks import check_numbers, check_one_device, check_part
 from poprisk.protocols import PerExampleLoss
@@ -79,6 +80,10 @@ class VarianceEstimator(ABC):
     def observes(self, t: int) -> bool:
         """Whether the gradient of step ``t`` (≥ 1) can be observed."""
         return True
+
+    def start(self, t: int) -> int:
+        """After which step observations begin, where state is made after ``t`` (≥ 0) steps."""
+        return t if self.observes(t + 1) else t + 1
 
     @abstractmethod
     def observe_(
@@ -121,16 +126,25 @@ class Ema(VarianceEstimator):
     Args:
         rho: decay of the average, in [0, 1).
         paper: use the literal form of Algorithm 1.
+        terms: keep the state for terms of the loss that are charged differently, too
+            (:mod:`poprisk.optim.sizes`).
     """
 
     state_keys = ("grad_mean_var",)
 
-    def __init__(self, rho: float, *, paper: bool = False) -> None:
+    def __init__(self, rho: float, *, paper: bool = False, terms: bool = False) -> None:
         self.rho = rho
         self.paper = paper
+        self.terms = terms
+        if terms:
+            self.state_keys = (*Ema.state_keys, *TERM_KEYS)
 
     def observes(self, t: int) -> bool:
         return self.paper or t > 1
+
+    def start(self, t: int) -> int:
+        # The average gradient may be old where this begins, that of the terms is not.
+        return t if self.paper else max(t, 1) if not self.terms else t + 1
 
     def observe_(
         self, variances: TensorList, grads: TensorList, exp_avgs: TensorList, counts: StepCounts
@@ -274,12 +288,12 @@ WITHIN_BATCH = ("exact", "microbatch")
 ESTIMATORS = ("ema", *WITHIN_BATCH, "data-parallel", "second-moment")
 
 
-def make_estimator(name: str, *, rho: float, paper: bool) -> VarianceEstimator:
-    """The estimator called ``name``; see :data:`ESTIMATORS`."""
+def make_estimator(name: str, *, rho: float, paper: bool, terms: bool = False) -> VarianceEstimator:
+    """The estimator called ``name``; see :data:`ESTIMATORS`. ``terms``: as for :class:`Ema`."""
     if name == "second-moment":
         return SecondMoment()
     if name == "ema":
-        return Ema(rho, paper=paper)
+        return Ema(rho, paper=paper, terms=terms)
     return Precomputed(None if name == "exact" else rho)
 
 

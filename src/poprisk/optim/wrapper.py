@@ -440,6 +440,12 @@ def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             f'gated() takes variance="ema" only, but got {found["variance"]!r}: it measures from '
             "gradients alone, and the others need PopRiskAdamW's own moments or methods."
         )
+    for key in ("batch_size", "dataset_size"):
+        if isinstance(found[key], Mapping):
+            raise TypeError(
+                f"gated() takes {key} as one number, but got {found[key]!r}: gradients of terms "
+                "are told to PopRiskAdamW alone, by its method term()."
+            )
     check_number("beta1", found["beta1"], low=0.0, high=1.0, include_high=False)
     check_number("eps", found["eps"], low=0.0)
     check_type("gate", found["gate"], bool, "True or False")

@@ -64,18 +64,83 @@ def coupling_matrix(integrals: Integrals, channel: Channel) -> Tensor:
 
 def couple(integrals: Integrals, channel: Channel) -> Coupling:
     r"""Predict the query movement; the affine parts are known and moved across."""
-    first, last = integrals.snapshots[0], integrals.snapshots[-1]
-    train = last.train_outputs - first.train_outputs
-    query = last.query_outputs - first.query_outputs
+    train, query = _movement(integrals)
     A, affine = coupling_matrix(integrals, channel), integrals.affine
-    moved = A @ (train + affine.train) - affine.query
-    return Coupling(A, score(moved, query), score(integrals.frozen @ train, query))
+    predicted = A @ (train + affine.train) - affine.query
+    return Coupling(A, score(predicted, query), score(integrals.frozen @ train, query))
+
+
+def _movement(integrals: Integrals) -> tuple[Tensor, Tensor]:
+    """How far the training (N,) and the query outputs (Nq,) moved in the run."""
+    first, last = integrals.snapshots[0], integrals.snapshots[-1]
+    return last.train_outputs - first.train_outputs, last.query_outputs - first.query_outputs
 
 
 def score(movement: Tensor, realized: Tensor) -> Prediction:
     """Correlation and relative error of a predicted movement (Nq,)."""
     correlation = float(torch.corrcoef(torch.stack([movement, realized]))[0, 1])
     return Prediction(movement, correlation, relative(movement, realized))
+
+
+class TransferError(NamedTuple):
+    r"""What a linear predictor A of the query movement leaves of it, in parts [LG, Thm E.3].
+
+    With :math:`C_Q = GF`, :math:`C_S = DF` and :math:`F F^T = W^\dagger` of the channel
+
+    .. math:: (G-AD)W^\dagger(G-AD)^T = R_\perp R_\perp^T
+              + (A-A_\circ)\,DW^\dagger D^T (A-A_\circ)^T, \qquad
+              R_\perp = C_Q(I - C_S^\dagger C_S).
+
+    No predictor does without the first, and :math:`A_\circ` has no more. Of the run itself, with
+    the starting output gradient :math:`g_0 = Fc + r` in channel and reservoir, the error
+    :math:`U_Q(K)-U_Q(0) - A(U_S(K)-U_S(0))`, affine parts moved across, is the sum of four vectors
+    (Nq,), ours: beside the two the reservoir at the tolerance, and the closure errors of the two
+    movements.
+
+    Attributes:
+        unseen: :math:`-R_\perp c`: moves queries and leaves the training outputs where they are.
+        mismatch: :math:`(A-A_\circ)C_S c`.
+        reservoir: :math:`-(G-AD)r`; round-off where the tolerance is, as
+            ker W lies in ker G and in ker D.
+        closure: :math:`e_Q - A e_S`, what the operators miss of the realized movements.
+        unseen_norm: :math:`\|R_\perp\|_F`.
+        mismatch_norm: :math:`\|(A-A_\circ)C_S\|_F`; the squares of both add up to that of
+            :math:`(G-AD)F`.
+    """
+
+    unseen: Tensor
+    mismatch: Tensor
+    reservoir: Tensor
+    closure: Tensor
+    unseen_norm: float
+    mismatch_norm: float
+
+    __repr__ = short_repr
+
+    def total(self) -> Tensor:
+        """The error of the prediction, (Nq,)."""
+        return self.unseen + self.mismatch + self.reservoir + self.closure
+
+
+def transfer_error(integrals: Integrals, channel: Channel, A: Tensor) -> TransferError:
+    """The parts of what ``A`` (Nq, N) leaves of this run's query movement; see the class."""
+    G, D, g, affine = integrals.G, integrals.D, integrals.g0, integrals.affine
+    F = channel.basis / channel.eigenvalues.sqrt()
+    c = channel.eigenvalues.sqrt() * (channel.basis.T @ g)
+    rest = channel.reservoir @ (channel.reservoir.T @ g)
+    C_S = D @ F
+    unseen = G @ F - coupling_matrix(integrals, channel) @ C_S
+    mismatch = A @ C_S - (G @ F - unseen)
+    train, query = _movement(integrals)
+    closure = (query + affine.query + G @ g) - A @ (train + affine.train + D @ g)
+    return TransferError(
+        -unseen @ c,
+        mismatch @ c,
+        -(G @ rest - A @ (D @ rest)),
+        closure,
+        float(unseen.norm()),
+        float(mismatch.norm()),
+    )
 
 
 class NoiseGain(NamedTuple):

@@ -17,11 +17,14 @@ from poprisk.path.coupling import Prediction, coupling_matrix, score
 from poprisk.path.operators import PathOperators, path_operators
 from poprisk_lab.plots import Picture, Plot, metric_line, points, rounded, tabulate
 from poprisk_lab.studies.claim import Metrics, Report, Results, Trial, Workspace
+from poprisk_lab.studies.coupling_error import error_criteria, error_parts
 from poprisk_lab.studies.criteria import Criterion, at_least, controls, difference, geometric
 from poprisk_lab.studies.small_nets import Examples, NetRecipe, movement, ridge_fits, tangents
 
 N, M, UNITS, SCALE, TARGET, NOISE = 24, 16, 16, 0.4, 6.0, 0.3
 FLIPPED, STRIDE, PAPER_ERROR = 2, 20, 0.165
+PARTED = range(3)
+"""Seeds whose transfer error is taken apart."""
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-12)
 RIDGES = torch.logspace(-12, 2, 29, dtype=torch.float64)
 
@@ -42,15 +45,19 @@ KINDS = {
 
 
 def trials(quick: bool) -> list[Trial]:
-    """One run, its strided record and the same with other labels."""
+    """One run, its strided record and the same with other labels; parts of transfer errors."""
     kinds, seeds, steps = [*KINDS], range(6), 300
     if quick:
         kinds, seeds, steps = ["regression-gated", "classes-sgd"], range(2), 80
-    return [
-        Trial(f"{kind}-{seed}", {"case": kind, "seed": seed, "steps": steps, "drawn": seed == 0})
-        for kind in kinds
-        for seed in seeds
-    ]
+    found = list[Trial]()
+    for kind in kinds:
+        for seed in seeds:
+            own = {"case": kind, "seed": seed, "steps": steps, "drawn": seed == 0}
+            found.append(Trial(f"{kind}-{seed}", own))
+            if seed in PARTED:
+                parts = {**own, "drawn": False, "kind": "parts"}
+                found.append(Trial(f"parts-{kind}-{seed}", parts))
+    return found
 
 
 def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
@@ -58,10 +65,12 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     kind, seed, steps = KINDS[settings["case"]], settings["seed"], settings["steps"]
     first = train(kind, seed, steps)
     ops = path_operators(first)
+    other = train(kind, seed, steps, noise_seed=10_000 + seed)
+    if settings.get("kind") == "parts":
+        return error_parts(ops, path_operators(other))
     coupling, drift = ops.coupling(), ops.kernel_drift()
     moved = movement(first)
     frozen = frozen_ridge(first, *moved)
-    other = train(kind, seed, steps, noise_seed=10_000 + seed)
     other_moved = movement(other)
     forecasts = forecast(ops, *other_moved)
     strided = path_operators(train(kind, seed, steps, stride=STRIDE))
@@ -157,6 +166,7 @@ def _forecasts(results: Results) -> Iterator[Criterion]:
 
 def judge(results: Results) -> Report:
     """Drift of 2 and more, prediction as good as the paper's, better than with a frozen kernel."""
+    parted, results = results.where(kind="parts"), results.where(kind=None)
     over, error = partial(results.over, "case"), ("path", "error")
     decided = [
         at_least("kernel drift at its peak, least of the settings",
@@ -169,7 +179,11 @@ def judge(results: Results) -> Report:
                  difference(over(("frozen", "error"), mean), over(error, mean)), 0.0),
     ]  # fmt: skip
     strided = f"relative error from a record of every {STRIDE}th step, worst of the settings"
-    beside = [_error(strided, over(("strided", "error"), max)), *_forecasts(results)]
+    beside = [
+        _error(strided, over(("strided", "error"), max)),
+        *_forecasts(results),
+        *error_criteria(parted),
+    ]
     table = tabulate(
         "relative error of the prediction",
         {KINDS[kind].label: runs for kind, runs in results.by("case").items()},
@@ -196,6 +210,7 @@ def judge(results: Results) -> Report:
 
 def show(results: Results) -> list[Plot | Picture]:
     """Drift along the runs, movements, and errors against drift."""
+    results = results.where(kind=None)
     kinds = results.by("case")
     last = max(len(kinds) - 1, 1)
     drifts = [

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poprisk.intervals import Interval
+from poprisk.optim.sizes import Sizes
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.controls import UpdateTrace
 from poprisk_lab.plots import Line, rounded, short
@@ -27,6 +28,9 @@ ARMS: dict[str, Arm] = {
         Arm("snr", "Algorithm 1, snr mask", "paper", "poprisk", {**PAPER, "mask": "snr"}),
         Arm("auto", "PopRiskAdamW, defaults", "poprisk", "poprisk"),
         Arm("stream", "PopRiskAdamW, defaults, data taken as a stream", "poprisk", "poprisk"),
+        Arm("terms", "PopRiskAdamW, defaults, sizes by term", "poprisk", "poprisk"),
+        Arm("soap", "SOAP", "peer", "soap"),
+        Arm("lbfgs", "AdamW, then L-BFGS", "peer", "adamw"),
         Arm("matched", "AdamW, RMS-matched", "rms-matched", "rms-matched"),
         Arm("shuffled-auto", "PopRiskAdamW, mask shuffled", "shuffled", "shuffled"),
         Arm("shuffled-soft", "soft mask, shuffled", "shuffled", "shuffled", PAPER),
@@ -44,8 +48,8 @@ def make_optimizer(
     model: nn.Module,
     settings: dict[str, Any],
     *,
-    batch_size: int,
-    dataset_size: int | None,
+    batch_size: Sizes,
+    dataset_size: Sizes,
     trace: UpdateTrace | None = None,
 ) -> Optimizer:
     """The optimizer of an arm of :data:`ARMS`.
@@ -54,7 +58,7 @@ def make_optimizer(
         arm: its name.
         model: whose parameters it trains.
         settings: of the trial, with ``lr`` and ``weight_decay`` (decoupled, as in AdamW).
-        batch_size: for the gate.
+        batch_size: for the gate; by term for the arm ``terms``.
         dataset_size: for the gate; None for a stream.
         trace: update sizes, for the arm ``matched``.
     """

@@ -141,7 +141,15 @@ def batches(seeds: Sequence[int], n: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def physics_loss(models: Sequence[PeriodicMLP], x: Tensor, y: Tensor, inside: Tensor) -> Tensor:
-    """Mean squared misfit at t = 0 plus mean squared residual inside, summed over networks.
+    """Mean squared misfit at t = 0 plus mean squared residual inside, as of :func:`two_losses`."""
+    misfit, residual = two_losses(models, x, y, inside)
+    return misfit + residual
+
+
+def two_losses(
+    models: Sequence[PeriodicMLP], x: Tensor, y: Tensor, inside: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean squared misfit at t = 0, and mean squared residual inside, each summed over networks.
 
     Args:
         models: k of them.
@@ -151,7 +159,7 @@ def physics_loss(models: Sequence[PeriodicMLP], x: Tensor, y: Tensor, inside: Te
     """
     initial = torch.stack([x, torch.zeros_like(x)], 2)
     values, residuals = values_and_residuals(models, initial, inside)
-    return (values - y).square().mean(1).sum() + residuals.square().mean(1).sum()
+    return (values - y).square().mean(1).sum(), residuals.square().mean(1).sum()
 
 
 def periodic(points: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from poprisk_lab.studies.criteria import Criterion, Steps, at_least, controls
 from poprisk_lab.studies.grokking import channel, forces, runs
 from poprisk_lab.studies.grokking.arms import CHANGES, FORCES, LABELS
 from poprisk_lab.studies.grokking.arms import trials as trials
+from poprisk_lab.studies.grokking.delay import delay_law
 from poprisk_lab.studies.grokking.forces import COLUMNS
 
 PAPER = 29_450 / 5_950
@@ -28,6 +29,8 @@ COLOURS = {
     "ours-tuned": "rms-matched",
     "letter-snr": "paper",
     "shuffled": "shuffled",
+    "soap-tuned": "module-2",
+    "muon-tuned": "module-6",
 }
 
 
@@ -48,17 +51,27 @@ def judge(results: Results) -> Report:
     decided = [
         faster(f"{same}, full batch", "adamw-same", claimed=PAPER),
         faster(f"{same}, Algorithm 1 to the letter (snr)", "adamw-same", "letter-snr", PAPER),
+        *(
+            faster(f"AdamW at the settings best for it, Algorithm 1 to the letter ({mask})",
+                   "adamw-tuned", f"letter-{mask}-best", PAPER)
+            for mask in ("snr", "soft")
+        ),
         at_least("measurements by which the target's energy enters the channel before the test "
                  "accuracy rises", channel_lead(results), 0.0),
     ]  # fmt: skip
+    tuned = "both tuned on another seed"
     beside = [
         faster(f"{same}, batches of 512", "adamw-512", "ours-512", PAPER),
-        faster("AdamW, both tuned on another seed", "adamw-tuned", "ours-tuned"),
-        faster("Grokfast, both tuned on another seed", "grokfast-tuned", "ours-tuned"),
+        faster(f"AdamW, {tuned}", "adamw-tuned", "ours-tuned"),
+        *(
+            faster(f"{name}, {tuned}", f"{name.lower()}-tuned", "ours-tuned")
+            for name in ("Grokfast", "SOAP", "Muon")
+        ),
         *(
             faster(f"{LABELS[name]}, same settings", name)
             for name in ("grokfast", "orthograd", "rms-matched", "shuffled")
         ),
+        *delay_law(results),
     ]
     return Report([*decided, *controls(*beside)], table(results))
 
@@ -93,8 +106,8 @@ def table(results: Results) -> Table:
     def against(label: str) -> Results | None:
         """AdamW at the same batch size, or tuned as well."""
         name = keys[label]
-        tail = next((t for t in ("tuned", "512") if name.endswith(t)), "same")
-        rival = f"adamw-{tail}"
+        tails = {"tuned": "tuned", "best": "tuned", "512": "512"}
+        rival = f"adamw-{tails.get(name.rpartition('-')[2], 'same')}"
         return None if name == rival or name not in LABELS else results.where(name=rival)
 
     return criteria.steps_table(

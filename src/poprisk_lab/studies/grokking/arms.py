@@ -12,24 +12,34 @@ BASE: dict[str, Any] = {
     "batch": 0, "beta2": 0.98, "every": 50, "after": 200,
 }  # fmt: skip
 SAME = {"lr": 1e-3, "weight_decay": 1.0}
+BEST = {"lr": 1e-2, "weight_decay": 2.0}
+"""Those that AdamW does best with."""
 FINE = {"every": 25, "limit": 3000}
 LETTER = {"mode": "paper", "softness": 1.0, "alpha": 1.0, "mask": "snr"}
+LETTER_SOFT = {**LETTER, "mask": "soft"}
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {"arm": "poprisk", "gate": {}, **SAME, "limit": 12_000},
     "adamw-same": {"arm": "adamw", **SAME, "limit": 30_000},
-    "adamw-tuned": {"arm": "adamw", "lr": 1e-2, "weight_decay": 2.0, **FINE},
+    "adamw-tuned": {"arm": "adamw", **BEST, **FINE},
     "ours-tuned": {"arm": "poprisk", "lr": 5e-3, "weight_decay": 3.0, "gate": {"z": 3.0}, **FINE},
     "grokfast-tuned": {"arm": "grokfast", "lr": 5e-3, "weight_decay": 3.0,
                        "gate": {"grokfast_lamb": 0.5}, **FINE},
+    "soap-tuned": {"arm": "soap", "lr": 3e-3, "weight_decay": 3.0, "gate": {}, **FINE},
+    "muon-tuned": {"arm": "muon", **BEST, "gate": {}, **FINE},
     "letter-snr": {"arm": "paper", "gate": LETTER, **SAME, "limit": 7000},
     "rms-matched": {"arm": "rms-matched", "gate": {}, **SAME, "limit": 7000},
     "shuffled": {"arm": "shuffled", "gate": {}, **SAME, "limit": 7000},
     "grokfast": {"arm": "grokfast", "gate": {}, **SAME, "limit": 7000},
     "orthograd": {"arm": "orthograd", "gate": {}, **SAME, "limit": 7000},
+    "letter-snr-best": {"arm": "paper", "gate": LETTER, **BEST, **FINE},
+    "letter-soft-best": {"arm": "paper", "gate": LETTER_SOFT, **BEST, **FINE},
     "ours-512": {"arm": "poprisk", "gate": {}, **SAME, "batch": 512, "limit": 12_000},
     "adamw-512": {"arm": "adamw", **SAME, "batch": 512, "limit": 45_000},
 }  # fmt: skip
-SEEDS = dict.fromkeys(ARMS, 5) | {"adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10}
+SEEDS = dict.fromkeys(ARMS, 5) | {
+    "adamw-tuned": 20, "ours-tuned": 20, "grokfast-tuned": 10, "soap-tuned": 10, "muon-tuned": 10,
+    "letter-snr-best": 3, "letter-soft-best": 3,
+}  # fmt: skip
 """Seeds of each arm; more where runs are short and close to each other."""
 CHANNEL_SEEDS = 6
 TUNING_SEED = 100
@@ -51,6 +61,18 @@ GROKFAST_GRID = [
     (5e-3, 5.0, 2.0), (3e-3, 5.0, 2.0), (1e-2, 3.0, 2.0), (5e-3, 3.0, 0.5), (5e-3, 3.0, 5.0),
 ]  # fmt: skip
 """Learning rate, decay and amplification λ of Grokfast, tried on the tuning seed."""
+RIVAL_GRID = [
+    (1e-2, 2.0), (5e-3, 3.0), (5e-3, 2.0), (3e-3, 3.0), (1e-2, 1.0), (5e-3, 5.0), (3e-3, 5.0),
+    (1e-2, 3.0),
+]  # fmt: skip
+"""Learning rate and decay of SOAP and Muon, tried on the tuning seed; two more of each below."""
+SHORT = {**FINE, "limit": 800, "after": 0}
+OWN: dict[str, list[tuple[float, float, str, dict[str, Any]]]] = {
+    "soap": [(3e-3, 3.0, "b0.95", {"betas": [0.95, 0.95]}),
+             (3e-3, 3.0, "f1", {"precondition_frequency": 1})],
+    "muon": [(1e-2, 2.0, "m0.9", {"momentum": 0.9}), (1e-2, 2.0, "m0.98", {"momentum": 0.98})],
+}  # fmt: skip
+"""The two: settings of its own at the best learning rate and decay."""
 CHANNEL: dict[str, Any] = {
     **BASE, "kind": "channel", "p": 31, "fraction": 0.5, "width": 64, "hidden": 128, "asked": 200,
     "rank": 60, "arm": "poprisk", "lr": 5e-3, "weight_decay": 2.0, "gate": {"z": 3.0}, "limit": 800,
@@ -64,6 +86,10 @@ LABELS = {
     "ours-tuned": "PopRiskAdamW, tuned",
     "grokfast-tuned": "Grokfast, tuned",
     "letter-snr": "Algorithm 1, snr mask",
+    "letter-snr-best": "Algorithm 1, snr mask, AdamW's best lr and decay",
+    "letter-soft-best": "Algorithm 1, soft mask, AdamW's best lr and decay",
+    "soap-tuned": "SOAP, tuned",
+    "muon-tuned": "Muon, tuned",
     "rms-matched": "AdamW, RMS-matched",
     "shuffled": "shuffled mask",
     "grokfast": "Grokfast",
@@ -108,7 +134,7 @@ CHANGES = {
     "second-moment": _gate("variance from the second moment", variance="second-moment"),
     "narrow": Change("half as wide", "ours", NARROW),
     "deep": Change("two feed-forward layers", "ours", {"layers": 2}),
-    "paper-soft": Change("soft mask", "letter-snr", {"gate": {**LETTER, "mask": "soft"}}),
+    "paper-soft": Change("soft mask", "letter-snr", {"gate": LETTER_SOFT}),
     "paper-lr": Change("learning rate 3e-3", "letter-snr", {"lr": 3e-3}),
     "adamw-batch-128": Change("batches of 128", "adamw-same", {"batch": 128}),
     "adamw-lr": Change("learning rate 3e-3", "adamw-same", FASTER),
@@ -151,7 +177,8 @@ def trials(quick: bool) -> list[Trial]:
         for seed in range(FEW if quick else SEEDS[name])
     ]
     changed = [(f"change-{name}", settings_of(change)) for name, change in CHANGES.items()]
-    for grid in ([*_adamw_grid()], [*_gate_grid()], [*_grokfast_grid()], changed):
+    grids = [*_adamw_grid()], [*_gate_grid()], [*_grokfast_grid()]
+    for grid in (*grids, *([*_rival_grid(name)] for name in OWN), changed):
         for name, settings in grid[:FEW] if quick else grid:
             seed = settings.get("seed", TUNING_SEED)
             found.append(_trial(name, {**BASE, **settings, **smaller}, seed))
@@ -181,6 +208,13 @@ def _grokfast_grid() -> Iterator[tuple[str, dict[str, Any]]]:
         given = {"arm": "grokfast", "gate": {"grokfast_lamb": strength}, **FINE}
         name = f"grokfast-grid-lr{lr:g}-wd{decay:g}-l{strength:g}"
         yield name, {**given, "lr": lr, "weight_decay": decay}
+
+
+def _rival_grid(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    plain: list[tuple[float, float, str, dict[str, Any]]] = [(*at, "", {}) for at in RIVAL_GRID]
+    for lr, decay, label, own in plain + OWN[name]:
+        given = {"arm": name, "gate": own, **SHORT, "lr": lr, "weight_decay": decay}
+        yield f"{name}-grid-lr{lr:g}-wd{decay:g}" + f"-{label}" * bool(label), given
 
 
 def _trial(name: str, settings: dict[str, Any], seed: int) -> Trial:

@@ -94,7 +94,7 @@ def show(results: Results) -> Plots:
     lines = list[Line]()
     for name, (label, colour) in LABELS.items():
         for d in results.where(name=name):
-            x, _, _, y = zip(*d.metrics["curve"], strict=True)
+            x, y = [r[0] for r in d.metrics["curve"]], [r[3] for r in d.metrics["curve"]]
             lines.append(Line(label if d.settings["seed"] == 0 else "", x, y, colour))
     about = "One line a seed; the same network, learning rate and decay for all."
     return [Plot("Held-out accuracy", "step", "accuracy", lines, about)]

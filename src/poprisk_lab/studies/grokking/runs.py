@@ -23,7 +23,7 @@ from poprisk_lab.tasks.modular import ModularTransformer, split_table
 GOAL = 0.95
 KEPT = 60
 """Points of a curve that are kept."""
-WITH_MORE = ("poprisk", "paper", "shuffled", "decay-gated", "grokfast")
+WITH_MORE = ("poprisk", "paper", "shuffled", "decay-gated", "grokfast", "muon", "soap")
 """Arms that take what their trial has under ``gate``."""
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "poprisk": ("poprisk", {}),
@@ -34,6 +34,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rms-matched": ("rms-matched", {}),
     "grokfast": ("grokfast", {"normalize_lr": False}),
     "orthograd": ("orthograd", {}),
+    "muon": ("muon", {}),
+    "soap": ("soap", {}),
 }
 """What :func:`poprisk_lab.arms.build_optimizer` makes for an arm, and its further settings."""
 
@@ -160,12 +162,19 @@ def measure(model: nn.Module, data: SplitTable) -> tuple[float, float, float, fl
     return found[0], found[1], found[2], found[3]
 
 
+@torch.no_grad()
+def square(model: nn.Module) -> float:
+    """Squared norm of all weights."""
+    return sum(p.double().square().sum().item() for p in model.parameters())
+
+
 def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     """Train until 95% of what was not seen is right, a little longer, or up to the limit.
 
     Returns ``reached`` and ``memorized`` (first step measured at 95% of the test set and 99% of
     the training set; None if never), ``best`` (test accuracy), ``jumps`` (steps at which the loss
-    more than doubled) and a ``curve`` of (step, training loss, training and test accuracy).
+    more than doubled) and a ``curve`` of (step, training loss, training and test accuracy, squared
+    norm of the weights; older records lack the last).
     """
     data, model = load(settings), build_model(settings)
     optimizer = build(settings, model, len(data.y))
@@ -180,7 +189,7 @@ def run(settings: dict[str, Any], workspace: Workspace) -> Metrics:
     while state["step"] < settings["limit"]:
         if state["step"] % settings["every"] == 0:
             train_loss, train, _, test = measure(model, data)
-            state["rows"].append([state["step"], train_loss, train, test])
+            state["rows"].append([state["step"], train_loss, train, test, square(model)])
             if _enough(state["rows"], settings):
                 break
         loss = gradient(model, optimizer, data, next(source), settings.get("floor", 0.0))
