@@ -51,6 +51,7 @@ from poprisk.optim.state import (
     check_group_sizes,
     check_is_state,
     check_not_resized,
+    check_same_basis,
     check_state_keys,
     check_state_shapes,
     count_step,
@@ -314,6 +315,7 @@ class GatedOptimizer(Optimizer):
         marked = [_pop_marked(group) for group in groups]
         numbers = {k for k, v in self.defaults.items() if type(v) in (int, float, tuple)}
         for group, mine in zip(groups, self.param_groups, strict=True):
+            check_same_basis(group, mine)
             if missing := sorted(numbers - set(group)):
                 raise ValueError(
                     "state_dict does not come from an optimizer of this kind: a group of it lacks "
