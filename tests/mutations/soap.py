@@ -65,8 +65,8 @@ MUTATIONS = {
     ),
     "changed gradients seen too late": Mutation(
         "poprisk/optim/soap.py",
-        "        self._noted().find_scales([p for p in rotated if p.grad is not None])\n        return",
-        "        self._noted().scales = dict.fromkeys(rotated, 1.0)\n        return",
+        "self._noted().find_scales([p for p in rotated if p.grad is not None])",
+        "self._noted().scales = dict.fromkeys(rotated, 1.0)",
         "test_soap.py::test_gradients_that_were_changed_are_refused_before_anything_moves",
     ),
     "averages of another basis taken up": Mutation(
