@@ -159,7 +159,10 @@ def test_the_matched_run_moves_as_far_as_the_gated_one() -> None:
         assert moved == pytest.approx(trace.rms[step], rel=1e-4, abs=1e-9)
 
 
-@pytest.mark.parametrize("arm", ["poprisk", "adamw", "rms-matched", "shuffled", "decay-gated"])
+RESUMED = ["poprisk", "adamw", "rms-matched", "shuffled", "decay-gated", "muon", "soap"]
+
+
+@pytest.mark.parametrize("arm", RESUMED)
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
 ) -> None:

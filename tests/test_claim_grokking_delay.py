@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,34 +147,6 @@ def test_a_learning_rate_of_muon_is_that_of_adamw() -> None:
         assert float(moved.square().mean().sqrt()) == pytest.approx(
             0.2 * 1e-2 * math.sqrt(rank), rel=0.35
         )
-
-
-@pytest.mark.parametrize("arm", ["muon", "soap"])
-def test_a_rival_that_was_stopped_ends_with_the_same_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
-) -> None:
-    settings = {**SMALL, "arm": arm}
-    whole = runs.run(settings, Workspace())
-    assert whole["steps"] == 20
-    assert whole["curve"][0][1] != whole["curve"][-1][1]
-    monkeypatch.setattr("poprisk_lab.checkpoint.CHECKPOINT_SECONDS", -1.0)
-    path = tmp_path / "run.safetensors"
-    workspace, calls = Workspace(path), 0
-
-    def killed(state: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 13:
-            raise KeyboardInterrupt
-        Workspace.save(workspace, state)
-
-    class Stopping:
-        load, save = staticmethod(workspace.load), staticmethod(killed)
-
-    with pytest.raises(KeyboardInterrupt):
-        runs.run(settings, Stopping())  # pyrefly: ignore
-    assert Workspace(path).load()["state"]["step"] == 12
-    assert runs.run(settings, Workspace(path)) == whole
 
 
 def test_the_squared_norm_of_all_weights_is_told() -> None:

@@ -25,7 +25,7 @@ ARMS = {arm.name: arm for arm in default_arms(full=True)}
 ADAMW = ARMS["adamw-lr0.003-wd0.1"]
 STOPPED = ARMS["stopped-lr0.003-wd0.01"]
 KINDS = ["poprisk", "shuffled", "rms-matched", ADAMW.name, STOPPED.name, "paper-snr"]
-KINDS += ["m-svag", "adabelief", "grokfast", "rotated"]
+KINDS += ["m-svag", "adabelief", "grokfast"]
 
 
 def without_time(rows: list[Row]) -> list[Row]:

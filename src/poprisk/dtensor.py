@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 
 def processes() -> int:
@@ -18,6 +19,8 @@ def processes() -> int:
 
 def is_sharded(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor; free where nobody has imported them."""
+    if type(t) is Parameter or type(t) is Tensor:  # nearly always, and asked of each at each step
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
@@ -85,6 +88,13 @@ def layout_of(t: Tensor) -> ShardLayout | None:
     return ShardLayout(t.device_mesh, tuple(t.placements))  # pyrefly: ignore
 
 
+def layouts_of(tensors: Sequence[Tensor]) -> list[ShardLayout | None]:
+    """:func:`layout_of` each, at no cost where none is a DTensor."""
+    if not any(map(is_sharded, tensors)):
+        return [None] * len(tensors)
+    return [layout_of(t) for t in tensors]
+
+
 def global_sums(sums: Tensor, layout: ShardLayout | None) -> Tensor:
     """Sums over whole tensors from the sums over this process's parts of them."""
     for group in layout.groups() if layout is not None else []:
@@ -125,8 +135,7 @@ def everywhere(truth: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _meshes(tensors: Sequence[Tensor]) -> set[Any]:
-    layouts = [layout_of(t) for t in tensors]
-    return {layout.mesh for layout in layouts if layout is not None}
+    return {layout.mesh for layout in layouts_of(tensors) if layout is not None}
 
 
 def _least_(flag: Tensor, mesh: Any) -> Tensor:

@@ -64,7 +64,9 @@ def entk(
     .. math:: K_{(i,c),(j,d)} = \sum_p M_p\, \partial_p f_c(x_{1i})\, \partial_p f_d(x_{2j})
 
     Nothing is computed yet but checks; see :class:`Kernel`. Source: [LG]; computed from factors
-    (:mod:`poprisk.per_sample`), without the Jacobian.
+    (:mod:`poprisk.per_sample`), without the Jacobian. The derivatives are those of autograd: of a
+    model that cuts them (``detach()``) this is the kernel of the gradients that train it, and not
+    of how its outputs move (:mod:`poprisk.uncut`).
 
     Args:
         model: any module whose output has the examples first; on any device, float32 or float64.

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.optim.sizes import Sizes
-from poprisk.optim.soap import PopRiskSOAP
 from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace
 
 FAMILIES = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
@@ -75,7 +74,7 @@ def default_arms(*, full: bool) -> list[Arm]:
             follows=OURS,
         ),
         Arm("shuffled", "shuffled mask", "shuffled", "shuffled"),
-        *(_rotated_arms() + _paper_arms() + _peer_arms() if full else []),
+        *(_paper_arms() + _peer_arms() if full else []),
     ]
 
 
@@ -88,18 +87,6 @@ def _adamw(lr: float, weight_decay: float, *, held_out: bool = False) -> Arm:
         settings={"lr": lr, "weight_decay": weight_decay},
         held_out=held_out,
     )
-
-
-def _rotated_arms() -> list[Arm]:
-    """The gate in a Kronecker basis, and that basis without a gate."""
-    return [
-        Arm("rotated", "PopRiskSOAP", "peer", "rotated"),
-        *(
-            Arm(f"basis-lr{lr:g}", f"PopRiskSOAP, no gate, lr {lr:g}", "peer", "rotated",
-                {"gate": False, "lr": lr})
-            for lr in (2e-4, 5e-4)
-        ),
-    ]  # fmt: skip
 
 
 def _paper_arms() -> list[Arm]:
@@ -141,8 +128,6 @@ def build_optimizer(
     sizes: dict[str, Any] = {"batch_size": batch_size, "dataset_size": dataset_size}
     if kind == "poprisk":
         return PopRiskAdamW(model, **sizes, **settings)
-    if kind == "rotated":
-        return PopRiskSOAP(model, **sizes, **settings)
     if kind == "shuffled":
         given: dict[str, Any] = {**settings, "mask": ShuffledMask(settings.get("mask", "soft"))}
         return PopRiskAdamW(model, **sizes, **given)
@@ -199,8 +184,6 @@ def _peer(kind: str, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
         return peers.SOAP(model.parameters(), **settings)
     if kind == "orthograd":
         return peers.OrthoGrad(torch.optim.AdamW(model.parameters(), **settings))
-    if kind == "soap":
-        return peers.SOAP(model.parameters(), **settings)
     if kind == "muon":
         return peers.Muon(muon_groups(model, **settings))
     return peers.GrokFastAdamW(model.parameters(), **settings)

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from poprisk.evaluation import evaluating
 from poprisk.optim.adamw import PopRiskAdamW
-from poprisk.optim.soap import PopRiskSOAP
 from poprisk.risk import TwinRisk
 from poprisk.task import Task
 from poprisk.task.batches import batch_sizes, split_batches
@@ -172,10 +171,7 @@ class ArmRun:
 
     def _update(self, optimizer: Optimizer, loss: Tensor, trace: UpdateTrace | None) -> None:
         optimizer.zero_grad()
-        if isinstance(optimizer, PopRiskSOAP):
-            optimizer.backward(loss)
-        else:
-            loss.mean().backward()
+        loss.mean().backward()
         if trace is not None:
             trace.record_step(optimizer)
         else:

@@ -17,7 +17,7 @@ from poprisk._validate import check_positive, check_type
 from poprisk.dtensor import (
     all_agree,
     everywhere,
-    layout_of,
+    layouts_of,
     locals_of,
 )
 from poprisk.optim.batch_variance import Bases, BatchParts
@@ -531,8 +531,8 @@ class PopRiskAdamW(Optimizer):
         steps = count_step(states)
         starts = [state["variance_start"] for state in states] if group.estimator else steps
         kinds = [
-            (p.device, p.dtype, t, t - start, layout_of(p))
-            for p, t, start in zip(params, steps, starts, strict=True)
+            (p.device, p.dtype, t, t - start, layout)
+            for p, t, start, layout in zip(params, steps, starts, layouts_of(params), strict=True)
         ]
         if len(set(kinds)) == 1:
             return [TensorGroup(group, params, states, *kinds[0][2:], terms)]

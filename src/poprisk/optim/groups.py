@@ -181,7 +181,8 @@ def _columns(tensors: TensorGroup) -> TensorLists:
 
 def _gradients(tensors: TensorGroup) -> TensorList:
     """The gradients, as they are in memory: torch may put off negations and conjugations."""
-    grads = [gradient_of(p, tensors.layout) for p in tensors.params]
+    layout = tensors.layout
+    grads: Any = [p.grad if layout is None else gradient_of(p, layout) for p in tensors.params]
     if not torch.compiler.is_compiling() and any(g.is_neg() or g.is_conj() for g in grads):
         return [g.resolve_neg().resolve_conj() for g in grads]
     return grads

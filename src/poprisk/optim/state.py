@@ -57,7 +57,7 @@ def prepare_state(
         if "variance_start" in state:
             state["variance_start"] += 1  # nothing is observed while the gate is off
         return
-    if "variance_start" in state and all(key in state for key in estimator.state_keys):
+    if "variance_start" in state and state.keys() >= {*estimator.state_keys}:
         return
     state["variance_start"] = estimator.start(int(state["step"].item()))
     for key in estimator.state_keys:
@@ -78,17 +78,14 @@ def check_not_resized(groups: list[dict[str, Any]], states: Any) -> None:
     for group in groups:
         for p in group["params"]:
             state = states.get(p)
-            if not state:
-                continue
-            shape = p.shape
-            for key in TENSORS:
-                if key in state and state[key].shape != shape:
-                    raise ValueError(
-                        f"a parameter has shape {tuple(shape)}, but its state "
-                        f"{tuple(state[key].shape)}: it was resized since. Give the new "
-                        "parameter to the optimizer (add_param_group, or a new optimizer), or "
-                        "clear its state: optimizer.state.pop(parameter)."
-                    )
+            kept = state.get(ADAM_KEYS[0]) if state else None  # the others are made in its shape
+            if kept is not None and kept.shape != p.shape:
+                raise ValueError(
+                    f"a parameter has shape {tuple(p.shape)}, but its state {tuple(kept.shape)}: "
+                    "it was resized since. Give the new parameter to the optimizer "
+                    "(add_param_group, or a new optimizer), or clear its state: "
+                    "optimizer.state.pop(parameter)."
+                )
 
 
 def check_distinct(params: Iterable[Any]) -> None:
@@ -118,8 +115,11 @@ def check_dense(grads: Iterable[Tensor]) -> None:
 
 
 def follow_precision_(p: Tensor, state: dict[str, Any]) -> None:
-    """Let the state follow a parameter that was moved to another precision."""
+    """Let the state follow a parameter that was moved to another precision, all of it at once."""
     dtype = state_dtype(p)
+    kept = state.get(ADAM_KEYS[0])
+    if kept is None or kept.dtype == dtype:
+        return
     for key in TENSORS:
         if key in state and state[key].dtype != dtype:
             state[key] = state[key].to(dtype)

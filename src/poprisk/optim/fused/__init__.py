@@ -302,11 +302,12 @@ def _all_contiguous(tensors: TensorList) -> bool:
 
 def _state_fits(lists: TensorLists) -> bool:
     """Whether the state is of the dtype and size that the kernel takes it for."""
-    needed = state_dtype(lists.params[0])
+    needed = {state_dtype(lists.params[0])}
+    shapes = [w.shape for w in lists.params]
     return all(
-        x.dtype == needed and x.shape == w.shape
+        {x.dtype for x in column} == needed and [x.shape for x in column] == shapes
         for column in lists[2:]
-        for x, w in zip(column, lists.params, strict=False)
+        if column
     )
 
 
