@@ -105,6 +105,11 @@ def test_an_invalid_risk_is_not_compared() -> None:
     assert steps_of(LabelMemorization(), risks(*[math.nan] * 9)) == []
 
 
+def test_a_risk_without_error_is_compared() -> None:
+    assert steps_of(LabelMemorization(), risks(2.0, *[1.0] * 4, error=0.0)) == []
+    assert steps_of(LabelMemorization(), risks(2.0, 1.0, *[1.1] * 5, error=0.0)) == [4]
+
+
 def losses(*values: float) -> list[Row]:
     return [{"loss": value} for value in values]
 

@@ -325,6 +325,68 @@ def test_a_straight_through_estimator_is_kept() -> None:
     assert not run.problem.is_cut
 
 
+class Quantized(nn.Module):
+    """Weights or activations rounded, gradients as if they were not."""
+
+    def __init__(self, rounded: Cut, *, outputs: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 8), nn.Linear(8, C)]).double()
+        self.rounded, self.outputs = rounded, outputs
+
+    def straight(self, h: Tensor, *, wanted: bool) -> Tensor:
+        return h + (self.rounded(h) - h).detach() if wanted else h
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers
+        assert isinstance(first, nn.Linear)
+        h = nn.functional.linear(x, self.straight(first.weight, wanted=not self.outputs))
+        found: Tensor = second(self.straight(h.tanh(), wanted=self.outputs))
+        return found
+
+
+COARSE: dict[str, Callable[[], nn.Module]] = {
+    "signs": lambda: Quantized(torch.sign),
+    "quarters": lambda: Quantized(lambda h: (4 * h).round() / 4),
+    "signs of activations": lambda: Quantized(torch.sign, outputs=True),
+}
+
+
+@pytest.mark.parametrize("kind", COARSE)
+def test_a_straight_through_estimator_is_kept_however_coarse(kind: str) -> None:
+    train, query, _ = data()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        net = COARSE[kind]()
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        run = record(net, "squared_error", sgd, batches(1), query, train=train)
+        assert not run.problem.is_cut, seed
+
+
+class Features(nn.Module):
+    """A head on features without gradients, whose weights nobody froze."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Linear(3, 4).double(), nn.Linear(4, C).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.features(x).tanh()
+        found: Tensor = self.head(h)
+        return found
+
+
+def test_features_without_gradients_are_no_cut() -> None:
+    """Steps are gradients of one loss, of the weights that move."""
+    train, query, _ = data()
+    net = Features()
+    adamw = torch.optim.AdamW(net.parameters(), lr=0.01)
+    run = record(net, "squared_error", adamw, batches(3), query, train=train)
+    assert not run.problem.is_cut
+    assert integrate(run).closure.worst < 1e-9
+    attribute(run)
+
+
 class Stabilized(nn.Module):
     """A softmax whose maximum is detached, as it may be."""
 

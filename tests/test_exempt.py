@@ -178,3 +178,13 @@ def test_routers_of_transformers_are_found(name: str) -> None:
         optimizer.step()
     routers = exempt_names(exempt_groups(model))
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in routers)
+
+
+def test_one_gate_for_all_groups_refuses_exempt_ones() -> None:
+    groups = exempt_groups(Mixture())
+    with pytest.raises(ValueError, match="but one has gate=False"):
+        poprisk.gated(torch.optim.SGD(groups, lr=0.1))
+    optimizer = poprisk.gated(torch.optim.SGD(groups[:1], lr=0.1))
+    with pytest.raises(ValueError, match="but one has gate=False"):
+        optimizer.add_param_group(groups[1])
+    assert len(optimizer.param_groups) == 1

@@ -365,6 +365,59 @@ def test_without_the_losses_of_the_examples_nothing_moves() -> None:
             opt.step()
 
 
+@pytest.mark.parametrize("changes", [{}, {"variance": "ema"}, {"gate": False}])
+def test_gradients_that_were_changed_are_refused_before_anything_moves(
+    changes: dict[str, Any],
+) -> None:
+    """Factors take a common factor alone, also where no variance is noted."""
+    model, (x, y) = net(), data()
+    opt = rotated(model, **changes)
+    train(model, opt, batches(2))
+    opt.zero_grad()
+    opt.backward(F.cross_entropy(model(x), y, reduction="none")[:B])
+    nn.utils.clip_grad_value_([weight(model, 2)], 1e-3)
+    with nothing_changes(opt), pytest.raises(RuntimeError, match="common factor per tensor"):
+        opt.step()
+
+
+def test_a_group_may_be_a_generator() -> None:
+    model = net()
+    opt = PopRiskSOAP([{"params": model[0].parameters()}])
+    opt.add_param_group({"params": model[2].parameters()})
+    assert [len(group["params"]) for group in opt.param_groups] == [2, 2]
+
+
+class Looked(nn.Module):
+    """An embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.table, self.head = nn.Embedding(6, 4).double(), nn.Linear(4, 3).double()
+
+    def forward(self, i: Tensor) -> Tensor:
+        found: Tensor = self.head(self.table(i)).tanh()
+        return found
+
+
+def test_a_factor_on_the_loss_does_not_change_an_embedding() -> None:
+    """Its gradients stand on the other side of the matrix: of the columns."""
+    models = [Looked(), Looked()]
+    opts = [rotated(m, refresh_every=3) for m in models]
+    g = torch.Generator().manual_seed(5)
+    for k in range(6):
+        i = torch.randint(0, 6, (B,), generator=g)
+        for model, opt, factor in zip(models, opts, (1.0, 4.0**k), strict=True):
+            opt.zero_grad()
+            opt.backward(factor * F.cross_entropy(model(i), i % 3, reduction="none"))
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad.div_(factor)
+            opt.step()
+    for a, b in zip(weights(models[0]), weights(models[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_a_hook_that_changes_a_gradient_is_refused() -> None:
     model = net()
     opt = rotated(model)
@@ -408,6 +461,19 @@ def test_a_state_of_other_shapes_is_refused() -> None:
     state["state"][0]["left_basis"] = torch.eye(3)
     with nothing_changes(opt), pytest.raises(ValueError, match="left_basis"):
         opt.load_state_dict(state)
+
+
+def test_coordinates_refuse_averages_of_bases() -> None:
+    model = net()
+    opt = rotated(model)
+    train(model, opt, batches(3))
+    state = opt.state_dict()
+    plain = PopRiskAdamW(model)
+    with nothing_changes(plain), pytest.raises(ValueError, match="comes from PopRiskSOAP"):
+        plain.load_state_dict(state)
+    wrapped = poprisk.gated(torch.optim.AdamW(model.parameters()))
+    with nothing_changes(wrapped), pytest.raises(ValueError, match="comes from PopRiskSOAP"):
+        wrapped.load_state_dict(state)
 
 
 def test_a_copy_goes_on_as_the_original() -> None:

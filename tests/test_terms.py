@@ -344,6 +344,26 @@ def test_terms_that_come_in_the_middle_of_a_run_begin_with_an_open_gate() -> Non
     torch.testing.assert_close(optimizer.state[w]["term_var"], var)
 
 
+def test_terms_begin_anew_after_the_gate_was_off() -> None:
+    """Their average has not been kept meanwhile, and would be old."""
+    w, steps = weights(), gradients(9, 12)
+    optimizer = PopRiskAdamW([w], **settings(**SIZES))
+    for k, grads in enumerate(steps):
+        optimizer.param_groups[0]["gate"] = not 4 <= k < 8
+        if 4 <= k < 8:
+            w.grad = sum(grads.values(), torch.zeros(SHAPE, dtype=torch.float64))
+        else:
+            tell(optimizer, w, grads)
+        optimizer.step()
+    other = PopRiskAdamW([weights()], **settings(**SIZES))
+    for grads in steps[8:]:
+        tell(other, other.param_groups[0]["params"][0], grads)
+        other.step()
+    (state,) = other.state.values()
+    for key in TERM_KEYS:
+        torch.testing.assert_close(optimizer.state[w][key], state[key])
+
+
 def test_a_term_may_take_several_passes_and_be_left_out() -> None:
     w, steps = weights(), gradients(10, 3)
     optimizer = PopRiskAdamW([w], **settings(**SIZES))

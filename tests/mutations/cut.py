@@ -58,9 +58,21 @@ MUTATIONS = {
     ),
     "the worse of two Jacobians": Mutation(
         "poprisk/path/problem.py",
-        "return min((self.J, whole)",
-        "return max((self.J, whole)",
-        STRAIGHT,
+        "_chord_error(whole, w, x) < _chord_error(self.J, w, x)",
+        "_chord_error(whole, w, x) > _chord_error(self.J, w, x)",
+        CLOSES,
+    ),
+    "a derivative that follows nothing": Mutation(
+        "poprisk/path/problem.py",
+        "_chord_error(J, end, x) < FOLLOWS for",
+        "_chord_error(J, end, x) < 10 for",
+        "test_cut.py::test_a_straight_through_estimator_is_kept_however_coarse[signs]",
+    ),
+    "weights that no gradient reaches counted": Mutation(
+        "poprisk/path/problem.py",
+        "apart = (others - rows)[self._reached(x)]",
+        "apart = others - rows",
+        "test_cut.py::test_features_without_gradients_are_no_cut",
     ),
     "leave-one-out without one loss": Mutation(
         "poprisk/risk/loo.py", "check_uncut(run.problem, ", "print(run.problem, ", REFUSED

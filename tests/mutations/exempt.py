@@ -12,6 +12,12 @@ MUTATIONS = {
         '{"params": rest, "gate": True}',
         "test_exempt.py::test_the_exempt_group_is_plain_adamw_and_the_other_is_gated",
     ),
+    "exempt groups behind one gate for all": Mutation(
+        "poprisk/optim/wrapper.py",
+        'if group.get("gate", True) is False:',
+        'if group.get("gate", True) is None:',
+        "test_exempt.py::test_one_gate_for_all_groups_refuses_exempt_ones",
+    ),
     "a tied weight under its first name alone": Mutation(
         FILE, "remove_duplicate=False", "remove_duplicate=True", CHOOSE
     ),

@@ -29,7 +29,7 @@ MUTATIONS = {
         ALERTS, "_between(above == self.rows,", "_between(above >= self.rows - 1,", CHANCE
     ),
     "a risk that rises without fitting is memorization": Mutation(
-        ALERTS, "min(apart) > INTERVAL and fitted", "min(apart) > INTERVAL", BY_HEART
+        ALERTS, "_between(above and fitted,", "_between(above,", BY_HEART
     ),
     "a risk is compared with the error of one of two": Mutation(
         ALERTS,

@@ -39,6 +39,12 @@ MUTATIONS = {
     "terms: charged beyond the dearest": Mutation(
         "poprisk/optim/gate.py", ".clamp_(least, most)", ".clamp_(least)", TERMS
     ),
+    "terms: an average kept while the gate is off": Mutation(
+        "poprisk/optim/state.py",
+        "if key in state and (estimator is None or key not in",
+        "if key in state and estimator is not None and (key not in",
+        "test_terms.py::test_terms_begin_anew_after_the_gate_was_off",
+    ),
     "terms: left out of the state's precision": Mutation(
         "poprisk/optim/state.py",
         'VARIANCE_KEYS = ("grad_mean_var", *TERM_KEYS)',

@@ -32,8 +32,8 @@ MUTATIONS = {
     ),
     "the sides of the factors exchanged": Mutation(
         "poprisk/optim/kronecker.py",
-        "    if term.flipped:\n        rows, columns = columns, rows\n",
-        "",
+        "return (None, output), (mixed, None)",
+        "return (output, None), (None, mixed)",
         "test_soap.py::test_layers_of_all_kinds_are_rotated_where_they_can_be",
     ),
     "the step not turned back": Mutation(
@@ -47,9 +47,39 @@ MUTATIONS = {
     ),
     "factors as before clipping": Mutation(
         "poprisk/optim/soap.py",
-        "scale = self._batch_parts().factor(p) ** 2",
-        "scale = 1.0",
+        "return total_of(found, self._noted().scales[p] ** 2)",
+        "return total_of(found)",
         "test_soap.py::test_factors_follow_a_factor_on_the_gradient",
+    ),
+    "a factor on the loss counted on the side of the inputs": Mutation(
+        "poprisk/optim/kronecker.py",
+        "return plus_pair(scaled_pair(gradients, scale), inputs)",
+        "return scaled_pair(plus_pair(gradients, inputs), scale)",
+        "test_soap.py::test_a_factor_on_the_loss_does_not_change_an_embedding",
+    ),
+    "factors of sides that are not rotated": Mutation(
+        "poprisk/optim/kronecker.py",
+        "output = _gram(term.cotangent) if of_output else None",
+        "output = _gram(term.cotangent)",
+        "test_soap.py::test_large_sides_keep_their_coordinates",
+    ),
+    "changed gradients seen too late": Mutation(
+        "poprisk/optim/soap.py",
+        "self._noted().find_scales([p for p in rotated if p.grad is not None])",
+        "self._noted().scales = dict.fromkeys(rotated, 1.0)",
+        "test_soap.py::test_gradients_that_were_changed_are_refused_before_anything_moves",
+    ),
+    "averages of another basis taken up": Mutation(
+        "poprisk/optim/state.py",
+        'if "max_dim" in saved and "max_dim" not in own:',
+        'if "max_dim" in saved and "max_dim" not in saved:',
+        "test_soap.py::test_coordinates_refuse_averages_of_bases",
+    ),
+    "parameters read twice": Mutation(
+        "poprisk/optim/adamw.py",
+        'param_group["params"] = [params] if isinstance(params, Tensor) else list(params)',
+        'param_group["params"] = [params] if isinstance(params, Tensor) else params',
+        "test_soap.py::test_a_group_may_be_a_generator",
     ),
     "eigenvectors of the last batch alone": Mutation(
         "poprisk/optim/kronecker.py",

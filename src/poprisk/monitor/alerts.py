@@ -151,12 +151,13 @@ class LabelMemorization:
             return None
         best = min(known[: -self.rows], key=lambda row: row["risk"])
         last = known[-self.rows :]
-        apart = [
-            (row["risk"] - best["risk"]) / math.hypot(row["risk/error"], best["risk/error"])
+        rises = [
+            (row["risk"] - best["risk"], math.hypot(row["risk/error"], best["risk/error"]))
             for row in last
         ]
         fitted = all(row["risk/train_loss"] < best["risk/train_loss"] for row in last)
-        return _between(min(apart) > INTERVAL and fitted, max(apart) <= 1)
+        above = all(rise > INTERVAL * error for rise, error in rises)
+        return _between(above and fitted, all(rise <= error for rise, error in rises))
 
     def text(self, places: Sequence[str], rows: Sequence[Row]) -> str:
         said = {

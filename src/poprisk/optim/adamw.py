@@ -196,6 +196,8 @@ class PopRiskAdamW(Optimizer):
         that the constructor was given, else made up from the position; and the other way round.
         """
         check_type("param_group", param_group, dict, "a dict")
+        params = param_group.get("params", ())  # a generator, perhaps, which is read but once
+        param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
         self._check_group({**self.defaults, **param_group})
         unnamed = self._agree_on_names(param_group)
         try:
@@ -220,8 +222,7 @@ class PopRiskAdamW(Optimizer):
         Returns:
             The present groups that have got names.
         """
-        params = new.get("params", ())
-        new["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        params = new["params"]
         named = "param_names" in new or any(isinstance(p, tuple) for p in params)
         old = [group for group in self.param_groups if "param_names" in group]
         if named:

@@ -25,7 +25,7 @@ from torch import Tensor
 from poprisk.optim.state import ADAM_KEYS
 from poprisk.optim.update import state_dtype
 from poprisk.per_sample.moments import wide
-from poprisk.per_sample.terms import Dense, OneHot, Outer, Term
+from poprisk.per_sample.terms import Dense, Outer, Term
 
 SIDES = ("left", "right")
 FACTORS = tuple(f"{side}_factor" for side in SIDES)
@@ -35,6 +35,7 @@ SQUARES = ("exp_avg_sq", "grad_mean_var")
 
 Pair = tuple[Tensor | None, Tensor | None]
 """Of the rows and of the columns of a matrix; None: this side is left as it is."""
+NO_PAIR: Pair = (None, None)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -114,32 +115,35 @@ def rotation_of(p: Tensor, state: dict[str, Any]) -> Rotation | None:
     return Rotation(*(None if basis is None else basis.to(dtype) for basis in found))
 
 
-def factors_of_terms(terms: Sequence[Term], p: Tensor, sides: tuple[bool, bool]) -> Pair:
+def factors_of_terms(
+    terms: Sequence[Term], p: Tensor, sides: tuple[bool, bool]
+) -> tuple[Pair, Pair]:
     r"""Sums :math:`\sum_i d_i d_i^\top` and :math:`\sum_i a_i a_i^\top` of the sides that rotate.
 
     Over examples and positions, of layers called twice over both calls. An embedding's rows are
     looked up, not mixed: that side keeps its coordinates.
+
+    Returns:
+        What a factor on the loss multiplies by its square, and what it does not change.
     """
-    left: Tensor | None = None
-    right: Tensor | None = None
+    gradients, inputs = NO_PAIR, NO_PAIR
     for term in map(wide, terms):
-        rows, columns = _factors_of(term, p, sides)
-        left, right = plus(left, rows), plus(right, columns)
-    return left, right
+        of_gradients, of_inputs = _factors_of(term, p, sides)
+        gradients, inputs = plus_pair(gradients, of_gradients), plus_pair(inputs, of_inputs)
+    return gradients, inputs
 
 
-def _factors_of(term: Term, p: Tensor, sides: tuple[bool, bool]) -> Pair:
+def _factors_of(term: Term, p: Tensor, sides: tuple[bool, bool]) -> tuple[Pair, Pair]:
     if isinstance(term, Dense):
         grads = term.grads.flatten(0, 1).unflatten(-1, (p.shape[0], -1))
-        return (
-            torch.einsum("nij,nkj->ik", grads, grads) if sides[0] else None,
-            torch.einsum("nij,nik->jk", grads, grads) if sides[1] else None,
-        )
-    output, given = _gram(term.cotangent), term.activation
-    rows, columns = output, None if isinstance(given, OneHot) else _gram(given)
+        rows = torch.einsum("nij,nkj->ik", grads, grads) if sides[0] else None
+        return (rows, torch.einsum("nij,nik->jk", grads, grads) if sides[1] else None), NO_PAIR
+    given, (of_output, of_input) = term.activation, sides[::-1] if term.flipped else sides
+    output = _gram(term.cotangent) if of_output else None
+    mixed = _gram(given) if of_input and isinstance(given, Tensor) else None
     if term.flipped:
-        rows, columns = columns, rows
-    return rows if sides[0] else None, columns if sides[1] else None
+        return (None, output), (mixed, None)
+    return (output, None), (None, mixed)
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -150,6 +154,25 @@ def _gram(rows: Tensor) -> Tensor:
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """The sum of what there is."""
     return b if a is None else a if b is None else a + b
+
+
+def plus_pair(a: Pair, b: Pair) -> Pair:
+    """The sum on each side."""
+    return plus(a[0], b[0]), plus(a[1], b[1])
+
+
+def scaled_pair(pair: Pair, scale: float) -> Pair:
+    """A pair times a number."""
+    if scale == 1:
+        return pair
+    left, right = pair
+    return left if left is None else left * scale, right if right is None else right * scale
+
+
+def total_of(found: tuple[Pair, Pair], scale: float = 1.0) -> Pair:
+    """What :func:`factors_of_terms` returns, added up; ``scale``: on what is of gradients."""
+    gradients, inputs = found
+    return plus_pair(scaled_pair(gradients, scale), inputs)
 
 
 def fits(terms: Sequence[Term], p: Tensor) -> bool:

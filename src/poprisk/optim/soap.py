@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, final
 
 import torch
@@ -16,6 +16,7 @@ from poprisk.optim.groups import TensorGroup, update_group, update_rotated
 from poprisk.optim.kronecker import (
     BASES,
     FACTORS,
+    NO_PAIR,
     Pair,
     Rotation,
     add_factors_,
@@ -26,17 +27,19 @@ from poprisk.optim.kronecker import (
     first_rotation,
     fits,
     is_due,
-    plus,
+    plus_pair,
     refresh_,
     rotated_sides,
     rotation_of,
+    scaled_pair,
+    total_of,
 )
 from poprisk.optim.settings import CompiledGroup
 from poprisk.optim.state import ADAM_KEYS
 from poprisk.optim.step import StepContext, StepRule
 from poprisk.optim.update import state_dtype
 from poprisk.optim.variance import GivenVariances
-from poprisk.per_sample.terms import Outer, Term
+from poprisk.per_sample.terms import Term
 
 FACTORS_FROM = ("examples", "gradient")
 VARIANCES = ("exact", "ema", "second-moment")
@@ -140,8 +143,7 @@ class PopRiskSOAP(PopRiskAdamW):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, but got {value!r}.")
             check_number(name, value, low=float(least))
-        params = group.get("params", ())
-        for entry in [params] if isinstance(params, Tensor) else params:
+        for entry in group["params"]:
             if is_sharded(entry[1] if isinstance(entry, tuple) else entry):
                 raise ValueError(
                     "PopRiskSOAP needs whole matrices, but a parameter is sharded (DTensor); use "
@@ -190,6 +192,7 @@ class PopRiskSOAP(PopRiskAdamW):
                 "optimizer.backward(losses), with one loss per example, in place of "
                 'losses.mean().backward(), or use factors="gradient".'
             )
+        self._noted().find_scales([p for p in rotated if p.grad is not None])
         return given
 
     def _tensor_groups(
@@ -218,9 +221,7 @@ class PopRiskSOAP(PopRiskAdamW):
         found = self._noted().found.get(p)
         if found is None:
             return (None, None)
-        scale = self._batch_parts().factor(p) ** 2
-        left, right = found
-        return (left if left is None or scale == 1 else left * scale, right)
+        return total_of(found, self._noted().scales[p] ** 2)
 
     def _update(self, tensors: TensorGroup) -> None:
         rotations = [rotation_of(p, s) for p, s in zip(tensors.params, tensors.states, strict=True)]
@@ -274,7 +275,8 @@ class ExampleFactors:
 
     def __init__(self, optimizer: PopRiskSOAP) -> None:
         self.optimizer = optimizer
-        self.found: dict[Tensor, Pair] = {}
+        self.found: dict[Tensor, tuple[Pair, Pair]] = {}
+        self.scales: dict[Tensor, float] = {}
         self._first: dict[Tensor, Rotation] = {}
         self._turned: dict[Tensor, Tensor] = {}
         self._rotated: dict[Tensor, tuple[bool, bool]] | None = None
@@ -286,14 +288,12 @@ class ExampleFactors:
         sides = self._rotated.get(p)
         if sides is None or not fits(terms, p):
             return
-        rows, columns = factors_of_terms(terms, p, sides)
-        flipped = isinstance(terms[0], Outer) and terms[0].flipped
-        scales = (share, 1 / share) if flipped else (1 / share, share)
-        pair = [x if x is None else x * c for x, c in zip((rows, columns), scales, strict=True)]
-        before = self.found.get(p, (None, None))
-        self.found[p] = (plus(before[0], pair[0]), plus(before[1], pair[1]))
+        gradients, inputs = factors_of_terms(terms, p, sides)
+        now = scaled_pair(gradients, 1 / share), scaled_pair(inputs, share)
+        before = self.found.get(p, (NO_PAIR, NO_PAIR))
+        self.found[p] = plus_pair(before[0], now[0]), plus_pair(before[1], now[1])
         if p not in self._first and rotation_of(p, self.optimizer.state.get(p, {})) is None:
-            first = first_rotation(self.found[p])
+            first = first_rotation(total_of(self.found[p]))
             if first is not None:
                 self._first[p] = first
 
@@ -313,6 +313,15 @@ class ExampleFactors:
         """A step begins: gradients may have changed since the last one."""
         self._turned.clear()
 
+    def find_scales(self, params: Sequence[Tensor]) -> None:
+        """Find what gradients were multiplied by since, of those whose factors were seen.
+
+        Raises:
+            RuntimeError: if that is not one number; before a step changes anything.
+        """
+        parts = self.optimizer._batch_parts()
+        self.scales = {p: parts.factor(p) for p in params if p in self.found}
+
     def first(self, p: Tensor) -> Rotation | None:
         """The first basis, from the first part of the batch."""
         return self._first.get(p)
@@ -320,6 +329,7 @@ class ExampleFactors:
     def restart(self) -> None:
         """A new batch starts."""
         self.found.clear()
+        self.scales.clear()
         self._first.clear()
         self._turned.clear()
         self._rotated = None

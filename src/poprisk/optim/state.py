@@ -50,13 +50,13 @@ def prepare_state(
             state[key] = torch.zeros_like(p, dtype=state_dtype(p))
     if on_device:  # a loaded counter is not yet
         state["step"] = state["step"].to(p.device)
+    for key in TERM_KEYS:
+        if key in state and (estimator is None or key not in estimator.state_keys):
+            del state[key]  # it would be old, if terms came back
     if estimator is None:
         if "variance_start" in state:
             state["variance_start"] += 1  # nothing is observed while the gate is off
         return
-    for key in TERM_KEYS:
-        if key in state and key not in estimator.state_keys:
-            del state[key]  # it would be old, if terms came back
     if "variance_start" in state and state.keys() >= {*estimator.state_keys}:
         return
     state["variance_start"] = estimator.start(int(state["step"].item()))
@@ -166,7 +166,18 @@ def completed_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) ->
     ]
     for group in filled:
         check_optimizer_settings(group)
+    for theirs, mine in zip(saved, groups, strict=True):
+        check_same_basis(theirs, mine)
     return {"state": state_dict["state"], "param_groups": filled}
+
+
+def check_same_basis(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ValueError if a group's averages may be kept in another basis than ours are."""
+    if "max_dim" in saved and "max_dim" not in own:
+        raise ValueError(
+            "state_dict comes from PopRiskSOAP, whose averages are kept in bases of its own; load "
+            "it into PopRiskSOAP, or start the state fresh."
+        )
 
 
 def check_state_keys(state_dict: Any, keys: Collection[str], kind: str) -> None:

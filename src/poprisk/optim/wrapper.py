@@ -51,6 +51,7 @@ from poprisk.optim.state import (
     check_group_sizes,
     check_is_state,
     check_not_resized,
+    check_same_basis,
     check_state_keys,
     check_state_shapes,
     count_step,
@@ -116,6 +117,15 @@ def without_decay(optimizer: Optimizer, decays: list[Decay | None]) -> Iterator[
             group["weight_decay"] = value
 
 
+def _check_gate_of_all(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a group that asks to be left out of the gate, which is one for all."""
+    if group.get("gate", True) is False:
+        raise ValueError(
+            "gated() puts one gate on all groups, but one has gate=False (exempt_groups); give "
+            "those parameters to an optimizer of their own, or use PopRiskAdamW."
+        )
+
+
 @final
 class GatedOptimizer(Optimizer):
     """What :func:`gated` returns; ``param_groups`` are the wrapped optimizer's own.
@@ -138,6 +148,7 @@ class GatedOptimizer(Optimizer):
         settings = _checked_settings(settings)
         for group in optimizer.param_groups:
             check_distinct(group["params"])
+            _check_gate_of_all(group)
         found = behaviours(optimizer, optimizer.param_groups)
         self.__setstate__(
             {
@@ -185,6 +196,7 @@ class GatedOptimizer(Optimizer):
         self._wrapped.add_param_group(param_group)
         try:
             check_distinct(groups[-1]["params"])
+            _check_gate_of_all(groups[-1])
             self._decays()
         except (TypeError, ValueError):
             groups.pop()
@@ -314,6 +326,7 @@ class GatedOptimizer(Optimizer):
         marked = [_pop_marked(group) for group in groups]
         numbers = {k for k, v in self.defaults.items() if type(v) in (int, float, tuple)}
         for group, mine in zip(groups, self.param_groups, strict=True):
+            check_same_basis(group, mine)
             if missing := sorted(numbers - set(group)):
                 raise ValueError(
                     "state_dict does not come from an optimizer of this kind: a group of it lacks "
