@@ -78,6 +78,23 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, tensor: Tensor) -> None:
     assert not back.requires_grad
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(6.0).view(2, 3).t(),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.linalg.eigh(torch.eye(3)).eigenvectors,
+        torch.arange(12.0).view(3, 4)[:, ::2],
+    ],
+    ids=["transposed", "channels last", "eigenvectors", "with gaps"],
+)
+def test_tensors_come_back_as_a_copy_lies_in_memory(tmp_path: Path, tensor: Tensor) -> None:
+    """Products with them round differently where they lie otherwise."""
+    back = through_file(tmp_path / "state.safetensors", {"x": tensor})["x"]
+    assert back.stride() == tensor.clone().stride()
+    assert torch.equal(back, tensor)
+
+
 def test_numbers_that_json_does_not_know_come_back(tmp_path: Path) -> None:
     value = [math.inf, -math.inf, 5e-324, 0.1 + 0.2, -0.0]
     back = through_file(tmp_path / "n.safetensors", value)

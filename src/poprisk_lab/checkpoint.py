@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 TENSOR = "__tensor__"
+STRIDES = "__strides__"
+"""Of a tensor that did not lie row by row: products of it round differently elsewhere in memory."""
 TUPLE = "__tuple__"
 INT_KEYS = "__int_keys__"
 CHECKPOINT_SECONDS = 20.0
@@ -143,9 +145,10 @@ def load_checkpoint(path: Path) -> Any:
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        key = str(len(tensors))
+        key, strides = str(len(tensors)), value.detach().clone().stride()
         tensors[key] = value.detach().clone(memory_format=torch.contiguous_format)
-        return {TENSOR: key}
+        moved = strides != tensors[key].stride()
+        return {TENSOR: key, STRIDES: [*strides]} if moved else {TENSOR: key}
     if isinstance(value, dict):
         keys = {type(k) for k in value}
         if keys == {int}:
@@ -168,7 +171,10 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if TENSOR in value:
-        return tensors[value[TENSOR]]
+        tensor = tensors[value[TENSOR]]
+        if STRIDES not in value:
+            return tensor
+        return torch.empty_strided(tensor.shape, value[STRIDES], dtype=tensor.dtype).copy_(tensor)
     if TUPLE in value:
         return tuple(_unpack(v, tensors) for v in value[TUPLE])
     if INT_KEYS in value:
