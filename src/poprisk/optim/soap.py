@@ -230,8 +230,8 @@ class PopRiskSOAP(PopRiskAdamW):
         if plain:
             update_group(tensors.subset(plain))
         if turned:
-            rotated = tensors.subset(turned)
-            grads = [self._noted().turned(p) for p in rotated.params]
+            rotated, noted = tensors.subset(turned), self._noted()
+            grads = [noted.turned(p) for p in rotated.params]
             update_rotated(rotated, [r for r in rotations if r is not None], grads)
         settings = tensors.group.settings
         for i in turned:
@@ -305,8 +305,8 @@ class ExampleFactors:
         """The gradient of this step in its basis, computed once."""
         if p not in self._turned:
             rotation, grad = self.rotation(p), _grad(p)
-            wide = grad.to(state_dtype(p))
-            self._turned[p] = grad if rotation is None else rotation.forward(wide)
+            turned = grad if rotation is None else rotation.forward(grad.to(state_dtype(p)))
+            self._turned[p] = turned
         return self._turned[p]
 
     def forget_turned(self) -> None:
