@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, cast, final
+from typing import NamedTuple, Protocol, cast, final
 
 import torch
 from torch import Tensor
@@ -64,6 +64,33 @@ class Bases(Protocol):
         ...
 
 
+class Probe(NamedTuple):
+    """Some entries of a gradient at a moment, by which later changes are seen.
+
+    Attributes:
+        entries: of it.
+        whole: whether these are all; where a selection would hold zeros only.
+    """
+
+    entries: Tensor
+    whole: bool
+
+    @classmethod
+    def of(cls, grad: Tensor) -> Probe:
+        """Those of a gradient now."""
+        entries = _entries(grad)
+        whole = not bool(entries.any())
+        return cls(_entries(grad, whole=True) if whole else entries, whole)
+
+    def again(self, grad: Tensor) -> Tensor:
+        """The same entries of a gradient now."""
+        return _entries(grad, whole=self.whole)
+
+    def factor(self, grad: Tensor) -> float:
+        """The number that the gradient was multiplied by since (RuntimeError: not one)."""
+        return _common_factor(self.again(grad), self.entries)
+
+
 @dataclass
 class _Noted:
     """What is known of one parameter's gradient.
@@ -73,15 +100,13 @@ class _Noted:
         grad: the tensor that held the gradient after the last part.
         version: of that tensor.
         probe: some of its entries then.
-        whole: whether these are all; where a selection would hold zeros only.
         copy: all of them, where the next part is a difference.
     """
 
     squares: Tensor
     grad: Tensor
     version: int
-    probe: Tensor
-    whole: bool
+    probe: Probe
     copy: Tensor | None
 
     def holds(self, grad: Tensor) -> bool:
@@ -235,7 +260,7 @@ class BatchParts:
         """
         noted, grad = self._noted[p], _grad(p)
         # Not by version: GradScaler and writes through ``.data`` leave it as it was.
-        return common_factor(probe(grad, whole=noted.whole), noted.probe)
+        return noted.probe.factor(grad)
 
     def _changes(self, p: Tensor) -> int:
         """Backward passes, 0 or 1, that added to ``.grad`` since the last part.
@@ -267,11 +292,7 @@ class BatchParts:
         grad = _grad(p)
         if p in self._noted:
             squares = squares.add_(self._noted[p].squares)
-        entries = probe(grad)
-        whole = not bool(entries.any())
-        if whole:
-            entries = probe(grad, whole=True)
-        self._noted[p] = _Noted(squares, grad, grad._version, entries, whole, copy)
+        self._noted[p] = _Noted(squares, grad, grad._version, Probe.of(grad), copy)
 
     def _check_untouched(self, p: Tensor) -> None:
         """Raise RuntimeError if ``.grad`` holds something that is no part of this batch."""
@@ -465,13 +486,13 @@ def _grad(p: Tensor) -> Tensor:
     return cast(Tensor, p.grad)
 
 
-def probe(grad: Tensor, *, whole: bool = False) -> Tensor:
+def _entries(grad: Tensor, *, whole: bool = False) -> Tensor:
     """A copy of some thousands of entries, or of all."""
     flat = grad.flatten()
     return flat[:: 1 if whole else max(1, flat.numel() // PROBE)].clone()
 
 
-def common_factor(after: Tensor, before: Tensor) -> float:
+def _common_factor(after: Tensor, before: Tensor) -> float:
     """The number that a gradient was multiplied by.
 
     Raises:

@@ -9,40 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from poprisk.dtensor import processes
-from poprisk.optim.batch_variance import common_factor, probe
+from poprisk.optim.batch_variance import Probe
 from poprisk.optim.state import check_dense
 from poprisk.optim.update import state_dtype
 from poprisk.per_sample.visible import check_whole
 
 HOW = 'compute each by "with optimizer.term(name): loss.backward()", and nothing outside'
-
-
-class _Seen(NamedTuple):
-    """Some entries of a parameter's gradient after a term; all, where those are zeros."""
-
-    entries: Tensor
-    whole: bool
-
-    @classmethod
-    def of(cls, grad: Tensor) -> _Seen:
-        entries = probe(grad)
-        whole = not bool(entries.any())
-        return cls(probe(grad, whole=True) if whole else entries, whole)
-
-    def is_of(self, grad: Tensor) -> bool:
-        """Whether the gradient is as it was; one that is not finite makes no step anyway."""
-        now = probe(grad, whole=self.whole)
-        return torch.equal(now.nan_to_num(), self.entries.nan_to_num())
-
-    def factor(self, grad: Tensor) -> float:
-        """The number that the gradient was multiplied by since (RuntimeError: not one)."""
-        return common_factor(probe(grad, whole=self.whole), self.entries)
 
 
 @final
@@ -51,7 +29,7 @@ class TermGradients:
 
     def __init__(self) -> None:
         self.open: str | None = None
-        self._seen: dict[Tensor, _Seen] = {}
+        self._seen: dict[Tensor, Probe] = {}
         self._weighted: dict[Tensor, Tensor] = {}
 
     def reset(self) -> None:
@@ -116,7 +94,7 @@ class TermGradients:
             self._weighted[p] = self._weighted[p].add_(share) if p in self._weighted else share
         total = own if before is None else before.add_(own)
         p.grad = total
-        self._seen[p] = _Seen.of(total)
+        self._seen[p] = Probe.of(total)
 
     @torch.no_grad()
     def weighted(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
@@ -154,11 +132,16 @@ class TermGradients:
                     "gradients are left from before this step's first term, or are of no term: "
                     f"call optimizer.zero_grad() after each step, and {HOW}."
                 )
-        elif not self._seen[p].is_of(p.grad):
+        elif not _unchanged(self._seen[p], p.grad):
             raise RuntimeError(
                 "gradients were changed between two terms of a step: clip or unscale them once, "
                 f"after the last term, and {HOW}."
             )
+
+
+def _unchanged(probe: Probe, grad: Tensor) -> bool:
+    """Whether a gradient is as it was; one that is not finite makes no step anyway."""
+    return torch.equal(probe.again(grad).nan_to_num(), probe.entries.nan_to_num())
 
 
 def _check_seen_whole(params: Mapping[Tensor, float]) -> None:

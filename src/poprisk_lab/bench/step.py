@@ -128,15 +128,12 @@ def bench_steps(*, threads: int, steps: int, growth: bool = False) -> list[StepT
 
 def optimizers_for(shapes: Sequence[tuple[int, ...]]) -> dict[str, Build]:
     """The optimizers that are installed and take these shapes: Muon needs matrices."""
-    found = {**OPTIMIZERS, **{name: build for name, (_, build) in _installed_peers().items()}}
+    peers = {name: build for name, (package, build) in PEERS.items() if find_spec(package)}
+    found = {**OPTIMIZERS, **peers}
     muon = getattr(torch.optim, "Muon", None)
     if muon is None or any(len(shape) != 2 for shape in shapes):
         return found
     return {**found, "Muon": muon}
-
-
-def _installed_peers() -> dict[str, tuple[str, Build]]:
-    return {name: peer for name, peer in PEERS.items() if find_spec(peer[0])}
 
 
 def missing_packages() -> list[str]:
