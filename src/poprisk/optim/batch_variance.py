@@ -64,7 +64,7 @@ class Bases(Protocol):
         ...
 
 
-class Probe(NamedTuple):
+class GradientProbe(NamedTuple):
     """Some entries of a gradient at a moment, by which later changes are seen.
 
     Attributes:
@@ -76,7 +76,7 @@ class Probe(NamedTuple):
     whole: bool
 
     @classmethod
-    def of(cls, grad: Tensor) -> Probe:
+    def of(cls, grad: Tensor) -> GradientProbe:
         """Those of a gradient now."""
         entries = _entries(grad)
         whole = not bool(entries.any())
@@ -106,7 +106,7 @@ class _Noted:
     squares: Tensor
     grad: Tensor
     version: int
-    probe: Probe
+    probe: GradientProbe
     copy: Tensor | None
 
     def holds(self, grad: Tensor) -> bool:
@@ -292,7 +292,7 @@ class BatchParts:
         grad = _grad(p)
         if p in self._noted:
             squares = squares.add_(self._noted[p].squares)
-        self._noted[p] = _Noted(squares, grad, grad._version, Probe.of(grad), copy)
+        self._noted[p] = _Noted(squares, grad, grad._version, GradientProbe.of(grad), copy)
 
     def _check_untouched(self, p: Tensor) -> None:
         """Raise RuntimeError if ``.grad`` holds something that is no part of this batch."""

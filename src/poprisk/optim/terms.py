@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from poprisk.dtensor import processes
-from poprisk.optim.batch_variance import Probe
+from poprisk.optim.batch_variance import GradientProbe
 from poprisk.optim.state import check_dense
 from poprisk.optim.update import state_dtype
 from poprisk.per_sample.visible import check_whole
@@ -29,7 +29,7 @@ class TermGradients:
 
     def __init__(self) -> None:
         self.open: str | None = None
-        self._seen: dict[Tensor, Probe] = {}
+        self._seen: dict[Tensor, GradientProbe] = {}
         self._weighted: dict[Tensor, Tensor] = {}
 
     def reset(self) -> None:
@@ -94,7 +94,7 @@ class TermGradients:
             self._weighted[p] = self._weighted[p].add_(share) if p in self._weighted else share
         total = own if before is None else before.add_(own)
         p.grad = total
-        self._seen[p] = Probe.of(total)
+        self._seen[p] = GradientProbe.of(total)
 
     @torch.no_grad()
     def weighted(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
@@ -139,7 +139,7 @@ class TermGradients:
             )
 
 
-def _unchanged(probe: Probe, grad: Tensor) -> bool:
+def _unchanged(probe: GradientProbe, grad: Tensor) -> bool:
     """Whether a gradient is as it was; one that is not finite makes no step anyway."""
     return torch.equal(probe.again(grad).nan_to_num(), probe.entries.nan_to_num())
 
