@@ -184,6 +184,29 @@ def test_clipped_and_unscaled_gradients_are_seen_as_such() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_a_change_of_one_entry_is_taken_as_it_is() -> None:
+    """Between the entries by which a factor is looked for: the gradient itself is turned."""
+    moved = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(120, 90, bias=False).double()
+        opt = PopRiskSOAP(layer, gate=False, lr=0.1, betas=(0.0, 0.5), eps=1.0, weight_decay=0.0)
+        before = layer.weight.detach().clone()
+        opt.backward(layer(torch.randn(8, 120, dtype=torch.float64)).square().sum(1))
+        grad = layer.weight.grad
+        assert grad is not None
+        if changed:
+            grad[0, 1] += 1e-3 * grad.norm()
+        rotation = opt._noted().rotation(layer.weight)
+        assert rotation is not None
+        turned = rotation.forward(grad)
+        opt.step()
+        expected = rotation.back(turned / (turned.abs() + 1.0)) * -0.1
+        torch.testing.assert_close(layer.weight.detach() - before, expected, rtol=1e-8, atol=1e-12)
+        moved.append(layer.weight.detach() - before)
+    assert not torch.equal(*moved)
+
+
 def test_factors_follow_a_factor_on_the_gradient() -> None:
     """A loss scaled between two steps and unscaled again leaves the averages as they are."""
     model, (x, y) = net(), data()

@@ -86,15 +86,20 @@ class Rotation(NamedTuple):
         of_output, of_input = (self.right, self.left) if term.flipped else (self.left, self.right)
         cotangent, activation = term.cotangent, term.activation
         if of_output is not None:
-            cotangent = cotangent @ of_output.to(cotangent.dtype)
+            cotangent = _times(cotangent, of_output)
         if of_input is not None and isinstance(activation, Tensor):
-            activation = activation @ of_input.to(activation.dtype)
+            activation = _times(activation, of_input)
         return term._replace(cotangent=cotangent, activation=activation)
 
     def _each(self, matrices: Tensor) -> Tensor:
         if self.left is not None:
             matrices = self.left.mT.to(matrices.dtype) @ matrices
         return matrices if self.right is None else matrices @ self.right.to(matrices.dtype)
+
+
+def _times(rows: Tensor, basis: Tensor) -> Tensor:
+    """Rows (..., c) in a basis, as one product: torch may take one for each of the outer indices."""
+    return (rows.flatten(0, -2) @ basis.to(rows.dtype)).view(*rows.shape[:-1], -1)
 
 
 def _between(tensor: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -304,9 +304,11 @@ class ExampleFactors:
     def turned(self, p: Tensor) -> Tensor:
         """The gradient of this step in its basis, computed once."""
         if p not in self._turned:
-            rotation, grad = self.rotation(p), _grad(p)
-            turned = grad if rotation is None else rotation.forward(grad.to(state_dtype(p)))
-            self._turned[p] = turned
+            turned = self.optimizer._batch_parts().turned(p)
+            if turned is None:
+                rotation, grad = self.rotation(p), _grad(p)
+                turned = grad if rotation is None else rotation.forward(grad.to(state_dtype(p)))
+            self._turned[p] = turned.to(state_dtype(p))
         return self._turned[p]
 
     def forget_turned(self) -> None:
