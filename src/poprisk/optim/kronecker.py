@@ -98,7 +98,7 @@ class Rotation(NamedTuple):
 
 
 def _times(rows: Tensor, basis: Tensor) -> Tensor:
-    """Rows (..., c) in a basis, as one product: torch may take one for each of the outer indices."""
+    """Rows (..., c) in a basis, by one product; torch may take one for each outer index."""
     return (rows.flatten(0, -2) @ basis.to(rows.dtype)).view(*rows.shape[:-1], -1)
 
 
