@@ -74,9 +74,13 @@ def mixing() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 
 
+def raised(grad: Tensor) -> Tensor:
+    return grad + 0.1
+
+
 def hooked() -> nn.Module:
     model = nn.Linear(4, 2)
-    model.weight.register_hook(lambda grad: grad + 0.1)
+    model.weight.register_hook(raised)
     return model
 
 
