@@ -48,6 +48,18 @@ MUTATIONS = {
         "if now is None:",
         "test_soap.py::test_a_change_of_one_entry_is_taken_as_it_is",
     ),
+    "coordinates gated like bases": Mutation(
+        "poprisk/optim/settings.py",
+        'own = {"z": self.settings["coordinate_z"], "slack": 0.0}',
+        'own = {"z": self.settings["z"], "slack": 0.0}',
+        "test_soap.py::test_without_a_rotation_it_is_the_coordinate_gate",
+    ),
+    "statistics of a gate that was not": Mutation(
+        "poprisk/optim/replay.py",
+        "if not any(key in state for key in BASES):",
+        "if any(key in state for key in BASES):",
+        "test_soap.py::test_without_a_rotation_it_is_the_coordinate_gate",
+    ),
     "the sides of the factors exchanged": Mutation(
         "poprisk/optim/kronecker.py",
         "return (None, output), (mixed, None)",
