@@ -134,7 +134,9 @@ def test_without_a_rotation_it_is_the_coordinate_gate(
     models = [net(dtype), net(dtype)]
     max_dim = 0 if how == "no side" else 100
     factors = "examples" if variance == "exact" else "gradient"
-    of_bases = {"z": shared["z"], "slack": 0.0} if how == "identity" else {"z": 4.0, "slack": 0.9}
+    of_bases: dict[str, Any] = (
+        {"z": shared["z"], "slack": 0.0} if how == "identity" else {"z": 4.0, "slack": 0.9}
+    )
     turned = PopRiskSOAP(
         models[0],
         **(shared | of_bases),
