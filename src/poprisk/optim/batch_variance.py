@@ -405,14 +405,14 @@ def _moments_in(
 def _checksum(grad: Tensor) -> Tensor:
     """A fixed mixture of the columns of a gradient, which any change of an entry changes."""
     rows = grad.flatten(1).to(torch.promote_types(grad.dtype, torch.float32))
-    mix = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).mul_(1.618).cos_()
+    mix = (
+        torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).mul_(1.618).cos_()
+    )
     return rows @ mix
 
 
 @torch.no_grad()
-def _shares(
-    factors: Factors, bases: Bases | None, share: float
-) -> dict[Tensor, _Share]:
+def _shares(factors: Factors, bases: Bases | None, share: float) -> dict[Tensor, _Share]:
     """What autograd has put into ``.grad``, and what the factors tell of the examples' shares.
 
     Raises:
