@@ -311,16 +311,19 @@ def _coordinates() -> PopRiskAdamW:
     return opt
 
 
-def main(rank: int, folder: Path) -> None:
+PARTS: dict[str, Callable[[Path], Any]] = {
+    "trained": lambda _: trained(),
+    "handed": lambda _: handed(),
+    "disagreeing": lambda _: disagreeing(),
+    "ddp": lambda _: data_parallel(),
+    "resumed": resumed,
+    "skipped": lambda _: skipped(),
+    "refused": lambda _: refused(),
+}
+
+
+def main(rank: int, folder: Path, part: str) -> None:
     """What one process does; its findings go into ``folder``."""
     with joined(rank, folder, WORLD):
-        found = {
-            "trained": trained(),
-            "handed": handed(),
-            "disagreeing": disagreeing(),
-            "ddp": data_parallel(),
-            "resumed": resumed(folder),
-            "skipped": skipped(),
-            "refused": refused(),
-        }
+        found = PARTS[part](folder)
         (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
