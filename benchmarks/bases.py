@@ -23,10 +23,10 @@ from advise_tasks import labels
 from bases_peers import BUILD
 from torch import nn
 
-from poprisk import PopRiskSOAP
 from poprisk.evaluation import evaluating
 from poprisk.task import Task
 from poprisk.task.batches import split_batches
+from poprisk_lab.arms import backward_mean
 from poprisk_lab.fit import score, seed_all
 from poprisk_lab.runner import environment
 from poprisk_lab.store import write_json
@@ -116,10 +116,7 @@ def train(cell: Cell) -> float:
         for rows in split_batches(torch.randperm(len(y)), task.batch_size):
             losses = task.loss(model(x[rows]), y[rows])
             optimizer.zero_grad()
-            if isinstance(optimizer, PopRiskSOAP):
-                optimizer.backward(losses)
-            else:
-                losses.mean().backward()
+            backward_mean(optimizer, losses)
             optimizer.step()
     return _accuracy(task, model, optimizer)
 
