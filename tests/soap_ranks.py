@@ -66,6 +66,7 @@ class Handed(NamedTuple):
     changes: dict[str, Any] = {}  # noqa: RUF012 (a field of a tuple; nobody adds to it)
     dtype: torch.dtype = torch.float64
     mesh: tuple[int, ...] = (WORLD,)
+    overflows: bool = False
 
 
 HANDED = {
@@ -76,6 +77,9 @@ HANDED = {
     "replicated": Handed((5, 5), (Replicate(),)),
     "replicas of shards": Handed((7, 7), (Replicate(), Shard(0)), mesh=(1, WORLD)),
     "shards of replicas": Handed((7, 7), (Shard(0), Replicate()), mesh=(1, WORLD)),
+    "a gradient too large for factors": Handed(
+        (16, 16), (Shard(0),), changes={"gate": False}, overflows=True
+    ),
     "gradients laid out otherwise": Handed((4, 4), (Shard(0),), of_gradient=(Partial(),)),
     "maximized in bfloat16": Handed(
         (4, 4), (Shard(0),), changes={"maximize": True}, dtype=torch.bfloat16
@@ -174,6 +178,9 @@ def _handed(case: Handed) -> float:
         torch.randn(*case.shape, generator=generator, dtype=torch.float64).to(case.dtype)
         for _ in range(9)
     )
+    if case.overflows:  # the trace of its factors, but none of its numbers in any basis
+        size = (torch.finfo(case.dtype).max / len(start) * 1.2) ** 0.5
+        grads[3] = size * torch.linalg.qr(grads[3]).Q
     mesh = init_device_mesh("cpu", case.mesh)
     places = case.of_gradient or case.placements
     split = nn.Parameter(distribute_tensor(start.clone(), mesh, case.placements))

@@ -124,6 +124,12 @@ MUTATIONS = {
         "for x, side in zip((g.mT, g), sides, strict=True)",
         SHARDS,
     ),
+    "factors of shards that are not finite": Mutation(
+        "poprisk/optim/sharded.py",
+        "if not bool(g.square().sum().isfinite()):",
+        "if g is None:",
+        "test_soap_ranks.py::test_placements_of_all_kinds_are_one_piece",
+    ),
     "columns of a shard cut as its rows": Mutation(
         "poprisk/optim/sharded.py",
         "x if x.is_replicate() or (x.dim == 0) == rows else Replicate()",
