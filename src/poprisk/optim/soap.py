@@ -72,9 +72,12 @@ class PopRiskSOAP(PopRiskAdamW):
     Args:
         params: as of :class:`PopRiskAdamW`; so are lr, betas, eps, weight_decay, rho, mask,
             alpha, softness, batch_size, dataset_size, q_min, foreach, maximize and gate.
-        z: how many standard errors ``alpha="auto"`` asks for.
-        slack: :math:`\kappa`: of the variance only :math:`(\hat s - \kappa \hat v)_+` counts, so
-            that noise that is small beside the gradients of the long run does not close the gate.
+        z: how many standard errors ``alpha="auto"`` asks for in a basis.
+        coordinate_z: the same for what keeps its coordinates, where the gate is that of
+            :class:`PopRiskAdamW`.
+        slack: :math:`\kappa`: in a basis only :math:`(\hat s - \kappa \hat v)_+` of the variance
+            counts, so that noise that is small beside the gradients of the long run does not close
+            the gate.
         variance: ``"exact"`` (within the batch, rotated through the factors), ``"ema"`` or
             ``"second-moment"``.
         factors: ``"examples"``: inputs and output gradients of each layer, by :meth:`backward` with
@@ -114,6 +117,7 @@ class PopRiskSOAP(PopRiskAdamW):
         mask: str | Mask = "soft",
         alpha: float | str = "auto",
         z: float = 1.25,
+        coordinate_z: float = 1.5,
         softness: float = 0.1,
         slack: float = 0.25,
         batch_size: int | None = None,
@@ -145,6 +149,7 @@ class PopRiskSOAP(PopRiskAdamW):
             raise ValueError('PopRiskSOAP has mode="auto" and no reduction; leave them out.')
         super()._check_group(group)
         check_number("slack", group["slack"], low=0.0)
+        check_number("coordinate_z", group["coordinate_z"], low=0.0)
         check_choice("factors", group["factors"], FACTORS_FROM)
         check_choice("variance", group["variance"], VARIANCES)
         check_number("factor_decay", group["factor_decay"], low=0.0, high=1.0, include_high=False)
@@ -237,7 +242,8 @@ class PopRiskSOAP(PopRiskAdamW):
         plain = [i for i, rotation in enumerate(rotations) if rotation is None]
         turned = [i for i, rotation in enumerate(rotations) if rotation is not None]
         if plain:
-            update_group(tensors.subset(plain))
+            own = tensors.group.in_coordinates()
+            update_group(tensors.subset(plain)._replace(group=own))
         if tensors.layout is not None:
             for i in turned:
                 self._update_sharded(tensors.subset([i]), cast(Rotation, rotations[i]))
