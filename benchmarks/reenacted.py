@@ -1,7 +1,7 @@
 """Two public failures of the gate, re-enacted small: python benchmarks/reenacted.py OUT.json.
 
 Reports tell of single-cell data, where the gate shut 77% of the weights, and of a task of several
-steps, where it learned nothing. ``cells``: counts of 500 genes in 1,500 cells of eight kinds, drawn from
+steps, where it learned nothing. ``cells``: counts of 500 genes in 1,500 cells of eight kinds, from
 gamma-Poisson distributions, a network on their logarithms. ``steps``: ((a + b) c + d) mod 7 of four
 digits, half of all 2,401 cases for training. Right targets in both. Resumable.
 """
