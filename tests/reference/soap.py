@@ -29,9 +29,7 @@ class ReferenceSOAP:
         """One step from the gradients (b, o) of each example's own loss and its inputs (b, i)."""
         b, c = len(d), self.c
         found = [np.sum([np.outer(x, x) for x in rows], axis=0) / b for rows in (d, a)]
-        if self.bases is None:
-            self.bases = [self._eigenvectors(f) for f in found]
-        left, right = self.bases
+        left, right = self.bases or [np.eye(n) for n in self.w.shape]
         each = [left.T @ np.outer(d[i], a[i]) @ right for i in range(b)]
         self.t += 1
         self._average(each)
@@ -41,12 +39,13 @@ class ReferenceSOAP:
         decayed = self.w * (1 - c["lr"] * c["weight_decay"])
         self.w = decayed - c["lr"] * left @ step @ right.T
         decay = c["factor_decay"]
-        self.factors = (
-            found
-            if self.factors is None
-            else [decay * x + (1 - decay) * y for x, y in zip(self.factors, found, strict=True)]
-        )
-        self._refresh()
+        if self.factors is None:
+            self.factors = found
+            self._turn([self._eigenvectors(f) for f in found])
+        else:
+            pairs = zip(self.factors, found, strict=True)
+            self.factors = [decay * x + (1 - decay) * y for x, y in pairs]
+            self._refresh()
         return self.w
 
     def _average(self, each: list[np.ndarray]) -> None:
@@ -61,14 +60,15 @@ class ReferenceSOAP:
         if self.open_gate:
             return np.ones_like(self.w)
         c, (beta1, beta2) = self.c, self.c["betas"]
-        alpha = c["z"] ** 2 * (
+        z, slack = (c["z"], c["slack"]) if self.bases else (c["coordinate_z"], 0.0)
+        alpha = z**2 * (
             momentum_noise(self.t, beta1) + c["batch_size"] / (c["dataset_size"] - c["batch_size"])
         )
         q = np.empty_like(self.w)
         for at in np.ndindex(q.shape):
             m_hat = self.m[at] / (1 - beta1**self.t)
             v_hat = self.v[at] / (1 - beta2**self.t)
-            s_hat = max(self.s[at] / (1 - beta1 ** (2 * self.t)) - c["slack"] * v_hat, 0.0)
+            s_hat = max(self.s[at] / (1 - beta1 ** (2 * self.t)) - slack * v_hat, 0.0)
             q[at] = mask_value("soft", m_hat, s_hat, alpha, c["softness"], 0.0)
         return q
 
@@ -83,7 +83,12 @@ class ReferenceSOAP:
             self._eigenvectors(f) if self.t < every else self._iterated(f, old)
             for f, old in zip(self.factors, self.bases, strict=True)
         ]
-        rows, columns = (n.T @ old for n, old in zip(new, self.bases, strict=True))
+        self._turn(new)
+
+    def _turn(self, new: list[np.ndarray]) -> None:
+        """Carry the averages over into new bases."""
+        old_ones = self.bases or [np.eye(n) for n in self.w.shape]
+        rows, columns = (n.T @ old for n, old in zip(new, old_ones, strict=True))
         self.m = rows @ self.m @ columns.T
         self.v = rows**2 @ self.v @ (columns**2).T
         self.s = rows**2 @ self.s @ (columns**2).T

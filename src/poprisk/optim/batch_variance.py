@@ -55,6 +55,10 @@ class Bases(Protocol):
         """The basis of a parameter; None: its coordinates."""
         ...
 
+    def rotates(self, p: Tensor) -> bool:
+        """Whether a parameter gets a basis, if it has none yet."""
+        ...
+
     def turned(self, p: Tensor) -> Tensor:
         """The present gradient in that basis."""
         ...
@@ -432,7 +436,7 @@ def _shares(factors: Factors, bases: Bases | None, share: float) -> dict[Tensor,
         check_dense([grad])
         gap, size = _gap(grad, sums, squares)
         if p._backward_hooks and bool(gap > _tolerance(p) * size):
-            if rotation is not None:
+            if bases is not None and bases.rotates(p):
                 raise RuntimeError(_HOOKED.format(_described(name, p)))
             squares = _behind_hook(name, grad, sums, squares)
         else:

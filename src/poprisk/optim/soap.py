@@ -63,11 +63,12 @@ class PopRiskSOAP(PopRiskAdamW):
 
     m, v, the variance s and the mask q are those of :math:`U^\top G V`
     (:mod:`poprisk.optim.kronecker`). Matrices and convolutions are rotated; vectors, matrices of
-    one row and sides larger than ``max_dim`` keep their coordinates. The first basis is that of the
-    first batch; it is found anew after steps 2, 4, 8, ... and then every ``refresh_every``, and the
-    averages are carried over into it, squares by the squares of the rotation, which is exact where
-    coordinates are uncorrelated. Source: the basis is SOAP's (Vyas et al., arXiv:2409.11321) with
-    the factors of K-FAC; the gate in it is ours, after [LG, Thm 6.5].
+    one row and sides larger than ``max_dim`` keep their coordinates. The first step is one of
+    coordinates; its batch gives the first basis, which is found anew after steps 2, 4, 8, ... and
+    then every ``refresh_every``. Averages are carried over into a new basis, squares by the squares
+    of the rotation, which is exact where coordinates are uncorrelated. Source: the basis is SOAP's
+    (Vyas et al., arXiv:2409.11321) with the factors of K-FAC; the gate in it is ours, after
+    [LG, Thm 6.5].
 
     Args:
         params: as of :class:`PopRiskAdamW`; so are lr, betas, eps, weight_decay, rho, mask,
@@ -206,24 +207,22 @@ class PopRiskSOAP(PopRiskAdamW):
         self._noted().find_scales([p for p in rotated if p.grad is not None])
         return given
 
-    def _tensor_groups(
-        self, group: CompiledGroup, terms: Mapping[Tensor, Tensor]
-    ) -> list[TensorGroup]:
-        found = super()._tensor_groups(group, terms)
-        for tensors in found:
-            for p, state in zip(tensors.params, tensors.states, strict=True):
-                first = None if rotation_of(p, state) else self._first_rotation(p, group)
-                if first is not None:
-                    _change_basis_(p, state, partial(adopt_, p, rotation=first))
-        return found
+    def _begin(self, p: Tensor, state: dict[str, Any], tensors: TensorGroup) -> None:
+        """Take up a first basis of what a batch showed, after the step of that batch.
 
-    def _first_rotation(self, p: Tensor, group: CompiledGroup) -> Rotation | None:
-        if group.settings["factors"] == "examples":
-            return self._noted().first(p)
-        sides = rotated_sides(p, group.settings["max_dim"])
-        if not any(sides):
-            return None
-        return first_rotation(factors_of_gradient(whole_gradient(p), sides))
+        In it the batch's gradient is zero but for round-off in many coordinates (from the gradient
+        alone it is diagonal), and Adam would divide round-off by round-off there.
+        """
+        if tensors.layout is None:
+            found = finite(self._step_factors(p, tensors.group))
+            whole = found
+        else:
+            sides, grad = rotated_sides(p, tensors.group.settings["max_dim"]), whole_gradient(p)
+            found, whole = factor_parts(grad, p, sides), factors_of_gradient(grad, sides)
+        first = first_rotation(whole)
+        if first is not None:
+            _change_basis_(p, state, partial(adopt_, p, rotation=first))
+            _follow(p, state, found, tensors)
 
     def _step_factors(self, p: Tensor, group: CompiledGroup) -> Pair:
         """Of the step's gradient; of examples, as clipped or unscaled since."""
@@ -244,6 +243,8 @@ class PopRiskSOAP(PopRiskAdamW):
         if plain:
             own = tensors.group.in_coordinates()
             update_group(tensors.subset(plain)._replace(group=own))
+            for i in plain:
+                self._begin(tensors.params[i], tensors.states[i], tensors)
         if tensors.layout is not None:
             for i in turned:
                 self._update_sharded(tensors.subset([i]), cast(Rotation, rotations[i]))
@@ -292,7 +293,7 @@ class PopRiskSOAP(PopRiskAdamW):
 
 @final
 class ExampleFactors:
-    """The factors of a batch's examples, as its parts come in, and first bases from them.
+    """The factors of a batch's examples, as its parts come in.
 
     Args:
         optimizer: whose bases hold where a parameter has one.
@@ -302,29 +303,32 @@ class ExampleFactors:
         self.optimizer = optimizer
         self.found: dict[Tensor, tuple[Pair, Pair]] = {}
         self.scales: dict[Tensor, float] = {}
-        self._first: dict[Tensor, Rotation] = {}
         self._turned: dict[Tensor, Tensor] = {}
         self._rotated: dict[Tensor, tuple[bool, bool]] | None = None
 
     def seen(self, p: Tensor, terms: list[Term], share: float) -> None:
         """Add the factors of some examples of the batch."""
-        if self._rotated is None:
-            self._rotated = self.optimizer.rotated()
-        sides = self._rotated.get(p)
-        if sides is None or not fits(terms, p):
+        if not self.rotates(p) or not fits(terms, p):
             return
+        sides = self._sides()[p]
         gradients, inputs = factors_of_terms(terms, p, sides)
         now = scaled_pair(gradients, 1 / share), scaled_pair(inputs, share)
         before = self.found.get(p, (NO_PAIR, NO_PAIR))
         self.found[p] = plus_pair(before[0], now[0]), plus_pair(before[1], now[1])
-        if p not in self._first and rotation_of(p, self.optimizer.state.get(p, {})) is None:
-            first = first_rotation(total_of(self.found[p]))
-            if first is not None:
-                self._first[p] = first
+
+    def _sides(self) -> dict[Tensor, tuple[bool, bool]]:
+        """Of what is rotated in this batch, which sides are."""
+        if self._rotated is None:
+            self._rotated = self.optimizer.rotated()
+        return self._rotated
+
+    def rotates(self, p: Tensor) -> bool:
+        """Whether a parameter gets a basis, if it has none yet."""
+        return p in self._sides()
 
     def rotation(self, p: Tensor) -> Rotation | None:
-        """The present basis, or the first one, which the next step is to take up."""
-        return rotation_of(p, self.optimizer.state.get(p, {})) or self._first.get(p)
+        """The present basis."""
+        return rotation_of(p, self.optimizer.state.get(p, {}))
 
     def turned(self, p: Tensor) -> Tensor:
         """The gradient of this step in its basis, computed once."""
@@ -349,15 +353,10 @@ class ExampleFactors:
         parts = self.optimizer._batch_parts()
         self.scales = {p: parts.factor(p) for p in params if p in self.found}
 
-    def first(self, p: Tensor) -> Rotation | None:
-        """The first basis, from the first part of the batch."""
-        return self._first.get(p)
-
     def restart(self) -> None:
         """A new batch starts."""
         self.found.clear()
         self.scales.clear()
-        self._first.clear()
         self._turned.clear()
         self._rotated = None
 
