@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cases import settings
+from cases import MASKS, settings
 from poprisk import PopRiskAdamW
 from poprisk.optim.balance import Balance, unbalanced
 from poprisk.optim.gate import momentum_noise
 from poprisk.optim.settings import compiled
 from poprisk.optim.update import CHUNK
+from reference.optimizer import ReferenceTerms
 
 SIZES: dict[str, Any] = {
     "batch_size": {"data": 8, "inside": 8},
@@ -104,6 +105,25 @@ def test_thresholds_to_the_letter_know_no_balance(changes: dict[str, Any]) -> No
     gate = now.gate(now.counts(30, 29))
     assert gate is not None
     assert gate.charges is None or gate.charges.balance is None
+
+
+@pytest.mark.parametrize("reduction", [None, "per_tensor"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("ratios", [(24, None), (24, 60)])
+def test_equals_the_reference_where_terms_oppose(
+    mask: str, reduction: str | None, ratios: tuple[int, int | None]
+) -> None:
+    sizes = {**SIZES, "dataset_size": dict(zip(("data", "inside"), ratios, strict=True))}
+    given = settings(**sizes, mask=mask, reduction=reduction)
+    generator = torch.Generator().manual_seed(5)
+    always, left, *noise = torch.randn(82, 6, generator=generator, dtype=torch.float64)
+    w = Parameter(torch.ones(6, dtype=torch.float64))
+    optimizer, reference = PopRiskAdamW([w], **given), ReferenceTerms(w, **given)
+    for one, other in zip(noise[::2], noise[1::2], strict=True):
+        grads = {"data": 2 * always + 0.5 * one, "inside": 0.4 * left - 2 * always + 0.5 * other}
+        step(optimizer, w, **grads)
+        expected = reference.step_terms(grads)
+        torch.testing.assert_close(w.detach(), expected, rtol=1e-9, atol=1e-12)
 
 
 # --- a run ----------------------------------------------------------------------------------------
