@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from poprisk import PopRiskAdamW, PopRiskSOAP
+from poprisk_lab.arms import backward_mean
 from poprisk_lab.bench import environment
 from poprisk_lab.tasks.digits import digits
 
@@ -55,10 +56,7 @@ def train(arm: str, noise: float, seed: int) -> dict[str, Any]:
         for rows in order.split(task.batch_size):
             optimizer.zero_grad()
             losses = F.cross_entropy(model(x[rows]), y[rows], reduction="none")
-            if isinstance(optimizer, PopRiskSOAP):
-                optimizer.backward(losses)
-            else:
-                losses.mean().backward()
+            backward_mean(optimizer, losses)
             optimizer.step()
     with torch.no_grad():
         right = (model(queries).argmax(1) == labels).double().mean().item()

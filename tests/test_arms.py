@@ -19,6 +19,7 @@ from poprisk_lab.arms import (
     OURS,
     WEIGHT_DECAYS,
     Arm,
+    backward_mean,
     build_optimizer,
     default_arms,
 )
@@ -32,7 +33,7 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> 
     x, y = tiny.tiny(seed).train
     optimizer.zero_grad()
     losses = tiny.cross_entropy(model(x[:8]), y[:8])
-    losses.mean().backward()
+    backward_mean(optimizer, losses)
     optimizer.step()
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "eps": 1e-8,
     "weight_decay": 0.1,
     "z": 1.25,
+    "coordinate_z": 1.25,
     "softness": 0.1,
     "slack": 0.05,
     "factor_decay": 0.9,
@@ -125,18 +127,38 @@ def test_without_a_rotation_it_is_the_coordinate_gate(
         monkeypatch.setattr(kronecker, "_eigenvectors", same)
         monkeypatch.setattr(kronecker, "_iterated", same)
     shared = {
-        k: v for k, v in SETTINGS.items() if k not in ("slack", "factor_decay", "refresh_every")
+        k: v
+        for k, v in SETTINGS.items()
+        if k not in ("slack", "coordinate_z", "factor_decay", "refresh_every")
     }
     models = [net(dtype), net(dtype)]
     max_dim = 0 if how == "no side" else 100
     factors = "examples" if variance == "exact" else "gradient"
+    of_bases: dict[str, Any] = (
+        {"z": shared["z"], "slack": 0.0} if how == "identity" else {"z": 4.0, "slack": 0.9}
+    )
     turned = PopRiskSOAP(
-        models[0], **shared, slack=0.0, variance=variance, max_dim=max_dim, factors=factors
+        models[0],
+        **(shared | of_bases),
+        coordinate_z=shared["z"],
+        variance=variance,
+        max_dim=max_dim,
+        factors=factors,
     )
     train(models[0], turned, batches(20), plain=variance != "exact")
     plain = PopRiskAdamW(models[1], **shared, variance=variance)
     train(models[1], plain, batches(20), plain=variance != "exact")
     assert_bitwise(weights(models[0]), weights(models[1]))
+    assert turned.gate_stats(models[0]) == plain.gate_stats(models[1])
+
+
+def test_numpy_s_numbers_become_python_s() -> None:
+    numbers = {key: np.float64(0.25) for key in ("slack", "coordinate_z", "factor_decay")}
+    opt = rotated(net(), **numbers)
+    stored = io.BytesIO()
+    torch.save(opt.state_dict(), stored)
+    stored.seek(0)
+    torch.load(stored, weights_only=True)
 
 
 def test_slack_lets_small_noise_pass() -> None:
@@ -182,6 +204,29 @@ def test_clipped_and_unscaled_gradients_are_seen_as_such() -> None:
             opt.step()
     for a, b in zip(weights(models[0]), weights(models[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_change_of_one_entry_is_taken_as_it_is() -> None:
+    """Between the entries by which a factor is looked for: the gradient itself is turned."""
+    moved = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(120, 90, bias=False).double()
+        opt = PopRiskSOAP(layer, gate=False, lr=0.1, betas=(0.0, 0.5), eps=1.0, weight_decay=0.0)
+        before = layer.weight.detach().clone()
+        opt.backward(layer(torch.randn(8, 120, dtype=torch.float64)).square().sum(1))
+        grad = layer.weight.grad
+        assert grad is not None
+        if changed:
+            grad[0, 1] += 1e-3 * grad.norm()
+        rotation = opt._noted().rotation(layer.weight)
+        assert rotation is not None
+        turned = rotation.forward(grad)
+        opt.step()
+        expected = rotation.back(turned / (turned.abs() + 1.0)) * -0.1
+        torch.testing.assert_close(layer.weight.detach() - before, expected, rtol=1e-8, atol=1e-12)
+        moved.append(layer.weight.detach() - before)
+    assert not torch.equal(*moved)
 
 
 def test_factors_follow_a_factor_on_the_gradient() -> None:

@@ -25,7 +25,7 @@ ARMS = {arm.name: arm for arm in default_arms(full=True)}
 ADAMW = ARMS["adamw-lr0.003-wd0.1"]
 STOPPED = ARMS["stopped-lr0.003-wd0.01"]
 KINDS = ["poprisk", "shuffled", "rms-matched", ADAMW.name, STOPPED.name, "paper-snr"]
-KINDS += ["m-svag", "adabelief", "grokfast"]
+KINDS += ["m-svag", "adabelief", "grokfast", "poprisk-soap"]
 
 
 def without_time(rows: list[Row]) -> list[Row]:
@@ -68,6 +68,49 @@ def positions(batches: list[Tensor], task: Task) -> list[list[int]]:
 
 
 # --- what it trains on ----------------------------------------------------------------------------
+
+
+def mixing() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def raised(grad: Tensor) -> Tensor:
+    return grad + 0.1
+
+
+def hooked() -> nn.Module:
+    model = nn.Linear(4, 2)
+    model.weight.register_hook(raised)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "factors", "variance"),
+    [(tiny.network, "examples", "exact"), (mixing, "gradient", "ema"), (hooked, "gradient", "ema")],
+)
+def test_bases_come_from_examples_where_these_can_be_told_apart(
+    model: Any, factors: str, variance: str
+) -> None:
+    task = replace(tiny.tiny(), model=model)
+    run, rows = finished(task, ARMS["poprisk-soap"])
+    (group,) = run.optimizer.param_groups
+    assert (group["factors"], group["variance"]) == (factors, variance)
+    assert math.isfinite(rows[-1]["final_metric"])
+    assert any("right_basis" in state for state in run.optimizer.state.values())
+    drawn = list[Tensor]()
+    for arm in (ARMS["poprisk-soap"], ADAMW):
+        ArmRun(task, arm, 0)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)  # looking at a batch takes no random number from the run
+
+
+def test_a_last_batch_that_joins_another_is_no_larger_than_told() -> None:
+    task = tiny.tiny()
+    x, y = task.train
+    task = replace(task, train=(x[:33], y[:33]), clean=None)
+    run, rows = finished(task, ARMS["poprisk-soap"])
+    assert run.optimizer.param_groups[0]["batch_size"] == 9
+    assert math.isfinite(rows[-1]["final_metric"])
 
 
 def test_adamw_is_the_loop_anyone_would_write() -> None:

@@ -6,14 +6,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk.optim.sizes import Sizes
+from poprisk.optim.soap import PopRiskSOAP
 from poprisk_lab.controls import RmsMatched, ShuffledMask, UpdateTrace
 
-FAMILIES = ("poprisk", "adamw", "early-stopping", "rms-matched", "shuffled", "paper", "peer")
+FAMILIES = (
+    "poprisk",
+    "basis",
+    "adamw",
+    "early-stopping",
+    "rms-matched",
+    "shuffled",
+    "paper",
+    "peer",
+)
 """Kinds of arms, in the order of the tables."""
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 FULL_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -74,6 +84,7 @@ def default_arms(*, full: bool) -> list[Arm]:
             follows=OURS,
         ),
         Arm("shuffled", "shuffled mask", "shuffled", "shuffled"),
+        Arm("poprisk-soap", "PopRiskSOAP", "basis", "poprisk-soap"),
         *(_paper_arms() + _peer_arms() if full else []),
     ]
 
@@ -128,6 +139,8 @@ def build_optimizer(
     sizes: dict[str, Any] = {"batch_size": batch_size, "dataset_size": dataset_size}
     if kind == "poprisk":
         return PopRiskAdamW(model, **sizes, **settings)
+    if kind == "poprisk-soap":
+        return PopRiskSOAP(model, **sizes, **settings)
     if kind == "shuffled":
         given: dict[str, Any] = {**settings, "mask": ShuffledMask(settings.get("mask", "soft"))}
         return PopRiskAdamW(model, **sizes, **given)
@@ -138,6 +151,14 @@ def build_optimizer(
     if kind == "adamw":
         return torch.optim.AdamW(model.parameters(), fused=_fusible(model), **settings)
     return _peer(kind, model, settings)
+
+
+def backward_mean(optimizer: Optimizer, losses: Tensor) -> None:
+    """The gradient of the mean of one loss per example, by the way that an optimizer asks for."""
+    if isinstance(optimizer, PopRiskAdamW) and optimizer.told_by_loop():
+        optimizer.backward(losses)
+    else:
+        losses.mean().backward()
 
 
 def settings_used(optimizer: Optimizer) -> dict[str, Any]:

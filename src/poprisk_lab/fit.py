@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,21 @@ from torch.optim import Optimizer
 
 from poprisk.evaluation import evaluating
 from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.randomness import RandomState
 from poprisk.risk import TwinRisk
 from poprisk.task import Task
 from poprisk.task.batches import batch_sizes, split_batches
 from poprisk.task.data import Inputs, outputs_over, select
-from poprisk_lab.arms import Arm, build_optimizer
+from poprisk_lab.arms import Arm, backward_mean, build_optimizer
 from poprisk_lab.checkpoint import Workspace
 from poprisk_lab.controls import UpdateTrace
 
 EVALUATIONS = 50
 PATIENCE = 10
 """Early stopping gives up after this many evaluations without a better held-out metric."""
+
+FROM_GRADIENT: dict[str, Any] = {"factors": "gradient", "variance": "ema"}
+"""For PopRiskSOAP, where examples cannot be told apart."""
 
 Row = dict[str, Any]
 
@@ -93,13 +97,28 @@ class ArmRun:
         self.progress = RunState()
 
     def _build(self, model: nn.Module) -> Optimizer:
+        n = len(self.data[1])
+        if self.arm.optimizer == "poprisk-soap":
+            return self._build_rotated(model, n)
         return build_optimizer(
             self.arm,
             model,
-            batch_size=min(self.task.batch_size, len(self.data[1]) - 1),
-            dataset_size=len(self.data[1]),
+            batch_size=min(self.task.batch_size, n - 1),
+            dataset_size=n,
             trace=None if self.trace is None else UpdateTrace(self.trace),
         )
+
+    def _build_rotated(self, model: nn.Module, n: int) -> Optimizer:
+        """From each example's factors; where a batch does not show these, from its gradient."""
+        sizes = batch_sizes(n, self.task.batch_size, drop_last=self.task.drop_last)
+        told = {"batch_size": min(sizes[0], n - 1), "dataset_size": n}
+        with RandomState.kept():
+            trial = self.task.new_model(self.device).train()
+            optimizer = build_optimizer(self.arm, trial, **told)
+            x, y = (part[torch.arange(sizes[-1], device=self.device)] for part in self.data)
+            seen = _shows_examples(optimizer, self.task.loss(trial(x), y))
+        settings = self.arm.settings if seen else {**self.arm.settings, **FROM_GRADIENT}
+        return build_optimizer(replace(self.arm, settings=settings), model, **told)
 
     def resume(self) -> bool:
         """Continue from the checkpoint if there is one; return whether there was.
@@ -171,7 +190,7 @@ class ArmRun:
 
     def _update(self, optimizer: Optimizer, loss: Tensor, trace: UpdateTrace | None) -> None:
         optimizer.zero_grad()
-        loss.mean().backward()
+        backward_mean(optimizer, loss)
         if trace is not None:
             trace.record_step(optimizer)
         else:
@@ -255,6 +274,16 @@ class ArmRun:
             twin = self.twin.state_dict()
             state["twin"] = twin | {"optimizers": [*map(without_functions, twin["optimizers"])]}
         return state
+
+
+def _shows_examples(optimizer: Optimizer, losses: Tensor) -> bool:
+    """Whether the gradients of a batch can be told apart by example."""
+    assert isinstance(optimizer, PopRiskAdamW)
+    try:
+        optimizer.backward(losses)
+    except (TypeError, ValueError, RuntimeError):  # batch normalization, hooks, odd functions
+        return False
+    return True
 
 
 def score(task: Task, outputs: Tensor, targets: Tensor) -> float:

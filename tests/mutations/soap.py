@@ -20,8 +20,8 @@ MUTATIONS = {
     ),
     "variance of the coordinates": Mutation(
         "poprisk/optim/batch_variance.py",
-        "squares = moments(rotation.terms(terms, p.shape))[1]",
-        "squares = moments(terms)[1]",
+        "turned, squares = moments(rotation.terms(terms, p.shape))",
+        "turned, squares = moments(rotation.terms(terms, p.shape))[0], moments(terms)[1]",
         REFERENCE,
     ),
     "variance around the mean of the coordinates": Mutation(
@@ -29,6 +29,36 @@ MUTATIONS = {
         "grad = self.bases.turned(p) if self.bases is not None else _grad(p)",
         "grad = _grad(p)",
         REFERENCE,
+    ),
+    "the turned gradient as before a factor": Mutation(
+        "poprisk/optim/batch_variance.py",
+        "return noted.turned if factor == 1 else noted.turned * factor",
+        "return noted.turned",
+        "test_soap.py::test_clipped_and_unscaled_gradients_are_seen_as_such",
+    ),
+    "the turned gradient of the last part alone": Mutation(
+        "poprisk/optim/batch_variance.py",
+        "else turned + before.turned",
+        "else turned",
+        PARTS,
+    ),
+    "a changed entry not seen": Mutation(
+        "poprisk/optim/batch_variance.py",
+        "if not bool(torch.linalg.vector_norm(now - then) <= rounding):",
+        "if now is None:",
+        "test_soap.py::test_a_change_of_one_entry_is_taken_as_it_is",
+    ),
+    "coordinates gated like bases": Mutation(
+        "poprisk/optim/settings.py",
+        'own = {"z": self.settings["coordinate_z"], "slack": 0.0}',
+        'own = {"z": self.settings["z"], "slack": 0.0}',
+        "test_soap.py::test_without_a_rotation_it_is_the_coordinate_gate",
+    ),
+    "statistics of a gate that was not": Mutation(
+        "poprisk/optim/replay.py",
+        "if not any(key in state for key in BASES):",
+        "if any(key in state for key in BASES):",
+        "test_soap.py::test_without_a_rotation_it_is_the_coordinate_gate",
     ),
     "the sides of the factors exchanged": Mutation(
         "poprisk/optim/kronecker.py",

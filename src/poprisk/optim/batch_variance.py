@@ -91,12 +91,27 @@ class GradientProbe(NamedTuple):
         return _common_factor(self.again(grad), self.entries)
 
 
+class _Share(NamedTuple):
+    """What some examples add to one parameter's gradient.
+
+    Attributes:
+        grad: their share, autograd's own.
+        squares: sum of the squares of each example's, in the parameter's basis.
+        turned: the share in that basis, from the factors; None where there is none.
+    """
+
+    grad: Tensor
+    squares: Tensor
+    turned: Tensor | None = None
+
+
 @dataclass
 class _Noted:
     """What is known of one parameter's gradient.
 
     Attributes:
         squares: sum of the squared shares, each divided by its number of examples.
+        turned: the gradient in its basis, where shares gave it; and its checksum.
         grad: the tensor that held the gradient after the last part.
         version: of that tensor.
         probe: some of its entries then.
@@ -108,6 +123,8 @@ class _Noted:
     version: int
     probe: GradientProbe
     copy: Tensor | None
+    turned: Tensor | None = None
+    checksum: Tensor | None = None
 
     def holds(self, grad: Tensor) -> bool:
         """Whether a gradient is the one that was noted, unchanged."""
@@ -188,12 +205,12 @@ class BatchParts:
         for p in found:
             self._check_untouched(p)
         self._share = share
-        for p, (grad, squares) in found.items():
+        for p, share_of in found.items():
             if p.grad is None:
-                p.grad = grad
+                p.grad = share_of.grad
             else:
-                p.grad.add_(grad)
-            self._note(p, squares)
+                p.grad.add_(share_of.grad)
+            self._note(p, share_of.squares, turned=share_of.turned)
         self.examples += len(losses)
         self.parts += len(losses)
 
@@ -288,11 +305,32 @@ class BatchParts:
             )
         return changes
 
-    def _note(self, p: Tensor, squares: Tensor, copy: Tensor | None = None) -> None:
-        grad = _grad(p)
-        if p in self._noted:
-            squares = squares.add_(self._noted[p].squares)
-        self._noted[p] = _Noted(squares, grad, grad._version, GradientProbe.of(grad), copy)
+    def turned(self, p: Tensor) -> Tensor | None:
+        """The gradient in its basis as the shares gave it, times what it was multiplied by since.
+
+        None where they gave none, or where more than rounding and a factor has changed since, so
+        that the gradient itself must be turned.
+        """
+        noted, grad = self._noted.get(p), _grad(p)
+        if noted is None or noted.turned is None or noted.checksum is None:
+            return None
+        factor, now = self.factor(p), _checksum(grad)
+        then = noted.checksum * factor
+        rounding = 64 * torch.finfo(now.dtype).eps * torch.linalg.vector_norm(then)
+        if not bool(torch.linalg.vector_norm(now - then) <= rounding):
+            return None
+        return noted.turned if factor == 1 else noted.turned * factor
+
+    def _note(
+        self, p: Tensor, squares: Tensor, copy: Tensor | None = None, turned: Tensor | None = None
+    ) -> None:
+        grad, before = _grad(p), self._noted.get(p)
+        if before is not None:
+            squares = squares.add_(before.squares)
+            turned = None if turned is None or before.turned is None else turned + before.turned
+        checksum = None if turned is None else _checksum(grad)
+        probe = GradientProbe.of(grad)
+        self._noted[p] = _Noted(squares, grad, grad._version, probe, copy, turned, checksum)
 
     def _check_untouched(self, p: Tensor) -> None:
         """Raise RuntimeError if ``.grad`` holds something that is no part of this batch."""
@@ -353,34 +391,43 @@ def _rotated(tensor: Tensor, rotation: Rotation | None) -> Tensor:
     return tensor if rotation is None else rotation.forward(tensor)
 
 
-def _moments_in(terms: list[Term], p: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-    """The sum of shares in coordinates, and the sum of their squares in a basis."""
+def _moments_in(
+    terms: list[Term], p: Tensor, rotation: Rotation | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The sum of shares in coordinates; the sum of their squares, and their own, in a basis."""
     if rotation is None:
         sums, squares = moments(terms)
-        return shaped(sums, p), shaped(squares, p)
-    squares = moments(rotation.terms(terms, p.shape))[1]
-    return total(terms).reshape(p.shape), squares.reshape(p.shape)
+        return shaped(sums, p), shaped(squares, p), None
+    turned, squares = moments(rotation.terms(terms, p.shape))
+    return total(terms).reshape(p.shape), squares.reshape(p.shape), turned.reshape(p.shape)
+
+
+def _checksum(grad: Tensor) -> Tensor:
+    """A fixed mixture of the columns of a gradient, which any change of an entry changes."""
+    rows = grad.flatten(1).to(torch.promote_types(grad.dtype, torch.float32))
+    mix = (
+        torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).mul_(1.618).cos_()
+    )
+    return rows @ mix
 
 
 @torch.no_grad()
-def _shares(
-    factors: Factors, bases: Bases | None, share: float
-) -> dict[Tensor, tuple[Tensor, Tensor]]:
-    """What autograd has put into ``.grad``, and the sums of squared shares of the examples.
+def _shares(factors: Factors, bases: Bases | None, share: float) -> dict[Tensor, _Share]:
+    """What autograd has put into ``.grad``, and what the factors tell of the examples' shares.
 
     Raises:
         RuntimeError: if a gradient is not the sum of the shares. Rounding is compared with the
             largest gradient of the model: some are zero but for rounding, such as that of the bias
             of the keys in attention.
     """
-    found: dict[Tensor, tuple[Tensor, Tensor]] = {}
+    found: dict[Tensor, _Share] = {}
     gaps: dict[str, tuple[Tensor, Tensor]] = {}
     for name, terms in factors.terms.items():
         p = factors.params[name]
         if bases is not None:
             bases.seen(p, terms, share)
         rotation = bases.rotation(p) if bases is not None else None
-        sums, squares = _moments_in(terms, p, rotation)
+        sums, squares, turned = _moments_in(terms, p, rotation)
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         check_dense([grad])
         gap, size = _gap(grad, sums, squares)
@@ -390,19 +437,19 @@ def _shares(
             squares = _behind_hook(name, grad, sums, squares)
         else:
             gaps[name] = gap, size
-        found[p] = grad, squares
+        found[p] = _Share(grad, squares, turned)
     for name, p in factors.params.items():
         if p not in found and p.grad is not None:
             if bool(p.grad.any()):
                 raise _unseen(name, p)
             rotation = bases.rotation(p) if bases is not None else None
-            found[p] = p.grad, squared(_rotated(p.grad, rotation))
+            found[p] = _Share(p.grad, squared(_rotated(p.grad, rotation)))
     sizes = _numbers([size for _, size in gaps.values()])
     largest = max(filter(math.isfinite, sizes), default=0.0)
     for name, gap, size in zip(gaps, _numbers([g for g, _ in gaps.values()]), sizes, strict=True):
         p = factors.params[name]
         small = gap <= _tolerance(p) * size + _rounding(p) * largest
-        if not small and bool(found[p][0].to_dense().isfinite().all()):
+        if not small and bool(found[p].grad.to_dense().isfinite().all()):
             raise _unseen(name, p)
     return found
 

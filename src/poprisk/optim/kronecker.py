@@ -86,15 +86,20 @@ class Rotation(NamedTuple):
         of_output, of_input = (self.right, self.left) if term.flipped else (self.left, self.right)
         cotangent, activation = term.cotangent, term.activation
         if of_output is not None:
-            cotangent = cotangent @ of_output.to(cotangent.dtype)
+            cotangent = _times(cotangent, of_output)
         if of_input is not None and isinstance(activation, Tensor):
-            activation = activation @ of_input.to(activation.dtype)
+            activation = _times(activation, of_input)
         return term._replace(cotangent=cotangent, activation=activation)
 
     def _each(self, matrices: Tensor) -> Tensor:
         if self.left is not None:
             matrices = self.left.mT.to(matrices.dtype) @ matrices
         return matrices if self.right is None else matrices @ self.right.to(matrices.dtype)
+
+
+def _times(rows: Tensor, basis: Tensor) -> Tensor:
+    """Rows (..., c) in a basis, by one product; torch may take one for each outer index."""
+    return (rows.flatten(0, -2) @ basis.to(rows.dtype)).view(*rows.shape[:-1], -1)
 
 
 def _between(tensor: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -136,8 +141,8 @@ def factors_of_terms(
 def _factors_of(term: Term, p: Tensor, sides: tuple[bool, bool]) -> tuple[Pair, Pair]:
     if isinstance(term, Dense):
         grads = term.grads.flatten(0, 1).unflatten(-1, (p.shape[0], -1))
-        rows = torch.einsum("nij,nkj->ik", grads, grads) if sides[0] else None
-        return (rows, torch.einsum("nij,nik->jk", grads, grads) if sides[1] else None), NO_PAIR
+        rows = _gram(grads.transpose(0, 1).flatten(1).mT) if sides[0] else None
+        return (rows, _gram(grads) if sides[1] else None), NO_PAIR
     given, (of_output, of_input) = term.activation, sides[::-1] if term.flipped else sides
     output = _gram(term.cotangent) if of_output else None
     mixed = _gram(given) if of_input and isinstance(given, Tensor) else None

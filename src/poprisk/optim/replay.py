@@ -9,6 +9,7 @@ from torch import Tensor
 
 from poprisk.dtensor import global_sums, layout_of, local
 from poprisk.optim.gate import MASKS_, Gate
+from poprisk.optim.kronecker import BASES
 from poprisk.optim.settings import CompiledGroup, compiled
 from poprisk.optim.state import ADAM_KEYS
 from poprisk.optim.stats import gate_sums
@@ -21,6 +22,8 @@ def last_gate(
     p: Tensor, state: dict[str, Any], group: CompiledGroup
 ) -> tuple[TensorLists, StepCounts, VarianceEstimator | None, Gate | None]:
     """What the gate of the last step looked at, and the gate; of a DTensor, the part here."""
+    if not any(key in state for key in BASES):
+        group = group.in_coordinates()
     t = int(state["step"].item())
     counts = group.counts(t, t - state.get("variance_start", t))
     gate = group.gate(counts, layout_of(p))

@@ -29,11 +29,13 @@ from poprisk.optim.variance import ESTIMATORS, StepCounts, VarianceEstimator, ma
 MODES = ("auto", "paper")
 
 NUMBERS = ("eps", "weight_decay", "rho", "alpha", "z", "softness", "q_min")
+OF_BASES = ("slack", "coordinate_z", "factor_decay")
+"""Further numbers, of :class:`poprisk.PopRiskSOAP`."""
 SIZES = ("batch_size", "dataset_size")
 
 GATE_SETTINGS = (
     *("gate", "variance", "mode", "rho", "mask", "alpha", "z", "softness"),
-    *("batch_size", "dataset_size", "reduction", "q_min"),
+    *("batch_size", "dataset_size", "reduction", "q_min", "slack", "coordinate_z"),
 )
 
 
@@ -55,6 +57,13 @@ class CompiledGroup(NamedTuple):
     def state_keys(self) -> tuple[str, ...]:
         """The estimator's entries in a parameter's state."""
         return self.estimator.state_keys if self.estimator else ()
+
+    def in_coordinates(self) -> CompiledGroup:
+        """For a parameter in no other basis, where the gate is that of PopRiskAdamW."""
+        if "coordinate_z" not in self.settings:
+            return self
+        own = {"z": self.settings["coordinate_z"], "slack": 0.0}
+        return self._replace(settings={**self.settings, **own})
 
     def counts(self, t: Any, observations: Any) -> StepCounts:
         """Counters with the decay rates of the group."""
@@ -109,7 +118,7 @@ class CompiledGroup(NamedTuple):
 
 def compiled(group: Mapping[str, Any]) -> CompiledGroup:
     """A group's settings with Python numbers for numpy's and for tensors of one element."""
-    numbers = {key: plain(group[key]) for key in NUMBERS}
+    numbers = {key: plain(group[key]) for key in (*NUMBERS, *OF_BASES) if key in group}
     betas = tuple(map(plain, group["betas"]))
     sizes = {key: plain_sizes(group[key]) for key in SIZES}
     settings: dict[str, Any] = {**group, **numbers, **sizes, "betas": betas}
@@ -126,7 +135,7 @@ def make_plain_(group: dict[str, Any]) -> None:
     """
     captured = bool(group["capturable"])
     group.update({key: plain_sizes(group[key]) for key in SIZES})
-    for key in ("lr", *NUMBERS):
+    for key in ("lr", *NUMBERS, *(key for key in OF_BASES if key in group)):
         if not isinstance(group[key], Tensor) or (captured and key != "lr"):
             group[key] = plain(group[key])
     if captured or not any(isinstance(beta, Tensor) for beta in group["betas"]):

@@ -63,9 +63,12 @@ class PopRiskSOAP(PopRiskAdamW):
     Args:
         params: as of :class:`PopRiskAdamW`; so are lr, betas, eps, weight_decay, rho, mask,
             alpha, softness, batch_size, dataset_size, q_min, foreach, maximize and gate.
-        z: how many standard errors ``alpha="auto"`` asks for.
-        slack: :math:`\kappa`: of the variance only :math:`(\hat s - \kappa \hat v)_+` counts, so
-            that noise that is small beside the gradients of the long run does not close the gate.
+        z: how many standard errors ``alpha="auto"`` asks for in a basis.
+        coordinate_z: the same for what keeps its coordinates, where the gate is that of
+            :class:`PopRiskAdamW`.
+        slack: :math:`\kappa`: in a basis only :math:`(\hat s - \kappa \hat v)_+` of the variance
+            counts, so that noise that is small beside the gradients of the long run does not close
+            the gate.
         variance: ``"exact"`` (within the batch, rotated through the factors), ``"ema"`` or
             ``"second-moment"``.
         factors: ``"examples"``: inputs and output gradients of each layer, by :meth:`backward` with
@@ -104,6 +107,7 @@ class PopRiskSOAP(PopRiskAdamW):
         mask: str | Mask = "soft",
         alpha: float | str = "auto",
         z: float = 1.25,
+        coordinate_z: float = 1.5,
         softness: float = 0.1,
         slack: float = 0.25,
         batch_size: int | None = None,
@@ -135,6 +139,7 @@ class PopRiskSOAP(PopRiskAdamW):
             raise ValueError('PopRiskSOAP has mode="auto" and no reduction; leave them out.')
         super()._check_group(group)
         check_number("slack", group["slack"], low=0.0)
+        check_number("coordinate_z", group["coordinate_z"], low=0.0)
         check_choice("factors", group["factors"], FACTORS_FROM)
         check_choice("variance", group["variance"], VARIANCES)
         check_number("factor_decay", group["factor_decay"], low=0.0, high=1.0, include_high=False)
@@ -228,7 +233,8 @@ class PopRiskSOAP(PopRiskAdamW):
         plain = [i for i, rotation in enumerate(rotations) if rotation is None]
         turned = [i for i, rotation in enumerate(rotations) if rotation is not None]
         if plain:
-            update_group(tensors.subset(plain))
+            own = tensors.group.in_coordinates()
+            update_group(tensors.subset(plain)._replace(group=own))
         if turned:
             rotated, noted = tensors.subset(turned), self._noted()
             grads = [noted.turned(p) for p in rotated.params]
@@ -304,9 +310,11 @@ class ExampleFactors:
     def turned(self, p: Tensor) -> Tensor:
         """The gradient of this step in its basis, computed once."""
         if p not in self._turned:
-            rotation, grad = self.rotation(p), _grad(p)
-            turned = grad if rotation is None else rotation.forward(grad.to(state_dtype(p)))
-            self._turned[p] = turned
+            turned = self.optimizer._batch_parts().turned(p)
+            if turned is None:
+                rotation, grad = self.rotation(p), _grad(p)
+                turned = grad if rotation is None else rotation.forward(grad.to(state_dtype(p)))
+            self._turned[p] = turned.to(state_dtype(p))
         return self._turned[p]
 
     def forget_turned(self) -> None:

@@ -107,20 +107,20 @@ THRESHOLDS = Thresholds(easy=0.2, unexplained=0.3, concentration=0.1)
 """Fitted to all tasks."""
 TRACK: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "same": {
-        "all": (39, 46),
-        "easy": (3, 3),
-        "hard": (2, 2),
+        "all": (41, 51),
+        "easy": (4, 5),
+        "hard": (2, 3),
         "few": (7, 7),
         "spread": (5, 9),
-        "noisy": (22, 25),
+        "noisy": (23, 27),
     },
     "best": {
-        "all": (36, 46),
-        "easy": (2, 3),
-        "hard": (2, 2),
+        "all": (39, 51),
+        "easy": (4, 5),
+        "hard": (2, 3),
         "few": (7, 7),
         "spread": (8, 9),
-        "noisy": (17, 25),
+        "noisy": (18, 27),
     },
 }
 """Outcomes that were as expected with the task left out of the fit, by rival and kind."""

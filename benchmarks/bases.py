@@ -1,0 +1,208 @@
+"""The gate in a Kronecker basis and its rivals, by a protocol: python benchmarks/bases.py OUT.json.
+
+docs/notebook/bases.md says what is tried, on which seeds, and how one setting of each optimizer is
+chosen; it was written before the first run. ``choose`` trains every setting on the choosing seed,
+the best two of each optimizer on two more, and names one; ``judge`` trains on other seeds. OUT
+keeps what is done; repeated, the command goes on, and ``--share i/k`` takes every k-th run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from advise_tasks import labels
+from bases_peers import BUILD
+from torch import nn
+
+from poprisk.evaluation import evaluating
+from poprisk.task import Task
+from poprisk.task.batches import split_batches
+from poprisk_lab.arms import backward_mean
+from poprisk_lab.fit import score, seed_all
+from poprisk_lab.runner import environment
+from poprisk_lab.store import write_json
+from poprisk_lab.tasks.digits import digits, digits_cnn
+
+LEVELS = (0.0, 0.2, 0.4, 0.6)
+CHOOSING = {"first": (710,), "second": (711, 712)}
+CHOOSING_LEVELS = (0.0, 0.4)
+KEPT = 2
+"""Settings of each optimizer that the second part of the choice looks at."""
+JUDGING = (720, 721, 722, 723, 724, 725)
+
+
+def _signals(seed: int, *, noise: float) -> Task:
+    task = labels(seed, data="mnist1d", noise=noise)
+    object.__setattr__(task, "epochs", 40)
+    return task
+
+
+TASKS = {
+    "digits": digits,
+    "digits-cnn": digits_cnn,
+    "mnist1d": _signals,
+    "docstrings": partial(labels, data="docstrings"),
+}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+DECAYS = (0.01, 1.0)
+
+
+def _grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(values, one, strict=True)) for one in product(*values.values())]
+
+
+GATED = """
+    4e-4 1.25 0.25, 8e-4 1.25 0.25, 4e-4 1.75 0.25, 8e-4 1.75 0.25,
+    8e-4 1.75 0.1, 1.6e-3 1.75 0.25, 1.6e-3 2.5 0.1, 8e-4 2.5 0.25
+"""
+"""Learning rate, z and slack."""
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "rotated gate": [
+        dict(zip(("lr", "z", "slack"), map(float, one.split()), strict=True))
+        for one in GATED.split(",")
+    ],
+    "basis alone": _grid(lr=(1e-4, 2e-4, 5e-4, 1e-3), weight_decay=DECAYS),
+    "coordinate gate": _grid(lr=(3e-4, 1e-3, 2e-3, 4e-3), z=(1.5, 2.0)),
+    "AdamW": _grid(lr=RATES, weight_decay=DECAYS),
+    "SOAP": _grid(lr=RATES, weight_decay=DECAYS),
+    "Muon": _grid(lr=RATES, weight_decay=DECAYS),
+    "Muon-NSR": _grid(lr=RATES, noise=("ratio", "variance")),
+    "Magma": _grid(lr=RATES, weight_decay=DECAYS),
+    "Ano": _grid(lr=(3e-5, 1e-4, 3e-4, 1e-3), weight_decay=DECAYS),
+    "schedule-free AdamW": _grid(lr=(3e-4, 1e-3, 3e-3, 1e-2), weight_decay=DECAYS),
+}
+"""Eight of each optimizer."""
+
+
+class Cell(NamedTuple):
+    """One run.
+
+    Attributes:
+        optimizer: a key of :data:`SETTINGS`.
+        setting: its position there.
+        task: a key of :data:`TASKS`.
+        noise: share of wrong training labels.
+        seed: of data, initial weights and order of examples.
+    """
+
+    optimizer: str
+    setting: int
+    task: str
+    noise: float
+    seed: int
+
+
+Results = dict[Cell, float]
+
+
+def train(cell: Cell) -> float:
+    """The final accuracy on right labels."""
+    task = TASKS[cell.task](cell.seed, noise=cell.noise)
+    seed_all(cell.seed)
+    model, (x, y) = task.new_model(), task.train
+    sizes = {"batch_size": task.batch_size, "dataset_size": len(y)}
+    optimizer = BUILD[cell.optimizer](model, sizes, **SETTINGS[cell.optimizer][cell.setting])
+    for epoch in range(task.epochs):
+        seed_all(1_000_003 * (cell.seed + 1) + epoch)
+        for rows in split_batches(torch.randperm(len(y)), task.batch_size):
+            losses = task.loss(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            backward_mean(optimizer, losses)
+            optimizer.step()
+    return _accuracy(task, model, optimizer)
+
+
+@torch.no_grad()
+def _accuracy(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """On the test set, at the averaged weights where an optimizer keeps some."""
+    averaged = getattr(optimizer, "eval", None)
+    if averaged is not None:
+        averaged()
+    with evaluating(model):
+        return score(task, model(task.test[0]), task.test[1])
+
+
+def first_choice() -> Iterator[Cell]:
+    """Every setting on the first choosing seed."""
+    for name, noise, task in product(SETTINGS, CHOOSING_LEVELS, TASKS):
+        for setting in range(len(SETTINGS[name])):
+            for seed in CHOOSING["first"]:
+                yield Cell(name, setting, task, noise, seed)
+
+
+def second_choice(done: Results) -> Iterator[Cell]:
+    """The best settings of each optimizer on more seeds."""
+    for name in SETTINGS:
+        for setting in ranked(done, name)[:KEPT]:
+            for task, noise, seed in product(TASKS, CHOOSING_LEVELS, CHOOSING["second"]):
+                yield Cell(name, setting, task, noise, seed)
+
+
+def ranked(done: Results, name: str) -> list[int]:
+    """Settings by falling mean accuracy on the first choosing seed."""
+    of = {s: _mean(done, name, s, CHOOSING["first"]) for s in range(len(SETTINGS[name]))}
+    return sorted(of, key=lambda s: -of[s])
+
+
+def chosen(done: Results) -> dict[str, int]:
+    """One setting of each optimizer: the best mean over all choosing seeds, of those kept."""
+    seeds = CHOOSING["first"] + CHOOSING["second"]
+    return {
+        name: max(ranked(done, name)[:KEPT], key=lambda s, name=name: _mean(done, name, s, seeds))
+        for name in SETTINGS
+    }
+
+
+def _mean(done: Results, name: str, setting: int, seeds: Sequence[int]) -> float:
+    cells = product(TASKS, CHOOSING_LEVELS, seeds)
+    return mean(done[Cell(name, setting, task, noise, seed)] for task, noise, seed in cells)
+
+
+def judged(done: Results) -> Iterator[Cell]:
+    """The chosen ones on the judging seeds, and every setting of the two that are to be beaten."""
+    whole = {"AdamW", "basis alone"}
+    picked = chosen(done)
+    for seed in JUDGING:
+        for noise, task, name in product(LEVELS, TASKS, SETTINGS):
+            for setting in range(len(SETTINGS[name])) if name in whole else [picked[name]]:
+                yield Cell(name, setting, task, noise, seed)
+
+
+def read(out: Path) -> Results:
+    """What is done."""
+    rows = json.loads(out.read_text("utf-8"))["results"] if out.exists() else []
+    return {Cell(*row[:-1]): row[-1] for row in rows}
+
+
+def main(out: Path, stage: str, share: str, minutes: float) -> None:
+    """Do what is left of a stage, as far as the time goes."""
+    torch.set_num_threads(1)
+    until, (part, parts) = time.monotonic() + 60 * minutes, map(int, share.split("/"))
+    own = out.with_suffix(f".{part}-of-{parts}{out.suffix}") if parts > 1 else out
+    done = read(out) | read(own)
+    stages = {"first": lambda _: first_choice(), "second": second_choice, "judge": judged}
+    for i, cell in enumerate(stages[stage](done)):
+        if i % parts != part - 1 or cell in done or time.monotonic() > until:
+            continue
+        done[cell] = train(cell)
+        rows = [[*c, accuracy] for c, accuracy in done.items()]
+        write_json(own, {"environment": environment(0), "settings": SETTINGS, "results": rows})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("stage", choices=("first", "second", "judge"))
+    parser.add_argument("--share", default="1/1", help="which of how many parts; each its own file")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after")
+    given = parser.parse_args()
+    main(given.out, given.stage, given.share, given.minutes)
