@@ -124,8 +124,8 @@ MUTATIONS = {
     ),
     "threshold ignored": Mutation(
         "poprisk/optim/gate.py",
-        "alpha=self._thresholds(var, charged),",
-        "alpha=1.0,",
+        "            alpha=alpha,\n",
+        "            alpha=1.0,\n",
         THRESHOLDS,
     ),
     "foreach leaves the end of large tensors out": Mutation(
