@@ -11,22 +11,27 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from advise_tasks import labels
 from bases_peers import BUILD
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from poprisk.evaluation import evaluating
+from poprisk.optim import kronecker
 from poprisk.task import Task
 from poprisk.task.batches import split_batches
 from poprisk_lab.arms import backward_mean
+from poprisk_lab.controls import ShuffledMask, UpdateTrace, rms
 from poprisk_lab.fit import score, seed_all
 from poprisk_lab.runner import environment
 from poprisk_lab.store import write_json
@@ -81,13 +86,15 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "schedule-free AdamW": _grid(lr=(3e-4, 1e-3, 3e-3, 1e-2), weight_decay=DECAYS),
 }
 """Eight of each optimizer."""
+CONTROLS = ("shuffled mask", "random rotation", "RMS-matched")
+"""Of the rotated gate at its chosen setting; the last: the basis alone at the size of its steps."""
 
 
 class Cell(NamedTuple):
     """One run.
 
     Attributes:
-        optimizer: a key of :data:`SETTINGS`.
+        optimizer: a key of :data:`SETTINGS`, or one of :data:`CONTROLS`.
         setting: its position there.
         task: a key of :data:`TASKS`.
         noise: share of wrong training labels.
@@ -107,22 +114,70 @@ Results = dict[Cell, float]
 def train(cell: Cell) -> float:
     """The final accuracy on right labels."""
     task = TASKS[cell.task](cell.seed, noise=cell.noise)
-    seed_all(cell.seed)
+    if cell.optimizer in SETTINGS:
+        setting = SETTINGS[cell.optimizer][cell.setting]
+        return _trained(task, cell.seed, partial(BUILD[cell.optimizer], **setting))
+    setting = SETTINGS["rotated gate"][cell.setting]
+    if cell.optimizer == "shuffled mask":
+        build = partial(BUILD["rotated gate"], mask=ShuffledMask("soft"), **setting)
+        return _trained(task, cell.seed, build)
+    if cell.optimizer == "random rotation":
+        with random_rotations(cell.seed):
+            return _trained(task, cell.seed, partial(BUILD["rotated gate"], **setting))
+    trace = UpdateTrace()
+    _trained(task, cell.seed, partial(BUILD["rotated gate"], **setting), trace.record_step)
+    alone = partial(BUILD["basis alone"], lr=setting["lr"])
+    return _trained(task, cell.seed, alone, partial(_step_of_sizes, iter(trace.rms)))
+
+
+@torch.no_grad()
+def _step_of_sizes(sizes: Iterator[list[float]], optimizer: Optimizer) -> None:
+    """A step whose part beside weight decay has these root mean squares, tensor by tensor."""
+    (group,) = optimizer.param_groups
+    kept = 1 - group["lr"] * group["weight_decay"]
+    starts = [p * kept for p in group["params"]]
+    optimizer.step()
+    for p, start, size in zip(group["params"], starts, next(sizes), strict=True):
+        moved = p - start
+        p.copy_(start + moved * (size / float(rms(moved).clamp_min(1e-30))))
+
+
+def _trained(
+    task: Task,
+    seed: int,
+    build: Callable[..., Optimizer],
+    step: Callable[[Optimizer], None] | None = None,
+) -> float:
+    seed_all(seed)
     model, (x, y) = task.new_model(), task.train
-    sizes = {"batch_size": task.batch_size, "dataset_size": len(y)}
-    optimizer = BUILD[cell.optimizer](model, sizes, **SETTINGS[cell.optimizer][cell.setting])
+    optimizer = build(model, {"batch_size": task.batch_size, "dataset_size": len(y)})
     for epoch in range(task.epochs):
-        seed_all(1_000_003 * (cell.seed + 1) + epoch)
+        seed_all(1_000_003 * (seed + 1) + epoch)
         for rows in split_batches(torch.randperm(len(y)), task.batch_size):
             losses = task.loss(model(x[rows]), y[rows])
             optimizer.zero_grad()
             backward_mean(optimizer, losses)
-            optimizer.step()
+            optimizer.step() if step is None else step(optimizer)
     return _accuracy(task, model, optimizer)
 
 
+@contextmanager
+def random_rotations(seed: int) -> Iterator[None]:
+    """Bases that have nothing to do with the gradients, and stay."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(factor: Tensor) -> Tensor:
+        return torch.linalg.qr(torch.randn(factor.shape, generator=generator))[0]
+
+    def kept(_: Tensor, basis: Tensor) -> Tensor:
+        return basis
+
+    with mock.patch.multiple(kronecker, _eigenvectors=drawn, _iterated=kept):
+        yield
+
+
 @torch.no_grad()
-def _accuracy(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+def _accuracy(task: Task, model: nn.Module, optimizer: Optimizer) -> float:
     """On the test set, at the averaged weights where an optimizer keeps some."""
     averaged = getattr(optimizer, "eval", None)
     if averaged is not None:
@@ -168,13 +223,15 @@ def _mean(done: Results, name: str, setting: int, seeds: Sequence[int]) -> float
 
 
 def judged(done: Results) -> Iterator[Cell]:
-    """The chosen ones on the judging seeds, and every setting of the two that are to be beaten."""
+    """The chosen ones on the judging seeds, every setting of the two to beat, and the controls."""
     whole = {"AdamW", "basis alone"}
     picked = chosen(done)
     for seed in JUDGING:
         for noise, task, name in product(LEVELS, TASKS, SETTINGS):
             for setting in range(len(SETTINGS[name])) if name in whole else [picked[name]]:
                 yield Cell(name, setting, task, noise, seed)
+        for noise, task, name in product(LEVELS, TASKS, CONTROLS):
+            yield Cell(name, picked["rotated gate"], task, noise, seed)
 
 
 def read(out: Path) -> Results:

@@ -1,11 +1,12 @@
 """Time of whole training steps in a basis of the layer, and state: basis_time.py OUT.json.
 
 Each optimizer takes turns with pytorch-optimizer's SOAP, in blocks of steps that hold a change of
-basis of either: forward pass, backward pass and step, by processor time, one thread.
+basis of either: forward pass, backward pass and step, by processor time, one thread. Resumable.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -30,10 +31,10 @@ CASES = [
     BenchCase("mlp", 64, 64),
     BenchCase("mlp", 64, 256),
     BenchCase("mlp", 512, 256),
-    BenchCase("mlp", 64, 1024),
     BenchCase("cnn", 32, 16, depth=1),
     BenchCase("transformer", 16, 64),
-    BenchCase("transformer", 8, 256, depth=1),
+    BenchCase("mlp", 64, 512, depth=1),
+    BenchCase("transformer", 8, 128, depth=1),
 ]
 LOOP: dict[str, Any] = {"factors": "gradient", "variance": "ema"}
 BUILD: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -101,13 +102,15 @@ def timed(case: BenchCase, name: str, seconds: float) -> BasisTime:
     return BasisTime(case.label(), name, own / BLOCK, base / BLOCK, *ratios, state)
 
 
-def main(out: Path, seconds: float = 20.0) -> None:
+def main(out: Path, seconds: float = 8.0) -> None:
     """All cases and optimizers."""
     torch.set_num_threads(1)
-    results = list[BasisTime]()
+    kept = json.loads(out.read_text("utf-8"))["results"] if out.exists() else []
+    results = [BasisTime(**row) for row in kept]
+    done = {(row.case, row.optimizer) for row in results}
     for case in CASES:
         for name in BUILD:
-            if name != "SOAP":
+            if name != "SOAP" and (case.label(), name) not in done:
                 results.append(timed(case, name, seconds))
                 print(results[-1], flush=True)
                 write_results(out, results, threads=1)

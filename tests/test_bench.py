@@ -144,9 +144,10 @@ def test_state_size_counts_bytes() -> None:
 
 def test_state_is_counted_where_it_lies_deeper() -> None:
     packed = TwoTensor(torch.zeros(5), torch.ones(5))
-    state: Any = {"w": {0: {"m": torch.zeros(3), "done": {0}}, "packed": packed}}
+    listed = [torch.zeros(4), (torch.zeros(2),), []]
+    state: Any = {"w": {0: {"m": torch.zeros(3), "done": {0}}, "packed": packed, "L": listed}}
     optimizer: Any = SimpleNamespace(state=state)
-    assert step.state_size(optimizer) == 3 * 4 + 2 * 5 * 4
+    assert step.state_size(optimizer) == 3 * 4 + 2 * 5 * 4 + 6 * 4
 
 
 gpu: Any = SimpleNamespace(

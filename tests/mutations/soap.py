@@ -46,7 +46,7 @@ MUTATIONS = {
         "poprisk/optim/batch_variance.py",
         "if not bool(torch.linalg.vector_norm(now - then) <= rounding):",
         "if now is None:",
-        "test_soap.py::test_a_change_of_one_entry_is_taken_as_it_is",
+        "test_soap.py::test_the_gradient_is_turned_as_it_is",
     ),
     "coordinates gated like bases": Mutation(
         "poprisk/optim/settings.py",
@@ -59,6 +59,12 @@ MUTATIONS = {
         "if not any(key in state for key in BASES):",
         "if any(key in state for key in BASES):",
         "test_soap.py::test_without_a_rotation_it_is_the_coordinate_gate",
+    ),
+    "a hook's small change not seen": Mutation(
+        "poprisk/optim/batch_variance.py",
+        "found[p] = _Share(grad, squares, None if p._backward_hooks else turned)",
+        "found[p] = _Share(grad, squares, turned)",
+        "test_soap.py::test_the_gradient_is_turned_as_it_is",
     ),
     "the sides of the factors exchanged": Mutation(
         "poprisk/optim/kronecker.py",

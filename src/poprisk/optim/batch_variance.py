@@ -437,7 +437,8 @@ def _shares(factors: Factors, bases: Bases | None, share: float) -> dict[Tensor,
             squares = _behind_hook(name, grad, sums, squares)
         else:
             gaps[name] = gap, size
-        found[p] = _Share(grad, squares, turned)
+        # What a hook changes within the tolerance counts: the gradient itself is turned then.
+        found[p] = _Share(grad, squares, None if p._backward_hooks else turned)
     for name, p in factors.params.items():
         if p not in found and p.grad is not None:
             if bool(p.grad.any()):

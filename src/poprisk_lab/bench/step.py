@@ -157,9 +157,9 @@ def state_size(optimizer: Optimizer) -> int:
 
 
 def _tensors_in(state: Any) -> Iterator[Tensor]:
-    """Every plain tensor in nested dictionaries, of packed tensors what they hold."""
-    if isinstance(state, Mapping):
-        for x in state.values():
+    """Every plain tensor in nested dictionaries and lists, of packed tensors what they hold."""
+    if isinstance(state, (Mapping, list, tuple)):
+        for x in state.values() if isinstance(state, Mapping) else state:
             yield from _tensors_in(x)
     elif is_traceable_wrapper_subclass(state):
         for name in state.__tensor_flatten__()[0]:
