@@ -55,6 +55,8 @@ def exit_code(root: Path, arguments: list[str], *, seconds: int | None = None) -
             if seconds is not None:
                 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             sys.path.insert(0, str(root))
+            paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+            os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for processes that a test starts
             code = int(pytest.main([*OPTIONS, *arguments]))
             sys.stdout.flush()
         finally:

@@ -14,17 +14,18 @@ WORLD = 2
 
 
 @contextmanager
-def joined(rank: int, folder: Path | str) -> Iterator[None]:
-    """Be one of two processes with one thread; ends the process where the block ends well.
+def joined(rank: int, folder: Path | str, world: int = WORLD) -> Iterator[None]:
+    """Be one of some processes with one thread; ends the process where the block ends well.
 
     Args:
-        rank: 0 or 1.
-        folder: where both meet.
+        rank: from 0.
+        folder: where all meet.
+        world: how many there are.
     """
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), WORLD)
+    store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(minutes=10)
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10)
     )
     yield
     dist.barrier()  # the first to leave would take the store from the other

@@ -122,6 +122,23 @@ def test_a_directory_goes_on_with_more_seeds_and_starts_over_when_asked(tmp_path
     assert again.data.config["task"]["epochs"] == 2
 
 
+def test_a_run_of_fewer_default_arms_goes_on_as_it_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by an earlier version, which had no PopRiskSOAP; --fresh takes it up."""
+    known = [a for a in default_arms(full=False) if a.name in ("poprisk", "adamw-lr0.001-wd0.01")]
+    monkeypatch.setattr("poprisk_lab.compared.default_arms", lambda **_: known)
+    settings: dict[str, Any] = {"epochs": 1, "directory": tmp_path, "progress": False}
+    compare(tiny.tiny, seeds=1, **settings)
+    more = [*known, next(a for a in default_arms(full=False) if a.name == "poprisk-soap")]
+    monkeypatch.setattr("poprisk_lab.compared.default_arms", lambda **_: more)
+    found = compare(tiny.tiny, seeds=2, **settings)
+    assert [a["name"] for a in found.data.config["arms"]] == [a.name for a in known]
+    assert len(found.data.ends) == 4
+    fresh = compare(tiny.tiny, seeds=1, fresh=True, **settings)
+    assert [a["name"] for a in fresh.data.config["arms"]] == [a.name for a in more]
+
+
 def test_a_function_that_was_changed_is_another_task(tmp_path: Path) -> None:
     def local() -> Task:
         return tiny.tiny()

@@ -504,6 +504,36 @@ def test_what_it_does_not_have_is_refused_in_a_group(changes: dict[str, Any]) ->
         PopRiskSOAP([{"params": list(net().parameters()), **changes}])
 
 
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [("_fsdp_flattened", "part of a flat parameter"), ("ds_id", "partitioned by DeepSpeed")],
+)
+def test_parameters_without_rows_and_columns_are_refused(mark: str, said: str) -> None:
+    model = net()
+    setattr(weight(model, 0), mark, True)
+    with pytest.raises(ValueError, match=f"needs rows and columns, but a parameter is {said}"):
+        rotated(model, factors="gradient", variance="ema")
+
+
+def test_a_matrix_without_rows_is_left_alone() -> None:
+    model, empty = net(), nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
+    opt = rotated([*model.parameters(), empty], factors="gradient", variance="ema")
+    empty.grad = torch.zeros_like(empty)
+    train(model, opt, batches(3), plain=True)
+    assert not opt.state[empty]
+
+
+def test_settings_of_a_state_are_refused_before_anything_changes() -> None:
+    """Also those that a saved group has and only this class checks."""
+    model = net()
+    opt = rotated(model)
+    train(model, opt, batches(2))
+    state = opt.state_dict()
+    state["param_groups"][0]["refresh_every"] = 0
+    with nothing_changes(opt), pytest.raises(ValueError, match="refresh_every"):
+        opt.load_state_dict(state)
+
+
 def test_a_state_of_other_shapes_is_refused() -> None:
     model = net()
     opt = rotated(model)

@@ -61,6 +61,37 @@ def locals_of(tensors: list[Tensor]) -> list[Tensor]:
     return [local(t) for t in tensors] if any(map(is_sharded, tensors)) else tensors
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of a DTensor on every process; any other tensor itself. Every process must ask."""
+    return t.full_tensor() if is_sharded(t) else t  # pyrefly: ignore
+
+
+def agreed(t: Tensor, layout: ShardLayout) -> Tensor:
+    """What the first process of the layout's mesh has as ``t``, on each. Every process must ask."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    everywhere = [Replicate()] * layout.mesh.ndim
+    return local(distribute_tensor(t.contiguous(), layout.mesh, everywhere))
+
+
+def spread(t: Tensor, layout: ShardLayout) -> Tensor:
+    """A whole tensor as a DTensor of this layout: each process keeps its part of what it has."""
+    from torch.distributed.tensor import distribute_tensor
+
+    cut = distribute_tensor(t, layout.mesh, layout.placements, src_data_rank=None)
+    # Not a view, which would keep the whole in memory.
+    return joined(local(cut).clone(), t.shape, layout)
+
+
+def joined(part: Tensor, shape: Sequence[int], layout: ShardLayout) -> Tensor:
+    """The DTensor of which each process has a part, of this shape in all."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(*shape, device="meta").stride()
+    how = {"shape": torch.Size(shape), "stride": stride, "run_check": False}
+    return DTensor.from_local(part, layout.mesh, layout.placements, **how)
+
+
 def gradient_of(p: Tensor, layout: ShardLayout | None) -> Tensor:
     """The gradient of a parameter in the parameter's own layout."""
     grad: Any = p.grad
@@ -77,8 +108,16 @@ class ShardLayout(NamedTuple):
 
     def groups(self) -> list[Any]:
         """The process groups over which a sum over all entries must be reduced."""
-        sharded = (i for i, placement in enumerate(self.placements) if placement.is_shard())
-        return [self.mesh.get_group(i) for i in sharded]
+        # Not is_shard(), which denies the strided shards of FSDP2 over tensor parallelism.
+        split = (i for i, placement in enumerate(self.placements) if not placement.is_replicate())
+        return [self.mesh.get_group(i) for i in split]
+
+    def by_rows(self) -> ShardLayout:
+        """Of square matrices that go with such a tensor: by rows, over the same processes."""
+        from torch.distributed.tensor import Shard
+
+        rows = (x if x.is_replicate() else Shard(0) for x in self.placements)
+        return self._replace(placements=tuple(rows))
 
 
 def layout_of(t: Tensor) -> ShardLayout | None:

@@ -127,7 +127,14 @@ def compare_command(
     with _errors(trace=trace, resumable=True):
         from poprisk_lab.arms import default_arms
         from poprisk_lab.clusters import chosen, pool_on
-        from poprisk_lab.comparison import Comparison, begin, run_directory, train, trials_of
+        from poprisk_lab.comparison import (
+            Comparison,
+            as_begun,
+            begin,
+            run_directory,
+            train,
+            trials_of,
+        )
         from poprisk_lab.display import ProgressDisplay
         from poprisk_lab.pool import warm_up_workers
         from poprisk_lab.runner import cores
@@ -148,12 +155,15 @@ def compare_command(
         )
         name = _default_name(comparison)
         directory = run_directory(out or Path("runs") / name)
+        whole, comparison = comparison, as_begun(comparison, directory, fresh=fresh)
         mine = chosen(trials_of(comparison), shard=shard, only=only or [])
         pool = None if on == "local" else pool_on(on, workers, of_cluster)
         data = begin(comparison, directory, fresh=fresh)
         there = data._replace(ends={k: v for k, v in data.ends.items() if k[1] in comparison.seeds})
         _say_what_begins(comparison, directory, data, "" if on == "local" else on)
         _say_what_is_there(comparison, data, len(there.ends))
+        if new := [arm.label for arm in whole.arms if arm not in comparison.arms]:
+            _say(f"begun by an earlier version, without {', '.join(new)}; --fresh starts over")
         older = Path("runs") / f"{name}-{seeds}-seeds"  # how versions before named it
         if out is None and seeds != DEFAULT_SEEDS and run_directory(older).exists():
             _say(f"{older} is of an earlier version; --out {older} goes on there")

@@ -22,7 +22,7 @@ from poprisk.printing import described, html_table
 from poprisk.protocols import ProgressCallback
 from poprisk.randomness import RandomState
 from poprisk_lab.arms import Arm, default_arms
-from poprisk_lab.comparison import Comparison, begin, run_directory, train
+from poprisk_lab.comparison import Comparison, as_begun, begin, run_directory, train
 from poprisk_lab.display import ProgressDisplay, verdict_table
 from poprisk_lab.evidence.gather import Evidence, compare_evidence, write_evidence
 from poprisk_lab.page import quantities, render
@@ -200,6 +200,8 @@ def compare(
         warm_up_workers()
     with tempfile.TemporaryDirectory() as temporary, RandomState.kept():
         store = run_directory(Path(temporary) / "run" if directory is None else Path(directory))
+        if arms is None:
+            comparison = as_begun(comparison, store, fresh=fresh)
         data = begin(comparison, store, fresh=fresh)
         ends = {key: end for key, end in data.ends.items() if key[1] in comparison.seeds}
         with _watched(progress, comparison, data._replace(ends=ends)) as on_row:

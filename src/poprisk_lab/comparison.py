@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -360,6 +360,21 @@ COMPARISON = Kind(
 def run_directory(path: Path) -> Store:
     """The run directory of a comparison."""
     return Store(path, COMPARISON)
+
+
+def as_begun(comparison: Comparison, directory: Store, *, fresh: bool = False) -> Comparison:
+    """A comparison of the default arms, without those that its directory was begun without.
+
+    An earlier version had fewer of them, and its run goes on as it was begun.
+
+    Raises:
+        RunDirectoryError: if the directory is damaged, or holds something else.
+    """
+    if fresh or not directory.exists():
+        return comparison
+    begun = [arm["name"] for arm in directory.config()["arms"]]
+    arms = [arm for arm in comparison.arms if arm.name in begun]
+    return replace(comparison, arms=arms) if len(arms) == len(begun) else comparison
 
 
 def begin(comparison: Comparison, directory: Store, *, fresh: bool = False) -> RunData:

@@ -15,6 +15,7 @@ from poprisk.optim.fused import captured_adamw_, fused_adamw_
 from poprisk.optim.gate import TensorList
 from poprisk.optim.kronecker import Rotation
 from poprisk.optim.settings import CompiledGroup
+from poprisk.optim.sharded import RotationPart
 from poprisk.optim.state import ADAM_KEYS
 from poprisk.optim.update import (
     LOW_PRECISION,
@@ -127,10 +128,13 @@ def update_group(tensors: TensorGroup) -> None:
             p.copy_(w)
 
 
-def update_rotated(tensors: TensorGroup, rotations: Sequence[Rotation], turned: TensorList) -> None:
+def update_rotated(
+    tensors: TensorGroup, rotations: Sequence[Rotation | RotationPart], turned: TensorList
+) -> None:
     """The same in a basis of each parameter, from the gradients there; the step is turned back.
 
-    The moments are kept in that basis; weight decay, which is the same in any, is not turned.
+    The moments are kept in that basis; weight decay, which is the same in any, is not turned. Of
+    DTensors, ``turned`` holds the parts that are here, and so does the update.
     """
     group, settings = tensors.group, tensors.group.settings
     counts = group.counts(tensors.t, tensors.observations)
@@ -145,7 +149,7 @@ def update_rotated(tensors: TensorGroup, rotations: Sequence[Rotation], turned: 
         "gate": group.gate(counts),
     }
     update_lists(lists, settings, functools.partial(gated_adamw_, **how))
-    for p, rotation, step in zip(tensors.params, rotations, steps, strict=True):
+    for p, rotation, step in zip(columns.params, rotations, steps, strict=True):
         w = p.to(dtype)
         decay_([w], adam)
         w.add_(rotation.back(step))

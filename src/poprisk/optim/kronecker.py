@@ -16,13 +16,15 @@ examples is that of K-FAC (Martens and Grosse, arXiv:1503.05671).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from poprisk.optim.state import ADAM_KEYS
+from poprisk.dtensor import layout_of, local
+from poprisk.optim.state import ADAM_KEYS, check_layout
 from poprisk.optim.update import state_dtype
 from poprisk.per_sample.moments import wide
 from poprisk.per_sample.terms import Dense, Outer, Term
@@ -30,6 +32,8 @@ from poprisk.per_sample.terms import Dense, Outer, Term
 SIDES = ("left", "right")
 FACTORS = tuple(f"{side}_factor" for side in SIDES)
 BASES = tuple(f"{side}_basis" for side in SIDES)
+AVERAGES = (*ADAM_KEYS, "grad_mean_var")
+"""What is kept in the basis."""
 SQUARES = ("exp_avg_sq", "grad_mean_var")
 """Averages of squares, which a change of basis mixes by squares of its entries."""
 
@@ -43,6 +47,11 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(1)
 
 
+def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns of :func:`as_matrix`, without a look at the tensor."""
+    return tensor.shape[0], math.prod(tensor.shape[1:])
+
+
 def rotated_sides(p: Tensor, max_dim: int) -> tuple[bool, bool]:
     """Which sides of a parameter are rotated: of matrices, those of at most ``max_dim`` numbers.
 
@@ -50,7 +59,7 @@ def rotated_sides(p: Tensor, max_dim: int) -> tuple[bool, bool]:
     """
     if p.dim() < 2 or p.is_complex() or not p.is_floating_point():
         return (False, False)
-    rows, columns = p.shape[0], p[0].numel()
+    rows, columns = matrix_shape(p)
     if min(rows, columns) < 2:
         return (False, False)
     return (rows <= max_dim, columns <= max_dim)
@@ -182,7 +191,7 @@ def total_of(found: tuple[Pair, Pair], scale: float = 1.0) -> Pair:
 
 def fits(terms: Sequence[Term], p: Tensor) -> bool:
     """Whether the factors are of the parameter's rows and columns, as those of groups are not."""
-    rows, columns = p.shape[0], p[0].numel()
+    rows, columns = matrix_shape(p)
     for term in terms:
         if isinstance(term, Outer):
             sizes = (term.cotangent.shape[-1], term.columns)
@@ -198,14 +207,28 @@ def factors_of_gradient(grad: Tensor, sides: tuple[bool, bool]) -> Pair:
 
 
 def add_factors_(state: dict[str, Any], found: Pair, decay: float) -> None:
-    """Put the factors of a step into their averages, those that are finite; the first as it is."""
+    """Put the factors of a step into their averages; the first as it is.
+
+    Args:
+        state: of the parameter.
+        found: factors that are :func:`finite`; of a sharded parameter DTensors of the averages'
+            layout.
+        decay: of the averages.
+    """
     for key, factor in zip(FACTORS, found, strict=True):
-        if factor is None or not _finite(factor):
+        if factor is None:
             continue
         if key in state:
-            state[key].lerp_(factor.to(state[key].dtype), 1 - decay)
+            average = local(state[key])
+            average.lerp_(local(factor).to(average.dtype), 1 - decay)
         else:
             state[key] = factor.clone()
+
+
+def finite(found: Pair) -> Pair:
+    """Those that are finite."""
+    left, right = (x if x is not None and _finite(x) else None for x in found)
+    return left, right
 
 
 def _finite(factor: Tensor) -> bool:
@@ -257,7 +280,7 @@ def refresh_(state: dict[str, Any], *, exact: bool) -> None:
 def carry_(state: dict[str, Any], change: Rotation) -> None:
     """Turn averages by ``change``; those of squares by the squares of its entries."""
     squares = Rotation(*(None if c is None else c.square() for c in change))
-    for key in (*ADAM_KEYS, "grad_mean_var"):
+    for key in AVERAGES:
         if key in state:
             by = squares if key in SQUARES else change
             state[key].copy_(by.forward(state[key]))
@@ -265,7 +288,7 @@ def carry_(state: dict[str, Any], change: Rotation) -> None:
 
 def check_basis_shapes(index: int, p: Tensor, state: Mapping[str, Any]) -> None:
     """Raise ValueError if loaded factors or bases are not of the parameter's rows and columns."""
-    sizes = (p.shape[0], p[0].numel()) if p.dim() > 1 and len(p) else (0, 0)
+    sizes, layout = matrix_shape(p) if p.dim() > 1 else (0, 0), layout_of(p)
     for keys in (FACTORS, BASES):
         for key, size in zip(keys, sizes, strict=True):
             value = state.get(key)
@@ -276,6 +299,8 @@ def check_basis_shapes(index: int, p: Tensor, state: Mapping[str, Any]) -> None:
                     f"{tuple(p.shape)}. Load the checkpoint of the same model, with the parameters "
                     "in the same order."
                 )
+            if isinstance(value, Tensor):
+                check_layout(index, key, value, layout and layout.by_rows())
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast, final
 
 import torch
@@ -24,6 +25,7 @@ from poprisk.optim.kronecker import (
     check_basis_shapes,
     factors_of_gradient,
     factors_of_terms,
+    finite,
     first_rotation,
     fits,
     is_due,
@@ -35,7 +37,14 @@ from poprisk.optim.kronecker import (
     total_of,
 )
 from poprisk.optim.settings import CompiledGroup
-from poprisk.optim.state import ADAM_KEYS
+from poprisk.optim.sharded import (
+    change_basis_,
+    check_split,
+    factor_parts,
+    rotation_part,
+    whole_gradient,
+)
+from poprisk.optim.state import ADAM_KEYS, completed_state
 from poprisk.optim.step import StepContext, StepRule
 from poprisk.optim.update import state_dtype
 from poprisk.optim.variance import GivenVariances
@@ -79,7 +88,8 @@ class PopRiskSOAP(PopRiskAdamW):
         max_dim: the largest side that is rotated; 0: none, which is PopRiskAdamW.
 
     State beside that of PopRiskAdamW: two square matrices for each side that is rotated.
-    ``gate=False`` is Adam in that basis. Not with sharded parameters (DTensor), which are refused.
+    ``gate=False`` is Adam in that basis. Where parameters are sharded (DTensor), each process keeps
+    its part of all that; ``factors="gradient"`` is needed there.
 
     Raises:
         TypeError, ValueError: for a bad argument, before anything is changed.
@@ -149,11 +159,7 @@ class PopRiskSOAP(PopRiskAdamW):
                 raise TypeError(f"{name} must be an integer, but got {value!r}.")
             check_number(name, value, low=float(least))
         for entry in group["params"]:
-            if is_sharded(entry[1] if isinstance(entry, tuple) else entry):
-                raise ValueError(
-                    "PopRiskSOAP needs whole matrices, but a parameter is sharded (DTensor); use "
-                    "PopRiskAdamW."
-                )
+            check_split(entry[1] if isinstance(entry, tuple) else entry, group)
 
     def _check_within(self, method: str, needed: str) -> None:
         from_examples = any(group["factors"] == "examples" for group in self.param_groups)
@@ -208,13 +214,16 @@ class PopRiskSOAP(PopRiskAdamW):
             for p, state in zip(tensors.params, tensors.states, strict=True):
                 first = None if rotation_of(p, state) else self._first_rotation(p, group)
                 if first is not None:
-                    adopt_(p, state, first)
+                    _change_basis_(p, state, partial(adopt_, p, rotation=first))
         return found
 
     def _first_rotation(self, p: Tensor, group: CompiledGroup) -> Rotation | None:
         if group.settings["factors"] == "examples":
             return self._noted().first(p)
-        return first_rotation(self._step_factors(p, group))
+        sides = rotated_sides(p, group.settings["max_dim"])
+        if not any(sides):
+            return None
+        return first_rotation(factors_of_gradient(whole_gradient(p), sides))
 
     def _step_factors(self, p: Tensor, group: CompiledGroup) -> Pair:
         """Of the step's gradient; of examples, as clipped or unscaled since."""
@@ -235,16 +244,25 @@ class PopRiskSOAP(PopRiskAdamW):
         if plain:
             own = tensors.group.in_coordinates()
             update_group(tensors.subset(plain)._replace(group=own))
+        if tensors.layout is not None:
+            for i in turned:
+                self._update_sharded(tensors.subset([i]), cast(Rotation, rotations[i]))
+            return
         if turned:
             rotated, noted = tensors.subset(turned), self._noted()
             grads = [noted.turned(p) for p in rotated.params]
             update_rotated(rotated, [r for r in rotations if r is not None], grads)
-        settings = tensors.group.settings
         for i in turned:
-            p, state = tensors.params[i], tensors.states[i]
-            add_factors_(state, self._step_factors(p, tensors.group), settings["factor_decay"])
-            if is_due(tensors.t, settings["refresh_every"]):
-                refresh_(state, exact=tensors.t < settings["refresh_every"])
+            p = tensors.params[i]
+            _follow(p, tensors.states[i], finite(self._step_factors(p, tensors.group)), tensors)
+
+    def _update_sharded(self, tensors: TensorGroup, rotation: Rotation) -> None:
+        """Of one parameter, whose whole matrices are given up again before the next."""
+        p, settings = tensors.params[0], tensors.group.settings
+        part, grad = rotation_part(p, rotation), whole_gradient(p)
+        update_rotated(tensors, [part], [part.forward(grad)])
+        sides = rotated_sides(p, settings["max_dim"])
+        _follow(p, tensors.states[0], factor_parts(grad, p, sides), tensors)
 
     @torch.no_grad()
     def step_rule(self, param: Tensor, context: StepContext) -> StepRule:
@@ -262,13 +280,14 @@ class PopRiskSOAP(PopRiskAdamW):
         return super().step_rule(param, context)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        completed = completed_state(state_dict, self.param_groups)["param_groups"]
+        for mine, theirs in zip(self.param_groups, completed, strict=True):
+            self._check_group({**theirs, "params": mine["params"]})
         params = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group.get("params", ())]
         for i, (p, index) in enumerate(zip(params, indices, strict=False)):
             check_basis_shapes(i, p, state_dict["state"].get(index, {}))
         super()._load(state_dict)
-        for group in self.param_groups:
-            self._check_group(group)
 
 
 @final
@@ -341,6 +360,25 @@ class ExampleFactors:
         self._first.clear()
         self._turned.clear()
         self._rotated = None
+
+
+def _follow(p: Tensor, state: dict[str, Any], found: Pair, tensors: TensorGroup) -> None:
+    """Let the factors, and where it is due the basis, follow a step with these factors."""
+    settings = tensors.group.settings
+    add_factors_(state, found, settings["factor_decay"])
+    if is_due(tensors.t, settings["refresh_every"]):
+        exact = tensors.t < settings["refresh_every"]
+        _change_basis_(p, state, partial(refresh_, exact=exact))
+
+
+def _change_basis_(
+    p: Tensor, state: dict[str, Any], change_: Callable[[dict[str, Any]], None]
+) -> None:
+    """Change averages and bases in a state as ``change_`` does in one that is whole."""
+    if is_sharded(p):
+        change_basis_(p, state, change_)
+    else:
+        change_(state)
 
 
 def _grad(p: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from poprisk._validate import check_type
+from poprisk.dtensor import ShardLayout, layout_of
 from poprisk.optim.settings import CompiledGroup, check_optimizer_settings
 from poprisk.optim.sizes import TERM_KEYS
 from poprisk.optim.update import state_dtype
@@ -217,7 +218,11 @@ def check_state_shapes(
     """Raise ValueError if a loaded state does not fit its parameter; ``flat``: nor is flattened."""
     for key in keys:
         value = state.get(key)
-        if not isinstance(value, Tensor) or value.shape == p.shape:
+        if not isinstance(value, Tensor):
+            continue
+        if not flat:
+            check_layout(index, key, value, layout_of(p))
+        if value.shape == p.shape:
             continue
         if not (flat and value.dim() == 1 and value.numel() == p.numel()):
             raise ValueError(
@@ -225,6 +230,18 @@ def check_state_shapes(
                 f"shape {tuple(value.shape)}, but the parameter has shape {tuple(p.shape)}. "
                 "Load the checkpoint of the same model, with the parameters in the same order."
             )
+
+
+def check_layout(index: int, key: str, value: Tensor, expected: ShardLayout | None) -> None:
+    """Raise ValueError if a loaded tensor is not spread over processes as it is kept."""
+    layout = layout_of(value)
+    if layout != expected:
+        found, own = (f"sharded as {x.placements}" if x else "whole" for x in (layout, expected))
+        raise ValueError(
+            f"state_dict does not fit this optimizer: state {key!r} of parameter {index} is "
+            f"{found}, but is kept {own}. Load it through "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which spreads it."
+        )
 
 
 PRE_HOOKS, POST_HOOKS = (f"_optimizer_load_state_dict_{when}_hooks" for when in ("pre", "post"))
