@@ -39,6 +39,42 @@ MUTATIONS = {
     "terms: charged beyond the dearest": Mutation(
         "poprisk/optim/gate.py", ".clamp_(least, most)", ".clamp_(least)", TERMS
     ),
+    "balance: fitted faster than it is": Mutation(
+        "poprisk/optim/balance.py",
+        ".clamp(0.0, 1.0).sqrt()",
+        ".clamp(0.0, 1.0)",
+        "test_balance.py::test_it_bounds_what_is_left_of_the_error_in_a_quadratic",
+    ),
+    "balance: noise of the batches taken for gradient": Mutation(
+        "poprisk/optim/balance.py",
+        "moved = mean_scale**2 * mean_sq - balance.kept * var_scale * var",
+        "moved = mean_scale**2 * mean_sq",
+        "test_balance.py::test_equals_the_reference_where_terms_oppose",
+    ),
+    "balance: h of another size than the gradient": Mutation(
+        "poprisk/optim/balance.py",
+        "(balance.most * moved / held)",
+        "(moved / held)",
+        "test_balance.py::test_the_noise_of_the_batches_is_taken_off_both",
+    ),
+    "balance: seen and not used": Mutation(
+        "poprisk/optim/gate.py",
+        "torch._foreach_mul_(ratios, list(shares))",
+        "pass",
+        "test_balance.py::test_equals_the_reference_where_terms_oppose",
+    ),
+    "balance: h of another age": Mutation(
+        "poprisk/optim/settings.py",
+        "own = counts._replace(t=counts.observations + 1)",
+        "own = counts",
+        "test_balance.py::test_h_is_corrected_for_the_steps_that_it_has_seen",
+    ),
+    "balance: of a piece of a tensor": Mutation(
+        "poprisk/optim/groups.py",
+        "whole_tensors = whole_tensors or bool(lists.term_grads)\n",
+        "whole_tensors = bool(whole_tensors)\n",
+        "test_balance.py::test_a_tensor_that_would_be_cut_is_looked_at_whole",
+    ),
     "terms: an average kept while the gate is off": Mutation(
         "poprisk/optim/state.py",
         "if key in state and (estimator is None or key not in",
@@ -88,8 +124,8 @@ MUTATIONS = {
     ),
     "threshold ignored": Mutation(
         "poprisk/optim/gate.py",
-        "alpha=self._thresholds(var, charged),",
-        "alpha=1.0,",
+        "            alpha=alpha,\n",
+        "            alpha=1.0,\n",
         THRESHOLDS,
     ),
     "foreach leaves the end of large tensors out": Mutation(

@@ -166,5 +166,18 @@ class ReferenceTerms(ReferenceOptimizer):
         shares = [min(max(x, min(charges)), max(charges)) for x in shares]
         if c["alpha"] == "finite" or c["mode"] == "paper":
             return shares
-        r = momentum_noise(len(self.grads), c["betas"][0])
-        return [c["z"] ** 2 * (r + x) / (1 + r) for x in shares]
+        r, kappa = momentum_noise(len(self.grads), c["betas"][0]), self._unbalanced(s_hat, c_hat)
+        return [c["z"] ** 2 * (r + kappa * x) / (1 + r) for x in shares]
+
+    def _unbalanced(self, s_hat: list[float], c_hat: list[float]) -> float:
+        """How large the gradient is beside that of the repeated terms, noise taken off."""
+        r, beta1 = (
+            momentum_noise(len(self.grads), self.settings["betas"][0]),
+            self.settings["betas"][0],
+        )
+        m_hat, h_hat = self._average(beta1, 1), self.weighted._average(beta1, 1)
+        moved = sum(m * m - r / (1 + r) * s for m, s in zip(m_hat, s_hat, strict=True))
+        held = sum(h * h - r / (1 + r) * x for h, x in zip(h_hat, c_hat, strict=True))
+        if held <= 0:
+            return 1.0
+        return math.sqrt(min(max(max(self.charges().values()) * moved / held, 0.0), 1.0))

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from poprisk.optim.balance import Balance, sums, unbalanced
+
 TensorList = list[Tensor]
 Tensors = TypeVar("Tensors", Tensor, list[Tensor])
 
@@ -308,11 +310,13 @@ class Charges(NamedTuple):
         slope: how much of :math:`\hat c = \sum_k \rho_k \hat s_k` the threshold takes.
         least: the smallest :math:`\rho_k`.
         most: the largest.
+        balance: tells what other terms hold in balance; None: all is charged.
     """
 
     slope: float
     least: float
     most: float
+    balance: Balance | None = None
 
 
 Pool = Callable[[Tensor, Sequence[int] | Tensor], Tensor]
@@ -341,11 +345,17 @@ class Gate(NamedTuple):
     charges: Charges | None = None
     """Of a loss whose terms are charged differently (:mod:`poprisk.optim.sizes`)."""
 
+    @property
+    def whole_tensors(self) -> bool:
+        """Whether it looks at sums over a tensor, which no piece of it has."""
+        return self.per_tensor or self.charges is not None
+
     def __call__(
         self,
         mean: TensorList,
         var: TensorList,
         charged: TensorList | None = None,
+        terms_mean: TensorList | None = None,
         *,
         mean_scale: float = 1.0,
         var_scale: float = 1.0,
@@ -355,14 +365,15 @@ class Gate(NamedTuple):
         The scales (bias corrections) enter as numbers, which saves passes over memory: every mask
         depends on :math:`\hat s/\hat m^2` alone. With ``per_tensor`` both are averaged over a
         tensor first, and its mask is a 0-d tensor. The result is newly allocated. ``charged`` is
-        the variance :math:`\hat c` of :class:`Charges`, on the scale of ``var``.
+        the variance :math:`\hat c` of :class:`Charges`, on the scale of ``var``, and ``terms_mean``
+        the average of h, whose own bias correction it holds.
         """
         rows = [list(torch._foreach_mul(mean, mean)), var]
-        if self.charges is not None and charged is not None:
-            rows.append(charged)
+        if self.charges is not None and charged is not None and terms_mean is not None:
+            rows += [charged, list(torch._foreach_mul(terms_mean, terms_mean))]
         if self.per_tensor:
-            sums = torch.stack([_sums(row) for row in rows])
-            rows = self.averages(sums, [x.numel() for x in var], var[0].dtype)
+            found = torch.stack([sums(row) for row in rows])
+            rows = self.averages(found, [x.numel() for x in var], var[0].dtype)
         return self.on_squares(*rows, mean_scale=mean_scale, var_scale=var_scale)
 
     def averages(self, sums: Tensor, counts: Sequence[int], dtype: torch.dtype) -> list[TensorList]:
@@ -374,15 +385,20 @@ class Gate(NamedTuple):
         mean_sq: TensorList,
         var: TensorList,
         charged: TensorList | None = None,
+        terms_sq: TensorList | None = None,
         *,
         mean_scale: float,
         var_scale: float,
     ) -> TensorList:
         """The masks for squared averages, or their averages over tensors, as in ``__call__``."""
+        alpha: float | TensorList = self.alpha
+        if charged is not None and terms_sq is not None:
+            scales = {"mean_scale": mean_scale, "var_scale": var_scale}
+            alpha = self._thresholds([mean_sq, var, charged, terms_sq], **scales)
         q = self.mask(
             mean_sq,
             var,
-            alpha=self._thresholds(var, charged),
+            alpha=alpha,
             softness=self.softness,
             eps=self.eps / mean_scale**2,
             var_scale=var_scale / mean_scale**2,
@@ -393,21 +409,20 @@ class Gate(NamedTuple):
             q = [torch.where(self.opened, torch.ones_like(x), x) for x in q]
         return q
 
-    def _thresholds(self, var: TensorList, charged: TensorList | None) -> float | TensorList:
+    def _thresholds(self, rows: list[TensorList], **scales: float) -> float | TensorList:
         """The threshold: one for all, or of each coordinate by whose variance it has.
 
         The ratio of the estimates is a mean of the terms' ratios and lies between them, which noise
         is not to change: no coordinate pays more than if all of its variance were of the term that
-        costs most.
+        costs most. Of what it pays counts what the other terms do not hold in balance.
         """
-        if self.charges is None or charged is None:
+        if self.charges is None:
             return self.alpha
-        slope, least, most = self.charges
+        slope, least, most, balance = self.charges
+        _, var, charged, _ = rows
         ratios = list(torch._foreach_div(charged, var))
         ratios = [x.nan_to_num_(least).clamp_(least, most) for x in ratios]
+        if balance is not None:
+            shares = unbalanced(balance, rows, **scales).to(var[0].dtype).unbind()
+            torch._foreach_mul_(ratios, list(shares))
         return [x.mul_(slope).add_(self.alpha) for x in ratios]
-
-
-def _sums(tensors: TensorList) -> Tensor:
-    """The sum of each tensor in float64: the same to float32 in any order of summation."""
-    return torch.stack([x.sum(dtype=torch.float64) for x in tensors])

@@ -162,6 +162,7 @@ def update_lists(
 ) -> None:
     """All tensors at once, block by block, or one at a time."""
     whole_tensors = settings["reduction"] is not None or callable(settings["mask"])
+    whole_tensors = whole_tensors or bool(lists.term_grads)
     if settings["foreach"] is False:
         for i in range(len(lists.params)):
             update_(lists.subset([i]))

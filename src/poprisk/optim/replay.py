@@ -82,7 +82,7 @@ def gate_row(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Re-evaluate the gate of the last step, piece by piece: the sums of its statistics."""
     lists, counts, estimator, gate = last_gate(p, state, compiled(group))
     lists = lists._replace(params=lists.exp_avgs)
-    whole = gate is not None and gate.per_tensor
+    whole = gate is not None and gate.whole_tensors
     total = torch.zeros(5, dtype=torch.float64, device=lists.params[0].device)
     eps = max(float(group["eps"]), torch.finfo(lists.exp_avgs[0].dtype).tiny)  # 0/0 is no update
     for piece in [lists] if whole else pieces(lists):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from poprisk._validate import check_choice, check_number, plain
 from poprisk.dtensor import GlobalMeans, ShardLayout
+from poprisk.optim.balance import Balance
 from poprisk.optim.gate import (
     ALPHAS,
     MASKS_,
@@ -93,7 +94,8 @@ class CompiledGroup(NamedTuple):
         if self.charges:
             least, whole = (threshold_at(finite, alpha, **how) for finite in (0.0, 1.0))
             ratios = self.charges.values()
-            charges = Charges(whole - least, min(ratios), max(ratios))
+            balance = self._balance(counts, inflation) if alpha == "auto" else None
+            charges = Charges(whole - least, min(ratios), max(ratios), balance)
         return Gate(
             mask=s["mask"] if callable(s["mask"]) else MASKS_[s["mask"]],
             alpha=least,
@@ -106,6 +108,12 @@ class CompiledGroup(NamedTuple):
             pool=local_means if layout is None else GlobalMeans(layout),
             charges=charges,
         )
+
+    def _balance(self, counts: StepCounts, inflation: float) -> Balance:
+        """The noise of both averages; that of h begins with the observations."""
+        own = counts._replace(t=counts.observations + 1)
+        kept, kept_terms = (momentum_noise(c.t, c.beta1) / inflation for c in (counts, own))
+        return Balance(kept, kept_terms, own.mean_scale, max(self.charges.values()))
 
 
 def compiled(group: Mapping[str, Any]) -> CompiledGroup:

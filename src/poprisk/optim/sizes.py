@@ -21,9 +21,11 @@ That is the variance of one vector, however many terms there are,
 .. math:: h = \sum_k \sqrt{\rho_k}\, g_k, \qquad \operatorname{Var} h = \sum_k \rho_k s_k = c,
 
 so that an average of h and the averaged squares of its deviations, two vectors of state, do for
-all; both variances are inflated alike, by :math:`1 + r_t`. Where all terms have one ratio ρ, c is
-:math:`\rho s`, nothing is measured, and the test is that of one term, bit for bit. Source: ours; of
-one term, :func:`poprisk.optim.gate.threshold`.
+all; both variances are inflated alike, by :math:`1 + r_t`. Of c the calibrated test
+(``alpha="auto"``) takes the share that other terms do not hold in balance
+(:mod:`poprisk.optim.balance`). Where all terms have one ratio ρ, c is :math:`\rho s`, nothing is
+measured, and the test is that of one term, bit for bit. Source: ours; of one term,
+:func:`poprisk.optim.gate.threshold`.
 
 Independent are terms whose examples are drawn independently of each other. Terms that see the same
 examples of a step are one: give their sum.

@@ -158,7 +158,8 @@ def masks(
         torch._foreach_clamp_min_(raw, 0.0)
         var_scale = 1.0
     scales = {"mean_scale": counts.mean_scale, "var_scale": var_scale}
-    return gate(lists.exp_avgs, raw, lists.term_vars, **scales)
+    terms = (lists.term_vars, lists.term_avgs) if gate.charges is not None else ()
+    return gate(lists.exp_avgs, raw, *terms, **scales)
 
 
 def observe_terms_(
