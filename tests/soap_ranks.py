@@ -39,7 +39,6 @@ WORLD = 3
 BATCH = 9
 SETTINGS: dict[str, Any] = {
     "lr": 0.02,
-    "eps": 1e-4,  # a gradient is diagonal in its own basis: beside it lies rounding, to be divided
     "weight_decay": 0.1,
     "z": 0.7,
     "slack": 0.05,

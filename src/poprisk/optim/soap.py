@@ -213,11 +213,13 @@ class PopRiskSOAP(PopRiskAdamW):
         In it the batch's gradient is zero but for round-off in many coordinates (from the gradient
         alone it is diagonal), and Adam would divide round-off by round-off there.
         """
+        sides = rotated_sides(p, tensors.group.settings["max_dim"])
+        if not any(sides):
+            return
         if tensors.layout is None:
-            found = finite(self._step_factors(p, tensors.group))
-            whole = found
+            found = whole = self._step_factors(p, tensors.group)
         else:
-            sides, grad = rotated_sides(p, tensors.group.settings["max_dim"]), whole_gradient(p)
+            grad = whole_gradient(p)
             found, whole = factor_parts(grad, p, sides), factors_of_gradient(grad, sides)
         first = first_rotation(whole)
         if first is not None:
