@@ -501,6 +501,87 @@ def test_a_factor_on_the_loss_does_not_change_an_embedding() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_noted_in_a_basis_is_of_the_examples(parts: int) -> None:
+    """Also of a head that is tied to an embedding, whose rows the basis mixes."""
+    torch.manual_seed(0)
+    model = Odd().double()
+    opt = PopRiskSOAP(model, lr=1e-2, refresh_every=4, **SIZES)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        x = torch.randint(0, 11, (B, 9), generator=g)
+        opt.zero_grad()
+        for some in x.chunk(parts):
+            opt.backward((model(some) - some.double().mean(1)).square(), weight=1 / parts)
+        losses = (model(x) - x.double().mean(1)).square() / B
+        each = [torch.autograd.grad(a, list(model.parameters()), retain_graph=True) for a in losses]
+        for p, *grads in zip(model.parameters(), *each, strict=True):
+            rotation = kronecker.rotation_of(p, opt.state.get(p, {}))
+            if rotation is not None:
+                turned = torch.stack([rotation.forward(grad) for grad in grads])
+                found, noted = opt._batch_parts().turned(p), opt._batch_parts()._noted[p]
+                for a, b in ((found, turned.sum(0)), (noted.squares, turned.square().sum(0))):
+                    assert a is not None
+                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+        opt.step()
+    left = opt.state[model.embedding.weight]["left_basis"]
+    assert len(left) == 11
+
+
+@pytest.mark.parametrize("how", ["loaded", "removed"])
+def test_a_basis_that_changed_since_the_gradients_were_noted_is_refused(how: str) -> None:
+    model, (x, y) = net(), data()
+    opt = rotated(model)
+    train(model, opt, batches(1))
+    state = copy.deepcopy(opt.state_dict())
+    train(model, opt, batches(4))
+    opt.zero_grad()
+    losses = F.cross_entropy(model(x[:8]), y[:8], reduction="none")
+    opt.backward(losses, weight=0.5)
+    if how == "loaded":
+        opt.load_state_dict(state)
+    else:
+        del opt.state[weight(model, 0)]
+    losses = F.cross_entropy(model(x[:8]), y[:8], reduction="none")
+    with nothing_changes(opt), pytest.raises(RuntimeError, match="are others than when"):
+        opt.backward(losses, weight=0.5)
+    with nothing_changes(opt), pytest.raises(RuntimeError, match="are others than when"):
+        opt.step()
+    train(model, opt, batches(1))
+
+
+def test_factors_of_a_batch_that_was_refused_do_not_count() -> None:
+    models, found = [net(), net()], list[Any]()
+    for refused, model in enumerate(models):
+        opt, (x, y), w = rotated(model), data(), weight(model, 0)
+        train(model, opt, batches(3))
+        model.zero_grad()
+        if refused:
+            w.grad = torch.ones_like(w)
+            losses = F.cross_entropy(model(x[-B:]), y[-B:], reduction="none")
+            with pytest.raises(RuntimeError, match="gradients are left"):
+                opt.backward(losses)
+            w.grad = None
+        opt.backward(F.cross_entropy(model(x[:B]), y[:B], reduction="none"))
+        opt.step()
+        found.append(complete_state(opt))
+    assert_bitwise(found[0], found[1])
+
+
+def test_bases_follow_a_model_to_another_precision() -> None:
+    model = net(torch.float32)
+    opt = rotated(model)
+    train(model, opt, batches(3))
+    model.double()
+    train(model, opt, batches(10))
+    for p in (weight(model, 0), weight(model, 2)):
+        state = opt.state[p]
+        assert {state[key].dtype for key in (*FACTORS, *BASES)} == {torch.float64}
+        for key in BASES:
+            eye = torch.eye(len(state[key]), dtype=torch.float64)
+            torch.testing.assert_close(state[key].mT @ state[key], eye, rtol=0, atol=1e-12)
+
+
 def test_a_hook_that_changes_a_gradient_is_refused() -> None:
     model = net()
     opt = rotated(model)

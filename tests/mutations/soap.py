@@ -172,4 +172,30 @@ MUTATIONS = {
         "mine.update({k: v for k, v in theirs.items() if k != 'params'}), self._check_group(mine)",
         "test_soap.py::test_settings_of_a_state_are_refused_before_anything_changes",
     ),
+    "rows looked up left in their coordinates": Mutation(
+        "poprisk/optim/kronecker.py",
+        "return basis[activation.indices] if isinstance(activation, OneHot) else",
+        "return activation if isinstance(activation, OneHot) else",
+        "test_soap.py::test_what_is_noted_in_a_basis_is_of_the_examples",
+    ),
+    "gradients noted in a basis that is gone": Mutation(
+        "poprisk/optim/soap.py",
+        "if any(a is not b for a, b in",
+        "if any(a is not None and b is None for a, b in",
+        "test_soap.py::test_a_basis_that_changed_since_the_gradients_were_noted_is_refused",
+    ),
+    "factors of a batch that was refused": Mutation(
+        "poprisk/optim/batch_variance.py",
+        "        for p in found:\n            self._check_untouched(p)\n        if self.bases",
+        "        for n, terms in factors.terms.items():\n"
+        "            self.bases and self.bases.seen(self.params[n], terms, share)\n"
+        "        for p in found:\n            self._check_untouched(p)\n        if self.bases",
+        "test_soap.py::test_factors_of_a_batch_that_was_refused_do_not_count",
+    ),
+    "bases left in the old precision": Mutation(
+        "poprisk/optim/state.py",
+        "TENSORS = {*ADAM_KEYS, *VARIANCE_KEYS, *FACTORS, *BASES}",
+        "TENSORS = {*ADAM_KEYS, *VARIANCE_KEYS}",
+        "test_soap.py::test_bases_follow_a_model_to_another_precision",
+    ),
 }

@@ -47,8 +47,12 @@ LEFT_OVER = (
 class Bases(Protocol):
     """In which basis each parameter's variance is wanted, of an optimizer that keeps some."""
 
+    def check_kept(self) -> None:
+        """Raise RuntimeError if a basis is not the one in which parts of this batch were noted."""
+        ...
+
     def seen(self, p: Tensor, terms: list[Term], share: float) -> None:
-        """Look at the shares of the examples in the mean gradient; ``share`` is one example's."""
+        """Take up the shares of the examples in the mean gradient; ``share`` is one example's."""
         ...
 
     def rotation(self, p: Tensor) -> Rotation | None:
@@ -205,9 +209,14 @@ class BatchParts:
                 'what it does: remove it, or use another variance than "exact".'
             )
         with _set_aside(leaves):
-            found = _shares(capture(values, self.params, accumulate=True), self.bases, share)
+            factors = capture(values, self.params, accumulate=True)
+            found = _shares(factors, self.bases)
         for p in found:
             self._check_untouched(p)
+        if self.bases is not None:
+            self.bases.check_kept()
+            for name, terms in factors.terms.items():
+                self.bases.seen(self.params[name], terms, share)
         self._share = share
         for p, share_of in found.items():
             if p.grad is None:
@@ -416,7 +425,7 @@ def _checksum(grad: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _shares(factors: Factors, bases: Bases | None, share: float) -> dict[Tensor, _Share]:
+def _shares(factors: Factors, bases: Bases | None) -> dict[Tensor, _Share]:
     """What autograd has put into ``.grad``, and what the factors tell of the examples' shares.
 
     Raises:
@@ -428,8 +437,6 @@ def _shares(factors: Factors, bases: Bases | None, share: float) -> dict[Tensor,
     gaps: dict[str, tuple[Tensor, Tensor]] = {}
     for name, terms in factors.terms.items():
         p = factors.params[name]
-        if bases is not None:
-            bases.seen(p, terms, share)
         rotation = bases.rotation(p) if bases is not None else None
         sums, squares, turned = _moments_in(terms, p, rotation)
         grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -24,14 +24,11 @@ import torch
 from torch import Tensor
 
 from poprisk.dtensor import layout_of, local
-from poprisk.optim.state import ADAM_KEYS, check_layout
+from poprisk.optim.state import ADAM_KEYS, BASES, FACTORS, check_layout
 from poprisk.optim.update import state_dtype
 from poprisk.per_sample.moments import wide
-from poprisk.per_sample.terms import Dense, Outer, Term
+from poprisk.per_sample.terms import Dense, OneHot, Outer, Term
 
-SIDES = ("left", "right")
-FACTORS = tuple(f"{side}_factor" for side in SIDES)
-BASES = tuple(f"{side}_basis" for side in SIDES)
 AVERAGES = (*ADAM_KEYS, "grad_mean_var")
 """What is kept in the basis."""
 SQUARES = ("exp_avg_sq", "grad_mean_var")
@@ -96,14 +93,19 @@ class Rotation(NamedTuple):
         cotangent, activation = term.cotangent, term.activation
         if of_output is not None:
             cotangent = _times(cotangent, of_output)
-        if of_input is not None and isinstance(activation, Tensor):
-            activation = _times(activation, of_input)
+        if of_input is not None:
+            activation = _inputs_in(activation, of_input)
         return term._replace(cotangent=cotangent, activation=activation)
 
     def _each(self, matrices: Tensor) -> Tensor:
         if self.left is not None:
             matrices = self.left.mT.to(matrices.dtype) @ matrices
         return matrices if self.right is None else matrices @ self.right.to(matrices.dtype)
+
+
+def _inputs_in(activation: Tensor | OneHot, basis: Tensor) -> Tensor:
+    """Inputs in a basis; an embedding's are rows of the identity, as where a head is tied to it."""
+    return basis[activation.indices] if isinstance(activation, OneHot) else _times(activation, basis)
 
 
 def _times(rows: Tensor, basis: Tensor) -> Tensor:

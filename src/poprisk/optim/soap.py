@@ -204,6 +204,7 @@ class PopRiskSOAP(PopRiskAdamW):
                 "optimizer.backward(losses), with one loss per example, in place of "
                 'losses.mean().backward(), or use factors="gradient".'
             )
+        self._noted().check_kept(self.state)
         self._noted().find_scales([p for p in rotated if p.grad is not None])
         return given
 
@@ -305,11 +306,13 @@ class ExampleFactors:
         self.optimizer = optimizer
         self.found: dict[Tensor, tuple[Pair, Pair]] = {}
         self.scales: dict[Tensor, float] = {}
+        self._kept: dict[Tensor, list[Tensor | None]] = {}
         self._turned: dict[Tensor, Tensor] = {}
         self._rotated: dict[Tensor, tuple[bool, bool]] | None = None
 
     def seen(self, p: Tensor, terms: list[Term], share: float) -> None:
-        """Add the factors of some examples of the batch."""
+        """Add the factors of some examples of the batch, and note the basis that they saw."""
+        self._kept[p] = _bases_in(self.optimizer.state, p)
         if not self.rotates(p) or not fits(terms, p):
             return
         sides = self._sides()[p]
@@ -317,6 +320,24 @@ class ExampleFactors:
         now = scaled_pair(gradients, 1 / share), scaled_pair(inputs, share)
         before = self.found.get(p, (NO_PAIR, NO_PAIR))
         self.found[p] = plus_pair(before[0], now[0]), plus_pair(before[1], now[1])
+
+    def check_kept(self, states: Mapping[Tensor, Mapping[str, Any]] | None = None) -> None:
+        """Raise unless all have the bases in which squares and gradients of this batch were noted.
+
+        Args:
+            states: where they are looked for; None: in the optimizer's state.
+
+        Raises:
+            RuntimeError: if a state was loaded or removed since; before a step changes anything.
+        """
+        states = self.optimizer.state if states is None else states
+        for p, kept in self._kept.items():
+            if any(a is not b for a, b in zip(kept, _bases_in(states, p), strict=True)):
+                raise RuntimeError(
+                    "the bases of this optimizer are others than when optimizer.backward(losses) "
+                    "noted the examples' gradients in them (was a state loaded or removed since?); "
+                    "call optimizer.zero_grad(), and optimizer.backward(losses) again."
+                )
 
     def _sides(self) -> dict[Tensor, tuple[bool, bool]]:
         """Of what is rotated in this batch, which sides are."""
@@ -359,8 +380,15 @@ class ExampleFactors:
         """A new batch starts."""
         self.found.clear()
         self.scales.clear()
+        self._kept.clear()
         self._turned.clear()
         self._rotated = None
+
+
+def _bases_in(states: Mapping[Tensor, Mapping[str, Any]], p: Tensor) -> list[Tensor | None]:
+    """The bases of a parameter's rows and columns, the tensors themselves."""
+    state = states.get(p, {})
+    return [state.get(key) for key in BASES]
 
 
 def _follow(p: Tensor, state: dict[str, Any], found: Pair, tensors: TensorGroup) -> None:

@@ -20,8 +20,12 @@ from poprisk.optim.variance import GivenVariances, Precomputed, VarianceEstimato
 
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 VARIANCE_KEYS = ("grad_mean_var", *TERM_KEYS)
-TENSORS = {*ADAM_KEYS, *VARIANCE_KEYS}
-"""What is of the parameter's shape."""
+SIDES = ("left", "right")
+FACTORS = tuple(f"{side}_factor" for side in SIDES)
+BASES = tuple(f"{side}_basis" for side in SIDES)
+"""State of a parameter in another basis (:mod:`poprisk.optim.kronecker`)."""
+TENSORS = {*ADAM_KEYS, *VARIANCE_KEYS, *FACTORS, *BASES}
+"""What is kept in the precision of the state."""
 NOT_LOADED = {
     "foreach",
     "fused",
