@@ -104,6 +104,13 @@ def test_bases_come_from_examples_where_these_can_be_told_apart(
     assert torch.equal(*drawn)  # looking at a batch takes no random number from the run
 
 
+def test_bases_from_the_gradient_keep_their_variance() -> None:
+    settings = {"factors": "gradient", "variance": "second-moment"}
+    run = ArmRun(tiny.tiny(), replace(ARMS["poprisk-soap"], settings=settings), 0)
+    (group,) = run.optimizer.param_groups
+    assert {key: group[key] for key in settings} == settings
+
+
 def test_a_last_batch_that_joins_another_is_no_larger_than_told() -> None:
     task = tiny.tiny()
     x, y = task.train

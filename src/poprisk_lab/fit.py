@@ -277,8 +277,10 @@ class ArmRun:
 
 
 def _shows_examples(optimizer: Optimizer, losses: Tensor) -> bool:
-    """Whether the gradients of a batch can be told apart by example."""
+    """Whether the gradients of a batch can be told apart by example, if that is asked for."""
     assert isinstance(optimizer, PopRiskAdamW)
+    if optimizer.told_by_loop() is None:
+        return True
     try:
         optimizer.backward(losses)
     except (TypeError, ValueError, RuntimeError):  # batch normalization, hooks, odd functions
