@@ -463,6 +463,22 @@ def test_gradients_that_were_changed_are_refused_before_anything_moves(
         opt.step()
 
 
+@pytest.mark.parametrize("changes", [{"gate": False}, {"variance": "ema"}, {}])
+def test_a_gradient_from_elsewhere_is_refused_before_anything_moves(
+    changes: dict[str, Any],
+) -> None:
+    """It would be trained without a basis, and no one the wiser."""
+    model, other = net(), linear()
+    opt = rotated([*model.parameters(), *other.parameters()], **changes)
+    train(model, opt, batches(2))
+    x, y = data()
+    opt.zero_grad()
+    opt.backward(F.cross_entropy(model(x[:B]), y[:B], reduction="none"))
+    other.weight.square().sum().backward()
+    with nothing_changes(opt), pytest.raises(RuntimeError, match=r"from elsewhere|needs inputs"):
+        opt.step()
+
+
 def test_a_group_may_be_a_generator() -> None:
     model = net()
     opt = PopRiskSOAP([{"params": model[0].parameters()}])
@@ -678,6 +694,26 @@ def test_a_copy_goes_on_as_the_original() -> None:
     train(model, opt, batches(6))
     train(other, twin, batches(6))
     assert_bitwise(weights(model), weights(other))
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "others"),
+    [(1, {"refresh_every": 1}, {"max_dim": 0}), (5, {"refresh_every": 5}, {"refresh_every": 100})],
+)
+def test_statistics_are_of_the_gate_of_the_step(
+    steps: int, changes: dict[str, Any], others: dict[str, Any]
+) -> None:
+    """Not of the averages in the basis that is found after it."""
+    found = list[Any]()
+    for more in (changes, others):
+        model = net()
+        opt = rotated(model, **more)
+        train(model, opt, batches(steps))
+        found.append((weights(model), opt.gate_stats()))
+    assert_bitwise(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    train(model, opt, batches(1))
+    assert opt.gate_stats() != found[1][1]
 
 
 def test_a_rotated_step_is_no_diagonal_map() -> None:

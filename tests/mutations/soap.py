@@ -174,8 +174,8 @@ MUTATIONS = {
     ),
     "rows looked up left in their coordinates": Mutation(
         "poprisk/optim/kronecker.py",
-        "return basis[activation.indices] if isinstance(activation, OneHot) else",
-        "return activation if isinstance(activation, OneHot) else",
+        "return basis[activation.indices]\n",
+        "return activation  # pyrefly: ignore\n",
         "test_soap.py::test_what_is_noted_in_a_basis_is_of_the_examples",
     ),
     "gradients noted in a basis that is gone": Mutation(
@@ -197,5 +197,23 @@ MUTATIONS = {
         "TENSORS = {*ADAM_KEYS, *VARIANCE_KEYS, *FACTORS, *BASES}",
         "TENSORS = {*ADAM_KEYS, *VARIANCE_KEYS}",
         "test_soap.py::test_bases_follow_a_model_to_another_precision",
+    ),
+    "statistics of a basis found after the step": Mutation(
+        "poprisk/optim/soap.py",
+        "own = row is not None and step ==",
+        "own = row is not None and step !=",
+        "test_soap.py::test_statistics_are_of_the_gate_of_the_step",
+    ),
+    "another variance than was asked for": Mutation(
+        "poprisk_lab/fit.py",
+        "if optimizer.told_by_loop() is None:",
+        "if optimizer is None:",
+        "test_training.py::test_bases_from_the_gradient_keep_their_variance",
+    ),
+    "gradients from elsewhere without a basis": Mutation(
+        "poprisk/optim/soap.py",
+        "if elsewhere or (needed and parts.parts == 0):",
+        "if needed and parts.parts == 0:",
+        "test_soap.py::test_a_gradient_from_elsewhere_is_refused_before_anything_moves",
     ),
 }

@@ -460,7 +460,11 @@ class PopRiskAdamW(Optimizer):
             own = tensor_names(i, group)
             for j, p in enumerate(group["params"]):
                 if group["gate"] and "variance_start" in self.state.get(p, {}):
-                    yield names.get(id(p), own[j]), gate_row(p, self.state[p], group)
+                    yield names.get(id(p), own[j]), self._gate_row(p, group)
+
+    def _gate_row(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """The sums of the statistics of one parameter's last gate."""
+        return gate_row(p, self.state[p], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.AdamW`` (the variance starts fresh).
@@ -565,6 +569,7 @@ class _Notes:
     def __init__(self, name: str, model: nn.Module | None) -> None:
         self.model = weakref.ref(model) if model is not None else None
         self.parts: BatchParts | None = None
+        self.gates: dict[Tensor, tuple[int, Tensor]] = {}  # by PopRiskSOAP: of which step
         self.terms = TermGradients()
         self.patience = Patience(name)
 

@@ -254,6 +254,10 @@ class BatchParts:
         self.examples += size
         self.parts += 1
 
+    def saw(self, p: Tensor) -> bool:
+        """Whether a parameter's gradient is of the parts of this batch."""
+        return p in self._noted
+
     def variances(self, params: Sequence[Tensor]) -> GivenVariances:
         """The variance of each gradient; a factor since (clipping by norm, unscaling) counts.
 

@@ -104,8 +104,10 @@ class Rotation(NamedTuple):
 
 
 def _inputs_in(activation: Tensor | OneHot, basis: Tensor) -> Tensor:
-    """Inputs in a basis; an embedding's are rows of the identity, as where a head is tied to it."""
-    return basis[activation.indices] if isinstance(activation, OneHot) else _times(activation, basis)
+    """Inputs in a basis; those of an embedding, as one that is tied to a head, are unit rows."""
+    if isinstance(activation, OneHot):
+        return basis[activation.indices]
+    return _times(activation, basis)
 
 
 def _times(rows: Tensor, basis: Tensor) -> Tensor:

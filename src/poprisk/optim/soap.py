@@ -36,6 +36,7 @@ from poprisk.optim.kronecker import (
     scaled_pair,
     total_of,
 )
+from poprisk.optim.replay import gate_row
 from poprisk.optim.settings import CompiledGroup
 from poprisk.optim.sharded import (
     change_basis_,
@@ -192,13 +193,16 @@ class PopRiskSOAP(PopRiskAdamW):
     def _given_variances(self) -> GivenVariances:
         self._noted().forget_turned()
         given, rotated = super()._given_variances(), self.rotated()
-        needed = any(
-            p in rotated and p.grad is not None
+        parts = self._batch_parts()
+        needed = [
+            p
             for group in self.param_groups
             if group["factors"] == "examples"
             for p in group["params"]
-        )
-        if needed and self._batch_parts().parts == 0:
+            if p in rotated and p.grad is not None
+        ]
+        elsewhere = any(bool(_grad(p).any()) for p in needed if not parts.saw(p))
+        if elsewhere or (needed and parts.parts == 0):
             raise RuntimeError(
                 'factors="examples" needs inputs and output gradients of this step: call '
                 "optimizer.backward(losses), with one loss per example, in place of "
@@ -224,8 +228,8 @@ class PopRiskSOAP(PopRiskAdamW):
             found, whole = factor_parts(grad, p, sides), factors_of_gradient(grad, sides)
         first = first_rotation(whole)
         if first is not None:
-            _change_basis_(p, state, partial(adopt_, p, rotation=first))
-            _follow(p, state, found, tensors)
+            self._change_basis_(p, state, tensors, partial(adopt_, p, rotation=first))
+            self._follow(p, state, found, tensors)
 
     def _step_factors(self, p: Tensor, group: CompiledGroup) -> Pair:
         """Of the step's gradient; of examples, as clipped or unscaled since."""
@@ -257,8 +261,8 @@ class PopRiskSOAP(PopRiskAdamW):
             grads = [noted.turned(p) for p in rotated.params]
             update_rotated(rotated, [r for r in rotations if r is not None], grads)
         for i in turned:
-            p = tensors.params[i]
-            _follow(p, tensors.states[i], finite(self._step_factors(p, tensors.group)), tensors)
+            p, state = tensors.params[i], tensors.states[i]
+            self._follow(p, state, finite(self._step_factors(p, tensors.group)), tensors)
 
     def _update_sharded(self, tensors: TensorGroup, rotation: Rotation) -> None:
         """Of one parameter, whose whole matrices are given up again before the next."""
@@ -266,7 +270,41 @@ class PopRiskSOAP(PopRiskAdamW):
         part, grad = rotation_part(p, rotation), whole_gradient(p)
         update_rotated(tensors, [part], [part.forward(grad)])
         sides = rotated_sides(p, settings["max_dim"])
-        _follow(p, tensors.states[0], factor_parts(grad, p, sides), tensors)
+        self._follow(p, tensors.states[0], factor_parts(grad, p, sides), tensors)
+
+    def _follow(self, p: Tensor, state: dict[str, Any], found: Pair, tensors: TensorGroup) -> None:
+        """Let the factors, and where it is due the basis, follow a step with these factors."""
+        settings = tensors.group.settings
+        add_factors_(state, found, settings["factor_decay"])
+        if is_due(tensors.t, settings["refresh_every"]):
+            exact = tensors.t < settings["refresh_every"]
+            self._change_basis_(p, state, tensors, partial(refresh_, exact=exact))
+
+    def _change_basis_(
+        self,
+        p: Tensor,
+        state: dict[str, Any],
+        tensors: TensorGroup,
+        change_: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Change averages and bases in a state as ``change_`` does in one that is whole.
+
+        What the gate let through in the old basis is noted before: no other tells it.
+        """
+        t, group = tensors.t, tensors.group
+        # A function is not called again within a step: it may draw at random.
+        named = group.estimator is not None and not callable(group.settings["mask"])
+        if named and self._notes.gates.get(p, (0,))[0] != t:
+            self._notes.gates[p] = t, gate_row(p, state, group.settings)
+        if is_sharded(p):
+            change_basis_(p, state, change_)
+        else:
+            change_(state)
+
+    def _gate_row(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        step, row = self._notes.gates.get(p, (0, None))
+        own = row is not None and step == int(self.state[p]["step"].item())
+        return cast(Tensor, row).clone() if own else super()._gate_row(p, group)
 
     @torch.no_grad()
     def step_rule(self, param: Tensor, context: StepContext) -> StepRule:
@@ -292,6 +330,7 @@ class PopRiskSOAP(PopRiskAdamW):
         for i, (p, index) in enumerate(zip(params, indices, strict=False)):
             check_basis_shapes(i, p, state_dict["state"].get(index, {}))
         super()._load(state_dict)
+        self._notes.gates.clear()
 
 
 @final
@@ -389,25 +428,6 @@ def _bases_in(states: Mapping[Tensor, Mapping[str, Any]], p: Tensor) -> list[Ten
     """The bases of a parameter's rows and columns, the tensors themselves."""
     state = states.get(p, {})
     return [state.get(key) for key in BASES]
-
-
-def _follow(p: Tensor, state: dict[str, Any], found: Pair, tensors: TensorGroup) -> None:
-    """Let the factors, and where it is due the basis, follow a step with these factors."""
-    settings = tensors.group.settings
-    add_factors_(state, found, settings["factor_decay"])
-    if is_due(tensors.t, settings["refresh_every"]):
-        exact = tensors.t < settings["refresh_every"]
-        _change_basis_(p, state, partial(refresh_, exact=exact))
-
-
-def _change_basis_(
-    p: Tensor, state: dict[str, Any], change_: Callable[[dict[str, Any]], None]
-) -> None:
-    """Change averages and bases in a state as ``change_`` does in one that is whole."""
-    if is_sharded(p):
-        change_basis_(p, state, change_)
-    else:
-        change_(state)
 
 
 def _grad(p: Tensor) -> Tensor:
