@@ -127,16 +127,20 @@ def test_a_run_of_fewer_default_arms_goes_on_as_it_was_begun(
 ) -> None:
     """As by an earlier version, which had no PopRiskSOAP; --fresh takes it up."""
     known = [a for a in default_arms(full=False) if a.name in ("poprisk", "adamw-lr0.001-wd0.01")]
-    monkeypatch.setattr("poprisk_lab.compared.default_arms", lambda **_: known)
+    arms = [*known]
+
+    def of_a_version(*, full: bool) -> list[Arm]:
+        return [*arms]
+
+    monkeypatch.setattr("poprisk_lab.compared.default_arms", of_a_version)
     settings: dict[str, Any] = {"epochs": 1, "directory": tmp_path, "progress": False}
     compare(tiny.tiny, seeds=1, **settings)
-    more = [*known, next(a for a in default_arms(full=False) if a.name == "poprisk-soap")]
-    monkeypatch.setattr("poprisk_lab.compared.default_arms", lambda **_: more)
+    arms.append(next(a for a in default_arms(full=False) if a.name == "poprisk-soap"))
     found = compare(tiny.tiny, seeds=2, **settings)
     assert [a["name"] for a in found.data.config["arms"]] == [a.name for a in known]
     assert len(found.data.ends) == 4
     fresh = compare(tiny.tiny, seeds=1, fresh=True, **settings)
-    assert [a["name"] for a in fresh.data.config["arms"]] == [a.name for a in more]
+    assert [a["name"] for a in fresh.data.config["arms"]] == [a.name for a in arms]
 
 
 def test_a_function_that_was_changed_is_another_task(tmp_path: Path) -> None:
