@@ -403,16 +403,16 @@ def test_a_comparison_writes_everything_and_prints_the_verdict(finished: tuple[P
         "report.html",
         "evidence.json",
     }
-    assert len([*(path / "trials").iterdir()]) == 15
+    assert len([*(path / "trials").iterdir()]) == 16
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     assert (config["task"]["name"], config["task"]["epochs"], config["seeds"]) == ("tiny", 1, [0])
     environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     assert {"python", "torch", "workers"} <= environment.keys()
-    assert len(read_run(run_directory(path)).ends) == 15
+    assert len(read_run(run_directory(path)).ends) == 16
     page = (path / "report.html").read_text(encoding="utf-8")
     assert "two classes, 30% of the training labels wrong" in page
-    assert text.startswith("two classes, 30% of the training labels wrong\n15 arms, 1 seed")
-    assert "[ 15/15]" in text
+    assert text.startswith("two classes, 30% of the training labels wrong\n16 arms, 1 seed")
+    assert "[ 16/16]" in text
     assert "PopRiskAdamW ends at" in text
     assert text.endswith("Report: out/report.html\n")
 
@@ -464,13 +464,13 @@ def test_more_seeds_extend_a_run_and_fewer_say_so(out: Path) -> None:
     before = contents(out / "trials")
     more = run("compare", TINY, *QUICK, "--seeds", "2", "--out", "out")
     assert more.exit_code == 0, more.output
-    assert "15 of 30 trainings are there already; going on with the rest" in more.stdout
-    assert "[ 30/30]" in more.stdout
+    assert "16 of 32 trainings are there already; going on with the rest" in more.stdout
+    assert "[ 32/32]" in more.stdout
     assert before.items() <= contents(out / "trials").items()
     assert {seed for _, seed in read_run(run_directory(out)).ends} == {0, 1}
     fewer = run("compare", TINY, *QUICK, "--out", "out")
     assert fewer.exit_code == 0, fewer.output
-    assert "all 15 trainings are there already\n" in fewer.stdout
+    assert "all 16 trainings are there already\n" in fewer.stdout
     assert "the record holds 1 more seed, which count in the verdict" in fewer.stdout
     assert verdict_in(fewer.stdout) == verdict_in(more.stdout)
 
@@ -630,8 +630,8 @@ def test_a_run_that_fails_is_named_and_repeating_goes_on() -> None:
         assert result.exit_code == 1
         assert result.stderr.startswith("poprisk: arm poprisk, seed 1 failed:\n")
         assert result.stderr.endswith("ArithmeticError: the loss gave up\n")
-    assert "[ 15/30]" in first.stdout
-    assert "[ 15/30]" not in second.stdout
+    assert "[ 16/32]" in first.stdout
+    assert "[ 16/32]" not in second.stdout
 
 
 @pytest.mark.usefixtures("no_report")

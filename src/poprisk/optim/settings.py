@@ -35,7 +35,7 @@ SIZES = ("batch_size", "dataset_size")
 
 GATE_SETTINGS = (
     *("gate", "variance", "mode", "rho", "mask", "alpha", "z", "softness"),
-    *("batch_size", "dataset_size", "reduction", "q_min", "slack", "coordinate_z"),
+    *("batch_size", "dataset_size", "reduction", "q_min"),
 )
 
 
@@ -149,7 +149,7 @@ def tell_differences(
     found = dict.fromkeys(
         f"{key}={theirs[key]!r} (was {mine[key]!r})"
         for mine, theirs in pairs
-        for key in ("beta1", *GATE_SETTINGS)
+        for key in ("beta1", *GATE_SETTINGS, *OF_BASES)
         if key in mine and key in theirs and _differ(mine[key], theirs[key])
     )
     if found:
