@@ -396,6 +396,26 @@ def test_a_closure_computes_the_terms() -> None:
     assert torch.equal(w, run(weights(), steps)[-1])
 
 
+def test_terms_that_cancel_do_not_hide_what_cannot_be_squared() -> None:
+    """Their sum is small, and h is not: it would stay in its average for good."""
+    w = weights(torch.float32)
+    optimizer = PopRiskAdamW([w], **SIZES)
+    steps = gradients(1, 4)
+    for grads in steps[:2]:
+        tell(optimizer, w, grads)
+        optimizer.step()
+    before = copy.deepcopy((w.detach(), dict(optimizer.state[w])))
+    huge = torch.full(SHAPE, 1e20)
+    tell(optimizer, w, {"data": huge, "inside": -huge})
+    assert not bool(grad_of(w).any())
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        optimizer.step()
+    assert_bitwise((w.detach(), dict(optimizer.state[w])), before)
+    tell(optimizer, w, steps[2])
+    optimizer.step()
+    assert bool(optimizer.state[w]["term_var"].isfinite().all())
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_the_next_is_as_ever() -> None:
     steps = gradients(13, 10)
     w = weights()

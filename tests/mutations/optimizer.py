@@ -18,6 +18,12 @@ MUTATIONS = {
         "fresh = 1.0",
         "test_terms.py::test_charges",
     ),
+    "terms: only their sum looked at": Mutation(
+        "poprisk/optim/adamw.py",
+        "if not (taken and all_finite([*terms.values()])):",
+        "if not taken:",
+        "test_terms.py::test_terms_that_cancel_do_not_hide_what_cannot_be_squared",
+    ),
     "terms: weighted by their charges, not the roots": Mutation(
         "poprisk/optim/terms.py",
         "share = own.detach().to(state_dtype(p)) * charge**0.5",

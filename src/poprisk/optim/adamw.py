@@ -252,11 +252,13 @@ class PopRiskAdamW(Optimizer):
             self._captured_step(grads)
             return loss
         finite = gradients_are_finite if self._any("fused") else all_finite
-        if not all_agree(finite(locals_of(grads)), grads):
+        taken = all_agree(finite(locals_of(grads)), grads)
+        terms = self._weighted_terms() if taken else {}
+        if not (taken and all_finite([*terms.values()])):
             self._notes.patience.skipped(self._count_skip())
             self._use_parts()
             return loss
-        given, terms = self._given_variances(), self._weighted_terms()
+        given = self._given_variances()
         self._notes.patience.took(grads, self.param_groups)
         groups = [compiled(group) for group in self.param_groups]
         parts = [tensors for group in groups for tensors in self._tensor_groups(group, terms)]
