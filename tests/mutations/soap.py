@@ -179,7 +179,7 @@ MUTATIONS = {
         "test_soap.py::test_what_is_noted_in_a_basis_is_of_the_examples",
     ),
     "gradients noted in a basis that is gone": Mutation(
-        "poprisk/optim/soap.py",
+        "poprisk/optim/example_factors.py",
         "if any(a is not b for a, b in",
         "if any(a is not None and b is None for a, b in",
         "test_soap.py::test_a_basis_that_changed_since_the_gradients_were_noted_is_refused",

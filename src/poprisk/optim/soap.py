@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast, final
 
@@ -12,28 +12,24 @@ from torch import Tensor
 from poprisk._validate import NotAnalysable, check_choice, check_number
 from poprisk.dtensor import is_sharded
 from poprisk.optim.adamw import PopRiskAdamW
+from poprisk.optim.example_factors import ExampleFactors
 from poprisk.optim.gate import Mask
 from poprisk.optim.groups import TensorGroup, update_group, update_rotated
 from poprisk.optim.kronecker import (
     BASES,
     FACTORS,
-    NO_PAIR,
     Pair,
     Rotation,
     add_factors_,
     adopt_,
     check_basis_shapes,
     factors_of_gradient,
-    factors_of_terms,
     finite,
     first_rotation,
-    fits,
     is_due,
-    plus_pair,
     refresh_,
     rotated_sides,
     rotation_of,
-    scaled_pair,
     total_of,
 )
 from poprisk.optim.replay import gate_row
@@ -49,7 +45,6 @@ from poprisk.optim.state import ADAM_KEYS, completed_state
 from poprisk.optim.step import StepContext, StepRule
 from poprisk.optim.update import state_dtype
 from poprisk.optim.variance import GivenVariances
-from poprisk.per_sample.terms import Term
 
 FACTORS_FROM = ("examples", "gradient")
 VARIANCES = ("exact", "ema", "second-moment")
@@ -331,103 +326,6 @@ class PopRiskSOAP(PopRiskAdamW):
             check_basis_shapes(i, p, state_dict["state"].get(index, {}))
         super()._load(state_dict)
         self._notes.gates.clear()
-
-
-@final
-class ExampleFactors:
-    """The factors of a batch's examples, as its parts come in.
-
-    Args:
-        optimizer: whose bases hold where a parameter has one.
-    """
-
-    def __init__(self, optimizer: PopRiskSOAP) -> None:
-        self.optimizer = optimizer
-        self.found: dict[Tensor, tuple[Pair, Pair]] = {}
-        self.scales: dict[Tensor, float] = {}
-        self._kept: dict[Tensor, list[Tensor | None]] = {}
-        self._turned: dict[Tensor, Tensor] = {}
-        self._rotated: dict[Tensor, tuple[bool, bool]] | None = None
-
-    def seen(self, p: Tensor, terms: list[Term], share: float) -> None:
-        """Add the factors of some examples of the batch, and note the basis that they saw."""
-        self._kept[p] = _bases_in(self.optimizer.state, p)
-        if not self.rotates(p) or not fits(terms, p):
-            return
-        sides = self._sides()[p]
-        gradients, inputs = factors_of_terms(terms, p, sides)
-        now = scaled_pair(gradients, 1 / share), scaled_pair(inputs, share)
-        before = self.found.get(p, (NO_PAIR, NO_PAIR))
-        self.found[p] = plus_pair(before[0], now[0]), plus_pair(before[1], now[1])
-
-    def check_kept(self, states: Mapping[Tensor, Mapping[str, Any]] | None = None) -> None:
-        """Raise unless all have the bases in which squares and gradients of this batch were noted.
-
-        Args:
-            states: where they are looked for; None: in the optimizer's state.
-
-        Raises:
-            RuntimeError: if a state was loaded or removed since; before a step changes anything.
-        """
-        states = self.optimizer.state if states is None else states
-        for p, kept in self._kept.items():
-            if any(a is not b for a, b in zip(kept, _bases_in(states, p), strict=True)):
-                raise RuntimeError(
-                    "the bases of this optimizer are others than when optimizer.backward(losses) "
-                    "noted the examples' gradients in them (was a state loaded or removed since?); "
-                    "call optimizer.zero_grad(), and optimizer.backward(losses) again."
-                )
-
-    def _sides(self) -> dict[Tensor, tuple[bool, bool]]:
-        """Of what is rotated in this batch, which sides are."""
-        if self._rotated is None:
-            self._rotated = self.optimizer.rotated()
-        return self._rotated
-
-    def rotates(self, p: Tensor) -> bool:
-        """Whether a parameter gets a basis, if it has none yet."""
-        return p in self._sides()
-
-    def rotation(self, p: Tensor) -> Rotation | None:
-        """The present basis."""
-        return rotation_of(p, self.optimizer.state.get(p, {}))
-
-    def turned(self, p: Tensor) -> Tensor:
-        """The gradient of this step in its basis, computed once."""
-        if p not in self._turned:
-            turned = self.optimizer._batch_parts().turned(p)
-            if turned is None:
-                rotation, grad = self.rotation(p), _grad(p)
-                turned = grad if rotation is None else rotation.forward(grad.to(state_dtype(p)))
-            self._turned[p] = turned.to(state_dtype(p))
-        return self._turned[p]
-
-    def forget_turned(self) -> None:
-        """A step begins: gradients may have changed since the last one."""
-        self._turned.clear()
-
-    def find_scales(self, params: Sequence[Tensor]) -> None:
-        """Find what gradients were multiplied by since, of those whose factors were seen.
-
-        Raises:
-            RuntimeError: if that is not one number; before a step changes anything.
-        """
-        parts = self.optimizer._batch_parts()
-        self.scales = {p: parts.factor(p) for p in params if p in self.found}
-
-    def restart(self) -> None:
-        """A new batch starts."""
-        self.found.clear()
-        self.scales.clear()
-        self._kept.clear()
-        self._turned.clear()
-        self._rotated = None
-
-
-def _bases_in(states: Mapping[Tensor, Mapping[str, Any]], p: Tensor) -> list[Tensor | None]:
-    """The bases of a parameter's rows and columns, the tensors themselves."""
-    state = states.get(p, {})
-    return [state.get(key) for key in BASES]
 
 
 def _grad(p: Tensor) -> Tensor:
