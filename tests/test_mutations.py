@@ -34,6 +34,7 @@ PARTS = (
     "grokking",
     "clusters",
     "soap",
+    "ranks",
 )
 
 
