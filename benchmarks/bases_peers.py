@@ -28,14 +28,17 @@ class VarianceAdaptedMuon(peers.Muon):
     momentum. Source: Li, Fan and Li, arXiv:2601.14603.
 
     Args:
-        groups: of :func:`poprisk_lab.arms.muon_groups`.
+        groups: of :func:`poprisk_lab.arms.muon_groups`, without momentum: the average is kept here.
         noise: which of the two.
+        beta: decay of the average.
         gamma: of the ratio.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, noise: str, gamma: float = 10.0) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], *, noise: str, beta: float = 0.95, gamma: float = 10.0
+    ) -> None:
         super().__init__(groups, nesterov=False)
-        self.noise, self.gamma = noise, gamma
+        self.noise, self.beta, self.gamma = noise, beta, gamma
         self.averages: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.taken = 0
 
@@ -46,16 +49,16 @@ class VarianceAdaptedMuon(peers.Muon):
         kept: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             if group["use_muon"]:
-                beta = group["given_momentum"]
                 for p in group["params"]:
                     kept[p] = p.grad
-                    p.grad = self._adapted(p, p.grad, beta)
+                    p.grad = self._adapted(p, p.grad)
         found = super().step(closure)
         for p, grad in kept.items():
             p.grad = grad
         return found
 
-    def _adapted(self, p: Tensor, grad: Tensor, beta: float) -> Tensor:
+    def _adapted(self, p: Tensor, grad: Tensor) -> Tensor:
+        beta = self.beta
         m, gamma = self.averages.setdefault(p, (torch.zeros_like(p), torch.zeros_like(p)))
         gamma.mul_(beta).add_((m - grad).square(), alpha=beta * (1 - beta))
         m.lerp_(grad, 1 - beta)
@@ -67,10 +70,7 @@ class VarianceAdaptedMuon(peers.Muon):
 
 
 def _adapted_muon(model: nn.Module, _: Sizes, *, noise: str, lr: float) -> Optimizer:
-    groups = muon_groups(model, lr=lr, weight_decay=0.01, **ADAM)
-    for group in groups:
-        if group["use_muon"]:  # its own average is the one that counts
-            group["given_momentum"], group["momentum"] = group["momentum"], 0.0
+    groups = muon_groups(model, momentum=0.0, lr=lr, weight_decay=0.01, **ADAM)
     return VarianceAdaptedMuon(groups, noise=noise)
 
 

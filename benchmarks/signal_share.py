@@ -23,7 +23,15 @@ from bases import TASKS
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from poprisk.optim.kronecker import Pair, Rotation, factors_of_terms, total_of
+from poprisk.optim.kronecker import (
+    NO_PAIR,
+    Rotation,
+    factors_of_gradient,
+    factors_of_terms,
+    first_rotation,
+    plus_pair,
+    total_of,
+)
 from poprisk.per_sample import capture
 from poprisk.task import Task
 from poprisk_lab.fit import seed_all
@@ -37,6 +45,8 @@ EPOCHS = (0, 1, 5, 20, 1_000_000)
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Of the directions."""
 REGRESSIONS = ("sparse-regression", "dense-regression", "long-tail-regression", "diabetes")
+BOTH = (True, True)
+"""Sides that are rotated."""
 BASES = ("coordinates", "random", "gradient", "examples")
 Levels = dict[str, Callable[[int], Task]]
 
@@ -64,16 +74,18 @@ def bases(model: nn.Module, task: Task, seed: int) -> dict[str, list[Rotation | 
     """Of each matrix, at the present weights, from the training set."""
     weights, (x, y) = matrices(model), task.train
     generator = torch.Generator().manual_seed(seed)
-    by_gradient, by_example = ([(None, None)] * len(weights) for _ in range(2))
+    by_gradient, by_example = ([NO_PAIR] * len(weights) for _ in range(2))
     for rows in torch.randperm(len(y), generator=generator).split(task.batch_size):
         grads = gradients(model, task, x[rows], y[rows])
-        by_gradient = [_sum(f, (m @ m.mT, m.mT @ m)) for f, m in
-                       zip(by_gradient, (g.flatten(1) for g in grads), strict=True)]  # fmt: skip
+        by_gradient = [
+            plus_pair(f, factors_of_gradient(g, BOTH))
+            for f, g in zip(by_gradient, grads, strict=True)
+        ]
         found = capture(
             task.loss(model(x[rows]), y[rows]), {str(i): p for i, p in enumerate(weights)}
         )
         by_example = [
-            _sum(f, total_of(factors_of_terms(found.terms[str(i)], p, (True, True))))
+            plus_pair(f, total_of(factors_of_terms(found.terms[str(i)], p, BOTH)))
             for i, (f, p) in enumerate(zip(by_example, weights, strict=True))
         ]
     sizes = [(p.shape[0], p[0].numel()) for p in weights]
@@ -84,23 +96,9 @@ def bases(model: nn.Module, task: Task, seed: int) -> dict[str, list[Rotation | 
     return {
         "coordinates": [None] * len(weights),
         "random": [*drawn],
-        "gradient": [*map(_rotation, by_gradient)],
-        "examples": [*map(_rotation, by_example)],
+        "gradient": [*map(first_rotation, by_gradient)],
+        "examples": [*map(first_rotation, by_example)],
     }
-
-
-def _sum(a: Pair, b: Pair) -> Pair:
-    (left, right), (own_left, own_right) = a, b
-    assert own_left is not None
-    assert own_right is not None
-    return (own_left if left is None else left + own_left,
-            own_right if right is None else right + own_right)  # fmt: skip
-
-
-def _rotation(pair: Pair) -> Rotation:
-    return Rotation(
-        *(None if f is None else torch.linalg.eigh(f.double()).eigenvectors.float() for f in pair)
-    )
 
 
 def shares(model: nn.Module, task: Task, seed: int) -> dict[str, dict[str, list[float]]]:

@@ -9,8 +9,33 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 WORLD = 2
+
+
+def batch(step: int, size: int) -> tuple[Tensor, Tensor]:
+    """Inputs (size, 5) and noisy targets (size, 1) of one step, the same on every process."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(size, 5, generator=generator, dtype=torch.float64)
+    noise = torch.randn(size, 1, generator=generator, dtype=torch.float64)
+    return x, x.sum(1, keepdim=True) + noise
+
+
+def mine() -> slice:
+    """This process's share of a batch."""
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def full(t: Tensor) -> Tensor:
+    """All of a tensor, wherever its parts are."""
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+
+
+def weights(model: nn.Module) -> Tensor:
+    """All weights of a model, flat."""
+    return torch.cat([full(p).flatten() for p in model.parameters()])
 
 
 @contextmanager

@@ -17,10 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gloo import WORLD, joined
+from gloo import WORLD, batch, joined, mine, weights
 from poprisk import GatedOptimizer, PopRiskAdamW, entk, gated, grad_mean_var, observe_ranks
 from poprisk.path import NotAnalysable, Recorder, integrate
 
@@ -44,28 +43,15 @@ def build() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(BATCH, 5, generator=generator, dtype=torch.float64)
-    return x, x.sum(1, keepdim=True) + torch.randn(
-        BATCH, 1, generator=generator, dtype=torch.float64
-    )
-
-
 def steps(model: nn.Module, opt: torch.optim.Optimizer, numbers: range, share: slice) -> None:
     """Train on this process's share of each batch, in two accumulated halves."""
     for step in numbers:
-        x, y = batch(step)
+        x, y = batch(step, BATCH)
         opt.zero_grad()
         for half in (slice(0, BATCH // 2), slice(BATCH // 2, None)):
             xs, ys = x[half][share], y[half][share]
             (nn.functional.mse_loss(model(xs), ys) / 2).backward()
         opt.step()
-
-
-def weights(model: nn.Module) -> Tensor:
-    parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return torch.cat([w.detach().flatten() for w in parts])
 
 
 def optimizer(model: nn.Module, **settings: Any) -> PopRiskAdamW:
@@ -77,10 +63,6 @@ def single(count: int, **settings: Any) -> tuple[nn.Module, PopRiskAdamW]:
     opt = optimizer(model, **settings)
     steps(model, opt, range(count), slice(None))
     return model, opt
-
-
-def mine() -> slice:
-    return slice(dist.get_rank(), None, WORLD)
 
 
 def compare(wrap: Callable[[nn.Module], Any]) -> dict[str, float]:
@@ -202,7 +184,7 @@ def observed() -> dict[str, Any]:
     twin, s, apart = build(), 0.0, 0.0
     for step in range(8):
         twin.load_state_dict(model.state_dict())
-        x, y = batch(step)
+        x, y = batch(step, BATCH)
         grads = []
         for rank in range(WORLD):
             twin.zero_grad()
@@ -227,7 +209,7 @@ def within_batches(wrapper: str) -> dict[str, Any]:
 
     All parts of the first step are done, so that a refusal comes after no more than these.
     """
-    x, y = batch(0)
+    x, y = batch(0, BATCH)
     x, y = x[mine()], y[mine()]
 
     def per_example(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -307,7 +289,7 @@ def skipped() -> dict[str, Any]:
     opt = optimizer(model, fused=True)
     steps(model, opt, range(3), mine())
     before = weights(model)
-    x, y = batch(3)
+    x, y = batch(3, BATCH)
     opt.zero_grad()
     nn.functional.mse_loss(model(x), y).backward()
     grad: Any = next(model.parameters()).grad
@@ -349,7 +331,7 @@ def checkpoint(folder: Path) -> dict[str, float]:
 
 def recorded() -> dict[str, Any]:
     """Recording under wrappers: refused, or exact of the module inside with all examples."""
-    data = batch(0)
+    data = batch(0, BATCH)
     found: dict[str, Any] = {}
     wrappers: dict[str, Any] = {"ddp": DistributedDataParallel, "fsdp": fully_shard}
     for name, wrap in wrappers.items():

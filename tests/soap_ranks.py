@@ -30,7 +30,7 @@ from torch.distributed.tensor import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from gloo import joined
+from gloo import batch, full, joined, mine, weights
 from poprisk import PopRiskAdamW, PopRiskSOAP
 from poprisk.optim import kronecker
 
@@ -93,13 +93,6 @@ def build() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(BATCH, 5, generator=generator, dtype=torch.float64)
-    noise = torch.randn(BATCH, 1, generator=generator, dtype=torch.float64)
-    return x, x.sum(1, keepdim=True) + noise
-
-
 def optimizer(model: nn.Module, **changes: Any) -> PopRiskSOAP:
     return PopRiskSOAP(model, **(SETTINGS | changes))
 
@@ -107,23 +100,11 @@ def optimizer(model: nn.Module, **changes: Any) -> PopRiskSOAP:
 def steps(model: Any, opt: torch.optim.Optimizer, numbers: range, share: slice) -> None:
     """Train on this process's share of each batch, with clipped gradients."""
     for step in numbers:
-        x, y = batch(step)
+        x, y = batch(step, BATCH)
         opt.zero_grad()
         nn.functional.mse_loss(model(x[share]), y[share]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         opt.step()
-
-
-def mine() -> slice:
-    return slice(dist.get_rank(), None, WORLD)
-
-
-def full(t: Tensor) -> Tensor:
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach()
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([full(p).flatten() for p in model.parameters()])
 
 
 def apart(a: nn.Module, b: nn.Module) -> float:
@@ -254,7 +235,7 @@ def skipped() -> dict[str, Any]:
     """A NaN in the shard of one process makes every process skip, and all go on."""
     model, opt = sharded(3)
     before = weights(model)
-    x, y = batch(3)
+    x, y = batch(3, BATCH)
     opt.zero_grad()
     nn.functional.mse_loss(model(x), y).backward()
     grad: Any = next(model.parameters()).grad
@@ -278,7 +259,7 @@ def refused() -> dict[str, Any]:
     mesh = next(model.parameters()).device_mesh  # pyrefly: ignore
     examples, _ = single(0)
     exact = PopRiskSOAP(examples, batch_size=BATCH)
-    x, y = batch(0)
+    x, y = batch(0, BATCH)
     exact.backward((examples(x) - y).square().sum(1))
     exact.step()
     summand = nn.Parameter(distribute_tensor(torch.eye(4), mesh, [Partial()]))

@@ -362,6 +362,15 @@ def test_a_straight_through_estimator_is_kept_however_coarse(kind: str) -> None:
         assert not run.problem.is_cut, seed
 
 
+def assert_uncut(net: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """The record of a few steps, which closes by the model's own gradients; returned."""
+    train, query, _ = data()
+    run = record(net, "squared_error", optimizer, batches(3), query, train=train)
+    assert not run.problem.is_cut
+    assert integrate(run).closure.worst < 1e-9
+    return run
+
+
 class Features(nn.Module):
     """A head on features without gradients, whose weights nobody froze."""
 
@@ -378,13 +387,8 @@ class Features(nn.Module):
 
 def test_features_without_gradients_are_no_cut() -> None:
     """Steps are gradients of one loss, of the weights that move."""
-    train, query, _ = data()
     net = Features()
-    adamw = torch.optim.AdamW(net.parameters(), lr=0.01)
-    run = record(net, "squared_error", adamw, batches(3), query, train=train)
-    assert not run.problem.is_cut
-    assert integrate(run).closure.worst < 1e-9
-    attribute(run)
+    attribute(assert_uncut(net, torch.optim.AdamW(net.parameters(), lr=0.01)))
 
 
 class Stabilized(nn.Module):
@@ -401,12 +405,8 @@ class Stabilized(nn.Module):
 
 
 def test_a_cut_that_changes_no_derivative_is_none() -> None:
-    train, query, _ = data()
     net = Stabilized()
-    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    run = record(net, "squared_error", sgd, batches(3), query, train=train)
-    assert not run.problem.is_cut
-    assert integrate(run).closure.worst < 1e-9
+    assert_uncut(net, torch.optim.SGD(net.parameters(), lr=0.1))
 
 
 class Listening(nn.Module):
@@ -425,12 +425,8 @@ class Listening(nn.Module):
 
 
 def test_numbers_may_be_read_off_what_is_detached() -> None:
-    train, query, _ = data()
     net = Listening()
-    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    run = record(net, "squared_error", sgd, batches(3), query, train=train)
-    assert not run.problem.is_cut
-    assert integrate(run).closure.worst < 1e-9
+    assert_uncut(net, torch.optim.SGD(net.parameters(), lr=0.1))
 
 
 def test_derivatives_pass_inside_and_are_cut_after() -> None:

@@ -258,7 +258,8 @@ def test_the_gradient_is_turned_as_it_is(how: str) -> None:
     assert rotation is not None
     if how == "one entry":
         grad[0, 1] += 1e-3 * grad.norm()
-    from_factors = opt._batch_parts().turned(layer.weight)
+    parts = opt._batch_parts()
+    from_factors = parts.turned(layer.weight, parts.factor(layer.weight))
     assert (from_factors is not None) == (how == "as it is")
     turned = rotation.forward(grad)
     opt.step()
@@ -535,7 +536,8 @@ def test_what_is_noted_in_a_basis_is_of_the_examples(parts: int) -> None:
             rotation = kronecker.rotation_of(p, opt.state.get(p, {}))
             if rotation is not None:
                 turned = torch.stack([rotation.forward(grad) for grad in grads])
-                found, noted = opt._batch_parts().turned(p), opt._batch_parts()._noted[p]
+                seen = opt._batch_parts()
+                found, noted = seen.turned(p, seen.factor(p)), seen._noted[p]
                 for a, b in ((found, turned.sum(0)), (noted.squares, turned.square().sum(0))):
                     assert a is not None
                     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))

@@ -322,16 +322,16 @@ class BatchParts:
             )
         return changes
 
-    def turned(self, p: Tensor) -> Tensor | None:
+    def turned(self, p: Tensor, factor: float) -> Tensor | None:
         """The gradient in its basis as the shares gave it, times what it was multiplied by since.
 
-        None where they gave none, or where more than rounding and a factor has changed since, so
-        that the gradient itself must be turned.
+        That is ``factor``, of :meth:`factor`. None where they gave none, or where more than
+        rounding and a factor has changed since, so that the gradient itself must be turned.
         """
         noted, grad = self._noted.get(p), _grad(p)
         if noted is None or noted.turned is None or noted.checksum is None:
             return None
-        factor, now = self.factor(p), _checksum(grad)
+        now = _checksum(grad)
         then = noted.checksum * factor
         rounding = 64 * torch.finfo(now.dtype).eps * torch.linalg.vector_norm(then)
         if not bool(torch.linalg.vector_norm(now - then) <= rounding):

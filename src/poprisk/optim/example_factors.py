@@ -87,7 +87,8 @@ class ExampleFactors:
     def turned(self, p: Tensor) -> Tensor:
         """The gradient of this step in its basis, computed once."""
         if p not in self._turned:
-            turned = self.optimizer._batch_parts().turned(p)
+            scale, parts = self.scales.get(p), self.optimizer._batch_parts()
+            turned = None if scale is None else parts.turned(p, scale)
             if turned is None:
                 rotation, grad = self.rotation(p), cast(Tensor, p.grad)
                 turned = grad if rotation is None else rotation.forward(grad.to(state_dtype(p)))

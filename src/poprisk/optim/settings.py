@@ -118,7 +118,7 @@ class CompiledGroup(NamedTuple):
 
 def compiled(group: Mapping[str, Any]) -> CompiledGroup:
     """A group's settings with Python numbers for numpy's and for tensors of one element."""
-    numbers = {key: plain(group[key]) for key in (*NUMBERS, *OF_BASES) if key in group}
+    numbers = {key: plain(group[key]) for key in _numbers_in(group)}
     betas = tuple(map(plain, group["betas"]))
     sizes = {key: plain_sizes(group[key]) for key in SIZES}
     settings: dict[str, Any] = {**group, **numbers, **sizes, "betas": betas}
@@ -128,6 +128,11 @@ def compiled(group: Mapping[str, Any]) -> CompiledGroup:
     return CompiledGroup(settings, gated if settings["gate"] else None, charges)
 
 
+def _numbers_in(group: Mapping[str, Any]) -> list[str]:
+    """Which settings of a group are numbers, but for its learning rate and sizes."""
+    return [key for key in (*NUMBERS, *OF_BASES) if key in group]
+
+
 def make_plain_(group: dict[str, Any]) -> None:
     """Replace numpy's numbers in a group, which ``torch.load(weights_only=True)`` would refuse.
 
@@ -135,7 +140,7 @@ def make_plain_(group: dict[str, Any]) -> None:
     """
     captured = bool(group["capturable"])
     group.update({key: plain_sizes(group[key]) for key in SIZES})
-    for key in ("lr", *NUMBERS, *(key for key in OF_BASES if key in group)):
+    for key in ("lr", *_numbers_in(group)):
         if not isinstance(group[key], Tensor) or (captured and key != "lr"):
             group[key] = plain(group[key])
     if captured or not any(isinstance(beta, Tensor) for beta in group["betas"]):
