@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,13 @@ def net(dtype: torch.dtype = torch.float64, seed: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
 
 
+def wide_net() -> nn.Sequential:
+    """With a matrix whose gradient is turned by way of the examples' factors."""
+    torch.manual_seed(3)
+    layers = nn.Linear(5, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 3)
+    return nn.Sequential(*layers).double()
+
+
 def train(model: nn.Module, opt: Any, steps: list[Tensor], *, plain: bool = False) -> None:
     x, y = data()
     dtype = next(model.parameters()).dtype
@@ -110,8 +118,9 @@ def test_many_steps_are_those_of_the_reference(changes: dict[str, Any]) -> None:
         assert 0 < stats.pass_rate < 1
 
 
-def test_an_open_gate_is_no_gate() -> None:
-    models = [net(), net()]
+@pytest.mark.parametrize("build", [net, wide_net])
+def test_an_open_gate_is_no_gate(build: Callable[[], nn.Sequential]) -> None:
+    models = [build(), build()]
     train(models[0], rotated(models[0], q_min=1.0), batches(20))
     train(models[1], rotated(models[1], gate=False), batches(20))
     assert_bitwise(weights(models[0]), weights(models[1]))
@@ -172,15 +181,24 @@ def test_slack_lets_small_noise_pass() -> None:
     assert rates[0] < rates[1] < rates[2]
 
 
-def test_parts_of_a_batch_are_the_batch() -> None:
-    """But for the first basis, which is that of the first part: here both are given the same."""
+@pytest.mark.parametrize(
+    ("build", "before", "steps"),
+    [(net, 1, 15), pytest.param(wide_net, 8, 7, id="wide, up to the next basis")],
+)
+def test_parts_of_a_batch_are_the_batch(
+    build: Callable[[], nn.Sequential], before: int, steps: int
+) -> None:
+    """But for the first basis, which is that of the first part: here both are given the same.
+
+    Of a matrix wider than the batch rounding decides on basis vectors, too.
+    """
     x, y = data()
-    models = [net(), net()]
-    opts = [rotated(m) for m in models]
-    train(models[0], opts[0], batches(1))
+    models = [build(), build()]
+    opts = [rotated(m, refresh_every=16) for m in models]
+    train(models[0], opts[0], batches(before))
     opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
     models[1].load_state_dict(models[0].state_dict())
-    for rows in batches(15):
+    for rows in batches(steps):
         for model, opt, parts in zip(models, opts, (1, 4), strict=True):
             opt.zero_grad()
             for part in rows.chunk(parts):
@@ -191,8 +209,11 @@ def test_parts_of_a_batch_are_the_batch() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
-def test_clipped_and_unscaled_gradients_are_seen_as_such() -> None:
-    models = [net(), net()]
+@pytest.mark.parametrize("build", [net, wide_net])
+def test_clipped_and_unscaled_gradients_are_seen_as_such(
+    build: Callable[[], nn.Sequential],
+) -> None:
+    models = [build(), build()]
     opts = [rotated(m, eps=0.0) for m in models]
     x, y = data()
     for rows in batches(12):
@@ -537,7 +558,7 @@ def test_what_is_noted_in_a_basis_is_of_the_examples(parts: int) -> None:
             if rotation is not None:
                 turned = torch.stack([rotation.forward(grad) for grad in grads])
                 seen = opt._batch_parts()
-                found, noted = seen.turned(p, seen.factor(p)), seen._noted[p]
+                found, noted = opt._noted().turned(p), seen._noted[p]
                 for a, b in ((found, turned.sum(0)), (noted.squares, turned.square().sum(0))):
                     assert a is not None
                     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
@@ -598,6 +619,28 @@ def test_bases_follow_a_model_to_another_precision() -> None:
         for key in BASES:
             eye = torch.eye(len(state[key]), dtype=torch.float64)
             torch.testing.assert_close(state[key].mT @ state[key], eye, rtol=0, atol=1e-12)
+
+
+def test_squares_are_formed_where_a_gate_takes_them() -> None:
+    model, (x, y) = wide_net(), data()
+    groups = [
+        {"params": [*model[0].parameters()], "gate": False},
+        {"params": [*model[2].parameters()], "variance": "ema"},
+        {"params": [*model[4].parameters()]},
+    ]
+    opt = rotated(groups)
+    train(model, opt, batches(3))
+    opt.zero_grad()
+    opt.backward(F.cross_entropy(model(x[:B]), y[:B], reduction="none"))
+    noted = opt._batch_parts()._noted
+    known = [noted[p].squares is not None for p in model.parameters()]
+    assert known == [False] * 4 + [True] * 2
+    assert [noted[weight(model, i)].turned is not None for i in (0, 2, 4)] == [False, True, False]
+    before = weights(model)
+    opt.param_groups[0]["gate"] = True
+    with pytest.raises(RuntimeError, match="was given a gate, or another variance, since"):
+        opt.step()
+    assert_bitwise(before, weights(model))
 
 
 def test_a_hook_that_changes_a_gradient_is_refused() -> None:

@@ -20,8 +20,8 @@ MUTATIONS = {
     ),
     "variance of the coordinates": Mutation(
         "poprisk/optim/batch_variance.py",
-        "turned, squares = moments(rotation.terms(terms, p.shape))",
-        "turned, squares = moments(rotation.terms(terms, p.shape))[0], moments(terms)[1]",
+        "squares_of(rotated).reshape(p.shape)",
+        "squares_of(terms).reshape(p.shape)",
         REFERENCE,
     ),
     "variance around the mean of the coordinates": Mutation(
@@ -48,6 +48,12 @@ MUTATIONS = {
         "if now is None:",
         "test_soap.py::test_the_gradient_is_turned_as_it_is",
     ),
+    "squares of what is not gated": Mutation(
+        "poprisk/optim/batch_variance.py",
+        "squares=p in wanted)",
+        "squares=True)",
+        "test_soap.py::test_squares_are_formed_where_a_gate_takes_them",
+    ),
     "coordinates gated like bases": Mutation(
         "poprisk/optim/settings.py",
         'own = {"z": self.settings["coordinate_z"], "slack": 0.0}',
@@ -62,8 +68,8 @@ MUTATIONS = {
     ),
     "a hook's small change not seen": Mutation(
         "poprisk/optim/batch_variance.py",
-        "found[p] = _Share(grad, squares, None if p._backward_hooks else turned)",
-        "found[p] = _Share(grad, squares, turned)",
+        "found[p] = _Share(grad, squares, None if p._backward_hooks else sums.turned)",
+        "found[p] = _Share(grad, squares, sums.turned)",
         "test_soap.py::test_the_gradient_is_turned_as_it_is",
     ),
     "the sides of the factors exchanged": Mutation(

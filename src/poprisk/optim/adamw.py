@@ -387,8 +387,13 @@ class PopRiskAdamW(Optimizer):
                 if p.requires_grad
             }
             parts = self._notes.parts = parts or BatchParts(params, self._bases())
-            parts.params = params
+            parts.params, parts.wanted = params, {*self._params_with(WITHIN_BATCH)}
         return parts
+
+    def _params_with(self, variances: Sequence[str]) -> TensorList:
+        """Parameters whose gate takes one of these variances."""
+        groups = [g for g in self.param_groups if g["gate"] and g["variance"] in variances]
+        return [p for group in groups for p in group["params"]]
 
     def _bases(self) -> Bases | None:
         """In which bases variances are wanted."""
@@ -397,13 +402,7 @@ class PopRiskAdamW(Optimizer):
     def _given_variances(self) -> GivenVariances:
         """The variances that parameters are given; checked before any state changes."""
         within, between = (
-            [
-                p
-                for group in self.param_groups
-                if group["gate"] and group["variance"] in kinds
-                for p in group["params"]
-                if p.grad is not None and p.numel()
-            ]
+            [p for p in self._params_with(kinds) if p.grad is not None and p.numel()]
             for kinds in (WITHIN_BATCH, ("data-parallel",))
         )
         given = rank_variances(between, self.rank_observations)

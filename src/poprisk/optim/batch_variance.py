@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from poprisk.optim.state import check_dense
 from poprisk.optim.variance import GivenVariances, check_batch_losses
 from poprisk.per_sample import Factors, capture, shaped
 from poprisk.per_sample.graph import leaves_of
-from poprisk.per_sample.moments import moments, not_negative, squared, total
+from poprisk.per_sample.moments import energy, moments, not_negative, squared, squares_of, total
 from poprisk.per_sample.terms import Term
 from poprisk.per_sample.visible import check_whole
 
@@ -104,12 +104,12 @@ class _Share(NamedTuple):
 
     Attributes:
         grad: their share, autograd's own.
-        squares: sum of the squares of each example's, in the parameter's basis.
+        squares: sum of the squares of each example's, in the parameter's basis; None: not wanted.
         turned: the share in that basis, from the factors; None where there is none.
     """
 
     grad: Tensor
-    squares: Tensor
+    squares: Tensor | None
     turned: Tensor | None = None
 
 
@@ -118,7 +118,8 @@ class _Noted:
     """What is known of one parameter's gradient.
 
     Attributes:
-        squares: sum of the squared shares, each divided by its number of examples.
+        squares: sum of the squared shares, each divided by its number of examples; None: not
+            wanted when the batch began.
         turned: the gradient in its basis, where shares gave it; and its checksum.
         grad: the tensor that held the gradient after the last part.
         version: of that tensor.
@@ -126,7 +127,7 @@ class _Noted:
         copy: all of them, where the next part is a difference.
     """
 
-    squares: Tensor
+    squares: Tensor | None
     grad: Tensor
     version: int
     probe: GradientProbe
@@ -146,10 +147,15 @@ class BatchParts:
     Args:
         params: the optimizer's parameters, by name or position.
         bases: where the variance is to be; None: coordinates of the parameters.
+
+    Attributes:
+        params: may be set anew before a batch; so may
+        wanted: those whose variance will be asked for. Of others no squares are formed.
     """
 
     def __init__(self, params: Mapping[str, Tensor], bases: Bases | None = None) -> None:
         self.params = params
+        self.wanted: Collection[Tensor] = set(params.values())
         self.bases = bases
         self._noted: dict[Tensor, _Noted] = {}
         self._used: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
@@ -210,7 +216,7 @@ class BatchParts:
             )
         with _set_aside(leaves):
             factors = capture(values, self.params, accumulate=True)
-            found = _shares(factors, self.bases)
+            found = _shares(factors, self.bases, self.wanted)
         for p in found:
             self._check_untouched(p)
         if self.bases is not None:
@@ -277,12 +283,18 @@ class BatchParts:
                 'optimizer.backward(losses) for variance="exact", and call '
                 'optimizer.microbatch(size) after each backward pass for "microbatch".'
             )
+        if any(self._noted[p].squares is None for p in params):
+            raise RuntimeError(
+                "the variance of a parameter is asked for that was not when its gradient was "
+                "noted: its group was given a gate, or another variance, since; call "
+                "optimizer.zero_grad(), and optimizer.backward(losses) again."
+            )
         factors = {p: self.factor(p) for p in params}
         return {p: partial(self._variance, p, factor) for p, factor in factors.items()}
 
     @torch.no_grad()
     def _variance(self, p: Tensor, factor: float) -> Tensor:
-        squares = self._noted[p].squares * (self.examples * factor**2)
+        squares = cast(Tensor, self._noted[p].squares) * (self.examples * factor**2)
         grad = self.bases.turned(p) if self.bases is not None else _grad(p)
         return not_negative((squares - squared(grad)) / (self.parts - 1))
 
@@ -339,11 +351,16 @@ class BatchParts:
         return noted.turned if factor == 1 else noted.turned * factor
 
     def _note(
-        self, p: Tensor, squares: Tensor, copy: Tensor | None = None, turned: Tensor | None = None
+        self,
+        p: Tensor,
+        squares: Tensor | None,
+        copy: Tensor | None = None,
+        turned: Tensor | None = None,
     ) -> None:
         grad, before = _grad(p), self._noted.get(p)
         if before is not None:
-            squares = squares.add_(before.squares)
+            old = before.squares
+            squares = None if squares is None or old is None else squares.add_(old)
             turned = None if turned is None or before.turned is None else turned + before.turned
         checksum = None if turned is None else _checksum(grad)
         probe = GradientProbe.of(grad)
@@ -408,15 +425,37 @@ def _rotated(tensor: Tensor, rotation: Rotation | None) -> Tensor:
     return tensor if rotation is None else rotation.forward(tensor)
 
 
-def _moments_in(
-    terms: list[Term], p: Tensor, rotation: Rotation | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The sum of shares in coordinates; the sum of their squares, and their own, in a basis."""
+class _Sums(NamedTuple):
+    """Sums over the shares of one parameter.
+
+    Attributes:
+        grad: of the shares, in coordinates.
+        size: of rounding in it, the sum of squares of what was added up.
+        squares: of the shares' squares, in a basis; None: not wanted.
+        turned: of the shares in that basis; None where the gradient itself is better turned.
+    """
+
+    grad: Tensor
+    size: Tensor
+    squares: Tensor | None
+    turned: Tensor | None
+
+
+def _sums(terms: list[Term], p: Tensor, rotation: Rotation | None, *, squares: bool) -> _Sums:
     if rotation is None:
-        sums, squares = moments(terms)
-        return shaped(sums, p), shaped(squares, p), None
-    turned, squares = moments(rotation.terms(terms, p.shape))
-    return total(terms).reshape(p.shape), squares.reshape(p.shape), turned.reshape(p.shape)
+        if not squares:
+            return _Sums(shaped(total(terms), p), energy(terms), None, None)
+        sums, found = moments(terms)
+        found = shaped(found, p)
+        return _Sums(shaped(sums, p), _real(found).sum(), found, None)
+    cheaper = rotation.is_cheaper_on(terms, p.shape)
+    rotated = rotation.terms(terms, p.shape) if squares or cheaper else []
+    return _Sums(
+        total(terms).reshape(p.shape),
+        energy(terms),
+        squares_of(rotated).reshape(p.shape) if squares else None,
+        total(rotated).reshape(p.shape) if cheaper else None,
+    )
 
 
 def _checksum(grad: Tensor) -> Tensor:
@@ -429,7 +468,9 @@ def _checksum(grad: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _shares(factors: Factors, bases: Bases | None) -> dict[Tensor, _Share]:
+def _shares(
+    factors: Factors, bases: Bases | None, wanted: Collection[Tensor]
+) -> dict[Tensor, _Share]:
     """What autograd has put into ``.grad``, and what the factors tell of the examples' shares.
 
     Raises:
@@ -442,24 +483,27 @@ def _shares(factors: Factors, bases: Bases | None) -> dict[Tensor, _Share]:
     for name, terms in factors.terms.items():
         p = factors.params[name]
         rotation = bases.rotation(p) if bases is not None else None
-        sums, squares, turned = _moments_in(terms, p, rotation)
+        sums = _sums(terms, p, rotation, squares=p in wanted)
+        squares = sums.squares
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         check_dense([grad])
-        gap, size = _gap(grad, sums, squares)
+        gap, size = _gap(grad, sums.grad, sums.size)
         if p._backward_hooks and bool(gap > _tolerance(p) * size):
             if bases is not None and bases.rotates(p):
                 raise RuntimeError(_HOOKED.format(_described(name, p)))
-            squares = _behind_hook(name, grad, sums, squares)
+            if squares is not None:
+                squares = _behind_hook(name, grad, sums.grad, squares)
         else:
             gaps[name] = gap, size
         # What a hook changes within the tolerance counts: the gradient itself is turned then.
-        found[p] = _Share(grad, squares, None if p._backward_hooks else turned)
+        found[p] = _Share(grad, squares, None if p._backward_hooks else sums.turned)
     for name, p in factors.params.items():
         if p not in found and p.grad is not None:
             if bool(p.grad.any()):
                 raise _unseen(name, p)
             rotation = bases.rotation(p) if bases is not None else None
-            found[p] = _Share(p.grad, squared(_rotated(p.grad, rotation)))
+            squares = squared(_rotated(p.grad, rotation)) if p in wanted else None
+            found[p] = _Share(p.grad, squares)
     sizes = _numbers([size for _, size in gaps.values()])
     largest = max(filter(math.isfinite, sizes), default=0.0)
     for name, gap, size in zip(gaps, _numbers([g for g, _ in gaps.values()]), sizes, strict=True):
@@ -475,10 +519,10 @@ def _numbers(scalars: list[Tensor]) -> list[float]:
     return torch.stack([s.double() for s in scalars]).tolist() if scalars else []
 
 
-def _gap(grad: Tensor, sums: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+def _gap(grad: Tensor, sums: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
     """Distance of a gradient from the sum of shares, and the size to compare it with."""
     now, then = _real(grad.to_dense()).to(_real(sums).dtype), _real(sums)
-    size = torch.linalg.vector_norm(then) + _real(squares).sum().sqrt()
+    size = torch.linalg.vector_norm(then) + energy.sqrt()
     return torch.linalg.vector_norm(now - then), size
 
 
@@ -492,7 +536,7 @@ def _behind_hook(name: str, grad: Tensor, sums: Tensor, squares: Tensor) -> Tens
     then = torch.where(kept, sums, 0)
     factor = _ratio(_real(now), _real(then))
     squares = torch.where(kept, squares * factor**2, 0)
-    gap, size = _gap(grad, then * factor, squares)
+    gap, size = _gap(grad, then * factor, _real(squares).sum())
     if bool(now.isfinite().all()) and not bool(gap <= _tolerance(grad) * size):
         raise RuntimeError(
             f"a hook on {_described(name, grad)} (register_hook) changes its gradient by more than "

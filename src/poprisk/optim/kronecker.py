@@ -85,6 +85,20 @@ class Rotation(NamedTuple):
         """Per-example gradients of a parameter of this shape in this basis, in factors."""
         return [self._term(wide(term), shape) for term in terms]
 
+    def is_cheaper_on(self, terms: Sequence[Term], shape: Sequence[int]) -> bool:
+        """Whether to turn the factors of examples and multiply takes less than turning their sum.
+
+        By multiplications; of few rows in wide layers.
+        """
+        rows, columns = shape[0], math.prod(shape[1:])
+        of_rows, of_columns = (0 if x is None else len(x) for x in self)
+        turning = rows * columns * (of_rows + of_columns)
+        return all(isinstance(term, Outer) for term in terms) and turning > sum(
+            term.cotangent[..., 0].numel() * (rows * (of_rows + columns) + columns * of_columns)
+            for term in terms
+            if isinstance(term, Outer)
+        )
+
     def _term(self, term: Term, shape: Sequence[int]) -> Term:
         if isinstance(term, Dense):
             grads = term.grads.unflatten(-1, (shape[0], -1))

@@ -18,13 +18,22 @@ def moments(terms: list[Term]) -> tuple[Tensor, Tensor]:
     gradients are formed for a few examples at a time.
     """
     terms = [wide(term) for term in terms]
-    if len(terms) == 1 and isinstance(terms[0], Outer):
-        term = terms[0]
-        if isinstance(term.activation, OneHot):
-            return _looked_up(term, term.activation)
-        if term.cotangent.shape[2] == 1:
-            return _one_position(term.cotangent.flatten(0, 2), term.activation, term)
-    return _formed(terms)
+    pair = _one_position(terms)
+    if pair is None:
+        return _formed(terms)
+    of_rows, of_columns = pair
+    return (of_rows.T @ of_columns).flatten(), _squares_of(of_rows, of_columns)
+
+
+def squares_of(terms: list[Term]) -> Tensor:
+    """The second of :func:`moments` alone."""
+    terms = [wide(term) for term in terms]
+    pair = _one_position(terms)
+    return _formed(terms)[1] if pair is None else _squares_of(*pair)
+
+
+def _squares_of(of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    return (of_rows.square().T @ of_columns.square()).flatten()
 
 
 def wide(term: Term) -> Term:
@@ -43,15 +52,18 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _one_position(cotangent: Tensor, activation: Tensor, term: Outer) -> tuple[Tensor, Tensor]:
+def _one_position(terms: list[Term]) -> tuple[Tensor, Tensor] | None:
+    """The factors, a row an example, where each has one position; of rows and of columns."""
+    term = terms[0]
+    if len(terms) > 1 or isinstance(term, Dense):
+        return None
+    cotangent, activation = term.cotangent.flatten(0, 2), term.activation
+    if isinstance(activation, OneHot) or term.cotangent.shape[2] != 1:
+        return None
     activation = activation.flatten(0, 1)
     if len(cotangent) > len(activation):
         activation = activation.repeat_interleave(len(cotangent) // len(activation), dim=0)
-    if term.flipped:
-        cotangent, activation = activation, cotangent
-    return (cotangent.T @ activation).flatten(), (
-        cotangent.square().T @ activation.square()
-    ).flatten()
+    return (activation, cotangent) if term.flipped else (cotangent, activation)
 
 
 def _looked_up(term: Outer, activation: OneHot) -> tuple[Tensor, Tensor]:
@@ -73,6 +85,8 @@ def _looked_up(term: Outer, activation: OneHot) -> tuple[Tensor, Tensor]:
 
 def _formed(terms: list[Term]) -> tuple[Tensor, Tensor]:
     first = terms[0]
+    if len(terms) == 1 and isinstance(first, Outer) and isinstance(first.activation, OneHot):
+        return _looked_up(first, first.activation)
     like = first.cotangent if isinstance(first, Outer) else first.grads
     elements = (
         first.cotangent.shape[3] * first.columns if isinstance(first, Outer) else like.shape[2]
@@ -123,3 +137,20 @@ def _total_of(term: Term) -> Tensor:
         return (table if term.flipped else table.mT).flatten()
     rows = activation.flatten(0, 1)
     return (rows.T @ cotangent if term.flipped else cotangent.T @ rows).flatten()
+
+
+def energy(terms: list[Term]) -> Tensor:
+    r""":math:`\sum_{it} \|d_{it}\|^2 \|a_{it}\|^2` of all factors: the squares of what is added up.
+
+    Of one position per example that is :math:`\sum_i \|G_i\|^2`.
+    """
+    return torch.stack([_energy_of(wide(term)) for term in terms]).sum()
+
+
+def _energy_of(term: Term) -> Tensor:
+    if isinstance(term, Dense):
+        return term.grads.square().sum()
+    outputs = term.cotangent.square().sum(dim=(1, 3))
+    if isinstance(term.activation, OneHot):
+        return outputs.sum()
+    return (outputs * term.activation.square().sum(dim=2)).sum()
