@@ -40,6 +40,8 @@ from poprisk_lab.tasks.digits import digits, digits_cnn
 LEVELS = (0.0, 0.2, 0.4, 0.6)
 CHOOSING = {"first": (710,), "second": (711, 712)}
 CHOOSING_LEVELS = (0.0, 0.4)
+NEAR = 0.04
+"""How far behind its optimizer's best, on the first choosing seed, a setting is judged."""
 KEPT = 2
 """Settings of each optimizer that the second part of the choice looks at."""
 JUDGING = (720, 721, 722, 723, 724, 725)
@@ -86,6 +88,29 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "schedule-free AdamW": _grid(lr=(3e-4, 1e-3, 3e-3, 1e-2), weight_decay=DECAYS),
 }
 """Eight of each optimizer."""
+
+
+def _raised(setting: dict[str, Any], decay: float) -> list[dict[str, Any]]:
+    """A setting with more weight decay, at its learning rate and at twice it."""
+    return [{**setting, "lr": k * setting["lr"], "weight_decay": decay} for k in (1, 2)]
+
+
+RAISED = {
+    "rotated gate": (1, 1.0),
+    "basis alone": (5, 3.0),
+    "coordinate gate": (4, 1.0),
+    "AdamW": (3, 3.0),
+    "SOAP": (2, 3.0),
+    "Muon": (5, 3.0),
+    "Muon-NSR": (3, 1.0),
+    "Magma": (5, 3.0),
+    "Ano": (3, 3.0),
+    "schedule-free AdamW": (3, 3.0),
+}
+"""The best of the eight, and the next weight decay of 0.01, 1 and 3 not yet tried at its rate."""
+for _name, (_best, _decay) in RAISED.items():
+    SETTINGS[_name] += _raised(SETTINGS[_name][_best], _decay)
+TO_BEAT = ("AdamW", "basis alone")
 CONTROLS = ("shuffled mask", "random rotation", "RMS-matched")
 """Of the rotated gate at its chosen setting; the last: the basis alone at the size of its steps."""
 
@@ -223,15 +248,30 @@ def _mean(done: Results, name: str, setting: int, seeds: Sequence[int]) -> float
 
 
 def judged(done: Results) -> Iterator[Cell]:
-    """The chosen ones on the judging seeds, every setting of the two to beat, and the controls."""
-    whole = {"AdamW", "basis alone"}
+    """On the judging seeds, in the order of how much hangs on it.
+
+    The chosen setting of the gate, and every near one of the two to beat; then the chosen ones of
+    the others and the controls, on half of the seeds; and on the other half.
+    """
     picked = chosen(done)
-    for seed in JUDGING:
-        for noise, task, name in product(LEVELS, TASKS, SETTINGS):
-            for setting in range(len(SETTINGS[name])) if name in whole else [picked[name]]:
-                yield Cell(name, setting, task, noise, seed)
-        for noise, task, name in product(LEVELS, TASKS, CONTROLS):
-            yield Cell(name, picked["rotated gate"], task, noise, seed)
+    whole = [(name, s) for name in TO_BEAT for s in near(done, name)]
+    yield from _cells([("rotated gate", picked["rotated gate"]), *whole], JUDGING)
+    others = [(name, picked[name]) for name in SETTINGS if name not in (*TO_BEAT, "rotated gate")]
+    controls = [(name, picked["rotated gate"]) for name in CONTROLS]
+    for seeds in (JUDGING[:3], JUDGING[3:]):
+        yield from _cells([*controls, *others], seeds)
+
+
+def near(done: Results, name: str) -> list[int]:
+    """Settings that are not far behind the best of their optimizer on the first choosing seed."""
+    first, *rest = ranked(done, name)
+    least = _mean(done, name, first, CHOOSING["first"]) - NEAR
+    return [first, *(s for s in rest if _mean(done, name, s, CHOOSING["first"]) >= least)]
+
+
+def _cells(settings: list[tuple[str, int]], seeds: Sequence[int]) -> Iterator[Cell]:
+    for seed, noise, task, (name, setting) in product(seeds, LEVELS, TASKS, settings):
+        yield Cell(name, setting, task, noise, seed)
 
 
 def read(out: Path) -> Results:

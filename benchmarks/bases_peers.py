@@ -69,8 +69,10 @@ class VarianceAdaptedMuon(peers.Muon):
         return ahead / (of + 1e-8).sqrt()
 
 
-def _adapted_muon(model: nn.Module, _: Sizes, *, noise: str, lr: float) -> Optimizer:
-    groups = muon_groups(model, momentum=0.0, lr=lr, weight_decay=0.01, **ADAM)
+def _adapted_muon(
+    model: nn.Module, _: Sizes, *, noise: str, lr: float, weight_decay: float = 0.01
+) -> Optimizer:
+    groups = muon_groups(model, momentum=0.0, lr=lr, weight_decay=weight_decay, **ADAM)
     return VarianceAdaptedMuon(groups, noise=noise)
 
 
