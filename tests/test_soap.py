@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from asserts import assert_bitwise, complete_state, nothing_changes
 from poprisk import PopRiskAdamW, PopRiskSOAP
 from poprisk.optim import kronecker
 from poprisk.optim.kronecker import BASES, FACTORS
+from poprisk.optim.step import StepContext
 from poprisk.path import realized_update
 from poprisk_lab.arms import backward_mean
 from reference.soap import ReferenceSOAP
@@ -29,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "betas": (0.8, 0.95),
     "eps": 1e-8,
     "weight_decay": 0.1,
+    "coordinate_weight_decay": 0.1,
     "z": 1.25,
     "coordinate_z": 1.25,
     "softness": 0.1,
@@ -136,11 +139,7 @@ def test_without_a_rotation_it_is_the_coordinate_gate(
     if how == "identity":
         monkeypatch.setattr(kronecker, "_eigenvectors", same)
         monkeypatch.setattr(kronecker, "_iterated", same)
-    shared = {
-        k: v
-        for k, v in SETTINGS.items()
-        if k not in ("slack", "coordinate_z", "factor_decay", "refresh_every")
-    }
+    shared = {k: v for k, v in SETTINGS.items() if k in inspect.signature(PopRiskAdamW).parameters}
     models = [net(dtype), net(dtype)]
     max_dim = 0 if how == "no side" else 100
     factors = "examples" if variance == "exact" else "gradient"
@@ -151,6 +150,7 @@ def test_without_a_rotation_it_is_the_coordinate_gate(
         models[0],
         **(shared | of_bases),
         coordinate_z=shared["z"],
+        coordinate_weight_decay=shared["weight_decay"],
         variance=variance,
         max_dim=max_dim,
         factors=factors,
@@ -641,6 +641,35 @@ def test_squares_are_formed_where_a_gate_takes_them() -> None:
     with pytest.raises(RuntimeError, match="was given a gate, or another variance, since"):
         opt.step()
     assert_bitwise(before, weights(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "matrix", "bias"),
+    [
+        ({}, 1.0, 0.01),
+        ({"weight_decay": 0.0}, 0.0, 0.0),
+        ({"coordinate_weight_decay": 0.2}, 1.0, 0.2),
+    ],
+)
+def test_what_keeps_its_coordinates_is_decayed_by_less(
+    given: dict[str, float], matrix: float, bias: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    changes: dict[str, Any] = {"weight_decay": 1.0, **given}
+    opt = PopRiskSOAP(model, lr=0.1, **changes)
+    for moving in (True, False):  # the second gradient is zero, and the average is set to it
+        opt.zero_grad()
+        opt.backward(model(torch.randn(4, 3).double()).square().sum(1) * moving)
+        for state in opt.state.values():
+            state["exp_avg"].zero_()
+        start = weights(model)
+        opt.step()
+    for p, before, decay in zip(model.parameters(), start, (matrix, bias), strict=True):
+        torch.testing.assert_close(p.detach(), before * (1 - 0.1 * decay), rtol=1e-12, atol=0)
+    (group,), (b, at) = opt.param_groups, (model.bias, torch.zeros_like(model.bias))
+    context = StepContext(group, opt.state[b], False, b - start[1], at, start[1], at)
+    assert opt.step_rule(b, context).decay == pytest.approx(0.1 * bias)
 
 
 def test_a_hook_that_changes_a_gradient_is_refused() -> None:

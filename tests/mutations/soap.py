@@ -60,10 +60,22 @@ MUTATIONS = {
         'own = {"z": self.settings["z"], "slack": 0.0}',
         "test_soap.py::test_without_a_rotation_it_is_the_coordinate_gate",
     ),
+    "biases decayed like matrices": Mutation(
+        "poprisk/optim/settings.py",
+        'min(self.settings["weight_decay"], PLAIN_DECAY)',
+        'self.settings["weight_decay"]',
+        "test_soap.py::test_what_keeps_its_coordinates_is_decayed_by_less",
+    ),
+    "the rule of a step with the matrices' decay": Mutation(
+        "poprisk/optim/replay.py",
+        "group = _of_parameter(compiled(context.group), state)",
+        "group = compiled(context.group)",
+        "test_soap.py::test_what_keeps_its_coordinates_is_decayed_by_less",
+    ),
     "statistics of a gate that was not": Mutation(
         "poprisk/optim/replay.py",
-        "if not any(key in state for key in BASES):",
-        "if any(key in state for key in BASES):",
+        "return group if any(key in state for key in BASES) else",
+        "return group if not any(key in state for key in BASES) else",
         "test_soap.py::test_without_a_rotation_it_is_the_coordinate_gate",
     ),
     "a hook's small change not seen": Mutation(

@@ -28,9 +28,21 @@ from poprisk.optim.variance import ESTIMATORS, StepCounts, VarianceEstimator, ma
 
 MODES = ("auto", "paper")
 
-NUMBERS = ("eps", "weight_decay", "rho", "alpha", "z", "softness", "q_min")
+NUMBERS = (
+    "eps",
+    "weight_decay",
+    "coordinate_weight_decay",
+    "rho",
+    "alpha",
+    "z",
+    "softness",
+    "q_min",
+)
 OF_BASES = ("slack", "coordinate_z", "factor_decay")
 """Further numbers, of :class:`poprisk.PopRiskSOAP`."""
+PLAIN_DECAY = 0.01
+"""The most that a weight decay which was chosen for matrices takes of what keeps its coordinates:
+biases and gains, which are usually left undecayed, and linear models of one output."""
 SIZES = ("batch_size", "dataset_size")
 
 GATE_SETTINGS = (
@@ -63,6 +75,9 @@ class CompiledGroup(NamedTuple):
         if "coordinate_z" not in self.settings:
             return self
         own = {"z": self.settings["coordinate_z"], "slack": 0.0}
+        own["weight_decay"] = self.settings["coordinate_weight_decay"]
+        if own["weight_decay"] is None:
+            own["weight_decay"] = min(self.settings["weight_decay"], PLAIN_DECAY)
         return self._replace(settings={**self.settings, **own})
 
     def counts(self, t: Any, observations: Any) -> StepCounts:

@@ -72,6 +72,7 @@ class PopRiskSOAP(PopRiskAdamW):
         z: how many standard errors ``alpha="auto"`` asks for in a basis.
         coordinate_z: the same for what keeps its coordinates, where the gate is that of
             :class:`PopRiskAdamW`.
+        coordinate_weight_decay: likewise; None: ``weight_decay``, but at most 0.01.
         slack: :math:`\kappa`: in a basis only :math:`(\hat s - \kappa \hat v)_+` of the variance
             counts, so that noise that is small beside the gradients of the long run does not close
             the gate.
@@ -115,6 +116,7 @@ class PopRiskSOAP(PopRiskAdamW):
         alpha: float | str = "auto",
         z: float = 1.25,
         coordinate_z: float = 1.5,
+        coordinate_weight_decay: float | None = None,
         softness: float = 0.1,
         slack: float = 0.25,
         batch_size: int | None = None,
@@ -147,6 +149,8 @@ class PopRiskSOAP(PopRiskAdamW):
         super()._check_group(group)
         check_number("slack", group["slack"], low=0.0)
         check_number("coordinate_z", group["coordinate_z"], low=0.0)
+        if group["coordinate_weight_decay"] is not None:
+            check_number("coordinate_weight_decay", group["coordinate_weight_decay"], low=0.0)
         check_choice("factors", group["factors"], FACTORS_FROM)
         check_choice("variance", group["variance"], VARIANCES)
         check_number("factor_decay", group["factor_decay"], low=0.0, high=1.0, include_high=False)
