@@ -3,7 +3,8 @@
 docs/notebook/bases.md says what is tried, on which seeds, and how one setting of each optimizer is
 chosen; it was written before the first run. ``choose`` trains every setting on the choosing seed,
 the best two of each optimizer on two more, and names one; ``judge`` trains on other seeds. OUT
-keeps what is done; repeated, the command goes on, and ``--share i/k`` takes every k-th run.
+keeps what is done; repeated, the command goes on, and ``--share i/k`` takes every k-th run into a
+file of its own. ``bases_report.py`` puts them together and says what came out.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from poprisk_lab.controls import ShuffledMask, UpdateTrace, rms
 from poprisk_lab.fit import score, seed_all
 from poprisk_lab.runner import environment
 from poprisk_lab.store import write_json
+from poprisk_lab.tasks import BUILT_IN
 from poprisk_lab.tasks.digits import digits, digits_cnn
 
 LEVELS = (0.0, 0.2, 0.4, 0.6)
@@ -59,6 +61,8 @@ TASKS = {
     "mnist1d": _signals,
     "docstrings": partial(labels, data="docstrings"),
 }
+REGRESSIONS = ("sparse-regression", "dense-regression", "long-tail-regression", "diabetes")
+"""Judged beside them, with the same settings; nothing is chosen there."""
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 DECAYS = (0.01, 1.0)
 
@@ -121,8 +125,8 @@ class Cell(NamedTuple):
     Attributes:
         optimizer: a key of :data:`SETTINGS`, or one of :data:`CONTROLS`.
         setting: its position there.
-        task: a key of :data:`TASKS`.
-        noise: share of wrong training labels.
+        task: a key of :data:`TASKS`, or one of :data:`REGRESSIONS`.
+        noise: share of wrong training labels, 0 of a regression.
         seed: of data, initial weights and order of examples.
     """
 
@@ -134,11 +138,15 @@ class Cell(NamedTuple):
 
 
 Results = dict[Cell, float]
+"""Final accuracy on right labels, of a regression the test error."""
 
 
 def train(cell: Cell) -> float:
-    """The final accuracy on right labels."""
-    task = TASKS[cell.task](cell.seed, noise=cell.noise)
+    """What the task's metric says of the test set in the end."""
+    if cell.task in REGRESSIONS:
+        task = BUILT_IN[cell.task](cell.seed)
+    else:
+        task = TASKS[cell.task](cell.seed, noise=cell.noise)
     if cell.optimizer in SETTINGS:
         setting = SETTINGS[cell.optimizer][cell.setting]
         return _trained(task, cell.seed, partial(BUILD[cell.optimizer], **setting))
@@ -183,7 +191,7 @@ def _trained(
             optimizer.zero_grad()
             backward_mean(optimizer, losses)
             optimizer.step() if step is None else step(optimizer)
-    return _accuracy(task, model, optimizer)
+    return _score(task, model, optimizer)
 
 
 @contextmanager
@@ -202,7 +210,7 @@ def random_rotations(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _accuracy(task: Task, model: nn.Module, optimizer: Optimizer) -> float:
+def _score(task: Task, model: nn.Module, optimizer: Optimizer) -> float:
     """On the test set, at the averaged weights where an optimizer keeps some."""
     averaged = getattr(optimizer, "eval", None)
     if averaged is not None:
@@ -263,6 +271,15 @@ def judged(done: Results) -> Iterator[Cell]:
         yield from _cells([*controls, *others], seeds)
 
 
+def regressions(done: Results) -> Iterator[Cell]:
+    """Every setting of AdamW, and the chosen ones of the gate in both bases."""
+    picked = chosen(done)
+    gates = [(name, picked[name]) for name in ("rotated gate", "coordinate gate")]
+    adamw = [("AdamW", s) for s in range(len(SETTINGS["AdamW"]))]
+    for seed, task, (name, s) in product(JUDGING, REGRESSIONS, [*gates, *adamw]):
+        yield Cell(name, s, task, 0.0, seed)
+
+
 def near(done: Results, name: str) -> list[int]:
     """Settings that are not far behind the best of their optimizer on the first choosing seed."""
     first, *rest = ranked(done, name)
@@ -277,6 +294,14 @@ def _cells(
         yield Cell(name, setting, task, noise, seed)
 
 
+STAGES: dict[str, Callable[[Results], Iterator[Cell]]] = {
+    "first": lambda _: first_choice(),
+    "second": second_choice,
+    "judge": judged,
+    "regressions": regressions,
+}
+
+
 def read(out: Path) -> Results:
     """What is done."""
     rows = json.loads(out.read_text("utf-8"))["results"] if out.exists() else []
@@ -289,19 +314,18 @@ def main(out: Path, stage: str, share: str, minutes: float) -> None:
     until, (part, parts) = time.monotonic() + 60 * minutes, map(int, share.split("/"))
     own = out.with_suffix(f".{part}-of-{parts}{out.suffix}") if parts > 1 else out
     done = read(out) | read(own)
-    stages = {"first": lambda _: first_choice(), "second": second_choice, "judge": judged}
-    for i, cell in enumerate(stages[stage](done)):
+    for i, cell in enumerate(STAGES[stage](done)):
         if i % parts != part - 1 or cell in done or time.monotonic() > until:
             continue
         done[cell] = train(cell)
-        rows = [[*c, accuracy] for c, accuracy in done.items()]
+        rows = [[*c, found] for c, found in done.items()]
         write_json(own, {"environment": environment(0), "settings": SETTINGS, "results": rows})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("stage", choices=("first", "second", "judge"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--share", default="1/1", help="which of how many parts; each its own file")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after")
     given = parser.parse_args()
