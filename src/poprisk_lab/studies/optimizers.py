@@ -15,6 +15,7 @@ from poprisk.intervals import Interval
 from poprisk.optim.sizes import Sizes
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.controls import UpdateTrace
+from poprisk_lab.fit import FROM_GRADIENT
 from poprisk_lab.plots import Line, rounded, short
 from poprisk_lab.studies.claim import Metrics, Results, TrialResult
 from poprisk_lab.studies.criteria import Steps, restricted_mean, speed_up
@@ -29,6 +30,7 @@ ARMS: dict[str, Arm] = {
         Arm("auto", "PopRiskAdamW, defaults", "poprisk", "poprisk"),
         Arm("stream", "PopRiskAdamW, defaults, data taken as a stream", "poprisk", "poprisk"),
         Arm("terms", "PopRiskAdamW, defaults, sizes by term", "poprisk", "poprisk"),
+        Arm("basis", "PopRiskSOAP", "basis", "poprisk-soap", FROM_GRADIENT),
         Arm("soap", "SOAP", "peer", "soap"),
         Arm("lbfgs", "AdamW, then L-BFGS", "peer", "adamw"),
         Arm("matched", "AdamW, RMS-matched", "rms-matched", "rms-matched"),

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from poprisk.optim.adamw import PopRiskAdamW
 from poprisk_lab.arms import Arm, build_optimizer
 from poprisk_lab.controls import UpdateTrace
-from poprisk_lab.fit import without_functions
+from poprisk_lab.fit import FROM_GRADIENT, without_functions
 from poprisk_lab.plots import rounded
 from poprisk_lab.studies.claim import Metrics, Workspace
 from poprisk_lab.studies.grokking.decay import GatedDecay
@@ -23,10 +23,11 @@ from poprisk_lab.tasks.modular import ModularTransformer, split_table
 GOAL = 0.95
 KEPT = 60
 """Points of a curve that are kept."""
-WITH_MORE = ("poprisk", "paper", "shuffled", "decay-gated", "grokfast", "muon", "soap")
+WITH_MORE = ("poprisk", "basis", "paper", "shuffled", "decay-gated", "grokfast", "muon", "soap")
 """Arms that take what their trial has under ``gate``."""
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "poprisk": ("poprisk", {}),
+    "basis": ("poprisk-soap", FROM_GRADIENT),
     "paper": ("poprisk", {}),
     "decay-gated": ("poprisk", {"weight_decay": 0.0}),
     "shuffled": ("shuffled", {}),
