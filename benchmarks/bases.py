@@ -32,7 +32,7 @@ from poprisk.optim import kronecker
 from poprisk.task import Task
 from poprisk.task.batches import split_batches
 from poprisk_lab.arms import backward_mean
-from poprisk_lab.controls import ShuffledMask, UpdateTrace, rms
+from poprisk_lab.controls import ShuffledMask, UpdateTrace, decayed, rms
 from poprisk_lab.fit import score, seed_all
 from poprisk_lab.runner import environment
 from poprisk_lab.store import write_json
@@ -79,6 +79,7 @@ GATED = """
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "rotated gate": [
         dict(zip(("lr", "z", "slack"), map(float, one.split()), strict=True))
+        | {"weight_decay": 0.01}
         for one in GATED.split(",")
     ],
     "basis alone": _grid(lr=(1e-4, 2e-4, 5e-4, 1e-3), weight_decay=DECAYS),
@@ -159,16 +160,15 @@ def train(cell: Cell) -> float:
             return _trained(task, cell.seed, partial(BUILD["rotated gate"], **setting))
     trace = UpdateTrace()
     _trained(task, cell.seed, partial(BUILD["rotated gate"], **setting), trace.record_step)
-    alone = partial(BUILD["basis alone"], lr=setting["lr"])
+    same = {key: setting[key] for key in ("lr", "weight_decay")}
+    alone = partial(BUILD["basis alone"], **same)
     return _trained(task, cell.seed, alone, partial(_step_of_sizes, iter(trace.rms)))
 
 
 @torch.no_grad()
 def _step_of_sizes(sizes: Iterator[list[float]], optimizer: Optimizer) -> None:
     """A step whose part beside weight decay has these root mean squares, tensor by tensor."""
-    (group,) = optimizer.param_groups
-    kept = 1 - group["lr"] * group["weight_decay"]
-    starts = [p * kept for p in group["params"]]
+    (group,), starts = optimizer.param_groups, decayed(optimizer)
     optimizer.step()
     for p, start, size in zip(group["params"], starts, next(sizes), strict=True):
         moved = p - start

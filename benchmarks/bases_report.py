@@ -78,7 +78,8 @@ def level_means(done: Results, arm: Arm, level: float, seeds: Iterable[int]) -> 
 
 def gain(done: Results, ours: Arm, other: Arm, levels: Sequence[float] = LEVELS) -> Interval:
     """Of ours over another, paired by seed, in points of accuracy, mean over tasks and levels."""
-    seeds = judged_seeds(done, other, levels)
+    able = judged_seeds(done, ours, levels)
+    seeds = [seed for seed in judged_seeds(done, other, levels) if seed in able]
     pairs = [[level_means(done, arm, level, seeds) for level in levels] for arm in (ours, other)]
     by_seed = [[mean(column) for column in zip(*rows, strict=True)] for rows in pairs]
     return t_interval(100 * (a - b) for a, b in zip(*by_seed, strict=True))
@@ -111,6 +112,8 @@ def hindsight(done: Results, arms: Sequence[Arm], ours: Arm) -> Iterator[str]:
     gaps: list[list[float]] = []
     for level in LEVELS:
         seeds = judged_seeds(done, ours, [level])
+        if not seeds:
+            return
         able = [arm for arm in arms if judged_seeds(done, arm, [level]) == seeds]
         best = max(able, key=lambda arm: mean(level_means(done, arm, level, seeds)))
         own, other = (level_means(done, arm, level, seeds) for arm in (ours, best))
@@ -121,6 +124,9 @@ def hindsight(done: Results, arms: Sequence[Arm], ours: Arm) -> Iterator[str]:
 
 def by_task(done: Results, ours: Arm, arms: Sequence[Arm]) -> Iterator[str]:
     """Accuracy of ours in each cell, and its distance to the best of each rival there."""
+    arms = [arm for arm in arms if judged_seeds(done, arm) == list(JUDGING)]
+    if {name for name, _ in arms} != {*TO_BEAT} or judged_seeds(done, ours) != list(JUDGING):
+        return
     yield "| | " + " | ".join(f"{level:.0%}" for level in LEVELS) + " |"
     yield "|" + "---|" * (len(LEVELS) + 1)
     for task in TASKS:
@@ -128,7 +134,7 @@ def by_task(done: Results, ours: Arm, arms: Sequence[Arm]) -> Iterator[str]:
         for level in LEVELS:
 
             def of(arm: Arm, task: str = task, level: float = level) -> float:
-                return mean(done.get(Cell(*arm, task, level, seed), -1.0) for seed in JUDGING)
+                return mean(done[Cell(*arm, task, level, seed)] for seed in JUDGING)
 
             best = [max(of(arm) for arm in arms if arm[0] == name) for name in TO_BEAT]
             own = of(ours)

@@ -22,6 +22,7 @@ from poprisk.optim.kronecker import BASES, FACTORS
 from poprisk.optim.step import StepContext
 from poprisk.path import realized_update
 from poprisk_lab.arms import backward_mean
+from poprisk_lab.controls import UpdateTrace
 from reference.soap import ReferenceSOAP
 
 B, N = 16, 64
@@ -393,6 +394,10 @@ def test_a_bad_first_batch_leaves_the_first_basis_to_the_next() -> None:
     assert_bitwise(weights(model), weights(other))
 
 
+def larger(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(1.3 * g for g in grads)
+
+
 class Odd(nn.Module):
     """An embedding, convolutions (one in groups), a tied weight, and a matrix of one row."""
 
@@ -635,7 +640,8 @@ def test_squares_are_formed_where_a_gate_takes_them() -> None:
     noted = opt._batch_parts()._noted
     known = [noted[p].squares is not None for p in model.parameters()]
     assert known == [False] * 4 + [True] * 2
-    assert [noted[weight(model, i)].turned is not None for i in (0, 2, 4)] == [False, True, False]
+    turned = [noted[weight(model, i)].turned for i in (0, 2, 4)]
+    assert [t and t.for_step for t in turned] == [None, True, False]
     before = weights(model)
     opt.param_groups[0]["gate"] = True
     with pytest.raises(RuntimeError, match="was given a gate, or another variance, since"):
@@ -658,18 +664,58 @@ def test_what_keeps_its_coordinates_is_decayed_by_less(
     model = nn.Linear(3, 2).double()
     changes: dict[str, Any] = {"weight_decay": 1.0, **given}
     opt = PopRiskSOAP(model, lr=0.1, **changes)
-    for moving in (True, False):  # the second gradient is zero, and the average is set to it
+    for _ in range(3):
         opt.zero_grad()
-        opt.backward(model(torch.randn(4, 3).double()).square().sum(1) * moving)
-        for state in opt.state.values():
-            state["exp_avg"].zero_()
+        opt.backward(model(torch.randn(4, 3).double()).square().sum(1) * 0)
         start = weights(model)
         opt.step()
-    for p, before, decay in zip(model.parameters(), start, (matrix, bias), strict=True):
-        torch.testing.assert_close(p.detach(), before * (1 - 0.1 * decay), rtol=1e-12, atol=0)
+        for p, before, decay in zip(model.parameters(), start, (matrix, bias), strict=True):
+            torch.testing.assert_close(p.detach(), before * (1 - 0.1 * decay), rtol=1e-12, atol=0)
     (group,), (b, at) = opt.param_groups, (model.bias, torch.zeros_like(model.bias))
     context = StepContext(group, opt.state[b], False, b - start[1], at, start[1], at)
     assert opt.step_rule(b, context).decay == pytest.approx(0.1 * bias)
+
+
+def test_sizes_of_updates_are_told_without_what_decays() -> None:
+    """As of the controls that take steps of the same size."""
+    model, trace = nn.Linear(6, 5), UpdateTrace()
+    nn.init.ones_(model.bias)
+    opt = PopRiskSOAP(model, lr=1e-2)
+    for _ in range(3):
+        opt.zero_grad()
+        opt.backward(model(torch.randn(4, 6)).square().sum(1) * 0)
+        trace.record_step(opt)
+    assert max(max(row) for row in trace.rms) < 1e-8
+
+
+def test_a_gate_may_be_switched_on_after_a_step_that_was_left_out() -> None:
+    model, (x, y) = net(), data()
+    opt = rotated(model, gate=False)
+    opt.backward(F.cross_entropy(model(x[:B]), y[:B], reduction="none"))
+    model.zero_grad()
+    opt.param_groups[0]["gate"] = True
+    opt.backward(F.cross_entropy(model(x[:B]), y[:B], reduction="none"))
+    opt.step()
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_gradient_changed_on_its_way_is_noticed_where_positions_cancel(gate: bool) -> None:
+    """What is added up is large then, and its rounding is no measure of the examples' gradients."""
+    torch.manual_seed(0)
+    layer, signs = nn.Linear(64, 64, bias=False), torch.tensor([[1.0], [-1.0]] * 10)
+    opt = PopRiskSOAP(layer, lr=1e-4, gate=gate, **SIZES)
+    view: Any = layer.weight.expand_as(layer.weight).grad_fn
+    accumulated = view.next_functions[0][0]
+    for step in range(3):
+        opt.zero_grad()
+        x = 100 + torch.randn(B, 20, 64)
+        losses = (layer(x) * signs).sum(1).square().sum(1)
+        if step < 2:
+            opt.backward(losses)
+            opt.step()
+    accumulated.register_prehook(larger)
+    with nothing_changes(opt), pytest.raises(RuntimeError, match="is not the sum of its examples"):
+        opt.backward(losses)
 
 
 def test_a_hook_that_changes_a_gradient_is_refused() -> None:

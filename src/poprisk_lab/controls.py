@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from poprisk.optim.gate import MASKS_, Mask, TensorList
+from poprisk.optim.settings import decay_of
 from poprisk.optim.wrapper import rewrite_step
 
 
@@ -63,7 +64,7 @@ class UpdateTrace:
 
     def record_step(self, optimizer: Optimizer) -> None:
         """Let ``optimizer`` take its step and record the RMS of what it did."""
-        starts = _decayed(optimizer)
+        starts = decayed(optimizer)
         optimizer.step()
         self._record(optimizer, starts)
 
@@ -76,7 +77,7 @@ class UpdateTrace:
         starts: TensorList = []
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            starts[:] = _decayed(optimizer)
+            starts[:] = decayed(optimizer)
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._record(optimizer, starts)
@@ -92,10 +93,10 @@ class UpdateTrace:
         self.rms.append(moved.tolist())
 
 
-def _decayed(optimizer: Optimizer) -> TensorList:
+def decayed(optimizer: Optimizer) -> TensorList:
     """What decoupled weight decay alone would make of the parameters."""
     return [
-        p.detach() * (1 - float(g["lr"]) * float(g["weight_decay"]))
+        p.detach() * (1 - float(g["lr"]) * decay_of(g, p))
         for g in optimizer.param_groups
         for p in g["params"]
     ]

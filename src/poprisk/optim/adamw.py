@@ -298,7 +298,7 @@ class PopRiskAdamW(Optimizer):
             raise TypeError(f"weight must be a number, but got {type(weight).__name__}.")
         if not 0 < float(weight) < math.inf:
             raise ValueError(f"weight must be positive and finite, but got {weight}.")
-        self._batch_parts().backward(losses, float(weight), self._step_size("exact"))
+        self._next_parts().backward(losses, float(weight), self._step_size("exact"))
 
     def microbatch(self, size: int) -> None:
         """Note one part of an accumulated batch, for ``variance="microbatch"``.
@@ -314,7 +314,7 @@ class PopRiskAdamW(Optimizer):
         """
         self._check_within("microbatch", "microbatch")
         check_positive("size", size)
-        self._batch_parts().part(size, self._step_size("microbatch"))
+        self._next_parts().part(size, self._step_size("microbatch"))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the parts of a batch that were noted."""
@@ -389,6 +389,12 @@ class PopRiskAdamW(Optimizer):
             parts = self._notes.parts = parts or BatchParts(params, self._bases())
             parts.params, parts.wanted = params, {*self._params_with(WITHIN_BATCH)}
         return parts
+
+    def _next_parts(self) -> BatchParts:
+        """The same before a backward pass, which may be the first after gradients were cleared."""
+        if self._notes.parts is not None:
+            self._notes.parts.restart_if_cleared()
+        return self._batch_parts()
 
     def _params_with(self, variances: Sequence[str]) -> TensorList:
         """Parameters whose gate takes one of these variances."""

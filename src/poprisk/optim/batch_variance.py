@@ -99,18 +99,35 @@ class GradientProbe(NamedTuple):
         return _common_factor(self.again(grad), self.entries)
 
 
+class Turned(NamedTuple):
+    """A gradient in a basis, from the factors of its examples.
+
+    Attributes:
+        grad: it. Of the variance, which rounds as it does, it is the mean.
+        for_step: whether a step takes it; else one turns the gradient, which is the same work with
+            and without a gate.
+    """
+
+    grad: Tensor
+    for_step: bool
+
+    def plus(self, other: Turned) -> Turned:
+        """The sum of the gradients of two parts."""
+        return Turned(self.grad + other.grad, self.for_step and other.for_step)
+
+
 class _Share(NamedTuple):
     """What some examples add to one parameter's gradient.
 
     Attributes:
         grad: their share, autograd's own.
         squares: sum of the squares of each example's, in the parameter's basis; None: not wanted.
-        turned: the share in that basis, from the factors; None where there is none.
+        turned: the share in that basis; None where it was not turned.
     """
 
     grad: Tensor
     squares: Tensor | None
-    turned: Tensor | None = None
+    turned: Turned | None = None
 
 
 @dataclass
@@ -132,7 +149,7 @@ class _Noted:
     version: int
     probe: GradientProbe
     copy: Tensor | None
-    turned: Tensor | None = None
+    turned: Turned | None = None
     checksum: Tensor | None = None
 
     def holds(self, grad: Tensor) -> bool:
@@ -198,7 +215,7 @@ class BatchParts:
                 outside the graph changes gradients.
         """
         check_batch_losses(losses)
-        self._restart_if_cleared()
+        self.restart_if_cleared()
         share, before = weight / len(losses), self._share
         if before is not None and not math.isclose(share, before, rel_tol=1e-6):
             raise ValueError(
@@ -241,7 +258,7 @@ class BatchParts:
             ValueError: if there are more examples than ``batch_size``, that of a whole step.
             RuntimeError: if there was no or more than one backward pass since the last part.
         """
-        self._restart_if_cleared()
+        self.restart_if_cleared()
         _check_step_size(self.examples + size, size, batch_size)
         check_whole(self.params, "what one part of a batch adds to its gradient is not seen whole")
         changes = [self._changes(p) for p in self.params.values() if p.grad is not None]
@@ -295,7 +312,9 @@ class BatchParts:
     @torch.no_grad()
     def _variance(self, p: Tensor, factor: float) -> Tensor:
         squares = cast(Tensor, self._noted[p].squares) * (self.examples * factor**2)
-        grad = self.bases.turned(p) if self.bases is not None else _grad(p)
+        grad = self.turned(p, factor)
+        if grad is None:
+            grad = self.bases.turned(p) if self.bases is not None else _grad(p)
         return not_negative((squares - squared(grad)) / (self.parts - 1))
 
     def factor(self, p: Tensor) -> float:
@@ -334,34 +353,38 @@ class BatchParts:
             )
         return changes
 
-    def turned(self, p: Tensor, factor: float) -> Tensor | None:
+    def turned(self, p: Tensor, factor: float, *, for_step: bool = False) -> Tensor | None:
         """The gradient in its basis as the shares gave it, times what it was multiplied by since.
 
-        That is ``factor``, of :meth:`factor`. None where they gave none, or where more than
-        rounding and a factor has changed since, so that the gradient itself must be turned.
+        That is ``factor``, of :meth:`factor`. None where they gave none, or none for a step, or
+        where more than rounding and a factor has changed since, so that the gradient itself must
+        be turned.
         """
         noted, grad = self._noted.get(p), _grad(p)
         if noted is None or noted.turned is None or noted.checksum is None:
+            return None
+        if for_step and not noted.turned.for_step:
             return None
         now = _checksum(grad)
         then = noted.checksum * factor
         rounding = 64 * torch.finfo(now.dtype).eps * torch.linalg.vector_norm(then)
         if not bool(torch.linalg.vector_norm(now - then) <= rounding):
             return None
-        return noted.turned if factor == 1 else noted.turned * factor
+        return noted.turned.grad if factor == 1 else noted.turned.grad * factor
 
     def _note(
         self,
         p: Tensor,
         squares: Tensor | None,
         copy: Tensor | None = None,
-        turned: Tensor | None = None,
+        turned: Turned | None = None,
     ) -> None:
         grad, before = _grad(p), self._noted.get(p)
         if before is not None:
             old = before.squares
             squares = None if squares is None or old is None else squares.add_(old)
-            turned = None if turned is None or before.turned is None else turned + before.turned
+            last = before.turned
+            turned = None if turned is None or last is None else turned.plus(last)
         checksum = None if turned is None else _checksum(grad)
         probe = GradientProbe.of(grad)
         self._noted[p] = _Noted(squares, grad, grad._version, probe, copy, turned, checksum)
@@ -379,7 +402,7 @@ class BatchParts:
                 "after the last part, and call optimizer.zero_grad() between steps."
             )
 
-    def _restart_if_cleared(self) -> None:
+    def restart_if_cleared(self) -> None:
         """A batch whose step was skipped leaves its parts behind; its gradients are gone."""
         if any(p.grad is None for p in self._noted):
             self.reset()
@@ -432,13 +455,13 @@ class _Sums(NamedTuple):
         grad: of the shares, in coordinates.
         size: of rounding in it, the sum of squares of what was added up.
         squares: of the shares' squares, in a basis; None: not wanted.
-        turned: of the shares in that basis; None where the gradient itself is better turned.
+        turned: of the shares in that basis; None where they were not turned.
     """
 
     grad: Tensor
     size: Tensor
     squares: Tensor | None
-    turned: Tensor | None
+    turned: Turned | None
 
 
 def _sums(terms: list[Term], p: Tensor, rotation: Rotation | None, *, squares: bool) -> _Sums:
@@ -448,14 +471,15 @@ def _sums(terms: list[Term], p: Tensor, rotation: Rotation | None, *, squares: b
         sums, found = moments(terms)
         found = shaped(found, p)
         return _Sums(shaped(sums, p), _real(found).sum(), found, None)
-    cheaper = rotation.is_cheaper_on(terms, p.shape)
-    rotated = rotation.terms(terms, p.shape) if squares or cheaper else []
-    return _Sums(
-        total(terms).reshape(p.shape),
-        energy(terms),
-        squares_of(rotated).reshape(p.shape) if squares else None,
-        total(rotated).reshape(p.shape) if cheaper else None,
-    )
+    cheaper, sums = rotation.is_cheaper_on(terms, p.shape), total(terms).reshape(p.shape)
+    if not (squares or cheaper):
+        return _Sums(sums, energy(terms), None, None)
+    rotated = rotation.terms(terms, p.shape)
+    turned = Turned(total(rotated).reshape(p.shape), cheaper)
+    if not squares:
+        return _Sums(sums, energy(terms), None, turned)
+    found = squares_of(rotated).reshape(p.shape)
+    return _Sums(sums, found.sum(), found, turned)
 
 
 def _checksum(grad: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class ExampleFactors:
         """The gradient of this step in its basis, computed once."""
         if p not in self._turned:
             scale, parts = self.scales.get(p), self.optimizer._batch_parts()
-            turned = None if scale is None else parts.turned(p, scale)
+            turned = None if scale is None else parts.turned(p, scale, for_step=True)
             if turned is None:
                 rotation, grad = self.rotation(p), cast(Tensor, p.grad)
                 turned = grad if rotation is None else rotation.forward(grad.to(state_dtype(p)))

@@ -22,7 +22,7 @@ def last_gate(
     p: Tensor, state: dict[str, Any], group: CompiledGroup
 ) -> tuple[TensorLists, StepCounts, VarianceEstimator | None, Gate | None]:
     """What the gate of the last step looked at, and the gate; of a DTensor, the part here."""
-    group = _of_parameter(group, state)
+    group = _of_parameter(group, p, state)
     t = int(state["step"].item())
     counts = group.counts(t, t - state.get("variance_start", t))
     gate = group.gate(counts, layout_of(p))
@@ -33,13 +33,13 @@ def last_gate(
     return lists, counts, group.estimator, gate
 
 
-def _of_parameter(group: CompiledGroup, state: dict[str, Any]) -> CompiledGroup:
-    return group if any(key in state for key in BASES) else group.in_coordinates()
+def _of_parameter(group: CompiledGroup, p: Tensor, state: dict[str, Any]) -> CompiledGroup:
+    return group if any(key in state for key in BASES) else group.in_coordinates(p)
 
 
 def last_step_rule(p: Tensor, state: dict[str, Any], context: StepContext) -> StepRule:
     """The last step of one parameter as a linear map of its gradient, from the state it left."""
-    group = _of_parameter(compiled(context.group), state)
+    group = _of_parameter(compiled(context.group), p, state)
     settings, lr, t = group.settings, float(group.settings["lr"]), int(state["step"].item())
     beta1 = settings["betas"][0]
     rule = StepRule(

@@ -22,6 +22,7 @@ from poprisk.optim.gate import (
     threshold,
     threshold_at,
 )
+from poprisk.optim.matrices import rotated_sides
 from poprisk.optim.sizes import by_term, charges_by_term, check_sizes, first_sizes, plain_sizes
 from poprisk.optim.update import AdamSettings
 from poprisk.optim.variance import ESTIMATORS, StepCounts, VarianceEstimator, make_estimator
@@ -70,14 +71,12 @@ class CompiledGroup(NamedTuple):
         """The estimator's entries in a parameter's state."""
         return self.estimator.state_keys if self.estimator else ()
 
-    def in_coordinates(self) -> CompiledGroup:
-        """For a parameter in no other basis, where the gate is that of PopRiskAdamW."""
+    def in_coordinates(self, p: Tensor) -> CompiledGroup:
+        """For a parameter that has no basis, or none yet: the gate is that of PopRiskAdamW."""
         if "coordinate_z" not in self.settings:
             return self
         own = {"z": self.settings["coordinate_z"], "slack": 0.0}
-        own["weight_decay"] = self.settings["coordinate_weight_decay"]
-        if own["weight_decay"] is None:
-            own["weight_decay"] = min(self.settings["weight_decay"], PLAIN_DECAY)
+        own["weight_decay"] = decay_of(self.settings, p)
         return self._replace(settings={**self.settings, **own})
 
     def counts(self, t: Any, observations: Any) -> StepCounts:
@@ -129,6 +128,15 @@ class CompiledGroup(NamedTuple):
         own = counts._replace(t=counts.observations + 1)
         kept, kept_terms = (momentum_noise(c.t, c.beta1) / inflation for c in (counts, own))
         return Balance(kept, kept_terms, own.mean_scale, max(self.charges.values()))
+
+
+def decay_of(group: Mapping[str, Any], p: Tensor) -> float:
+    """The weight decay of one parameter of a group; of PopRiskSOAP less where none is rotated."""
+    decay = float(group["weight_decay"])
+    if "max_dim" not in group or any(rotated_sides(p, group["max_dim"])):
+        return decay
+    own = group.get("coordinate_weight_decay")
+    return min(decay, PLAIN_DECAY) if own is None else float(own)
 
 
 def compiled(group: Mapping[str, Any]) -> CompiledGroup:

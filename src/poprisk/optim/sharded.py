@@ -36,8 +36,8 @@ from poprisk.optim.kronecker import (
     NO_PAIR,
     Pair,
     Rotation,
-    as_matrix,
 )
+from poprisk.optim.matrices import as_matrix
 from poprisk.optim.update import state_dtype
 
 Index = slice | Tensor

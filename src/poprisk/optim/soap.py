@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast, final
 
@@ -28,10 +28,10 @@ from poprisk.optim.kronecker import (
     first_rotation,
     is_due,
     refresh_,
-    rotated_sides,
     rotation_of,
     total_of,
 )
+from poprisk.optim.matrices import rotated_sides
 from poprisk.optim.replay import gate_row
 from poprisk.optim.settings import CompiledGroup
 from poprisk.optim.sharded import (
@@ -87,7 +87,8 @@ class PopRiskSOAP(PopRiskAdamW):
             so that any training loop will do (with ``variance="ema"``).
         factor_decay: decay of their averages, in [0, 1).
         refresh_every: steps between two bases, later on.
-        max_dim: the largest side that is rotated; 0: none, which is PopRiskAdamW.
+        max_dim: the largest side that is rotated; 0: none, which is PopRiskAdamW at
+            ``coordinate_z`` and ``coordinate_weight_decay``.
 
     State beside that of PopRiskAdamW: two square matrices for each side that is rotated.
     ``gate=False`` is Adam in that basis. Where parameters are sharded (DTensor), each process keeps
@@ -222,8 +223,6 @@ class PopRiskSOAP(PopRiskAdamW):
         alone it is diagonal), and Adam would divide round-off by round-off there.
         """
         sides = rotated_sides(p, tensors.group.settings["max_dim"])
-        if not any(sides):
-            return
         if tensors.layout is None:
             found = whole = self._step_factors(p, tensors.group)
         else:
@@ -248,13 +247,14 @@ class PopRiskSOAP(PopRiskAdamW):
 
     def _update(self, tensors: TensorGroup) -> None:
         rotations = [rotation_of(p, s) for p, s in zip(tensors.params, tensors.states, strict=True)]
-        plain = [i for i, rotation in enumerate(rotations) if rotation is None]
         turned = [i for i, rotation in enumerate(rotations) if rotation is not None]
-        if plain:
-            own = tensors.group.in_coordinates()
-            update_group(tensors.subset(plain)._replace(group=own))
-            for i in plain:
-                self._begin(tensors.params[i], tensors.states[i], tensors)
+        plain, to_rotate = self._without_basis(tensors, rotations)
+        for indices in (plain, to_rotate):
+            if indices:
+                own = tensors.group.in_coordinates(tensors.params[indices[0]])
+                update_group(tensors.subset(indices)._replace(group=own))
+        for i in to_rotate:
+            self._begin(tensors.params[i], tensors.states[i], tensors)
         if tensors.layout is not None:
             for i in turned:
                 self._update_sharded(tensors.subset([i]), cast(Rotation, rotations[i]))
@@ -266,6 +266,17 @@ class PopRiskSOAP(PopRiskAdamW):
         for i in turned:
             p, state = tensors.params[i], tensors.states[i]
             self._follow(p, state, finite(self._step_factors(p, tensors.group)), tensors)
+
+    def _without_basis(
+        self, tensors: TensorGroup, rotations: Sequence[Rotation | None]
+    ) -> tuple[list[int], list[int]]:
+        """Which parameters have none: for good, and as yet."""
+        for_good, as_yet = list[int](), list[int]()
+        for i, (p, rotation) in enumerate(zip(tensors.params, rotations, strict=True)):
+            if rotation is None:
+                sides = rotated_sides(p, tensors.group.settings["max_dim"])
+                (as_yet if any(sides) else for_good).append(i)
+        return for_good, as_yet
 
     def _update_sharded(self, tensors: TensorGroup, rotation: Rotation) -> None:
         """Of one parameter, whose whole matrices are given up again before the next."""

@@ -140,17 +140,10 @@ def _total_of(term: Term) -> Tensor:
 
 
 def energy(terms: list[Term]) -> Tensor:
-    r""":math:`\sum_{it} \|d_{it}\|^2 \|a_{it}\|^2` of all factors: the squares of what is added up.
-
-    Of one position per example that is :math:`\sum_i \|G_i\|^2`.
-    """
-    return torch.stack([_energy_of(wide(term)) for term in terms]).sum()
-
-
-def _energy_of(term: Term) -> Tensor:
-    if isinstance(term, Dense):
-        return term.grads.square().sum()
-    outputs = term.cotangent.square().sum(dim=(1, 3))
-    if isinstance(term.activation, OneHot):
-        return outputs.sum()
-    return (outputs * term.activation.square().sum(dim=2)).sum()
+    r""":math:`\sum_{ik} \|G_{ik}\|^2`, the sum of what :func:`squares_of` gives."""
+    terms = [wide(term) for term in terms]
+    pair = _one_position(terms)
+    if pair is None:
+        return _formed(terms)[1].sum()
+    of_rows, of_columns = pair
+    return (of_rows.square().sum(1) * of_columns.square().sum(1)).sum()
