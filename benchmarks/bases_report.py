@@ -110,16 +110,15 @@ def judgement(done: Results, arms: Sequence[Arm], ours: Arm) -> Iterator[str]:
 def hindsight(done: Results, arms: Sequence[Arm], ours: Arm) -> Iterator[str]:
     """Beside the best of some arms for each level, picked by the judging seeds themselves."""
     gaps: list[list[float]] = []
-    for level in LEVELS:
-        seeds = judged_seeds(done, ours, [level])
-        if not seeds:
-            return
-        able = [arm for arm in arms if judged_seeds(done, arm, [level]) == seeds]
+    seeds = judged_seeds(done, ours)
+    for level in LEVELS if seeds else ():
+        able = [arm for arm in arms if set(seeds) <= {*judged_seeds(done, arm, [level])}]
         best = max(able, key=lambda arm: mean(level_means(done, arm, level, seeds)))
         own, other = (level_means(done, arm, level, seeds) for arm in (ours, best))
         gaps.append([100 * (a - b) for a, b in zip(own, other, strict=True)])
         yield f"- {level:.0%}: {described(best)}, {written(t_interval(gaps[-1]))}"
-    yield f"- all: {written(t_interval(mean(column) for column in zip(*gaps, strict=True)))}"
+    if gaps:
+        yield f"- all: {written(t_interval(mean(column) for column in zip(*gaps, strict=True)))}"
 
 
 def by_task(done: Results, ours: Arm, arms: Sequence[Arm]) -> Iterator[str]:
