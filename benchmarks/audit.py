@@ -132,7 +132,7 @@ def rows(seeds: list[int], optimizers: list[str]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22])
-    parser.add_argument("--optimizers", nargs="+", default=[*OPTIMIZERS], choices=OPTIMIZERS)
+    parser.add_argument("--optimizers", nargs="+", default=["gate", "adamw"], choices=OPTIMIZERS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/audit.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
