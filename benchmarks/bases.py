@@ -1,10 +1,11 @@
 """The gate in a Kronecker basis and its rivals, by a protocol: python benchmarks/bases.py OUT.json.
 
 docs/notebook/bases.md says what is tried, on which seeds, and how one setting of each optimizer is
-chosen; it was written before the first run. ``choose`` trains every setting on the choosing seed,
-the best two of each optimizer on two more, and names one; ``judge`` trains on other seeds. OUT
-keeps what is done; repeated, the command goes on, and ``--share i/k`` takes every k-th run into a
-file of its own. ``bases_report.py`` puts them together and says what came out.
+chosen; it was written before the first run. ``first`` trains every setting on the choosing seed,
+``second`` the best two of each optimizer on two more, after which one is named; ``judge`` and
+``regressions`` train on other seeds. OUT keeps what is done; repeated, the command goes on, and
+``--share i/k`` takes every k-th run into a file of its own. ``bases_report.py`` puts them together
+and says what came out.
 """
 
 from __future__ import annotations

@@ -289,9 +289,10 @@ class PopRiskAdamW(Optimizer):
                 ``batch_size``, a layer mixes the examples (batch normalization in train mode), or
                 gradients take a way that the graph does not show (a compiled model, reentrant
                 checkpointing, sharded parameters).
-            RuntimeError: if gradients from elsewhere are left, a hook on a parameter does more than
-                zero entries or scale, or something else changes gradients on their way
-                (DistributedDataParallel, say). ``.grad`` and weights are then as before.
+            RuntimeError: if gradients from elsewhere are left, a hook on a parameter whose variance
+                is wanted does more than zero entries or scale, or something else changes gradients
+                on their way (DistributedDataParallel, say). ``.grad`` and weights are then as
+                before.
         """
         self._check_within("backward", "exact")
         if isinstance(weight, bool) or not isinstance(weight, SupportsFloat):
