@@ -450,6 +450,58 @@ def test_large_sides_keep_their_coordinates() -> None:
     assert keys == [{"right_basis"}, {"left_basis"}]
 
 
+def test_a_raised_limit_rotates_the_other_side_too() -> None:
+    """As if the first eigenvectors of that side were a change from no rotation."""
+    model = net()
+    opt = rotated(model, max_dim=4, refresh_every=3)
+    train(model, opt, batches(4))
+    w = next(p for p in model.parameters() if len(opt.state[p].keys() & set(BASES)) == 1)
+    opt.param_groups[0]["max_dim"] = max(w.shape)
+    train(model, opt, batches(2)[1:])
+    assert len(opt.state[w].keys() & set(BASES)) == 1
+    last = opt.state[w]["exp_avg"].clone()
+    before = kronecker.rotation_of(w, opt.state[w])
+    opt.param_groups[0]["lr"] = 0.0
+    train(model, opt, batches(1))
+    after = kronecker.rotation_of(w, opt.state[w])
+    assert before is not None
+    assert after is not None
+    assert w.grad is not None
+    for size, basis in zip(w.shape, after, strict=True):
+        assert basis is not None
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(size, dtype=basis.dtype))
+    beta = opt.param_groups[0]["betas"][0]
+    expected = beta * before.back(last) + (1 - beta) * w.grad
+    torch.testing.assert_close(after.back(opt.state[w]["exp_avg"]), expected)
+    train(model, opt, batches(8))
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_a_lowered_limit_is_refused_before_anything_moves(limit: int) -> None:
+    model, (x, y) = net(), data()
+    opt = rotated(model)
+    train(model, opt, batches(3))
+    opt.zero_grad()
+    opt.backward(F.cross_entropy(model(x[:B]), y[:B], reduction="none"))
+    kept = opt.param_groups[0]["max_dim"]
+    opt.param_groups[0]["max_dim"] = limit
+    before = complete_state(opt)
+    with pytest.raises(ValueError, match=f"max_dim={limit} keeps a side"):
+        opt.step()
+    assert_bitwise(before, complete_state(opt))
+    opt.param_groups[0]["max_dim"] = kept
+    opt.step()
+
+
+def test_a_state_under_another_limit_says_so() -> None:
+    model = net()
+    opt = rotated(model, max_dim=4)
+    train(model, opt, batches(3))
+    other = rotated(net())
+    with pytest.warns(RuntimeWarning, match=r"max_dim=4 \(was 2048\)"):
+        other.load_state_dict(opt.state_dict())
+
+
 def test_a_group_may_be_ungated_or_left_in_its_coordinates() -> None:
     model = net()
     groups: list[dict[str, Any]] = [

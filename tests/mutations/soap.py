@@ -48,6 +48,12 @@ MUTATIONS = {
         "if now is None:",
         "test_soap.py::test_the_gradient_is_turned_as_it_is",
     ),
+    "a side's first basis not taken up by its averages": Mutation(
+        "poprisk/optim/kronecker.py",
+        "changes.append(new if old is None else",
+        "changes.append(None if old is None else",
+        "test_soap.py::test_a_raised_limit_rotates_the_other_side_too",
+    ),
     "a first step of matrices decayed like biases": Mutation(
         "poprisk/optim/soap.py",
         "(as_yet if any(sides) else for_good)",

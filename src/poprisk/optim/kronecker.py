@@ -257,18 +257,20 @@ def adopt_(p: Tensor, state: dict[str, Any], rotation: Rotation) -> None:
 def refresh_(state: dict[str, Any], *, exact: bool) -> None:
     """Find the basis anew from the factors, and carry the averages over into it.
 
+    A side that is rotated by now, as ``max_dim`` was raised, gets its first.
+
     Args:
         state: of a parameter that has a basis.
         exact: by eigenvectors; else by one step of orthogonal iteration from the present basis.
     """
     changes: list[Tensor | None] = []
     for factor_key, key in zip(FACTORS, BASES, strict=True):
-        if factor_key not in state or key not in state:
+        if factor_key not in state:
             changes.append(None)
             continue
-        factor, old = state[factor_key], state[key]
-        new = _eigenvectors(factor) if exact else _iterated(factor, old)
-        changes.append(old.to(new.dtype).mT @ new)
+        factor, old = state[factor_key], state.get(key)
+        new = _eigenvectors(factor) if exact or old is None else _iterated(factor, old)
+        changes.append(new if old is None else old.to(new.dtype).mT @ new)
         state[key] = new
     carry_(state, Rotation(*changes))
 

@@ -41,6 +41,7 @@ NUMBERS = (
 )
 OF_BASES = ("slack", "coordinate_z", "factor_decay")
 """Further numbers, of :class:`poprisk.PopRiskSOAP`."""
+CHOICES_OF_BASES = ("factors", "max_dim", "refresh_every", "coordinate_weight_decay")
 PLAIN_DECAY = 0.01
 """The most that a weight decay which was chosen for matrices takes of what keeps its coordinates:
 biases and gains, which are usually left undecayed, and linear models of one output."""
@@ -173,11 +174,11 @@ def make_plain_(group: dict[str, Any]) -> None:
 def tell_differences(
     name: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 ) -> None:
-    """Warn where settings of the gate that a load takes up differ from the present ones."""
+    """Warn where settings of the gate or of bases that a load takes up differ from the present."""
     found = dict.fromkeys(
         f"{key}={theirs[key]!r} (was {mine[key]!r})"
         for mine, theirs in pairs
-        for key in ("beta1", *GATE_SETTINGS, *OF_BASES)
+        for key in ("beta1", *GATE_SETTINGS, *OF_BASES, *CHOICES_OF_BASES)
         if key in mine and key in theirs and _differ(mine[key], theirs[key])
     )
     if found:

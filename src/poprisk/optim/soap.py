@@ -88,7 +88,7 @@ class PopRiskSOAP(PopRiskAdamW):
         factor_decay: decay of their averages, in [0, 1).
         refresh_every: steps between two bases, later on.
         max_dim: the largest side that is rotated; 0: none, which is PopRiskAdamW at
-            ``coordinate_z`` and ``coordinate_weight_decay``.
+            ``coordinate_z`` and ``coordinate_weight_decay``. In a running group it may be raised.
 
     State beside that of PopRiskAdamW: two square matrices for each side that is rotated.
     ``gate=False`` is Adam in that basis. Where parameters are sharded (DTensor), each process keeps
@@ -195,6 +195,7 @@ class PopRiskSOAP(PopRiskAdamW):
         return noted
 
     def _given_variances(self) -> GivenVariances:
+        self._check_sides()
         self._noted().forget_turned()
         given, rotated = super()._given_variances(), self.rotated()
         parts = self._batch_parts()
@@ -215,6 +216,20 @@ class PopRiskSOAP(PopRiskAdamW):
         self._noted().check_kept(self.state)
         self._noted().find_scales([p for p in rotated if p.grad is not None])
         return given
+
+    def _check_sides(self) -> None:
+        """Raise ValueError where ``max_dim`` leaves out a side that has a basis by now."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                sides = rotated_sides(p, group["max_dim"])
+                kept = [key in self.state.get(p, {}) for key in BASES]
+                if any(has and not rotates for has, rotates in zip(kept, sides, strict=True)):
+                    raise ValueError(
+                        f"max_dim={group['max_dim']} keeps a side of a parameter of shape "
+                        f"{tuple(p.shape)} in its coordinates, but that has a basis by now, which "
+                        "its averages are in; leave max_dim as it was, or begin with a new "
+                        "optimizer. (It may be raised.)"
+                    )
 
     def _begin(self, p: Tensor, state: dict[str, Any], tensors: TensorGroup) -> None:
         """Take up a first basis of what a batch showed, after the step of that batch.
