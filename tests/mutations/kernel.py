@@ -44,6 +44,18 @@ MUTATIONS = {
         "for prefix, module in model.named_modules(remove_duplicate=False)\n",
         "test_kernel.py::test_equals_the_dense_jacobian",
     ),
+    "rows that data moves taken for known": Mutation(
+        "poprisk/per_sample/graph.py",
+        "known.batches < TRUSTED or known.by_data",
+        "known.batches < TRUSTED",
+        "test_packed.py::test_the_variance_of_packed_documents_is_exact",
+    ),
+    "an index in order taken for one that moves": Mutation(
+        "poprisk/per_sample/moved.py",
+        "return index is None or (ordered is not None and ordered[0])",
+        "return index is None",
+        "test_packed.py::test_what_leaves_the_examples_in_place_is_known_after_some_batches",
+    ),
     "larger batches not confirmed": Mutation(
         "poprisk/per_sample/plan.py",
         "return self.uses if confirmed(graph, values, self.uses) else None",

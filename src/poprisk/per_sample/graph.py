@@ -21,6 +21,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from poprisk.per_sample.layouts import (
+    REORDERS,
+    Layout,
+    consistent,
+    in_order,
+    indices_of,
+    possible,
+    shapes,
+    simplest,
+)
+from poprisk.per_sample.moved import is_moved_by_data
+
 VIEWS = frozenset(
     f"{name}Backward0"
     for name in (
@@ -40,14 +52,6 @@ PURE = frozenset(
 )
 """Nodes that compute from their inputs alone, if all of these have nodes of their own."""
 
-REORDERS = frozenset(
-    f"{name}Backward0"
-    for name in (
-        "Index IndexSelect IndexPut IndexAdd IndexCopy Gather Take Scatter ScatterAdd Embedding"
-    ).split()
-)
-"""Nodes that may exchange examples, as an index tensor says."""
-
 TAKES_DATA = {
     "AddmmBackward0": (1, "_saved_mat1"),
     "MmBackward0": (0, "_saved_self"),
@@ -62,33 +66,6 @@ CONFIRMATIONS = 3
 
 TRUSTED = 3
 """Batches that must agree on where the examples lie before a structure is taken as known."""
-
-
-class Layout(NamedTuple):
-    """Where the examples lie in a tensor: along ``dim``, ``rows`` positions for each.
-
-    Attributes:
-        dim: the dimension, of size examples × rows.
-        rows: positions per example in that dimension.
-        major: whether the positions of one example are neighbours (else the examples are).
-    """
-
-    dim: int
-    rows: int
-    major: bool
-
-    def first(self, tensor: Tensor, examples: int) -> Tensor:
-        """View (k, ..., examples·rows, ...) as (k, examples, rows, ...)."""
-        moved = tensor.movedim(self.dim + 1, 1)
-        if self.major:
-            return moved.unflatten(1, (examples, self.rows))
-        return moved.unflatten(1, (self.rows, examples)).transpose(1, 2)
-
-    def of_example(self, tensor: Tensor, index: int, examples: int) -> Tensor:
-        """A view of the part of a tensor that belongs to one example."""
-        if self.major:
-            return tensor.narrow(self.dim, index * self.rows, self.rows)
-        return tensor.unflatten(self.dim, (self.rows, examples)).select(self.dim + 1, index)
 
 
 class Use(NamedTuple):
@@ -141,7 +118,7 @@ def _settings(node: Node) -> list[object]:
     values = [getattr(node, name) for name in names] + list(getattr(node, "__dict__", {}).values())
     plain: list[object] = [value for value in values if _is_plain(value)]
     if node.name() in REORDERS:
-        plain += [_in_order(index) for index in _indices(node)]
+        plain += [in_order(index) for index in indices_of(node)]
     return plain
 
 
@@ -156,26 +133,6 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(_is_plain(v) for v in value)
     return value is None or isinstance(value, int | str)
-
-
-def _indices(node: Any) -> Iterator[Tensor | None]:
-    found = getattr(node, "_saved_indices", None)
-    if found is None:
-        found = getattr(node, "_saved_index", None)
-    yield from found if isinstance(found, (tuple, list)) else [found]
-
-
-def _in_order(index: Tensor | None) -> list[bool] | None:
-    """Whether an index is 0, 1, 2, ... as a whole, and along each dimension; None for a mask."""
-    if index is None or index.dtype == torch.bool:
-        return None
-    views = [index.flatten(), *(index.movedim(d, -1) for d in range(index.ndim))]
-    return [bool((v == torch.arange(v.shape[-1], device=v.device)).all()) for v in views]
-
-
-def shapes(node: Node) -> tuple[tuple[int, ...], ...]:
-    """The shapes of a node's outputs."""
-    return tuple(tuple(meta.shape) for meta in cast(Any, node)._input_metadata)
 
 
 def as_matrix(values: Tensor) -> Tensor:
@@ -233,12 +190,15 @@ class _Known:
         mixed: by position, nodes of data of which a row serves several examples.
         batches: how many of them left no doubt.
         uses: the conclusion.
+        by_data: whether data decides to which example a row belongs, so that every batch has to
+            be asked (:func:`poprisk.per_sample.moved.is_moved_by_data`).
     """
 
     candidates: dict[int, list[set[Layout] | None]] = field(default_factory=dict)
     mixed: set[int] = field(default_factory=set)
     batches: int = 0
     uses: list[Use] = field(default_factory=list)
+    by_data: bool = False
 
     def belongs_to_examples(self, node: int) -> bool:
         """Whether some layout fits each output that a gradient came to."""
@@ -250,13 +210,16 @@ class _Known:
 
 
 def find_uses(graph: Graph, values: Tensor) -> list[Use]:
-    """All places where parameters meet examples; remembered for graphs of equal structure."""
+    """All places where parameters meet examples.
+
+    Remembered for graphs of equal structure, unless there data moves rows between examples.
+    """
     key = graph.signature()
     known = _REMEMBERED.setdefault(key, _Known())
     _REMEMBERED.move_to_end(key)
     if len(_REMEMBERED) > 64:
         _REMEMBERED.popitem(last=False)
-    if known.batches < TRUSTED:
+    if known.batches < TRUSTED or known.by_data:
         told = known.copied()
         reached = _find_layouts(graph, values, told)
         without = _without_examples(graph, told)
@@ -265,6 +228,7 @@ def find_uses(graph: Graph, values: Tensor) -> list[Use]:
             return known.uses if known.batches else told.uses
         if told.batches == 0 and _mixes(graph, told, without):
             _warn_mixed(len(values))
+        told.by_data = is_moved_by_data(graph.nodes, told.candidates, without)
         told.batches += all(
             use.node in reached and all(c is None or len(c) == 1 for c in told.candidates[use.node])
             for use in told.uses
@@ -277,9 +241,9 @@ _REMEMBERED: OrderedDict[str, _Known] = OrderedDict()
 
 
 def is_trusted(graph: Graph) -> bool:
-    """Whether enough batches of this structure left no doubt."""
+    """Whether enough batches of this structure left no doubt, and others cannot differ."""
     known = _REMEMBERED.get(graph.signature())
-    return known is not None and known.batches >= TRUSTED
+    return known is not None and known.batches >= TRUSTED and not known.by_data
 
 
 def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int] | None:
@@ -315,7 +279,7 @@ def _find_layouts(graph: Graph, values: Tensor, known: _Known) -> set[int] | Non
                 served[i] = served[i] + sent.flatten(1).any(dim=1).int()
             before = known.candidates.get(i, [None] * len(grads))
             known.candidates[i] = [
-                old if g is None else _consistent(_all(old, g, len(senders)), g, senders)
+                old if g is None else consistent(_all(old, g, len(senders)), g, senders)
                 for g, old in zip(grads, before, strict=True)
             ]
 
@@ -364,7 +328,7 @@ def _agrees(graph: Graph, values: Tensor, uses: Collection[Use]) -> bool | None:
             known = set() if layout is None else {layout}
             if g is not None and not bool(g.isfinite().all()):
                 return None
-            if g is not None and not _consistent(known, g, senders) and bool(g.any()):
+            if g is not None and not consistent(known, g, senders) and bool(g.any()):
                 return False
     return True
 
@@ -384,33 +348,7 @@ def _groups(examples: int) -> Tensor:
 
 
 def _all(old: set[Layout] | None, grad: Tensor, examples: int) -> set[Layout]:
-    return set(_possible(tuple(grad.shape), examples)) if old is None else old
-
-
-def _possible(shape: tuple[int, ...], examples: int) -> list[Layout]:
-    """Every layout that a shape allows, the most common first."""
-    fitting = [(d, n // examples) for d, n in enumerate(shape) if n and n % examples == 0]
-    layouts = [Layout(d, rows, True) for d, rows in fitting]
-    return layouts + [Layout(d, rows, False) for d, rows in fitting if rows > 1]
-
-
-def _simplest(layouts: Collection[Layout]) -> Layout:
-    return min(layouts, key=lambda layout: (layout.rows > 1, layout.dim, not layout.major))
-
-
-def _consistent(layouts: set[Layout], grad: Tensor, senders: Tensor) -> set[Layout]:
-    """Those layouts in which every example that sent nothing has a zero gradient."""
-    examples = len(senders)
-    nonzero = grad.detach() != 0
-    found = set()
-    for layout in layouts:
-        others = [d for d in range(grad.ndim) if d != layout.dim]
-        rows = nonzero.any(dim=others) if others else nonzero
-        shape = (examples, -1) if layout.major else (-1, examples)
-        per_example = rows.reshape(shape).any(dim=1 if layout.major else 0).cpu()
-        if not bool((per_example & ~senders).any()):
-            found.add(layout)
-    return found
+    return set(possible(tuple(grad.shape), examples)) if old is None else old
 
 
 @contextlib.contextmanager
@@ -516,7 +454,7 @@ def _boundary(graph: Graph, known: _Known, without: Collection[Node | None]) -> 
     without examples counts as without, too.
     """
     return [
-        Use(i, edge, tuple(_simplest(c) if c else None for c in known.candidates[i]))
+        Use(i, edge, tuple(simplest(c) if c else None for c in known.candidates[i]))
         for i, node in enumerate(graph.nodes)
         if node not in without and i in known.candidates
         for edge, (child, _) in enumerate(node.next_functions)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from poprisk.per_sample.graph import PURE, VIEWS, Graph, Layout, Use, below, shapes
+from poprisk.per_sample.graph import PURE, VIEWS, Graph, Use, below
+from poprisk.per_sample.layouts import Layout, shapes
 from poprisk.per_sample.rules import RULES, Local, Site
 from poprisk.per_sample.terms import Dense, OneHot, Outer, Term
 

@@ -12,15 +12,14 @@ from torch.autograd.graph import Node
 from poprisk.per_sample.graph import (
     TRUSTED,
     Graph,
-    Layout,
     Use,
     as_matrix,
     confirmed,
     find_uses,
     is_trusted,
-    shapes,
     walk,
 )
+from poprisk.per_sample.layouts import Layout, shapes
 
 
 class Outline(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from poprisk.per_sample.graph import Layout, shapes
+from poprisk.per_sample.layouts import Layout, shapes
 from poprisk.per_sample.terms import OneHot, Outer
 
 
