@@ -16,7 +16,8 @@ from torch.nn import Parameter
 
 import zoo
 from asserts import assert_bitwise
-from poprisk import PopRiskAdamW
+from poprisk import PopRiskAdamW, PopRiskSOAP
+from poprisk.optim.gradient_probe import GradientProbe
 from poprisk.optim.variance import grad_mean_var
 from reference.optimizer import mask_value, momentum_noise
 from samplers import parameter, randn
@@ -508,6 +509,122 @@ def test_refusals(name: str) -> None:
     kind, message, call = REFUSALS[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+def taps(grad: Tensor) -> Tensor:
+    """What a masked convolution keeps."""
+    kept = torch.zeros(grad.shape[-2:], dtype=grad.dtype)
+    kept.view(-1)[: kept.numel() // 2 + 1] = 1
+    return grad * kept
+
+
+def in_columns(grad: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Changed in all columns but every fourth."""
+    matrix = grad.flatten(1).clone()
+    kept = torch.arange(matrix.shape[1]) % 4 == 0
+    return torch.where(kept, matrix, change(matrix)).view_as(grad)
+
+
+def without_row(grad: Tensor) -> Tensor:
+    return grad.index_fill(0, torch.tensor([3]), 0)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "taps of a kernel": taps,
+    "columns times 3": lambda g: in_columns(g, lambda m: 3 * m),
+    "columns clamped": lambda g: in_columns(g, lambda m: m.clamp(-1e-4, 1e-4)),
+    "a row left out": without_row,
+    "clipped by value": lambda g: g.clamp(-float(g.std()), float(g.std())),
+    "an entry clipped": lambda g: g.clamp(max=float(g.max()) / 2),
+    "a sign": lambda g: in_columns(g, torch.neg),
+    "decay": lambda g: g + 0.1 * g.std(),
+    "centred": lambda g: g - g.mean((2, 3), keepdim=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (16, 16, 3, 3), (128, 32, 3, 1), (7, 586, 2, 2)])
+@pytest.mark.parametrize("kind", [PopRiskAdamW, PopRiskSOAP])
+def test_changes_of_a_part_of_a_gradient_are_refused(
+    change: str, shape: tuple[int, ...], kind: type[PopRiskAdamW]
+) -> None:
+    """Of any regular part, in gradients of any size: weights and averages stay as they are."""
+    w = Parameter(torch.zeros(shape))
+    rows = (randn(B, *shape) + 1).float()
+    rows[:, 5, 6] += 40  # that one entry matters for itself
+    opt = kind([w], variance="exact", lr=0.1)
+    opt.backward(losses(w, rows))
+    assert w.grad is not None
+    changed = CHANGES[change](w.grad)
+    w.grad.data.copy_(changed)
+    with pytest.raises(RuntimeError, match="not clipping by value"):
+        opt.step()
+    assert not w.any()
+    assert not opt.state.get(w)
+
+
+@pytest.mark.parametrize("place", [0, 1020, 1021, 5104, 5105, 5999])
+def test_every_entry_counts_in_a_probe(place: int) -> None:
+    grad = randn(6000)
+    probe = GradientProbe.of(grad)
+    assert probe.holds(grad)
+    assert probe.factor(0.3 * grad) == pytest.approx(0.3)
+    changed = grad.clone()
+    changed[place] *= 1.001
+    assert not probe.holds(changed)
+    assert not probe.holds_times(1.0, changed)
+    changed[place] = 50
+    with pytest.raises(RuntimeError, match="were changed"):
+        probe.factor(changed)
+
+
+def test_a_probe_is_as_large_as_its_gradient() -> None:
+    """In the mean of many; also of a constant, which signs that alternate would not see."""
+    for grad in (randn(200, 1021), torch.ones(200, 1021), randn(200, 1)[:, [0] * 1021]):
+        ratio = GradientProbe.of(grad).numbers.norm() / grad.norm()
+        assert 0.5 < float(ratio) < 2
+
+
+def test_gradients_changed_through_data_between_two_parts_are_refused() -> None:
+    """A batch that was given up so would leave its squares to the next."""
+    with pytest.raises(RuntimeError, match=r"between two parts.*zero_grad"):
+        twice(lambda p: cast(Tensor, p.grad).data.zero_())
+
+
+@pytest.mark.parametrize("make", [exact, microbatched])
+def test_what_is_unfrozen_between_two_parts_is_refused(make: Callable[..., PopRiskAdamW]) -> None:
+    a, b = parameter(4), parameter(4)
+    b.requires_grad_(False)
+    opt = make(a, b)
+
+    def part(*params: Tensor) -> None:
+        each = torch.stack([losses(p, ROWS) for p in params]).sum(0)
+        if make is exact:
+            opt.backward(each, weight=0.5)
+        else:
+            each.mean().div(2).backward()
+            opt.microbatch(B)
+
+    part(a)
+    b.requires_grad_()
+    with pytest.raises(RuntimeError, match="frozen, unfrozen or added between two parts"):
+        part(a, b)
+
+
+@pytest.mark.parametrize("kind", [PopRiskAdamW, PopRiskSOAP])
+def test_what_a_batch_does_not_reach_may_hold_a_zero_gradient(kind: type[PopRiskAdamW]) -> None:
+    """As ``zero_grad(set_to_none=False)`` leaves it: mean and variance of this batch are zero."""
+    w, u = parameter(4, 3), parameter(4, 3)
+    opt = kind([w, u], variance="exact", lr=0.1, betas=(0.5, 0.9))
+    rows = randn(B, 4, 3)
+    opt.backward(losses(w, rows) + losses(u, rows))
+    opt.step()
+    before = opt.state[u]["grad_mean_var"].sum()
+    opt.zero_grad(set_to_none=False)
+    opt.backward(losses(w, rows))
+    opt.step()
+    assert opt.state[u]["step"] == 2
+    close(opt.state[u]["grad_mean_var"].sum(), 0.25 * before)
 
 
 @pytest.mark.parametrize("weight", [0, -0.5, float("inf"), float("nan")])

@@ -116,11 +116,23 @@ MUTATIONS = {
         "self.examples * factor",
         FACTOR,
     ),
-    "zeros as probe": Mutation(
+    "a gradient probed at even distances": Mutation(
+        "poprisk/optim/gradient_probe.py",
+        "    mixed = flat.numel() // CHUNK * CHUNK\n",
+        "    return flat[:: flat.numel() // SMALL].clone()\n    mixed = 0\n",
+        "test_within.py::test_changes_of_a_part_of_a_gradient_are_refused",
+    ),
+    "what is left after the last mixture not probed": Mutation(
+        "poprisk/optim/gradient_probe.py",
+        "return torch.cat([mixtures, flat[mixed:]])",
+        "return mixtures",
+        "test_within.py::test_every_entry_counts_in_a_probe",
+    ),
+    "writes through data not seen": Mutation(
         "poprisk/optim/batch_variance.py",
-        "whole = not bool(entries.any())",
-        "whole = False",
-        FACTOR,
+        "return same and self.probe.holds(grad)",
+        "return same",
+        "test_within.py::test_gradients_changed_through_data_between_two_parts_are_refused",
     ),
     "average with beta1 instead of its square": Mutation(
         "poprisk/optim/variance.py",

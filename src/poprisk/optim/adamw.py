@@ -381,21 +381,31 @@ class PopRiskAdamW(Optimizer):
         """The parts of this batch; at its start, of what is trainable by now."""
         parts = self._notes.parts
         if parts is None or parts.parts == 0:
-            params = {
-                f"{i}.{j}": p
-                for i, group in enumerate(self.param_groups)
-                for j, p in enumerate(group["params"])
-                if p.requires_grad
-            }
+            params = self._trainable()
             parts = self._notes.parts = parts or BatchParts(params, self._bases())
             parts.params, parts.wanted = params, {*self._params_with(WITHIN_BATCH)}
         return parts
+
+    def _trainable(self) -> dict[str, Tensor]:
+        """The parameters that take gradients at present, by group and place."""
+        return {
+            f"{i}.{j}": p
+            for i, group in enumerate(self.param_groups)
+            for j, p in enumerate(group["params"])
+            if p.requires_grad
+        }
 
     def _next_parts(self) -> BatchParts:
         """The same before a backward pass, which may be the first after gradients were cleared."""
         if self._notes.parts is not None:
             self._notes.parts.restart_if_cleared()
-        return self._batch_parts()
+        parts = self._batch_parts()
+        if parts.parts > 0 and {*parts.params.values()} != {*self._trainable().values()}:
+            raise RuntimeError(
+                "parameters were frozen, unfrozen or added between two parts of a batch; do so "
+                "after step() or optimizer.zero_grad()."
+            )
+        return parts
 
     def _params_with(self, variances: Sequence[str]) -> TensorList:
         """Parameters whose gate takes one of these variances."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from poprisk.dtensor import processes
+from poprisk.optim.gradient_probe import GradientProbe
 from poprisk.optim.kronecker import Rotation
 from poprisk.optim.state import check_dense
 from poprisk.optim.variance import GivenVariances, check_batch_losses
@@ -31,12 +32,6 @@ from poprisk.per_sample.graph import leaves_of
 from poprisk.per_sample.moments import energy, moments, not_negative, squared, squares_of, total
 from poprisk.per_sample.terms import Term
 from poprisk.per_sample.visible import check_whole
-
-SCALED_TOLERANCE = 1e-2
-"""Relative deviation from a common factor, beyond rounding, at which gradients count as changed."""
-
-PROBE = 4096
-"""Entries of a gradient, roughly, in which changes before the step are looked for."""
 
 LEFT_OVER = (
     "gradients are left from before this batch; call optimizer.zero_grad() before "
@@ -70,33 +65,6 @@ class Bases(Protocol):
     def restart(self) -> None:
         """Forget the shares: a new batch starts."""
         ...
-
-
-class GradientProbe(NamedTuple):
-    """Some entries of a gradient at a moment, by which later changes are seen.
-
-    Attributes:
-        entries: of it.
-        whole: whether these are all; where a selection would hold zeros only.
-    """
-
-    entries: Tensor
-    whole: bool
-
-    @classmethod
-    def of(cls, grad: Tensor) -> GradientProbe:
-        """Those of a gradient now."""
-        entries = _entries(grad)
-        whole = not bool(entries.any())
-        return cls(_entries(grad, whole=True) if whole else entries, whole)
-
-    def again(self, grad: Tensor) -> Tensor:
-        """The same entries of a gradient now."""
-        return _entries(grad, whole=self.whole)
-
-    def factor(self, grad: Tensor) -> float:
-        """The number that the gradient was multiplied by since (RuntimeError: not one)."""
-        return _common_factor(self.again(grad), self.entries)
 
 
 class Turned(NamedTuple):
@@ -137,10 +105,10 @@ class _Noted:
     Attributes:
         squares: sum of the squared shares, each divided by its number of examples; None: not
             wanted when the batch began.
-        turned: the gradient in its basis, where shares gave it; and its checksum.
+        turned: the gradient in its basis, where shares gave it.
         grad: the tensor that held the gradient after the last part.
         version: of that tensor.
-        probe: some of its entries then.
+        probe: of what it held then.
         copy: all of them, where the next part is a difference.
     """
 
@@ -150,11 +118,11 @@ class _Noted:
     probe: GradientProbe
     copy: Tensor | None
     turned: Turned | None = None
-    checksum: Tensor | None = None
 
     def holds(self, grad: Tensor) -> bool:
         """Whether a gradient is the one that was noted, unchanged."""
-        return grad is self.grad and grad._version == self.version
+        same = grad is self.grad and grad._version == self.version
+        return same and self.probe.holds(grad)  # a write through ``.data`` raises no version
 
 
 @final
@@ -294,6 +262,8 @@ class BatchParts:
                 'place of losses.mean().backward(); for "microbatch" call '
                 "optimizer.microbatch(size) after each backward pass of an accumulated step."
             )
+        idle = [p for p in params if p not in self._noted and not bool(_grad(p).any())]
+        params = [p for p in params if p not in set(idle)]
         if not all(p in self._noted for p in params):
             raise RuntimeError(
                 "a parameter has a gradient from elsewhere: compute all gradients by "
@@ -307,7 +277,9 @@ class BatchParts:
                 "optimizer.zero_grad(), and optimizer.backward(losses) again."
             )
         factors = {p: self.factor(p) for p in params}
-        return {p: partial(self._variance, p, factor) for p, factor in factors.items()}
+        found = {p: partial(self._variance, p, factor) for p, factor in factors.items()}
+        # Of what this batch does not reach: zero_grad(set_to_none=False) leaves a zero.
+        return found | {p: partial(squared, _grad(p)) for p in idle}
 
     @torch.no_grad()
     def _variance(self, p: Tensor, factor: float) -> Tensor:
@@ -361,14 +333,9 @@ class BatchParts:
         be turned.
         """
         noted, grad = self._noted.get(p), _grad(p)
-        if noted is None or noted.turned is None or noted.checksum is None:
+        if noted is None or noted.turned is None or (for_step and not noted.turned.for_step):
             return None
-        if for_step and not noted.turned.for_step:
-            return None
-        now = _checksum(grad)
-        then = noted.checksum * factor
-        rounding = 64 * torch.finfo(now.dtype).eps * torch.linalg.vector_norm(then)
-        if not bool(torch.linalg.vector_norm(now - then) <= rounding):
+        if not noted.probe.holds_times(factor, grad):
             return None
         return noted.turned.grad if factor == 1 else noted.turned.grad * factor
 
@@ -385,9 +352,8 @@ class BatchParts:
             squares = None if squares is None or old is None else squares.add_(old)
             last = before.turned
             turned = None if turned is None or last is None else turned.plus(last)
-        checksum = None if turned is None else _checksum(grad)
         probe = GradientProbe.of(grad)
-        self._noted[p] = _Noted(squares, grad, grad._version, probe, copy, turned, checksum)
+        self._noted[p] = _Noted(squares, grad, grad._version, probe, copy, turned)
 
     def _check_untouched(self, p: Tensor) -> None:
         """Raise RuntimeError if ``.grad`` holds something that is no part of this batch."""
@@ -480,15 +446,6 @@ def _sums(terms: list[Term], p: Tensor, rotation: Rotation | None, *, squares: b
         return _Sums(sums, energy(terms), None, turned)
     found = squares_of(rotated).reshape(p.shape)
     return _Sums(sums, found.sum(), found, turned)
-
-
-def _checksum(grad: Tensor) -> Tensor:
-    """A fixed mixture of the columns of a gradient, which any change of an entry changes."""
-    rows = grad.flatten(1).to(torch.promote_types(grad.dtype, torch.float32))
-    mix = (
-        torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).mul_(1.618).cos_()
-    )
-    return rows @ mix
 
 
 @torch.no_grad()
@@ -615,32 +572,3 @@ def _rounding(p: Tensor) -> float:
 
 def _grad(p: Tensor) -> Tensor:
     return cast(Tensor, p.grad)
-
-
-def _entries(grad: Tensor, *, whole: bool = False) -> Tensor:
-    """A copy of some thousands of entries, or of all."""
-    flat = grad.flatten()
-    return flat[:: 1 if whole else max(1, flat.numel() // PROBE)].clone()
-
-
-def _common_factor(after: Tensor, before: Tensor) -> float:
-    """The number that a gradient was multiplied by.
-
-    Raises:
-        RuntimeError: if not all of it was multiplied by the same.
-    """
-    if torch.equal(after, before):
-        return 1.0
-    then, now = (torch.view_as_real(x) if x.is_complex() else x for x in (before, after))
-    then, now = then.double(), now.double()
-    norm = float(torch.linalg.vector_norm(then))
-    factor = float(torch.linalg.vector_norm(now)) / norm if norm > 0 else 1.0
-    rest = float(torch.linalg.vector_norm(now - factor * then))
-    if not rest <= SCALED_TOLERANCE * factor * norm:
-        raise RuntimeError(
-            "gradients were changed between the backward pass and step(): what was noted of them "
-            '(by variance="exact", "microbatch" or terms of the loss) takes a common factor per '
-            "tensor (unscaling, clipping by norm), but not clipping by value, added noise or terms "
-            "from another backward pass."
-        )
-    return factor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from poprisk.dtensor import processes
-from poprisk.optim.batch_variance import GradientProbe
+from poprisk.optim.gradient_probe import GradientProbe
 from poprisk.optim.state import check_dense
 from poprisk.optim.update import state_dtype
 from poprisk.per_sample.visible import check_whole
@@ -132,16 +132,11 @@ class TermGradients:
                     "gradients are left from before this step's first term, or are of no term: "
                     f"call optimizer.zero_grad() after each step, and {HOW}."
                 )
-        elif not _unchanged(self._seen[p], p.grad):
+        elif not self._seen[p].holds(p.grad):
             raise RuntimeError(
                 "gradients were changed between two terms of a step: clip or unscale them once, "
                 f"after the last term, and {HOW}."
             )
-
-
-def _unchanged(probe: GradientProbe, grad: Tensor) -> bool:
-    """Whether a gradient is as it was; one that is not finite makes no step anyway."""
-    return torch.equal(probe.again(grad).nan_to_num(), probe.entries.nan_to_num())
 
 
 def _check_seen_whole(params: Mapping[Tensor, float]) -> None:
