@@ -142,7 +142,7 @@ def trained() -> dict[str, Any]:
                 for s in states
             ]
             found["whole"] = [
-                [k for k, v in s.items() if k != "step" and type(v) is Tensor] for s in states
+                [k for k, v in s.items() if type(v) is Tensor and v.numel() > 6] for s in states
             ]
     return found
 

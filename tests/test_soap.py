@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import poprisk
 from asserts import assert_bitwise, complete_state, nothing_changes
 from poprisk import PopRiskAdamW, PopRiskSOAP
 from poprisk.optim import kronecker
+from poprisk.optim.gate import MASKS_
 from poprisk.optim.kronecker import BASES, FACTORS
 from poprisk.optim.step import StepContext
 from poprisk.path import realized_update
@@ -886,6 +888,50 @@ def test_statistics_are_of_the_gate_of_the_step(
     assert found[0][1] == found[1][1]
     train(model, opt, batches(1))
     assert opt.gate_stats() != found[1][1]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5])
+@pytest.mark.parametrize("how", ["loaded", "copied"])
+def test_statistics_of_the_last_gate_survive(steps: int, how: str) -> None:
+    model = net()
+    opt = rotated(model)
+    train(model, opt, batches(steps))
+    again = copy.deepcopy(opt)
+    if how == "loaded":
+        again = rotated(copy.deepcopy(model))
+        again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert again.gate_stats(model) == opt.gate_stats(model)
+
+
+def test_statistics_of_a_function_that_is_not_called_again_are_nan() -> None:
+    """It may draw at random, and the basis in which it was asked is gone."""
+    model, calls = net(), list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> list[Tensor]:
+        calls.append(1)
+        return MASKS_["soft"](*args, **kwargs)
+
+    opt = rotated(model, mask=counted)
+    train(model, opt, batches(4))
+    before = len(calls)
+    found = opt.gate_stats()["0"]
+    assert len(calls) == before + 2  # of biases, which have no basis
+    assert math.isnan(found.mean_gate)
+    assert math.isnan(found.update_ratio)
+    assert found.pass_rate > 0
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_a_limit_lowered_before_the_first_step_counts(limit: int) -> None:
+    model, (x, y) = net(), data()
+    opt = rotated(model)
+    opt.backward(F.cross_entropy(model(x[:B]), y[:B], reduction="none"))
+    opt.param_groups[0]["max_dim"] = limit
+    opt.step()
+    for p in model.parameters():
+        for key, size in zip(BASES, p.shape, strict=False):
+            assert (key in opt.state[p]) == (p.dim() > 1 and size <= limit)
+    train(model, opt, batches(3))
 
 
 def test_a_rotated_step_is_no_diagonal_map() -> None:

@@ -18,6 +18,7 @@ import zoo
 from asserts import assert_bitwise
 from poprisk import PopRiskAdamW, PopRiskSOAP
 from poprisk.optim.gradient_probe import GradientProbe
+from poprisk.optim.state import ADAM_KEYS
 from poprisk.optim.variance import grad_mean_var
 from reference.optimizer import mask_value, momentum_noise
 from samplers import parameter, randn
@@ -609,6 +610,51 @@ def test_what_is_unfrozen_between_two_parts_is_refused(make: Callable[..., PopRi
     b.requires_grad_()
     with pytest.raises(RuntimeError, match="frozen, unfrozen or added between two parts"):
         part(a, b)
+
+
+@pytest.mark.parametrize("before", ["exact", "ema", "microbatch", "second-moment"])
+@pytest.mark.parametrize("after", ["exact", "ema", "microbatch", "second-moment"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_another_variance_begins_its_own_average(before: str, after: str, loaded: bool) -> None:
+    """As if the gate were new; also where a state is loaded and its setting put back."""
+
+    def step(opt: PopRiskAdamW, t: int) -> None:
+        (p,) = opt.param_groups[0]["params"]
+        variance = opt.param_groups[0]["variance"]
+        rows = randn(B, 4, seed=t)
+        opt.zero_grad()
+        if variance == "exact":
+            opt.backward(losses(p, rows))
+        else:
+            for part in rows.split(B // 2):
+                losses(p, part).sum().div(B).backward()
+                if variance == "microbatch":
+                    opt.microbatch(B // 2)
+        opt.step()
+
+    w = parameter(4)
+    opt = exact(w, variance=before)
+    for t in range(5):
+        step(opt, t)
+    fresh = exact(Parameter(w.detach().clone()), variance=after)
+    (u,) = fresh.param_groups[0]["params"]
+    kept = opt.state_dict() if before == after else torch.optim.AdamW([w]).state_dict()
+    if before != after:
+        adam = {k: v.clone() for k, v in opt.state[w].items() if k in ("step", *ADAM_KEYS)}
+        kept = {**kept, "state": {0: adam}}
+    fresh.load_state_dict(kept)
+    fresh.param_groups[0].update(lr=0.1, weight_decay=0.01, variance=after)
+    if loaded:
+        other = exact(w, variance=after)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            other.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt = other
+    opt.param_groups[0]["variance"] = after
+    for t in range(5, 9):
+        step(opt, t)
+        step(fresh, t)
+        close(w.detach(), u.detach())
 
 
 @pytest.mark.parametrize("kind", [PopRiskAdamW, PopRiskSOAP])

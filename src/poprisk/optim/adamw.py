@@ -43,6 +43,7 @@ from poprisk.optim.state import (
     check_state_shapes,
     completed_state,
     count_step,
+    forget_variance_,
     loaded_hooks,
     prepare_state,
     take_variances_,
@@ -56,6 +57,9 @@ from poprisk.optim.update import (
     state_dtype,
 )
 from poprisk.optim.variance import WITHIN_BATCH, GivenVariances
+
+MEASURED = "measured_variance"
+"""Entry of a group: the variance that the averages in the state are of."""
 
 
 class PopRiskAdamW(Optimizer):
@@ -260,6 +264,7 @@ class PopRiskAdamW(Optimizer):
             return loss
         given = self._given_variances()
         self._notes.patience.took(grads, self.param_groups)
+        self._begin_variances_anew()
         groups = [compiled(group) for group in self.param_groups]
         parts = [tensors for group in groups for tensors in self._tensor_groups(group, terms)]
         take_variances_(groups, self.state, given)
@@ -268,6 +273,15 @@ class PopRiskAdamW(Optimizer):
             self._update(tensors)
         self._use_parts()
         return loss
+
+    def _begin_variances_anew(self) -> None:
+        """Forget averages of a variance that a group no longer takes: they are of other numbers."""
+        for group in self.param_groups:
+            if group["gate"]:
+                before = group.get(MEASURED, group["variance"])
+                for p in group["params"] if before != group["variance"] else ():
+                    forget_variance_(self.state.get(p, {}))
+                group[MEASURED] = group["variance"]
 
     def _update(self, tensors: TensorGroup) -> None:
         """Update parameters of one kind, and their state."""
@@ -508,6 +522,8 @@ class PopRiskAdamW(Optimizer):
         pairs = zip(self.param_groups, completed["param_groups"], strict=True)
         tell_differences(type(self).__name__, list(pairs))
         super().load_state_dict(completed)
+        for group in self.param_groups:
+            group.setdefault(MEASURED, group["variance"])
         for p, state in saved.items():
             for key in self._tensor_keys:
                 if key in state:
@@ -587,7 +603,6 @@ class _Notes:
     def __init__(self, name: str, model: nn.Module | None) -> None:
         self.model = weakref.ref(model) if model is not None else None
         self.parts: BatchParts | None = None
-        self.gates: dict[Tensor, tuple[int, Tensor]] = {}  # by PopRiskSOAP: of which step
         self.terms = TermGradients()
         self.patience = Patience(name)
 

@@ -47,6 +47,9 @@ from poprisk.optim.update import state_dtype
 from poprisk.optim.variance import GivenVariances
 
 FACTORS_FROM = ("examples", "gradient")
+GATE_SUMS = "gate_sums"
+"""State of a rotated parameter: the last step that changed its basis, and the sums of statistics of
+that step's gate (:func:`poprisk.optim.stats.gate_sums`), which the new basis does not tell."""
 VARIANCES = ("exact", "ema", "second-moment")
 
 
@@ -106,7 +109,7 @@ class PopRiskSOAP(PopRiskAdamW):
         torch.Size([3, 3])
     """
 
-    _tensor_keys = (*ADAM_KEYS, "grad_mean_var", *FACTORS, *BASES)
+    _tensor_keys = (*ADAM_KEYS, "grad_mean_var", *FACTORS, *BASES, GATE_SUMS)
 
     def __init__(
         self,
@@ -258,7 +261,8 @@ class PopRiskSOAP(PopRiskAdamW):
         found = self._noted().found.get(p)
         if found is None:
             return (None, None)
-        return total_of(found, self._noted().scales[p] ** 2)
+        left, right = total_of(found, self._noted().scales[p] ** 2)
+        return left if sides[0] else None, right if sides[1] else None
 
     def _update(self, tensors: TensorGroup) -> None:
         rotations = [rotation_of(p, s) for p, s in zip(tensors.params, tensors.states, strict=True)]
@@ -320,20 +324,19 @@ class PopRiskSOAP(PopRiskAdamW):
 
         What the gate let through in the old basis is noted before: no other tells it.
         """
-        t, group = tensors.t, tensors.group
-        # A function is not called again within a step: it may draw at random.
-        named = group.estimator is not None and not callable(group.settings["mask"])
-        if named and self._notes.gates.get(p, (0,))[0] != t:
-            self._notes.gates[p] = t, gate_row(p, state, group.settings)
+        if tensors.group.estimator is not None and _step_of_sums(state) != tensors.t:
+            row = _sums_of_gate(p, state, tensors.group.settings)
+            state[GATE_SUMS] = torch.cat([row.new_tensor([float(tensors.t)]), row])
         if is_sharded(p):
             change_basis_(p, state, change_)
         else:
             change_(state)
 
     def _gate_row(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        step, row = self._notes.gates.get(p, (0, None))
-        own = row is not None and step == int(self.state[p]["step"].item())
-        return cast(Tensor, row).clone() if own else super()._gate_row(p, group)
+        state = self.state[p]
+        if _step_of_sums(state) == int(state["step"].item()):
+            return state[GATE_SUMS][1:].double()
+        return super()._gate_row(p, group)
 
     @torch.no_grad()
     def step_rule(self, param: Tensor, context: StepContext) -> StepRule:
@@ -359,7 +362,22 @@ class PopRiskSOAP(PopRiskAdamW):
         for i, (p, index) in enumerate(zip(params, indices, strict=False)):
             check_basis_shapes(i, p, state_dict["state"].get(index, {}))
         super()._load(state_dict)
-        self._notes.gates.clear()
+
+
+def _step_of_sums(state: dict[str, Any]) -> int:
+    """The step whose sums are kept; 0: of none."""
+    return int(state[GATE_SUMS][0].item()) if GATE_SUMS in state else 0
+
+
+def _sums_of_gate(p: Tensor, state: dict[str, Any], settings: dict[str, Any]) -> Tensor:
+    """The sums of statistics of the gate of a step, as of yet in its basis.
+
+    A mask that is a function is not called again, as it may draw at random: NaN is what it made.
+    """
+    if not callable(settings["mask"]):
+        return gate_row(p, state, settings)
+    row = gate_row(p, state, {**settings, "mask": "hard"})
+    return row.index_fill(0, torch.tensor([1, 3], device=row.device), torch.nan)
 
 
 def _grad(p: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ def prepare_state(
         state[key] = torch.zeros_like(p, dtype=state_dtype(p))
 
 
+def forget_variance_(state: dict[str, Any]) -> None:
+    """Let the next :func:`prepare_state` begin an average of the variance."""
+    for key in ("variance_start", *VARIANCE_KEYS):
+        state.pop(key, None)
+
+
 def count_step(states: list[dict[str, Any]]) -> list[int]:
     """Advance the step counters by one and return them."""
     if not states:
