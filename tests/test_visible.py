@@ -212,6 +212,27 @@ def test_a_hook_where_autograd_accumulates_is_noticed() -> None:
     assert_backward_refused(model, lambda: squares(model(X), Y), RuntimeError, message)
 
 
+def test_a_change_where_autograd_accumulates_is_noticed_beside_larger_gradients() -> None:
+    """In single precision rounding is far below a hundredth of the largest gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    scales = torch.tensor([1e-3, 1e-3, 1e-3, 1.0, 1.0])
+    bias: Any = model[0].bias
+    node = bias.view_as(bias).grad_fn.next_functions[0][0]
+
+    def larger(grads: tuple[Tensor]) -> tuple[Tensor]:
+        return (5 * grads[0],)
+
+    node.register_prehook(larger)
+
+    def losses() -> Tensor:
+        hidden = 1e-3 * model[0](X.float()) * scales
+        return squares(1e3 * model[2](torch.tanh(hidden)), Y.float())
+
+    message = r"parameter 1 of group 0.*AccumulateGrad"
+    assert_backward_refused(model, losses, RuntimeError, message)
+
+
 class Inside(torch.autograd.Function):
     """Runs a module again in its backward pass, as reversible and pipelined layers do."""
 

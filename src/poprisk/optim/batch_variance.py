@@ -489,7 +489,7 @@ def _shares(
     largest = max(filter(math.isfinite, sizes), default=0.0)
     for name, gap, size in zip(gaps, _numbers([g for g, _ in gaps.values()]), sizes, strict=True):
         p = factors.params[name]
-        small = gap <= _tolerance(p) * size + _rounding(p) * largest
+        small = gap <= _tolerance(p) * size + _rounding(p, halved=factors.halved) * largest
         if not small and bool(found[p].grad.to_dense().isfinite().all()):
             raise _unseen(name, p)
     return found
@@ -565,9 +565,18 @@ def _tolerance(p: Tensor) -> float:
     return 1e-3 if p.dtype in (torch.float64, torch.complex128) else 2e-2
 
 
-def _rounding(p: Tensor) -> float:
-    """The same, relative to the largest gradient of the model."""
-    return 1e-6 if p.dtype in (torch.float64, torch.complex128) else 1e-2
+def _rounding(p: Tensor, *, halved: bool) -> float:
+    """The same, relative to the largest gradient of the model.
+
+    Args:
+        p: the parameter.
+        halved: whether products were taken in half precision.
+    """
+    if p.dtype in (torch.float64, torch.complex128):
+        return 1e-6
+    # Products in TensorFloat-32 are taken on other devices than the CPU, or where allowed.
+    single = p.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    return 1e-4 if single and not halved and p.element_size() >= 4 else 1e-2
 
 
 def _grad(p: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ class Factors:
         params: the parameters.
         examples: b.
         values: k.
+        halved: whether some of them came back in half precision, as under autocast.
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class Factors:
         *,
         examples: int,
         values: int,
+        halved: bool = False,
     ) -> None:
         self.terms = {name: merged(list(t)) for name, t in terms.items() if t}
         self.params = params
         self.examples = examples
         self.values = values
+        self.halved = halved
 
     def part(self, examples: slice = ALL, values: slice = ALL) -> Factors:
         """The gradients of some examples and values."""
@@ -207,6 +210,7 @@ def capture(
     matrix = as_matrix(values)
     size = (matrix.shape[0], matrix.shape[1])
     terms: dict[str, list[Term]] = {name: [] for name in params}
+    halved = False
     if matrix.grad_fn is not None:
         graph = walk(matrix.grad_fn, {id(p): name for name, p in params.items()})
         check_visible(graph, matrix, params)
@@ -216,11 +220,16 @@ def capture(
             known = plan.uses_in(graph, matrix) if plan is not None else None
             uses = (find_uses(graph, matrix) if graph.owners else []) if known is None else known
         grads = _accumulated(graph, uses, matrix) if accumulate else _gradients(graph, uses, matrix)
+        halved = any(_is_half(g) for place in grads.values() for g in place if g is not None)
         with torch.no_grad(), silenced(params.values()):
             for use in uses:
                 for name, term in terms_of(graph, use, grads[use.node], size):
                     terms[name].append(term)
-    return Factors(terms, params, examples=size[0], values=size[1])
+    return Factors(terms, params, examples=size[0], values=size[1], halved=halved)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() < 4
 
 
 def check_graph(values: Tensor, params: Mapping[str, Tensor]) -> None:
