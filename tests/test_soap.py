@@ -560,6 +560,71 @@ def test_a_gradient_from_elsewhere_is_refused_before_anything_moves(
         opt.step()
 
 
+class Pooled(nn.Module):
+    """A convolution over positions, whose mean a linear layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv, self.head = nn.Conv1d(3, 6, 3).double(), nn.Linear(6, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.conv(x).tanh().mean(-1))
+        return found
+
+
+@pytest.mark.parametrize("lengths", [[4], [20], [4, 20], [20, 4]])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_size_of_a_loss_does_not_matter_whatever_the_lengths(
+    lengths: list[int], parts: int
+) -> None:
+    """Few positions and many lead to factors of two kinds, whose averages are not mixed."""
+    models = [Pooled(), Pooled()]
+    opts = [rotated(m, refresh_every=3, eps=1e-30, weight_decay=0.0) for m in models]
+    g = torch.Generator().manual_seed(5)
+    for k in range(8):
+        x = [
+            torch.randn(B // parts, 3, lengths[(k + j) % len(lengths)], generator=g).double()
+            for j in range(parts)
+        ]
+        for model, opt, factor in zip(models, opts, (1.0, 1000.0), strict=True):
+            opt.zero_grad()
+            for some in x:
+                losses = (model(some) - some.mean((1, 2))[:, None]).square().sum(1)
+                opt.backward(factor * losses, weight=1 / parts)
+            opt.step()
+    for a, b in zip(weights(models[0]), weights(models[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("room", [1, 100_000])
+def test_factors_of_examples_are_what_is_said(
+    many: bool, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of positions; or of the gradients of examples, formed for as many as there is room."""
+    monkeypatch.setattr(kronecker, "CACHED", room)
+    torch.manual_seed(0)
+    layer, (t, n) = nn.Linear(4, 3, bias=False).double(), (9 if many else 1, 5)
+    opt = rotated(layer, factor_decay=0.0)
+    for x in (torch.randn(n, t, 4).double(), torch.randn(n, 1, 4).double()):
+        losses = layer(x).square().sum((1, 2))
+        outputs = layer(x)
+        (back,) = torch.autograd.grad(outputs.square().sum() / n, outputs)
+        opt.zero_grad()
+        opt.backward(losses)
+        opt.step()
+        if many:
+            grads = torch.einsum("bto,bti->boi", back, x)
+            rows, columns = (torch.einsum(e, grads, grads) for e in ("boi,bpi->op", "boi,boj->ij"))
+            expected = n * rows, n * columns
+        else:
+            rows, columns = (torch.einsum("btx,bty->xy", z, z) for z in (back, x))
+            expected = n * rows, columns / n
+        for key, factor in zip(FACTORS, expected, strict=True):
+            torch.testing.assert_close(opt.state[layer.weight][key], factor)
+
+
 def test_a_group_may_be_a_generator() -> None:
     model = net()
     opt = PopRiskSOAP([{"params": model[0].parameters()}])

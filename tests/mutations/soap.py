@@ -54,6 +54,24 @@ MUTATIONS = {
         "changes.append(None if old is None else",
         "test_soap.py::test_a_raised_limit_rotates_the_other_side_too",
     ),
+    "factors of two kinds in one average": Mutation(
+        "poprisk/optim/kronecker.py",
+        "            state.pop(key, None)\n        state[OF_GRADIENTS]",
+        "            pass\n        state[OF_GRADIENTS]",
+        "test_soap.py::test_the_size_of_a_loss_does_not_matter_whatever_the_lengths",
+    ),
+    "the kind of the factors forgotten": Mutation(
+        "poprisk/optim/example_factors.py",
+        "kept = before.of_gradients or OF_GRADIENTS in self.optimizer.state.get(p, {})",
+        "kept = False",
+        "test_soap.py::test_factors_of_examples_are_what_is_said",
+    ),
+    "an average of another variance goes on": Mutation(
+        "poprisk/optim/adamw.py",
+        "forget_variance_(self.state.get(p, {}))",
+        "pass",
+        "test_within.py::test_another_variance_begins_its_own_average",
+    ),
     "a first step of matrices decayed like biases": Mutation(
         "poprisk/optim/soap.py",
         "(as_yet if any(sides) else for_good)",
@@ -110,8 +128,8 @@ MUTATIONS = {
     ),
     "the sides of the factors exchanged": Mutation(
         "poprisk/optim/kronecker.py",
-        "return (None, output), (mixed, None)",
-        "return (output, None), (None, mixed)",
+        "return ExampleSums((None, output), (mixed, None))",
+        "return ExampleSums((output, None), (None, mixed))",
         "test_soap.py::test_layers_of_all_kinds_are_rotated_where_they_can_be",
     ),
     "the step not turned back": Mutation(
@@ -125,21 +143,21 @@ MUTATIONS = {
     ),
     "factors as before clipping": Mutation(
         "poprisk/optim/soap.py",
-        "return total_of(found, self._noted().scales[p] ** 2)",
-        "return total_of(found)",
+        "left, right = found.total(self._noted().scales[p] ** 2)",
+        "left, right = found.total()",
         "test_soap.py::test_factors_follow_a_factor_on_the_gradient",
     ),
     "a factor on the loss counted on the side of the inputs": Mutation(
         "poprisk/optim/kronecker.py",
-        "return plus_pair(scaled_pair(gradients, scale), inputs)",
-        "return scaled_pair(plus_pair(gradients, inputs), scale)",
+        "return plus_pair(scaled_pair(self.gradients, scale), self.inputs)",
+        "return scaled_pair(plus_pair(self.gradients, self.inputs), scale)",
         "test_soap.py::test_a_factor_on_the_loss_does_not_change_an_embedding",
     ),
     "factors of sides that are not rotated": Mutation(
-        "poprisk/optim/kronecker.py",
-        "output = _gram(term.cotangent) if of_output else None",
-        "output = _gram(term.cotangent)",
-        "test_soap.py::test_large_sides_keep_their_coordinates",
+        "poprisk/optim/soap.py",
+        "return left if sides[0] else None, right if sides[1] else None",
+        "return left, right",
+        "test_soap.py::test_a_limit_lowered_before_the_first_step_counts",
     ),
     "changed gradients seen too late": Mutation(
         "poprisk/optim/soap.py",
@@ -199,8 +217,8 @@ MUTATIONS = {
     ),
     "statistics of a basis found after the step": Mutation(
         "poprisk/optim/soap.py",
-        "own = row is not None and step ==",
-        "own = row is not None and step !=",
+        "if _step_of_sums(state) == int(",
+        "if _step_of_sums(state) != int(",
         "test_soap.py::test_statistics_are_of_the_gate_of_the_step",
     ),
     "another variance than was asked for": Mutation(

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from poprisk.optim.kronecker import (
     BASES,
-    NO_PAIR,
-    Pair,
+    OF_GRADIENTS,
+    ExampleSums,
     Rotation,
     factors_of_terms,
     fits,
-    plus_pair,
     rotation_of,
-    scaled_pair,
 )
 from poprisk.optim.update import state_dtype
 from poprisk.per_sample.terms import Term
@@ -35,7 +33,7 @@ class ExampleFactors:
 
     def __init__(self, optimizer: PopRiskSOAP) -> None:
         self.optimizer = optimizer
-        self.found: dict[Tensor, tuple[Pair, Pair]] = {}
+        self.found: dict[Tensor, ExampleSums] = {}
         self.scales: dict[Tensor, float] = {}
         self._kept: dict[Tensor, list[Tensor | None]] = {}
         self._turned: dict[Tensor, Tensor] = {}
@@ -46,11 +44,11 @@ class ExampleFactors:
         self._kept[p] = _bases_in(self.optimizer.state, p)
         if not self.rotates(p) or not fits(terms, p):
             return
-        sides = self._sides()[p]
-        gradients, inputs = factors_of_terms(terms, p, sides)
-        now = scaled_pair(gradients, 1 / share), scaled_pair(inputs, share)
-        before = self.found.get(p, (NO_PAIR, NO_PAIR))
-        self.found[p] = plus_pair(before[0], now[0]), plus_pair(before[1], now[1])
+        before = self.found.get(p, ExampleSums())
+        kept = before.of_gradients or OF_GRADIENTS in self.optimizer.state.get(p, {})
+        found = factors_of_terms(terms, p, self._sides()[p], of_gradients=kept)
+        now = found.times(1 / share, share)
+        self.found[p] = before.plus(now) if p in self.found else now
 
     def check_kept(self, states: Mapping[Tensor, Mapping[str, Any]] | None = None) -> None:
         """Raise unless all have the bases in which squares and gradients of this batch were noted.

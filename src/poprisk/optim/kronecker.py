@@ -12,6 +12,11 @@ coordinate as they do anywhere (the theorem behind the mask holds in any fixed o
 [LG, Thm 6.5]). With :math:`L = GG^\top` and :math:`R = G^\top G` it is the basis of Shampoo (Gupta
 et al., arXiv:1802.09568) as SOAP keeps it (Vyas et al., arXiv:2409.11321); that of the factors of
 examples is that of K-FAC (Martens and Grosse, arXiv:1503.05671).
+
+Of a layer whose examples have so many positions that their gradients :math:`G_i` take less room
+than the factors, as those of most convolutions, L and R are averages of
+:math:`b \sum_i G_i G_i^\top` and :math:`b \sum_i G_i^\top G_i`. A parameter of which a batch was
+of that kind stays with it, as lengths may change.
 """
 
 from __future__ import annotations
@@ -27,11 +32,13 @@ from poprisk.dtensor import layout_of, local
 from poprisk.optim.matrices import as_matrix, matrix_shape
 from poprisk.optim.state import ADAM_KEYS, BASES, FACTORS, check_layout
 from poprisk.optim.update import state_dtype
-from poprisk.per_sample.moments import wide
+from poprisk.per_sample.moments import CACHED, wide
 from poprisk.per_sample.terms import Dense, OneHot, Outer, Term
 
 AVERAGES = (*ADAM_KEYS, "grad_mean_var")
 """What is kept in the basis."""
+OF_GRADIENTS = "factors_of_gradients"
+"""State of a parameter whose factors are of the examples' gradients."""
 SQUARES = ("exp_avg_sq", "grad_mean_var")
 """Averages of squares, which a change of basis mixes by squares of its entries."""
 
@@ -125,35 +132,80 @@ def rotation_of(p: Tensor, state: dict[str, Any]) -> Rotation | None:
     return Rotation(*(None if basis is None else basis.to(dtype) for basis in found))
 
 
+class ExampleSums(NamedTuple):
+    """Factors of some examples: sums of both sides that rotate.
+
+    Attributes:
+        gradients: what a factor on the loss multiplies by its square.
+        inputs: what it does not change.
+        of_gradients: whether they are of the examples' gradients, not of what these are made of.
+    """
+
+    gradients: Pair = NO_PAIR
+    inputs: Pair = NO_PAIR
+    of_gradients: bool = False
+
+    def plus(self, other: ExampleSums) -> ExampleSums:
+        """Of both; of those of gradients alone if the two are of different kinds."""
+        if self.of_gradients != other.of_gradients:
+            return self if self.of_gradients else other
+        gradients = plus_pair(self.gradients, other.gradients)
+        return ExampleSums(gradients, plus_pair(self.inputs, other.inputs), self.of_gradients)
+
+    def times(self, of_gradients: float, of_inputs: float) -> ExampleSums:
+        """Each times a number."""
+        gradients = scaled_pair(self.gradients, of_gradients)
+        return self._replace(gradients=gradients, inputs=scaled_pair(self.inputs, of_inputs))
+
+    def total(self, scale: float = 1.0) -> Pair:
+        """Both added up, the former times ``scale``."""
+        return plus_pair(scaled_pair(self.gradients, scale), self.inputs)
+
+
 def factors_of_terms(
-    terms: Sequence[Term], p: Tensor, sides: tuple[bool, bool]
-) -> tuple[Pair, Pair]:
+    terms: Sequence[Term], p: Tensor, sides: tuple[bool, bool], *, of_gradients: bool = False
+) -> ExampleSums:
     r"""Sums :math:`\sum_i d_i d_i^\top` and :math:`\sum_i a_i a_i^\top` of the sides that rotate.
 
-    Over examples and positions, of layers called twice over both calls. An embedding's rows are
-    looked up, not mixed: that side keeps its coordinates.
+    Over examples and positions, of layers called twice over both calls; or, if one of the terms
+    holds gradients, :math:`\sum_i G_i G_i^\top` and :math:`\sum_i G_i^\top G_i`. An embedding's
+    rows are looked up, not mixed: that side keeps its coordinates.
 
-    Returns:
-        What a factor on the loss multiplies by its square, and what it does not change.
+    Args:
+        terms: of the parameter.
+        p: it.
+        sides: which rotate.
+        of_gradients: take the second kind in any case.
     """
-    gradients, inputs = NO_PAIR, NO_PAIR
+    of_gradients = of_gradients or any(isinstance(term, Dense) for term in terms)
+    found = ExampleSums(of_gradients=of_gradients)
     for term in map(wide, terms):
-        of_gradients, of_inputs = _factors_of(term, p, sides)
-        gradients, inputs = plus_pair(gradients, of_gradients), plus_pair(inputs, of_inputs)
-    return gradients, inputs
+        looked_up = isinstance(term, Outer) and isinstance(term.activation, OneHot)
+        kind = _factors_of_gradients if of_gradients and not looked_up else _factors_of
+        found = found.plus(kind(term, p, sides)._replace(of_gradients=of_gradients))
+    return found
 
 
-def _factors_of(term: Term, p: Tensor, sides: tuple[bool, bool]) -> tuple[Pair, Pair]:
-    if isinstance(term, Dense):
-        grads = term.grads.flatten(0, 1).unflatten(-1, (p.shape[0], -1))
-        rows = _gram(grads.transpose(0, 1).flatten(1).mT) if sides[0] else None
-        return (rows, _gram(grads) if sides[1] else None), NO_PAIR
+def _factors_of_gradients(term: Term, p: Tensor, sides: tuple[bool, bool]) -> ExampleSums:
+    """Of gradients that are formed for a few examples at a time."""
+    step, left, right = max(1, CACHED // p.numel()), None, None
+    examples = len(term.cotangent if isinstance(term, Outer) else term.grads)
+    for i in range(0, examples if isinstance(term, Outer) else 1, step):
+        some = term.part(slice(i, i + step)) if isinstance(term, Outer) else term
+        grads = some.dense().flatten(0, 1).unflatten(-1, (p.shape[0], -1))
+        left = plus(left, _gram(grads.transpose(0, 1).flatten(1).mT) if sides[0] else None)
+        right = plus(right, _gram(grads) if sides[1] else None)
+    return ExampleSums((left, right))
+
+
+def _factors_of(term: Term, p: Tensor, sides: tuple[bool, bool]) -> ExampleSums:
+    assert isinstance(term, Outer)
     given, (of_output, of_input) = term.activation, sides[::-1] if term.flipped else sides
     output = _gram(term.cotangent) if of_output else None
     mixed = _gram(given) if of_input and isinstance(given, Tensor) else None
     if term.flipped:
-        return (None, output), (mixed, None)
-    return (output, None), (None, mixed)
+        return ExampleSums((None, output), (mixed, None))
+    return ExampleSums((output, None), (None, mixed))
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -179,12 +231,6 @@ def scaled_pair(pair: Pair, scale: float) -> Pair:
     return left if left is None else left * scale, right if right is None else right * scale
 
 
-def total_of(found: tuple[Pair, Pair], scale: float = 1.0) -> Pair:
-    """What :func:`factors_of_terms` returns, added up; ``scale``: on what is of gradients."""
-    gradients, inputs = found
-    return plus_pair(scaled_pair(gradients, scale), inputs)
-
-
 def fits(terms: Sequence[Term], p: Tensor) -> bool:
     """Whether the factors are of the parameter's rows and columns, as those of groups are not."""
     rows, columns = matrix_shape(p)
@@ -200,6 +246,14 @@ def factors_of_gradient(grad: Tensor, sides: tuple[bool, bool]) -> Pair:
     r""":math:`GG^\top` and :math:`G^\top G` of the sides that rotate."""
     g = as_matrix(grad)
     return g @ g.mT if sides[0] else None, g.mT @ g if sides[1] else None
+
+
+def begin_factors_anew_(state: dict[str, Any], *, of_gradients: bool) -> None:
+    """Forget averages of factors of the other kind than those of a step."""
+    if of_gradients and OF_GRADIENTS not in state:
+        for key in FACTORS:
+            state.pop(key, None)
+        state[OF_GRADIENTS] = torch.ones(())
 
 
 def add_factors_(state: dict[str, Any], found: Pair, decay: float) -> None:

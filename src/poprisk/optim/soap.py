@@ -22,6 +22,7 @@ from poprisk.optim.kronecker import (
     Rotation,
     add_factors_,
     adopt_,
+    begin_factors_anew_,
     check_basis_shapes,
     factors_of_gradient,
     finite,
@@ -29,7 +30,6 @@ from poprisk.optim.kronecker import (
     is_due,
     refresh_,
     rotation_of,
-    total_of,
 )
 from poprisk.optim.matrices import rotated_sides
 from poprisk.optim.replay import gate_row
@@ -261,7 +261,7 @@ class PopRiskSOAP(PopRiskAdamW):
         found = self._noted().found.get(p)
         if found is None:
             return (None, None)
-        left, right = total_of(found, self._noted().scales[p] ** 2)
+        left, right = found.total(self._noted().scales[p] ** 2)
         return left if sides[0] else None, right if sides[1] else None
 
     def _update(self, tensors: TensorGroup) -> None:
@@ -308,6 +308,8 @@ class PopRiskSOAP(PopRiskAdamW):
     def _follow(self, p: Tensor, state: dict[str, Any], found: Pair, tensors: TensorGroup) -> None:
         """Let the factors, and where it is due the basis, follow a step with these factors."""
         settings = tensors.group.settings
+        if p in self._noted().found and settings["factors"] == "examples":
+            begin_factors_anew_(state, of_gradients=self._noted().found[p].of_gradients)
         add_factors_(state, found, settings["factor_decay"])
         if is_due(tensors.t, settings["refresh_every"]):
             exact = tensors.t < settings["refresh_every"]
