@@ -1010,3 +1010,18 @@ def test_a_rotated_step_is_no_diagonal_map() -> None:
     rule = realized_update(momentum=SETTINGS["betas"][0])
     run = poprisk.record(model, loss, opt, batches(3), x[:4], train=(x, y), rule=rule)
     assert max(poprisk.path_operators(run).closure) < 1e-6
+    model, x = net(), x * (torch.arange(5) > 0)
+    opt = rotated(model, variance="ema", factors="gradient")
+    with pytest.raises(poprisk.NotAnalysable, match="whose gradient was always zero"):
+        poprisk.record(model, loss, opt, batches(9), x[:4], train=(x, y), rule=rule)
+
+
+def test_what_is_missing_is_said_of_a_loop_with_one_loss() -> None:
+    model, (x, y) = net(), data()
+    every: list[dict[str, Any]] = [{}, {"gate": False}, {"factors": "gradient"}]
+    for settings in every:
+        opt = rotated(model, **settings)
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        with nothing_changes(opt), pytest.raises(RuntimeError, match='variance="ema"'):
+            opt.step()

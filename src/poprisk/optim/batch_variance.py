@@ -260,7 +260,8 @@ class BatchParts:
                 f'variance="exact" or "microbatch" saw {self.parts} part(s) of the batch and needs '
                 'two: for "exact" call optimizer.backward(losses), with one loss per example, in '
                 'place of losses.mean().backward(); for "microbatch" call '
-                "optimizer.microbatch(size) after each backward pass of an accumulated step."
+                "optimizer.microbatch(size) after each backward pass of an accumulated step. In a "
+                'loop that has one loss use variance="ema".'
             )
         idle = [p for p in params if p not in self._noted and not bool(_grad(p).any())]
         params = [p for p in params if p not in set(idle)]

@@ -200,8 +200,7 @@ class PopRiskSOAP(PopRiskAdamW):
     def _given_variances(self) -> GivenVariances:
         self._check_sides()
         self._noted().forget_turned()
-        given, rotated = super()._given_variances(), self.rotated()
-        parts = self._batch_parts()
+        parts, rotated = self._batch_parts(), self.rotated()
         needed = [
             p
             for group in self.param_groups
@@ -214,8 +213,10 @@ class PopRiskSOAP(PopRiskAdamW):
             raise RuntimeError(
                 'factors="examples" needs inputs and output gradients of this step: call '
                 "optimizer.backward(losses), with one loss per example, in place of "
-                'losses.mean().backward(), or use factors="gradient".'
+                "losses.mean().backward(). In a loop that has one loss use "
+                'PopRiskSOAP(model, factors="gradient", variance="ema").'
             )
+        given = super()._given_variances()
         self._noted().check_kept(self.state)
         self._noted().find_scales([p for p in rotated if p.grad is not None])
         return given

@@ -204,7 +204,8 @@ def realized_update(*, momentum: float = 0.0) -> Rule:
     that displacements and closure errors are those of the run. Not exact: how a step would answer
     to another gradient. An optimizer that mixes coordinates (Muon, Shampoo) or carries another
     momentum is described by a diagonal that happens to give the same steps; entries of it may be
-    negative, and count by their absolute value in W.
+    negative, and count by their absolute value in W. Where such an optimizer moves weights whose
+    gradient was always zero (of inputs that are zero), no diagonal does, and recording is refused.
     """
 
     def rule(context: StepContext) -> StepRule:

@@ -253,7 +253,9 @@ class StepReader:
             raise NotAnalysable(
                 f"the step of {type(self.optimizer).__name__} is not the one its rule describes "
                 f"(relative difference {relative:.2g}); is step() overridden or wrapped, or was "
-                "another state loaded? Pass rule=poprisk.path.realized_update(momentum=...)."
+                "another state loaded? Pass rule=poprisk.path.realized_update(momentum=...); if "
+                "that was passed, weights move whose gradient was always zero (inputs that are "
+                "zero, and an optimizer that mixes coordinates), which no diagonal map does."
             )
         self._taken = rules, grads
         self.spent += self.now() - self._since
