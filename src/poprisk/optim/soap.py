@@ -74,8 +74,9 @@ class PopRiskSOAP(PopRiskAdamW):
             batch_size, dataset_size, q_min, foreach, maximize and gate.
         lr: learning rate.
         weight_decay: decoupled, and not gated. It, lr, z and slack were chosen together on runs of
-            800 to 1,300 steps. Weights are forgotten within ``1 / (lr * weight_decay)`` steps, 625
-            of these defaults: lower it in much longer runs.
+            800 to 1,300 steps of classification. Weights are forgotten within ``1 / (lr *
+            weight_decay)`` steps, 625 of these defaults: lower it in much longer runs, and take
+            0.01 for regression by a network.
         z: how many standard errors ``alpha="auto"`` asks for in a basis.
         coordinate_z: the same for what keeps its coordinates, where the gate is that of
             :class:`PopRiskAdamW`.
