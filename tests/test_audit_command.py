@@ -153,9 +153,9 @@ def test_marks_of_an_earlier_version_count_rows_from_one(tmp_path: Path) -> None
     source, marks = tmp_path / "s.csv", tmp_path / "m.csv"
     source.write_text("x,y\n1,a\n2,b\n")
     marks.write_text("index,name,given,label,mark\n1,row 2,b,a,fix\n")
-    assert apply_marks(source, "y", marks, tmp_path / "new.csv") == 1
+    assert apply_marks(source, "y", marks, tmp_path / "new.csv") == (1, 0)
     marks.write_text("row,name,given,label,mark\n2,row 2,b,a,fix\n")
-    assert apply_marks(source, "y", marks, tmp_path / "old.csv") == 1
+    assert apply_marks(source, "y", marks, tmp_path / "old.csv") == (1, 0)
     assert (tmp_path / "old.csv").read_text() == "x,y\n1,a\n2,a\n"
     assert (tmp_path / "new.csv").read_text() == "x,y\n1,a\n2,a\n"
     marks.write_text("row,name,given,label,mark\nx,row 2,b,a,fix\n")
@@ -200,12 +200,122 @@ def test_all_suggestions_are_taken_from_the_list_of_suspects(
     suspects = pd.read_csv(folder / "run" / "suspects.csv")
     source, new = folder / "t.csv", tmp_path / "new.csv"
     found = apply_marks(source, "kind of thing", folder / "run" / "suspects.csv", new)
-    assert found == len(suspects)
+    assert found == (len(suspects), 0)
     given, fixed = (pd.read_csv(path)["kind of thing"] for path in (source, new))
     rows = suspects["index"]
     assert fixed[rows].tolist() == suspects["suggested"].tolist()
     others = ~given.index.isin(rows)
     assert fixed[others].equals(given[others])
+
+
+HEADER = "index,name,given,label,mark\n"
+LISTED = "index,name,given,suggested,suspect,quality,rank,confidence\n"
+
+
+@pytest.mark.parametrize(
+    ("marks", "told", "after"),
+    [
+        (f"{HEADER}0,,a,b,fix\n", "1 label changed", "bb?a"),
+        (f"{HEADER}0,,a,a,fix\n1,,b,b,fix\n", "0 labels changed", "ab?a"),
+        (f"{HEADER}0,,a,b,fix\n1,,b,b,fix\n3,,a,b,keep\n", "1 label changed", "bb?a"),
+        (f"{HEADER}2,,none,b,fix\n", "0 labels changed, 1 missing label filled", "abba"),
+        (f"{HEADER}2,,none,none,fix\n", "0 labels changed", "ab?a"),
+        (f"{LISTED}0,,a,b,1,0,0,1\n", "1 label changed", "bb?a"),
+        (  # labels.csv: numbers of those that are not suspect may be rounded
+            f"{LISTED}0,,a,b,1,0,0,1\n3,,a,b,0,.9,1,1\n1,,b,b,0,1,2,1\n2,,,a,0,,,1\n",
+            "1 label changed, 1 missing label filled",
+            "bbaa",
+        ),
+        (f"{LISTED}0,,a,b,1,0,0,1\n2,,,,0,,,\n", "1 label changed", "bb?a"),
+    ],
+)
+def test_only_labels_that_are_others_now_are_counted(
+    tmp_path: Path, marks: str, told: str, after: str
+) -> None:
+    source, marked, new = (tmp_path / f"{name}.csv" for name in "smn")
+    source.write_text("x,y\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate("ab?a")))
+    marked.write_text(marks)
+    found = call(source, "--label", "y", "--apply", marked, "--out", new)
+    assert found.exit_code == 0, found.stderr
+    assert found.output == f"{told}: {new}\n"
+    assert "".join(line[-1] for line in new.read_text().splitlines()[1:]) == after
+
+
+def test_all_labels_of_an_audit_change_what_is_suspect_and_fill_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    """Numbers that are not suspect are rounded in labels.csv, and stay as they are."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.normal(size=120).round(3)})
+    frame["price"] = (1e7 * (3 + frame["a"] + 0.05 * rng.normal(size=120))).round(2)
+    frame.loc[7, "price"] = 4e8 + 0.25
+    frame.loc[[3, 30], "price"] = np.nan
+    source, run, new = tmp_path / "t.csv", tmp_path / "run", tmp_path / "new.csv"
+    frame.to_csv(source, index=False)
+    found = call(source, "--label", "price", "--epochs", 20, "--plant", 0, "--out", run)
+    assert found.exit_code == 0, found.output
+    suspects = pd.read_csv(run / "suspects.csv")["index"].tolist()
+    applied = call(source, "--label", "price", "--apply", run / "labels.csv", "--out", new)
+    assert applied.exit_code == 0, applied.stderr
+    told = f"{len(suspects)} label{'s' * (len(suspects) != 1)} changed, 2 missing labels filled"
+    assert applied.output == f"{told}: {new}\n"
+    after = pd.read_csv(new)["price"]
+    differ = after.index[(after != frame["price"]).to_numpy()]
+    assert set(differ) == {*suspects, 3, 30}
+    assert after.notna().all()
+
+
+@pytest.mark.parametrize("mark", ["fix", "keep"])
+@pytest.mark.parametrize(
+    ("cells", "kind", "label", "reason"),
+    [
+        ("barolo barbera grignolino", None, "riesling", "none of its classes: 'barbera', 'barolo'"),
+        ("barolo barbera grignolino", None, "Barolo", "none of its classes: 'barolo',"),
+        ("barolo barbera grignolino", None, "", "none of its classes"),
+        ("barolo barbera grignolino", None, "none", "none of its classes"),
+        ("barolo barbera ?", None, "?", "none of its classes: 'barbera', 'barolo'"),
+        (
+            "0 1 2",
+            None,
+            "3",
+            "none of its classes: '0', '1', '2'; of numbers say --kind regression",
+        ),
+        ("01 02 03", None, "11", "none of its classes: '01', '02', '03'"),
+        ("0 1 2", "classes", "1.5", "none of its classes"),
+        ("0 1 2", "regression", "high", "no number"),
+        ("0 1 2", "regression", "", "no number"),
+        ("0 1 2", "regression", "inf", "no number"),
+        (" ".join(f"{i}.5" for i in range(30)), None, "high", "no number"),
+        (" ".join(f"{i}.5" for i in range(30)), "classes", "7.25", "none of its classes"),
+    ],
+)
+def test_a_label_that_the_file_cannot_have_is_refused(
+    tmp_path: Path, cells: str, kind: str | None, label: str, reason: str, mark: str
+) -> None:
+    source, marks, new = (tmp_path / f"{name}.csv" for name in "smn")
+    given = cells.split()
+    source.write_text("x,y\n" + "".join(f"1,{cell}\n" for cell in given))
+    marks.write_text(
+        f"{HEADER}0,row 1,{given[0]},{given[1]},fix\n1,row 2,{given[1]},{label},{mark}\n"
+    )
+    arguments = [] if kind is None else ["--kind", kind]
+    found = call(source, "--label", "y", *arguments, "--apply", marks, "--out", new)
+    if mark == "keep":
+        assert found.exit_code == 0, found.stderr
+        return
+    assert found.exit_code == 2
+    assert f"row 2 (index 1) of {source} the label {label!r}, which is {reason}" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+    assert not new.exists()
+
+
+@pytest.mark.parametrize("label", ["0", "1.5", "1,5", "1e3"])
+def test_any_number_may_be_the_label_where_labels_are_numbers(tmp_path: Path, label: str) -> None:
+    source, marks, new = (tmp_path / f"{name}.csv" for name in "smn")
+    source.write_text("x;y\n" + "".join(f"1;{i},25\n" for i in range(30)))
+    marks.write_text(f'{HEADER}0,row 1,0.25,"{label}",fix\n')
+    assert apply_marks(source, "y", marks, new) == (1, 0)
+    assert new.read_text().splitlines()[1] == f"1;{label.replace('.', ',')}"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +373,7 @@ def test_marks_keep_how_a_file_is_written(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(
         "row,name,given,label,mark\n2,row 2,b,a,fix\n3,row 3,none,b,fix\n"
     )
-    assert apply_marks(source, "y", tmp_path / "m.csv", tmp_path / "n.csv") == 2
+    assert apply_marks(source, "y", tmp_path / "m.csv", tmp_path / "n.csv") == (1, 1)
     expected = "\ufeffx;y\r\n1,5;a\r\n2,5;a\r\n3,5;b\r\n"
     assert (tmp_path / "n.csv").read_bytes() == expected.encode()
 
@@ -287,17 +397,18 @@ def test_corrected_labels_are_written_as_the_others_are(
     lines = ["ä;y", *(f"1;{cell}" for cell in cells)]
     source.write_bytes("".join(f"{line}\n" for line in lines).encode(encoding))
     marks.write_text(f"row,name,given,label,mark\n1,row 1,{mark},fix\n", encoding="utf-8")
-    assert apply_marks(source, "y", marks, new) == 1
+    kind = "regression" if written in ("3,25", "1,234.5") else None
+    assert apply_marks(source, "y", marks, new, kind=kind) == (1, 0)
     lines[1] = f"1;{written}"
     assert new.read_bytes() == "".join(f"{line}\n" for line in lines).encode(encoding)
 
 
 def test_a_label_that_the_encoding_does_not_have_is_refused(tmp_path: Path) -> None:
     source, marks, new = (tmp_path / f"{name}.csv" for name in "smn")
-    source.write_bytes("x;y\n1;schön\n2;übel\n".encode("cp1252"))
-    marks.write_text("row,name,given,label,mark\n1,row 1,schön,δ,fix\n", encoding="utf-8")
-    with pytest.raises(AuditInputError, match="is in cp1252, which has no 'δ'; save it in UTF-8"):
-        apply_marks(source, "y", marks, new)
+    source.write_bytes("höhe;y\n1;1\n2;2\n".encode("cp1252"))
+    marks.write_text("row,name,given,label,mark\n1,row 1,1,٣,fix\n", encoding="utf-8")
+    with pytest.raises(AuditInputError, match="is in cp1252, which has no '٣'; save it in UTF-8"):
+        apply_marks(source, "y", marks, new, kind="regression")
     assert not new.exists()
 
 

@@ -245,8 +245,8 @@ def audit_command(
     apply: Annotated[
         Path | None,
         _option(
-            "marked.csv from the page, or suspects.csv to take every suggestion: write the "
-            "corrected table."
+            "marked.csv from the page, suspects.csv to take every suggestion, or labels.csv to "
+            "fill missing labels, too: write the corrected table (CSV)."
         ),
     ] = None,
     out: Annotated[
@@ -276,8 +276,8 @@ def audit_command(
 
             new = out or path.with_name(f"{path.stem}-corrected{path.suffix}")
             with _writing(new):
-                count = apply_marks(path, label, apply, new)
-            _say(f"{count} label{'s' * (count != 1)} changed: {new}")
+                found = apply_marks(path, label, apply, new, kind=kind)
+            _say(f"{found}: {new}")
         return
     name = f"audit-{_slug(path.stem if path.exists() else source)}"
     directory = out or Path("runs") / (f"{name}-{folds}-folds" if folds else name)

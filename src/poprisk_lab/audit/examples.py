@@ -101,6 +101,26 @@ def numbers_in(texts: pd.Series[Any], decimal: str = ".") -> pd.Series[Any]:
     return pd.to_numeric(texts.str.replace(decimal, ".", regex=False), errors="coerce")
 
 
+def are_numbers(values: Sequence[str], decimal: str = ".") -> bool:
+    """Whether labels are taken as numbers where nobody says what they are.
+
+    Args:
+        values: text, without blanks around them.
+        decimal: how the numbers of their file are written.
+    """
+    text = pd.Series(values, dtype="object")
+    known = ~text.str.lower().isin(MISSING)
+    numbers = _label_numbers(text, known, decimal)[known]
+    return bool(np.isfinite(numbers).all()) and _is_measured(numbers)
+
+
+def _label_numbers(text: pd.Series[Any], known: pd.Series[bool], decimal: str) -> pd.Series[Any]:
+    numbers = numbers_in(text.where(known, ""), decimal)
+    if numbers[known].isna().any():  # labels may be written otherwise than the rest of a file
+        numbers = numbers_in(text.where(known, ""), "." if decimal == "," else ",")
+    return numbers
+
+
 def read_targets(
     values: Sequence[str], kind: str | None, notes: list[str], decimal: str = "."
 ) -> tuple[Tensor, tuple[str, ...]]:
@@ -123,9 +143,7 @@ def read_targets(
         )
     if not known.all():
         notes.append(f"{(~known).sum()} examples have no label: they are predicted, not judged.")
-    numbers = numbers_in(text.where(known, ""), decimal)
-    if numbers[known].isna().any():  # labels may be written otherwise than the rest of a file
-        numbers = numbers_in(text.where(known, ""), "." if decimal == "," else ",")
+    numbers = _label_numbers(text, known, decimal)
     numeric = bool(np.isfinite(numbers[known]).all())
     if kind is None:
         kind = "regression" if numeric and _is_measured(numbers[known]) else "classes"
