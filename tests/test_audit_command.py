@@ -587,6 +587,87 @@ def test_a_share_that_is_not_believed_is_not_left_out_without_a_word() -> None:
     assert told == ["How many labels are wrong is not known: a long tail."]
 
 
+def page_at(directory: Path) -> str:
+    return html.unescape((directory / "report.html").read_text())
+
+
+@pytest.mark.parametrize("folds", [(), ("--folds", 2)])
+@pytest.mark.parametrize("other", ["mails.jsonl", "mails.tsv", "b/mails.csv"])
+def test_another_file_of_the_same_name_has_a_directory_and_a_page_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, folds: tuple[object, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    frame = pd.read_csv(blobs(tmp_path / "mails.csv"))
+    Path("b").mkdir()
+    if other.endswith("jsonl"):
+        frame.to_json(other, orient="records", lines=True, double_precision=15)
+    else:
+        frame.to_csv(other, index=False, sep="\t" if other.endswith("tsv") else ",")
+    arguments = ["--label", "kind of thing", "--epochs", 1, *folds]
+    end = "-2-folds" if folds else ""
+    assert call("mails.csv", *arguments).exit_code == 0
+    first = Path("runs") / f"audit-mails{end}"
+    before = (first / "report.html").read_bytes()
+    assert "--apply marked.csv" in page_at(first)
+    for _ in range(2):
+        assert call(other, *arguments).exit_code == 0
+        (second,) = {*Path("runs").iterdir()} - {first}
+        assert second.name.startswith("audit-mails")
+        assert second.name.endswith(end)
+        assert f"<h1>{other}</h1>" in page_at(second)
+        assert ("--apply marked.csv" in page_at(second)) == (not other.endswith("jsonl"))
+    assert (first / "report.html").read_bytes() == before
+    again = call(other, *arguments, "--fresh")
+    assert again.exit_code == 0
+    assert (first / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("called", ["./mails.csv", "{here}/mails.csv", "elsewhere/mails.csv"])
+def test_a_file_that_is_called_otherwise_or_has_moved_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = blobs(tmp_path / "mails.csv")
+    arguments = ["--label", "kind of thing", "--epochs", 1]
+    assert call("mails.csv", *arguments).exit_code == 0
+    trained = Path("runs/audit-mails/trials/fit.jsonl").read_bytes()
+    called = called.format(here=tmp_path)
+    if called.startswith("elsewhere"):
+        Path("elsewhere").mkdir()
+        table.rename(called)
+    assert call(called, *arguments).exit_code == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["audit-mails"]
+    assert Path("runs/audit-mails/trials/fit.jsonl").read_bytes() == trained
+    assert f"<h1>{called}</h1>" in page_at(Path("runs/audit-mails"))
+    assert f"poprisk audit {called} --label" in page_at(Path("runs/audit-mails"))
+
+
+def test_any_number_of_files_of_one_name_are_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for k in range(2):
+        for folder in "abcd":
+            Path(folder).mkdir(exist_ok=True)
+            table = blobs(Path(folder) / "mails.csv")
+            assert call(table, "--label", "kind of thing", "--epochs", 1).exit_code == 0, k
+    pages = [page_at(directory) for directory in Path("runs").iterdir()]
+    titles = [re.findall(r"<h1>(.*)</h1>", page) for page in pages]
+    assert sorted(titles) == [[f"{folder}/mails.csv"] for folder in "abcd"]
+
+
+def test_a_page_in_a_directory_that_was_named_is_of_the_file_that_was_given(
+    audited: tuple[Path, str], tmp_path: Path
+) -> None:
+    table, run = tmp_path / "other name.csv", tmp_path / "run"
+    shutil.copy(audited[0] / "t.csv", table)
+    shutil.copytree(audited[0] / "run", run)
+    found = call(table, "--label", "kind of thing", "--epochs", 60, "--out", run)
+    assert found.exit_code == 0, found.output
+    assert f"<h1>{table}</h1>" in page_at(run)
+    assert json.loads((run / "evidence.json").read_text())["data"]["source"] == str(table)
+
+
 @pytest.mark.parametrize("folds", [0, 3])
 def test_what_another_version_left_is_refused_in_one_line(
     audited: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folds: int

@@ -279,8 +279,7 @@ def audit_command(
                 found = apply_marks(path, label, apply, new, kind=kind)
             _say(f"{found}: {new}")
         return
-    name = f"audit-{_slug(path.stem if path.exists() else source)}"
-    directory = out or Path("runs") / (f"{name}-{folds}-folds" if folds else name)
+    names = (path.stem, path.name) if path.exists() else (source,)
     with _errors(trace=trace, resumable=True):
         import torch
 
@@ -293,6 +292,11 @@ def audit_command(
 
         if device is not None:
             check_device(device)
+        directory = out or command.directory_for(
+            source,
+            [f"audit-{_slug(name)}" for name in names],
+            f"-{folds}-folds" if folds else "",
+        )
         of_a_task = command.is_task(source)
         is_table = label is not None and path.suffix.lower() in CSV
         reading = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -51,6 +52,38 @@ class Finished(NamedTuple):
 def is_task(source: str) -> bool:
     """Whether a source is a task, and no file of data."""
     return source in BUILT_IN or re.search(r"\.py(:|$)", source) is not None
+
+
+def directory_for(source: str, names: Sequence[str], end: str = "") -> Path:
+    """Where an audit is kept if nobody says it: no place that is of another source.
+
+    Args:
+        source: what is audited, as it was called.
+        names: for the directory, the first one if it can be.
+        end: of its name.
+    """
+    digest = hashlib.sha256(str(Path(source).absolute()).encode()).hexdigest()[:8]
+    places = [Path("runs") / f"{name}{end}" for name in (*names, f"{names[0]}-{digest}")]
+    return next((place for place in places if not _is_of_another(place, source)), places[-1])
+
+
+def _is_of_another(directory: Path, source: str) -> bool:
+    """Whether a directory is of an audit of something else that is still there.
+
+    What has gone may have been moved, and its audit goes on.
+    """
+    try:
+        config = Store(directory, AUDIT).config()
+    except RunDirectoryError:
+        return False
+    called = config["audit"]["source"]
+    there = (config.get("read") or {}).get("source", called)
+    if called == source or is_task(called) or is_task(source):
+        return called != source
+    try:
+        return not Path(there).samefile(source)
+    except OSError:
+        return False
 
 
 def read_again(reading: Reading) -> tuple[Task | None, AuditExamples]:

@@ -40,7 +40,8 @@ def _differences(found: Config, wanted: Config) -> list[str]:
 
 
 def _read_as_now(found: Config, wanted: Config) -> Config:
-    return {**found, "read": wanted.get("read")}
+    audit = {**found["audit"], "source": wanted["audit"]["source"]}
+    return {**found, "audit": audit, "read": wanted.get("read")}
 
 
 AUDIT = Kind(
