@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -666,6 +668,99 @@ def test_a_page_in_a_directory_that_was_named_is_of_the_file_that_was_given(
     assert found.exit_code == 0, found.output
     assert f"<h1>{table}</h1>" in page_at(run)
     assert json.loads((run / "evidence.json").read_text())["data"]["source"] == str(table)
+
+
+def as_csv(frame: pd.DataFrame, folder: Path) -> list[object]:
+    frame.to_csv(folder / "t.csv", index=False)
+    return [folder / "t.csv", "--label", "y"]
+
+
+def as_numbers(frame: pd.DataFrame, folder: Path) -> list[object]:
+    return [*as_csv(frame, folder), "--kind", "regression"]
+
+
+def as_json_lines(frame: pd.DataFrame, folder: Path) -> list[object]:
+    frame.to_json(folder / "t.jsonl", orient="records", lines=True)
+    return [folder / "t.jsonl", "--label", "y"]
+
+
+def as_array(frame: pd.DataFrame, folder: Path) -> list[object]:
+    np.save(folder / "t.npy", frame.drop(columns="y").to_numpy())
+    np.save(folder / "y.npy", frame["y"].to_numpy())
+    return [folder / "t.npy", "--labels", folder / "y.npy"]
+
+
+def as_array_with_a_table(frame: pd.DataFrame, folder: Path) -> list[object]:
+    frame[["y"]].to_csv(folder / "y.csv", index=False)
+    return [*as_array(frame, folder)[:2], folder / "y.csv", "--label", "y"]
+
+
+def as_images(frame: pd.DataFrame, folder: Path) -> list[object]:
+    for i, label in enumerate(frame["y"]):
+        (folder / "images" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i % 256).save(folder / "images" / str(label) / f"{i}.png")
+    return [folder / "images"]
+
+
+@pytest.mark.parametrize(
+    ("written", "counting", "apply"),
+    [
+        (as_csv, "line 2 of the file, and has index 0: line = row + 1 = index + 2", "t.csv"),
+        (as_numbers, "line = row + 1 = index + 2", "t.csv"),
+        (as_json_lines, "line = row = index + 1", ""),
+        (as_array, "Row 1 is the first of the array", ""),
+        (as_array_with_a_table, "Row 1 is the first of the array and of its labels", "y.csv"),
+        (as_images, "The name of an image is its path in the folder", ""),
+    ],
+)
+def test_page_and_terminal_say_which_example_is_meant_and_what_its_mark_is_good_for(
+    tmp_path: Path,
+    written: Callable[[pd.DataFrame, Path], list[object]],
+    counting: str,
+    apply: str,
+) -> None:
+    x = np.repeat([-3.0, 3.0], 40)
+    frame = pd.DataFrame({"a": x, "b": -x, "y": (x > 0).astype(int)})
+    frame.loc[[5, 50], "y"] = [1, 0]
+    arguments = [*written(frame, tmp_path), "--epochs", 40]
+    found = call(*arguments, "--out", tmp_path / "run", "--plant", 0)
+    assert found.exit_code == 0, found.output
+    page = page_at(tmp_path / "run")
+    assert counting in page
+    if len(pd.read_csv(tmp_path / "run" / "suspects.csv")):
+        assert counting in found.output
+    command = re.search(r"<code>(poprisk audit .*)</code> writes the corrected table", page)
+    assert ("Only CSV tables are corrected by a command" in page) == (apply == "")
+    for column in ("index", "name", "given", "label", "mark"):
+        assert f"<code>{column}</code>" in page
+    if not apply:
+        assert command is None
+        return
+    assert command is not None
+    marks = tmp_path / "marked.csv"
+    marks.write_text(f"{HEADER}5,row 6,1,0,fix\n")
+    words = shlex.split(command[1])
+    assert words[:3] == ["poprisk", "audit", str(tmp_path / apply)]
+    assert call(*words[2:-1], marks).output.startswith("1 label changed: ")
+    new = (tmp_path / apply).with_stem(f"{Path(apply).stem}-corrected")
+    old, lines = ((tmp_path / apply).read_text().splitlines(), new.read_text().splitlines())
+    assert [i + 1 for i, line in enumerate(lines) if line != old[i]] == [6 + 1]  # row 6 is line 7
+
+
+@pytest.mark.parametrize("written", [as_csv, as_json_lines])
+@pytest.mark.parametrize("valid", [True, False])
+def test_what_may_not_be_believed_is_said_beside_what_to_do_with_it(
+    tmp_path: Path, written: Callable[[pd.DataFrame, Path], list[object]], *, valid: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 400)
+    x = (y if valid else rng.integers(0, 2, 400)) + 0.01 * rng.normal(size=400)
+    frame = pd.DataFrame({"a": 5 * x, "b": rng.normal(size=400), "y": y})
+    found = call(*written(frame, tmp_path), "--epochs", 40, "--out", tmp_path / "run")
+    assert found.exit_code == 0, found.output
+    advice = page_at(tmp_path / "run").partition("<code>marked.csv</code>")[2]
+    warning = "This result may not be believed"
+    assert (warning in advice.partition("</section>")[0]) == (not valid)
 
 
 @pytest.mark.parametrize("folds", [0, 3])

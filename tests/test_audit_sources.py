@@ -501,3 +501,12 @@ def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
 
 def test_an_unlabelled_example_is_marked(tmp_path: Path) -> None:
     assert (table(tmp_path).targets[10:15] == IGNORED).all()
+
+
+@pytest.mark.parametrize("place", [0, 115])
+def test_a_row_that_is_refused_is_counted_as_rows_are_named(tmp_path: Path, place: int) -> None:
+    array = np.ones((200, 2))
+    array[place, 1] = np.nan
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(AuditInputError, match=rf"NaN or Inf, first in row {place + 1}\."):
+        read_examples(str(tmp_path / "x.npy"), labels=tmp_path / "y.npy")

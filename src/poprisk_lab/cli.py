@@ -286,7 +286,6 @@ def audit_command(
         from poprisk_lab.audit import command
         from poprisk_lab.audit.plan import plan_for
         from poprisk_lab.audit.study import run_audit
-        from poprisk_lab.audit.table import CSV
         from poprisk_lab.display import PhaseDisplay
         from poprisk_lab.runner import check_device
 
@@ -298,7 +297,6 @@ def audit_command(
             f"-{folds}-folds" if folds else "",
         )
         of_a_task = command.is_task(source)
-        is_table = label is not None and path.suffix.lower() in CSV
         reading = {
             # As it is found from any other directory; of a task, its name.
             "source": source if of_a_task else str(path.absolute()),
@@ -308,11 +306,7 @@ def audit_command(
             "kind": kind,
             "side": size,
             "seed": seed,
-            "apply": shlex.join(
-                ["poprisk", "audit", source, "--label", label or "", "--apply", "marked.csv"]
-            )
-            if is_table
-            else "",
+            "apply": command.apply_command(source, label=label, labels=labels, kind=kind),
             "folds": _typed(context, folds=5, out=None if out is None else f"{out}-5-folds")
             if folds is None
             else "",
@@ -365,6 +359,7 @@ def _conclude_audit(found: Finished) -> None:
         _say(notice, style="yellow")
     if len(result.suspects()):
         console.print(data_table(command.worst_table(examples, result)))
+        _say(examples.counting)
     _say(f"\n{words.headline(result)}", style="bold")
     _say(" · ".join(words.details(examples, result)))
     # Last: what was found is printed though the disk be full.

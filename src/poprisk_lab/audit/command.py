@@ -6,6 +6,7 @@ import csv
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from poprisk.audit import AuditResult
 from poprisk.task import Task
+from poprisk_lab.audit import table
 from poprisk_lab.audit.apply import SUSPECTS
 from poprisk_lab.audit.examples import AuditExamples
 from poprisk_lab.audit.plan import AUDIT, AuditPlan, fingerprint, plan_of
@@ -84,6 +86,24 @@ def _is_of_another(directory: Path, source: str) -> bool:
         return not Path(there).samefile(source)
     except OSError:
         return False
+
+
+def apply_command(source: str, *, label: str | None, labels: Path | None, kind: str | None) -> str:
+    """The command that corrects the file of the labels; empty if there is none.
+
+    Args:
+        source: what is audited, as it was called.
+        label: the column of labels.
+        labels: the file of the labels, if it is another one.
+        kind: of labels, as it was asked for.
+    """
+    file = source if labels is None else str(labels)
+    if label is None or Path(file).suffix.lower() not in table.CSV:
+        return ""
+    of_kind = [] if kind is None else ["--kind", kind]
+    return shlex.join(
+        ["poprisk", "audit", file, "--label", label, *of_kind, "--apply", "marked.csv"]
+    )
 
 
 def read_again(reading: Reading) -> tuple[Task | None, AuditExamples]:

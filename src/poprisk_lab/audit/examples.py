@@ -43,6 +43,7 @@ class AuditExamples:
         show: what a person needs to judge an example: its columns, its text, the path of its image.
         notes: what was decided on the way, a sentence each.
         left_out: what could not be read, and why, by name.
+        counting: what names and indices count, and from where, a sentence for people.
     """
 
     inputs: Tensor
@@ -52,6 +53,7 @@ class AuditExamples:
     show: Callable[[int], dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    counting: str = ""
 
     @property
     def labelled(self) -> Tensor:

@@ -17,6 +17,21 @@ from poprisk_lab.audit.examples import AuditExamples, AuditInputError, listed, r
 from poprisk_lab.tasks import load_task
 
 TABLES = (*table.CSV, *table.JSON_LINES, table.PARQUET)
+BELOW_HEADER = (
+    "Row 1 is the first below the header, line 2 of the file, and has index 0: line = row + 1 = "
+    "index + 2, where no line is blank and no cell has several lines."
+)
+OF_LINES = (
+    "Row 1 is the first line of the file and has index 0: line = row = index + 1, where no line "
+    "is empty."
+)
+OF_A_FRAME = "Row 1 is the first of the table, where a data frame has index 0: row = index + 1."
+OF_AN_ARRAY = "Row 1 is the first of the array and of its labels, and has index 0: row = index + 1."
+OF_A_FOLDER = (
+    "The name of an image is its path in the folder; its index counts the images that could be "
+    "read, from 0."
+)
+OF_A_TASK = "The number of an example is its index in the training set, from 0."
 WORDS = 20_000
 FACTORS = 256
 """Of the reduced word counts of texts."""
@@ -86,7 +101,10 @@ def read_examples(
     else:
         inputs = encode_texts(words.tolist(), seed, notes)
     shown = _shown_rows(frame if text is None else frame[[text]])
-    return AuditExamples(inputs, targets, classes, _row, shown, notes)
+    suffix = path.suffix.lower()
+    counting = OF_LINES if suffix in table.JSON_LINES else OF_A_FRAME
+    counting = BELOW_HEADER if suffix in table.CSV else counting
+    return AuditExamples(inputs, targets, classes, _row, shown, notes, counting=counting)
 
 
 def refuse_options(source: str, **given: Any) -> None:
@@ -167,6 +185,7 @@ def _images(folder: Path, kind: str | None, side: int | None, notes: list[str]) 
         lambda i: {"image": str(files[i])},
         notes,
         broken,
+        OF_A_FOLDER,
     )
 
 
@@ -183,11 +202,11 @@ def _features(
     inputs = torch.from_numpy(np.array(array, dtype=np.float32).reshape(len(array), -1))
     if not bool(inputs.isfinite().all()):
         bad = int((~inputs.isfinite().all(1)).nonzero()[0])
-        raise AuditInputError(f"{path} holds NaN or Inf, first in row {bad}.")
+        raise AuditInputError(f"{path} holds NaN or Inf, first in {_row(bad)}.")
     found = _labels_of(labels, label, kind, len(array), notes)
     targets, classes = read_targets(found, kind, notes)
     inputs = (inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-6)
-    return AuditExamples(inputs, targets, classes, _row, lambda i: {}, notes)
+    return AuditExamples(inputs, targets, classes, _row, lambda i: {}, notes, counting=OF_AN_ARRAY)
 
 
 def _array(path: Path) -> np.ndarray:
@@ -256,4 +275,6 @@ def of_task(name: str, seed: int) -> tuple[Task, AuditExamples]:
         classes, targets = (), y.reshape(-1).double()
     else:
         raise AuditInputError(f"{name}: an audit takes classes or one number an example.")
-    return task, AuditExamples(x, targets, classes, lambda i: f"example {i}", lambda i: {})
+    return task, AuditExamples(
+        x, targets, classes, lambda i: f"example {i}", lambda i: {}, counting=OF_A_TASK
+    )

@@ -72,6 +72,8 @@ def write_audit(
         details=details(examples, result),
         headline=headline(result),
         notices=[*notices(result, folds), *more],
+        valid=result.valid,
+        counting=examples.counting,
         matrix=matrix_table(examples, result),
         by_class=class_table(examples, result, judged.classes),
         by_module=module_table(judged.modules),
