@@ -435,7 +435,7 @@ def test_the_quick_form_runs_to_a_verdict_and_a_page(tmp_path: Path, claim: Clai
     directory.work(workers=2, on_trial=lambda *_: None)
     found = judged(claim, directory.read())
     assert found.report is not None
-    assert found.verdict in ("reproduced", "partly reproduced", "not reproduced", "undecided")
+    assert found.verdict == "undecided"
     text = render_claim(found)
     assert "quick form" in text
     assert text.count('class="plot"') == len(claim.show(found.progress.done))

@@ -20,13 +20,21 @@ from poprisk_lab import studies as reproduce
 from poprisk_lab.claims import WORDS
 from poprisk_lab.cli import app
 from poprisk_lab.page import formats
-from poprisk_lab.page.claims import notices, render_claim, summary_table
-from poprisk_lab.plots import seeds_line, written
+from poprisk_lab.page.claims import (
+    FULL_FORM,
+    criteria_table,
+    headline,
+    notices,
+    render_claim,
+    summary_table,
+)
+from poprisk_lab.plots import Table, seeds_line, written
 from poprisk_lab.results import across
 from poprisk_lab.store import RunDirectoryError
 from poprisk_lab.studies.claim import (
     NOT_KNOWN,
     Claim,
+    Report,
     Results,
     Trial,
     TrialResult,
@@ -50,7 +58,7 @@ from poprisk_lab.studies.criteria import (
     survival_line,
     verdict,
 )
-from poprisk_lab.studies.record import judged, load_record, save_record
+from poprisk_lab.studies.record import Judged, judged, load_record, save_record
 from poprisk_lab.studies.run import ClaimDirectory, ClaimProgress
 from poprisk_lab.work import TrainingError
 
@@ -372,8 +380,17 @@ def test_a_workspace_keeps_a_state_for_the_next_time(
 # --- judging, record, pages -----------------------------------------------------------------------
 
 
-def test_a_finished_claim_is_judged(finished: ClaimDirectory) -> None:
-    assert judged(toyclaim.CLAIM, finished.read()).verdict == "reproduced"
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_quick_form_decides_nothing_and_says_what_its_text_is_about(
+    finished: ClaimDirectory, quick: bool
+) -> None:
+    found = judged(toyclaim.CLAIM, finished.read()._replace(quick=quick))
+    assert found.verdict == ("undecided" if quick else "reproduced")
+    assert headline(found).startswith("undecided (" if quick else "reproduced: times fewer")
+    assert ("run without --quick" in headline(found)) == quick
+    page = render_claim(found)
+    assert (FULL_FORM in page.split("Exactly what ran")[1].split("As published")[0]) == quick
+    assert any("can point the other way" in n for n in notices(found)) == quick
 
 
 def test_a_full_run_goes_on_record_and_comes_back(tmp_path: Path) -> None:
@@ -393,7 +410,7 @@ def test_a_quick_run_does_not_go_on_record(finished: ClaimDirectory, tmp_path: P
 
 def test_the_page_escapes_and_holds_everything(finished: ClaimDirectory) -> None:
     text = render_claim(judged(toyclaim.CLAIM, finished.read()))
-    for wanted in ("Reproduced", "quick form", "A plot", "&lt;b&gt;markup", toyclaim.PIXEL, "≥ 1"):
+    for wanted in ("Undecided", "quick form", "A plot", "&lt;b&gt;markup", toyclaim.PIXEL, "≥ 1"):
         assert wanted in text
     figure = text.split('<script type="application/json">')[1].split("</script>")[0]
     data = json.loads(figure)["data"]
@@ -426,12 +443,13 @@ def test_the_command_runs_judges_and_summarizes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = CliRunner().invoke(app, ["reproduce", "all", "--quick", "--out", str(out)])
     assert told.exit_code == 0, told.output
-    assert "Verdict: reproduced: times fewer steps: 4.8" in told.output
+    verdict = "Verdict: undecided (quick form: too small to decide; run without --quick)"
+    assert verdict in " ".join(told.output.split())
     assert "pip install 'no_such_package'" in " ".join(told.output.split())
     assert (out / "reproduce-toy-quick" / "report.html").exists()
     assert "A toy" in (out / "claims.html").read_text()
     again = CliRunner().invoke(app, ["reproduce", "all", "--quick", "--summary", "--out", str(out)])
-    assert "reproduced (quick form)" in " ".join(again.output.split())
+    assert "undecided (quick form)" in " ".join(again.output.split())
 
 
 @pytest.mark.usefixtures("only_toy")
@@ -444,7 +462,7 @@ def test_a_full_disk_at_the_page_loses_no_verdict(
     monkeypatch.setattr("poprisk_lab.page.claims.render_claim", full_disk)
     told = CliRunner().invoke(app, ["reproduce", "toy", "--quick", "--out", str(tmp_path / "out")])
     assert told.exit_code == 2
-    assert "Verdict: reproduced: times fewer steps: 4.8" in told.stdout
+    assert "Verdict: undecided (quick form" in told.stdout
     assert told.stderr.endswith("report.html: No space left on device.\n")
 
 
@@ -477,12 +495,13 @@ def test_bad_workers_are_refused() -> None:
 
 
 def test_summary_rows_hold_paper_and_ours(finished: ClaimDirectory) -> None:
-    (row,) = summary_table([judged(toyclaim.CLAIM, finished.read())]).rows
-    *_, verdict, holds, figure, ours, paper = row
-    assert (figure, paper, holds) == ("times fewer steps", "5×", "1 of 1")
-    assert verdict == "reproduced (quick form)"
-    assert ours.startswith("4.8")
-    assert formats.mark(verdict) == "good"
+    for quick, said, mark in ((True, "undecided (quick form)", ""), (False, "reproduced", "good")):
+        found = judged(toyclaim.CLAIM, finished.read()._replace(quick=quick))
+        *_, verdict, holds, figure, ours, paper = summary_table([found]).rows[0]
+        assert (figure, paper, holds) == ("times fewer steps", "5×", "1 of 1")
+        assert verdict == said
+        assert ours.startswith("4.8")
+        assert formats.mark(verdict) == mark
 
 
 def test_two_seeds_have_no_verdict_and_the_page_says_how_many_it_takes() -> None:
@@ -493,15 +512,47 @@ def test_two_seeds_have_no_verdict_and_the_page_says_how_many_it_takes() -> None
     done = Results(
         TrialResult(t.settings, toyclaim.run(t.settings, Workspace())) for t in trials(True)
     )
-    found = judged(claim, ClaimProgress(done, [], {}, True, {}, 0.0))
+    found = judged(claim, ClaimProgress(done, [], {}, False, {}, 0.0))
     assert found.verdict == "undecided"
-    (few,) = [n for n in notices(found) if "seeds" in n and "takes" in n]
+    few = told_of_seeds(found)
     assert few.startswith("2 seeds, so no intervals")
     assert few.endswith("which takes at least 3.")
     text = render_claim(found)
     assert "times fewer steps: 4.9 (5 and 4.81)" in text
     assert "Undecided" in text
     assert not re.search(r"4\.9\d* \[", text)
+
+
+def told_of_seeds(found: Judged) -> str:
+    (few,) = [n for n in notices(found) if "seeds" in n and "takes" in n]
+    return few
+
+
+TWO, FOUR = t_interval([4.0, 6.0]), t_interval([4.0, 6.0, 5.0, 7.0])
+
+
+@pytest.mark.parametrize(
+    ("estimates", "cell", "head"),
+    [
+        ([TWO], "", "Found, with the seeds"),
+        ([TWO, point(1.0)], "", "Found, with the seeds"),
+        ([TWO, FOUR], "", "Found, with 95% interval or the seeds"),
+        ([FOUR], "", "Found, with 95% interval"),
+        ([TWO], written(FOUR), "Found, with the seeds"),
+    ],
+)
+def test_what_is_said_of_intervals_holds_in_the_tables(
+    estimates: list[Interval], cell: str, head: str, finished: ClaimDirectory
+) -> None:
+    """Trials of two seeds and two settings, taken together, are four, and have an interval."""
+    criteria = [Criterion(f"c{i}", e, 1.0, primary=i == 0) for i, e in enumerate(estimates)]
+    report = Report(criteria, Table(["arm", "x"], [["a", cell]]), [])
+    claim = dataclasses.replace(toyclaim.CLAIM, judge=lambda _: report)
+    found = judged(claim, finished.read())
+    assert criteria_table(criteria).head[3] == head
+    if estimates[0] is TWO:
+        intervals = FOUR in estimates or bool(cell)
+        assert ("intervals that there are" in told_of_seeds(found)) == intervals
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])

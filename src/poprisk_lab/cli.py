@@ -521,7 +521,9 @@ def reproduce_command(
         str,
         typer.Argument(help=f"One of {', '.join(CLAIM_NAMES)}.", autocompletion=_complete),
     ],
-    quick: Annotated[bool, _option("A first look, in minutes.", "--quick")] = False,
+    quick: Annotated[
+        bool, _option("See that it runs, in minutes; it decides nothing.", "--quick")
+    ] = False,
     summary: Annotated[
         bool, _option("Run nothing; a table of what is on record.", "--summary")
     ] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from poprisk_lab.studies.record import Judged
 
 VALUES_SHOWN = 12
 """Values of one setting that are listed; more are counted."""
+TOO_SMALL = "quick form: too small to decide; run without --quick"
+FULL_FORM = "These lines describe the full form; the quick form ran with the settings below."
+"""What a page says of the text of a claim, which is written for its full form."""
 
 
 def render_claim(judged: Judged) -> str:
@@ -25,6 +29,7 @@ def render_claim(judged: Judged) -> str:
     return template("claim.html.j2").render(
         claim=claim,
         verdict=judged.verdict,
+        full_form=FULL_FORM if judged.progress.quick else "",
         headline=headline(judged),
         report=report,
         criteria=criteria_table(report.criteria) if report else None,
@@ -44,10 +49,12 @@ def main_figure(judged: Judged) -> Criterion | None:
 
 
 def headline(judged: Judged) -> str:
-    """The verdict with the claim's main figure, in one line."""
+    """The verdict with the claim's main figure, in one line; of a quick form, why it has none."""
     main = main_figure(judged)
     if main is None:
         return judged.verdict
+    if judged.progress.quick:
+        return f"{judged.verdict} ({TOO_SMALL})"
     return f"{judged.verdict}: {main.name}: {written(main.estimate, percent=main.percent)}"
 
 
@@ -56,16 +63,20 @@ def notices(judged: Judged) -> list[str]:
     progress, found = judged.progress, list[str]()
     if progress.quick:
         found.append(
-            "This is the quick form: smaller problems and fewer seeds than the full one. Its "
-            "verdict is a first look, not a result."
+            "This is the quick form: smaller problems, shorter training and fewer seeds than the "
+            "full one. It shows that everything runs, and what a page holds; its figures are no "
+            "result, and can point the other way than those of the full form."
         )
     if progress.left:
         found.append(f"{plural(len(progress.left), 'trial')} still to do; repeat the command.")
     few = fewest_seeds(judged.report.criteria) if judged.report else None
     if few is not None:
+        rows = [*criteria_table(judged.report.criteria).rows, *judged.report.table.rows]
+        mixed = any(map(_has_interval, itertools.chain(*rows)))
+        but = " (the intervals that there are count settings and measurements, too)" * mixed
         found.append(
-            f"{plural(few, 'seed')}, so no intervals: the seeds stand in their place, "
-            f"and there is no verdict, which takes at least {MIN_SEEDS}."
+            f"{plural(few, 'seed')}, so no intervals over seeds: the seeds stand in their place"
+            f"{but}, and there is no verdict, which takes at least {MIN_SEEDS}."
         )
     missing = {package: trials for package, trials in progress.missing.items() if trials}
     if missing and judged.claim.install:
@@ -89,16 +100,24 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
     def bound(c: Criterion, value: float | None) -> str:
         return "—" if value is None else f"{100 * value:.3g}%" if c.percent else f"{value:.3g}"
 
-    spread = "the seeds" if fewest_seeds(criteria) is not None else "95% interval"
+    found = [written(c.estimate, percent=c.percent) for c in criteria]
+    few = any(c.estimate.few for c in criteria)
+    wide = not few or any(map(_has_interval, found))
+    spread = " or ".join(["95% interval"] * wide + ["the seeds"] * few)
     return Table(
         ["Criterion", "Needed", "Paper", f"Found, with {spread}", "Outcome"],
         [
             [c.name + ("" if c.primary else " (control)"),
              f"{'≤' if c.at_most else '≥'} {bound(c, c.threshold)}",
-             bound(c, c.claimed), written(c.estimate, percent=c.percent), c.outcome]
-            for c in criteria
+             bound(c, c.claimed), cell, c.outcome]
+            for c, cell in zip(criteria, found, strict=True)
         ],
     )  # fmt: skip
+
+
+def _has_interval(cell: str) -> bool:
+    """Whether a cell of :func:`poprisk_lab.plots.written` ends in an interval."""
+    return cell.endswith("]")
 
 
 def settings_used(done: Iterable[TrialResult]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from poprisk_lab.store import replace_text, write_json
 from poprisk_lab.studies.claim import Claim, Report, Results, TrialResult
-from poprisk_lab.studies.criteria import verdict
+from poprisk_lab.studies.criteria import UNDECIDED, verdict
 from poprisk_lab.studies.run import ClaimDirectory, ClaimProgress
 from poprisk_lab.study import Study
 
@@ -22,7 +22,8 @@ class Judged(NamedTuple):
         claim: which.
         progress: the trials.
         report: what they come to; None as long as there are too few to judge.
-        verdict: reproduced, partly, not, or undecided; without report, that it was not run.
+        verdict: reproduced, partly, not, or undecided; without report, that it was not run. A
+            quick form is undecided.
     """
 
     claim: Claim
@@ -38,7 +39,9 @@ def judged(claim: Claim, progress: ClaimProgress) -> Judged:
     if progress.left:
         return Judged(claim, progress, None, "not run to the end")
     report = claim.judge(progress.done)
-    return Judged(claim, progress, report, verdict(report.criteria))
+    return Judged(
+        claim, progress, report, UNDECIDED if progress.quick else verdict(report.criteria)
+    )
 
 
 def load_record(claim: Claim, folder: Path = FOLDER) -> ClaimProgress | None:
