@@ -18,7 +18,10 @@ from poprisk_lab.results import RunData
 from poprisk_lab.verdict import Row, Verdict, judge
 from poprisk_lab.wording import (
     BEATEN,
+    MASK_ALONE,
+    NO_REFERENCE,
     SMALLER_STEP,
+    STEP_ALONE,
     TOO_FEW,
     WRONG_WEIGHTS,
     Rivals,
@@ -89,12 +92,13 @@ def row_of(verdict: Verdict, family: str) -> Row:
     return next(r for r in verdict.rows if r.family == family)
 
 
-EXPLAINED = {SMALLER_STEP, WRONG_WEIGHTS, BEATEN, wording.UNDECIDED, TOO_FEW}
+EXPLAINED = {SMALLER_STEP, WRONG_WEIGHTS, STEP_ALONE, MASK_ALONE, BEATEN, TOO_FEW}
+EXPLAINED |= {wording.UNDECIDED}
 
 
 def explained(verdict: Verdict) -> list[str]:
     """Warnings about what the controls explain."""
-    return [w for w in verdict.warnings if w.removeprefix("So far: ") in EXPLAINED]
+    return [w for w in verdict.warnings if w in EXPLAINED or w.startswith("So far")]
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -364,16 +368,36 @@ def test_the_seeds_stand_where_an_interval_would() -> None:
 @pytest.mark.parametrize(
     "finals",
     [
-        {"poprisk": [None, None]},
-        {"poprisk": [0.9, 0.9]},
+        {"poprisk": [None, None], "mid": [None, None]},
+        {"poprisk": [0.9, 0.9], "mid": [None, None]},
         {"poprisk": [None, None], "mid": [0.8, 0.8]},
         {"poprisk": [0.9, None], "mid": [None, 0.8]},
-        {"poprisk": [0.9, 0.9], "mid": [NAN, NAN]},
     ],
 )
 def test_there_is_no_verdict_without_something_to_compare(finals: dict[str, Finals]) -> None:
     verdict = judge(comparison(finals))
     assert verdict.headline == "Not enough runs have finished for a verdict."
+
+
+@pytest.mark.parametrize(
+    ("finals", "named"),
+    [
+        ({"poprisk": [0.9] * 3}, 'no arm "adamw" here'),
+        ({"poprisk": [0.9] * 3, "shuffled": [0.8] * 3}, 'no arm "adamw" here'),
+        ({"poprisk": [None] * 3, "rms-matched": [0.8] * 3}, 'no arm "adamw" here'),
+        ({"low": [0.9] * 3, "mid": [0.8] * 3}, 'no arm "poprisk" here'),
+        ({"shuffled": [0.9] * 3}, 'no arm "poprisk" or "adamw" here'),
+    ],
+)
+def test_an_arm_that_a_verdict_lacks_is_named(finals: dict[str, Finals], named: str) -> None:
+    headline = judge(comparison(finals)).headline
+    assert named in headline
+    assert "finished" not in headline
+
+
+def test_a_reference_that_diverged_is_no_unfinished_run() -> None:
+    finals = {"poprisk": [0.9, 0.9], "mid": [NAN, NAN], "low": [NAN, None]}
+    assert judge(comparison(finals)).headline == NO_REFERENCE
 
 
 def test_an_unfinished_comparison_is_judged_by_what_there_is() -> None:
@@ -479,7 +503,10 @@ def test_what_is_memorized_is_unknown_where_the_noise_is() -> None:
         (ACCURACY, 0.90, 0.70, 0.80, 0.91, WRONG_WEIGHTS),
         (ACCURACY, 0.90, 0.70, 0.85, 0.75, None),
         (ACCURACY, 0.60, 0.70, 0.50, 0.55, None),
-        (ACCURACY, 0.60, 0.70, 0.50, 0.65, WRONG_WEIGHTS),
+        (ACCURACY, 0.60, 0.70, 0.50, 0.65, MASK_ALONE),
+        (ACCURACY, 0.60, 0.70, 0.60, 0.55, STEP_ALONE),
+        (ACCURACY, 0.60, 0.60, 0.60, 0.55, STEP_ALONE),
+        (ERROR, 3.5, 3.0, 3.4, 4.0, STEP_ALONE),
         (ERROR, 1.0, 3.0, 1.0, 2.0, SMALLER_STEP),
         (ERROR, 1.0, 3.0, 2.0, 0.9, WRONG_WEIGHTS),
         (ERROR, 1.0, 4.0, 2.0, 2.5, None),
@@ -650,7 +677,7 @@ def test_a_loss_of_a_run_that_still_improves_is_not_settled(
         assert "loses" not in verdict.headline
         assert "--epochs 200" in verdict.warnings[0]
         assert "(lr 0.003)" in verdict.warnings[0]
-        assert explained(verdict) == [f"So far: {BEATEN}"]
+        assert explained(verdict) == [f"So far: t{BEATEN.removeprefix('T')}"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from poprisk.intervals import Interval, t_interval
 from poprisk.printing import short_repr
-from poprisk_lab.arms import DEFAULT_ADAMW, FAMILIES
+from poprisk_lab.arms import DEFAULT_ADAMW, FAMILIES, OURS
 from poprisk_lab.convergence import Improvement, still_improving
 from poprisk_lab.results import RunData
 from poprisk_lab.wording import Rivals, Row, headline, scale_of, warnings
@@ -68,6 +68,7 @@ def judge(data: RunData) -> Verdict:
         edge=_edge(best, grid),
         lr=_our_rate(data.config),
         epochs=data.config["task"].get("epochs", 0),
+        missing=_missing(data.config["arms"]),
     )
     rivals = [r for r in (best, default, *beside.values()) if r is not None]
     leads = {r.label: lead for r in rivals if (lead := _lead(ours, r)) is not None}
@@ -83,6 +84,13 @@ def judge(data: RunData) -> Verdict:
         best.label if best else "",
         leads,
     )
+
+
+def _missing(arms: list[dict[str, Any]]) -> tuple[str, ...]:
+    """What a verdict takes and is not among the arms, by the names that ``compare`` takes."""
+    there = {OURS: any(arm["name"] == OURS for arm in arms)}
+    there["adamw"] = any(arm["family"] == "adamw" for arm in arms)
+    return tuple(name for name, found in there.items() if not found)
 
 
 def _our_rate(config: dict[str, Any]) -> float:

@@ -109,6 +109,7 @@ class Rivals(NamedTuple):
         edge: a warning if the best AdamW lies at the edge of the grid, else empty.
         lr: our learning rate.
         epochs: of every run.
+        missing: the arms that a verdict takes and the comparison was begun without.
     """
 
     grid: list[Row]
@@ -117,19 +118,28 @@ class Rivals(NamedTuple):
     edge: str
     lr: float = 1e-3
     epochs: int = 0
+    missing: tuple[str, ...] = ()
 
 
 SMALLER_STEP = "A smaller step explains the result as well as the gate does: see RMS-matched AdamW."
 WRONG_WEIGHTS = "The mask helps by its size here, not by which weights it picks: see the shuffled."
+STEP_ALONE = "A smaller step does no worse than the gate: see RMS-matched AdamW."
+MASK_ALONE = "A mask on other weights does no worse than the gate's: see the shuffled."
 BEATEN = "The gate does worse than its controls."
 UNDECIDED = "The gate is ahead of its controls, but by no more than chance on these seeds."
 TOO_FEW = f"Fewer than {MIN_SEEDS} seeds do not say what explains the result."
 NO_VERDICT = "Not enough runs have finished for a verdict."
+NO_REFERENCE = "No verdict: none of the AdamW runs that have finished ends at a finite value."
 
 
 def headline(ours: Row | None, field: Rivals, scale: Scale) -> str:
     """Ours against the best AdamW run to the end."""
     best = field.best
+    if field.missing:
+        arms = " or ".join(f'"{name}"' for name in field.missing)
+        return f"No verdict: it sets PopRiskAdamW against AdamW, but there is no arm {arms} here."
+    if ours is not None and best is None and field.grid:
+        return NO_REFERENCE
     if ours is None or best is None or ours.difference is None:
         return NO_VERDICT
     d, base = ours.difference, best.final.mean
@@ -203,7 +213,11 @@ def _pace(found: Improvement, scale: Scale) -> str:
 
 
 def _controls(ours: Row, field: Rivals, scale: Scale) -> str:
-    """What the controls explain; empty if the gate is clearly ahead of both, or there are none."""
+    """What the controls explain; empty if the gate is clearly ahead of both, or there are none.
+
+    Only a gain on the best AdamW is there to be explained; else it is said who does no worse.
+    """
+    gained = ours.difference is not None and compared(ours.difference, scale) == "better"
     leads = [lead for family, lead in field.leads.items() if family in ("rms-matched", "shuffled")]
     matched = field.leads.get("rms-matched")
     if any(lead.few for lead in leads):
@@ -213,12 +227,12 @@ def _controls(ours: Row, field: Rivals, scale: Scale) -> str:
     if all(compared(lead, scale) == "worse" for lead in leads):
         found = BEATEN
     elif matched is not None and scale.gain(matched.mean) <= 0:
-        found = SMALLER_STEP
+        found = SMALLER_STEP if gained else STEP_ALONE
     elif any(scale.gain(lead.mean) <= 0 for lead in leads):
-        found = WRONG_WEIGHTS
+        found = WRONG_WEIGHTS if gained else MASK_ALONE
     else:
         return UNDECIDED
-    return f"So far: {found}" if ours.improving else found
+    return f"So far: {found[0].lower()}{found[1:]}" if ours.improving else found
 
 
 def _seeds(ours: Row) -> str:
