@@ -130,6 +130,17 @@ def check_losses(losses: Any, examples: int | None = None, *, hint: str = "") ->
     return losses
 
 
+def shapes_hint(outputs: Any, targets: Any) -> str:
+    """A hint where outputs and targets have one number of entries in two shapes."""
+    both = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    if not both or outputs.numel() != targets.numel() or outputs.shape == targets.shape:
+        return ""
+    return (
+        f" Outputs are {tuple(outputs.shape)} and targets {tuple(targets.shape)}: torch compares "
+        "all with all then; bring them to one shape, as in y.unsqueeze(1)."
+    )
+
+
 def check_separate(loss: Any, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
     """Raise ValueError if an example's loss depends on the others of its batch.
 
@@ -151,7 +162,7 @@ def check_separate(loss: Any, outputs: Tensor, targets: Tensor, losses: Tensor) 
         raise ValueError(
             "loss gives one value per example, but that of an example changes with the others of "
             "its batch (a mean spread over all, a normalization?); pass reduction='none', and take "
-            "the mean over examples yourself."
+            f"the mean over examples yourself.{shapes_hint(outputs, targets)}"
         )
 
 

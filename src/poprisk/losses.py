@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from poprisk._renamed import renamed_names
-from poprisk._validate import check_choice, check_losses
+from poprisk._validate import check_choice, check_losses, shapes_hint
 from poprisk.protocols import PerExampleLoss
 
 IGNORED = -100
@@ -21,10 +21,15 @@ IGNORED = -100
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     r""":math:`\frac12 \|u - y\|^2` per example.
 
+    Raises:
+        ValueError: for as many targets in another shape, where torch would compare all with all.
+
     Example:
         >>> squared_error(torch.tensor([[3.0]]), torch.tensor([[1.0]]))
         tensor([2.])
     """
+    if hint := shapes_hint(outputs, targets):
+        raise ValueError(f"squared_error compares each output with its own target.{hint}")
     return (outputs - targets).square().flatten(1).sum(1) / 2
 
 
@@ -101,7 +106,7 @@ def values(loss: PerExampleLoss, u: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: if the loss gives anything but one value per example.
     """
-    return check_losses(loss(u, y), len(u))
+    return check_losses(loss(u, y), len(u), hint=shapes_hint(u, y))
 
 
 def gradient(loss: PerExampleLoss, u: Tensor, y: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poprisk import _validate as checks
 from poprisk import losses
-from poprisk._validate import NotAnalysable
+from poprisk._validate import NotAnalysable, check_separate
 from poprisk.attribution.adjoint import FORMS, Adjoint, BackwardStep, pull_rule, second_order
 from poprisk.attribution.result import Attribution
 from poprisk.attribution.training import MAX_MEMORY, RESPONSES, Replay
@@ -169,7 +169,9 @@ class _Query:
         u = self.problem.shaped(self.problem.J.outputs(w, self.x))
         if self.measure is None:
             assert self.y is not None
-            return losses.values(self.problem.loss, u, self.y).mean().reshape(1)
+            found = losses.values(self.problem.loss, u, self.y)
+            check_separate(self.problem.loss, u.detach(), self.y, found)
+            return found.mean().reshape(1)
         found = self.measure(u, self.y)
         if not isinstance(found, Tensor) or found.ndim > 1 or not found.requires_grad:
             raise ValueError(

@@ -95,7 +95,7 @@ class Statistics:
 
             # What is compared below is to be of one state; else each part is looked at once.
             values = loss(outputs, y) if self.checked else unchanged(outputs, y)
-            losses = check_output_losses(values, outputs)
+            losses = check_output_losses(values, outputs, y)
             if not self.checked:
                 check_separate(unchanged, outputs, y, losses)
                 self.checked = True

@@ -24,6 +24,7 @@ from poprisk._validate import (
     check_separate,
     check_type,
     first_line,
+    shapes_hint,
 )
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.jacobian import (
@@ -360,7 +361,7 @@ def grad_mean_var(
         for rows in split(b, max(1, b // (chunk or b))):
             outputs, losses = _losses(model, loss, take(x, rows), targets[rows])
             size = rows.stop - rows.start
-            check_batch_losses(losses, size)
+            check_batch_losses(losses, size, hint=shapes_hint(outputs, targets[rows]))
             check_numbers("losses", losses, start=rows.start)
             if isinstance(outputs, Tensor) and outputs.shape[:1] == losses.shape and size > 3:
                 check_separate(loss, outputs, targets[rows], losses)
@@ -393,10 +394,10 @@ def _losses(model: nn.Module, loss: PerExampleLoss, x: Inputs, y: Tensor) -> tup
         ) from error
 
 
-def check_batch_losses(losses: Any, examples: int | None = None) -> None:
+def check_batch_losses(losses: Any, examples: int | None = None, *, hint: str = "") -> None:
     """Raise unless losses are one differentiable value per example, for at least two."""
     check_type("the losses", losses, Tensor, "a tensor")
-    check_losses(losses, examples)
+    check_losses(losses, examples, hint=hint)
     if len(losses) < 2:
         raise ValueError(
             f"a variance between examples needs at least two of them, but got {len(losses)}."
@@ -413,11 +414,14 @@ def _check_unmixed(model: nn.Module, loss: PerExampleLoss, x: Inputs, targets: T
 
     What draws at random in evaluation mode, too, cannot be compared and is let through.
     """
-    count = min(TRIED, length(x))
+    count, hint = min(TRIED, length(x)), ""
 
     def losses(rows: list[int]) -> Tensor:
         def of_loss(model: nn.Module, some: Inputs) -> Tensor:
-            return _losses(model, loss, some, targets[rows])[1]
+            nonlocal hint
+            outputs, found = _losses(model, loss, some, targets[rows])
+            hint = shapes_hint(outputs, targets[rows])
+            return found
 
         try:
             found = outputs_of(model, take(x, rows), of_loss)
@@ -426,7 +430,7 @@ def _check_unmixed(model: nn.Module, loss: PerExampleLoss, x: Inputs, targets: T
                 check_part(len(rows), length(x), error)
             raise
         check_type("the losses", found, Tensor, "a tensor")
-        return check_losses(found, len(rows))
+        return check_losses(found, len(rows), hint=hint)
 
     with evaluating(model):
         whole = losses(list(range(count)))
@@ -438,5 +442,5 @@ def _check_unmixed(model: nn.Module, loss: PerExampleLoss, x: Inputs, targets: T
                     "the loss of an example changes with the others of its batch: the model or "
                     "loss looks across the batch (contrast, normalization, division by a number of "
                     "the batch's), so there are no per-example gradients. Each loss must depend on "
-                    "its own example alone."
+                    f"its own example alone.{hint}"
                 )

@@ -318,7 +318,7 @@ def _try_query(problem: Problem) -> None:
             f"example {problem.output_shape}; the model must give the same number for each."
         )
     if y is not None:
-        losses.values(problem.loss, u, y[:2])
+        check_separate(problem.loss, u, y[:2], losses.values(problem.loss, u, y[:2]))
 
 
 def same_outputs(model: nn.Module, problem: Problem, w: Tensor) -> bool:

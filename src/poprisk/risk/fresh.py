@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poprisk._renamed import renamed_arguments, renamed_attributes
-from poprisk._validate import check_no_batch_statistics
+from poprisk._validate import check_no_batch_statistics, check_separate
 from poprisk.evaluation import evaluating
 from poprisk.printing import short_html, short_repr
 from poprisk.protocols import PerExampleLoss
@@ -189,7 +189,8 @@ def _gradient(
 ) -> tuple[float, dict[str, Tensor], int]:
     """Sum of the losses of a part of the batch, gradient of their mean, and how many have one."""
     outputs = model(x)
-    losses = check_output_losses(loss(outputs, y), outputs)
+    losses = check_output_losses(loss(outputs, y), outputs, y)
+    check_separate(loss, outputs.detach(), y, losses)
     grads = torch.autograd.grad(losses.mean(), list(params.values()), allow_unused=True)
     named = zip(params, grads, strict=True)
     counted = len(x) - int(ignored_examples(loss, outputs, y).sum())

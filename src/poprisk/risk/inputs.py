@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from poprisk._validate import check_losses
+from poprisk._validate import check_losses, shapes_hint
 from poprisk.dtensor import is_sharded, sharding_of
 
 
@@ -60,13 +60,13 @@ def _equal(mine: Tensor, twins: Tensor) -> bool:
     return mine.dtype == twins.dtype and bool(same.all())
 
 
-def check_output_losses(losses: Any, outputs: Tensor) -> Tensor:
+def check_output_losses(losses: Any, outputs: Tensor, targets: Any) -> Tensor:
     """Return ``losses`` if they are one value an example of ``outputs`` (n, ...), differentiable.
 
     Raises:
         ValueError: if not.
     """
-    losses = check_losses(losses, len(outputs))
+    losses = check_losses(losses, len(outputs), hint=shapes_hint(outputs, targets))
     if outputs.requires_grad and not losses.requires_grad:
         raise ValueError("loss must be differentiable in the outputs, but its value is constant.")
     return losses

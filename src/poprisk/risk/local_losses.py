@@ -327,7 +327,7 @@ def _differentiated(
     """Outputs (n, c) that require gradients, and the derivative of the losses by them."""
     u = outputs.detach().reshape(len(outputs), -1).requires_grad_()
     with torch.inference_mode(False), torch.enable_grad():
-        value = check_output_losses(loss(u.reshape(outputs.shape), targets), u)
+        value = check_output_losses(loss(u.reshape(outputs.shape), targets), u, targets)
         (g,) = torch.autograd.grad(value.sum(), u, create_graph=twice)
     return u, g
 

@@ -376,7 +376,8 @@ class Lockstep:
         u = self._outputs(found, len(index))
         seen.targets = targets = targets.to(u.device)
         with self._autocast.off():
-            losses = check_output_losses(self.twin.loss(_full(u), targets), _full(u)).detach()
+            full = _full(u)
+            losses = check_output_losses(self.twin.loss(full, targets), full, targets).detach()
             self.twin._see_first(u, targets)
             labelled = ~ignored_examples(self.twin.loss, _full(u), targets)
             slope = self._slope(u, targets)

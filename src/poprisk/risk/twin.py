@@ -203,7 +203,7 @@ class Replica:
             ValueError: if the loss is not one value an example, the batch is not the one passed to
                 ``runs``, or differs from the model's.
         """
-        losses = check_output_losses(self._owner.loss(outputs, targets), outputs)
+        losses = check_output_losses(self._owner.loss(outputs, targets), outputs, targets)
         self.scored += 1
         weights = self._owner._weights(self, outputs, targets)
         if weights is not None:
@@ -546,6 +546,7 @@ class TwinRisk:
                 self._check_pushed("groups or parts")
             return self._estimate_left_out(self.seen.compared(batches, tally), tally)
         u, y, twins = self.outputs(self.seen.compared(batches, tally))
+        _check_own(self.loss, u, y)
         return estimate_risk(
             self.loss,
             u,
@@ -567,7 +568,8 @@ class TwinRisk:
             for x, y, index in batches:
                 found = [_full(outputs_of(run.model, x, self.forward)) for run in self.replicas]
                 y = y.to(found[0].device)
-                rows = [check_output_losses(self.loss(u, y), u) for u in found]
+                _check_own(self.loss, found[0], y)
+                rows = [check_output_losses(self.loss(u, y), u, y) for u in found]
                 counted = ~ignored_examples(self.loss, found[0], y)
                 for column, part in zip(columns, (index, counted, *rows), strict=True):
                     column.append(part.detach().cpu())
@@ -597,7 +599,7 @@ class TwinRisk:
             self._set_scale(outputs.detach(), targets)
         elif self._sample is None:
             u = _full(outputs.detach())
-            losses = check_output_losses(self.loss(u, targets), u).detach()
+            losses = check_output_losses(self.loss(u, targets), u, targets).detach()
             check_separate(self.loss, u, targets, losses)
             self._sample = u[:TRIED].clone(), targets[:TRIED].clone(), losses[:TRIED].clone()
 
@@ -828,13 +830,19 @@ Sample = tuple[Tensor, Tensor, Tensor]
 """Outputs and targets of a few examples, and their losses."""
 
 
+def _check_own(loss: PerExampleLoss, outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError if the losses of the first examples depend on each other."""
+    u, y = outputs[:TRIED].detach(), targets[:TRIED]
+    check_separate(loss, u, y, check_output_losses(loss(u, y), u, y))
+
+
 def _gradient_scale(
     loss: PerExampleLoss, outputs: Tensor, targets: Tensor
 ) -> tuple[tuple[float, bool], Sample]:
     """Spread of the output gradient over a batch, and whether the loss ignores shifts; a sample."""
     u = _full(outputs.detach())
     targets = _full(targets) if targets.is_floating_point() else targets
-    losses = check_output_losses(loss(u.requires_grad_(), targets), u)
+    losses = check_output_losses(loss(u.requires_grad_(), targets), u, targets)
     check_separate(loss, u, targets, losses)
     labelled = (~ignored_examples(loss, u, targets)).nonzero().squeeze(1)
     sample = (u.detach()[:TRIED].clone(), targets[:TRIED].clone(), losses.detach()[:TRIED].clone())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poprisk._validate import check_callable, check_losses, check_separate, first_line
+from poprisk._validate import check_callable, check_losses, check_separate, first_line, shapes_hint
 from poprisk.evaluation import evaluating, outputs_of
 from poprisk.losses import ignored_labels
 from poprisk.randomness import RandomState
@@ -194,7 +194,7 @@ def _first_failing(call: Callable[[slice], Any], n: int) -> tuple[int, Exception
 
 
 def _check_losses(losses: Any, u: Tensor, y: Tensor) -> None:
-    check_losses(losses, len(y), hint=_shapes(u, y))
+    check_losses(losses, len(y), hint=shapes_hint(u, y))
     if not losses.is_floating_point():
         raise TypeError(f"loss must give floating-point numbers, but gave {losses.dtype}.")
 
@@ -203,22 +203,8 @@ def _check_losses(losses: Any, u: Tensor, y: Tensor) -> None:
 def _check_separate(loss: Any, u: Tensor, y: Tensor) -> None:
     """Refuse a loss that compares the examples of a batch with each other."""
     first, again = loss(u, y), loss(u, y)
-    if not torch.equal(first, again):  # it draws random numbers, so its halves tell nothing
-        return
-    try:
+    if torch.equal(first, again):  # else it draws random numbers, and its halves tell nothing
         check_separate(loss, u, y, first)
-    except ValueError as error:
-        raise ValueError(f"{error}{_shapes(u, y)}") from error
-
-
-def _shapes(u: Tensor, y: Tensor) -> str:
-    """A hint where outputs and targets have one number of entries in two shapes."""
-    if u.numel() != y.numel() or u.shape == y.shape:
-        return ""
-    return (
-        f" Outputs are {tuple(u.shape)} and targets {tuple(y.shape)}: torch compares all with all "
-        "then; bring them to one shape, as in y.unsqueeze(1)."
-    )
 
 
 def _types(u: Tensor, y: Tensor) -> str:

@@ -69,9 +69,10 @@ def notices(judged: Judged) -> list[str]:
         )
     if progress.left:
         found.append(f"{plural(len(progress.left), 'trial')} still to do; repeat the command.")
-    few = fewest_seeds(judged.report.criteria) if judged.report else None
-    if few is not None:
-        rows = [*criteria_table(judged.report.criteria).rows, *judged.report.table.rows]
+    report = judged.report
+    few = fewest_seeds(report.criteria) if report else None
+    if report and few is not None:
+        rows = [*criteria_table(report.criteria).rows, *report.table.rows]
         mixed = any(map(_has_interval, itertools.chain(*rows)))
         but = " (the intervals that there are count settings and measurements, too)" * mixed
         found.append(
@@ -91,7 +92,7 @@ def notices(judged: Judged) -> list[str]:
             f"(pip install '{package}')."
             for package, trials in missing.items()
         )
-    return [*found, *(judged.report.notes if judged.report else ())]
+    return [*found, *(report.notes if report else ())]
 
 
 def criteria_table(criteria: Sequence[Criterion]) -> Table:
