@@ -91,9 +91,9 @@ def _explained() -> list[str]:
     arms = record("explain-digits")["arms"]
     adamw, ours = (arms[name] for name in ("AdamW", "PopRiskAdamW"))
     return [
-        "With AdamW, without the label noise that got through, test accuracy would be "
-        f"{adamw['without_noise']:.1%} instead of {adamw['metric']:.1%}.",
-        f"With the gate it is {ours['without_noise']:.1%} instead of {ours['metric']:.1%}",
+        f"With {name}, the label noise that got through costs: test accuracy would be "
+        f"{arm['without_noise']:.1%} instead of {arm['metric']:.1%}."
+        for name, arm in (("AdamW", adamw), ("PopRiskAdamW", ours))
     ]
 
 

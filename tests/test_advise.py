@@ -18,7 +18,7 @@ import tiny
 from poprisk import Task, grad_mean_var
 from poprisk.linalg import Estimate
 from poprisk.monitor.signal import Counts, GradientSignal, sums_of
-from poprisk_lab.advise import FIRST_SEED, Advice, advise, measuring, words
+from poprisk_lab.advise import FIRST_SEED, NEVER, Advice, advise, measuring, words
 from poprisk_lab.advise.measuring import (
     BLOCKS,
     Quotient,
@@ -330,7 +330,13 @@ def test_what_is_near_to_another_kind_is_told() -> None:
 
 
 def test_a_task_of_which_nothing_is_learned_early_is_told() -> None:
-    assert words.warnings(made(measured(1.0, 0.0))) == [words.LATE]
+    """And what is expected of noise is not said without that condition."""
+    for unexplained in (0.5, NEVER - 0.01, NEVER, 1.0, 1.3):
+        for few in (0.0, 0.2, 0.9):
+            found = made(measured(unexplained, few))
+            late = unexplained >= NEVER
+            assert words.warnings(found) == ([words.LATE] if late else [])
+            assert words.headline(found).startswith(words.IF_NOISE if late else "Expect ")
 
 
 def test_what_is_written_of_an_advice() -> None:

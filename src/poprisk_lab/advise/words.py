@@ -24,11 +24,15 @@ LATE = (
     "task that is learned late (grokking, arithmetic of several steps). Use compare."
 )
 
+IF_NOISE = "Only if this is no task that is learned late, expect"
+"""Before what noise would let expect, where nothing was learned that a held-out example shows."""
+
 
 def headline(found: Advice) -> str:
-    """What to expect against either rival."""
+    """What to expect against either rival, and on which condition."""
     same, best = (f"{EXPECTED[found.expected[rival]]} {NAMES[rival]}" for rival in RIVALS)
-    return f"Expect {same}, and {best}: {MEANINGS[found.kind]}."
+    expect = IF_NOISE if found.learned_nothing else "Expect"
+    return f"{expect} {same}, and {best}: {MEANINGS[found.kind]}."
 
 
 def warnings(found: Advice) -> list[str]:

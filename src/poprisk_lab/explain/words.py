@@ -11,9 +11,9 @@ CARE, DISTRUST = 1e-2, 0.1
 
 
 def headline(found: dict[str, Any]) -> str:
-    """What label noise cost in the first run; without one, how many directions training used."""
+    """What label noise cost in each run; without one, how many directions training used."""
     if found["arms"]:
-        return _cost_of_noise(found["arms"][0], found["task"])
+        return " ".join(_cost_of_noise(arm, found["task"]) for arm in found["arms"])
     dense = found["dense"]
     if dense is None:
         return "This run could not be analysed."
