@@ -29,7 +29,7 @@ SUSPECTS = "index name given suggested suspect quality rank confidence".split()
 """Columns of ``suspects.csv`` and ``labels.csv``; index and rank begin with 0."""
 
 
-class Applied(NamedTuple):
+class Corrected(NamedTuple):
     """How many labels of a file are others now.
 
     Attributes:
@@ -80,7 +80,7 @@ def read_marks(path: Path) -> pd.DataFrame:
 
 def apply_marks(
     source: Path, label: str | None, marks: Path, to: Path, *, kind: str | None = None
-) -> Applied:
+) -> Corrected:
     """Write a table with the labels that were marked *fix*; all else stays as it is written.
 
     Args:
@@ -151,7 +151,7 @@ def apply_marks(
             "another label."
         ) from error
     replace_bytes(to, content)
-    return Applied(changed, filled)
+    return Corrected(changed, filled)
 
 
 class _Spelling:
