@@ -97,7 +97,8 @@ class PopRiskAdamW(Optimizer):
         variance: ``"ema"`` (:class:`poprisk.optim.variance.Ema`), ``"second-moment"``, ``"exact"``
             (from per-example gradients: call :meth:`backward` with the losses), ``"microbatch"``
             (between accumulation steps: call :meth:`microbatch` after each) or
-            ``"data-parallel"``, which needs :func:`poprisk.observe_ranks`.
+            ``"data-parallel"``, which needs :func:`poprisk.observe_ranks`. Another one in a running
+            group begins its own average.
         reduction: None, or ``"per_tensor"``: average over a tensor before the comparison.
         q_min: floor of the mask, in [0, 1].
         foreach: many tensors per kernel (None: yes) or one at a time.
