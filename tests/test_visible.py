@@ -446,6 +446,37 @@ def test_a_loss_that_looks_across_the_batch_is_flagged(name: str) -> None:
         exact(model).backward(MIXING[name](model(X)).square().sum(1))
 
 
+class Towers(nn.Module):
+    """Two views of each example, by one net or by two."""
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__()
+        self.left = net()
+        self.right = self.left if shared else net()
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        scores = self.left(x) @ self.right(z).T
+        return F.cross_entropy(scores, torch.arange(len(x)), reduction="none")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_contrast_between_two_towers_is_flagged_once_their_data_change(shared: bool) -> None:
+    """The other tower's rows look like weights, but no weights change with the data."""
+    model = Towers(shared=shared)
+    opt = exact(model)
+
+    def step(i: int) -> None:
+        opt.zero_grad()
+        opt.backward(model(randn(B, 4, seed=i), randn(B, 4, seed=i + 9)))
+        opt.step()
+
+    step(0)
+    with pytest.warns(UserWarning, match=f"several of {B} examples.*across the batch"):
+        step(1)
+    for i in range(2, 5):
+        step(i)
+
+
 def test_a_gradient_that_is_not_a_number_tells_nothing() -> None:
     model = net()
     exact(model).backward(squares((model(X) * 0).sqrt(), Y))
@@ -461,9 +492,16 @@ def test_rows_of_data_that_belong_to_no_example_or_to_one_are_not() -> None:
     def scaled(m: Any, x: Tensor) -> Tensor:
         return m.net(basis).sum(0) * m.net(x)
 
-    for forward in (back_in_order, scaled):
+    def hyper(m: Any, x: Tensor) -> Tensor:
+        return m.net(x) @ m.net(basis[:B]).T @ m.net(basis[:B])
+
+    for forward in (back_in_order, scaled, hyper):
         model = zoo.Function(forward, net=net())
-        exact(model).backward(squares(model(X), Y))
+        opt = exact(model)
+        for i in range(4):
+            opt.zero_grad()
+            opt.backward(squares(model(randn(B, 4, seed=i)), Y))
+            opt.step()
 
 
 def test_gradients_of_other_leaves_stay_as_they_were() -> None:

@@ -56,6 +56,12 @@ MUTATIONS = {
         "return index is None",
         "test_packed.py::test_what_leaves_the_examples_in_place_is_known_after_some_batches",
     ),
+    "another tower taken for weights": Mutation(
+        "poprisk/per_sample/graph.py",
+        "(changed or (told.batches == 0",
+        "((told.batches == 0",
+        "test_visible.py::test_contrast_between_two_towers_is_flagged_once_their_data_change",
+    ),
     "larger batches not confirmed": Mutation(
         "poprisk/per_sample/plan.py",
         "return self.uses if confirmed(graph, values, self.uses) else None",

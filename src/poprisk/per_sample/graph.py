@@ -190,6 +190,8 @@ class _Known:
         mixed: by position, nodes of data of which a row serves several examples.
         batches: how many of them left no doubt.
         uses: the conclusion.
+        shared: by position, sums over the data that several examples share, as last seen.
+        flagged: whether it was said that they look across the batch.
         by_data: whether data decides to which example a row belongs, so that every batch has to
             be asked (:func:`poprisk.per_sample.moved.is_moved_by_data`).
     """
@@ -198,6 +200,8 @@ class _Known:
     mixed: set[int] = field(default_factory=set)
     batches: int = 0
     uses: list[Use] = field(default_factory=list)
+    shared: dict[int, float] = field(default_factory=dict)
+    flagged: bool = False
     by_data: bool = False
 
     def belongs_to_examples(self, node: int) -> bool:
@@ -226,8 +230,13 @@ def find_uses(graph: Graph, values: Tensor) -> list[Use]:
         told.uses = _boundary(graph, told, without)
         if reached is None:  # one bad batch is not to spoil what others tell
             return known.uses if known.batches else told.uses
-        if told.batches == 0 and _mixes(graph, told, without):
+        shared = _shared_data(graph, told.mixed, without)
+        # What serves several examples and is another in every batch is no weight, but a batch.
+        changed = any(told.shared.get(i, total) != total for i, total in shared.items())
+        if not told.flagged and (changed or (told.batches == 0 and _mixes(graph, told, without))):
+            told.flagged = True
             _warn_mixed(len(values))
+        told.shared = shared
         told.by_data = is_moved_by_data(graph.nodes, told.candidates, without)
         told.batches += all(
             use.node in reached and all(c is None or len(c) == 1 for c in told.candidates[use.node])
@@ -409,6 +418,15 @@ def _mixes(graph: Graph, known: _Known, without: Collection[Node | None]) -> boo
             if child is not None and mixed & below(child):
                 return True
     return False
+
+
+def _shared_data(
+    graph: Graph, mixed: Collection[int], without: Collection[Node | None]
+) -> dict[int, float]:
+    """Sums over the data of nodes of which a row serves several examples, by position."""
+    nodes = {i: graph.nodes[i] for i in mixed if graph.nodes[i] in without}
+    data = {i: getattr(node, TAKES_DATA[node.name()][1]) for i, node in nodes.items()}
+    return {i: float(x.detach().double().nan_to_num().sum()) for i, x in data.items()}
 
 
 def below(node: Node) -> set[Node]:
