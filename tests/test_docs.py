@@ -45,6 +45,23 @@ def test_a_link_leads_to_a_file(page: Path) -> None:
     assert missing == []
 
 
+def anchors(page: Path) -> set[str]:
+    """What the headings and marks of a page are called in links, as GitHub and MyST do."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#{1,3} (.+)$", text, re.MULTILINE)
+    kept = {re.sub(r"[^\w\- ]", "", heading.strip().lower()) for heading in headings}
+    marks = re.findall(r"^\((.+)\)=$", text, re.MULTILINE)
+    return {heading.replace(" ", "-") for heading in kept} | {*marks}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+def test_a_link_into_a_page_leads_to_a_heading(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    inside = [(page.parent / to if to else page, at) for to, at in links if "://" not in to]
+    pages = [(to, at) for to, at in inside if to.suffix == ".md"]
+    assert [f"{to.name}#{at}" for to, at in pages if at not in anchors(to)] == []
+
+
 REFERENCE = "".join(
     p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "reference").glob("*.md")
 )
