@@ -262,6 +262,23 @@ def test_masks_that_look_like_examples_at_first() -> None:
         assert relative(quietly(values, {"w": w}).gram(), reference.gram(rows, rows)) < 1e-10
 
 
+def test_units_at_rest_that_look_like_examples_at_first() -> None:
+    """Where only step t of example t is active, time and batch cannot be told apart."""
+    torch.manual_seed(0)
+    w = zoo.param(3, 3)
+    with torch.no_grad():
+        w.abs_()
+    active = torch.eye(4, dtype=torch.bool)[:, :, None]
+    for i in range(12):
+        x = torch.rand(4, 4, 3, dtype=torch.float64) + 0.1
+        if i < 2 * graph.TRUSTED:
+            x = torch.where(active, x, -x)
+        values = torch.relu(x @ w).sum(0)
+        rows = reference.jacobian(values, {"w": w})
+        assert relative(quietly(values, {"w": w}).gram(), reference.gram(rows, rows)) < 1e-10
+    assert not any(known.by_data for known in graph._REMEMBERED.values())
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_permuted_examples(fresh: bool) -> None:
     torch.manual_seed(0)
@@ -337,6 +354,7 @@ def test_a_product_of_parameters_met_by_one_hot_inputs() -> None:
     for order in (*[ARANGE] * graph.TRUSTED, ARANGE.roll(1), ARANGE.flip(0)):
         values = torch.sin(F.one_hot(order, 4).double() @ (a @ b)).sum(1)
         assert_exact(values, {"a": a, "b": b})
+        assert not any(known.by_data for known in graph._REMEMBERED.values())
 
 
 BACK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -20,7 +20,7 @@ MUTATIONS = {
         "poprisk/per_sample/graph.py",
         "and all(c is None or len(c) == 1 for c in told.candidates[use.node])",
         "and told.batches >= 0",
-        "test_factors.py::test_masks_that_look_like_examples_at_first",
+        "test_factors.py::test_units_at_rest_that_look_like_examples_at_first",
     ),
     "the boundary is crossed twice": Mutation(
         "poprisk/per_sample/graph.py",
