@@ -78,6 +78,12 @@ PUT_TOGETHER: dict[str, Callable[[Tensor, list[int]], Tensor]] = {
     "expanded": lambda z, n: (z.expand(3, ROWS) * members(n)).sum(1),
     "where": lambda z, n: torch.where(members(n) > 0, z, 0.0).sum(1),
     "masked_fill": lambda z, n: z.expand(3, ROWS).masked_fill(members(n) == 0, 0.0).sum(1),
+    "repeated": lambda z, n: (z.repeat(3, 1) * members(n)).sum(1),
+    "subtracted": lambda z, n: torch.relu(z - 1e6 * (1 - members(n))).sum(1),
+    "added": lambda z, n: torch.relu(torch.add(-1e6 * (1 - members(n)), z)).sum(1),
+    "minimum": lambda z, n: torch.minimum(z, 1e6 * members(n)).sum(1),
+    "addcmul": lambda z, n: torch.zeros(3, ROWS).double().addcmul(z, members(n)).sum(1),
+    "a power": lambda z, n: (z[None] ** members(n) - (1 - members(n))).sum(1),
     "masked_select": lambda z, n: torch.stack(
         [z.masked_select(row > 0).sum() for row in members(n)]
     ),

@@ -29,7 +29,12 @@ CONTRACTED = {
 """Of each input of a product of matrices, the dimension that is summed over."""
 
 BROADCASTS = frozenset(
-    f"{name}Backward0" for name in "Mul Div Where MaskedFill Expand AddcmulAddcdiv".split()
+    f"{name}Backward{i}"
+    for i in range(2)
+    for name in (
+        "Add Sub Mul Div Pow Where MaskedFill Expand Repeat Addcmul Addcdiv Lerp Maximum Minimum "
+        "Fmax Fmin Logaddexp Hypot Atan2 Fmod Remainder"
+    ).split()
 )
 """Nodes of one output that may spread an input over dimensions, before data picks some."""
 
