@@ -263,8 +263,8 @@ class BatchParts:
                 "optimizer.microbatch(size) after each backward pass of an accumulated step. In a "
                 'loop that has one loss use variance="ema".'
             )
-        idle = [p for p in params if p not in self._noted and not bool(_grad(p).any())]
-        params = [p for p in params if p not in set(idle)]
+        idle = {p for p in params if p not in self._noted and not bool(_grad(p).any())}
+        params = [p for p in params if p not in idle]
         if not all(p in self._noted for p in params):
             raise RuntimeError(
                 "a parameter has a gradient from elsewhere: compute all gradients by "

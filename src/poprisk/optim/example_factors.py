@@ -47,8 +47,7 @@ class ExampleFactors:
         before = self.found.get(p, ExampleSums())
         kept = before.of_gradients or OF_GRADIENTS in self.optimizer.state.get(p, {})
         found = factors_of_terms(terms, p, self._sides()[p], of_gradients=kept)
-        now = found.times(1 / share, share)
-        self.found[p] = before.plus(now) if p in self.found else now
+        self.found[p] = before.plus(found.times(1 / share, share))
 
     def check_kept(self, states: Mapping[Tensor, Mapping[str, Any]] | None = None) -> None:
         """Raise unless all have the bases in which squares and gradients of this batch were noted.

@@ -187,12 +187,14 @@ def factors_of_terms(
 
 
 def _factors_of_gradients(term: Term, p: Tensor, sides: tuple[bool, bool]) -> ExampleSums:
-    """Of gradients that are formed for a few examples at a time."""
-    step, left, right = max(1, CACHED // p.numel()), None, None
-    examples = len(term.cotangent if isinstance(term, Outer) else term.grads)
-    for i in range(0, examples if isinstance(term, Outer) else 1, step):
-        some = term.part(slice(i, i + step)) if isinstance(term, Outer) else term
-        grads = some.dense().flatten(0, 1).unflatten(-1, (p.shape[0], -1))
+    """Of gradients, which are formed for a few examples at a time unless they are there."""
+    left, right = None, None
+    if isinstance(term, Dense):
+        examples = step = len(term.grads)
+    else:
+        examples, step = len(term.cotangent), max(1, CACHED // p.numel())
+    for i in range(0, examples, step):
+        grads = term.part(slice(i, i + step)).dense().flatten(0, 1).unflatten(-1, (len(p), -1))
         left = plus(left, _gram(grads.transpose(0, 1).flatten(1).mT) if sides[0] else None)
         right = plus(right, _gram(grads) if sides[1] else None)
     return ExampleSums((left, right))
